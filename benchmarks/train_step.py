@@ -59,7 +59,7 @@ def fast(options: argparse.Namespace) -> Result:
 
 def integers(options: argparse.Namespace) -> Result:
     """Run with frozen weights in 8-bit integers (train.int8_matmul); with --dtype fp32."""
-    return strop(options, lambda model: FastLoss(model, integers=True))
+    return strop(options, lambda model: FastLoss(model, int8_matmul=True))
 
 
 def unshared(options: argparse.Namespace) -> Result:
@@ -200,16 +200,19 @@ def floor_flops(config: Any, rank: int, examples: list[Example]) -> float:
     """Return the minimum FLOPs per token: matmuls of base (forward, input gradient), LoRA, attention and head."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key_value = config.num_attention_heads * size, config.num_key_value_heads * size
-    base = hidden * (query + 2 * key_value) + query * hidden + 3 * hidden * inner
-    ends = (hidden + query) + 2 * (hidden + key_value) + (query + hidden) + 3 * (hidden + inner)
+    query_size, kv_size = config.num_attention_heads * size, config.num_key_value_heads * size
+    base = hidden * (query_size + 2 * kv_size) + query_size * hidden + 3 * hidden * inner
+    ends = (hidden + query_size) + 2 * (hidden + kv_size) + (query_size + hidden) + 3 * (hidden + inner)
     lengths = np.array([len(example) for example in examples], dtype=np.float64)
     mean_length = (lengths**2).sum() / lengths.sum()  # mean document length over tokens
     share = sum(example.supervised for example in examples) / lengths.sum()
-    linear = 4 * layers * base - 2 * hidden * (query + 2 * key_value)
+    linear = 4 * layers * base - 2 * hidden * (query_size + 2 * kv_size)
     # A causal query sees half the keys: 2 q s FLOPs forward, twice as many backward.
     return float(
-        linear + 6 * rank * layers * ends + 6 * query * mean_length * layers + 4 * hidden * config.vocab_size * share
+        linear
+        + 6 * rank * layers * ends
+        + 6 * query_size * mean_length * layers
+        + 4 * hidden * config.vocab_size * share
     )
 
 

@@ -305,7 +305,7 @@ def evaluate(
                 task_limit=task_limit,
                 judge=judge,
                 judge_model=judge_model,
-                read=options,
+                reading=options,
             )
             advance = shown if devices.is_main else None
             results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from strop.dash.app import MAX_BODY_BYTES, action_routes, read_routes, stem
+from strop.dash.app import MAX_BODY_BYTES, get_routes, post_routes, stem
 from strop.dash.dashboard import Services
 from tests.support.dash import TOKEN, Dash, evaluated, lines, make_run, run_dash, sample, session, step
 
@@ -45,7 +45,7 @@ def addresses(root: Path) -> list[tuple[str, str]]:
     """Return the method and path of every route, for the run `two`."""
     room = Services(root, None)
     results: list[tuple[str, str]] = []
-    for route in [*read_routes(room), *action_routes(room)]:
+    for route in [*get_routes(room), *post_routes(room)]:
         path = str(route.path).replace("{name}", "two").replace("{id}", "20200101-000000-train-abcdef")  # type: ignore[attr-defined]
         results += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
     return results

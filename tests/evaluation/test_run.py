@@ -234,7 +234,7 @@ def test_interrupted_run_is_not_ranked(
 def test_metric_with_the_name_of_another_figure_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(f"def {name}(gold, answer):\n    return True\n")
-    with pytest.raises(RecipeError, match="another figure"):
+    with pytest.raises(RecipeError, match="another score"):
         strop.evaluate(tiny_folder, str(rows(tmp_path / "rows.jsonl", COLOURS)), metric=f"{file}:{name}")
 
 

@@ -233,4 +233,4 @@ def test_directly_read_layers_get_no_adapter_and_stay_in_16_bit(family: str, lea
     paths = [path for path, _ in model.named_modules() if path.endswith(f"mamba.{leaf}")]
     assert paths and not any(f"{path}.weight" in quantizable_linears(model) for path in paths)
     (kind,) = (kind for kind in linear_kinds(model) if kind.name.endswith(leaf))
-    assert not kind.sets and kind.kept_16_bit == "read by the model itself"
+    assert not kind.sets and kind.why_16_bit == "read by the model itself"

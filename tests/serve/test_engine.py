@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from strop.data.types import Ids
 from strop.engine.decode.cache import BlockPool
-from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_not_decoder
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import HfDecoder
 from strop.engine.decode.model import load
 from strop.engine.decode.sampling import NoToken, Sampling, SequenceState
@@ -34,7 +34,7 @@ class EngineClient:
 
     def __init__(self, model: Any, *, slots: int = 4, queue: int = 99, fallback: bool = False) -> None:
         self.metrics = Metrics()
-        fallback = fallback or why_not_decoder(model) is not None
+        fallback = fallback or why_decoder_unsupported(model) is not None
         self.decoder: Decoder = HfDecoder(model, keep=2000) if fallback else CompiledDecoder(model, 2000)
         self.engine = Engine(self.decoder, slots=slots, queue=queue, metrics=self.metrics)
         self.pieces: list[list[Piece]] = []

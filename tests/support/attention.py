@@ -26,9 +26,10 @@ def check(function: Any, *inputs: Any) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
-def heads(window: int, norms: bool, key_value: int = 1, softcap: float = 0.0) -> Heads:
+def heads(window: int, norms: bool, num_kv_heads: int = 1, softcap: float = 0.0) -> Heads:
     q_norm, k_norm = (Norm(OPS, rand(4), 1e-5, 0.0) if norms else None for _ in range(2))
-    shape = {"query": 2, "key_value": key_value, "size": 4, "scale": 0.7, "window": window, "softcap": softcap}
+    counts = {"num_query_heads": 2, "num_kv_heads": num_kv_heads}
+    shape = {**counts, "size": 4, "scale": 0.7, "window": window, "softcap": softcap}
     return Heads(OPS, **shape, q_norm=q_norm, k_norm=k_norm)  # type: ignore[arg-type]
 
 

@@ -94,7 +94,7 @@ def test_int8_with_the_plain_step_is_refused(tmp_path: Path) -> None:
     """A model may turn out not to fit the fast step, although its config did not show it."""
     job = tiny.job(tmp_path / "run", tiny.examples(4))
     assert job.step.name == "plain"
-    with pytest.raises(RunError, match="plain step"):
+    with pytest.raises(RunError, match="fused kernels"):
         dry_run.check_int8(job, tiny.examples(4))
 
 
@@ -122,7 +122,7 @@ def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
         ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
         (
             {"shape": replace(LLAMA_8B, family="gpt2", text_config={"model_type": "gpt2"})},
-            "the plain step cannot, and it trains this",
+            "which do not support this recipe",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from strop.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
+    str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or the word demo.")
 ]
 Memory = Annotated[str | None, typer.Option(help="Maximum memory to use, such as 8GB.", metavar="SIZE")]
 Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8, or auto (as the adapter was trained).")]

@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = Field(description="Hub id, local folder, .gguf file, run folder, or demo")
+    name: str = Field(description="Hub id, local folder, .gguf file, run folder, or the word demo")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     adapter: str | None = Field(None, description="adapter or run folder to start training from")
     quantization: Literal["none", "nf4", "fp4", "int8", "auto"] = Field(
@@ -107,8 +107,9 @@ class DataSection(Section):
     )
     reasoning: Literal["auto", "as-is", "empty", "drop", "refuse"] = Field(
         "auto",
-        description="action for rows without reasoning if the template expects it, and for reasoning that the "
-        "template does not render",
+        description="reasoning that a row lacks or the template does not show: as-is renders rows unchanged, empty "
+        "adds the template's empty block to rows without reasoning, drop also leaves out the reasoning of other rows, "
+        "refuse refuses rows that do not fit, auto is empty if the template needs it, else as-is",
     )
     encoding: str = Field("utf-8", description="text encoding of the data files")
 
@@ -133,8 +134,8 @@ class LoraSection(Section):
     dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="layers to adapt: all-linear (including experts), attention, gate, experts, or a list of layer "
-        "names",
+        description="layers to adapt: all-linear (including experts), attention, gate (gate_proj of MLPs), experts, "
+        "or a list of layer names",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")

@@ -144,7 +144,7 @@ def _routes(method: str, endpoints: dict[str, Endpoint]) -> list[BaseRoute]:
 # --- routes -----------------------------------------------------------------------------------------------------
 
 
-def read_routes(services: Services) -> list[BaseRoute]:
+def get_routes(services: Services) -> list[BaseRoute]:
     dashboard, call = services.dashboard, services.call
     endpoint = partial(_make_endpoint, call)
 
@@ -207,16 +207,19 @@ def read_routes(services: Services) -> list[BaseRoute]:
     return _routes("GET", endpoints)
 
 
-def action_routes(services: Services) -> list[BaseRoute]:
+def post_routes(services: Services) -> list[BaseRoute]:
     dashboard, call = services.dashboard, services.call
     endpoint = partial(_make_endpoint, call)
 
     async def plan(request: Request) -> Any:
-        options, out, memory, gpu, thorough = await read_fields(
+        options, given_name, memory, gpu, thorough = await read_fields(
             request, options=dict, name=(str, None), memory=(str, None), gpu=(str, None), thorough=(bool, False)
         )
         option_arguments(options)
-        name = run_path(dashboard.root, out).name if out else await call(dashboard.unused_run_name, stem(options))
+        if given_name:
+            name = run_path(dashboard.root, given_name).name
+        else:
+            name = await call(dashboard.unused_run_name, stem(options))
         folder = str(dashboard.root / name)
         parameters = {"options": options, "memory": memory, "gpu": gpu, "out": folder, "thorough": thorough}
         return {**await services.planner.call("plan", **parameters), "name": name, "out": folder}
@@ -270,7 +273,7 @@ def action_routes(services: Services) -> list[BaseRoute]:
             export, kind=str, out=str, no_parity=(bool, False), dtype=(str, None), type=(str, None), data=(str, None)
         ),
         "runs/{name}/vote": endpoint(dashboard.vote, ballot=str, choice=str),
-        "jobs/{id}/stop": endpoint(lambda job: {"fields": dashboard.jobs.stop(job)}),
+        "jobs/{id}/stop": endpoint(lambda job: {"sent": dashboard.jobs.stop(job)}),
         "machine/doctor": endpoint(dashboard.doctor),
         "talk/start": endpoint(partial(dashboard.start_chat, services.chat), names=(list, []), model=(str, None)),
         "talk/stop": endpoint(services.chat.stop),
@@ -388,7 +391,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
 
     pages = [Route(path, _serve_file(file), methods=["GET"]) for path, file in assets.items()]
     app = Starlette(
-        routes=[*read_routes(services), *action_routes(services), *pages],
+        routes=[*get_routes(services), *post_routes(services), *pages],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )

@@ -56,7 +56,7 @@ class Jobs:
         folder = self._folder / name
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            os.chmod(self._root / FOLDER, 0o700)  # logs are as private as rows
+            os.chmod(self._root / FOLDER, 0o700)  # logs may contain rows of the data
             folder.mkdir()
         except OSError as error:
             raise FolderError(f"{self._folder}: cannot be written: {error.strerror}", fix="make it writable") from None
@@ -129,7 +129,7 @@ class Jobs:
         return raw.decode("utf-8", "replace"), start + len(raw)
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> bool:
-        """Send a job the signal of Ctrl-C. Returns False if it has already ended."""
+        """Send a job a signal, by default SIGTERM, which strop handles like Ctrl-C. Returns False if it has ended."""
         file = self.folder(name) / "job.json"
         job = read_json(file)
         if not self._is_running(name, job):
@@ -228,7 +228,7 @@ SERVER_ENDED = {
 
 
 class ChatServer:
-    """At most one `strop serve` process, because models need much memory, run as a job."""
+    """Runs `strop serve` as a job, at most one at a time, because models need much memory."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs

@@ -85,7 +85,8 @@ class DataReport:
 class Selection:
     """The rows of a store that are used for training or evaluation, and their examples and conversations.
 
-    shares_store: the rows are held out from the training rows, whose report already covers the rest of the store.
+    shares_store: True for evaluation rows that were split off the training data. The report on the training rows
+    contains all errors and warnings of that data.
     """
 
     store: Store
@@ -103,6 +104,7 @@ class Selection:
 
 def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
     examples, rows, role, facts = selection.examples, selection.rows, selection.role, selection.store.facts
+    num_conversations, num_with_reasoning = facts["chats"], facts["thinking"]
     if selection.shares_store:
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
         num_used, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
@@ -112,9 +114,9 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         counts = {"read": facts["read"], **outcomes}
         num_used, num_stops = len(selection.store.row_records), facts["stops"]
         warnings = [*renderer.warnings, *_row_warnings(facts)]
-        if 0 < facts["thinking"] < facts["chats"]:
-            num_without = facts["chats"] - facts["thinking"]
-            warnings.append(f"{facts['thinking']} {role} rows have reasoning and {num_without} have none")
+        if 0 < num_with_reasoning < num_conversations:
+            num_without = num_conversations - num_with_reasoning
+            warnings.append(f"{num_with_reasoning} {role} rows have reasoning and {num_without} have none")
         cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
     if repeated := len(rows) - len(np.unique(selection.records["digest"])):
@@ -135,7 +137,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         padding=_padding(examples.lengths, data.max_length),
         formats=facts["formats"],
         warnings=warnings,
-        template=[*renderer.chat.describe(facts["thinking"], facts["chats"])] if facts["chats"] else [],
+        template=[*renderer.chat.describe(num_with_reasoning, num_conversations)] if num_conversations else [],
         refusal=refusal,
         answers=_answer_statistics(selection) if refusal is None and selection.data_kind != "turns" else {},
     )
@@ -246,7 +248,10 @@ def _row_warnings(facts: dict[str, Any]) -> list[str]:
     if facts["unused"]:
         columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
         warnings.append(f"columns not read: {columns}")
-    return warnings + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
+    return warnings + [
+        f"{count} rows of {path} not used, because of the weight of this source"
+        for path, count in facts["left_out"].items()
+    ]
 
 
 def _label_warnings(selection: Selection) -> list[str]:

@@ -37,7 +37,7 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_epoch = math.ceil(num_rows / batch_size)
-        # 1e-9: float rounding must not add a step, e.g. for a third of 3 epochs
+        # 1e-9: the product may be rounded up (1.1 * 10 = 11.000000000000002), which must not add a step
         self.total_steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._next = 0
         if position is not None:

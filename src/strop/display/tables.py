@@ -109,7 +109,7 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
 
 
 def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -> None:
-    table = Table("adapter", "base", "rank", "on", "size", "score")
+    table = Table("adapter", "base", "rank", "modules", "size", "score")
     for adapter in adapters:
         size = f"{adapter['size_bytes'] / 1e6:.1f} MB"
         modules = ", ".join(adapter["target_modules"])

@@ -69,7 +69,10 @@ class Devices:
         return [value]
 
     def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
-        """Call `compute` on each group, distributed over the ranks by cost. Returns all results, which are pickled."""
+        """Call `compute` on each group, distributed over the ranks by cost.
+
+        Returns all results on all ranks. They are sent pickled.
+        """
         return [compute(group) for group in groups]
 
     def run_passes(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:

@@ -4,7 +4,7 @@ All ranks gather the same layers in the same order in every pass, including a ra
 failed. The next layer is gathered while one is computed, so at most two are in memory.
 
 torch's `fully_shard` is not used: it shards each parameter by rows. Here 4-bit weights are bytes with separate
-quantization constants, and the fast step fuses several weights into one.
+quantization constants, and the fast step (strop.engine.train.fast) fuses several weights into one.
 """
 
 from __future__ import annotations

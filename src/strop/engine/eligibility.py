@@ -1,4 +1,4 @@
-"""Check from a model's config and the LoRA settings whether the fast step can train it.
+"""Check from a model's config and the LoRA settings whether the fast step (strop.engine.train.fast) can train it.
 
 `strop plan` uses these functions without loading PyTorch or weights. train/eligibility.py also uses them when a run
 starts, before it checks the model itself.
@@ -43,7 +43,7 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
     name = _get(config, "model_type")
     family = FAMILIES.get(name)
     if family is None:
-        return f"model family {name} is not in the table of the fast step"
+        return f"model family {name} is not in the table strop.models.families.table"
     for field in (
         "qk_layernorm",
         "use_qk_norm",

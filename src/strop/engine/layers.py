@@ -51,20 +51,20 @@ class NormSpec:
 class LayerSpec:
     """One decoder layer. The modules of qkv, o, gate_up and down may have adapters; those of a list share their input.
 
-    query, key_value: numbers of heads. size: head size. window: number of keys that a query attends to, including its
-    own; 0 for all. softcap: soft cap of attention scores; 0 for none. rope: the kind of rotary embedding in models with
-    several, or NO_ROPE. sinks: attention sinks (query,), an extra score in the softmax of each head. mixer, moe: the
-    model's module that replaces attention, or the MLP. per_layer: the layer's module in models with per-layer inputs.
-    kv_kind, stores_kv, reuses_kv: in models that share keys and values between layers of a kind, the kind, and whether
-    the layer stores its keys and values or reuses those of an earlier layer. activation, act: name and module.
+    size: head size. window: number of keys that a query attends to, including its own; 0 for all. softcap: soft cap of
+    attention scores; 0 for none. rope: the kind of rotary embedding in models with several, or NO_ROPE. sinks:
+    attention sinks (num_query_heads,), an extra score in the softmax of each head. mixer, moe: the model's module that
+    replaces attention, or the MLP. per_layer: the layer's module in models with per-layer inputs. kv_kind, stores_kv,
+    reuses_kv: in models that share keys and values between layers of a kind, the kind, and whether the layer stores its
+    keys and values or reuses those of an earlier layer. activation, act: name and module.
     """
 
     qkv: list[Any]
     o: list[Any]
     gate_up: list[Any]
     down: list[Any]
-    query: int
-    key_value: int
+    num_query_heads: int
+    num_kv_heads: int
     size: int
     scale: float
     window: int
@@ -150,7 +150,8 @@ class DecoderLayers:
         before_mlp = self._norm_named(layer, family.mlp_norm, config.hidden_size)
         return LayerSpec(
             qkv=qkv, o=o, gate_up=gate_up, down=down,
-            query=config.num_attention_heads, key_value=self._key_value_heads(kv_attention, size), size=size,
+            num_query_heads=config.num_attention_heads, size=size,
+            num_kv_heads=self._count_kv_heads(kv_attention, size),
             scale=float(getattr(attention, "scaling", 0)),
             window=self._window(number, attention),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
@@ -189,7 +190,7 @@ class DecoderLayers:
         full = kinds and kinds[number] == "full_attention"
         return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
 
-    def _key_value_heads(self, attention: Any, size: int) -> int:
+    def _count_kv_heads(self, attention: Any, size: int) -> int:
         if self.family.per_layer_inputs:  # in this family, the number differs between layers
             return int(base_module(attention.k_proj).out_features // size)
         count = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)

@@ -1,4 +1,4 @@
-"""Choose the training step of a model: FastLoss if the model supports it, else PlainLoss."""
+"""Choose the training step of a model: FastLoss (the fast step) if it supports the model, else PlainLoss."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Step(Protocol):
         """Call `gather` before sharded weights are used."""
 
 
-def step_for(model: nn.Module, *, integers: bool = False) -> Step:
-    """Return the step that trains this model with its adapters. integers: as for FastLoss."""
+def step_for(model: nn.Module, *, int8_matmul: bool = False) -> Step:
+    """Return the step that trains this model with its adapters. int8_matmul: see FastLoss."""
     why = why_not_fast(model)
-    return FastLoss(model, integers=integers) if why is None else PlainLoss(model, why)
+    return FastLoss(model, int8_matmul=int8_matmul) if why is None else PlainLoss(model, why)

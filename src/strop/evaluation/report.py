@@ -59,7 +59,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
         verdict=_describe_change(evaluation),
-        facts=list(_list_figures(report)),
+        facts=list(_list_key_numbers(report)),
         scores=list(_format_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
@@ -96,8 +96,8 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 
-def _list_figures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (name, value) of the figures at the top of the page."""
+def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the numbers at the top of the page."""
     for field, name, format_value in (
         ("steps", "steps", "{:,}".format),
         ("seconds", "training time", _format_duration),

@@ -61,7 +61,7 @@ class EvalOptions:
     task_limit: int | None = None  # maximum number of documents per task
     judge: str | None = None  # decides which answer is better: file.py:function, or a server's URL
     judge_model: str | None = None  # name of the model on that server
-    read: Mapping[str, Any] = field(default_factory=dict)  # values of READ_FIELDS that override the run's
+    reading: Mapping[str, Any] = field(default_factory=dict)  # values of READ_FIELDS that override the run's
 
 
 def evaluate_models(
@@ -120,12 +120,12 @@ def _check_request(
     if options.judge is not None and options.metric == "choice":
         raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
     judge = None if options.judge is None else make_judge(options.judge, options.judge_model)
-    read, notes = read_options(names, options.read)
-    rows = _read_scorable_rows(names, read, notes, data, options.metric)
+    reading, notes = choose_reading_options(names, options.reading)
+    rows = _read_scorable_rows(names, reading, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
         regression_metric = options.regression_metric or options.metric
-        regression = _read_scorable_rows(names, read, notes, options.regression_data, regression_metric)
+        regression = _read_scorable_rows(names, reading, notes, options.regression_data, regression_metric)
     fields = "metric", "max_new_tokens", "quantization", "general", "regression_metric", "judge", "judge_model"
     values = {name: getattr(options, name) for name in fields}
     content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
@@ -146,7 +146,7 @@ def _check_request(
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
     folder = adapter_folder(name)
-    model = _load(name, request, scores=folder is not None and is_reward_adapter(folder))
+    model = _load(name, request, is_reward_model=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     _add_train_rows(result, train_rows)
@@ -162,7 +162,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     train_rows = devices.run_on_main(partial(find_train_rows, name, rows))
     folder = adapter_folder(name)
     if folder is not None and is_reward_adapter(folder):
-        check_adapter_kind(folder, scores=False)
+        check_adapter_kind(folder, is_reward_model=False)
     model = _load(name, request)
     base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
@@ -203,9 +203,10 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     return result
 
 
-def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
+def _load(name: str, request: _Request, *, is_reward_model: bool = False) -> Model:
+    options = request.options
     with request.devices.all_or_none():
-        return load(name, quantization=request.options.quantization, force=request.options.force, scores=scores)
+        return load(name, quantization=options.quantization, force=options.force, scores=is_reward_model)
 
 
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -255,12 +256,12 @@ def read_conversations(
     return parsed
 
 
-def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def choose_reading_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the format, columns and encoding of the rows, by default from the runs' recipes, and notes about them."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         what = f"--{unknown[0]}: not an option of eval{suggest(unknown[0], READ_FIELDS)}"
         raise RecipeError(what, fix=", ".join(READ_FIELDS))
-    read, notes = {option.removeprefix("data."): value for option, value in options.items()}, []
+    reading, notes = {option.removeprefix("data."): value for option, value in options.items()}, []
     sections = [recipe.data for recipe in map(find_recipe, names) if recipe is not None]
     for name in (option.removeprefix("data.") for option in READ_FIELDS if option not in options):
         values = [getattr(section, name) for section in sections]
@@ -269,10 +270,10 @@ def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict
             raise RecipeError(what, fix=f"choose how to read the rows: --data.{name}")
         default = DataSection.model_fields[name].default
         if values and values[0] != default:
-            read[name] = values[0]
+            reading[name] = values[0]
             note = f"rows are read with the run's data.{name}, {_format_option(values[0])}"
             notes.append(f"{note}; for others give --data.{name} {_format_option(default)}")
-    return read, notes
+    return reading, notes
 
 
 def _format_option(value: str | Mapping[str, str] | None) -> str:
@@ -285,14 +286,14 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
 
 
 def _read_scorable_rows(
-    names: Sequence[str], read: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
+    names: Sequence[str], reading: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
     """Read the rows and check that the metric can score the models' answers to them."""
     if metric != PREFERENCE and (name := find_metric(metric).name) in EXTRA_SCORES:
-        what = f"metric {metric}: {name} is the name of another figure of an evaluation"
+        what = f"metric {metric}: the name {name} is already used for another score in the result"
         raise RecipeError(what, fix="give the function another name")
     try:
-        rows = read_conversations(data, **read)
+        rows = read_conversations(data, **reading)
     except DataError as error:
         error.fix = "; ".join(filter(None, [error.fix, *notes]))
         raise

@@ -86,10 +86,10 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         changed = result.get("changed", {"gained": [], "lost": []})
         out.print(
             f"tuned minus base: {describe_change(result)[1]} "
-            f"({len(changed['gained'])} rows gained, {len(changed['lost'])} lost)"
+            f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
         )
         if changed["lost"]:
-            out.print(f"lost: {abbreviate(changed['lost'])}", markup=False)
+            out.print(f"became wrong: {abbreviate(changed['lost'])}", markup=False)
 
 
 def _print_rewards(rewards: Mapping[str, Any], out: Console) -> None:

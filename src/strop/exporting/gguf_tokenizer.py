@@ -110,7 +110,8 @@ def _build_entries(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, A
     if not is_sentencepiece and not merges:
         raise ModelError("GGUF: llama.cpp has no byte-level tokenizer without merges", fix="use strop merge")
     if is_sentencepiece and model.get("ignore_merges"):
-        raise ModelError("GGUF: llama.cpp has no SentencePiece tokenizer that keeps known words", fix="use strop merge")
+        what = "GGUF: llama.cpp has no SentencePiece tokenizer that encodes a known word as one token (ignore_merges)"
+        raise ModelError(what, fix="use strop merge")
     if is_sentencepiece:
         _check_sentencepiece(state)
     texts, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size

@@ -178,9 +178,10 @@ def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) ->
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    code, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop.load needs a local folder
-    code_after_download = f"{code.format(name)}  # after `hf download {repo} --local-dir {name}`"
-    contents[CARD_FILE] = text.replace(code.format(LOCATION), code_after_download).replace(LOCATION, repo).encode()
+    # The card has LOCATION in place of a path. Its Python example (the end of a print call) needs a local folder.
+    snippet, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]
+    after_download = f"{snippet.format(name)}  # after `hf download {repo} --local-dir {name}`"
+    contents[CARD_FILE] = text.replace(snippet.format(LOCATION), after_download).replace(LOCATION, repo).encode()
 
 
 def _to_json(value: Any) -> bytes:

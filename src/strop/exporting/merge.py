@@ -201,7 +201,7 @@ class TunedModel:
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
             return TunedModel(name, source)
-        check_adapter_kind(folder, scores=False)
+        check_adapter_kind(folder, is_reward_model=False)
         check_adapter_base(folder, source)
         check_adapter_weights(folder)
         storage = BaseStorage.read(folder)

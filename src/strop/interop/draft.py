@@ -16,7 +16,8 @@ from strop.errors import InputError, RecipeError, suggest
 
 IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
 # required fields that a config may lack: option of `strop train`, and a placeholder used to validate the recipe
-REQUIRED = {"model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl")}
+# options of required fields, each with a placeholder for its value
+REQUIRED_OPTIONS = {"model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl")}
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # paths of `load_dataset` that name a format instead of a data set
 OPTIMIZERS: dict[str, str] = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
@@ -139,8 +140,8 @@ class Draft:
         values = {name: value for name, (value, _) in self.fields.items()}
         if "model.name" not in values and not self.model_unreadable:
             raise RecipeError(f"{self.file}: no model is given", fix="check that it is a training config of this tool")
-        missing = [name for name in REQUIRED if name not in values]
-        resolved = resolve(None, {**values, **{name: REQUIRED[name][1] for name in missing}})
+        missing = [name for name in REQUIRED_OPTIONS if name not in values]
+        resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
         return Imported(self, resolved, missing)
 
     def not_lora_error(self, setting: str, fix: str) -> InputError:
@@ -411,7 +412,8 @@ class Imported:
                 lines.append(f"{section}:")
                 for missing in self.missing:
                     missing_section, _, key = missing.partition(".")
-                    lines += [f"  # {key}: set it, or use {REQUIRED[missing][0]}"] * (missing_section == section)
+                    if missing_section == section:
+                        lines.append(f"  # {key}: set it, or use {REQUIRED_OPTIONS[missing][0]}")
             previous_section = section
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
             lines.append(f"{'  ' if section else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
@@ -429,6 +431,7 @@ class Imported:
     def as_json(self) -> dict[str, Any]:
         draft = self.draft
         fields = [{"field": name, "value": value, "from": key} for name, (value, key) in draft.fields.items()]
+        # The names own_way and peer are part of the JSON output: no effect on the trained weights, and the other tool.
         lists = {"differs": draft.differs, "no_equivalent": draft.unsupported, "own_way": draft.ignored}
         notes_by_kind = {
             name: [{"key": note.key, "what": note.text, "line": note.line} for note in notes]

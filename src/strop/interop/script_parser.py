@@ -142,7 +142,7 @@ class Script:
             yield Call(name, owner, node.lineno, node.args, keywords, assigned_to.get(id(node), ""), unpacked)
 
     def _read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
-        """Return the items of {...}, dict(...), or a name of one with string keys; None for other expressions."""
+        """Return the items of {...} or dict(...) with string keys, or of a variable that is assigned one, else None."""
         if isinstance(node, ast.Name) and node.id in self._constants and depth <= 8:
             return self._read_dict_items(self._constants[node.id], depth + 1)
         if isinstance(node, ast.Dict):
@@ -160,7 +160,7 @@ class Script:
         return node if assigned is None else self.resolve_name(assigned, depth + 1)
 
     def read_list_items(self, node: ast.expr) -> list[ast.expr]:
-        """Return the items of a list, or of a name of one; for other expressions, the expression itself."""
+        """Return the items of a list, or of a variable that is assigned one; else the expression itself."""
         resolved = self.resolve_name(node)
         return list(resolved.elts) if isinstance(resolved, ast.List | ast.Tuple) else [resolved]
 

@@ -18,8 +18,8 @@ from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 USABLE_SHARE = 0.9  # of a memory limit; the rest is for allocations within a layer, which are not measured
-# parameters of mallopt(3), and their values: larger blocks are mapped outside the heap, which keeps this much free
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
+# HEAP_BLOCK_BYTES: larger blocks are mapped outside the heap. HEAP_TOP_BYTES: free memory kept at the heap's end.
 HEAP_BLOCK_BYTES, HEAP_TOP_BYTES = 32 << 20, 64 << 20
 # Messages of failed allocations by torch, oneDNN, numpy and the C++ library, and by CUDA libraries for their workspaces
 # (cuBLAS reports "not initialized" if there is no memory for its handle).

@@ -61,11 +61,11 @@ def is_reward_adapter(folder: Path) -> bool:
     return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
-def check_adapter_kind(folder: Path, scores: bool) -> None:
-    """Raise ModelError unless the adapter is of a reward model (scores=True) or a generative one (scores=False)."""
-    if is_reward_adapter(folder) == scores:
+def check_adapter_kind(folder: Path, is_reward_model: bool) -> None:
+    """Raise ModelError unless the adapter is of a reward model or of a generative model, as expected."""
+    if is_reward_adapter(folder) == is_reward_model:
         return
-    if scores:
+    if is_reward_model:
         raise ModelError(f"{folder}: generates text and has no score", fix="give the adapter of a reward model")
     what = f"{folder}: a reward model's adapter, which scores texts and generates none"
     raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
@@ -105,17 +105,17 @@ def attach_adapter(
     trainable: bool = False,
     force: bool = False,
     name: str = "default",
-    scores: bool = False,
+    is_reward_model: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
     """Load an adapter onto its base (`source`), and return the model and warnings about mismatches."""
-    # force: allow a base that it was not trained on, if names and shapes fit. scores: load a reward model. Raises
-    # ModelError if the adapter does not belong to the base, does not fit, was changed since it was saved, or has NaN.
+    # force: allow a base that it was not trained on, if names and shapes fit. Raises ModelError if the adapter does not
+    # belong to the base, does not fit, was changed since it was saved, or has NaN.
     config = read_adapter_config(folder)
-    check_adapter_kind(folder, scores)
+    check_adapter_kind(folder, is_reward_model)
     mismatches = check_adapter_base(folder, source, force=force)
     check_adapter_weights(folder)
     if not isinstance(base, peft.PeftModel):
-        if scores:
+        if is_reward_model:
             add_score_head(base)
         last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
         grow_vocabulary(base, 1 + last_row)

@@ -175,7 +175,7 @@ def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], meta_
     linears = tuple(
         LinearShape(
             kind.name, kind.in_features, kind.out_features, kind.name in biased, share=kind.count / shape.layers,
-            active=active if kind.type == EXPERTS else 1, sets=kind.sets, kept_16_bit=kind.kept_16_bit is not None,
+            active=active if kind.type == EXPERTS else 1, sets=kind.sets, kept_16_bit=kind.why_16_bit is not None,
         )
         for kind in kinds
     )  # fmt: skip

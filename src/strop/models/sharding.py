@@ -4,8 +4,9 @@
 # per process. Bytes are stored, sent and compared, so 4-bit weights are never treated as floats. The weights of modules
 # are views of a buffer that has memory only while all shares are gathered. Its address does not change, so tensors that
 # autograd saved are valid again after the next gather. A process reads only its share of quantized weights and of
-# weights stored in the model's dtype. Other weights (of another dtype, experts that are joined while loading, resident
-# layers) are read whole, one tensor at a time. Small tensors, such as norms and biases, are not sharded.
+# weights stored in the model's dtype. Other weights (of another dtype, experts that are joined while loading, and
+# resident layers, which are quantized and dequantized while loading) are read whole, one tensor at a time. Small
+# tensors, such as norms and biases, are not sharded.
 
 from __future__ import annotations
 
@@ -211,7 +212,10 @@ def load_sharded(
     double: bool = True,
     resident_layers: int = 0,
 ) -> tuple[nn.Module, ModelShards]:
-    """Return the model in eval mode, whose large weights are empty until gathered, and this process's shards."""
+    """Return the model in eval mode, whose large weights are empty until gathered, and this process's shards.
+
+    resident_layers: number of quantized layers that are dequantized while loading.
+    """
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
     if quantization == "none":
         check_not_prequantized(source)

@@ -20,7 +20,7 @@ class Objective:
     data_kind: DataKind
     source: str  # paper and equation
     options: Mapping[str, Any]  # fields of `train` that the objective reads, and their defaults
-    rate_share: float  # default learning rate, divided by the default for supervised fine-tuning
+    learning_rate_factor: float  # factor of the default learning rate of supervised fine-tuning
     reference: bool  # whether it needs log-probabilities under the reference model
     scored: bool = False  # whether it trains a score (reward model) instead of log-probabilities
 

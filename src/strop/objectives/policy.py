@@ -108,7 +108,8 @@ def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
 
 
 GRPO = PolicyLoss(
-    name="grpo", data_kind="prompts", source="arXiv:2402.03300, equations 3 and 4", rate_share=0.1, reference=True,
+    name="grpo", data_kind="prompts", source="arXiv:2402.03300, equations 3 and 4",
+    learning_rate_factor=0.1, reference=True,
     compute=grpo, advantages=group_advantages, token_weight=group_token_weight, divisor=group_divisor,
     options={
         "beta": 0.04, "rewards": None, "group": 8, "answer_tokens": 256, "group_loss": "dapo", "clip_low": 0.2,

@@ -186,27 +186,31 @@ def _log_odds(log_p: Tensor) -> Tensor:
 
 
 DPO = PreferenceLoss(
-    name="dpo", data_kind="pairs", compute=dpo, source="arXiv:2305.18290, equation 7", rate_share=0.01, reference=True,
+    name="dpo", data_kind="pairs", compute=dpo, source="arXiv:2305.18290, equation 7",
+    learning_rate_factor=0.01, reference=True,
     options={"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalized": False},
 )  # fmt: skip
 IPO = PreferenceLoss(
-    name="ipo", data_kind="pairs", compute=ipo, source="arXiv:2310.12036, equation 17", rate_share=0.01, reference=True,
+    name="ipo", data_kind="pairs", compute=ipo, source="arXiv:2310.12036, equation 17",
+    learning_rate_factor=0.01, reference=True,
     options={"beta": 0.1, "sft_weight": 0.0, "length_normalized": True},
 )  # fmt: skip
 KTO = PreferenceLoss(
-    name="kto", data_kind="labels", compute=kto, source="arXiv:2402.01306, equations 7 and 8", rate_share=0.01,
+    name="kto", data_kind="labels", compute=kto, source="arXiv:2402.01306, equations 7 and 8",
+    learning_rate_factor=0.01,
     reference=True, needs_divergence=True,
     options={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
 )  # fmt: skip
 ORPO = PreferenceLoss(
-    name="orpo", data_kind="pairs", compute=orpo, source="arXiv:2403.07691, equations 4 to 7", rate_share=0.5,
+    name="orpo", data_kind="pairs", compute=orpo, source="arXiv:2403.07691, equations 4 to 7", learning_rate_factor=0.5,
     reference=False, options={"beta": 0.1},
 )  # fmt: skip
 SIMPO = PreferenceLoss(
-    name="simpo", data_kind="pairs", compute=simpo, source="arXiv:2405.14734, equation 6", rate_share=0.01,
+    name="simpo", data_kind="pairs", compute=simpo, source="arXiv:2405.14734, equation 6", learning_rate_factor=0.01,
     reference=False, options={"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0},
 )  # fmt: skip
 REWARD = PreferenceLoss(
-    name="reward", data_kind="pairs", compute=bradley_terry, source="arXiv:2203.02155, equation 1", rate_share=0.5,
+    name="reward", data_kind="pairs", compute=bradley_terry, source="arXiv:2203.02155, equation 1",
+    learning_rate_factor=0.5,
     reference=False, scored=True, options={},
 )  # fmt: skip

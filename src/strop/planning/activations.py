@@ -48,8 +48,8 @@ class MicroBatch:
         return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
-    def number(self) -> int:
-        """Number of rows. A shared prefix is a document, but not a row."""
+    def num_sequences(self) -> int:
+        """Number of sequences. A shared prefix is a document, but not a sequence."""
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
 
 
@@ -119,7 +119,7 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
 
 
 def outside_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
-    """Return the fast step's bytes outside of its layers: for the whole step, and while the head is computed."""
+    """Return the bytes of the fast step (FastLoss) outside of its layers: for the whole step, and during the head."""
     # For the whole step: per-layer embeddings (Gemma 4) and, on a CPU, the embedding's output and fp32 rotary angles.
     # For the head: on a CPU, one more copy of the supervised rows.
     if workload.compute.step == "plain":

@@ -77,7 +77,9 @@ def choose(
     limits = load_measured(memory_key(resolved.recipe, machine, shape))
     if usable > FREED_FACTOR * limits.get("usable_bytes", usable):  # another program used memory at the time
         limits = {}
-    if limits.get("recompute") or limits.get("streamed"):  # a smaller micro-batch would not save recomputation
+    # With these limits, activations are recomputed or no layers are resident. A smaller micro-batch would not avoid
+    # that, so the fit does not compare speeds.
+    if limits.get("recompute") or limits.get("streamed"):
         resolved = fit_memory(unfitted, replace(budget, rate_of=None))
     return _apply_memory_limits(resolved, limits)
 
@@ -120,7 +122,7 @@ def why_no_int8(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | No
     if not machine.has_int8_dot:
         return f"{machine.cpu} has no 8-bit integer dot products (VNNI)"
     why = why_recipe_not_fast(recipe, shape)
-    return None if why is None else f"the plain step cannot, and it trains this recipe ({why})"
+    return None if why is None else f"it needs strop's fused kernels, which do not support this recipe ({why})"
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
@@ -200,8 +202,8 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
         differing = ", ".join(name for name, differs in differences.items() if differs)
         rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {differing}"
     if objective is not None:
-        rate = float(f"{objective.rate_share * objective_base_rate(size):.2g}")
-        why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
+        rate = float(f"{objective.learning_rate_factor * objective_base_rate(size):.2g}")
+        why = f"2e-4 (7e9 / parameters)^0.41, {objective.learning_rate_factor:g} of it for {objective.name}"
     if train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why

@@ -49,7 +49,7 @@ def _parse_specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec
 
 
 # Columns: name, memory, bandwidth, dense TFLOPS, and "fp32" for a device without bf16. The TFLOPS of GeForce GPUs are
-# halved, because they accumulate in fp32.
+# half of the data sheet's, which are with fp16 accumulation: fp32 accumulation has half the rate on these GPUs.
 SPECS = [
     *_parse_specs("consumer", """
         RTX 3060 | 12 | 360 | 25.5
@@ -179,7 +179,7 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
     rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
-        rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU in the table")
+        rate = Rate(CORE_FP32 * 30, 200e9, "a guess: like a typical Apple GPU in the table")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
     guess = "bf16" if has_bf16(machine) else "fp32", f"guessed from {GUESS}"
     dtype = precision or (guess if rates is None else (rates.dtype, "measured by strop doctor"))

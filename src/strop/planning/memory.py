@@ -219,7 +219,7 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 def _mapped_copies(workload: Workload) -> int:
     """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in 16 bit)."""
-    # The fast step copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
+    # FastLoss copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
         return 0  # shards are read into other memory

@@ -121,8 +121,8 @@ def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> Mi
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * sequences))
     number = sequences * min(number, train.batch_size, len(rows) // sequences)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    more = number < min(sequences * train.batch_size, len(rows))
-    batch = MicroBatch.rows([mean] * number, share=share, more=more)
+    step_continues = number < min(sequences * train.batch_size, len(rows))
+    batch = MicroBatch.rows([mean] * number, share=share, more=step_continues)
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
@@ -146,12 +146,15 @@ def _split_batch(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, p
     return [_predict_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _predict_micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
+def _predict_micro_batch(
+    rows: Sequence[tuple[int, int]], prefix: int, packed: bool, step_continues: bool
+) -> MicroBatch:
     lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
     if not packed:
-        batch = MicroBatch.rows([max(lengths)] * len(rows), more=more)
-        return replace(batch, supervised=supervised, shared=sum(lengths) - batch.tokens)
-    batch = MicroBatch.rows(lengths, more=more)
+        batch = MicroBatch.rows([max(lengths)] * len(rows), more=step_continues)
+        padding = batch.tokens - sum(lengths)
+        return replace(batch, supervised=supervised, shared=-padding)
+    batch = MicroBatch.rows(lengths, more=step_continues)
     return _with_shared_prefix(replace(batch, supervised=supervised), lengths, prefix)
 
 
@@ -161,5 +164,6 @@ def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) 
     if prefix < MIN_PREFIX:
         return batch
     shared = (len(lengths) - 1) * prefix
+    # (number of documents, queries and keys of each); the prefix is one document
     documents = tuple((number, tokens - prefix, tokens) for tokens, number in sorted(Counter(lengths).items()))
     return replace(batch, tokens=batch.tokens - shared, documents=((1, prefix, prefix), *documents), shared=shared)

@@ -134,17 +134,18 @@ def plan_devices(
     micro_batch = min(train.micro_batch, busiest_rows) if train.micro_batch is not None else None
     device_train = train.model_copy(update={"batch_size": busiest_rows, "micro_batch": micro_batch})
     batch = mean_micro_batch(recipe.model_copy(update={"train": device_train}), rows)
-    micro_batches = -(-train.batch_size * sequences // batch.number)  # of a step, on all devices
+    micro_batches = -(-train.batch_size * sequences // batch.num_sequences)  # of a step, on all devices
     if exact:
-        busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * batch.number // sequences)
-    compute = step_seconds(workload, batch, busiest_rows * sequences / batch.number, rate)
-    tokens = (batch.tokens + batch.shared) / batch.number * train.batch_size * sequences
+        busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * batch.num_sequences // sequences)
+    compute = step_seconds(workload, batch, busiest_rows * sequences / batch.num_sequences, rate)
+    # Tokens of a step. A shared prefix is computed once and counted for each sequence.
+    tokens = (batch.tokens + batch.shared) / batch.num_sequences * train.batch_size * sequences
     size = gradient_bytes(workload, devices)
     assigned = assign_contiguous([1.0] * micro_batches, devices.count) if exact else ()
     buffers = sum(len(nodes_to_send(micro_batches, batches)) for batches in assigned)  # broadcasts with train.exact
     sent = buffers * size if buffers else ring_bytes(size, devices.count)
     sent += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
-    passes = -(-busiest_rows * sequences // batch.number) if workload.base.shards > 1 else 0
+    passes = -(-busiest_rows * sequences // batch.num_sequences) if workload.base.shards > 1 else 0
     sent += passes * gather_bytes(workload) * (devices.count - 1) // devices.count
     times = []
     for link in _list_links(workload, devices):

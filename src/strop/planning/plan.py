@@ -58,8 +58,8 @@ SINGLE_DEVICE = Devices()
 _ALTERNATIVES = {
     "evaluate": "use shorter rows, or a machine with more memory",
     "serve": "use a machine with more memory",
-    "merge": "use a machine with more memory, or --no-parity, which measures nothing",
-    "export": "use a machine with more memory, or --no-parity, which measures nothing",
+    "merge": "use a machine with more memory, or --no-parity, which skips the comparison",
+    "export": "use a machine with more memory, or --no-parity, which skips the comparison",
 }
 _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
 
@@ -132,7 +132,7 @@ def make_plan(
     lengths = [tokens for tokens, _ in rows]
     longest, too_long = max(lengths, default=None), shape.too_long_message(lengths)
     facts: dict[str, Any] = {"unknown": rows.unknown or None, "refused": rows.refused or None, "beyond": too_long}
-    if workload.family.mixer is not None:  # the fast step does not share prefixes in such models
+    if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
         rows = Rows(rows)  # a copy without `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, longest)
@@ -193,7 +193,7 @@ def _run_seconds(
     if steps:
         return stream.total_steps * steps_seconds(workload, steps, rate) / len(steps)
     rows_per_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
-    step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.number, rate)
+    step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.num_sequences, rate)
     mean_prompt = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (rollouts := RolloutLoad.from_recipe(recipe, mean_prompt)) is not None:
         passes = (train.updates or 1) + (FORWARD if train.beta else 0)
@@ -294,10 +294,11 @@ def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
         lora = resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora
         with suppress(ModelError):  # the model has none of the preset's layers
             presets[preset] = target_names(linears, lora.target_modules)
-    rows = [
-        {**asdict(kind), "presets": [preset for preset, names in presets.items() if kind.name in names]}
-        for kind in kinds
-    ]
+    rows = []
+    for kind in kinds:
+        values = asdict(kind)
+        values["kept_16_bit"] = values.pop("why_16_bit")
+        rows.append({**values, "presets": [preset for preset, names in presets.items() if kind.name in names]})
     return kinds, rows
 
 
@@ -327,12 +328,14 @@ def print_plan(plan: Plan, out: Console) -> None:
     for text in plan.compromises:
         out.print(f"[yellow]given up[/] {escape(text)}")
     out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
-    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
+    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = f", {_format_duration(plan.seconds)} in all" if plan.seconds else ""
     out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
-    largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows of this length" if tokens else "")
+    largest = f"max_length {length:,}"
+    if tokens:
+        largest += f"; with the recipe's max_length, micro_batch_tokens {tokens:,}"
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
     out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
     if plan.refused or plan.data["refused"]:

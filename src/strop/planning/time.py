@@ -58,7 +58,7 @@ class Rate:
     layer_s: float = 0.0  # constant seconds per layer
     moved: float = 0.0  # bytes/s of element-wise work
     kinds_s: float | None = None  # seconds to compile the matmuls of a new row length (None: not measured)
-    plain: float = 0.0  # time of the plain step relative to the fast step
+    plain: float = 0.0  # time of the plain step relative to the fast step (engine.train.plain and .fast)
     thin_flops: float = 0.0  # FLOP/s of LoRA matmuls with a rank above MAX_TILED_RANK
     unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights dequantized, by quantization scheme
     integers: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of int8 matmuls, by quantization scheme
@@ -104,7 +104,7 @@ class Flops:
 
 
 def count_flops(workload: Workload, batch: MicroBatch) -> Flops:
-    """Count the FLOPs of a micro-batch. The count is exact for the fast step."""
+    """Count the FLOPs of a micro-batch. The count is exact for the fast step (FastLoss)."""
     # Frozen weights have no gradient, and neither has the input of the first layer. After the last attention, the fast
     # step computes only supervised rows. A checkpointed layer computes its forward pass twice. DoRA with dropout adds a
     # matmul with frozen weights to the forward pass, and two to the backward pass.

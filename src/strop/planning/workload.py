@@ -17,7 +17,7 @@ from strop.models.families.table import FAMILIES, Family
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
 BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}  # per quantized weight
-# Layers with the same input. The fast step computes each group in one matmul.
+# Layers with the same input. The fast step (strop.engine.train.fast) computes each group in one matmul.
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -220,7 +220,7 @@ def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
     if not recipe.model.device.startswith("cuda"):
         return f"offloading gains nothing on {recipe.model.device}, which uses host memory"
     why = why_recipe_not_fast(recipe, shape)
-    return None if why is None else f"the plain step does not offload, and it trains this recipe ({why})"
+    return None if why is None else f"offloading needs strop's fused kernels, which do not support this recipe ({why})"
 
 
 def _num_trained_biases(lora: LoraSection, shape: ModelShape) -> int:

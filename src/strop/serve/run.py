@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from strop.engine.decode.cache import BLOCK_SIZE
-from strop.engine.decode.decoder import CompiledDecoder, Decoder, kv_bytes_per_position, why_not_decoder
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, kv_bytes_per_position, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
@@ -82,7 +82,7 @@ def _prepare(
     if context is not None and context > max_context:
         raise InputError(f"--context {context}: the model supports {max_context} tokens", fix="give less")
     context = context or min(max_context, DEFAULT_MAX_CONTEXT)
-    reason = why_not_decoder(loaded.module)
+    reason = why_decoder_unsupported(loaded.module)
     fallback = HfDecoder(loaded.module, keep=EXTRA_CACHE_SLOTS * context) if reason else None
     if fallback:
         check_batching(fallback, loaded.module)

@@ -187,7 +187,7 @@ def _check_adapter(folder: Path, source: Source) -> int:
     """Check that vLLM can serve an adapter on this base, and return the adapter's rank."""
     check_adapter_base(folder, source)
     check_adapter_weights(folder)
-    check_adapter_kind(folder, scores=False)
+    check_adapter_kind(folder, is_reward_model=False)
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
@@ -246,8 +246,8 @@ def _request_logprobs(address: Address, model: str, ids: Ids) -> list[float]:
 def _request(address: Address, path: str, body: dict[str, Any] | None = None) -> Any:
     """Return vLLM's JSON response. Raises RunError if it responds with an error or not at all.
 
-    Requests without a body wait for vLLM to start. They do not contain the API key, because until then another program
-    may listen on the port.
+    Requests without a body only poll whether vLLM has started. They do not contain the API key, because until then
+    another program may listen on the port.
     """
     headers = {"Content-Type": "application/json"}
     if address.key and body is not None:

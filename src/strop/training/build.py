@@ -43,7 +43,9 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
+        model = cast_trainable_to_fp32(
+            attach_adapter(base, start, setup.source, trainable=True, is_reward_model=scored)[0]
+        )
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
@@ -87,7 +89,7 @@ def build_job(
 ) -> Job:
     """Return the job that trains `model`. sampler: samples completions instead of strop's engine."""
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
-    step = step_for(model, integers=recipe.train.int8_matmul)
+    step = step_for(model, int8_matmul=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
     base, section, repack_weights = model.get_base_model(), recipe.model, None

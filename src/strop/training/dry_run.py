@@ -115,18 +115,18 @@ def _find_decode_dtype(device: str) -> str:
     return measured_dtype[0] if measured_dtype else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
+def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles: bool) -> MicroBatch:
     """Return the sizes of a micro-batch, packed or padded as in the training step."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
-        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
+        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), step_continues)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
-    return MicroBatch(len(packed.ids), num_outputs, documents, more)
+    return MicroBatch(len(packed.ids), num_outputs, documents, step_continues)
 
 
 def _find_largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
@@ -192,7 +192,7 @@ def _get_memory_options(job: Job) -> tuple[int, bool, bool, bool]:
 def check_int8(job: Job, items: Sequence[Item]) -> None:
     """Raise RunError if int8 matmuls change the loss or the gradient of the shortest rows too much."""
     if job.step.name == "plain":
-        what = f"train.int8_matmul: the plain step does not support it: {job.step.why}"
+        what = f"train.int8_matmul needs strop's fused kernels, which do not support this model: {job.step.why}"
         raise RunError(what, fix="leave train.int8_matmul out")
     rows = _select_shortest(items)
     with job.devices.all_or_none():
@@ -230,7 +230,7 @@ def _loss_and_gradient(job: Job, step: Step, rows: Sequence[Item]) -> tuple[floa
 
 def check_causal(job: Job, items: Sequence[Item]) -> None:
     """Raise ModelError if predictions depend on later tokens, as in a model that is not a decoder."""
-    # The fast step is always causal, and a reward model does not predict tokens.
+    # The fast step (FastLoss) is always causal, and a reward model does not predict tokens.
     if job.step.name != "plain" or is_scored(job.criterion):
         return
     config = cast(Any, job.model).config

@@ -37,7 +37,7 @@ class LocalGradient:
     """The gradient of one device's rows."""
 
     loss: Tensor  # the rows' share of the mean loss
-    metrics: list[tuple[int, Metrics]]  # (index in the effective batch, metrics) of each micro-batch
+    metrics: list[tuple[int, Metrics]]  # (sort key, metrics) of each micro-batch; see _groups_of_rank
     buffers: list[Tensor] = field(default_factory=list)  # flat gradients and loss; empty if they are in `weight.grad`
     seconds: float = 0.0  # of computation
 
@@ -132,7 +132,7 @@ def sum_gradients(job: Job, items: Sequence[Item], local: LocalGradient) -> Tota
 
 
 def _groups_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[tuple[int, list[int]]]:
-    """Return (index in the effective batch, rows) of a rank's micro-batches."""
+    """Return (sort key, rows) of a rank's micro-batches. The key is the number of the micro-batch, or its first row."""
     if job.devices.world_size == 1 or job.recipe.train.exact:
         groups = micro_batches(job, items)
         indices = _assign_groups(job, items, groups)[rank] if job.recipe.train.exact else range(len(groups))
@@ -197,7 +197,7 @@ def apply_memory_settings(job: Job) -> None:
         job.step.checkpoint()
     if job.state.progress.offload:
         job.step.offload()
-    if job.state.progress.streamed and job.repack_weights is not None:
+    if job.state.progress.streamed and job.repack_weights is not None:  # dequantize weights only when needed
         job.step.replace_weights(job.repack_weights)
 
 

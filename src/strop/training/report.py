@@ -15,7 +15,7 @@ import torch
 
 from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
-from strop.engine.decode.decoder import why_not_decoder
+from strop.engine.decode.decoder import why_decoder_unsupported
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
 from strop.evaluation.diagnosis import diagnose
@@ -61,7 +61,7 @@ def _list_model_notes(job: Job) -> Iterator[str]:
     if isinstance(criterion, PolicyCriterion):
         if isinstance(criterion.sampler, VllmSampler):
             yield f"completions are sampled by vLLM {criterion.sampler.version}"
-        elif why := why_not_decoder(job.model):
+        elif why := why_decoder_unsupported(job.model):
             yield f"completions are sampled by transformers' generate: {why}"
     if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := find_model_dropout(job.model)):
         yield (

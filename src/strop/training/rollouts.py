@@ -68,6 +68,7 @@ class PolicyCriterion(Criterion):
 
     @property
     def updates(self) -> int:
+        """Optimizer updates for each set of sampled completions."""
         return int(require(self.options.updates))
 
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
@@ -131,7 +132,7 @@ class PolicyCriterion(Criterion):
         result = self.objective.compute(tokens, self.options)
         total = (result.losses * per_token(weights * counts)).sum()
         with torch.no_grad():
-            copies = per_token(counts)
+            copies = per_token(counts)  # off: the difference from the log-probabilities at sampling
             values = {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
             values |= {"kl": result.kl} if self.options.beta else {}
             metrics = {name: column.repeat_interleave(copies) for name, column in values.items()}
@@ -265,7 +266,7 @@ class VllmSampler:
             model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
             request = {
                 "adapter": folder, "number": next(self.adapter_ids), "prompts": [ids.tolist() for ids in prompts],
-                "seeds": [list(group) for group in seeds], "most": limit, "stop": list(stop_ids),
+                "seeds": [list(group) for group in seeds], "max_tokens": limit, "stop": list(stop_ids),
             }  # fmt: skip
             replies = _request(self.process, self.log, request)
         completions = (

@@ -26,7 +26,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         shared = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False}
-        shared |= {"max_tokens": request["most"], "stop_token_ids": request["stop"]}
+        shared |= {"max_tokens": request["max_tokens"], "stop_token_ids": request["stop"]}
         prompts, params = [], []
         for ids, seeds in zip(request["prompts"], request["seeds"], strict=True):
             prompts += [{"prompt_token_ids": ids} for _ in seeds]

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from strop.engine.decode.batch import propose_draft
-from strop.engine.decode.cache import BLOCK_SIZE, MAX_CANDIDATES, BlockPool, CacheFull, block_keys, blocks_for, root_key
+from strop.engine.decode.cache import (
+    BLOCK_SIZE,
+    MAX_CANDIDATES,
+    BlockPool,
+    CacheFull,
+    block_hashes,
+    blocks_for,
+    root_hash,
+)
 
 
 def ids(n: int, first: int = 0) -> np.ndarray:
@@ -18,16 +26,16 @@ def ids(n: int, first: int = 0) -> np.ndarray:
 
 def test_block_key_depends_on_adapter_and_all_tokens_before() -> None:
     long = ids(3 * BLOCK_SIZE + 5)
-    keys = list(block_keys(root_key("a"), long))
-    assert len(keys) == 3 and list(islice(block_keys(root_key("a"), long[: 2 * BLOCK_SIZE]), 9)) == keys[:2]
-    assert list(block_keys(keys[0], long, BLOCK_SIZE)) == keys[1:]
-    assert set(keys).isdisjoint(block_keys(root_key("b"), long)) and set(keys).isdisjoint(
-        block_keys(root_key(None), long)
+    keys = list(block_hashes(root_hash("a"), long))
+    assert len(keys) == 3 and list(islice(block_hashes(root_hash("a"), long[: 2 * BLOCK_SIZE]), 9)) == keys[:2]
+    assert list(block_hashes(keys[0], long, BLOCK_SIZE)) == keys[1:]
+    assert set(keys).isdisjoint(block_hashes(root_hash("b"), long)) and set(keys).isdisjoint(
+        block_hashes(root_hash(None), long)
     )
     changed = long.copy()
     changed[0] += 1
-    assert set(keys).isdisjoint(block_keys(root_key("a"), changed))
-    assert list(block_keys(root_key("None"), long)) != list(block_keys(root_key(None), long))
+    assert set(keys).isdisjoint(block_hashes(root_hash("a"), changed))
+    assert list(block_hashes(root_hash("None"), long)) != list(block_hashes(root_hash(None), long))
 
 
 def test_oldest_unused_block_is_evicted_first() -> None:
@@ -53,7 +61,7 @@ def test_no_block_is_lost_or_allocated_twice() -> None:
             blocks.release(allocated.pop(generator.randrange(len(allocated))))
         else:
             tokens = ids(BLOCK_SIZE * generator.randrange(1, 6), generator.randrange(3))
-            keys = list(block_keys(root_key(None), tokens))
+            keys = list(block_hashes(root_hash(None), tokens))
             known = blocks.share_prefix(iter(keys))
             try:
                 sequence_blocks = known + blocks.allocate(len(keys) - len(known) + 1)
@@ -61,10 +69,10 @@ def test_no_block_is_lost_or_allocated_twice() -> None:
                 blocks.release(known)
                 continue
             for at, (key, block) in enumerate(zip(keys, sequence_blocks, strict=False)):
-                before = keys[at - 1] if at else root_key(None)
+                before = keys[at - 1] if at else root_hash(None)
                 blocks.register(key, block, before, tokens[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE])
             allocated.append(sequence_blocks)
-            match = blocks.match_partial(root_key(None), tokens[:BLOCK_SIZE])
+            match = blocks.match_partial(root_hash(None), tokens[:BLOCK_SIZE])
             assert match[1] == BLOCK_SIZE and match[0] == blocks.share_prefix(iter(keys[:1]))[0]
             blocks.release([match[0], match[0]])
         used = {block for sequence_blocks in allocated for block in sequence_blocks}
@@ -75,7 +83,7 @@ def test_no_block_is_lost_or_allocated_twice() -> None:
 
 
 def test_partial_match_returns_the_longest_match() -> None:
-    blocks, before = BlockPool(MAX_CANDIDATES + 3), root_key("a")
+    blocks, before = BlockPool(MAX_CANDIDATES + 3), root_hash("a")
     assert blocks.match_partial(before, ids(5)) == (0, 0)
     taken = blocks.allocate(MAX_CANDIDATES + 3)
     for number, block in enumerate(taken[:3]):  # the same for 4, 9 and 14 tokens
@@ -86,7 +94,7 @@ def test_partial_match_returns_the_longest_match() -> None:
         blocks.match_partial(before, ids(BLOCK_SIZE)) == (taken[2], 14) and blocks.match_partial(before, ids(3))[1] == 3
     )
     assert blocks.match_partial(before, ids(12)) == (taken[2], 12) and blocks.match_partial(before, ids(0)) == (0, 0)
-    assert blocks.match_partial(before, ids(9, 1))[1] == 0 and blocks.match_partial(root_key(None), ids(9))[1] == 0
+    assert blocks.match_partial(before, ids(9, 1))[1] == 0 and blocks.match_partial(root_hash(None), ids(9))[1] == 0
     for number, block in enumerate(taken[3:], start=3):  # the oldest are no longer candidates
         blocks.register(bytes([number]), block, before, ids(BLOCK_SIZE, 7 * BLOCK_SIZE))
     assert blocks.match_partial(before, ids(BLOCK_SIZE))[1] == 0

@@ -14,7 +14,7 @@ from strop.data.types import Ids
 from strop.engine.decode import compiled_model
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool
-from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_not_decoder
+from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_decoder_unsupported
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
@@ -370,14 +370,14 @@ def test_closing_the_iterator_releases_all_blocks() -> None:
 
 
 def test_unsupported_models_get_a_reason() -> None:
-    assert why_not_decoder(tiny_of("llama")) is None
-    assert "not in the table" in str(why_not_decoder(gpt_neo_like("gpt_neo")))
-    assert "experts by the model's own modules" in str(why_not_decoder(tiny_of("gpt_oss")))
-    assert "trained in full" in str(why_not_decoder(adapted("llama", lora={"modules_to_save": ["lm_head"]})))
+    assert why_decoder_unsupported(tiny_of("llama")) is None
+    assert "not in the table" in str(why_decoder_unsupported(gpt_neo_like("gpt_neo")))
+    assert "experts by the model's own modules" in str(why_decoder_unsupported(tiny_of("gpt_oss")))
+    assert "trained in full" in str(why_decoder_unsupported(adapted("llama", lora={"modules_to_save": ["lm_head"]})))
     assert "an adapter on" in str(
-        why_not_decoder(adapted("llama", lora={"target_modules": ["lm_head"]}, tie_word_embeddings=False))
+        why_decoder_unsupported(adapted("llama", lora={"target_modules": ["lm_head"]}, tie_word_embeddings=False))
     )
-    assert "float64" in str(why_not_decoder(tiny_of("llama").double()))
+    assert "float64" in str(why_decoder_unsupported(tiny_of("llama").double()))
 
 
 def gpt_neo_like(kind: str) -> Any:

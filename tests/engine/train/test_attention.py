@@ -62,7 +62,7 @@ def test_attention_sinks_equal_an_extra_key_with_zero_value(ops: Any, tolerance:
     """A sink acts like one more key per head that all queries see, with the sink as its score and a zero value."""
     torch.manual_seed(0)
     sinks, tokens = torch.tensor([-1.0, 0.5, 2.0, 40.0]), 6
-    shape = dataclasses.replace(heads(window, False, 2), ops=ops, query=4, sinks=sinks)
+    shape = dataclasses.replace(heads(window, False, 2), ops=ops, num_query_heads=4, sinks=sinks)
     cos, sin, qkv = rand(tokens, 2).cos().float(), rand(tokens, 2).sin().float(), rand(tokens, 32).float()
     qkv.requires_grad_()
     result = Attention.apply(qkv, shape, cos, sin, documents_of(tokens, (0, 4, 0), (4, 2, 0)))

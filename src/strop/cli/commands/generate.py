@@ -122,7 +122,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL...",
-            help="Run, adapter or model folder, .gguf file, Hub id, or demo; or several runs of one base.",
+            help="Run, adapter or model folder, .gguf file, Hub id, or the word demo; or several runs of one base.",
         ),
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
@@ -175,10 +175,10 @@ def serve(
         status.stop()
         print_notes(server["notes"])
         for parity in server.get("parity", []):
-            control = "" if parity["control"] is None else f", to the base {parity['control']:.2g}"
+            from_base = "" if parity["control"] is None else f", from strop's base model {parity['control']:.2g}"
             console.print(
-                f"[bold]parity[/]   {escape(parity['model'])}: mean difference {parity['mean']:.2g} nats per token"
-                f"{control}; at most {parity['max']:.2g}, over {parity['tokens']:,} tokens"
+                f"[bold]parity[/]   {escape(parity['model'])}: mean difference from strop {parity['mean']:.2g} nats "
+                f"per token (largest {parity['max']:.2g}){from_base}, over {parity['tokens']:,} tokens"
             )
         console.print(
             f"[bold]serving[/]  {server['url']}  models: {escape(', '.join(server['models']))}  (Ctrl-C to stop)"

@@ -35,7 +35,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Convert another tool's config to a recipe, and list the settings that have no equivalent."""
-    from strop.interop.draft import REQUIRED, import_config
+    from strop.interop.draft import REQUIRED_OPTIONS, import_config
     from strop.runs.folder import write_atomic
 
     imported = import_config(tool, file)
@@ -51,14 +51,14 @@ def import_(
         print(imported.to_yaml(), end="")
     console.print(f"[bold]imported[/] {len(imported.draft.fields)} fields")
     for title, color, notes in (
-        ("differs", "yellow", imported.draft.differs),
-        ("left out", "red", imported.draft.unsupported),
-        ("ignored", "dim", imported.draft.ignored),
+        ("new meaning", "yellow", imported.draft.differs),
+        ("no equivalent", "red", imported.draft.unsupported),
+        ("no effect", "dim", imported.draft.ignored),  # on the trained weights
     ):
         for note in notes if out else ():  # a printed recipe contains the notes as comments
             location = f"{note.key}, line {note.line}" if note.line else note.key
-            console.print(f"[{color}]{title:8} [/]{escape(location)}{': ' * bool(note.text)}{escape(note.text)}")
-    missing = "".join(f" {' '.join(REQUIRED[field])}" for field in imported.missing)
+            console.print(f"[{color}]{title:13} [/]{escape(location)}{': ' * bool(note.text)}{escape(note.text)}")
+    missing = "".join(f" {' '.join(REQUIRED_OPTIONS[field])}" for field in imported.missing)
     recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
     console.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)
     print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)

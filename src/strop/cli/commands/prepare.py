@@ -59,7 +59,7 @@ def doctor(
 
 
 def modules(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or demo.")],
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or the word demo.")],
     as_json: Json = False,
 ) -> None:
     """List the linear layers of a model, and the presets that adapt them."""
@@ -72,7 +72,7 @@ def modules(
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(kinds, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
-        quantized = f"no: {kind.kept_16_bit}" if kind.kept_16_bit else "yes"
+        quantized = f"no: {kind.why_16_bit}" if kind.why_16_bit else "yes"
         table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none", quantized)
     console.print(table)
     print_json({"modules": rows}, as_json)

@@ -216,7 +216,9 @@ def choose_files(name: str, names: list[str], pattern: str | None) -> list[str]:
         return chosen
     if not data:
         what = f"{name} has no file of a known type ({', '.join(TYPES)})"
-        raise DataError(what, fix="scripts and archives are not run")
+        raise DataError(
+            what, fix="choose another data set: loading scripts are not executed, and archives not unpacked"
+        )
     train = [file for file in data if _TRAIN_FILE.search(file)]
     chosen = train or [file for file in data if not _EVAL_FILE.search(file)]
     if len({_SHARD.sub("", file) for file in chosen}) != 1:
@@ -279,9 +281,10 @@ def read_rows(
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of all sources, in order. Memory does not grow with the file, except for JSON arrays.
 
-    spec: see `resolve`. columns: as in data.columns; numbers are columns of CSV and TSV files, or parallel files,
-    counted from 1. errors: receives the errors of single rows. left_out: receives, by path, the number of rows that a
-    fractional weight left out. documents: read a plain text file as one row instead of one row per paragraph.
+    spec: see `resolve`. columns: field -> column name, as in data.columns. A number is the position, counted from 1, of
+    a column in a CSV or TSV file, or of one of several parallel files. errors: receives the errors of single rows.
+    left_out: receives, by path, the number of rows that a fractional weight left out. documents: read a plain text file
+    as one row instead of one row per paragraph.
 
     Raises DataError if a whole file cannot be read, possibly after some rows.
     """

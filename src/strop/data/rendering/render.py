@@ -19,7 +19,7 @@ import numpy as np
 
 from strop.data.rendering.encoder import ControlText, Encoder, TokenStraddlesPrompt
 from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
-from strop.data.rendering.template_source import CLOCK, adds_bos, check_options, template_source, write_options
+from strop.data.rendering.template_source import DATE_OPTION, adds_bos, check_options, template_source, write_options
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
 from strop.errors import Location, ModelError
@@ -191,7 +191,7 @@ class Renderer:
         options: template options for this prompt. Raises RenderError, and ModelError for an option that the template
         does not read.
         """
-        check_options(options or {}, self.chat.variables_read - {CLOCK}, "chat_template_kwargs")
+        check_options(options or {}, self.chat.variables_read - {DATE_OPTION}, "chat_template_kwargs")
         messages = [self.chat.separate_reasoning(message) for message in messages]
         encoder, text, _ = self._encoder_for(self.chat.prompt(messages, tools, options=options))
         return encoder.true_ids(encoder.encode([text])[0])
@@ -232,7 +232,11 @@ class Renderer:
         return {character for character in set(text) if self._is_lost[character]}
 
     def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
-        """Return the encoder for a draft, and its text and spans. Masked drafts need private control tokens."""
+        """Return the encoder for a draft, and its text and spans.
+
+        In a masked draft, control tokens in user text are private-use characters. `swap` exchanges these with the real
+        control tokens, and the `private` encoder treats the private-use characters as control tokens.
+        """
         if not draft.masked:
             return self._encoder, draft.text, draft.spans
         if self._private_encoder is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from strop.data.rendering.encoder import ControlText
 from strop.data.rendering.prober import Mode, Prober, PromptSplice
 from strop.data.rendering.template_source import (
-    CLOCK,
+    DATE_OPTION,
     TEMPLATE_ERRORS,
     BoundedTemplate,
     check_options,
@@ -146,12 +146,12 @@ class ChatTemplate:
             yield f"reasoning: {self.reasoning}: {explanation} ({counts})"
             if options := self.serving_options(thinking=thinking, rows=rows):
                 yield f"served as trained: {_assignments(options)} becomes the template's default"
-        if values := _assignments({name: value for name, value in self.options.items() if name != CLOCK}):
+        if values := _assignments({name: value for name, value in self.options.items() if name != DATE_OPTION}):
             yield f"options written into the template: {values}"
         if required := _assignments(self.traits.input_format.required):
             yield f"written into the template, which does not render without it: {required}"
         if day := fixed_day(self.source):
-            fix = f"--data.template_options {CLOCK}=YYYY-MM-DD sets it"
+            fix = f"--data.template_options {DATE_OPTION}=YYYY-MM-DD sets it"
             yield f"the template's date is {day}, in training and serving; {fix}"
 
     def prompt(
@@ -286,7 +286,9 @@ def _assignments(options: Mapping[str, Any]) -> str:
 def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str:
     """Return the training text, changed so that the prompt at inference is its prefix.
 
-    last: content of the message before the turn. Raises RenderError if prompt and text do not match.
+    With one of the `splices`, prompt = start + prompt_end and text = start + text_head + removed + rest become
+    prompt + inserted + rest. last: content of the message before the turn. Raises RenderError if prompt and text do not
+    match.
     """
     candidates = [(prompt, "")]  # prefix of the text to replace with the prompt, and text to insert after the prompt
     for splice in splices:

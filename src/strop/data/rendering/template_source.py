@@ -39,9 +39,9 @@ CHATML = r"""BOS
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-CLOCK = "strftime_now"  # function that returns the date to a template
+DATE_OPTION = "strftime_now"  # template option for the date; in a template, a function that returns it
 DEFAULT_DAY = date(2026, 1, 1)  # date to write into a template if data.template_options does not set one
-_FIXED_DAY = re.compile(rf'{{%- macro {CLOCK}\(form, day="([0-9-]+)"\) -%}}.*?{{%- endmacro %}}\n')
+_FIXED_DAY = re.compile(rf'{{%- macro {DATE_OPTION}\(form, day="([0-9-]+)"\) -%}}.*?{{%- endmacro %}}\n')
 _STANDARD_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
@@ -82,7 +82,7 @@ def read_variables(tree: nodes.Template) -> frozenset[str]:
     }
     options = {name for name in undeclared if name not in assigned or name in with_default} - _STANDARD_VARIABLES
     options = {name for name in options if not name.endswith("_token")}  # bos_token, ... are set from the tokenizer
-    return frozenset(options | ({CLOCK} if day_formats(tree) else set()))
+    return frozenset(options | ({DATE_OPTION} if day_formats(tree) else set()))
 
 
 def compared_values(tree: nodes.Template, name: str) -> list[Any]:
@@ -96,7 +96,7 @@ def compared_values(tree: nodes.Template, name: str) -> list[Any]:
 
 def day_formats(tree: nodes.Template) -> list[str]:
     """Return the formats in which a template writes the date."""
-    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", "") == CLOCK and call.args]
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", "") == DATE_OPTION and call.args]
     return sorted({call.args[0].value for call in calls if isinstance(call.args[0], nodes.Const)})
 
 
@@ -119,17 +119,17 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
 
     Options that are already written are not written again. Raises ModelError for an invalid date.
     """
-    settings = {name: jinja_literal(value) for name, value in options.items() if name != CLOCK}
+    settings = {name: jinja_literal(value) for name, value in options.items() if name != DATE_OPTION}
     lines = [f"{{%- set {name} = {name} | default({value}) %}}\n" for name, value in settings.items()]
-    if formats and (CLOCK in options or not fixed_day(source)):
-        requested = options.get(CLOCK, DEFAULT_DAY)
+    if formats and (DATE_OPTION in options or not fixed_day(source)):
+        requested = options.get(DATE_OPTION, DEFAULT_DAY)
         try:
             day = date.fromisoformat(str(requested))
         except ValueError:
-            what = f"data.template_options: {CLOCK}: {requested} is not a date"
+            what = f"data.template_options: {DATE_OPTION}: {requested} is not a date"
             raise ModelError(what, fix="write it as 2026-01-31") from None
         days = jinja_literal({form: day.strftime(form) for form in formats})
-        head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
+        head = f'{{%- macro {DATE_OPTION}(form, day="{day}") -%}}'
         source = _FIXED_DAY.sub("", source)
         lines.insert(0, f"{head}{{{{- {days}[form] -}}}}{{%- endmacro %}}\n")
     # templates are compiled with trim_blocks, so the line break after a block is not rendered
@@ -171,7 +171,7 @@ def lint_template(tree: nodes.Template, source: str) -> list[str]:
     )
     if tested:
         warnings.append(f"the chat template tests the text of messages for {', '.join(tested[:5])}")
-    if CLOCK in source and f"macro {CLOCK}" not in source:  # the macro of write_options fixes the date
+    if DATE_OPTION in source and f"macro {DATE_OPTION}" not in source:  # the macro of write_options fixes the date
         warnings.append("the chat template writes today's date: the prompt changes from day to day")
     return warnings
 

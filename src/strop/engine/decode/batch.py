@@ -93,7 +93,7 @@ class Batch:
     def step(self) -> list[Progress]:
         """Run one pass, return the new tokens, and remove finished sequences from the batch.
 
-        A sequence with an expected completion gets no tokens until the whole completion is scored.
+        A sequence with an expected completion (a given text to score) returns no tokens until all of it is scored.
         """
         chunks = self._plan_pass()
         progress = []
@@ -192,7 +192,10 @@ def decode_all(batch: Batch, sequences: Sequence[SequenceState]) -> Iterator[Pro
 
 
 def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> Iterator[Progress]:
-    """Decode groups of sequences with the same prompt, which sequences that start together process only once."""
+    """Decode groups of sequences with the same prompt.
+
+    The prompt is processed once for the sequences of a group that start together.
+    """
     waiting = [list(group) for group in reversed(groups)]
     try:
         while waiting or batch.sequences:

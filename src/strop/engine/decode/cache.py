@@ -1,7 +1,7 @@
 """Allocate the blocks of the paged KV cache, and share the blocks of common prefixes. Does not import torch.
 
 A block holds the keys and values of BLOCK_SIZE consecutive positions of one sequence, in all layers (PagedAttention,
-arXiv:2309.06180). A full block has a key: the hash of the adapter and of all tokens up to the end of the block.
+arXiv:2309.06180). A full block has a hash of the adapter and of all tokens up to the end of the block.
 Sequences with the same adapter and prefix share full blocks. Blocks of finished sequences stay in the cache until their
 space is needed. If a common prefix ends inside a block, the caller may copy the block and reuse its first positions.
 """
@@ -38,10 +38,10 @@ class BlockPool:
         self.count = count
         self._free = list(range(count - 1, -1, -1))
         self._num_users: dict[int, int] = {}
-        self._by_key: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
-        self._successors: dict[bytes, dict[int, Ids]] = {}  # previous block's key -> block -> its tokens
-        self._previous_key: dict[int, bytes] = {}
+        self._by_hash: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._successors: dict[bytes, dict[int, Ids]] = {}  # previous block's hash -> block -> its tokens
+        self._previous_hash: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached blocks without users
 
     @property
@@ -59,7 +59,7 @@ class BlockPool:
                 block = self._free.pop()
             else:
                 block, _ = self._unused.popitem(last=False)
-                del self._by_key[self._key_of.pop(block)]
+                del self._by_hash[self._hash_of.pop(block)]
                 self._drop_candidate(block)
             self._num_users[block] = 1
             blocks.append(block)
@@ -71,16 +71,16 @@ class BlockPool:
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
                 del self._num_users[block]
-                if block in self._key_of:
+                if block in self._hash_of:
                     self._unused[block] = None
                 else:
                     self._free.append(block)
 
-    def share_prefix(self, keys: Iterable[bytes]) -> list[int]:
-        """Return the cached blocks of the longest prefix of `keys`, and add a user to each."""
+    def share_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+        """Return the cached blocks of the longest prefix of `hashes`, and add a user to each."""
         blocks = []
-        for key in keys:
-            block = self._by_key.get(key)
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
             if block is None:
                 break
             self._add_user(block)
@@ -92,25 +92,25 @@ class BlockPool:
         for block in blocks:
             self._num_users[block] += 1
 
-    def register(self, key: bytes, block: int, previous_key: bytes, ids: Ids) -> None:
-        """Make a full block available to other sequences, unless a block with this key already is.
+    def register(self, block_hash: bytes, block: int, previous_hash: bytes, ids: Ids) -> None:
+        """Make a full block available to other sequences, unless a block with this hash already is.
 
         ids: the tokens of the block, shape (BLOCK_SIZE,).
         """
-        if key in self._by_key or block in self._key_of:
+        if block_hash in self._by_hash or block in self._hash_of:
             return
-        self._by_key[key], self._key_of[block] = block, key
-        successors = self._successors.setdefault(previous_key, {})
-        successors[block], self._previous_key[block] = ids, previous_key
+        self._by_hash[block_hash], self._hash_of[block] = block, block_hash
+        successors = self._successors.setdefault(previous_hash, {})
+        successors[block], self._previous_hash[block] = ids, previous_hash
         if len(successors) > MAX_CANDIDATES:
             self._drop_candidate(next(iter(successors)))
 
-    def match_partial(self, previous_key: bytes, ids: Ids) -> tuple[int, int]:
-        """Return the block after `previous_key` with the longest match, and the number of matching tokens.
+    def match_partial(self, previous_hash: bytes, ids: Ids) -> tuple[int, int]:
+        """Return the block after `previous_hash` with the longest match, and the number of matching tokens.
 
         Adds a user to the block, which the caller must release. Returns (0, 0) if no block matches.
         """
-        successors = self._successors.get(previous_key)
+        successors = self._successors.get(previous_hash)
         if not successors or not len(ids):
             return 0, 0
         matches = np.stack(list(successors.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
@@ -128,20 +128,20 @@ class BlockPool:
         self._num_users[block] = self._num_users.get(block, 0) + 1
 
     def _drop_candidate(self, block: int) -> None:
-        previous_key = self._previous_key.pop(block, None)
-        if previous_key is not None:
-            del self._successors[previous_key][block]
-            if not self._successors[previous_key]:
-                del self._successors[previous_key]
+        previous_hash = self._previous_hash.pop(block, None)
+        if previous_hash is not None:
+            del self._successors[previous_hash][block]
+            if not self._successors[previous_hash]:
+                del self._successors[previous_hash]
 
 
-def root_key(adapter: str | None) -> bytes:
-    """Return the `previous_key` of the first block of a sequence with this adapter."""
+def root_hash(adapter: str | None) -> bytes:
+    """Return the value that replaces the `previous_hash` of the first block of a sequence with this adapter."""
     return repr(adapter).encode()
 
 
-def block_keys(previous_key: bytes, ids: Ids, start: int = 0) -> Iterator[bytes]:
-    """Yield the keys of the full blocks of `ids` from position `start`, after the block with key `previous_key`."""
+def block_hashes(previous_hash: bytes, ids: Ids, start: int = 0) -> Iterator[bytes]:
+    """Yield the hashes of the full blocks of `ids` from position `start`, after the block with `previous_hash`."""
     for begin in range(start, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
-        previous_key = blake2b(previous_key + ids[begin : begin + BLOCK_SIZE].tobytes(), digest_size=16).digest()
-        yield previous_key
+        previous_hash = blake2b(previous_hash + ids[begin : begin + BLOCK_SIZE].tobytes(), digest_size=16).digest()
+        yield previous_hash

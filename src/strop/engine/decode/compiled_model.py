@@ -47,16 +47,16 @@ class CompiledModel:
         self._rope_kinds = [spec.rope for spec in specs]
         self._act = self._kernels.KINDS[ACTIVATIONS[specs[0].activation]]
         width = padded_head_size(specs[0].size)
-        shape = (num_blocks, specs[0].key_value, BLOCK_SIZE, width)
+        shape = (num_blocks, specs[0].num_kv_heads, BLOCK_SIZE, width)
         self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in specs] for _ in range(2))
         self._cache = [(_to_numpy(k), _to_numpy(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._build_norm(layers.norm)
         self._head = self._kernels.Dense(_to_numpy(layers.head.weight.data))
         self._logits = np.empty((0, 0), np.float32)
-        self._query_width = specs[0].query * width
+        self._query_width = specs[0].num_query_heads * width
         self._adapters = list(adapters)
         self._kernel_layers = [self._build_layer(spec) for spec in specs]
-        heads = [layer.shape.query * layer.shape.size for layer in self._kernel_layers]
+        heads = [layer.shape.num_query_heads * layer.shape.size for layer in self._kernel_layers]
         inner = [layer.inner for layer in self._kernel_layers]
         self._max_width = max(layers.config.hidden_size, *heads, *inner)
         linears = [linear for layer in self._kernel_layers for linear in layer[:4]]
@@ -127,13 +127,15 @@ class CompiledModel:
         if count > self._num_rows:
             self._num_rows = count
             buffers = self._kernels.Buffers(
-                z=_to_numpy(torch.zeros(count * self._max_width, dtype=self._dtype)),
-                q=_to_numpy(torch.zeros(count * self._query_width, dtype=self._dtype)),
-                y=np.zeros(count * self._max_outputs, np.float32),
-                u=np.zeros(count * max(self._max_rank, 1), np.float32),
-                like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
-                x=torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16).numpy(),
-                scales=np.zeros(count * self._quantizes_inputs, np.float32),
+                inputs=_to_numpy(torch.zeros(count * self._max_width, dtype=self._dtype)),
+                queries=_to_numpy(torch.zeros(count * self._query_width, dtype=self._dtype)),
+                outputs=np.zeros(count * self._max_outputs, np.float32),
+                lora_a_outputs=np.zeros(count * max(self._max_rank, 1), np.float32),
+                weight_like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
+                quantized_inputs=_to_numpy(
+                    torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16)
+                ),
+                input_scales=np.zeros(count * self._quantizes_inputs, np.float32),
             )
             self._buffers = self._kernels.BuffersRef(buffers)
 
@@ -157,18 +159,19 @@ class CompiledModel:
     def _build_norm(self, spec: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
         if spec is None:
-            return self._kernels.Norm(0, empty, empty, np.float32(0.0))
+            return self._kernels.Norm(self._kernels.NO_NORM, empty, empty, np.float32(0.0))
         weight = _to_numpy(spec.weight.float() + spec.offset)
         bias = empty if spec.bias is None else _to_numpy(spec.bias.float())
-        return self._kernels.Norm(2 if spec.centered else 1, weight, bias, np.float32(spec.eps))
+        kind = self._kernels.LAYER_NORM if spec.centered else self._kernels.RMS_NORM
+        return self._kernels.Norm(kind, weight, bias, np.float32(spec.eps))
 
     def _build_layer(self, spec: LayerSpec) -> Any:
         fused = self._layers.family.fused_heads
-        size, heads = spec.size, spec.query
+        size, heads = spec.size, spec.num_query_heads
         shape = self._kernels.Shape(
-            query=heads, key_value=spec.key_value, size=size,
+            num_query_heads=heads, num_kv_heads=spec.num_kv_heads, size=size,
             k_at=size if fused else heads * size,
-            v_at=2 * size if fused else (heads + spec.key_value) * size,
+            v_at=2 * size if fused else (heads + spec.num_kv_heads) * size,
             step=3 * size if fused else size,
             interleaved=self._layers.family.rope_pairs == "interleaved",
             rope_before_norm=self._layers.family.rope_before_norm,

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from strop.data.types import Ids
-from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_keys, blocks_for, root_key
+from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_hashes, blocks_for, root_hash
 from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, padded_head_size
 from strop.engine.decode.sampling import PassOutput, SequenceState
 from strop.engine.layers import DecoderLayers
@@ -66,42 +66,42 @@ class Decoder(Protocol):
 
 
 class CompiledDecoder:
-    """Decoder for a model on a CPU that `why_not_decoder` accepts. The weights must not change while it is used.
+    """Decoder for a model on a CPU, for which `why_decoder_unsupported` returns None. Its weights must not change.
 
     positions: capacity of the cache, for all sequences. warm: compile the kernels ahead of time in another process.
     """
 
     def __init__(self, model: nn.Module, positions: int, *, warm: bool = True) -> None:
-        reason = why_not_decoder(model)
+        reason = why_decoder_unsupported(model)
         assert reason is None, reason
         self.adapters = list_adapters(model)
         self.blocks = BlockPool(blocks_for(positions))
         layers = DecoderLayers(model)
-        self._pending_keys: set[bytes] = set()  # the keys of blocks that admitted sequences will fill
+        self._pending_hashes: set[bytes] = set()  # of blocks that admitted sequences will fill
         self._model = CompiledModel(layers, self.blocks.count, self.adapters, warm=warm)
         self.num_cheap_rows = 4 if self._model.unpacks_weights else 8  # unpacking takes time for each row
         first = layers.layer_spec(0)
-        self._max_query_rows = max(1, MAX_QUERY_HEADS // (first.query // first.key_value))
+        self._max_query_rows = max(1, MAX_QUERY_HEADS // (first.num_query_heads // first.num_kv_heads))
 
     def admit(self, sequence: SequenceState) -> None:
-        root = root_key(sequence.adapter)
-        keys = list(block_keys(root, sequence.ids[: sequence.first_scored]))
-        shared = self.blocks.share_prefix(keys)
+        root = root_hash(sequence.adapter)
+        hashes = list(block_hashes(root, sequence.ids[: sequence.first_scored]))
+        shared = self.blocks.share_prefix(hashes)
         sequence.num_cached, needed = len(shared) * BLOCK_SIZE, blocks_for(sequence.max_length) - len(shared)
         remaining = sequence.ids[sequence.num_cached : sequence.first_scored]
-        source, num_matching = self.blocks.match_partial(keys[len(shared) - 1] if shared else root, remaining)
+        source, num_matching = self.blocks.match_partial(hashes[len(shared) - 1] if shared else root, remaining)
         if num_matching and needed > self.blocks.free:  # the space of the matching block is needed
             self.blocks.release([source])
             num_matching = 0
         try:
-            if self._pending_keys.intersection(keys[len(shared) : len(shared) + 1]):
+            if self._pending_hashes.intersection(hashes[len(shared) : len(shared) + 1]):
                 raise CacheFull
             sequence.blocks = shared + self.blocks.allocate(needed)
         except CacheFull:
             self.blocks.release(shared + ([source] if num_matching else []))
             raise
-        sequence.block_keys, sequence.pending_keys = keys[: len(shared)], keys[len(shared) :]
-        self._pending_keys.update(sequence.pending_keys)
+        sequence.block_hashes, sequence.pending_hashes = hashes[: len(shared)], hashes[len(shared) :]
+        self._pending_hashes.update(sequence.pending_hashes)
         if num_matching:
             self._model.copy_block(source, sequence.blocks[len(shared)])
             self.blocks.release([source])
@@ -122,12 +122,12 @@ class CompiledDecoder:
         if leader.prompt_length % BLOCK_SIZE:  # both write to the block in which the prompt ends
             self._model.copy_block(leader.blocks[num_full], sequence.blocks[0])
         sequence.blocks = shared + sequence.blocks
-        sequence.block_keys = leader.block_keys[:num_full]
+        sequence.block_hashes = leader.block_hashes[:num_full]
         sequence.num_cached = sequence.num_reused = leader.prompt_length
 
     def release(self, sequence: SequenceState) -> None:
         self.blocks.release(sequence.blocks)
-        self._pending_keys.difference_update(sequence.pending_keys)
+        self._pending_hashes.difference_update(sequence.pending_hashes)
         sequence.blocks = []
 
     def forward(self, chunks: Sequence[Chunk], *, logits: bool = True) -> PassOutput:
@@ -170,14 +170,14 @@ class CompiledDecoder:
     def _advance(self, sequence: SequenceState, count: int) -> None:
         """Mark `count` more positions as cached, and register full blocks for sharing."""
         sequence.num_cached += count
-        keys = sequence.block_keys
-        previous_key, begin = keys[-1] if keys else root_key(sequence.adapter), len(keys) * BLOCK_SIZE
-        for key in block_keys(previous_key, sequence.ids[: sequence.num_final], begin):
+        hashes = sequence.block_hashes
+        previous_hash, begin = hashes[-1] if hashes else root_hash(sequence.adapter), len(hashes) * BLOCK_SIZE
+        for block_hash in block_hashes(previous_hash, sequence.ids[: sequence.num_final], begin):
             tokens = sequence.ids[begin : begin + BLOCK_SIZE].copy()
-            self.blocks.register(key, sequence.blocks[len(keys)], previous_key, tokens)
-            self._pending_keys.discard(key)
-            keys.append(key)
-            previous_key, begin = key, begin + BLOCK_SIZE
+            self.blocks.register(block_hash, sequence.blocks[len(hashes)], previous_hash, tokens)
+            self._pending_hashes.discard(block_hash)
+            hashes.append(block_hash)
+            previous_hash, begin = block_hash, begin + BLOCK_SIZE
 
 
 def kv_bytes_per_position(model: nn.Module) -> int:
@@ -185,7 +185,7 @@ def kv_bytes_per_position(model: nn.Module) -> int:
     layers = DecoderLayers(model)
     first = layers.layer_spec(0)
     dtype = activation_dtype(layers.head.weight.dtype)
-    return 2 * len(layers) * first.key_value * padded_head_size(first.size) * dtype.itemsize
+    return 2 * len(layers) * first.num_kv_heads * padded_head_size(first.size) * dtype.itemsize
 
 
 def list_adapters(model: nn.Module) -> list[str]:
@@ -204,7 +204,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
     return [] if layer is None or layer.disable_adapters else list(map(str, layer.active_adapters))
 
 
-def why_not_decoder(model: nn.Module) -> str | None:
+def why_decoder_unsupported(model: nn.Module) -> str | None:
     """Return why CompiledDecoder does not support a model, or None if it does."""
     if has_trained_biases(model):  # the base and the adapter could not share a batch
         return "the adapter has trained biases"
@@ -214,7 +214,7 @@ def why_not_decoder(model: nn.Module) -> str | None:
     kind = base.config.get_text_config().model_type
     family = FAMILIES.get(kind)
     if family is None:
-        return f"model family {kind} is not in the table of the fast step"
+        return f"model family {kind} is not in the table strop.models.families.table"
     if not family.fully_fused:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)

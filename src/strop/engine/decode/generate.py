@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop_decoder
-from strop.engine.decode.decoder import find_active_adapter, why_not_decoder
+from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError, NonFiniteError
@@ -100,7 +100,7 @@ def generate(
             what = f"the prompt has {longest} tokens, and the model has learned {positions} positions"
             raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
         max_new_tokens = min(max_new_tokens, positions - longest)
-    if why_not_decoder(model) is not None:
+    if why_decoder_unsupported(model) is not None:
         streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
         arguments = model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, streamer
         if not both:
@@ -150,7 +150,7 @@ def sample_completions(
 
     Raises NonFiniteError if the logits are not finite.
     """
-    if why_not_decoder(model) is not None:
+    if why_decoder_unsupported(model) is not None:
         return [_sample_with_hf(model, *row, stop_ids, max_new_tokens) for row in zip(prompts, seeds, strict=True)]
     adapter = find_active_adapter(model)
     options: Any = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "num_logprobs": 0}

@@ -190,13 +190,13 @@ def load(
     """Load a model to generate with.
 
     Args:
-        name: a run, adapter or model folder, a .gguf file, a Hub id or `demo`.
+        name: a run, adapter or model folder, a .gguf file, a Hub id, or the word `demo` for the demo model.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA, and on a CPU the dtype that was measured to be faster.
         quantization: auto, none, nf4, fp4 or int8. auto: the scheme with which the adapter was trained, or that of the
             weights on disk. In this case, as many layers as fit into the GPU's memory are dequantized when loaded.
         force: accept an adapter that was trained on another base model, if it fits. The differences are in `notes`.
-        scores: load a reward model, which cannot generate.
+        scores: load a reward model, which scores texts and cannot generate.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -223,7 +223,7 @@ def load(
     )  # fmt: skip
     if folder is None:
         return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
-    module, notes = attach_adapter(base, folder, source, force=force, scores=scores)
+    module, notes = attach_adapter(base, folder, source, force=force, is_reward_model=scores)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), notes, source, scheme
     )

@@ -146,10 +146,12 @@ class SequenceState:
         num_logprobs: number of most likely tokens to return with each token; 0: only the log-probability of the token
             itself; None: no log-probabilities.
         mask: restricts the next token, for a grammar.
-        expected: a reference completion, which is processed and scored together with the prompt. The longest part of it
-            that greedy decoding would generate becomes the completion. Only if `needs_argmax_only` is true.
+        expected: a reference completion, which is processed and scored together with the prompt. The completion is the
+            longest prefix of it that greedy decoding generates, and the first token that differs. Allowed only if
+            `needs_argmax_only`.
 
     Attributes:
+        first_scored: first position whose logits are needed; the cache is searched only for the tokens before it.
         num_cached: number of positions whose keys and values are in the cache.
         num_reused: number of these that were in the cache before.
         finish_reason: "" until the sequence is finished; then "stop", "length", or the finish_reason of a NoToken.
@@ -175,8 +177,8 @@ class SequenceState:
         self.expected_logprobs = np.empty(self.length - self.first_scored - 1)
         self._argmax = np.empty(self.length - self.first_scored, np.int64)
         self.blocks: list[int] = []
-        self.block_keys: list[bytes] = []
-        self.pending_keys: list[bytes] = []  # the keys of blocks that this sequence will fill
+        self.block_hashes: list[bytes] = []  # of its full blocks; a hash covers all tokens up to the end of the block
+        self.pending_hashes: list[bytes] = []  # of the blocks that this sequence will fill
         self.num_reused = 0
         self._sampling, self._num_logprobs, self._mask = sampling or Sampling(), num_logprobs, mask
         self.greedy = self._sampling.temperature < MIN_TEMPERATURE

@@ -174,12 +174,12 @@ def _dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
 set_dequantize_kernels(_dequantize_kernels)  # strop.models must not import strop.engine
 
 
-def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Backend:
+def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, int8_matmul: bool = False) -> Backend:
     """Return the kernels of a device: numba kernels on a CPU, Triton kernels on a GPU, else PyTorch operations.
 
     Args:
         warm: which CPU kernels to compile ahead of time in another process: USUAL, ALL, or "" for none.
-        integers: on a CPU in fp32, multiply frozen weights as 8-bit integers.
+        int8_matmul: on a CPU in fp32, multiply frozen weights as 8-bit integers.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine.kernels.cpu import elementwise
@@ -187,7 +187,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
         cache_folder, int8 = elementwise.numba_cache_folder(), None
         if warm:
             compile_once(dtype, cache_folder, TRAIN, [warm], ("attention", "matmuls"))
-        if integers:
+        if int8_matmul:
             if warm:
                 compile_once(dtype, cache_folder, TRAIN, [INTEGERS])
             from strop.engine.kernels.cpu.int8_matmul import Int8Matmul
@@ -209,7 +209,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
 
 
 def measure_frozen_flops(dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the fast step's matmuls by frozen weights on this CPU."""
+    """Measure the FLOP/s of FastLoss's matmuls by frozen weights on this CPU."""
     from strop.engine.kernels.cpu.precision import SHAPES, rate
 
     sizes = [size for shape in SHAPES for size in shape]
@@ -223,7 +223,7 @@ def measure_int8_flops() -> dict[str, float]:
     from strop.engine.kernels.cpu.int8_matmul import Int8Weight
     from strop.engine.kernels.cpu.precision import rate
 
-    matmul = backend_for(torch.device("cpu"), torch.float32, integers=True).matmul([])
+    matmul = backend_for(torch.device("cpu"), torch.float32, int8_matmul=True).matmul([])
     storage: dict[str, Callable[[Tensor], Any]] = {
         "none": Int8Weight.quantize,
         "int8": lambda weight: Int8Weight(weight.to(torch.int8), None, weight[:, 0].contiguous()),

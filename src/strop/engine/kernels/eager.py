@@ -2,7 +2,7 @@
 
 All operations compute in fp32 (in fp64 for fp64 inputs) and return the dtype of their input, rounded once. T is the
 number of packed rows. Functions whose name ends with an underscore overwrite an argument with the result. Kernels may
-write the result to `out`, which these functions ignore. `*_backward` functions take the gradient of the output and the
+write the result to `out`; here, only from_heads does. `*_backward` functions take the gradient of the output and the
 arguments of the forward.
 """
 
@@ -157,20 +157,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def _output_rows(slots: Slots, key_value: int, group: int) -> Tensor:
+def _output_rows(slots: Slots, num_kv_heads: int, group: int) -> Tensor:
     """Return the row of each slot and head in the result of to_heads, shape (P, heads), int64."""
     device = slots.positions.device
-    head, slot = torch.arange(key_value * group, device=device), torch.arange(len(slots.positions), device=device)
+    head, slot = torch.arange(num_kv_heads * group, device=device), torch.arange(len(slots.positions), device=device)
     first, position, length = (x[:, None] for x in (slot - slots.positions, slots.positions, slots.lengths))
-    return (first * key_value + head // group * length + position) * group + head % group
+    return (first * num_kv_heads + head // group * length + position) * group + head % group
 
 
 def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int) -> Tensor:
     """Rearrange packed rows to one padded matrix for each document and key-value head.
 
     x: (T, heads, d). cos, sin: tables of the rotary embedding, (T, m); if None, x is neither rotated nor scaled. slots:
-    the P padded positions; a packed row may have several. group: query heads per key-value head; 1 for keys and values.
-    Returns (P * heads, d), sorted by document, key-value head, position and head of the group, with zeros as padding.
+    the P padded positions. A packed row of a shared prefix goes to several of them, one for each document that uses the
+    prefix. group: query heads per key-value head; 1 for keys and values. Returns (P * heads, d), sorted by document,
+    key-value head, position and head of the group, with zeros as padding.
     """
     wide = _wide(x)
     if cos is not None and sin is not None:

@@ -1,4 +1,4 @@
-"""Interfaces of the kernels that the fast step uses on a device, and shared memory helpers."""
+"""Interfaces of the kernels that the fast step (engine.train.fast) uses on a device, and shared memory helpers."""
 
 from __future__ import annotations
 

@@ -62,15 +62,15 @@ def warm_up_training(dtype: torch.dtype, models: str = ALL, part: str = "") -> N
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
     }  # fmt: skip
     for family, dropout, dora in FAMILIES[models]:
-        key_value = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # GPT-NeoX has no grouped heads
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **key_value}))
+        kv_option = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # GPT-NeoX has no grouped heads
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **kv_option}))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, use_dora=dora)
         adapted = peft.get_peft_model(base.to(dtype), config)
-        if why_not_fast(adapted) is not None:  # with transformers 5.0, Gemma does not support the fast step
+        if why_not_fast(adapted) is not None:  # with transformers 5.0, FastLoss does not support Gemma
             continue
         # The rows share a prefix that is long enough for prefix sharing.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
-        step = FastLoss(adapted.train(), warm=False, integers=models == INTEGERS)
+        step = FastLoss(adapted.train(), warm=False, int8_matmul=models == INTEGERS)
         result = step.last_hidden(rows).sum() if part == "attention" else step.token_loss(rows)
         result.backward()  # type: ignore[no-untyped-call]
 
@@ -80,7 +80,7 @@ def _skip_linear(linear: FusedLinear, x: Tensor, tokens: Tensor, residual: Tenso
 
 
 def _skip_attention(qkv: Tensor, heads: Heads, *_: object) -> Tensor:
-    return qkv[:, : heads.query * heads.size].contiguous()
+    return qkv[:, : heads.num_query_heads * heads.size].contiguous()
 
 
 def warm_up_decoding(dtype: torch.dtype, part: str = "") -> None:

@@ -30,17 +30,16 @@ class Heads:
     """The attention heads of a layer.
 
     Attributes:
-        query, key_value: numbers of heads.
         size: number of features of a head.
         window: number of keys that a query attends to, its own included; 0 for all.
         softcap: scores are replaced by softcap * tanh(scores / softcap), unless it is 0.
         new: allocates saved tensors.
-        sinks: attention sinks (query,), fp32: an additional score in the softmax of each head.
+        sinks: attention sinks (num_query_heads,), fp32: an additional score in the softmax of each head.
     """
 
     ops: Ops
-    query: int
-    key_value: int
+    num_query_heads: int
+    num_kv_heads: int
     size: int
     scale: float
     window: int
@@ -54,12 +53,12 @@ class Heads:
     @property
     def group(self) -> int:
         """The number of query heads per key-value head."""
-        return self.query // self.key_value
+        return self.num_query_heads // self.num_kv_heads
 
     def views(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k, v (T, heads, size) as views of qkv (T, (query + 2 key_value) size)."""
+        """Return q, k, v (T, heads, size) as views of qkv (T, (num_query_heads + 2 num_kv_heads) size)."""
         heads = qkv.view(len(qkv), -1, self.size)
-        q, k, v = torch.split(heads, [self.query, self.key_value, self.key_value], dim=1)
+        q, k, v = torch.split(heads, [self.num_query_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return q, k, v
 
     def normalized(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,8 +122,8 @@ def _from_halves(x: Tensor, m: int) -> Tensor:
 
 
 def apply_trained_head_norms(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
-    """Apply the norms of q and k if they are trained in full. Return qkv, and heads without these norms."""
-    if all(norm is None or norm.current_weights is None for norm in (heads.q_norm, heads.k_norm)):
+    """Apply the norms of q and k if one of them is trained. Return qkv, and heads without these norms."""
+    if all(norm is None or norm.trained_weights is None for norm in (heads.q_norm, heads.k_norm)):
         return qkv, heads
     q_norm, k_norm = (norm and norm.with_current_weights() for norm in (heads.q_norm, heads.k_norm))
     trained = [weight for norm in (q_norm, k_norm) if norm is not None for weight in norm.trained]
@@ -157,9 +156,10 @@ class HeadNorms(Function):
 
 
 class Attention(Function):
-    """Compute attention, with norms and rotary embedding: qkv (T, (query + 2 key_value) size) to (T, query size).
+    """Compute attention, with norms and rotary embedding, of qkv (T, (num_query_heads + 2 num_kv_heads) size).
 
-    cos, sin: (T, m). Saves qkv, and the attention probabilities of documents with at most MAX_SAVED_KEYS keys.
+    cos, sin: (T, m). Returns (T, num_query_heads size). Saves qkv, and the attention probabilities of documents with at
+    most MAX_SAVED_KEYS keys.
     """
 
     @staticmethod
@@ -177,7 +177,8 @@ class Attention(Function):
                 _bmm(probs, v[:, :keys], bucket_out[:, rows])
                 if is_saved:
                     saved_probs.append(probs)
-        out = heads.new(len(qkv), heads.query * heads.size, qkv).view(len(qkv), heads.query, heads.size)
+        out = heads.new(len(qkv), heads.num_query_heads * heads.size, qkv)
+        out = out.view(len(qkv), heads.num_query_heads, heads.size)
         ops.from_heads(o, None, None, 1.0, layout.queries, group, out)
         ctx.heads, ctx.layout = heads, layout
         ctx.save_for_backward(qkv, cos, sin, *saved_probs)
@@ -191,7 +192,7 @@ class Attention(Function):
         qkv, cos, sin, *saved_probs = ctx.saved_tensors
         padded = _to_buckets(heads, qkv, cos, sin, layout)
         grads = [torch.empty_like(x) for x in padded]
-        grad = grad.reshape(len(qkv), heads.query, heads.size)
+        grad = grad.reshape(len(qkv), heads.num_query_heads, heads.size)
         do = ops.to_heads(grad, None, None, 1.0, layout.queries, group)
         inputs, outputs = _view_buckets(heads, layout, *padded, do), _view_buckets(heads, layout, *grads)
         views = list(zip(layout.buckets, inputs, outputs, strict=True))
@@ -237,12 +238,13 @@ def _view_buckets(
 ) -> list[tuple[Tensor, ...]]:
     """Return views for each bucket.
 
-    They are (D * key_value, Sq * group, size) for q and like_q, and (D * key_value, Sk, size) for k and v.
+    They are (D * num_kv_heads, Sq * group, size) for q and like_q, and (D * num_kv_heads, Sk, size) for k and v, with D
+    documents, Sq queries and Sk keys, as in packing.Bucket.
     """
 
     def views(x: Tensor, row_tensors: list[Tensor], group: int) -> list[Tensor]:
-        pieces = torch.split(x, [rows.numel() * heads.key_value * group for rows in row_tensors])
-        shapes = [(len(rows) * heads.key_value, rows.shape[1] * group, heads.size) for rows in row_tensors]
+        pieces = torch.split(x, [rows.numel() * heads.num_kv_heads * group for rows in row_tensors])
+        shapes = [(len(rows) * heads.num_kv_heads, rows.shape[1] * group, heads.size) for rows in row_tensors]
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     queries, keys = [b.queries for b in layout.buckets], [b.keys for b in layout.buckets]
@@ -251,7 +253,10 @@ def _view_buckets(
 
 
 def _compute_probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: Allocate = allocate_from_heap) -> Tensor:
-    """Return the attention probabilities (B, Sq, Sk). first: the position of the first query among the keys."""
+    """Return the attention probabilities (B, Sq * group, Sk). B: D * num_kv_heads, as in _view_buckets.
+
+    first: the position of the first query among the keys.
+    """
     scores = new(len(q) * q.shape[1], k.shape[1], q).view(len(q), q.shape[1], k.shape[1])
     _bmm(q, k.transpose(1, 2), scores)
     if heads.softcap:

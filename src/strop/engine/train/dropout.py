@@ -41,15 +41,15 @@ class DropoutOps(Protocol):
 class DropoutSpec:
     """The masks of m adapters with the same input z (T, k).
 
-    token_keys: the key of each row of z (see the function), (T,), int64. numbers: identify the adapters in the counter.
-    levels: elements whose random value is below the level of the adapter are dropped; 0 drops none.
+    token_keys: the key of each row of z (see the function), (T,), int64. adapter_numbers: identify the adapters in the
+    counter. thresholds: elements whose random value (16 bits) is below the adapter's threshold are dropped; 0: none.
     """
 
     seed: int
     step: int
     token_keys: Tensor
-    numbers: tuple[int, ...]
-    levels: tuple[int, ...]
+    adapter_numbers: tuple[int, ...]
+    thresholds: tuple[int, ...]
 
 
 class Masks:
@@ -81,20 +81,20 @@ class CounterDropout(nn.Dropout):
         self.number, self.masks = number, masks
 
     @property
-    def level(self) -> int:
-        """The level as in DropoutSpec; 0 if dropout is disabled."""
+    def threshold(self) -> int:
+        """The threshold as in DropoutSpec; 0 if dropout is disabled."""
         return max(1, min(LEVELS - 1, round(self.p * LEVELS))) if self.training and self.p else 0
 
     def forward(self, x: Tensor) -> Tensor:
         keys = self.masks.token_keys
-        if not self.level:
+        if not self.threshold:
             return x
         if keys is None or not _are_token_rows(x.shape[:-1], keys.shape):
             return super().forward(x)
-        dropped = DropoutSpec(self.masks.seed, self.masks.step, keys.reshape(-1), (self.number,), (self.level,))
+        dropped = DropoutSpec(self.masks.seed, self.masks.step, keys.reshape(-1), (self.number,), (self.threshold,))
         ops = self.masks.dropout_ops_for(x)
         masked: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
-        return masked.view(x.shape) * keep_scale(self.level)
+        return masked.view(x.shape) * keep_scale(self.threshold)
 
 
 def _are_token_rows(leading: torch.Size, shape: torch.Size) -> bool:
@@ -105,9 +105,9 @@ def _are_token_rows(leading: torch.Size, shape: torch.Size) -> bool:
     return leading == (shape.numel(),) or [n for n in leading if n != 1] == [n for n in shape if n != 1]
 
 
-def keep_scale(level: int) -> float:
+def keep_scale(threshold: int) -> float:
     """Return the factor of the elements that are not dropped, which preserves the mean."""
-    return LEVELS / (LEVELS - level)
+    return LEVELS / (LEVELS - threshold)
 
 
 def install_dropout(model: nn.Module, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> Masks:
@@ -141,7 +141,7 @@ def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     """Return the gradient of z (T, k), given the gradient of the result of apply_masks (T, m k)."""
-    grads = grad.view(len(grad), len(dropped.numbers), -1)
+    grads = grad.view(len(grad), len(dropped.adapter_numbers), -1)
     wide = torch.promote_types(grad.dtype, torch.float32)
     masks = _keep_masks(dropped, grads.shape[2])
     return torch.cat([(grads[rows].to(wide) * mask).sum(1).to(grad.dtype) for rows, mask in masks])
@@ -149,13 +149,13 @@ def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
 
 def _keep_masks(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows with their masks (rows, m, width), bool: True for elements that are not dropped."""
-    device, count = dropped.token_keys.device, len(dropped.numbers)
-    parts = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
-    numbers, levels, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)
+    device, count = dropped.token_keys.device, len(dropped.adapter_numbers)
+    parts = dropped.adapter_numbers, dropped.thresholds, (dropped.seed, dropped.step)
+    numbers, thresholds, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)
     block = max(1, BLOCK_VALUES // (count * width))
     for begin in range(0, len(dropped.token_keys), block):
         rows = slice(begin, begin + block)
-        yield rows, random_bits(dropped.token_keys[rows], numbers, key, width) >= levels[:, None]
+        yield rows, random_bits(dropped.token_keys[rows], numbers, key, width) >= thresholds[:, None]
 
 
 def random_bits(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Check whether the fast step can train a loaded model."""
+"""Check whether the fast step (strop.engine.train.fast) can train a loaded model."""
 
 from __future__ import annotations
 

@@ -63,22 +63,23 @@ class AttentionBlock:
     apply_rope: Any
 
     def __call__(self, hidden: Tensor, context: BatchContext, shared_kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output (T, query size), and the keys and values if later layers reuse them.
+        """Return the attention output (T, num_query_heads size), and the keys and values if later layers reuse them.
 
         shared_kv: the keys and values of an earlier layer, before their norms, for a layer that reuses them.
         """
         family, heads, batch = self.family, self.heads, context.batch
-        qkv, gates, query = self.qkv(hidden, batch.token_keys), None, self.heads.query * self.heads.size
+        qkv, gates, q_size = self.qkv(hidden, batch.token_keys), None, self.heads.num_query_heads * self.heads.size
         if family.fused_heads:
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
         if family.gated_output:
-            q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
-            qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
+            pairs = qkv[:, : 2 * q_size].view(len(qkv), heads.num_query_heads, 2, heads.size)
+            q, gates = (x.flatten(1) for x in pairs.unbind(2))
+            qkv = torch.cat([q, qkv[:, 2 * q_size :]], 1)
         if shared_kv is not None:
             qkv = torch.cat([qkv, shared_kv], 1)
-        elif qkv.shape[1] == query + heads.key_value * heads.size:  # the values are the keys
-            qkv = torch.cat([qkv, qkv[:, query:]], 1)
-        stored_kv = qkv[:, query:] if self.spec.stores_kv else None
+        elif qkv.shape[1] == q_size + heads.num_kv_heads * heads.size:  # the values are the keys
+            qkv = torch.cat([qkv, qkv[:, q_size:]], 1)
+        stored_kv = qkv[:, q_size:] if self.spec.stores_kv else None
         cos, sin = context.angles[self.spec.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
@@ -210,8 +211,8 @@ class LayerBuilder:
     def build_norm(self, spec: NormSpec | None) -> Norm | None:
         if spec is None:
             return None
-        current_weights = None if spec.module is None else spec.current_weights
-        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, current_weights
+        trained_weights = None if spec.module is None else spec.current_weights
+        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, trained_weights
         return LayerNorm(*arguments, cpu_ops=self._backend.cpu_ops) if spec.centered else Norm(*arguments)
 
     def _build_layer(self, spec: LayerSpec, number: int) -> Layer:
@@ -250,13 +251,13 @@ class LayerBuilder:
         family = self._model.family
         heads = Heads(
             self._backend.ops,
-            spec.query, spec.key_value, spec.size, spec.scale, spec.window, spec.softcap,
+            spec.num_query_heads, spec.num_kv_heads, spec.size, spec.scale, spec.window, spec.softcap,
             self.build_norm(spec.q_norm), self.build_norm(spec.k_norm), self.build_norm(spec.v_norm),
             new=self._arena or allocate_from_heap,
             sinks=None if spec.sinks is None else spec.sinks.detach().float(),
         )  # fmt: skip
         outputs = sum(module.out_features for module in spec.qkv)
-        is_rearranged = outputs != (spec.query + 2 * spec.key_value) * spec.size
+        is_rearranged = outputs != (spec.num_query_heads + 2 * spec.num_kv_heads) * spec.size
         # AttentionBlock copies q, k and v in these cases, and the copy is saved for the backward.
         is_copied = family.fused_heads or is_rearranged or family.separate_rope
         qkv = self._fuse(spec.qkv, norm, in_arena=not is_copied)
@@ -273,7 +274,7 @@ class FastLoss:
         prefix_sharing: compute a prefix that examples share only once. Ignored for families with recurrent layers.
         checkpoint_layers: the number of layers, from the first, that save only their input and are recomputed.
         warm: compile the CPU kernels ahead of time in another process.
-        integers: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
+        int8_matmul: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
     """
 
     name = "fast"
@@ -284,7 +285,7 @@ class FastLoss:
 
     def __init__(
         self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True,
-        integers: bool = False,
+        int8_matmul: bool = False,
     ) -> None:  # fmt: skip
         reason = why_not_fast(model)
         assert reason is None, reason
@@ -295,7 +296,7 @@ class FastLoss:
         self._device: torch.device = self._head.weight.device
         self.masks = install_dropout(model, dropout_ops_for)
         warm_kernels = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
-        self._backend = backend_for(self._device, self._head.weight.dtype, warm=warm_kernels, integers=integers)
+        self._backend = backend_for(self._device, self._head.weight.dtype, warm=warm_kernels, int8_matmul=int8_matmul)
         self._head_matmul = self._backend.head_matmul(self._head.weight)
         self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
         self._dropout_ops = dropout_ops_for(self._head.weight)

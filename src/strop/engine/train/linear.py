@@ -32,6 +32,7 @@ from strop.engine.train.peft_modules import ActiveAdapters, base_module, dropout
 from strop.models.quantize import QuantizedLinear
 
 LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraOps]]
+# Takes two functions, which return the dense weight and (int8 weight, scale) or None. Returns `FrozenLinear.weight`.
 PrepareWeight = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
 
 
@@ -94,24 +95,28 @@ Prologue = Norm | ActivationModule | None
 
 @dataclass(frozen=True)
 class DroppedAdapters:
-    """DoRA's adapters and the dropout of their inputs. The scales of `adapters` include the factor of the dropout."""
+    """DoRA's adapters and the dropout of their inputs.
+
+    The adapters' inputs z' are masked, but not multiplied by dropout's factor 1 / (1 - p). The scales of `adapters`
+    include this factor instead.
+    """
 
     adapters: Adapters
     dropped: DropoutSpec
 
     @property
     def undropped(self) -> Adapters:
-        """The adapters without the factor of the dropout in their scales."""
-        pairs = zip(self.adapters.scales, self.dropped.levels, strict=True)
-        return replace(self.adapters, scales=tuple(scale / keep_scale(level) for scale, level in pairs))
+        """The adapters without the factor 1 / (1 - p) in their scales."""
+        pairs = zip(self.adapters.scales, self.dropped.thresholds, strict=True)
+        return replace(self.adapters, scales=tuple(scale / keep_scale(threshold) for scale, threshold in pairs))
 
     def split(self, z: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, float, Adapters]]:
-        """Yield the output range of each adapter, its unscaled z' (a view), the factor of z', and the adapter."""
+        """Yield the output range of each adapter, its masked z' (a view), the factor 1 / (1 - p), and the adapter."""
         adapters = self.adapters
         for i, (columns, z_i) in enumerate(zip(adapters.columns, torch.split(z, adapters.width, 1), strict=True)):
             start, end = columns
             adapter = Adapters(adapters.parts[2 * i : 2 * i + 2], ((0, end - start),), adapters.scales[i : i + 1])
-            yield columns, z_i, keep_scale(self.dropped.levels[i]), adapter
+            yield columns, z_i, keep_scale(self.dropped.thresholds[i]), adapter
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,9 @@ class Dora:
     squared_norms: Tensor
 
     def gains(self, weight: Tensor, adapters: Adapters, magnitudes: Sequence[Tensor]) -> Tensor:
-        """Return g (n,), which is 1 for outputs without an adapter. adapters: without the factor of the dropout.
+        """Return g (n,), which is 1 for outputs without an adapter. adapters: see DroppedAdapters.undropped.
 
-        |W + s B A|^2 is computed from smaller products than W + s B A, which has the size of W.
+        |W + s B A|^2 is computed from smaller matmuls than W + s B A, which has the size of W.
         """
         wide = self.squared_norms.dtype
         gains = torch.ones_like(self.squared_norms)
@@ -136,7 +141,7 @@ class Dora:
         return gains
 
     def apply_(self, y: Tensor, z: Tensor, weight: Tensor, gains: Tensor, parts: DroppedAdapters) -> None:
-        """Turn y (T, n) = s z' A^T B^T into (g - 1) z' W^T + g s z' A^T B^T. z (T, m k): z' of each adapter."""
+        """Turn y (T, n) = s z' A^T B^T into (g - 1) z' W^T + g s z' A^T B^T. z: (T, adapters * k), each z'."""
         self.ops.scale_columns_(y, gains)
         for (start, end), z_i, factor, _ in parts.split(z):
             product = z_i @ weight[start:end].t()
@@ -156,7 +161,7 @@ class Dora:
     def add_input_gradient_(
         self, grad_z: Tensor, grad: Tensor, weight: Tensor, gains: Tensor, parts: DroppedAdapters
     ) -> None:
-        """Add the gradient through (g - 1) z' W^T to grad_z (T, m k)."""
+        """Add the gradient through (g - 1) z' W^T to grad_z (T, adapters * k)."""
         for (start, end), grad_z_i, factor, _ in parts.split(grad_z):
             upstream = grad[:, start:end].clone(memory_format=torch.contiguous_format)
             grad_z_i.addmm_(self.ops.scale_columns_(upstream, (gains[start:end] - 1) * factor), weight[start:end])
@@ -382,7 +387,7 @@ class FusedLinear:
             # The weights may be loaded later, so the view is created at the first call.
             self.weight = prepare_weight(cache(lambda: _fuse(weights)), lambda: None)
         self._locations = [_location(base.weight) for base in self.bases]
-        self.operands: LoraOps | None = None  # set by kernels.cuda.lora.prepare_adapters
+        self.prepared_lora_ops: LoraOps | None = None  # set by kernels.cuda.lora.prepare_adapters
 
     def _fuse_int8_weight(self) -> tuple[Tensor, Tensor] | None:
         """Return the fused weight, int8 (n, k), and its scale (n,), or None unless all modules have int8 weights."""
@@ -402,10 +407,13 @@ class FusedLinear:
     def __call__(self, x: Tensor, token_keys: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply LoraLinear to x (T, k). token_keys (T,): for dropout, see dropout.token_keys."""
         for base, location in zip(self.bases, self._locations, strict=True):
-            assert _location(base.weight) == location, "the model's weights were moved or replaced after FastLoss"
+            assert _location(base.weight) == location, (
+                "the model's weights were moved or replaced after the training step was created"
+            )
         active, prologue = self.active_adapters(), self.prologue
         prologue = prologue.with_current_weights() if isinstance(prologue, Norm) else prologue
-        lora_ops, dropped = self.operands or self._lora_ops(active.parts), dropout_spec(active.dropouts, token_keys)
+        lora_ops = self.prepared_lora_ops or self._lora_ops(active.parts)
+        dropped = dropout_spec(active.dropouts, token_keys)
         bias, trained_ranges, trained_biases = self._fuse_biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
             self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,
@@ -433,7 +441,7 @@ class FusedLinear:
 
 
 def _location(weight: Tensor) -> tuple[int, int]:
-    """Return an identifier of the weight's storage, which also holds after its memory was replaced, and the offset."""
+    """Return (identifier of the weight's storage, offset). The identifier stays the same if the memory is replaced."""
     return weight.untyped_storage()._cdata, int(weight.storage_offset())
 
 

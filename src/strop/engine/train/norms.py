@@ -24,16 +24,17 @@ class Norm:
     eps: float
     offset: float  # 1 if the weight is stored as its difference from 1 (Gemma), else 0
     bias: Tensor | None = None
-    current_weights: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # returns weight and bias, if trained
+    # returns the weight and bias in use; None if the norm is frozen
+    trained_weights: Callable[[], tuple[Tensor, Tensor | None]] | None = None
     weight_trained: bool = False
     bias_trained: bool = False
     trained: tuple[Tensor, ...] = ()  # the weight and the bias, as far as they are trained
 
     def with_current_weights(self) -> Norm:
         """Return the norm with the weights that are in use now. They change when adapters are disabled."""
-        if self.current_weights is None:
+        if self.trained_weights is None:
             return self
-        weight, bias = self.current_weights()
+        weight, bias = self.trained_weights()
         trained = tuple(x for x in (weight, bias) if x is not None and x.requires_grad)
         return replace(
             self, weight=weight.detach(), bias=None if bias is None else bias.detach(), trained=trained,

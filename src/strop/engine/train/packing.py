@@ -1,8 +1,8 @@
 """Pack the examples of a micro-batch into one sequence of T rows, one per token, without padding.
 
-`pack` puts a prefix that all examples share first, once, followed by the rest of each example. The labels in the prefix
-are merged by adding their weights, which does not change the loss. `pack_separately` keeps the labels of each example
-apart, and shares the common prefix of examples with the same prompt.
+`pack` starts with the prefix that all examples share, which is stored once, and continues with the rest of each
+example. The labels in the prefix are merged by adding their weights, which does not change the loss. `pack_separately`
+keeps the labels of each example apart, and shares the common prefix of examples with the same prompt.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Slots:
-    """The P positions (slots) in the buckets for the queries, or for the keys, document after document.
+    """The P padded places (slots) for the queries or for the keys in all buckets, document after document.
 
     rows (P,): packed row of each slot, -1 for padding. positions (P,): position in the document. lengths (P,): padded
-    length of the document. slots[starts[t] : starts[t + 1]]: the slots of packed row t.
+    length of the document. slots_by_row[starts[t] : starts[t + 1]]: indices of the slots of packed row t.
     """
 
     rows: Tensor
     positions: Tensor
     lengths: Tensor
     starts: Tensor
-    slots: Tensor
+    slots_by_row: Tensor
 
 
 @dataclass(frozen=True)
@@ -152,24 +152,24 @@ class Documents:
         counts = Counter((int(length), int(length + prefix)) for _, length, prefix in self.spans)
         return tuple((count, queries, keys) for (queries, keys), count in sorted(counts.items()))
 
-    def thread_tasks(self, key_value: int, threads: int) -> tuple[Int64, Int64]:
+    def thread_tasks(self, num_kv_heads: int, threads: int) -> tuple[Int64, Int64]:
         """Distribute attention over threads. Return the tasks, thread by thread, and the index of each thread's first.
 
-        A task is a document and a key-value head, as document * key_value + head. The tasks are assigned in descending
-        order of cost, each to the thread with the lowest total. The result is cached for the other layers.
+        A task is a document and a key-value head, as document * num_kv_heads + head. The tasks are assigned in
+        descending order of cost, each to the thread with the lowest total. The result is cached for the other layers.
         """
-        if (key_value, threads) in self._thread_tasks:
-            return self._thread_tasks[key_value, threads]
+        if (num_kv_heads, threads) in self._thread_tasks:
+            return self._thread_tasks[num_kv_heads, threads]
         costs = self.spans[:, 1] * (self.spans[:, 1] // 2 + self.spans[:, 2] + 32)
         by_thread: list[list[int]] = [[] for _ in range(threads)]
         totals = [0] * threads
         for document in np.argsort(-costs, kind="stable"):
-            for head in range(key_value):
+            for head in range(num_kv_heads):
                 thread = totals.index(min(totals))
-                by_thread[thread].append(int(document) * key_value + head)
+                by_thread[thread].append(int(document) * num_kv_heads + head)
                 totals[thread] += int(costs[document])
         tasks = _int64([task for tasks in by_thread for task in tasks]), _int64(np.cumsum([0, *map(len, by_thread)]))
-        return self._thread_tasks.setdefault((key_value, threads), tasks)
+        return self._thread_tasks.setdefault((num_kv_heads, threads), tasks)
 
 
 @dataclass(frozen=True)

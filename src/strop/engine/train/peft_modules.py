@@ -106,7 +106,7 @@ def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> Active
                     magnitudes.append(module.lora_magnitude_vector[name].weight)
                 columns.append((start, end))
                 dropouts.append(module.lora_dropout[name])
-                scales.append(float(module.scaling[name]) * keep_scale(_level(dropouts[-1])))
+                scales.append(float(module.scaling[name]) * keep_scale(_threshold(dropouts[-1])))
     return ActiveAdapters(parts, magnitudes, tuple(columns), tuple(scales), dropouts)
 
 
@@ -115,16 +115,16 @@ def dropout_spec(dropouts: Sequence[Any], token_keys: Tensor) -> DropoutSpec | N
 
     token_keys (T,): the key of each input row, see dropout.token_keys.
     """
-    levels = tuple(map(_level, dropouts))
-    if not any(levels):
+    thresholds = tuple(map(_threshold, dropouts))
+    if not any(thresholds):
         return None
     masks = next(dropout.masks for dropout in dropouts if isinstance(dropout, CounterDropout))
     numbers = tuple(getattr(dropout, "number", 0) for dropout in dropouts)
-    return DropoutSpec(masks.seed, masks.step, token_keys, numbers, levels)
+    return DropoutSpec(masks.seed, masks.step, token_keys, numbers, thresholds)
 
 
-def _level(dropout: Any) -> int:
-    return dropout.level if isinstance(dropout, CounterDropout) else 0
+def _threshold(dropout: Any) -> int:
+    return dropout.threshold if isinstance(dropout, CounterDropout) else 0
 
 
 @lru_cache(4)

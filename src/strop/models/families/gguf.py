@@ -89,8 +89,8 @@ class GgufLayout:
             pattern = gguf_format.window_pattern
             if is_sliding != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
                 self._refuse("order of sliding-window layers", "layer_types")
-            is_scaled_by_width = config.num_hidden_layers == gguf_format.width_scaled_layers
-            expected = config.hidden_size // config.num_attention_heads if is_scaled_by_width else self.head_dim
+            is_hidden_scaled = config.num_hidden_layers == gguf_format.hidden_scaled_at_num_layers
+            expected = config.hidden_size // config.num_attention_heads if is_hidden_scaled else self.head_dim
             if config.query_pre_attn_scalar != expected:
                 self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
         elif gguf_format.sliding_window == "refused" and any(is_sliding):

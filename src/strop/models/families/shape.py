@@ -50,7 +50,7 @@ class LinearKind:
     out_features: int
     count: int
     sets: tuple[str, ...]  # the target sets that contain it
-    kept_16_bit: str | None  # the reason why it stays in 16 bit in a quantized base; None if it is quantized
+    why_16_bit: str | None  # the reason why it stays in 16 bit in a quantized base; None if it is quantized
 
     @property
     def weights(self) -> int:
@@ -282,22 +282,22 @@ def _config_defaults(family: str) -> ConfigDefaults | None:
 
 def _dense_linears(
     family: Family, defaults: ConfigDefaults, config: Mapping[str, Any],
-    hidden: int, query: int, key_value: int, inner: int,
+    hidden: int, query_size: int, key_value_size: int, inner: int,
 ) -> tuple[LinearShape, ...]:  # fmt: skip
     if len(family.qkv) == 1:
         return (
-            LinearShape("self_attn.o_proj", query, hidden),
-            LinearShape("self_attn.qkv_proj", hidden, query + 2 * key_value),
+            LinearShape("self_attn.o_proj", query_size, hidden),
+            LinearShape("self_attn.qkv_proj", hidden, query_size + 2 * key_value_size),
             LinearShape("mlp.gate_up_proj", hidden, 2 * inner),
             LinearShape("mlp.down_proj", inner, hidden),
         )
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     qkv_bias, o_bias = (attention_bias, attention_bias) if defaults.qkv_bias is None else (defaults.qkv_bias, False)
     return (
-        LinearShape("self_attn.q_proj", hidden, query, qkv_bias),
-        LinearShape("self_attn.k_proj", hidden, key_value, qkv_bias),
-        LinearShape("self_attn.v_proj", hidden, key_value, qkv_bias),
-        LinearShape("self_attn.o_proj", query, hidden, o_bias),
+        LinearShape("self_attn.q_proj", hidden, query_size, qkv_bias),
+        LinearShape("self_attn.k_proj", hidden, key_value_size, qkv_bias),
+        LinearShape("self_attn.v_proj", hidden, key_value_size, qkv_bias),
+        LinearShape("self_attn.o_proj", query_size, hidden, o_bias),
         LinearShape("mlp.gate_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.up_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.down_proj", inner, hidden, mlp_bias),

@@ -38,9 +38,11 @@ class GgufFormat:
     arch: str  # the name of the architecture in llama.cpp
     activation: str = "silu"
     permutes: bool = False  # the rows of q and k are stored as interleaved pairs
+    # The sliding window. "none": the family has none. "pattern": in all layers except every `window_pattern`-th.
+    # "ignored": llama.cpp uses full attention instead. "refused": strop does not export a model that has one.
     sliding_window: Literal["none", "pattern", "ignored", "refused"] = "none"
-    window_pattern: int = 0  # every n-th layer has full attention, the others a sliding window
-    width_scaled_layers: int = 0  # models with this number of layers scale attention by hidden size / heads
+    window_pattern: int = 0
+    hidden_scaled_at_num_layers: int = 0  # the model size with this number of layers scales by hidden size / heads
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     reads_weights: bool = True  # strop reads the file tensor by tensor; otherwise transformers loads it
 
@@ -74,7 +76,7 @@ class Family:
 
     # Norms of the input and of the output of attention and MLP
     layer_norm: bool = False  # LayerNorm, not RMSNorm
-    norm_biases: bool = False  # the norms have biases, which the fast step does not train
+    norm_biases: bool = False  # the norms have biases, which the fast step (strop.engine.train.fast) does not train
     norm_offset: float = 0.0  # added to the stored norm weights
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
@@ -91,7 +93,7 @@ class Family:
 
     # Rotary embedding
     rope_pairs: Literal["halves", "interleaved"] = "halves"  # which elements of a head rotate together
-    # layout of the model's cos and sin, which has each angle twice; "once": the first half of "halves"
+    # layout of the model's cos and sin: each angle twice, as "halves" or "interleaved", or only "once" (half as long)
     rope_angles: Literal["halves", "interleaved", "once"] = "halves"
     rope_reversed: bool = False  # rotates by the negative angle
     rope_before_norm: bool = False  # applied before the norms of q and k
@@ -174,11 +176,13 @@ FAMILIES = {
     "gemma": Family(norm_offset=1.0),
     "gemma2": replace(
         GEMMA, config_defaults=ConfigDefaults(head_size=256, tied=True),
-        gguf=GgufFormat("gemma2", window_pattern=2, width_scaled_layers=46, ropes=("default",), **GEMMA_GGUF),
+        gguf=GgufFormat("gemma2", window_pattern=2, hidden_scaled_at_num_layers=46, ropes=("default",), **GEMMA_GGUF),
     ),
     "gemma3_text": replace(
         GEMMA, config_defaults=ConfigDefaults(head_size=256, tied=True, head_norms=True),
-        gguf=GgufFormat("gemma3", window_pattern=6, width_scaled_layers=62, ropes=("default", "linear"), **GEMMA_GGUF),
+        gguf=GgufFormat(
+            "gemma3", window_pattern=6, hidden_scaled_at_num_layers=62, ropes=("default", "linear"), **GEMMA_GGUF
+        ),
     ),
     "gemma4_text": replace(GEMMA, norm_offset=0.0, per_layer_inputs=True),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),

@@ -44,17 +44,17 @@ def test_tiles_are_as_close_to_fp64_as_matmuls(
     spans: str, shape: str, window: int, norms: bool, softcap: float, sinks: float
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    heads, key_value, size, rotated = SHAPES[shape]
+    heads, num_kv_heads, size, rotated = SHAPES[shape]
     tokens = max(start + length for start, length, _ in SPANS[spans])
     documents = Documents(np.array(SPANS[spans]), tokens, torch.device("cpu"))
     weight = torch.rand(size) + 0.5
     angles = torch.rand(tokens, rotated // 2) * 6
-    qkv, upstream = torch.randn(tokens, (heads + 2 * key_value) * size), torch.randn(tokens, heads * size)
+    qkv, upstream = torch.randn(tokens, (heads + 2 * num_kv_heads) * size), torch.randn(tokens, heads * size)
 
     def run(attention: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         norm = Norm(ops, weight.to(dtype), 1e-6, 0.0) if norms else None  # type: ignore[arg-type]
         extra = torch.linspace(-2, 3, heads) if sinks else None
-        options = heads, key_value, size, size**-0.5, window, softcap
+        options = heads, num_kv_heads, size, size**-0.5, window, softcap
         shape = Heads(ops, *options, norm, norm, sinks=extra)  # type: ignore[arg-type]
         x = qkv.bfloat16().to(dtype).requires_grad_()
         out = attention.apply(x, shape, angles.cos(), angles.sin(), documents)

@@ -11,7 +11,7 @@ import torch
 from strop.engine.kernels.cpu import decode_matmul, int8_dots
 
 pytestmark = pytest.mark.skipif(not int8_dots.INT8_DOTS, reason="this CPU has no AVX512-VNNI")
-Buffers = namedtuple("Buffers", "like x scales u")
+Buffers = namedtuple("Buffers", "weight_like quantized_inputs input_scales lora_a_outputs")
 
 
 def multiplied(

@@ -139,7 +139,7 @@ def test_integer_matmuls_of_this_cpu_are_exact() -> None:
 
 
 def assert_near(model: PeftModel, **how: Any) -> None:
-    expected, result = (step(model, FastLoss(model, integers=on, **how), some()) for on in (False, True))
+    expected, result = (step(model, FastLoss(model, int8_matmul=on, **how), some()) for on in (False, True))
     torch.testing.assert_close(result[0], expected[0], rtol=LOSS, atol=0)
     same = [torch.equal(result[1][name], grad) for name, grad in expected[1].items()]
     assert not all(same), "these matmuls ran in fp32"
@@ -184,5 +184,5 @@ def test_step_with_new_tokens_is_close_to_fp32(case: str) -> None:
 def test_log_probs_are_close_to_fp32() -> None:
     model = adapted(LlamaConfig, {})
     rows = answers((5, 2), (7, 3), alike=2)
-    result, expected = (FastLoss(model, integers=yes).log_probs(rows) for yes in (True, False))
+    result, expected = (FastLoss(model, int8_matmul=yes).log_probs(rows) for yes in (True, False))
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)

@@ -136,16 +136,16 @@ def test_cross_entropy_matches_fp64(dtype: torch.dtype, softcap: float, rows: in
     assert not torch.equal(before, logits) or vocabulary == 1
 
 
-HEADS = [  # query, key_value, size, rotated pairs, norms
+HEADS = [  # num_query_heads, num_kv_heads, size, rotated pairs, norms
     (4, 2, 16, 8, "head"), (3, 1, 10, 2, "none"), (5, 5, 12, 0, "head"), (2, 1, 6, 3, "all"), (32, 8, 128, 64, "head"),
     (7, 1, 80, 16, "none"), (1, 1, 6, 0, "none"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize(("query", "key_value", "size", "pairs", "norms"), HEADS)
+@pytest.mark.parametrize(("num_query_heads", "num_kv_heads", "size", "pairs", "norms"), HEADS)
 def test_rotate_qk_matches_autograd(
-    dtype: torch.dtype, query: int, key_value: int, size: int, pairs: int, norms: str
+    dtype: torch.dtype, num_query_heads: int, num_kv_heads: int, size: int, pairs: int, norms: str
 ) -> None:
     """q, k, v and the joined gradient, for any strides, compared with autograd of the definition."""
     torch.manual_seed(0)
@@ -154,9 +154,9 @@ def test_rotate_qk_matches_autograd(
         weight = random_tensor(size if norms == "head" else many * size, dtype=dtype)
         return None if norms == "none" else Norm(OPS, weight, 1e-6, 1.0)
 
-    shape = Heads(OPS, query, key_value, size, 1.0, 0, 0.0, norm(query), norm(key_value))
+    shape = Heads(OPS, num_query_heads, num_kv_heads, size, 1.0, 0, 0.0, norm(num_query_heads), norm(num_kv_heads))
     for rows in (1, 5):
-        qkv = random_tensor(rows, (query + 2 * key_value) * size, dtype=dtype).requires_grad_()
+        qkv = random_tensor(rows, (num_query_heads + 2 * num_kv_heads) * size, dtype=dtype).requires_grad_()
         angles = random_tensor(rows, pairs) if pairs else torch.empty(rows, 0)
         cos, sin = angles.cos(), angles.sin()
         wide = qkv.detach().double().requires_grad_()
@@ -169,7 +169,7 @@ def test_rotate_qk_matches_autograd(
         result = RotateQk.apply(qkv, shape, cos, sin, rope)
         # No two elements are contiguous; and as flash attention may return them.
         upstreams = [random_tensor(*x.shape[::-1], dtype=dtype).permute(2, 1, 0) for x in result]
-        upstreams[0] = random_tensor(query, rows, size, dtype=dtype).transpose(0, 1)
+        upstreams[0] = random_tensor(num_query_heads, rows, size, dtype=dtype).transpose(0, 1)
         share = 4 * LAST_BIT[dtype]
         for actual, exact in zip(result, expected, strict=True):
             torch.testing.assert_close(actual.double(), exact, rtol=share, atol=share)

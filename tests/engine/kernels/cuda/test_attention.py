@@ -71,7 +71,7 @@ def test_pytorchs_flash_operations_accept_the_arguments() -> None:
     varlen = Varlen(ends, ends, 8, 8, None)
     q, k = (torch.empty(8, n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     for window in (0, 3):
-        shape = replace(heads(window, False), query=4, key_value=2, size=8)
+        shape = replace(heads(window, False), num_query_heads=4, num_kv_heads=2, size=8)
         out, *saved = flash_forward(q, k, k, varlen, shape)
         assert out.shape == q.shape
         dq, dk, dv = flash_backward(out, (q, k, k), out, saved, varlen, shape)

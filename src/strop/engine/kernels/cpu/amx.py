@@ -1,7 +1,7 @@
 """bf16 matrix multiplication with AMX, which is several times as fast as AVX512-BF16 on CPUs that have it.
 
 `emit_tile` implements tile.tile. `tiled_matmul` multiplies bf16 weights during decoding. Each thread of a kernel calls
-`claim` before its first multiplication and `release` after its last.
+`claim_tiles` before its first multiplication and `release_tiles` after its last.
 
 AMX has eight tile registers (Intel's manual, volume 1, chapter 18). `emit_tile` uses 0 and 1 for sums, 2, 4 and 5 for
 operands of 16 pairs, and 3, 6 and 7 for a remainder of 8 pairs.
@@ -54,11 +54,11 @@ def _is_available() -> bool:
 AVAILABLE = _is_available()
 
 
-def _amx(b: Any, name: str, *args: Any) -> None:
-    call_llvm(b, f"llvm.x86.{name}", ir.VoidType(), *args)
+def _amx(builder: Any, name: str, *args: Any) -> None:
+    call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), *args)
 
 
-def _claim(registers: list[tuple[int, int]]) -> Any:
+def _claim_registers(registers: list[tuple[int, int]]) -> Any:
     """Return an intrinsic that configures the tile registers of the calling thread."""
     config = np.zeros(64, np.uint8)  # the operand of ldtilecfg: row length in bytes and number of rows of each register
     config[0] = 1
@@ -66,28 +66,28 @@ def _claim(registers: list[tuple[int, int]]) -> Any:
         config[16 + 2 * number], config[48 + number] = 4 * pairs, rows
 
     def typing(context: Any) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
             if AVAILABLE:
                 data = ir.Constant(ir.ArrayType(I8, 64), bytearray(config.tobytes()))
-                address = b.alloca(data.type)
-                b.store(data, address)
-                _amx(b, "ldtilecfg", b.bitcast(address, _BYTES))
+                address = builder.alloca(data.type)
+                builder.store(data, address)
+                _amx(builder, "ldtilecfg", builder.bitcast(address, _BYTES))
 
         return types.void(), generate
 
     return intrinsic(typing)
 
 
-claim, _claim_whole = _claim(_WITH_HALVES), _claim(_WHOLE)
+claim_tiles, _claim_whole_tiles = _claim_registers(_WITH_HALVES), _claim_registers(_WHOLE)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def release(context: Any) -> Any:
+def release_tiles(context: Any) -> Any:
     """Release the tile registers of the calling thread."""
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
         if AVAILABLE:
-            _amx(b, "tilerelease")
+            _amx(builder, "tilerelease")
 
     return types.void(), generate
 
@@ -96,83 +96,88 @@ def _register(number: int) -> Any:
     return ir.Constant(I8, number)
 
 
-def _load(b: Any, number: int, address: Any, row_bytes: Any) -> None:
-    _amx(b, "tileloadd64", _register(number), b.bitcast(address, _BYTES), row_bytes)
+def _load(builder: Any, number: int, address: Any, row_bytes: Any) -> None:
+    _amx(builder, "tileloadd64", _register(number), builder.bitcast(address, _BYTES), row_bytes)
 
 
-def _store(b: Any, number: int, address: Any, row_bytes: Any) -> None:
-    _amx(b, "tilestored64", _register(number), b.bitcast(address, _BYTES), row_bytes)
+def _store(builder: Any, number: int, address: Any, row_bytes: Any) -> None:
+    _amx(builder, "tilestored64", _register(number), builder.bitcast(address, _BYTES), row_bytes)
 
 
-def _multiply_add(b: Any, sums: int, left: int, right: int) -> None:
-    _amx(b, "tdpbf16ps", _register(sums), _register(left), _register(right))
+def _multiply_add(builder: Any, sums: int, left: int, right: int) -> None:
+    _amx(builder, "tdpbf16ps", _register(sums), _register(left), _register(right))
 
 
 def emit_tile(
-    vectors: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any, pairs: Any,
+    vectors: int, builder: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any, num_pairs: Any,
     accumulate: Any,
 ) -> None:  # fmt: skip
-    """Emit c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], or += if `accumulate`. pairs: a multiple of 8."""
-    a_row, b_row, c_row = (b.mul(elements, I64(4)) for elements in (lda, ldb, ldc))
-    outputs = [b.gep(c_start, [I64(j * LANES)]) for j in range(vectors)]
+    """Emit c[16, 16 vectors] = a[16, num_pairs] b[num_pairs, 16 vectors], or += if `accumulate`.
+
+    vectors: tile registers with 16 columns of c. num_pairs: a multiple of 8.
+    """
+    a_row, b_row, c_row = (builder.mul(elements, I64(4)) for elements in (lda, ldb, ldc))
+    outputs = [builder.gep(c_start, [I64(j * LANES)]) for j in range(vectors)]
 
     def add(k: Any, left: int, right: int) -> None:
-        _load(b, left, b.gep(a_start, [k]), a_row)
-        row = b.gep(b_start, [b.mul(k, ldb)])
+        _load(builder, left, builder.gep(a_start, [k]), a_row)
+        row = builder.gep(b_start, [builder.mul(k, ldb)])
         for j in range(vectors):
-            _load(b, right + j, b.gep(row, [I64(j * LANES)]), b_row)
-            _multiply_add(b, j, left, right + j)
+            _load(builder, right + j, builder.gep(row, [I64(j * LANES)]), b_row)
+            _multiply_add(builder, j, left, right + j)
 
     def add_whole(k: Any, _: list[Any]) -> None:
         add(k, 2, 4)
 
-    with b.if_else(accumulate) as (then, otherwise):
+    with builder.if_else(accumulate) as (then, otherwise):
         with then:
             for j, output in enumerate(outputs):
-                _load(b, j, output, c_row)
+                _load(builder, j, output, c_row)
         with otherwise:
             for j in range(vectors):
-                _amx(b, "tilezero", _register(j))
-    whole_steps = b.and_(pairs, I64(-STEP))
-    repeat(b, whole_steps, STEP, [], add_whole, may_be_empty=True)
-    with b.if_then(b.icmp_signed(">", pairs, whole_steps)):
+                _amx(builder, "tilezero", _register(j))
+    whole_steps = builder.and_(num_pairs, I64(-STEP))
+    repeat(builder, whole_steps, STEP, [], add_whole, may_be_empty=True)
+    with builder.if_then(builder.icmp_signed(">", num_pairs, whole_steps)):
         add(whole_steps, 3, 6)
     for j, output in enumerate(outputs):
-        _store(b, j, output, c_row)
+        _store(builder, j, output, c_row)
 
 
 def _tiles(vectors: int) -> Any:
     def typing(
-        context: Any, a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, c: Any, c_at: Any, ldc: Any, pairs: Any
+        context: Any, a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, c: Any, c_at: Any, ldc: Any,
+        num_pairs: Any,
     ) -> Any:  # fmt: skip
         long = types.int64
 
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
-            kinds, lda, pairs = signature.args, args[2], args[8]
-            a_start, b_start, c_start = (pointer(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
-            a_row, b_row, c_row = (b.mul(elements, I64(4)) for elements in (lda, I64(COLUMNS), args[7]))
-            prefetch_offset = b.mul(lda, I64(PREFETCH_ROWS))
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+            kinds, lda, num_pairs = signature.args, args[2], args[8]
+            a_start, b_start, c_start = (pointer(context, builder, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
+            a_row, b_row, c_row = (builder.mul(elements, I64(4)) for elements in (lda, I64(COLUMNS), args[7]))
+            prefetch_offset = builder.mul(lda, I64(PREFETCH_ROWS))
             for j in range(vectors):
-                _amx(b, "tilezero", _register(j))
+                _amx(builder, "tilezero", _register(j))
 
             def body(k: Any, _: list[Any]) -> None:
-                _load(b, 4, b.gep(a_start, [k]), a_row)
-                row = b.gep(b_start, [b.mul(k, I64(COLUMNS))])
+                _load(builder, 4, builder.gep(a_start, [k]), a_row)
+                row = builder.gep(b_start, [builder.mul(k, I64(COLUMNS))])
                 for j in range(vectors):
-                    _load(b, 5 + j % 3, b.gep(row, [I64(j * LANES)]), b_row)
-                    _multiply_add(b, j, 4, 5 + j % 3)
+                    _load(builder, 5 + j % 3, builder.gep(row, [I64(j * LANES)]), b_row)
+                    _multiply_add(builder, j, 4, 5 + j % 3)
                 for i in range(ROWS):
-                    prefetch(b, b.gep(a_start, [b.add(b.add(k, prefetch_offset), b.mul(lda, I64(i)))]))
+                    offset = builder.add(builder.add(k, prefetch_offset), builder.mul(lda, I64(i)))
+                    prefetch(builder, builder.gep(a_start, [offset]))
 
-            repeat(b, pairs, STEP, [], body)
+            repeat(builder, num_pairs, STEP, [], body)
             for j in range(vectors):
-                _store(b, j, b.gep(c_start, [I64(j * LANES)]), c_row)
+                _store(builder, j, builder.gep(c_start, [I64(j * LANES)]), c_row)
 
         return types.void(a, long, long, b, long, c, long, long, long), generate
 
-    typing.__doc__ = f"""Compute c[16, {16 * vectors}] = a[16, pairs] b[pairs, {16 * vectors}].
+    typing.__doc__ = f"""Compute c[16, {16 * vectors}] = a[16, num_pairs] b[num_pairs, {16 * vectors}].
 
-    pairs: a multiple of 16. Rows of b are COLUMNS elements apart. The other arguments are those of tile.tile.
+    num_pairs: a multiple of 16. Rows of b are COLUMNS elements apart. The other arguments are those of tile.tile.
     """
     return intrinsic(typing)
 
@@ -210,7 +215,7 @@ def tiled_matmul(weight: Any, packed: Any, y: Any, column: Any, threads: Any) ->
     rows, width = y.shape
     half, w, out, blocks = k // 2, weight.w.reshape(-1).view(np.uint32), y.reshape(-1), n // LANES
     for thread in prange(threads):
-        _claim_whole()
+        _claim_whole_tiles()
         results = np.empty(DEEP * COLUMNS, np.float32)
         end = (thread + 1) * blocks // threads * LANES
         for begin in range(thread * blocks // threads * LANES, end, DEEP):
@@ -236,4 +241,4 @@ def tiled_matmul(weight: Any, packed: Any, y: Any, column: Any, threads: Any) ->
                             for row in range(count - i):
                                 for j in range(LANES):
                                     out[offset + row * width + j] = results[(c + j) * COLUMNS + i + row]
-        release()
+        release_tiles()

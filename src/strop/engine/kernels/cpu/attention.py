@@ -29,7 +29,7 @@ from strop.engine.kernels.cpu.compiled import (
     transpose,
 )
 from strop.engine.kernels.cpu.elementwise import flatten, visible_keys
-from strop.engine.kernels.cpu.tile import COLUMNS, ROWS, claim, matmul, release
+from strop.engine.kernels.cpu.tile import COLUMNS, ROWS, claim_tiles, matmul, release_tiles
 from strop.engine.kernels.cpu.vectors import (
     LANES,
     dot,
@@ -44,16 +44,20 @@ from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Documents
 
 BLOCK = 64  # query rows per matmul; a token has one row for each query head of the group
+# Buffers are allocated with GAP extra elements, which are not used; the reason is explained at GAP in compiled.py.
 
 
 @subroutine
-def _rotate(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
-    """Apply the rotary embedding of a packed row to one head of x and multiply by `scale`."""
+def _rotate(x: Any, x_at: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, out_at: Any) -> None:
+    """Apply the rotary embedding of a packed row to one head of x and multiply by `scale`.
+
+    x_at, out_at: index of the head's first element. d: head size.
+    """
     m = cos.shape[1]
     if m % LANES == 0 and 2 * m == d:
-        rotate(x, begin, m, cos, row * m, sin, row * m, scale, np.float32(1.0), out, to)
+        rotate(x, x_at, m, cos, row * m, sin, row * m, scale, np.float32(1.0), out, out_at)
         return
-    source, target = x[begin : begin + d], out[to : to + d]
+    source, target = x[x_at : x_at + d], out[out_at : out_at + d]
     c, s = cos[row], sin[row]
     for j in range(m):
         a, b = to_fp32(source[j]), to_fp32(source[m + j])
@@ -64,13 +68,15 @@ def _rotate(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any
 
 
 @subroutine
-def _rotate_backward(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
+def _rotate_backward(
+    x: Any, x_at: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, out_at: Any
+) -> None:  # fmt: skip
     """Write the gradient with respect to the input of _rotate. x: the gradient of its output, fp32."""
     m = cos.shape[1]
     if m % LANES == 0 and 2 * m == d:
-        rotate(x, begin, m, cos, row * m, sin, row * m, scale, np.float32(-1.0), out, to)
+        rotate(x, x_at, m, cos, row * m, sin, row * m, scale, np.float32(-1.0), out, out_at)
         return
-    source, target = x[begin : begin + d], out[to : to + d]
+    source, target = x[x_at : x_at + d], out[out_at : out_at + d]
     c, s = cos[row], sin[row]
     for j in range(m):
         a, b = source[j] * scale, source[m + j] * scale
@@ -167,21 +173,22 @@ def _load_values(
 @kernel
 def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
-    tasks: Any, task_starts: Any, key_value: Any, group: Any, d: Any, window: Any, softcap: Any, sinks: Any, out: Any,
-    logsumexps: Any,
+    tasks: Any, task_starts: Any, num_kv_heads: Any, group: Any, d: Any, window: Any, softcap: Any, sinks: Any,
+    out: Any, logsumexps: Any,
 ) -> None:  # fmt: skip
     """Compute the attention of all documents.
 
-    q, k, v: results of `flatten`; q_step, k_step, v_step: the distances between their rows. docs, tasks, task_starts:
-    results of Documents.table and Documents.thread_tasks. sinks: as in Heads, or empty. out: output, (T, heads * d).
-    logsumexps: output, (T, heads), the log-sum-exp of the scores of each row and head.
+    q, k, v: results of `flatten`; q_step, k_step, v_step: the distances between their rows. docs: the result of
+    Documents.table, whose columns are start, length, prefix, prefix_start and is_prefix. tasks, task_starts: results of
+    Documents.thread_tasks. sinks: as in Heads, or empty. out: output, (T, heads * d). logsumexps: output, (T, heads),
+    the log-sum-exp of the scores of each row and head.
     """
     half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     max_keys = 0
     for doc in range(len(docs)):
         max_keys = max(max_keys, _round_up(docs[doc, 1] + docs[doc, 2], COLUMNS))
     for thread in prange(len(task_starts) - 1):
-        claim()
+        claim_tiles()
         rows_bf16 = np.zeros(max_keys * d + GAP, np.uint16)
         keys = np.zeros(max_keys * half + GAP, np.uint32)
         values = np.zeros(max_keys // 2 * d + GAP, np.uint32)
@@ -192,7 +199,7 @@ def _attend(
         row_max, totals = np.zeros(BLOCK + GAP, np.float32), np.zeros(BLOCK + GAP, np.float32)
         row_pairs, query_pairs, prob_pairs = rows_bf16.view(np.uint32), queries.view(np.uint32), probs.view(np.uint32)
         for index in range(task_starts[thread], task_starts[thread + 1]):
-            doc, kv_head = tasks[index] // key_value, tasks[index] % key_value
+            doc, kv_head = tasks[index] // num_kv_heads, tasks[index] % num_kv_heads
             start, length, prefix, prefix_start = docs[doc, 0], docs[doc, 1], docs[doc, 2], docs[doc, 3]
             count = prefix + length
             padded = _round_up(count, COLUMNS)
@@ -224,27 +231,27 @@ def _attend(
                     row, offset = start + r // group, (kv_head * group + r % group) * d
                     scale_row(block_out, (r - first) * d, d, one / totals[r - first], out, row * out.shape[1] + offset)
                     logsumexps[row, kv_head * group + r % group] = row_max[r - first] + np.log(totals[r - first])
-        release()
+        release_tiles()
 
 
 @kernel
 def _attend_backward(
     grad: Any, grad_step: Any, out: Any, logsumexps: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
-    cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, task_starts: Any, key_value: Any, group: Any, d: Any,
+    cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, task_starts: Any, num_kv_heads: Any, group: Any, d: Any,
     window: Any, softcap: Any, sinks: Any, dq: Any, dk: Any, dv: Any, out_step: Any, prefix_grads: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of q, k and v: dq, dk and dv. Most arguments are those of _attend.
 
     grad: the gradient of the output. grad_step, out_step: distances between rows of grad, and of dq, dk and dv.
-    prefix_grads: output, (D, key_value, 2, prefix, d) fp32, the contribution of each document to the gradients of the
-    keys and values of its prefix, which _add_prefix_grads sums.
+    prefix_grads: output, (D, num_kv_heads, 2, prefix, d) fp32, the contribution of each document to the gradients of
+    the keys and values of its prefix, which _add_prefix_grads sums.
     """
     half, block, one, zero = d // 2, d // 2 * COLUMNS, np.float32(1.0), np.float32(0.0)
     max_keys = 0
     for doc in range(len(docs)):
         max_keys = max(max_keys, _round_up(docs[doc, 1] + docs[doc, 2], COLUMNS))
     for thread in prange(len(task_starts) - 1):
-        claim()
+        claim_tiles()
         rows_bf16 = np.zeros(max_keys * d + GAP, np.uint16)
         keys = np.zeros(max_keys * half + GAP, np.uint32)  # for the scores
         key_rows = np.zeros(max_keys // 2 * d + GAP, np.uint32)  # for dq
@@ -267,11 +274,12 @@ def _attend_backward(
         row_pairs, query_pairs = rows_bf16.view(np.uint32), queries.view(np.uint32)
         grad_pairs, ds_rows = grads.view(np.uint32), ds_bf16.view(np.uint32)
         for index in range(task_starts[thread], task_starts[thread + 1]):
-            doc, kv_head = tasks[index] // key_value, tasks[index] % key_value
+            doc, kv_head = tasks[index] // num_kv_heads, tasks[index] % num_kv_heads
             start, length, prefix, prefix_start = docs[doc, 0], docs[doc, 1], docs[doc, 2], docs[doc, 3]
             count = prefix + length
             padded = _round_up(count, COLUMNS)
-            num_shared = prefix + length * docs[doc, 4]  # keys that other documents also attend to
+            is_prefix = docs[doc, 4]  # 0 or 1
+            num_shared = prefix + length * is_prefix  # keys that other documents also attend to
             _load_keys(k, k_step, kv_head, d, cos, sin, prefix, start, prefix_start, count, padded, rows_bf16)
             _transpose_blocks(row_pairs, padded, half, keys)
             _pair_all_rows(rows_bf16, padded, d, key_rows)
@@ -337,7 +345,7 @@ def _attend_backward(
                     offset = row * out_step + kv_head * d
                     _rotate_backward(line, 0, d, cos, sin, row, one, dk, offset)
                     scale_row(line, d, d, one, dv, offset)
-        release()
+        release_tiles()
 
 
 @kernel
@@ -364,15 +372,16 @@ def _add_prefix_grads(
 
 
 class TiledAttention(Function):
-    """Compute the attention output (T, query * size) from qkv (T, (query + 2 key_value) * size), in bf16.
+    """Compute the attention output (T, num_query_heads * size) in bf16.
 
-    Saves qkv, the output, and the log-sum-exp of each row and head.
+    qkv: (T, (num_query_heads + 2 num_kv_heads) * size). Saves qkv, the output, and the log-sum-exp of each row and
+    head.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        out = heads.new(len(qkv), heads.query * heads.size, qkv)
-        logsumexps = heads.new(len(qkv), heads.query, cos)
+        out = heads.new(len(qkv), heads.num_query_heads * heads.size, qkv)
+        logsumexps = heads.new(len(qkv), heads.num_query_heads, cos)
         inputs = _inputs(heads.normalized(qkv), heads, cos, sin)
         cast(Any, _attend)(*inputs, *_layout(heads, documents), array(out), array(logsumexps))
         ctx.heads, ctx.documents = heads, documents
@@ -385,10 +394,10 @@ class TiledAttention(Function):
         qkv, cos, sin, out, logsumexps = ctx.saved_tensors
         result = torch.empty_like(qkv)
         views = heads.views(result)
-        grad = grad.reshape(len(qkv), heads.query, heads.size)
+        grad = grad.reshape(len(qkv), heads.num_query_heads, heads.size)
         inputs, layout = _inputs(heads.normalized(qkv), heads, cos, sin), _layout(heads, ctx.documents)
         docs, prefix = layout[0], int(layout[0][:, 2].max())
-        prefix_grads = np.empty((len(docs) if prefix else 0, heads.key_value, 2, prefix, heads.size), np.float32)
+        prefix_grads = np.empty((len(docs) if prefix else 0, heads.num_kv_heads, 2, prefix, heads.size), np.float32)
         targets = *(flatten(x) for x in views), views[0].stride(0)
         cast(Any, _attend_backward)(
             flatten(grad), grad.stride(0), array(out), array(logsumexps), *inputs, *layout, *targets, prefix_grads
@@ -410,7 +419,7 @@ def _inputs(qkv: tuple[Tensor, Tensor, Tensor], heads: Heads, cos: Tensor, sin: 
 
 def _layout(heads: Heads, documents: Documents) -> tuple[Any, ...]:
     """Return the next arguments of _attend, from docs to sinks."""
-    tasks = documents.thread_tasks(heads.key_value, torch.get_num_threads())
-    shape = heads.key_value, heads.group, heads.size, heads.window
+    tasks = documents.thread_tasks(heads.num_kv_heads, torch.get_num_threads())
+    shape = heads.num_kv_heads, heads.group, heads.size, heads.window
     sinks = np.empty(0, np.float32) if heads.sinks is None else array(heads.sinks)
     return documents.table, *tasks, *shape, np.float32(heads.softcap), sinks

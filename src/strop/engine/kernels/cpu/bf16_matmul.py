@@ -45,8 +45,9 @@ UNIT = 2 * LANES  # the number of columns must be a multiple of this
 TILES = [(rows, columns) for rows in (ROWS, 3, 1) for columns in (WIDE, UNIT)]
 DEEP = 2048  # pairs along the summed dimension that are packed at a time; with WIDE columns, 512 KiB
 
-_SUMS, _PAIRS, _HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
-_BF16S, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_INT16_VECTOR, _BF16_VECTOR = ir.VectorType(I16, LANES), ir.VectorType(BFloat(), LANES)
+_BF16_PAIRS_VECTOR = ir.VectorType(BFloat(), 2 * LANES)
 
 
 def _emit_tile(rows: int, vectors: int, context: Any, b: Any, signature: Any, args: Any) -> None:
@@ -56,21 +57,22 @@ def _emit_tile(rows: int, vectors: int, context: Any, b: Any, signature: Any, ar
         return pointer(context, b, signature.args[array], args[array], index)
 
     def load_bf16(start: Any, j: int) -> Any:
-        return bf16_to_fp32(b, load(b, start, I64(j * LANES), _HALVES))
+        return bf16_to_fp32(b, load(b, start, I64(j * LANES), _INT16_VECTOR))
 
     def multiply(rows_at: Any, row_step: Any, columns_at: Any, column_step: Any) -> Any:
         """Return a loop body that multiplies pair k of all rows and columns."""
 
         def body(k: Any, sums: list[Any]) -> list[Any]:
             row = b.gep(columns_at, [b.mul(k, column_step)])
-            columns = [b.bitcast(load(b, row, I64(j * LANES), _PAIRS), _BF16S) for j in range(vectors)]
+            loaded = [load(b, row, I64(j * LANES), _INT32_VECTOR) for j in range(vectors)]
+            columns = [b.bitcast(x, _BF16_PAIRS_VECTOR) for x in loaded]
             results: list[Any] = []
             for i in range(rows):
                 element = b.load(b.gep(rows_at, [b.add(b.mul(row_step, I64(i)), k)]))
-                element = b.bitcast(broadcast(b, element, LANES), _BF16S)
+                element = b.bitcast(broadcast(b, element, LANES), _BF16_PAIRS_VECTOR)
                 for column in columns:
                     operands = sums[len(results)], element, column
-                    results.append(call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, *operands))
+                    results.append(call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _FP32_VECTOR, *operands))
             return results
 
         return body
@@ -78,8 +80,8 @@ def _emit_tile(rows: int, vectors: int, context: Any, b: Any, signature: Any, ar
     pairs, resumes, completes, rank_pairs, has_extra, ldy = (args[i] for i in (4, 5, 6, 15, 20, 23))
     buffer = start(7, args[8])
     offsets = [I64(i * LANES) for i in range(rows * vectors)]
-    zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(offsets)
-    initial = update_if(b, resumes, zeros, lambda: [load(b, buffer, offset, _SUMS) for offset in offsets])
+    zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)] * len(offsets)
+    initial = update_if(b, resumes, zeros, lambda: [load(b, buffer, offset, _FP32_VECTOR) for offset in offsets])
     body = multiply(start(0, args[1]), args[2], start(3, I64(0)), I64(vectors * LANES))
     sums = repeat(b, pairs, 1, initial, body)
     with b.if_else(completes) as (last, not_last):
@@ -103,7 +105,7 @@ def _emit_tile(rows: int, vectors: int, context: Any, b: Any, signature: Any, ar
             y = start(21, args[22])
             for i, total in enumerate(update_if(b, has_extra, totals, add_extra)):
                 offset = b.add(b.mul(ldy, I64(i // vectors)), I64(i % vectors * LANES))
-                store(b, b.bitcast(b.fptrunc(total, _NARROW), _HALVES), y, offset)
+                store(b, b.bitcast(b.fptrunc(total, _BF16_VECTOR), _INT16_VECTOR), y, offset)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -176,7 +178,7 @@ def multiply(
         begin_row = row_part * blocks // row_parts * ROWS
         end_row = min(rows, (row_part + 1) * blocks // row_parts * ROWS)
         unit, end_unit = column_part * num_units // column_parts, (column_part + 1) * num_units // column_parts
-        packed = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
+        packed = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)  # GAP: see compiled.py
         sums = np.empty((end_row - begin_row) * WIDE + GAP if half > DEEP else 0, np.float32)
         while unit < end_unit:
             span, column = unit_spans[unit], unit * UNIT

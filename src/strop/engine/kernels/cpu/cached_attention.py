@@ -38,7 +38,8 @@ BLOCK = 32  # positions of a sequence in a cache block
 _MASKED = np.float32(-3e38)
 _VECTORS = BLOCK // LANES  # vectors per block of positions
 _PARTS = 2  # partial sums of a score: of even and of odd elements (in bf16, of pairs)
-_SUMS, _INTS, _PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_BF16_PAIRS_VECTOR = ir.VectorType(BFloat(), 2 * LANES)
 
 
 @subroutine
@@ -64,11 +65,12 @@ def _scores(queries: int) -> Any:
             def load_query(address: Any) -> Any:
                 if not operands.pairs:
                     return broadcast(b, b.load(address), LANES)
-                return b.bitcast(broadcast(b, b.load(b.bitcast(address, I32.as_pointer()), align=2), LANES), _PAIRS)
+                pair = b.load(b.bitcast(address, I32.as_pointer()), align=2)
+                return b.bitcast(broadcast(b, pair, LANES), _BF16_PAIRS_VECTOR)
 
             def load_keys(row: Any, j: int) -> Any:
-                loaded = load(b, row, I64(j * LANES * packed), _INTS if operands.pairs else _SUMS)
-                return b.bitcast(loaded, _PAIRS) if operands.pairs else loaded
+                loaded = load(b, row, I64(j * LANES * packed), _INT32_VECTOR if operands.pairs else _FP32_VECTOR)
+                return b.bitcast(loaded, _BF16_PAIRS_VECTOR) if operands.pairs else loaded
 
             def body(index: Any, sums: list[Any]) -> list[Any]:
                 results: list[Any] = []
@@ -82,7 +84,7 @@ def _scores(queries: int) -> Any:
                             results.append(operands.multiply_add(b, column, element, sums[len(results)]))
                 return results
 
-            zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
+            zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
             sums = repeat(b, args[7], _PARTS * packed, zeros, body)
             half = len(sums) // _PARTS
             for number in range(half):
@@ -149,29 +151,32 @@ def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, 
 def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, threads: Any) -> None:
     """Compute causal attention of each row over the keys of its sequence that are in the window.
 
-    q (key_value, T, group, width), keys and values (blocks, key_value, BLOCK, width), out (T, query * size). Takes one
-    block of keys at a time and keeps a running maximum and sum, as FlashAttention does (arXiv:2205.14135).
+    q: (num_kv_heads, T, group, width), where group is the number of query heads per key-value head, and width the head
+    size padded to a multiple of LANES. keys, values: (blocks, num_kv_heads, BLOCK, width), with each block of keys in
+    the order of `key_index`. shape, rows: decode_layer.Shape and decode_layer.Rows. out: (T, num_query_heads * size).
+
+    Takes one block of keys at a time and keeps a running maximum and sum, as FlashAttention does (arXiv:2205.14135).
     """
-    key_value, all_rows, group, width = q.shape
+    num_kv_heads, all_rows, group, width = q.shape
     size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
     score_scale = np.float32(1.0) if softcap else scale  # _cap applies the scale
     chunks, block_table = rows.chunks, rows.block_table
     qs, ks, vs = q.reshape(-1), keys.reshape(-1), values.reshape(-1)
-    max_rows, tasks = 0, len(chunks) * key_value
+    max_rows, tasks = 0, len(chunks) * num_kv_heads
     for c in range(len(chunks)):
-        max_rows = max(max_rows, chunks[c, 1] * group)
+        max_rows = max(max_rows, chunks[c, 1] * group)  # column 1: number of rows
     for thread in prange(threads):
         sums = np.empty(max_rows * width, np.float32)
         row_max, totals = np.empty(max_rows, np.float32), np.empty(max_rows, np.float32)
         scores, weights = np.empty(max_rows * BLOCK, np.float32), np.empty(max_rows * BLOCK, np.float32)
         for task in range(thread, tasks, threads):
-            chunk, head = task // key_value, task % key_value
+            chunk, head = task // num_kv_heads, task % num_kv_heads
             row, count, first_position, sequence = chunks[chunk]
             queries, stop = count * group, first_position + count
             first_block = max(0, first_position - window + 1) // BLOCK if window else 0
             last_block = (stop - 1) // BLOCK
-            next_chunk = (task + threads) // key_value if task + threads < tasks else chunk
-            next_head = (task + threads) % key_value
+            next_chunk = (task + threads) // num_kv_heads if task + threads < tasks else chunk
+            next_head = (task + threads) % num_kv_heads
             next_position, next_sequence = chunks[next_chunk, 2], chunks[next_chunk, 3]
             next_first = max(0, next_position - window + 1) // BLOCK if window else 0
             sums[: queries * width] = 0
@@ -180,12 +185,12 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, thre
             q_at = (head * all_rows + row) * group * width
             for number in range(first_block, last_block + 1):
                 begin = number * BLOCK
-                block = (block_table[sequence, number] * key_value + head) * BLOCK * width
+                block = (block_table[sequence, number] * num_kv_heads + head) * BLOCK * width
                 valid = min(BLOCK, stop - begin)
                 if number < last_block:  # prefetch the next block of this task, or the first one of the next task
-                    next_block = (block_table[sequence, number + 1] * key_value + head) * BLOCK * width
+                    next_block = (block_table[sequence, number + 1] * num_kv_heads + head) * BLOCK * width
                 else:
-                    next_block = (block_table[next_sequence, next_first] * key_value + next_head) * BLOCK * width
+                    next_block = (block_table[next_sequence, next_first] * num_kv_heads + next_head) * BLOCK * width
                 prefetch_array(ks, next_block, BLOCK * width)
                 _score(qs, q_at, ks, block, scores, queries, width)
                 prefetch_array(vs, next_block, BLOCK * width)

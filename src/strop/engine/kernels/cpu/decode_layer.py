@@ -23,17 +23,22 @@ from strop.engine.kernels.cpu.elementwise import GELU, GELU_CUBIC, GELU_SCALE, G
 from strop.engine.kernels.cpu.int8_dots import INT8_DOTS
 
 __all__ = [
-    "HAS_BF16", "INT8_DOTS", "KINDS", "LANES", "Buffers", "BuffersRef", "Dense", "Layer", "LayerRef", "Linear", "Norm",
-    "Quantized", "RopeTables", "Rows", "Shape", "add_residual", "dense_matmul", "layer_forward", "norm_input",
+    "HAS_BF16", "INT8_DOTS", "KINDS", "LANES", "LAYER_NORM", "NO_NORM", "RMS_NORM", "Buffers", "BuffersRef", "Dense",
+    "Layer", "LayerRef", "Linear", "Norm", "Quantized", "RopeTables", "Rows", "Shape", "add_residual", "dense_matmul",
+    "layer_forward", "norm_input",
 ]  # fmt: skip
 
-# A norm. kind: 0 (none), 1 (RMSNorm) or 2 (LayerNorm). weight: (n,). bias: (n,) or empty. All are fp32.
+NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
+
+# A norm. kind: NO_NORM, RMS_NORM or LAYER_NORM. weight: (n,). bias: (n,) or empty. All are fp32.
 Norm = namedtuple("Norm", "kind weight bias eps")
 
-# The shape and options of attention. query, key_value: number of heads. size: head size. k_at, v_at: offsets of the
-# first k and v head in a row of qkv. step: distance between heads in that row. interleaved: the rotary embedding pairs
-# adjacent elements instead of halves. rope_before_norm: the rotary embedding precedes the norms of q and k.
-Shape = namedtuple("Shape", "query key_value size k_at v_at step interleaved rope_before_norm window scale softcap")
+# The shape and options of attention. size: head size. k_at, v_at: offsets of the first k and v head in a row of qkv.
+# step: distance between heads in that row. interleaved: the rotary embedding pairs adjacent elements instead of halves.
+# rope_before_norm: the rotary embedding precedes the norms of q and k.
+Shape = namedtuple(
+    "Shape", "num_query_heads num_kv_heads size k_at v_at step interleaved rope_before_norm window scale softcap"
+)
 
 # The rows of a forward pass. positions (T,): the position of each row in its sequence. sequences (T,): the sequence of
 # each row, an index into block_table, which lists the cache blocks of each sequence. chunks (C, 4): consecutive rows of
@@ -50,7 +55,7 @@ def _normalize(kind: Any, weight: Any, bias: Any, eps: Any, x: Any, out: Any) ->
     """Write norm(x) to `out`, which may be x. kind, weight, bias, eps: the fields of a Norm."""
     n = len(x)
     mean = np.float32(0.0)
-    if kind == 2:
+    if kind == LAYER_NORM:
         for j in range(n):
             mean += x[j]
         mean /= np.float32(n)
@@ -72,7 +77,7 @@ def norm_input(norm: Any, hidden: Any, z: Any) -> None:
     kind, weight, bias, eps = norm
     for i in prange(rows):
         buffer = np.empty(n, np.float32)
-        if kind:
+        if kind != NO_NORM:
             _normalize(kind, weight, bias, eps, hidden[i], buffer)
         else:
             buffer[:] = hidden[i]
@@ -86,7 +91,7 @@ def add_residual(norm: Any, y: Any, scale: Any, hidden: Any, out: Any) -> None:
     rows, n = hidden.shape
     kind, weight, bias, eps = norm
     for i in prange(rows):
-        if kind:
+        if kind != NO_NORM:
             _normalize(kind, weight, bias, eps, y[i], y[i])
         for j in range(n):
             out[i, j] = hidden[i, j] + scale * y[i, j]
@@ -115,7 +120,7 @@ def _load_heads(
     if rope_before_norm:
         for head in range(heads):
             _rotate(out[head * size : (head + 1) * size], cos, sin, interleaved)
-    if kind:
+    if kind != NO_NORM:
         width = len(weight)
         for start in range(0, heads * size, width):
             _normalize(kind, weight, bias, eps, out[start : start + width], out[start : start + width])
@@ -128,36 +133,38 @@ def _load_heads(
 def split_qkv(
     qkv: Any, shape: Any, q_norm: Any, k_norm: Any, rope: Any, rows: Any, q: Any, keys: Any, values: Any
 ) -> None:  # fmt: skip
-    """Apply norms and the rotary embedding to qkv (T, n). Write q (key_value, T, group, width) and update the cache.
+    """Apply norms and the rotary embedding to qkv (T, n). Write q (num_kv_heads, T, group, width) and update the cache.
 
-    keys, values: the cache, (blocks, key_value, BLOCK, width). `key_index` describes the order of keys in a block.
+    keys, values: the cache, (blocks, num_kv_heads, BLOCK, width). `key_index` describes the order of keys in a block.
     """
-    query, key_value, size, k_at, v_at, step, interleaved, rope_before_norm, _, _, _ = shape
+    num_query_heads, num_kv_heads, size, k_at, v_at, step, interleaved, rope_before_norm, _, _, _ = shape
     q_kind, q_weight, q_bias, q_eps = q_norm
     k_kind, k_weight, k_bias, k_eps = k_norm
     all_cos, all_sin, factors = rope
-    positions, sequences, block_table, group = rows.positions, rows.sequences, rows.block_table, query // key_value
+    positions, sequences, block_table = rows.positions, rows.sequences, rows.block_table
+    group = num_query_heads // num_kv_heads
     width, flat_keys = q.shape[3], keys.reshape(-1)
     for i in prange(len(qkv)):
         x, position = qkv[i], positions[i]
         cos, sin = all_cos[position], all_sin[position]
-        heads = np.empty(query * size, np.float32)
+        heads = np.empty(num_query_heads * size, np.float32)
         _load_heads(
-            x, 0, step, query, size, q_kind, q_weight, q_bias, q_eps, cos, sin, interleaved, rope_before_norm, heads
+            x, 0, step, num_query_heads, size, q_kind, q_weight, q_bias, q_eps, cos, sin, interleaved,
+            rope_before_norm, heads,
         )  # fmt: skip
         factor = factors[position] if len(factors) else np.float32(1.0)
-        for head in range(query):
+        for head in range(num_query_heads):
             for d in range(size):
                 q[head // group, i, head % group, d] = from_fp32(heads[head * size + d] * factor, q)
             for d in range(size, width):  # the buffer may hold values of an earlier pass
                 q[head // group, i, head % group, d] = 0
         _load_heads(
-            x, k_at, step, key_value, size, k_kind, k_weight, k_bias, k_eps, cos, sin, interleaved,
+            x, k_at, step, num_kv_heads, size, k_kind, k_weight, k_bias, k_eps, cos, sin, interleaved,
             rope_before_norm, heads
         )  # fmt: skip
         block, slot = block_table[sequences[i], position // BLOCK], position % BLOCK
-        for head in range(key_value):
-            begin = (block * key_value + head) * BLOCK * width
+        for head in range(num_kv_heads):
+            begin = (block * num_kv_heads + head) * BLOCK * width
             for d in range(size):
                 flat_keys[key_index(begin, slot, d, keys)] = from_fp32(heads[head * size + d], keys)
                 values[block, head, slot, d] = from_fp32(x[v_at + head * step + d], values)
@@ -232,10 +239,9 @@ Layer = namedtuple(
     "xielu_parameters parallel scale",
 )
 
-# One-dimensional buffers of a forward pass. z: inputs of linear layers. q: queries. y: outputs of linear layers, fp32.
-# u: outputs of the LoRA matrices A, fp32. like: an empty array with the dtype of dense weights. x (int16), scales: z
-# quantized, for int8 weights.
-Buffers = namedtuple("Buffers", "z q y u like x scales")
+# One-dimensional buffers of a forward pass. inputs, outputs: of linear layers; outputs and lora_a_outputs are fp32.
+# weight_like: an empty array with the dtype of dense weights. quantized_inputs (int16), input_scales: for int8 weights.
+Buffers = namedtuple("Buffers", "inputs queries outputs lora_a_outputs weight_like quantized_inputs input_scales")
 
 
 class _LayerRefType(types.StructRef):  # type: ignore[misc]
@@ -297,19 +303,21 @@ def layer_forward(
     rows = Rows(positions, sequences, block_table, chunks, adapter_rows)
     count, width = hidden.shape
     shape = layer.shape
-    query_size, group = shape.query * shape.size, shape.query // shape.key_value
-    z = buffers.z[: count * width].reshape(count, width)
-    inner = buffers.z[: count * layer.inner].reshape(count, layer.inner)
+    query_size, group = shape.num_query_heads * shape.size, shape.num_query_heads // shape.num_kv_heads
+    z = buffers.inputs[: count * width].reshape(count, width)
+    inner = buffers.inputs[: count * layer.inner].reshape(count, layer.inner)
     norm_input(layer.before_attention, hidden, z)
-    qkv_size = query_size + 2 * shape.key_value * shape.size
-    qkv = buffers.y[: count * qkv_size].reshape(count, qkv_size)
+    qkv_size = query_size + 2 * shape.num_kv_heads * shape.size
+    qkv = buffers.outputs[: count * qkv_size].reshape(count, qkv_size)
     linear_forward(layer.qkv, buffers, z, adapter_rows, qkv, threads)
     head_width = keys.shape[3]
-    q = buffers.q[: count * shape.query * head_width].reshape(shape.key_value, count, group, head_width)
+    q = buffers.queries[: count * shape.num_query_heads * head_width].reshape(
+        shape.num_kv_heads, count, group, head_width
+    )
     split_qkv(qkv, shape, layer.q_norm, layer.k_norm, layer.rope, rows, q, keys, values)
-    attention_out = buffers.z[: count * query_size].reshape(count, query_size)
+    attention_out = buffers.inputs[: count * query_size].reshape(count, query_size)
     attend(q, keys, values, shape, rows, attention_out, threads)
-    y = buffers.y[: count * width].reshape(count, width)
+    y = buffers.outputs[: count * width].reshape(count, width)
     linear_forward(layer.o, buffers, attention_out, adapter_rows, y, threads)
     if layer.parallel:
         norm_input(layer.before_mlp, hidden, z)
@@ -318,7 +326,7 @@ def layer_forward(
         add_residual(layer.after_attention, y, layer.scale, hidden, hidden)
         norm_input(layer.before_mlp, hidden, z)
     gate_up_size = layer.inner * (2 if layer.gated else 1)
-    gate_up = buffers.y[: count * gate_up_size].reshape(count, gate_up_size)
+    gate_up = buffers.outputs[: count * gate_up_size].reshape(count, gate_up_size)
     linear_forward(layer.gate_up, buffers, z, adapter_rows, gate_up, threads)
     activate_mlp(gate_up, layer.act, layer.xielu_parameters, inner, threads)
     linear_forward(layer.down, buffers, inner, adapter_rows, y, threads)

@@ -242,16 +242,18 @@ def _matmul_by_type(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, colu
         return len(weight.w)
 
     def dequantized(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
-        quantized_matmul(weight, buffers.like, z, y, column, threads)
+        quantized_matmul(weight, buffers.weight_like, z, y, column, threads)
         return weight.n
 
     def as_integers(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
         n, k = weight.n // LANES * LANES if supports_width(z.shape[1]) else 0, z.shape[1]
         if n:
-            int8_matmul(weight, buffers.x[: z.size].reshape(z.shape), buffers.scales, y, column, threads)
+            int8_matmul(
+                weight, buffers.quantized_inputs[: z.size].reshape(z.shape), buffers.input_scales, y, column, threads
+            )
         if n < weight.n:
             rest = Quantized(weight.w[n * k :], weight.scale[n:], weight.code, weight.block, weight.n - n)
-            quantized_matmul(rest, buffers.like, z, y, column + n, threads)
+            quantized_matmul(rest, buffers.weight_like, z, y, column + n, threads)
         return weight.n
 
     if weight.instance_class is Quantized and _uses_integers(weight, z):
@@ -272,7 +274,7 @@ def _quantize_input(weights: Any, buffers: Any, z: Any) -> None:
 def _quantize_input_by_type(weights: Any, buffers: Any, z: Any) -> Any:
     def quantize(weights: Any, buffers: Any, z: Any) -> None:
         if supports_width(z.shape[1]):
-            quantize_rows(z, buffers.x[: z.size].reshape(z.shape), buffers.scales)
+            quantize_rows(z, buffers.quantized_inputs[: z.size].reshape(z.shape), buffers.input_scales)
 
     def nothing(weights: Any, buffers: Any, z: Any) -> None:
         pass
@@ -293,7 +295,7 @@ def linear_forward(linear: Any, buffers: Any, z: Any, adapter_rows: Any, y: Any,
     max_rank = 0
     for adapter in range(len(linear.rows)):
         max_rank = max(max_rank, linear.rows[adapter, 1])
-    za = buffers.u[: len(z) * max_rank].reshape(len(z), max_rank)
+    za = buffers.lora_a_outputs[: len(z) * max_rank].reshape(len(z), max_rank)
     for adapter in range(len(linear.rows)):
         (begin, end), (first, count) = adapter_rows[adapter], linear.rows[adapter]
         if begin < end and count:

@@ -33,7 +33,7 @@ from strop.engine.kernels.cpu.compiled import (
 )
 from strop.engine.kernels.cpu.dots import LANES, PREFETCH_ROWS, Operands, reduce_vectors, store_rows
 
-_FLOATS, _INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 GROUP = 2 * LANES  # elements that are dequantized together
 UNIT = 2 * GROUP  # elements per iteration, so that a cache line is prefetched only once or twice
 VECTORS = LANES == 16
@@ -69,13 +69,13 @@ class _Dequantizer:
         b, kind = self._b, ir.VectorType(I8, LANES)
         if self._code is None:
             loaded = (load(b, address, I64(offset), kind) for offset in (0, LANES))
-            first, second = (b.sitofp(b.sext(x, _INTS), _FLOATS) for x in loaded)
+            first, second = (b.sitofp(b.sext(x, _INT32_VECTOR), _FP32_VECTOR) for x in loaded)
             return b.fmul(first, factor), b.fmul(second, factor)
-        both = b.zext(load(b, address, I64(0), kind), _INTS)
-        upper = b.lshr(both, ir.Constant(_INTS, [4] * LANES))
-        lower = b.and_(both, ir.Constant(_INTS, [15] * LANES))
+        both = b.zext(load(b, address, I64(0), kind), _INT32_VECTOR)
+        upper = b.lshr(both, ir.Constant(_INT32_VECTOR, [4] * LANES))
+        lower = b.and_(both, ir.Constant(_INT32_VECTOR, [15] * LANES))
         name = "llvm.x86.avx512.permvar.sf.512"
-        first, second = (b.fmul(call_llvm(b, name, _FLOATS, self._code, i), factor) for i in (upper, lower))
+        first, second = (b.fmul(call_llvm(b, name, _FP32_VECTOR, self._code, i), factor) for i in (upper, lower))
         order = [i // 2 + LANES * (i % 2) for i in range(GROUP)]
         return self._shuffle(first, second, order[:LANES]), self._shuffle(first, second, order[LANES:])
 
@@ -105,7 +105,7 @@ class _Dequantizer:
 def _make_dequantizer(context: Any, b: Any, kind: Any, array: Any, *, bf16: bool, four_bit: bool) -> _Dequantizer:
     if not four_bit:
         return _Dequantizer(b, None, bf16)
-    return _Dequantizer(b, load(b, pointer(context, b, kind, array, I64(0)), I64(0), _FLOATS), bf16)
+    return _Dequantizer(b, load(b, pointer(context, b, kind, array, I64(0)), I64(0), _FP32_VECTOR), bf16)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -178,7 +178,7 @@ def _dots(rows: int, inputs: int) -> Any:
                             results[index] = operands.multiply_add(b, weights, values[part], results[index])
                 return results
 
-            zeros = [ir.Constant(_FLOATS, [0.0] * LANES)] * (rows * inputs)
+            zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)] * (rows * inputs)
             total = repeat(b, count, UNIT, zeros, body)
             c_start = pointer(context, b, kinds[8], args[8], args[9])
             store_rows(b, reduce_vectors(b, total), rows, inputs, c_start, ldc)

@@ -44,7 +44,7 @@ PREFETCH_BYTES = 4096  # prefetch distance in emit_row_by_row
 CACHE_LINE = 64  # bytes
 MAX_CACHED_WIDTH = 1024  # LANES rows of up to this many elements fit into the L1 cache
 
-_SUMS = ir.VectorType(F32, LANES)
+_FP32_VECTOR = ir.VectorType(F32, LANES)
 _LONG = types.int64
 
 
@@ -75,7 +75,7 @@ class Operands:
 
     def multiply_add(self, b: Any, a: Any, x: Any, sums: Any) -> Any:
         if self.pairs:
-            return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, sums, a, x)
+            return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _FP32_VECTOR, sums, a, x)
         return fma(b, a, x, sums)
 
 
@@ -145,7 +145,7 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
                         results[j * rows + i] = operands.multiply_add(b, weights, values, sums[j * rows + i])
                 return results
 
-            zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (rows * inputs)
+            zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)] * (rows * inputs)
             sums = repeat(b, whole_steps, operands.step, zeros, multiply, may_be_empty=True)
             has_rest = b.icmp_signed("<", whole_steps, count)
             sums = update_if(b, has_rest, sums, lambda: multiply(whole_steps, sums, b.sub(count, whole_steps)))
@@ -271,7 +271,7 @@ def single_row_block(
             weights = operands.load(b, address, a.dtype == types.uint16)
             return [operands.multiply_add(b, weights, values, sums[0])]
 
-        zeros = [ir.Constant(_SUMS, [0.0] * LANES)]
+        zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)]
         sums = emit_row_by_row(b, a_start, LANES, args[2], args[7], operands.step, zeros, multiply)
         store_rows(b, reduce_vectors(b, sums), LANES, 1, c_start, I64(0))
 
@@ -300,7 +300,7 @@ def _weighted_sum(queries: int, vectors: int) -> Any:
                     results += [fma(b, weight, column, sums[i * vectors + j]) for j, column in enumerate(columns)]
                 return results
 
-            sums = repeat(b, keys, 1, [load(b, output, I64(0), _SUMS) for output in outputs], body)
+            sums = repeat(b, keys, 1, [load(b, output, I64(0), _FP32_VECTOR) for output in outputs], body)
             for value, output in zip(sums, outputs, strict=True):
                 store(b, value, output, I64(0))
 

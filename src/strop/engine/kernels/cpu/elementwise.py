@@ -351,7 +351,7 @@ def _scale_columns_backward_row(grad: Any, y: Any, gains: Any, out: Any, sums: A
 def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
     rows, n = grad.shape
     for task in prange(TASKS):
-        task_sums = np.zeros(GAP + n, dtype=np.float32)[GAP:]
+        task_sums = np.zeros(GAP + n, dtype=np.float32)[GAP:]  # GAP: see compiled.py
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             _scale_columns_backward_row(grad[i], y[i], gains, out[i], task_sums)
         sums[task, :] = task_sums
@@ -408,7 +408,7 @@ def visible_keys(i: Any, group: Any, first: Any, window: Any) -> Any:
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sinks: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
-        buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
+        buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]  # GAP: see compiled.py
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             begin, end = visible_keys(i % queries, group, first, window)
             row = scores[i, begin:end]
@@ -502,22 +502,22 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
 
 
 @subroutine
-def _output_row(slot: Any, positions: Any, lengths: Any, head: Any, key_value: Any, group: Any) -> Any:
+def _output_row(slot: Any, positions: Any, lengths: Any, head: Any, num_kv_heads: Any, group: Any) -> Any:
     """Return the row of to_heads' result for a slot and a head. positions, lengths: as in packing.Slots."""
-    start = (slot - positions[slot]) * key_value + head // group * lengths[slot] + positions[slot]
+    start = (slot - positions[slot]) * num_kv_heads + head // group * lengths[slot] + positions[slot]
     return start * group + head % group
 
 
 @kernel
 def _to_heads(
-    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, rows: Any, positions: Any, lengths: Any, key_value: Any,
+    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, rows: Any, positions: Any, lengths: Any, num_kv_heads: Any,
     group: Any, d: Any, out: Any,
 ) -> None:  # fmt: skip
     m = cos.shape[1]
     for slot in prange(len(rows)):
         row = rows[slot]
-        for head in range(key_value * group):
-            target = out[_output_row(slot, positions, lengths, head, key_value, group)]
+        for head in range(num_kv_heads * group):
+            target = out[_output_row(slot, positions, lengths, head, num_kv_heads, group)]
             if row < 0:
                 target[:] = 0
                 continue
@@ -534,7 +534,7 @@ def _to_heads(
 
 @kernel
 def _from_heads(
-    x: Any, cos: Any, sin: Any, scale: Any, starts: Any, slots: Any, positions: Any, lengths: Any, key_value: Any,
+    x: Any, cos: Any, sin: Any, scale: Any, starts: Any, slots: Any, positions: Any, lengths: Any, num_kv_heads: Any,
     group: Any, d: Any, out: Any, stride: Any,
 ) -> None:  # fmt: skip
     m = cos.shape[1]
@@ -542,10 +542,10 @@ def _from_heads(
     for task in prange(TASKS):
         total = np.empty(d, dtype=np.float32)
         for row in range(task * num_rows // TASKS, (task + 1) * num_rows // TASKS):
-            for head in range(key_value * group):
+            for head in range(num_kv_heads * group):
                 total[:] = 0
                 for i in range(starts[row], starts[row + 1]):
-                    source = x[_output_row(slots[i], positions, lengths, head, key_value, group)]
+                    source = x[_output_row(slots[i], positions, lengths, head, num_kv_heads, group)]
                     for j in range(d):
                         total[j] += to_fp32(source[j])
                 begin = row * stride + head * d
@@ -576,14 +576,14 @@ def from_heads(
     x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int, out: Tensor
 ) -> None:
     tokens, heads, d = out.shape
-    layout = array(slots.starts), array(slots.slots), array(slots.positions), array(slots.lengths)
+    layout = array(slots.starts), array(slots.slots_by_row), array(slots.positions), array(slots.lengths)
     shape = heads // group, group, d
     _from_heads(array(x), *_angles(cos, sin, tokens, scale), *layout, *shape, flatten(out), out.stride(0))
 
 
 @subroutine
 def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, out: Any) -> None:
-    """Apply the rotary embedding to one head. Pairs (x[2 j], x[2 j + 1]) of an interleaved x become (j, m + j)."""
+    """Apply the rotary embedding to one head. If interleaved, x[2 j] and x[2 j + 1] go to out[j] and out[m + j]."""
     m = len(cos)
     if interleaved:
         for j in range(m):
@@ -619,16 +619,16 @@ def _rotate_backward(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, 
 
 @kernel
 def _rotate_rows(
-    x: Any, query: Any, key_value: Any, d: Any, cos: Any, sin: Any, interleaved: Any, factors: Any, backward: Any,
-    out: Any,
+    x: Any, num_query_heads: Any, num_kv_heads: Any, d: Any, cos: Any, sin: Any, interleaved: Any, factors: Any,
+    backward: Any, out: Any,
 ) -> None:  # fmt: skip
     """Rotate q and k in each row of qkv (T, n) and copy v. factors: a scale of q for each row, or empty."""
-    one, rotated = np.float32(1.0), (query + key_value) * d
+    one, rotated = np.float32(1.0), (num_query_heads + num_kv_heads) * d
     for i in prange(len(x)):
         source, target, c, s = x[i], out[i], cos[i], sin[i]
-        for head in range(query + key_value):
+        for head in range(num_query_heads + num_kv_heads):
             begin, end = head * d, (head + 1) * d
-            factor = factors[i] if head < query and len(factors) else one
+            factor = factors[i] if head < num_query_heads and len(factors) else one
             if backward:
                 _rotate_backward(source[begin:end], c, s, interleaved, factor, target[begin:end])
             else:
@@ -657,7 +657,7 @@ def _rotate_qkv(
     backward: bool, out: Tensor,
 ) -> Tensor:  # fmt: skip
     factors = torch.empty(0) if scale is None else scale.float()
-    shape = heads.query, heads.key_value, heads.size
+    shape = heads.num_query_heads, heads.num_kv_heads, heads.size
     angles = array(cos.float()), array(sin.float()), interleaved, array(factors)
     _rotate_rows(array(x.contiguous()), *shape, *angles, backward, array(out))
     return out

@@ -42,7 +42,7 @@ MAX_SERIAL_SIZE = 8192  # elements that one thread quantizes faster than other t
 SMALLEST = 1e-34  # rows with only smaller values are treated as zeros
 EXPONENT = 0x7F80  # bf16 exponent bits; all of them are set only in infinity and NaN
 
-_SUMS, _INT32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _INT8S, _INT16S = ir.VectorType(I8, STEP), ir.VectorType(I16, STEP)
 
 
@@ -99,12 +99,12 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
 
             def multiply(address: Any, xs: list[Any], sums: list[Any]) -> list[Any]:
                 """Multiply STEP elements of a weight row by those of each input row."""
-                weights = b.bitcast(b.sext(load(b, address, I64(0), _INT8S), _INT16S), _INT32S)
+                weights = b.bitcast(b.sext(load(b, address, I64(0), _INT8S), _INT16S), _INT32_VECTOR)
                 name = "llvm.x86.avx512.vpdpwssd.512"
-                return [call_llvm(b, name, _INT32S, total, weights, x) for x, total in zip(xs, sums, strict=True)]
+                return [call_llvm(b, name, _INT32_VECTOR, total, weights, x) for x, total in zip(xs, sums, strict=True)]
 
             def load_inputs(offset: Any) -> list[Any]:
-                return [b.bitcast(load(b, row, offset, _INT16S), _INT32S) for row in x_rows]
+                return [b.bitcast(load(b, row, offset, _INT16S), _INT32_VECTOR) for row in x_rows]
 
             def multiply_all(offset: Any, sums: list[Any]) -> list[Any]:
                 xs, results = load_inputs(offset), list(sums)
@@ -115,7 +115,7 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
                     results[i::rows] = multiply(b.gep(row, [offset]), xs, results[i::rows])
                 return results
 
-            zero = ir.Constant(_INT32S, [0] * LANES)
+            zero = ir.Constant(_INT32_VECTOR, [0] * LANES)
             if lines is None:
                 totals = emit_row_by_row(
                     b, w_start, rows, k, args[12], STEP, [zero] * inputs,
@@ -123,13 +123,13 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
                 )  # fmt: skip
             else:
                 totals = repeat(b, args[12], STEP, [zero] * (rows * inputs), multiply_all)
-            results = reduce_vectors(b, [b.sitofp(total, _SUMS) for total in totals])
+            results = reduce_vectors(b, [b.sitofp(total, _FP32_VECTOR) for total in totals])
             for start, count, indices in (
                 (ws_start, rows, [i % rows for i in range(LANES)]),
                 (xs_start, inputs, [i // rows for i in range(LANES)]),
             ):
                 scales = load(b, start, I64(0), ir.VectorType(F32, count))
-                scales = b.shuffle_vector(scales, scales, ir.Constant(_INT32S, indices))
+                scales = b.shuffle_vector(scales, scales, ir.Constant(_INT32_VECTOR, indices))
                 results = b.fmul(results, scales, flags=("contract",))
             store_rows(b, results, rows, inputs, out, args[11])
 

@@ -19,7 +19,18 @@ from numba import get_num_threads, prange
 from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, array, from_fp32, kernel, subroutine, to_fp32
-from strop.engine.kernels.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, matmul, pair, release, round_pair, tile
+from strop.engine.kernels.cpu.tile import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    STEP,
+    claim_tiles,
+    matmul,
+    pair,
+    release_tiles,
+    round_pair,
+    tile,
+)
 from strop.engine.train.buffers import Allocate, allocate_from_heap
 from strop.engine.train.lora import Adapters
 
@@ -80,9 +91,9 @@ def _apply(
     step, rows_per_thread = x.shape[1], (rows + ROWS * threads - 1) // (ROWS * threads) * ROWS
     pairs = x.reshape(-1).view(np.uint32)
     for thread in prange(threads):
-        claim()
+        claim_tiles()
         last_rows = np.empty(ROWS * step, np.uint16)
-        sums = np.empty(BLOCK * max(rank, CHUNK) + GAP, np.float32)
+        sums = np.empty(BLOCK * max(rank, CHUNK) + GAP, np.float32)  # GAP: see compiled.py
         rounded = np.empty(BLOCK * rank + GAP, np.uint16)
         last_pairs, rounded_pairs = last_rows.view(np.uint32), rounded.view(np.uint32)
         row, end = thread * rows_per_thread, min((thread + 1) * rows_per_thread, rows)
@@ -125,7 +136,7 @@ def _apply(
                             for j in range(n):
                                 target[j] = from_fp32(source[j], out)
             row += count
-        release()
+        release_tiles()
 
 
 @subroutine
@@ -200,11 +211,11 @@ def _gradients(
     grad: Any, z: Any, za: Any, grad_za: Any, a_spans: Any, b_spans: Any, factors: Any, threads: Any, a: Any, b: Any
 ) -> None:  # fmt: skip
     for thread in prange(threads):
-        claim()
+        claim_tiles()
         number = np.int64(thread)  # numba would otherwise compile _gradient_columns for two integer types
         _gradient_columns(grad_za, z, a_spans, factors, number, threads, a)
         _gradient_columns(za, grad, b_spans, factors[:0], number, threads, b)
-        release()
+        release_tiles()
 
 
 @dataclass(frozen=True)

@@ -33,74 +33,82 @@ from strop.engine.kernels.cpu.compiled import (
 LANES = 16  # fp32 sums per register
 ROWS = amx.ROWS if amx.AVAILABLE else 8  # 8 rows fill 16 registers with sums, enough to hide the instruction latency
 COLUMNS = 2 * LANES
-STEP = 8  # `pairs` must be a multiple of this
-claim, release = amx.claim, amx.release  # each thread calls these before and after its multiplications
+STEP = 8  # num_pairs (half the length of the summed dimension) must be a multiple of this
+claim_tiles, release_tiles = amx.claim_tiles, amx.release_tiles  # called by each thread before and after its matmuls
 
-_SUMS, _PAIRS, _BF16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_BF16_PAIRS_VECTOR = ir.VectorType(BFloat(), 2 * LANES)
 
 
 def _tile(vectors: int, depth: int, formula: str) -> Any:
     def typing(
         context: Any, a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, c: Any, c_at: Any, ldc: Any,
-        pairs: Any, accumulate: Any,
+        num_pairs: Any, accumulate: Any,
     ) -> Any:  # fmt: skip
         long = types.int64
 
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
             operands: list[Any] = []  # for a, b and c: a pointer to the tile, and the distance between rows
             for i in (0, 3, 6):
-                operands += [pointer(context, b, signature.args[i], args[i], args[i + 1]), args[i + 2]]
+                operands += [pointer(context, builder, signature.args[i], args[i], args[i + 1]), args[i + 2]]
             if amx.AVAILABLE:
-                amx.emit_tile(vectors, b, *operands, *args[9:])
+                amx.emit_tile(vectors, builder, *operands, *args[9:])
             else:
-                _emit_tile(vectors, depth, b, *operands, *args[9:])
+                _emit_tile(vectors, depth, builder, *operands, *args[9:])
 
         return types.void(a, long, long, b, long, long, c, long, long, long, types.boolean), generate
 
     typing.__doc__ = f"""Compute c{formula}, or add it to c if `accumulate`.
 
     a, b: one-dimensional uint32 arrays of pairs: two bf16 values that are adjacent along the summed dimension, the
-    first in the lower bits. c: fp32. a_at, b_at, c_at: index of the tile's first element; lda, ldb, ldc: distance
-    between rows.
+    first in the lower bits. num_pairs: half the length of that dimension. c: fp32. a_at, b_at, c_at: index of the
+    tile's first element; lda, ldb, ldc: distance between rows.
     """
     return intrinsic(typing)
 
 
 def _emit_tile(
-    vectors: int, depth: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any,
-    pairs: Any, accumulate: Any,
+    vectors: int, depth: int, builder: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any,
+    num_pairs: Any, accumulate: Any,
 ) -> None:  # fmt: skip
-    """Emit a tile with AVX512-BF16 instructions. depth: number of partial sums of each element of c."""
-    offsets = [b.add(b.mul(ldc, I64(i)), I64(j * LANES)) for i in range(ROWS) for j in range(vectors)]
-    outputs = [b.gep(c_start, [offset]) for offset in offsets]
-    zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(outputs)
+    """Emit a tile with AVX512-BF16 instructions.
+
+    vectors: registers of LANES columns in a tile. depth: number of partial sums of each element of c.
+    """
+    offsets = [builder.add(builder.mul(ldc, I64(i)), I64(j * LANES)) for i in range(ROWS) for j in range(vectors)]
+    outputs = [builder.gep(c_start, [offset]) for offset in offsets]
+    zeros = [ir.Constant(_FP32_VECTOR, [0.0] * LANES)] * len(outputs)
 
     def body(k: Any, sums: list[Any]) -> list[Any]:
         results: list[Any] = []
         for step in range(depth):
-            index = b.add(k, I64(step))
-            row = b.gep(b_start, [b.mul(index, ldb)])
-            columns = [b.bitcast(load(b, row, I64(j * LANES), _PAIRS), _BF16S) for j in range(vectors)]
+            index = builder.add(k, I64(step))
+            row = builder.gep(b_start, [builder.mul(index, ldb)])
+            loaded = [load(builder, row, I64(j * LANES), _INT32_VECTOR) for j in range(vectors)]
+            columns = [builder.bitcast(x, _BF16_PAIRS_VECTOR) for x in loaded]
             for i in range(ROWS):
-                pair = broadcast(b, b.load(b.gep(a_start, [b.add(b.mul(lda, I64(i)), index)])), LANES)
+                address = builder.gep(a_start, [builder.add(builder.mul(lda, I64(i)), index)])
+                pair = broadcast(builder, builder.load(address), LANES)
                 for column in columns:
-                    operands = sums[len(results)], b.bitcast(pair, _BF16S), column
-                    results.append(call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, *operands))
+                    operands = sums[len(results)], builder.bitcast(pair, _BF16_PAIRS_VECTOR), column
+                    results.append(call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FP32_VECTOR, *operands))
         return results
 
-    initial = update_if(b, accumulate, zeros, lambda: [load(b, output, I64(0), _SUMS) for output in outputs])
-    sums = repeat(b, pairs, depth, initial + zeros * (depth - 1), body)
+    initial = update_if(
+        builder, accumulate, zeros, lambda: [load(builder, output, I64(0), _FP32_VECTOR) for output in outputs]
+    )
+    sums = repeat(builder, num_pairs, depth, initial + zeros * (depth - 1), body)
     for number, output in enumerate(outputs):
         total = sums[number]
         for step in range(1, depth):
-            total = b.fadd(total, sums[step * len(outputs) + number])
-        store(b, total, output, I64(0))
+            total = builder.fadd(total, sums[step * len(outputs) + number])
+        store(builder, total, output, I64(0))
 
 
-tile = _tile(2, 1, "[ROWS, 32] = a[ROWS, pairs] b[pairs, 32]")
+tile = _tile(2, 1, "[ROWS, 32] = a[ROWS, num_pairs] b[num_pairs, 32]")
 # Half as wide, with two partial sums per element, so that as many registers are used. Twice as many rows would need 16
 # address registers, all that an x86 CPU has.
-narrow_tile = _tile(1, 2, "[ROWS, 16] = a[ROWS, pairs] b[pairs, 16]")
+narrow_tile = _tile(1, 2, "[ROWS, 16] = a[ROWS, num_pairs] b[num_pairs, 16]")
 
 _HALF = np.uint32(16)  # bits per element of a pair
 _BF16 = np.zeros(1, np.uint16)  # selects bf16 in from_fp32
@@ -121,7 +129,7 @@ def round_pair(first: Any, second: Any) -> Any:
 @subroutine
 def matmul(
     a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, block: Any, c: Any, c_at: Any, ldc: Any,
-    rows: Any, columns: Any, pairs: Any, accumulate: Any,
+    rows: Any, columns: Any, num_pairs: Any, accumulate: Any,
 ) -> None:  # fmt: skip
     """Compute c (rows, columns) = a b, or add it to c if `accumulate`; arguments as in `tile`.
 
@@ -132,8 +140,8 @@ def matmul(
     for j in range(0, whole, COLUMNS):
         for i in range(0, rows, ROWS):
             block_at, out_at = b_at + j // COLUMNS * block, c_at + i * ldc + j
-            tile(a, a_at + i * lda, lda, b, block_at, ldb, c, out_at, ldc, pairs, accumulate)
+            tile(a, a_at + i * lda, lda, b, block_at, ldb, c, out_at, ldc, num_pairs, accumulate)
     if whole < columns:
         block_at = b_at + whole // COLUMNS * block
         for i in range(0, rows, ROWS):
-            narrow_tile(a, a_at + i * lda, lda, b, block_at, ldb, c, c_at + i * ldc + whole, ldc, pairs, accumulate)
+            narrow_tile(a, a_at + i * lda, lda, b, block_at, ldb, c, c_at + i * ldc + whole, ldc, num_pairs, accumulate)

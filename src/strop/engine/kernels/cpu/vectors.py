@@ -30,8 +30,8 @@ from strop.engine.kernels.cpu.compiled import (
 )
 
 LANES = 16
-_FLOATS, _INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
-_HALVES, _BF16S = ir.VectorType(I16, LANES), ir.VectorType(BFloat(), LANES)
+_FP32_VECTOR, _INT32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_INT16_VECTOR, _BF16_VECTOR = ir.VectorType(I16, LANES), ir.VectorType(BFloat(), LANES)
 _LOWEST = -3e38
 _long, _float = types.int64, types.float32
 
@@ -40,7 +40,7 @@ _FLAGS = ("contract",)
 
 
 def _constant(x: float) -> Any:
-    return ir.Constant(_FLOATS, [x] * LANES)
+    return ir.Constant(_FP32_VECTOR, [x] * LANES)
 
 
 def _compare(b: Any, operator: str, x: Any, y: Any) -> Any:
@@ -57,28 +57,28 @@ def _sub(b: Any, x: Any, y: Any) -> Any:
 
 def _load(b: Any, start: Any, index: Any, bf16: bool = False) -> Any:
     """Emit the load of LANES elements as fp32."""
-    return bf16_to_fp32(b, load(b, start, index, _HALVES)) if bf16 else load(b, start, index, _FLOATS)
+    return bf16_to_fp32(b, load(b, start, index, _INT16_VECTOR)) if bf16 else load(b, start, index, _FP32_VECTOR)
 
 
 def _round(b: Any, x: Any) -> Any:
-    return b.bitcast(b.fptrunc(x, _BF16S), _HALVES)
+    return b.bitcast(b.fptrunc(x, _BF16_VECTOR), _INT16_VECTOR)
 
 
 def _exp(b: Any, x: Any) -> Any:
     """Emit the same computation as compiled.exp, for x <= 0, but return NaN for NaN."""
     x = b.select(_compare(b, "<", x, _constant(-87.0)), _constant(-87.0), x)
-    n = b.fptosi(fma(b, x, _constant(1.44269504), _constant(-0.5)), _INTS)
-    whole = b.sitofp(n, _FLOATS)
+    n = b.fptosi(fma(b, x, _constant(1.44269504), _constant(-0.5)), _INT32_VECTOR)
+    whole = b.sitofp(n, _FP32_VECTOR)
     r = fma(b, whole, _constant(2.12194440e-4), fma(b, whole, _constant(-0.693359375), x))
     p = _constant(1.9875691500e-4)
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
         p = fma(b, p, r, _constant(factor))
-    bias, bits = ir.Constant(_INTS, [127] * LANES), ir.Constant(_INTS, [23] * LANES)
-    return _mul(b, p, b.bitcast(b.shl(b.add(n, bias), bits), _FLOATS))
+    bias, bits = ir.Constant(_INT32_VECTOR, [127] * LANES), ir.Constant(_INT32_VECTOR, [23] * LANES)
+    return _mul(b, p, b.bitcast(b.shl(b.add(n, bias), bits), _FP32_VECTOR))
 
 
 def _sum(b: Any, x: Any) -> Any:
-    kind = ir.FunctionType(F32, [F32, _FLOATS])
+    kind = ir.FunctionType(F32, [F32, _FP32_VECTOR])
     name = "llvm.vector.reduce.fadd.v16f32"
     function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
     return b.call(function, [F32(0.0), x], fastmath=("reassoc",))
@@ -86,7 +86,7 @@ def _sum(b: Any, x: Any) -> Any:
 
 def _in_range(b: Any, index: Any, begin: Any, end: Any) -> Any:
     """Emit the mask of the LANES indices from `index` that are in [begin, end)."""
-    indices = b.add(broadcast(b, b.trunc(index, I32), LANES), ir.Constant(_INTS, list(range(LANES))))
+    indices = b.add(broadcast(b, b.trunc(index, I32), LANES), ir.Constant(_INT32_VECTOR, list(range(LANES))))
     first, last = (broadcast(b, b.trunc(x, I32), LANES) for x in (begin, end))
     return b.and_(b.icmp_signed(">=", indices, first), b.icmp_signed("<", indices, last))
 
@@ -202,10 +202,11 @@ def pair_rows(context: Any, even: Any, even_at: Any, odd: Any, odd_at: Any, coun
 
         def load_bits(start: Any, index: Any) -> Any:
             is_bf16 = even.dtype == types.uint16
-            return b.zext(load(b, start, index, _HALVES) if is_bf16 else _round(b, _load(b, start, index)), _INTS)
+            bits = load(b, start, index, _INT16_VECTOR) if is_bf16 else _round(b, _load(b, start, index))
+            return b.zext(bits, _INT32_VECTOR)
 
         def body(index: Any, _: list[Any]) -> None:
-            high = b.shl(load_bits(second, index), ir.Constant(_INTS, [16] * LANES))
+            high = b.shl(load_bits(second, index), ir.Constant(_INT32_VECTOR, [16] * LANES))
             store(b, b.or_(load_bits(first, index), high), target, index)
 
         repeat(b, args[4], LANES, [], body)

@@ -45,14 +45,14 @@ class EagerRope:
     """RopeOps in plain PyTorch."""
 
     def rotate_qk(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q (T, query, size) and k (T, key_value, size), normalized and rotated.
+        """Return q (T, num_query_heads, size) and k (T, num_kv_heads, size), normalized and rotated.
 
         cos, sin (T, m): the first 2 m elements of a head are rotated.
         """
         q, k, _ = heads.normalized(qkv)
         if heads.q_norm is None and heads.k_norm is None:  # q and k are contiguous, so one call rotates both
-            both = qkv.view(len(qkv), -1, heads.size)[:, : heads.query + heads.key_value]
-            q, k = torch.split(_rotate(both, cos, sin), [heads.query, heads.key_value], 1)
+            both = qkv.view(len(qkv), -1, heads.size)[:, : heads.num_query_heads + heads.num_kv_heads]
+            q, k = torch.split(_rotate(both, cos, sin), [heads.num_query_heads, heads.num_kv_heads], 1)
             return q, k
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
@@ -145,7 +145,7 @@ def _window_arguments(heads: Heads) -> dict[str, int]:
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, heads: Heads) -> tuple[Tensor, ...]:
-    """Return the output (T, query, size), and the tensors that flash_backward needs."""
+    """Return the output (T, num_query_heads, size), and the tensors that flash_backward needs."""
     operation = torch.ops.aten._flash_attention_forward  # varlen_attn supports grouped heads only since PyTorch 2.12
     return tuple(operation(
         q, k, v, varlen.query_ends, varlen.key_ends, varlen.longest_query, varlen.longest_key, 0.0,
@@ -191,7 +191,7 @@ def padded_attention(
     """
     q, k, v = RotateQk.apply(qkv, heads, cos, sin, rope)  # type: ignore[no-untyped-call]
     repeats_keys = heads.group > 1 and qkv.device.type == "cuda"
-    out = qkv.new_zeros(len(qkv) + 1, heads.query, heads.size)  # the last row receives the padding (row -1)
+    out = qkv.new_zeros(len(qkv) + 1, heads.num_query_heads, heads.size)  # the last row receives the padding (row -1)
     for bucket in documents.layout.buckets:
         num_queries, num_keys = bucket.queries.shape[1], bucket.keys.shape[1]
         mask = None

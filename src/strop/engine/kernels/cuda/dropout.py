@@ -43,7 +43,7 @@ def _apply_masks(
     row = tl.program_id(0).to(tl.int64)
     first_counter = tl.program_id(1) * BLOCK
     counters, features = first_counter + tl.arange(0, BLOCK), 2 * first_counter + tl.arange(0, 2 * BLOCK)
-    numbers, levels = (n0, n1, n2, n3), (l0, l1, l2, l3)
+    numbers, thresholds = (n0, n1, n2, n3), (l0, l1, l2, l3)
     token = tl.load(tokens + row)
     for number in tl.static_range(ADAPTERS):
         halves = _random_halves(counters, numbers[number], token, seed, step, ROUNDS)
@@ -51,7 +51,7 @@ def _apply_masks(
             column = 2 * word * COUNT + features
             mask = (features < 2 * COUNT) & (column < N)
             values = tl.load(z + row * z_row + column, mask=mask, other=0.0)
-            masked = tl.where(halves[word].to(tl.int32) >= levels[number], values, tl.zeros_like(values))
+            masked = tl.where(halves[word].to(tl.int32) >= thresholds[number], values, tl.zeros_like(values))
             tl.store(out + row * (ADAPTERS * N) + number * N + column, masked, mask=mask)
 
 
@@ -64,7 +64,7 @@ def _apply_masks_backward(
     row = tl.program_id(0).to(tl.int64)
     first_counter = tl.program_id(1) * BLOCK
     counters, features = first_counter + tl.arange(0, BLOCK), 2 * first_counter + tl.arange(0, 2 * BLOCK)
-    numbers, levels = (n0, n1, n2, n3), (l0, l1, l2, l3)
+    numbers, thresholds = (n0, n1, n2, n3), (l0, l1, l2, l3)
     token = tl.load(tokens + row)
     sums = (
         tl.zeros((2 * BLOCK,), tl.float32), tl.zeros((2 * BLOCK,), tl.float32),
@@ -73,12 +73,12 @@ def _apply_masks_backward(
     for number in tl.static_range(ADAPTERS):
         a, b, c, d = _random_halves(counters, numbers[number], token, seed, step, ROUNDS)
         s0, s1, s2, s3 = sums
-        pointer, level = grad + row * grad_row + number * N, levels[number]
+        pointer, threshold = grad + row * grad_row + number * N, thresholds[number]
         sums = (
-            s0 + _load_kept(pointer, a, level, features, 0, N, COUNT),
-            s1 + _load_kept(pointer, b, level, features, 1, N, COUNT),
-            s2 + _load_kept(pointer, c, level, features, 2, N, COUNT),
-            s3 + _load_kept(pointer, d, level, features, 3, N, COUNT),
+            s0 + _load_kept(pointer, a, threshold, features, 0, N, COUNT),
+            s1 + _load_kept(pointer, b, threshold, features, 1, N, COUNT),
+            s2 + _load_kept(pointer, c, threshold, features, 2, N, COUNT),
+            s3 + _load_kept(pointer, d, threshold, features, 3, N, COUNT),
         )
     for word in tl.static_range(4):
         column = 2 * word * COUNT + features
@@ -88,36 +88,37 @@ def _apply_masks_backward(
 
 @device_function
 def _load_kept(
-    pointer: tensor, halves: tensor, level: tensor, features: tensor, word: constexpr, N: constexpr, COUNT: constexpr
-) -> tensor:
+    pointer: tensor, halves: tensor, threshold: tensor, features: tensor, word: constexpr, N: constexpr,
+    COUNT: constexpr,
+) -> tensor:  # fmt: skip
     column = 2 * word * COUNT + features
     values = tl.load(pointer + column, mask=(features < 2 * COUNT) & (column < N), other=0.0).to(tl.float32)
-    return tl.where(halves.to(tl.int32) >= level, values, 0.0)
+    return tl.where(halves.to(tl.int32) >= threshold, values, 0.0)
 
 
 def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:
-    if len(dropped.numbers) > MAX_ADAPTERS:
+    if len(dropped.adapter_numbers) > MAX_ADAPTERS:
         return dropout.apply_masks(z, dropped)
     x = as_rows(z)
-    out = x.new_empty(len(x), len(dropped.numbers) * x.shape[1])
+    out = x.new_empty(len(x), len(dropped.adapter_numbers) * x.shape[1])
     return _launch(_apply_masks, x, out, x.shape[1], dropped)
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
-    if len(dropped.numbers) > MAX_ADAPTERS:
+    if len(dropped.adapter_numbers) > MAX_ADAPTERS:
         return dropout.apply_masks_backward(grad, dropped)
     values = as_rows(grad)
-    out = values.new_empty(len(values), values.shape[1] // len(dropped.numbers))
+    out = values.new_empty(len(values), values.shape[1] // len(dropped.adapter_numbers))
     return _launch(_apply_masks_backward, values, out, out.shape[1], dropped)
 
 
 def _launch(mask_kernel: Any, x: Tensor, out: Tensor, n: int, dropped: DropoutSpec) -> Tensor:
-    adapters, count = len(dropped.numbers), -(-n // 8)
+    adapters, count = len(dropped.adapter_numbers), -(-n // 8)
     block = min(COUNTERS, next_power_of_2(count))
     padding = [0] * (MAX_ADAPTERS - adapters)
     # Signed, because Triton would compile another kernel for integers of more than 31 bits.
     key = [(value ^ SIGN) - SIGN for value in (dropped.seed, dropped.step)]
-    scalars = [*key, *dropped.numbers, *padding, *dropped.levels, *padding]
+    scalars = [*key, *dropped.adapter_numbers, *padding, *dropped.thresholds, *padding]
     constants = {"N": n, "COUNT": count, "ADAPTERS": adapters, "ROUNDS": ROUNDS, "BLOCK": block}
     launch(
         mask_kernel, (len(x), -(-count // block)), x, x, out, dropped.token_keys.contiguous(), x.stride(0), *scalars,

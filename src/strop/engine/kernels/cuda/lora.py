@@ -62,16 +62,16 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def prepare_adapters(linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
-    """Set `operands` of linear layers on a GPU from their active adapters."""
+    """Set `prepared_lora_ops` of linear layers on a GPU from their active adapters."""
     if not linears or linears[0].bases[0].weight.device.type != "cuda":
         return
     active = [(linear, linear.active_adapters()) for linear in linears]
     adapted = [(linear, Adapters(x.parts, x.columns, x.scales)) for linear, x in active if x.parts]
     for linear in linears:
-        linear.operands = None
+        linear.prepared_lora_ops = None
     operands = make_operands([(adapters, linear.out_features) for linear, adapters in adapted], dtype)
     for (linear, _), linear_operands in zip(adapted, operands, strict=True):
-        linear.operands = linear_operands
+        linear.prepared_lora_ops = linear_operands
 
 
 def make_operands(layers: Sequence[tuple[Adapters, int]], dtype: torch.dtype) -> list[Operands]:

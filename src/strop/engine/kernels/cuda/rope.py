@@ -3,8 +3,8 @@
 `rotate_qk` normalizes and rotates q and k in one kernel. `ApplyRope` only rotates, for models that normalize after the
 rotation, rotate interleaved pairs of elements, or scale the queries.
 
-qkv: shape (T, (query + 2 key_value) * size), the heads of q, then of k, then of v. cos, sin: shape (T, m); the first
-2 m elements of each head are rotated.
+qkv: shape (T, (num_query_heads + 2 num_kv_heads) * size), the heads of q, then of k, then of v. cos, sin: shape (T, m);
+the first 2 m elements of each head are rotated.
 """
 
 from __future__ import annotations
@@ -148,11 +148,12 @@ def _rope_backward(
 
 
 def _launch_constants(heads: Heads, m: int, num_heads: int) -> dict[str, Any]:
-    size, query, key_value = heads.size, heads.query, heads.key_value
+    size, num_query_heads, num_kv_heads = heads.size, heads.num_query_heads, heads.num_kv_heads
     half, rest = next_power_of_2(m) if m else 0, next_power_of_2(size - 2 * m) if size > 2 * m else 0
     group = max(1, min(next_power_of_2(num_heads), TILE // max(2 * half + rest, 1)))
     return {
-        "QUERY": query, "HEADS": query + key_value, "SIZE": size, "M": m, "NORMED": has_norms_per_head(heads),
+        "QUERY": num_query_heads, "HEADS": num_query_heads + num_kv_heads, "SIZE": size, "M": m,
+        "NORMED": has_norms_per_head(heads),
         "GROUP": group, "HALF": half, "REST": rest, "num_warps": warps_for(group * max(half, rest)),
     }  # fmt: skip
 
@@ -163,10 +164,10 @@ def has_norms_per_head(heads: Heads) -> bool:
 
 
 def rotate_qk(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q (T, query, size) and k (T, key_value, size), normalized and rotated."""
-    x, num_heads = as_rows(qkv), heads.query + heads.key_value
+    """Return q (T, num_query_heads, size) and k (T, num_kv_heads, size), normalized and rotated."""
+    x, num_heads = as_rows(qkv), heads.num_query_heads + heads.num_kv_heads
     out = x.new_empty(len(x), num_heads, heads.size)
-    q, k = torch.split(out, [heads.query, heads.key_value], 1)
+    q, k = torch.split(out, [heads.num_query_heads, heads.num_kv_heads], 1)
     if heads.q_norm is not None and heads.k_norm is not None and not has_norms_per_head(heads):
         for values, target, norm in zip(heads.views(x), (q, k), (heads.q_norm, heads.k_norm), strict=False):
             rms_norm(as_norm_input(values, norm), norm.weight, norm.eps, norm.offset, target.flatten(1))
@@ -181,7 +182,7 @@ def rotate_qk_backward(
     grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """Return the gradient of qkv. grads: the gradients of the rotated q and k and of v, each (T, heads, size)."""
-    x, num_heads = as_rows(qkv), heads.query + 2 * heads.key_value
+    x, num_heads = as_rows(qkv), heads.num_query_heads + 2 * heads.num_kv_heads
     dq, dk, dv = (grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads)
     out, strides = x.new_empty(len(x), num_heads * heads.size), [n for grad in (dq, dk, dv) for n in grad.stride()[:2]]
     constants, (weights, scalars) = _launch_constants(heads, cos.shape[1], num_heads), _norm_arguments(heads, x)
@@ -249,13 +250,14 @@ def apply_rope(
 ) -> Tensor:
     """Return qkv with q and k rotated. backward: return the gradient of qkv from x, the gradient of the result."""
     x = x.contiguous()
-    out, size, m, num_heads = x.clone(), heads.size, cos.shape[1], heads.query + heads.key_value
+    out, size, m, num_heads = x.clone(), heads.size, cos.shape[1], heads.num_query_heads + heads.num_kv_heads
     half, rest = next_power_of_2(m) if m else 0, next_power_of_2(size - 2 * m) if size > 2 * m else 0
     group = max(1, min(next_power_of_2(num_heads), TILE // max(2 * half, rest, 1)))
     factors = cos if scale is None else scale.contiguous()
     launch(
-        _rope_only, (len(x), -(-num_heads // group)), x, x, out, cos, sin, factors, QUERY=heads.query, HEADS=num_heads,
-        ALL=num_heads + heads.key_value, SIZE=size, M=m, INTERLEAVED=interleaved, SCALED=scale is not None,
+        _rope_only, (len(x), -(-num_heads // group)), x, x, out, cos, sin, factors,
+        QUERY=heads.num_query_heads, HEADS=num_heads,
+        ALL=num_heads + heads.num_kv_heads, SIZE=size, M=m, INTERLEAVED=interleaved, SCALED=scale is not None,
         BACKWARD=backward, GROUP=group, HALF=half, REST=rest, num_warps=warps_for(group * max(half, rest)),
     )  # fmt: skip
     return out
