@@ -195,6 +195,7 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("bad-messages", {"messages": "hello"}),
         ("bad-messages", {"messages": ["hello"]}),
         ("bad-messages", {"messages": [{"role": "system", "content": "a"}, U, A], "system": "b"}),
+        ("bad-messages", {"prompt": [{"role": "system", "content": "a"}, U], "system": "b"}),
         ("bad-messages", {"instruction": "a", "output": "b", "history": ["x"]}),
         ("bad-messages", {"instruction": "a", "instances": []}),
         ("bad-messages", {"instruction": "a", "input": "b", "context": "c", "output": "d"}),

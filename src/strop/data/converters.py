@@ -84,10 +84,7 @@ def _parse_turns(row: RowValue, key: str) -> list[Message]:
 
 def _make_row(turns: list[Message], row: RowValue) -> ParsedRow:
     """Return the turns with the row's system text and tools. Raises InvalidRow if the dialogue is invalid."""
-    system = _optional_text(row, "system")
-    if system and turns and turns[0].role == "system":
-        raise InvalidRow("bad-messages", "two system texts: the column `system` and the first message")
-    turns = [*([Message("system", system)] if system else []), *turns]
+    turns = _prepend_system(row, turns)
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not any(turn.role == "assistant" for turn in dialogue):
         raise InvalidRow("no-assistant", "no assistant message" if turns else "no messages")
@@ -292,8 +289,7 @@ def _join_instruction(row: RowValue) -> str:
 def convert_prompt(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert a prompt without an answer: a string, or messages that end with a user or tool message."""
     turns = [*_parse_history(row), *_as_context(_parse_column(row, keys[0], "user"))]
-    system = _optional_text(row, "system")
-    turns = [*([Message("system", system)] if system else []), *turns]
+    turns = _prepend_system(row, turns)
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not dialogue or dialogue[-1].role not in ("user", "tool"):
         raise InvalidRow("no-question", "the last message is not the user's: there is nothing to answer")
@@ -320,6 +316,16 @@ def _check_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRow("not-text", f"{name} is {type_name(value)}, not a string")
     return value
+
+
+def _prepend_system(row: RowValue, turns: list[Message]) -> list[Message]:
+    """Return the turns after the row's system text. Raises InvalidRow if the turns have one too."""
+    system = _optional_text(row, "system")
+    if not system:
+        return turns
+    if turns and turns[0].role == "system":
+        raise InvalidRow("bad-messages", "two system texts: the column `system` and the first message")
+    return [Message("system", system), *turns]
 
 
 def _optional_text(row: RowValue, key: str) -> str:

@@ -228,8 +228,15 @@ def load_sharded(
     reader = _ShardReader(model, source, folder, dtype, device, quantization, resident_layers)
     shards = _shard_model(model, reader, rank, world)
     for key, weight in list(model.named_parameters()):
-        if weight.device.type == "meta" and (small := reader.read_small(key)) is not None:
+        if weight.device.type != "meta":
+            continue
+        if (small := reader.read_small(key)) is not None:
             set_attribute(model, key, nn.Parameter(small, requires_grad=False))
+        else:  # a quantized weight outside of the sharded layers, as in a vision tower
+            for tensor in reader.sharded_tensors(key, weight) or ():
+                whole = tensor.read(0, tensor.size).to(device).view(tensor.dtype).view(*tensor.shape)
+                check_finite(whole, f"{source.name}: weight {tensor.name}")
+                tensor.assign(whole)
     for key, buffer in list(model.named_buffers()):
         value = reader.tensors.get(key).to(buffer.dtype) if key in reader.tensors else buffer
         set_attribute(model, key, value.to(device))
