@@ -13,7 +13,7 @@ test: $(VENV)/tested-with
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # Half an hour. PEER=/path/to/python with trl installed adds the peer's column.
 faults: $(VENV)/tested-with

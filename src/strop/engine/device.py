@@ -34,7 +34,7 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     - oneDNN and PyTorch each cache the code of the last 1,024 matmul shapes, 0.6 to 1.3 MiB per shape. Each length of a
       packed micro-batch is a new shape: on SmolLM2 the caches grew to 0.7 GiB (docs/log). As lengths rarely repeat, the
       caches are limited to the shapes of one layer.
-    - On a GPU, free blocks have as many sizes. PyTorch can reuse them if its segments are expandable.
+    - On a GPU, each length leaves free blocks of another size. PyTorch reuses them only in expandable segments.
     - CUDA numbers GPUs in the order of the driver, which `strop plan` uses.
     - GPU matmuls that are split along the summed dimension accumulate in fp32 and round once.
 

@@ -66,7 +66,7 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
         if family.attention_sinks:
             return "attention sinks outside of a CPU"
         if family.per_layer_inputs:
-            return "norms of values outside of a CPU"
+            return "norms of values outside of a CPU"  # which these families (Gemma 4) have too
     for rope in rope_types(config):
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
             return f"rotary embedding of type {rope}"

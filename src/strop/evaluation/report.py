@@ -72,7 +72,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         memory=list(_list_memory_peaks(report.get("memory") or {})),
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_format_choice(choice) for choice in recipe if choice.get("origin") == "default"],
-        origins=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
+        provenance=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
         recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
         general=_format_general(report.get("general") or {}),
         tasks=list(metrics.format_task_scores(report.get("tasks") or {})),

@@ -178,7 +178,7 @@ def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) ->
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    # The card has LOCATION in place of a path. Its Python example (the end of a print call) needs a local folder.
+    # The card has LOCATION in place of a path. Its Python example, which ends with `snippet`, needs a local folder.
     snippet, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]
     after_download = f"{snippet.format(name)}  # after `hf download {repo} --local-dir {name}`"
     contents[CARD_FILE] = text.replace(snippet.format(LOCATION), after_download).replace(LOCATION, repo).encode()

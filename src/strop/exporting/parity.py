@@ -40,7 +40,7 @@ class Limit:
 
     @property
     def near_tie(self) -> float:
-        """The largest difference in probability between two tokens whose order rounding may change.
+        """The largest difference in probability between two tokens whose order may change through rounding.
 
         By Pinsker's inequality (Tsybakov, Introduction to Nonparametric Estimation, 2009, lemma 2.5), KL(p || q) = k
         implies sum |p - q| <= sqrt(2 k), so q can only reverse the order of tokens whose probabilities under p differ

@@ -38,7 +38,8 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
     """Write a PEFT adapter folder atomically: weights, config, tokenizer, chat template, strop.json."""
     # identity: {base: {name, fingerprint}, template, data, system (a system prompt in all training rows), reasoning}
     with new_folder(folder) as temp:
-        # By default PEFT queries the Hub to see whether embeddings were resized. Trained rows are saved without that.
+        # By default PEFT queries the Hub to see whether embeddings were resized. Trained rows of the
+        # embeddings are saved even so.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
         (temp / "README.md").unlink()  # PEFT's model card, which is an empty template

@@ -159,11 +159,13 @@ class CheckpointLayout:
         self.unused[name] = parameter
         return None, None
 
-    def check(self, name: str, tensors: CheckpointTensors) -> CheckpointLayout:
+    def check(self, model_name: str, tensors: CheckpointTensors) -> CheckpointLayout:
         """Raise ModelError if the tensors do not fit the model. Returns the layout itself."""
         if all(group.parameter is None for group in self.groups):
             model_type, first = self._model.config.model_type, next(iter(self.unused), "it has none")
-            raise ModelError(f"{name}: none of its tensors is a weight of a model of type {model_type}, first {first}")
+            raise ModelError(
+                f"{model_name}: none of its tensors is a weight of a model of type {model_type}, first {first}"
+            )
         mismatched = []
         for group in self.groups:
             if group.parameter is None:
@@ -171,24 +173,24 @@ class CheckpointLayout:
             parameter, (first, *others) = self._state[group.parameter], group.names
             is_packed = tensors.is_packed(first)
             if parameter.is_floating_point() and others and group.converter is None:
-                what = f"{name}: {group.parameter} is stored twice, as {first} and as {others[0]}"
+                what = f"{model_name}: {group.parameter} is stored twice, as {first} and as {others[0]}"
                 raise ModelError(what, fix="remove one of them")
             dtypes = {key: tensors.stored_dtype(key) for key in group.names}
             integer = next((key for key, dtype in dtypes.items() if dtype not in FLOATS), None)
             if integer and parameter.is_floating_point() and not is_packed:
-                what = f"{name}: {integer} is stored as {dtypes[integer]}, and config.json does not give a scale"
+                what = f"{model_name}: {integer} is stored as {dtypes[integer]}, and config.json does not give a scale"
                 raise ModelError(what, fix="use the model with 16-bit weights")
             has_shape = dtypes[first] == "I8" or not is_packed  # 4-bit weights are stored as a list of bytes
             if group.converter is None and has_shape and tensors.shape(first) != list(parameter.shape):
                 mismatched.append(group.parameter)
         if mismatched:
-            what = f"{name}: {len(mismatched)} weights are missing or of another shape, first {mismatched[0]}"
+            what = f"{model_name}: {len(mismatched)} weights are missing or of another shape, first {mismatched[0]}"
             raise ModelError(what)
-        check_unused_tensors(name, self._model, self.unused.values())
+        check_unused_tensors(model_name, self._model, self.unused.values())
         for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
             stored = {group.parameter: group.names[0] for group in self.groups if group.parameter in (target, source)}
             if len(stored) == 2 and not tensors.equal(stored[target], stored[source]):
-                what = f"{name}: {stored[target]} and {stored[source]} differ, but config.json says that they are tied"
+                what = f"{model_name}: {stored[target]} and {stored[source]} differ, but config.json says that they are tied"
                 fix = "set tie_word_embeddings to false in config.json, or remove the one that was not trained"
                 raise ModelError(what, fix=fix)
         return self

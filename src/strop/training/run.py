@@ -140,7 +140,7 @@ def resume(
         has_other_devices = counts[0] != counts[1]
         if devices.is_main and (changes or has_other_devices or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
-            layers = {"layers": lock["layers"]} if "layers" in lock else {}
+            layers = {"layers": lock["layers"]} if "layers" in lock else {}  # digests of the base's layers
             overrides = [*lock.get("overrides", []), *map(asdict, changes)]
             write_json(folder.lock, {**setup.lock, **layers, "overrides": overrides})
         resumed = Resumed(changes, counts if has_other_devices else None)
@@ -205,7 +205,7 @@ def _execute(
                 _restore(job, resumed)
             broadcast_weights(job)
             describe_start(job, setup)
-            ended, key = "steps", reference_key(setup)
+            end_reason, key = "steps", reference_key(setup)
             usable = watch_memory(job, setup.machine)
             sizes = {"parameters": setup.parameters, "threads": torch.get_num_threads(), "devices": devices.world_size}
             expected = forecast(job, Workload.from_recipe(recipe, setup.shape, **sizes), usable)
@@ -216,7 +216,7 @@ def _execute(
                 expected = try_largest_batch(job, expected, usable, memory)
                 job = with_reference(job, key)
                 try:
-                    ended = fit(job)
+                    end_reason = fit(job)
                 except StropError as error:
                     error.partial_result = {"run": str(folder.path), **summarize_progress(job.state.progress)}
                     raise
@@ -230,8 +230,8 @@ def _execute(
                 raise
             fix = "use a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {first_line(error)}", fix=fix) from None
-        change = load_best(job, key)
-        report = devices.run_on_main(lambda: finish(job, setup, memory, expected, ended, change))
+        weight_change = load_best(job, key)
+        report = devices.run_on_main(lambda: finish(job, setup, memory, expected, end_reason, weight_change))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))

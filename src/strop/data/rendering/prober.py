@@ -125,11 +125,11 @@ class TurnEnding:
 
 @dataclass(frozen=True)
 class PromptSplice:
-    """A change of a training text after which its prompt is a prefix of it.
+    """An edit that makes a conversation's rendered prompt a prefix of its rendered training text.
 
-    Where the prompt ends with `prompt_end`, the training text has `text_head` and `removed`. The new text is the
-    prompt, `inserted`, and the training text after `removed`. outside_reasoning: prompt and text differ in what the
-    template writes around turns, not in reasoning.
+    The prompt ends with `prompt_end`; at that place the training text has `text_head` and `removed`. The edited text
+    is the prompt, `inserted`, and the rest of the training text after `removed`. outside_reasoning: the two differ in
+    what the template writes around turns, not in reasoning.
     """
 
     prompt_end: str
@@ -181,7 +181,7 @@ USER, ANSWER, SYSTEM, TOOL = "Qzuserq", "Qzanswerq", "Qzsystemq", "qztoolq"
 NEXT, REASONING, VALUE, OTHER_VALUE = "Qznextq", "Qzthoughtq", "qzvalueq", "qzotherq"
 
 _REASONING_OPTION = re.compile("think|reason|thought")  # in the name of an option that may turn reasoning on and off
-_PART_AS_TEXT = re.compile(r"""["']type["']: ["'](thinking|thoughts)["']""")  # content parts that are not supported
+_PRINTED_PART = re.compile(r"""["']type["']: ["'](thinking|thoughts)["']""")  # a content part printed as a dict
 _OPEN_BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason)[^<>/]*)>\s*$", re.IGNORECASE)
 
 QUESTION, NEXT_QUESTION = Message("user", USER), Message("user", NEXT)
@@ -372,7 +372,7 @@ class Prober:
             self._input_format = replace(plain, reasoning=reasoning)
             for options in self._reasoning_switches():
                 text = self._render_if_shown([QUESTION, THINKING], REASONING, options)
-                if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and not _PART_AS_TEXT.search(text):
+                if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and not _PRINTED_PART.search(text):
                     return
         self._input_format = plain
 

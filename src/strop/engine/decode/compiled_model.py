@@ -339,7 +339,8 @@ def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
         values: int8, (N * h,), where N is V rounded up to a multiple of `lanes`.
         scales: fp32, (N,).
         bounds: fp32, (V,), the maximum error of a logit for a hidden state of norm 1. It includes the errors from
-            quantization, from sums in fp32, and from rounding the hidden state to 16 bits. NaN if it is not finite.
+            quantization, from sums in fp32, and from rounding the hidden state to 16 bits. All are NaN if one is not
+            finite.
     """
     n, k = weight.shape
     num_rows = -(-n // lanes) * lanes

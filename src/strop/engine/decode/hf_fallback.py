@@ -39,7 +39,8 @@ PROMPT_LENGTHS = 21, 9  # the second sequence joins when the first has one token
 NUM_TOKENS = 4
 LIMITS = {torch.float32: 1e-3}  # maximum mean |difference| of log-probabilities, in nats per token
 DEFAULT_LIMIT = 0.25  # for other dtypes
-CACHE_POSITIONS = {"gpt_neo": "its windows", "mpt": "its distances"}  # families that a test with short texts misses
+# What families compute from positions in the cache, which the short texts of check_batching would not show.
+USES_CACHE_POSITIONS = {"gpt_neo": "its windows", "mpt": "its distances"}
 
 
 @torch.no_grad()
@@ -130,7 +131,7 @@ class HfDecoder:
     Raises ModelError for an architecture whose state is more than keys and values.
     """
 
-    num_cheap_rows = 1  # a pass processes one token of each sequence, so there are no drafts
+    num_cheap_rows = 1  # a pass over more rows takes longer, so speculative decoding is off
 
     def __init__(self, model: Any, keep: int) -> None:
         self._peft = model if hasattr(model, "peft_config") else None
@@ -369,7 +370,7 @@ def check_batching(decoder: HfDecoder, module: Any) -> None:
     """
     base = decoder.model
     kind, fix = base.config.model_type, "use `strop chat` or `strop eval`, or serve it with --engine vllm"
-    if feature := CACHE_POSITIONS.get(kind):
+    if feature := USES_CACHE_POSITIONS.get(kind):
         what = f"{kind}: {feature} are computed from positions in the cache, which the sequences of a batch share"
         raise ModelError(what, fix=fix)
     try:

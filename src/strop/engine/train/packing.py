@@ -246,7 +246,7 @@ def pack_separately(examples: Sequence[Example], *, prefix_sharing: bool, device
 
 
 def pack_last_tokens(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
-    """Pack like pack_separately, with `rows` set to the last token of each example. Do not use labels and weights."""
+    """Pack like pack_separately, with `rows` set to each example's last token. Its labels and weights are not valid."""
     packed = pack_separately(examples, prefix_sharing=prefix_sharing, device=device)
     ends = [row for _, row in sorted(packed.ends)]
     rows, label_rows = copy_to_device([_int64(ends), _int64(range(len(examples)))], device)

@@ -42,7 +42,8 @@ class GgufFormat:
     # "ignored": llama.cpp uses full attention instead. "refused": strop does not export a model that has one.
     sliding_window: Literal["none", "pattern", "ignored", "refused"] = "none"
     window_pattern: int = 0
-    hidden_scaled_at_num_layers: int = 0  # the model size with this number of layers scales by hidden size / heads
+    # The model with this many layers scales attention scores by (hidden size / heads)^-0.5, not by the head size.
+    hidden_scaled_at_num_layers: int = 0
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     reads_weights: bool = True  # strop reads the file tensor by tensor; otherwise transformers loads it
 

@@ -71,7 +71,7 @@ def _decorator(**options: Any) -> Callable[[Function], Function]:
 kernel = _decorator(parallel=True, fastmath=True)  # runs `prange` loops on all threads
 subroutine = _decorator(fastmath=True)  # is called by kernels
 force_inline = _decorator(fastmath=True, forceinline=True)  # for long subroutines in loops that must be vectorized
-sequence = _decorator(nogil=True)  # calls kernels one after another without holding the GIL
+kernel_sequence = _decorator(nogil=True)  # calls kernels one after another without holding the GIL
 
 
 def specialization_of(function: Callable[..., Any]) -> Callable[[Function], Function]:

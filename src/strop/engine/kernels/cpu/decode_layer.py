@@ -16,7 +16,7 @@ from numba import prange, types
 from numba.experimental import structref
 
 from strop.engine.kernels.cpu.cached_attention import BLOCK, attend, key_index
-from strop.engine.kernels.cpu.compiled import HAS_BF16, from_fp32, kernel, sequence, sigmoid, subroutine
+from strop.engine.kernels.cpu.compiled import HAS_BF16, from_fp32, kernel, kernel_sequence, sigmoid, subroutine
 from strop.engine.kernels.cpu.decode_matmul import Dense, Linear, Quantized, columns_of, dense_matmul, linear_forward
 from strop.engine.kernels.cpu.dots import LANES
 from strop.engine.kernels.cpu.elementwise import GELU, GELU_CUBIC, GELU_SCALE, GELU_TANH, KINDS, RELU, RELU2, SILU, gelu
@@ -283,17 +283,17 @@ structref.define_proxy(BuffersRef, _BuffersRefType, ["buffers"])
 
 
 # StructRefProxy.__new__ does the same, but numba does not cache it, and compiling it takes 0.5 s in each process.
-@sequence
+@kernel_sequence
 def _make_layer_ref(layer: Any, keys: Any, values: Any) -> Any:
     return LayerRef(layer, keys, values)
 
 
-@sequence
+@kernel_sequence
 def _make_buffers_ref(buffers: Any) -> Any:
     return BuffersRef(buffers)
 
 
-@sequence
+@kernel_sequence
 def layer_forward(
     layer_ref: Any, buffers_ref: Any, hidden: Any, positions: Any, sequences: Any, block_table: Any, chunks: Any,
     adapter_rows: Any, threads: Any,

@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange, types
 
 from strop.engine.kernels.cpu.amx import AVAILABLE, pack_rows, packed_buffer
-from strop.engine.kernels.cpu.compiled import kernel, sequence, specialization_of, subroutine
+from strop.engine.kernels.cpu.compiled import kernel, kernel_sequence, specialization_of, subroutine
 from strop.engine.kernels.cpu.dequantize import UNIT, can_dequantize, dequantize_row, quantized_block
 from strop.engine.kernels.cpu.dots import (
     LANES,
@@ -61,7 +61,7 @@ if USES_AMX:
     from strop.engine.kernels.cpu.amx import tiled_matmul
 else:
 
-    @sequence
+    @kernel_sequence
     def tiled_matmul(weight: Any, packed: Any, y: Any, column: Any, threads: Any) -> None:
         """Do nothing; only compiled, never called."""
 
@@ -72,7 +72,7 @@ def uses_amx(w: Any, z: Any) -> Any:
     return USES_AMX and w.itemsize == 2 and z.itemsize == 2 and z.shape[1] % 32 == 0
 
 
-@sequence
+@kernel_sequence
 def dense_matmul_packed(weight: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> None:
     """Compute y[:, column:] = z w^T; z (T, k), y (T, ..) fp32. packed: the output of `pack_rows`, used with AMX."""
     n, done = len(weight.w), 0
@@ -85,7 +85,7 @@ def dense_matmul_packed(weight: Any, z: Any, packed: Any, y: Any, column: Any, t
         _dots(Dense(weight.w[done:]), z, y, column + done, threads)
 
 
-@sequence
+@kernel_sequence
 def dense_matmul(weight: Any, z: Any, y: Any, threads: Any) -> None:
     """Compute y = z w^T; z (T, k), y (T, n) fp32."""
     packed = packed_buffer(z if uses_amx(weight.w, z) else z[:0])
@@ -283,7 +283,7 @@ def _quantize_input_by_type(weights: Any, buffers: Any, z: Any) -> Any:
     return quantize if first.instance_class is Quantized and _uses_integers(first, z) else nothing
 
 
-@sequence
+@kernel_sequence
 def linear_forward(linear: Any, buffers: Any, z: Any, adapter_rows: Any, y: Any, threads: Any) -> None:
     """Compute the output y (T, n) of a Linear from z (T, k), with adapters and bias. buffers: decode_layer.Buffers."""
     column, packed = 0, packed_buffer(z if uses_amx(z, z) else z[:0])

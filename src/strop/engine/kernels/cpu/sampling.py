@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from strop.engine.kernels.cpu.compiled import exp, kernel, maximum, sequence, subroutine, to_fp32
+from strop.engine.kernels.cpu.compiled import exp, kernel, kernel_sequence, maximum, subroutine, to_fp32
 from strop.engine.kernels.cpu.decode_matmul import (
     USES_AMX,
     Dense,
@@ -82,7 +82,7 @@ def token_logprobs(logits: Any, tokens: Any, logprobs: Any) -> None:
         logprobs[i] = np.float64(row[tokens[i]]) - np.float64(top) - np.log(total)
 
 
-@sequence
+@kernel_sequence
 def sample(row: Any, temperature: Any, top_k: Any, top_p: Any, u: Any) -> Any:
     """Sample a token of logits (n,) from softmax(row / temperature).
 
