@@ -223,7 +223,7 @@ DAMAGE = {
     ),
     "an untied head in a tied model": (
         lambda folder: _add_tensors(folder, **{"lm_head.weight": torch.ones(len(tiny.tokenizer("chatml")), 32)}),
-        "lm_head.weight and model.embed_tokens.weight differ, but config.json says that they are tied",
+        "lm_head.weight and model.embed_tokens.weight differ, but config.json ties them",
     ),
     "8 bit without a scale": (
         lambda folder: _cast_weight(folder, torch.float8_e4m3fn), "stored as F8_E4M3, and config.json"

@@ -280,7 +280,7 @@ _REPORTED = (
 
 
 def with_axis_positions(history: History, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return marks with their position on each axis."""
+    """Return the marks (events that curves show as lines) with their position on each axis."""
     steps = np.array([np.nan if mark["step"] is None else mark["step"] for mark in marks], dtype=np.float64)
     axes = {by: history.axis(by, steps) for by in ("epoch", "tokens", "time")} if marks else {}
     return [
@@ -320,11 +320,12 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 State = Literal["running", "stalled", "stopped", "crashed", "finished"]
-# A run is stalled after this time without events, and a multiple of the median and longest time between its events.
+# A run is stalled if it has no event for the largest of: this time, and multiples of the median and of the longest time
+# between its events.
 MIN_STALLED_S = 120.0
 LOADING_STALLED_S = 1800.0  # before the first step, when a model may be downloading
 BUSY_STALLED_S = 1800.0  # while the process is busy, since an evaluation writes a single event
-MEDIAN_GAPS, LONGEST_GAPS = 20, 5
+MEDIAN_FACTOR, LONGEST_FACTOR = 20, 5
 BUSY_CORES = 0.2
 
 
@@ -389,7 +390,7 @@ def _live_status(events: list[dict[str, Any]], holder: int, heartbeat: float, cp
     if phase == "training":
         times = [event["time"] for event in session if isinstance(event.get("time"), (int, float))]
         gaps = [later - earlier for earlier, later in pairwise(times) if later >= earlier]
-        limit = max(MIN_STALLED_S, MEDIAN_GAPS * statistics.median(gaps), LONGEST_GAPS * max(gaps)) if gaps else limit
+        limit = max(MIN_STALLED_S, MEDIAN_FACTOR * statistics.median(gaps), LONGEST_FACTOR * max(gaps)) if gaps else limit
         if cores is not None and cores > BUSY_CORES:
             limit = max(limit, BUSY_STALLED_S)
     if age <= limit:

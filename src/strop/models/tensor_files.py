@@ -190,7 +190,7 @@ class CheckpointLayout:
         for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
             stored = {group.parameter: group.names[0] for group in self.groups if group.parameter in (target, source)}
             if len(stored) == 2 and not tensors.equal(stored[target], stored[source]):
-                what = f"{model_name}: {stored[target]} and {stored[source]} differ, but config.json says that they are tied"
+                what = f"{model_name}: {stored[target]} and {stored[source]} differ, but config.json ties them"
                 fix = "set tie_word_embeddings to false in config.json, or remove the one that was not trained"
                 raise ModelError(what, fix=fix)
         return self

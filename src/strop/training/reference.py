@@ -41,7 +41,7 @@ LOSS_TOLERANCE = 1e-6  # difference between the losses from stored and recompute
 
 
 class WithReference(LazySequence[ExampleGroup]):
-    """ExampleGroups with their log-probabilities under the reference. values: (N, K), fp64, K log-probabilities per group."""
+    """ExampleGroups with their log-probabilities under the reference. values: (N, K), fp64, K per group."""
 
     def __init__(self, groups: Sequence[ExampleGroup], values: Tensor) -> None:
         self._groups, self._values = groups, values
