@@ -390,7 +390,8 @@ def _live_status(events: list[dict[str, Any]], holder: int, heartbeat: float, cp
     if phase == "training":
         times = [event["time"] for event in session if isinstance(event.get("time"), (int, float))]
         gaps = [later - earlier for earlier, later in pairwise(times) if later >= earlier]
-        limit = max(MIN_STALLED_S, MEDIAN_FACTOR * statistics.median(gaps), LONGEST_FACTOR * max(gaps)) if gaps else limit
+        if gaps:
+            limit = max(MIN_STALLED_S, MEDIAN_FACTOR * statistics.median(gaps), LONGEST_FACTOR * max(gaps))
         if cores is not None and cores > BUSY_CORES:
             limit = max(limit, BUSY_STALLED_S)
     if age <= limit:
