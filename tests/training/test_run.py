@@ -174,7 +174,7 @@ def test_interrupted_then_resumed_run_is_bit_identical(
     torch.manual_seed(99)
     code, _, err = run("resume", tmp_path / "cut", capsys=capsys)
     assert code == 0 and "step-000004" in err
-    assert "recipe.yaml of the run" in err and "seed = " not in err
+    assert "the run's recipe.yaml" in err and "seed = " not in err
     whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
