@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strop.dash.history import History, extremes, mark_for, smoothed
-from strop.evaluation.report import _smooth
+from strop.dash.history import History, extremes, mark_for
 from tests.support.dash import lines, session, step
 
 
@@ -110,10 +109,11 @@ def test_epoch_axis_has_the_epoch_starts(tmp_path: Path) -> None:
     assert result.curves("epoch")["series"]["loss"]["x"][49] == 1.0
 
 
-def test_smoothing_equals_the_report() -> None:
-    values = np.random.default_rng(1).normal(size=700)
-    report = _smooth(dict(enumerate(values.tolist())))
-    assert np.allclose(smoothed(values), list(report.values()))
+def test_long_curve_has_the_mean_loss_of_each_part(tmp_path: Path) -> None:
+    events = [step(number, 1000, loss=float(number % 10 == 0)) for number in range(1, 1001)]
+    series = history(tmp_path, *session(), *events).curves(points=100)["series"]
+    assert series["loss_mean"]["y"] == [0.1] * 100 and series["loss_mean"]["steps"] == 10
+    assert "loss_mean" not in history(tmp_path, *session(), *events[:200]).curves(points=100)["series"]
 
 
 def test_damaged_lines_are_skipped(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def is_whole(tab: Watched, sign: str) -> None:
     tab.page.wait_for_selector(".screen:not([aria-busy])")
 
 
+def facts_of(tab: Watched) -> dict[str, str]:
+    """Return the values of the tiles by name."""
+    result: dict[str, str] = tab.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
+        "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
+    )
+    return result
+
+
 @pytest.mark.parametrize("address", SCREENS)
 def test_each_screen_on_desk_and_phone_in_light_and_dark(
     browser: Any, dash: Dash, address: str, tmp_path: Path
@@ -142,12 +151,36 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
     report = json.loads((dashboard / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
-        facts = tab.page.evaluate(
-            "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
-            "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
-        )
+        facts = facts_of(tab)
         assert facts["epoch"] == "4"  # of 4
         assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
+
+
+def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
+    def smoothed() -> str:
+        description = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
+        return description.partition("training, smoothed: ")[2].partition(". ")[0]
+
+    def raw() -> str:
+        description = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
+        return description.partition("training, each step: ")[2].partition(". ")[0]
+
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        slider = tab.page.get_by_label("Smoothing")
+        assert slider.get_attribute("aria-valuetext") == "0.6" and smoothed() != raw() != ""
+        slider.focus()
+        tab.page.keyboard.press("Home")
+        assert slider.get_attribute("aria-valuetext") == "off" and smoothed() == raw()
+        tab.page.keyboard.press("End")
+        strong = smoothed()
+        assert "smooth=0.999" in tab.page.url and strong != raw()
+        tab.page.reload()
+        tab.page.wait_for_selector(".plot canvas")
+        assert smoothed() == strong
+        open_at(tab, dash, "/compare?runs=one,broken&smooth=0.9", ".plot canvas")
+        assert tab.page.get_by_label("Smoothing").get_attribute("aria-valuetext") == "0.9"
+        tab.check("smoothing")
 
 
 def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> None:
@@ -199,6 +232,7 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
         for one in (tab, other):
             one.page.wait_for_selector(f"text=Step {last['step'] + 1} of")
             one.page.wait_for_selector(".legend b:has-text('123.5')")
+            assert facts_of(one)["training loss"] == "123.5"  # the last loss, not a smoothed one
             assert "skip" in one.page.locator(".marks").text_content()
             one.check("two tabs")
         own.process.kill()

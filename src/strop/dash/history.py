@@ -29,7 +29,6 @@ AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 16
 TRIM_BYTES = 4 << 20  # after handling this many bytes, freed memory is returned to the system
 MAX_STEP = 1 << 40
-SMOOTHED_PARTS = 200  # the moving average uses 1/200 of the run, or 10 steps if more, on each side of a point
 MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
 LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
@@ -266,12 +265,8 @@ class History:
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
                 series[name] = _reduce(x, values, start, end, points)
-            if name == "loss":
-                means = smoothed(values)
-                if len(means) and (smoothed_loss := round_significant(float(means[-1]))) is not None:
-                    last["smoothed"] = smoothed_loss
-                if not fields or "smoothed" in fields:
-                    series["smoothed"] = _reduce(x, means, start, end, points)
+            if name == "loss" and (not fields or "loss_mean" in fields):
+                series |= _means(x, values, start, end, points)
         if not fields or "eval_loss" in fields:
             eval_x = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
             series["eval_loss"] = _reduce(eval_x, np.array(self.evals, dtype=np.float64), start, end, points)
@@ -286,33 +281,37 @@ class History:
         }  # fmt: skip
 
 
-def smoothed(values: Values) -> Values:
-    """Return a centred moving average, which does not lag behind the curve."""
-    finite = np.isfinite(values)
-    n = len(values)
-    index = np.arange(n, dtype=np.int32)
-    max_width = min(max(10, n // SMOOTHED_PARTS), n // 20)
-    width = np.minimum(np.minimum(index, n - 1 - index), max_width)  # on each side
-    low, high = index - width, index + width + 1
-    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    means: Values = totals[high] - totals[low]
-    totals = np.concatenate([np.zeros(1, np.int32), np.cumsum(finite, dtype=np.int32)])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means /= totals[high] - totals[low]
-    return means
-
-
 def _reduce(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, list[Any]]:
     """Return the finite points between start and end, reduced to extremes if they are many."""
+    x, y = _select(x, y, start, end)
+    if len(y) > 2 * points:
+        chosen = extremes(x, y, points)
+        x, y = x[chosen], y[chosen]
+    return _series(x, y)
+
+
+def _means(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, Any]:
+    """Return the series loss_mean, which the page smooths, if `_reduce` leaves points out: a mean for each part."""
+    x, y = _select(x, y, start, end)
+    if len(y) <= 2 * points:
+        return {}
+    edges = np.linspace(0, len(x), points + 1, dtype=np.int64)
+    sizes = np.diff(edges)
+    means = np.add.reduceat(y, edges[:-1]) / sizes
+    return {"loss_mean": {**_series(x[(edges[:-1] + edges[1:]) // 2], means), "steps": float(np.mean(sizes))}}
+
+
+def _select(x: Values, y: Values, start: float | None, end: float | None) -> tuple[Values, Values]:
+    """Return the finite points between start and end."""
     keep = np.isfinite(y) & np.isfinite(x)
     if start is not None:
         keep &= x >= start
     if end is not None:
         keep &= x <= end
-    x, y = x[keep], y[keep]
-    if len(y) > 2 * points:
-        chosen = extremes(x, y, points)
-        x, y = x[chosen], y[chosen]
+    return x[keep], y[keep]
+
+
+def _series(x: Values, y: Values) -> dict[str, Any]:
     return {
         "x": [round_significant(float(value), 9) for value in x],
         "y": [round_significant(float(value)) for value in y],

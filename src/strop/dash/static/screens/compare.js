@@ -18,7 +18,7 @@ import {
   formatValue,
   to,
 } from "../all.js";
-import { AXES, TITLES, joinSeries } from "../curves.js";
+import { AXES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -35,7 +35,9 @@ export async function show(container, { query, signal }) {
     out = h("div");
   put(container, h("h1", {}, "Compare"), picker, out);
   let plots = [],
+    drawLoss = () => {},
     requests = 0;
+  const smoothing = smoothingSlider(query, () => drawLoss());
   signal.addEventListener("abort", () => plots.forEach((plot) => plot.destroy()));
 
   function pick() {
@@ -131,8 +133,12 @@ export async function show(container, { query, signal }) {
       plot.set(joinSeries(series), [], AXES[by]);
       return plot;
     };
+    const loss = curve("loss", "training loss, smoothed", { log: true });
+    drawLoss = () =>
+      loss?.set(joinSeries(histories.map((history) => smoothedLoss(history, smoothing.weight()))), [], AXES[by]);
+    drawLoss();
     plots = [
-      curve("smoothed", "training loss, smoothed", { log: true }),
+      loss,
       curve("eval_loss", "evaluation loss", { log: true }),
       ...["accuracy", "margin", "grad_norm", "learning_rate", "tokens_per_s"].map((field) =>
         curve(field, TITLES[field]),
@@ -148,6 +154,7 @@ export async function show(container, { query, signal }) {
         { class: "line", style: { margin: "1.6rem 0 .4rem" } },
         h("h2", { style: { margin: 0 } }, "Curves"),
         axes,
+        smoothing.element,
       ),
       h(
         "div",

@@ -20,11 +20,11 @@ import {
   notify,
   lastPart,
 } from "../all.js";
-import { append, AXES, withPositions, TITLES, joinSeries } from "../curves.js";
+import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 
 const POINTS = 800;
-const LOSSES = ["loss", "smoothed", "eval_loss", "undone"];
+const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step",
@@ -49,6 +49,7 @@ export async function show(container, { run, query, signal, draw }) {
       ),
     ),
   );
+  const smoothing = smoothingSlider(query, () => history && drawLoss());
   const progress = h("div", { class: "progress" }),
     top = h("div"),
     plots = h("div", { class: "plots" });
@@ -87,6 +88,7 @@ export async function show(container, { run, query, signal, draw }) {
       { class: "line", style: { margin: "1.2rem 0 .7rem" } },
       h("span", { class: "soft" }, "Curves by"),
       axes,
+      smoothing.element,
       h("span", { class: "soft" }, "Drag over a curve to zoom in."),
     ),
     loss.element,
@@ -95,10 +97,15 @@ export async function show(container, { run, query, signal, draw }) {
     h("div", { class: "grid", style: { "margin-top": ".8rem" } }, memory, systems),
   );
 
+  function drawLoss() {
+    const { loss: raw, eval_loss: evaluation, undone } = history.series;
+    loss.set(joinSeries([raw, smoothedLoss(history, smoothing.weight()), evaluation, undone]), shownMarks(), AXES[by]);
+  }
+
   function drawCurves() {
     const { series } = history,
       x = AXES[by];
-    loss.set(joinSeries(LOSSES.map((name) => series[name])), shownMarks(), x);
+    drawLoss();
     for (const name of Object.keys(series).filter((item) => !LOSSES.includes(item))) {
       if (!small.has(name)) {
         const plot = new Plot({
@@ -163,7 +170,7 @@ export async function show(container, { run, query, signal, draw }) {
       top,
       s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
       facts([
-        ["training loss", figure(last.smoothed ?? last.loss ?? run.loss)],
+        ["training loss", figure(last.loss ?? run.loss)],
         ["evaluation loss", figure(run.eval_loss)],
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
@@ -374,7 +381,7 @@ export async function show(container, { run, query, signal, draw }) {
               refreshed = Date.now();
               pending = 0;
               detail();
-            } // update the smoothed curve, and reduce the points again
+            } // reduce the points again
           },
           system: drawSystem,
           gone: () => {
