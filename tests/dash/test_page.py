@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 
 import strop
@@ -21,7 +23,7 @@ NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", 
 STRANGE = quote(HOSTILE_NAME, safe="")
 # address -> text on the complete screen
 SCREENS = {
-    "/runs": "table .spark",
+    "/runs": "tbody .state",
     "/run/one": ".plot canvas >> nth=3",
     "/run/one/answers": ".sample >> nth=5",
     "/run/one/answers?blind=1": ".vote article",
@@ -127,7 +129,13 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         with tab.page.expect_download() as saved:
             tab.page.click("text=Save CSV")
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("run,state,steps,loss,score") and len(lines) == 4
+        assert lines[0].startswith("run,state,steps,loss,eval loss,score") and len(lines) == 4
+        assert "exact" in tab.page.locator("td[data-name=score]").first.inner_text()  # the metric
+        tab.page.set_viewport_size({"width": 390, "height": 800})
+        for row in tab.page.locator("tbody tr").all():  # two lines of at most 30 pixels
+            assert row.bounding_box()["height"] < 80
+            right = tab.page.evaluate("innerWidth")
+            assert all(part.bounding_box()["x"] < right - 30 for part in row.locator("th, td:visible").all())
         tab.check("runs")
 
 
@@ -215,6 +223,58 @@ def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> Non
                 "(words) => document.querySelector('.plot .canvas').ariaLabel.startsWith(words)", arg=f"Loss by {by}"
             )
         tab.check("plots")
+
+
+def test_axis_of_steps_has_integer_ticks(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        tab.page.add_init_script("""
+            const draw = CanvasRenderingContext2D.prototype.fillText;
+            window.drawn = [];
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...more) {
+                window.drawn.push([text, this.textAlign]);
+                return draw.call(this, text, ...more);
+            };""")
+        open_at(tab, dash, "/run/one?range=2~9", ".plot canvas")
+        ticks = tab.page.evaluate("drawn.filter(([, align]) => align === 'center').map(([text]) => text)")
+        assert ticks and all(text.isdigit() for text in ticks)
+
+
+def test_start_is_visible_while_the_form_is_scrolled(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", ".bars .phase >> nth=4")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            for part in ("0", "document.body.scrollHeight"):
+                tab.page.evaluate(f"scrollTo(0, {part})")
+                box = tab.page.get_by_role("button", name="Start", exact=True).bounding_box()
+                assert 0 < box["y"] < size["height"] - box["height"]
+        assert tab.page.locator(".startbar").inner_text().startswith("It fits")
+
+
+def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: Path) -> None:
+    mib = 1 << 20
+    tried = {"event": "rehearsal", "time": 1, "done": False, "predicted_bytes": 719 * mib, "resident_bytes": 4 * mib}
+    folder = make_run(tmp_path, "one", [*session(), {**tried, "usable_bytes": 9 << 30}, step(1), step(2)])
+    with subprocess.Popen(["sleep", "600"]) as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
+        (folder / "claim.json").write_text(json.dumps(claim))
+        rss = psutil.Process(sleeper.pid).memory_info().rss
+        busy = {"time": 1, "cpu": 1.0, "memory": {"used": 96, "total": 100}, "gpus": [], "disk": {"free": 1 << 30}}
+        process = {"pid": sleeper.pid, "rss": 500 * mib, "cpu": 7.0}
+        assert own.get("/api/system?run=one").json()["process"]["rss"] == rss
+        lines = f"event: system\ndata: {json.dumps({**busy, 'process': process})}\n\n"
+        open_at(tab, own, "/run/one", ".phase:has-text('CPU')")
+        tab.page.route("**/stream*", lambda way: way.fulfill(content_type="text/event-stream", body=lines))
+        tab.page.get_by_role("button", name="tokens", exact=True).click()  # opens the stream again
+        tab.page.wait_for_selector("text=uses 500 MiB of memory, of which 4.0 MiB before the model was loaded")
+        memory = {
+            row.locator("span").first.inner_text(): row.locator(".sum").inner_text()
+            for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
+        }
+        assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
+        over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
+        assert over == ["memory"]  # a busy CPU is normal
+        sleeper.kill()
 
 
 def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: Path) -> None:

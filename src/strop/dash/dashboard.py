@@ -322,7 +322,7 @@ class System:
                 "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
                 "available": machine.free_bytes, "whole_machine": memory.total,
             },
-            "process": _process_state(pid, cores_used), "cards": self._query_gpus(), "disk": disk,
+            "process": _process_state(pid, cores_used), "gpus": self._query_gpus(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
 

@@ -290,12 +290,18 @@ def with_axis_positions(history: History, marks: list[dict[str, Any]]) -> list[d
 
 
 def _memory(report: dict[str, Any], dry_run: dict[str, Any]) -> dict[str, Any]:
-    """Return predicted and measured memory, from the report or, before the run ends, from the dry run."""
+    """Return predicted and measured memory, from the report or, before the run ends, from the dry run.
+
+    All are peaks of what training adds to the process, or of PyTorch's memory on a GPU, except resident_bytes: the size
+    of the process before the model was loaded.
+    """
     memory = report.get("memory") or {}
     return {
         "predicted_peak_bytes": memory.get("predicted_peak_bytes", dry_run.get("predicted_bytes")),
         "calibrated_peak_bytes": memory.get("calibrated_peak_bytes"),
-        "measured_peak_bytes": memory.get("measured_peak_bytes", dry_run.get("measured_bytes")),
+        "measured_peak_bytes": memory.get("measured_peak_bytes"),
+        "dry_run_bytes": dry_run.get("measured_bytes"),
+        "resident_bytes": dry_run.get("resident_bytes"),
         "usable_bytes": dry_run.get("usable_bytes"),
         "predicted": memory.get("predicted"),
     }

@@ -11,6 +11,7 @@ const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFra
 export const AXES = {
   step: {
     name: "step",
+    integer: true,
     show: (value) => (Number.isInteger(value) && value < 1e5 ? String(value) : compact.format(value)),
   },
   epoch: { name: "epoch", show: (value) => String(Number(value.toFixed(2))) },

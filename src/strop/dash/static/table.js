@@ -6,7 +6,7 @@ import { csv, isNumber } from "./format.js";
 /**
  * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is sorted and saved,
  * show returns a node or text; the column with `head: true` names its row. rows: any objects.
- * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, onChange({sort, filter}),
+ * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, class, onChange({sort, filter}),
  * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
  */
 export class Table {
@@ -22,7 +22,7 @@ export class Table {
     this.body = h("tbody");
     const table = h(
       "table",
-      { class: "stack", "aria-label": this.options.label },
+      { class: `stack ${this.options.class ?? ""}`, "aria-label": this.options.label },
       h("thead", {}, h("tr", {}, [...this.heads.values()])),
       this.body,
     );

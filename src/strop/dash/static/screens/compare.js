@@ -13,6 +13,7 @@ import {
   runPath,
   splitNames,
   percent,
+  scoreText,
   put,
   setQuery,
   formatValue,
@@ -77,7 +78,13 @@ export async function show(container, { query, signal }) {
                   " ",
                   run.name,
                   " ",
-                  h("small", {}, [run.model, run.score ? percent(run.score.value) : null].filter(Boolean).join(", ")),
+                  h(
+                    "small",
+                    {},
+                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`]
+                      .filter(Boolean)
+                      .join(", "),
+                  ),
                 );
               }),
             ),
@@ -193,7 +200,7 @@ function scores(comparison) {
         name: "score",
         number: true,
         value: (run) => of.get(run.name)?.value ?? null,
-        show: (run, value) => percent(value),
+        show: (run, value) => scoreText(value),
       },
       {
         key: "interval",

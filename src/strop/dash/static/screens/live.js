@@ -76,6 +76,7 @@ export async function show(container, { run, query, signal, draw }) {
       { name: "undone by a resume or rollback", colour: "bad", opacity: 0.5, width: 1 },
     ],
   });
+  let process = null;
   const small = new Map();
   const all = () => [loss, ...small.values()];
   signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
@@ -249,7 +250,10 @@ export async function show(container, { run, query, signal, draw }) {
 
   function drawMemory() {
     const m = run.memory ?? {},
-      max = Math.max(m.predicted_peak_bytes ?? 0, m.measured_peak_bytes ?? 0, 1);
+      onGpu = String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda"),
+      now = !onGpu && process && isNumber(m.resident_bytes) ? Math.max(0, process.rss - m.resident_bytes) : null,
+      sizes = [m.predicted_peak_bytes, m.dry_run_bytes, now, m.measured_peak_bytes].filter(isNumber),
+      max = Math.max(...sizes, 1);
     const bar = (label, size, kind) =>
       isNumber(size)
         ? h(
@@ -268,22 +272,29 @@ export async function show(container, { run, query, signal, draw }) {
         "section",
         { class: "card" },
         h("h3", {}, "Training memory"),
-        bar("plan", m.predicted_peak_bytes, ""),
-        bar("measured", m.measured_peak_bytes, "tuned"),
+        bar("plan, peak", m.predicted_peak_bytes, ""),
+        bar("dry run", m.dry_run_bytes, "tuned"),
+        bar("now", now, "tuned"),
+        bar("measured peak", m.measured_peak_bytes, "tuned"),
         h(
           "p",
           { class: "soft" },
+          onGpu
+            ? "PyTorch's memory on the GPU, without the CUDA context. "
+            : "What training adds to the process, without Python and its libraries. ",
           error === null
             ? "The peak is measured at the end of the run."
-            : `Measured ${percent(Math.abs(error))} ${error < 0 ? "below" : "above"} the plan.`,
-          isNumber(m.usable_bytes) ? ` Available: ${bytes(m.usable_bytes)}.` : "",
+            : `The measured peak is ${percent(Math.abs(error))} ${error < 0 ? "below" : "above"} the plan.`,
+          isNumber(m.usable_bytes) ? ` Available at the start: ${bytes(m.usable_bytes)}.` : "",
         ),
       ),
     );
   }
 
   function drawSystem(update) {
-    const share = (label, part, text) =>
+    process = update.process;
+    drawMemory();
+    const share = (label, part, text, full = false) =>
       isNumber(part)
         ? h(
             "div",
@@ -292,13 +303,17 @@ export async function show(container, { run, query, signal, draw }) {
             h(
               "span",
               { class: "bar" },
-              h("i", { class: part > 0.95 ? "over" : "tuned", style: { width: `${Math.min(100, 100 * part)}%` } }),
+              h("i", {
+                class: full && part > 0.95 ? "over" : "tuned",
+                style: { width: `${Math.min(100, 100 * part)}%` },
+              }),
             ),
             h("span", { class: "sum" }, text),
           )
         : null;
     const ram = update.memory ?? {},
-      gpus = update.cards ?? [];
+      gpus = update.gpus ?? [],
+      before = run.memory?.resident_bytes;
     put(
       systems,
       h(
@@ -306,7 +321,7 @@ export async function show(container, { run, query, signal, draw }) {
         { class: "card" },
         h("h3", {}, "This machine"),
         share("CPU", update.cpu, percent(update.cpu, 0)),
-        share("memory", ram.used / ram.total, bytes(ram.used)),
+        share("memory", ram.used / ram.total, bytes(ram.used), true),
         gpus.map((gpu) => [
           share("GPU", gpu.utilization, percent(gpu.utilization, 0)),
           share("GPU memory", gpu.memory_used / gpu.memory_total, bytes(gpu.memory_used)),
@@ -314,8 +329,13 @@ export async function show(container, { run, query, signal, draw }) {
         h(
           "p",
           { class: "soft" },
-          update.process
-            ? `The run's process (${update.process.pid}): ${bytes(update.process.rss)} resident, ${percent(update.process.cpu, 0)} of a core. `
+          process
+            ? [
+                `The run's process (${process.pid}) uses ${bytes(process.rss)} of memory`,
+                isNumber(before) ? `, of which ${bytes(before)} before the model was loaded` : "",
+                isNumber(process.cpu) ? `, and ${process.cpu.toFixed(1)} cores` : "",
+                ". ",
+              ]
             : "",
           update.disk ? `Disk: ${bytes(update.disk.free)} free.` : "",
         ),

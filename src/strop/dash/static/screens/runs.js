@@ -2,7 +2,7 @@
 
 import { button, h, link, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, percent, lastPart } from "../format.js";
+import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
@@ -22,6 +22,7 @@ export async function show(container, { query, signal }) {
   const table = new Table(columns(chosen, update), {
     label: "Runs",
     file: "runs.csv",
+    class: "runs",
     sort: [column, direction],
     filter: query.get("filter") ?? "",
     identity: (run) => run.name,
@@ -143,12 +144,13 @@ function columns(chosen, update) {
             : null,
         ),
     },
+    { key: "loss", name: "loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
     {
-      key: "loss",
-      name: "loss",
+      key: "eval",
+      name: "eval loss",
       number: true,
-      value: (run) => run.eval_loss ?? run.loss,
-      show: (run, value) => (value === null ? "" : figure(value)),
+      value: (run) => run.eval_loss,
+      show: (run, value) => figure(value),
     },
     {
       key: "curve",
@@ -202,15 +204,16 @@ function columns(chosen, update) {
   ];
 }
 
-/** Show a score with its interval. */
+/** Show a score with its metric and interval. */
 function score(result) {
   if (!result) return "";
-  const interval =
-    result.low === null || result.low === undefined ? "" : `${percent(result.low, 0)} to ${percent(result.high, 0)}`;
   return h(
     "span",
-    { title: result.words ?? result.metric },
-    percent(result.value),
-    h("small", { class: "under" }, interval),
+    { title: result.words || result.metric },
+    scoreText(result.value),
+    h("small", { class: "under" }, result.metric),
+    isNumber(result.low)
+      ? h("small", { class: "under interval" }, `${percent(result.low, 0)} to ${percent(result.high, 0)}`)
+      : null,
   );
 }
