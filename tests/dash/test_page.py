@@ -28,12 +28,12 @@ SCREENS = {
     "/run/one/answers": ".sample >> nth=5",
     "/run/one/answers?blind=1": ".vote article",
     "/run/one/settings": "table >> nth=0",
-    "/run/one/take": ".form >> nth=2",
+    "/run/one/export": ".form >> nth=2",
     "/run/one/log": "text=Events",
     f"/new?options={NEW}": ".bars .phase >> nth=4",
     f"/data?options={NEW}": ".tokens .stop >> nth=3",
     "/compare?runs=one,broken": ".plot canvas",
-    "/talk": "text=No model is loaded",
+    "/chat": "text=No model is loaded",
     "/machine": "dl.facts",
 }
 
@@ -79,11 +79,11 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
         tab.check(f"{address}, again")
 
 
-@pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/take", "/log"])
+@pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/export", "/log"])
 def test_markup_in_a_run_stays_text(browser: Any, dash: Dash, part: str) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/run/{STRANGE}{part}", "h1")
-        if part != "/answers?blind=1" and part != "/take":
+        if part != "/answers?blind=1" and part != "/export":
             tab.page.wait_for_selector(f"text={'onerror'} >> nth=0")
         assert tab.page.title().endswith("· strop") and "owned" not in tab.page.title()
         assert tab.page.locator("main img, main b:text-is('bold'), main script").count() == 0
@@ -301,6 +301,15 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
     events.write_text(old, encoding="utf-8")
 
 
+def test_earlier_addresses_lead_to_the_renamed_screens(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/talk?run=one", "h1:text-is('Chat')")
+        assert tab.page.url.endswith("#/chat?run=one")
+        open_at(tab, dash, f"/run/{STRANGE}/take", ".form >> nth=2")
+        assert tab.page.url.endswith(f"#/run/{STRANGE}/export")
+        tab.check("earlier addresses")
+
+
 def test_page_without_the_token_shows_nothing(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.goto(dash.url + "/#/run/one")
@@ -349,10 +358,10 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         return dict(received), tab.page.get_by_label("System prompt").get_attribute("placeholder")
 
     with open_tab(browser, dash) as tab:
-        tab.page.route("**/api/talk", lambda way: way.fulfill(json=now))
-        tab.page.route("**/api/talk/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
-        tab.page.route("**/api/talk/v1/chat/completions", answer)
-        open_at(tab, dash, "/talk", ".chat >> nth=1")
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
+        tab.page.route("**/api/chat/v1/chat/completions", answer)
+        open_at(tab, dash, "/chat", ".chat >> nth=1")
         user = ("user", "hi")
         assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
         now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Switch to this run"
@@ -362,7 +371,7 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_label("System prompt").fill("be brief")
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
-        tab.check("talk")
+        tab.check("chat")
 
 
 def test_uplot_files_have_the_published_checksums() -> None:

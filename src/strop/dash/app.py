@@ -202,7 +202,7 @@ def read_routes(services: Services) -> list[BaseRoute]:
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
         "jobs/{id}/stream": job_stream, "files": files,
-        "machine": endpoint(dashboard.machine), "talk": endpoint(services.chat.status),
+        "machine": endpoint(dashboard.machine), "chat": endpoint(services.chat.status),
     }  # fmt: skip
     return _routes("GET", endpoints)
 
@@ -252,7 +252,7 @@ def action_routes(services: Services) -> list[BaseRoute]:
         return dashboard.start_adapter_job(kind, name, arguments + (["--no-parity"] if no_parity else []))
 
     async def chat_forward(request: Request) -> Response:
-        address, path = await call(services.chat.address), request.url.path.removeprefix("/api/talk")
+        address, path = await call(services.chat.address), request.url.path.removeprefix("/api/chat")
         status, content_type, chunks = await forward(address, request.method, path, await request.body())
         return StreamingResponse(chunks, status, media_type=content_type)
 
@@ -272,11 +272,11 @@ def action_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/vote": endpoint(dashboard.vote, ballot=str, choice=str),
         "jobs/{id}/stop": endpoint(lambda job: {"fields": dashboard.jobs.stop(job)}),
         "machine/doctor": endpoint(dashboard.doctor),
-        "talk/start": endpoint(partial(dashboard.start_chat, services.chat), names=(list, []), model=(str, None)),
-        "talk/stop": endpoint(services.chat.stop),
-        "talk/v1/chat/completions": chat_forward,
+        "chat/start": endpoint(partial(dashboard.start_chat, services.chat), names=(list, []), model=(str, None)),
+        "chat/stop": endpoint(services.chat.stop),
+        "chat/v1/chat/completions": chat_forward,
     }
-    return [*_routes("POST", endpoints), *_routes("GET", {"talk/v1/models": chat_forward})]
+    return [*_routes("POST", endpoints), *_routes("GET", {"chat/v1/models": chat_forward})]
 
 
 def stem(options: dict[str, Any]) -> str:

@@ -52,8 +52,8 @@ class Dashboard:
         """Return the row of a run whose process has not created its folder."""
         return {
             **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
-            "phase": "preparing", "pid": job["pid"], "started": job["began"], "updated": job["began"],
-            "heartbeat": job["began"], "can": [], "job": job["id"],
+            "phase": "preparing", "pid": job["pid"], "started": job["started"], "updated": job["started"],
+            "heartbeat": job["started"], "can": [], "job": job["id"],
         }  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _possible_actions(state: str, has_adapter: bool) -> list[str]:
     if state in ("running", "stalled"):
         return ["stop"]
     actions = ["duplicate", "delete"] if state == "finished" else ["resume", "duplicate", "delete"]
-    return [*actions, "evaluate", "export", "talk"] if has_adapter else actions
+    return [*actions, "evaluate", "export", "chat"] if has_adapter else actions
 
 
 def _read_facts(folder: RunFolder) -> dict[str, Any]:

@@ -63,6 +63,9 @@ export function ago(time, now = Date.now() / 1000) {
 /** Return the last part of a path. */
 export const lastPart = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
 
+/** Return the name of a kind of event. */
+export const eventName = (kind) => ({ rehearsal: "dry run" })[kind] ?? kind;
+
 /** Format a value of a recipe. */
 export function formatValue(value) {
   if (value === null || value === undefined) return "-";

@@ -9,10 +9,15 @@ const SCREENS = {
   new: ["New run", () => import("./screens/new.js")],
   data: ["Data", () => import("./screens/data.js")],
   compare: ["Compare", () => import("./screens/compare.js")],
-  talk: ["Chat", () => import("./screens/chat.js")],
+  chat: ["Chat", () => import("./screens/chat.js")],
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
+/** Addresses of earlier versions, such as bookmarks. */
+const MOVED = [
+  [/^#\/talk(?=\?|$)/, "#/chat"],
+  [/^(#\/run\/[^/?]+)\/take(?=\?|$)/, "$1/export"],
+];
 const main = document.getElementById("main"),
   nav = document.getElementById("nav");
 let current = new AbortController(),
@@ -27,6 +32,11 @@ async function openGivenRun() {
 }
 
 async function navigate() {
+  for (const [old, now] of MOVED) {
+    if (!old.test(location.hash)) continue;
+    location.replace(location.hash.replace(old, now)); // calls navigate again
+    return;
+  }
   const { parts, query, path } = address();
   if (!parts.length && (await openGivenRun())) return;
   const [screen, load] = SCREENS[parts[0]] ? [parts[0], SCREENS[parts[0]][1]] : ["runs", SCREENS.runs[1]];

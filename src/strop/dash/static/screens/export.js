@@ -46,8 +46,8 @@ export async function show(container, { run, signal }) {
         )
       : h("p", { class: "empty" }, "This run has no adapter to export yet."),
   );
-  if (canExport && run.can.includes("talk"))
-    container.append(h("p", {}, "Or serve it and ", link(to("talk", { run: run.name }), "chat with it"), "."));
+  if (canExport && run.can.includes("chat"))
+    container.append(h("p", {}, "Or serve it and ", link(to("chat", { run: run.name }), "chat with it"), "."));
   await refresh();
   return false;
 }

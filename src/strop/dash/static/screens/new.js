@@ -95,7 +95,7 @@ export async function show(container, { query, signal }) {
     ladderBox = h("div"),
     commandBox = h("div"),
     traffic = h("ul"),
-    decidedBox = h("div"),
+    chosenBox = h("div"),
     defaultsList = h("ul", { class: "plain" });
   const startButton = button("Start", start, { class: "main", disabled: true }),
     summary = h("span", {}),
@@ -120,7 +120,7 @@ export async function show(container, { query, signal }) {
     ),
     h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic),
     h("h2", {}, "Chosen values and reasons"),
-    decidedBox,
+    chosenBox,
     h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
   );
   put(
@@ -303,7 +303,7 @@ export async function show(container, { query, signal }) {
         `writes about ${bytes(planned.writes.bytes)} to ${planned.out}; ${bytes(planned.writes.free_bytes)} free`,
       ),
     );
-    put(decidedBox, chosen.element);
+    put(chosenBox, chosen.element);
     put(
       defaultsList,
       defaults.map((item) => h("li", {}, h("code", {}, item.field), ` ${formatValue(item.value)}`)),

@@ -6,7 +6,7 @@ const TABS = {
   live: ["Training", () => import("./live.js")],
   answers: ["Answers", () => import("./answers.js")],
   settings: ["Settings", () => import("./settings.js")],
-  take: ["Export", () => import("./export.js")],
+  export: ["Export", () => import("./export.js")],
   log: ["Log", () => import("./log.js")],
 };
 
@@ -105,7 +105,7 @@ function actionButtons(run) {
       { title: "Start a new run from these settings" },
     ),
   );
-  if (allowed.has("talk")) buttons.push(link(to("talk", { run: run.name }), "Chat", { class: "button" }));
+  if (allowed.has("chat")) buttons.push(link(to("chat", { run: run.name }), "Chat", { class: "button" }));
   if (allowed.has("delete")) buttons.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
   return buttons;
 }
