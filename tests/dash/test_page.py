@@ -254,7 +254,8 @@ def test_start_is_visible_while_the_form_is_scrolled(browser: Any, dash: Dash) -
 def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: Path) -> None:
     mib = 1 << 20
     tried = {"event": "rehearsal", "time": 1, "done": False, "predicted_bytes": 719 * mib, "resident_bytes": 4 * mib}
-    folder = make_run(tmp_path, "one", [*session(), {**tried, "usable_bytes": 9 << 30}, step(1), step(2)])
+    steps = [step(number, memory_bytes=number * 100 * mib) for number in (1, 2)]
+    folder = make_run(tmp_path, "one", [*session(), {**tried, "usable_bytes": 9 << 30}, *steps])
     with subprocess.Popen(["sleep", "600"]) as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
         (folder / "claim.json").write_text(json.dumps(claim))
@@ -272,6 +273,12 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
         assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
+        curve = tab.page.locator(".plot:has-text('memory while this page is open')")
+        assert curve.locator(".legend").inner_text().split("\n")[0] == "training 496 MiB"
+        curve.locator("canvas").wait_for()
+        curve = tab.page.locator(".plot:has(.title:text-is('training memory'))")  # a field of the steps
+        assert "200 MiB" in curve.locator(".legend").inner_text()
+        assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
         assert over == ["memory"]  # a busy CPU is normal
         sleeper.kill()

@@ -23,6 +23,7 @@ export const TITLES = {
   learning_rate: "learning rate",
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
+  memory_bytes: "training memory",
   accuracy: "answers ranked right",
   margin: "reward margin",
   chosen_nats: "chosen, log-probability per token",

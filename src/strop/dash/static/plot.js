@@ -20,7 +20,7 @@ const faded = (name, share) =>
 /**
  * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value), integer: ticks at
  * integers only};
- * show(value): a value as text; height; file: name for saved files; group: plots of one group share the cursor;
+ * show(value): a value as text; incrs: possible distances of ticks; height; file: name for saved files; group: plots of one group share the cursor;
  * zero: the axis starts at 0; log: offer a logarithmic axis; onZoom([low, high] | null).
  * Data: {x: [...], ys: [[...], ...]}, null where a series has no value. marks: [{x, kind, text}].
  */
@@ -184,6 +184,7 @@ export class Plot {
             ...axis,
             size: 58,
             space: 34,
+            incrs: this.options.incrs,
             values: (u, splits) => splits.map((value) => (value === null ? "" : show(value))),
           },
         ],

@@ -25,6 +25,7 @@ import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothin
 import { Plot } from "../plot.js";
 
 const POINTS = 800;
+const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) };
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
@@ -78,9 +79,24 @@ export async function show(container, { run, query, signal, draw }) {
     ],
   });
   let process = null;
+  const memoryPlot = new Plot({
+    title: "memory while this page is open",
+    file: `${run.name} memory`,
+    height: 170,
+    zero: true,
+    ...BYTES,
+    x: { name: "time", show: (time) => new Date(1000 * time).toTimeString().slice(0, 8) },
+    series: [
+      { name: "training", colour: "tuned", width: 1.3 },
+      { name: "plan, peak", colour: "base", width: 1 },
+      { name: "whole process", colour: "c2", width: 1.3 },
+      { name: "all GPUs", colour: "c1", width: 1.3 },
+    ],
+  });
+  const memoryData = { x: [], ys: [[], [], [], []] };
   const small = new Map();
   const all = () => [loss, ...small.values()];
-  signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
+  signal.addEventListener("abort", () => [...all(), memoryPlot].forEach((plot) => plot.destroy()));
   put(
     container,
     progress,
@@ -116,6 +132,7 @@ export async function show(container, { run, query, signal, draw }) {
           group: run.name,
           height: 170,
           onZoom,
+          ...(name.endsWith("_bytes") ? BYTES : {}),
           zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
           log: name === "grad_norm",
           series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
@@ -253,10 +270,34 @@ export async function show(container, { run, query, signal, draw }) {
     );
   }
 
+  const onGpu = () => String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda");
+
+  /** Return what training has added to the process up to now, which the plan predicts; null if that is unknown. */
+  function trainingBytes() {
+    const before = run.memory?.resident_bytes;
+    return !onGpu() && process && isNumber(before) ? Math.max(0, process.rss - before) : null;
+  }
+
+  /** Add the memory now to the curves of memory, which no file of the run has. */
+  function addMemory({ time, gpus }) {
+    if (!process) return;
+    const now = trainingBytes(),
+      used = onGpu() ? (gpus ?? []).reduce((sum, gpu) => sum + (gpu.memory_used ?? 0), 0) : null;
+    const values = [now, now === null ? null : (run.memory.predicted_peak_bytes ?? null), process.rss, used];
+    memoryData.x.push(time);
+    values.forEach((value, index) => memoryData.ys[index].push(value));
+    if (memoryData.x.length > 2 * POINTS) {
+      const half = (list) => list.filter((_, index) => index % 2);
+      memoryData.x = half(memoryData.x);
+      memoryData.ys = memoryData.ys.map(half);
+    }
+    if (plots.lastElementChild !== memoryPlot.element) plots.append(memoryPlot.element); // after the curves of steps
+    memoryPlot.set(memoryData);
+  }
+
   function drawMemory() {
     const m = run.memory ?? {},
-      onGpu = String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda"),
-      now = !onGpu && process && isNumber(m.resident_bytes) ? Math.max(0, process.rss - m.resident_bytes) : null,
+      now = trainingBytes(),
       sizes = [m.predicted_peak_bytes, m.dry_run_bytes, now, m.measured_peak_bytes].filter(isNumber),
       max = Math.max(...sizes, 1);
     const bar = (label, size, kind) =>
@@ -284,7 +325,7 @@ export async function show(container, { run, query, signal, draw }) {
         h(
           "p",
           { class: "soft" },
-          onGpu
+          onGpu()
             ? "PyTorch's memory on the GPU, without the CUDA context. "
             : "What training adds to the process, without Python and its libraries. ",
           error === null
@@ -299,6 +340,7 @@ export async function show(container, { run, query, signal, draw }) {
   function drawSystem(update) {
     process = update.process;
     drawMemory();
+    addMemory(update);
     const share = (label, part, text, full = false) =>
       isNumber(part)
         ? h(
