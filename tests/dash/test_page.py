@@ -308,6 +308,28 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
     events.write_text(old, encoding="utf-8")
 
 
+def test_theme_is_remembered(browser: Any, dash: Dash) -> None:
+    def paper() -> str:
+        result: str = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return result
+
+    with open_tab(browser, dash, color_scheme="light") as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        light = paper()
+        for theme, scheme, is_dark in (("dark", "light", True), ("light", "dark", False), ("auto", "dark", True)):
+            tab.page.get_by_label("Theme").select_option(theme)
+            tab.page.emulate_media(color_scheme=scheme)
+            for _ in range(2):
+                assert (paper() != light) == is_dark
+                tab.axe(f"{theme} theme, {scheme} system")
+                tab.page.reload()
+                tab.page.wait_for_selector(".plot canvas")
+                assert tab.page.get_by_label("Theme").input_value() == theme
+        tab.page.set_viewport_size(PHONE)
+        assert tab.page.get_by_label("Theme").is_visible()
+        tab.check("themes")
+
+
 def test_earlier_addresses_lead_to_the_renamed_screens(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/talk?run=one", "h1:text-is('Chat')")

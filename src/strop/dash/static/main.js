@@ -1,6 +1,6 @@
 // The page: its addresses (#/runs, #/run/NAME/answers, ...) and their screens.
 
-import { button, field, h, link, put, notify } from "./dom.js";
+import { button, field, h, link, put, notify, select } from "./dom.js";
 import { errorBox, get, storeToken, takeToken } from "./api.js";
 import { address, to } from "./route.js";
 
@@ -121,6 +121,15 @@ addEventListener("unhandledrejection", (event) => {
   if (event.reason?.name === "AbortError") event.preventDefault();
   else notify(event.reason?.message ?? "Something failed.", true);
 });
+const { theme } = globalThis; // of theme.js
+document.getElementById("theme").append(
+  select(
+    theme.names.map((name) => [name, `${name} theme`]),
+    theme.get(),
+    theme.set,
+    { "aria-label": "Theme", class: "theme" },
+  ),
+);
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();

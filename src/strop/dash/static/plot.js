@@ -85,11 +85,13 @@ export class Plot {
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.recolour = () => this.#make();
     this.scheme.addEventListener("change", this.recolour);
+    addEventListener("themechange", this.recolour);
   }
 
   destroy() {
     this.watch.disconnect();
     this.scheme.removeEventListener("change", this.recolour);
+    removeEventListener("themechange", this.recolour);
     this.u?.destroy();
     this.u = null;
   }
