@@ -116,6 +116,21 @@ def test_long_curve_has_the_mean_loss_of_each_part(tmp_path: Path) -> None:
     assert "loss_mean" not in history(tmp_path, *session(), *events[:200]).curves(points=100)["series"]
 
 
+def test_samples_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
+    def sampled(number: int, completion: object) -> dict[str, Any]:
+        return {"event": "samples", "step": number, "samples": [{"prompt": "p", "completion": completion}]}
+
+    steps = [step(number) for number in range(1, 5)]
+    events = [*steps[:2], sampled(2, "a"), *steps[2:], sampled(4, "b" * 9000), *session(start=2), steps[2]]
+    result = history(tmp_path, *session(), *events)
+    assert result.samples == {2: [{"prompt": "p", "reference": "", "completion": "a"}]}
+    assert not [mark for mark in result.marks if mark["kind"] == "samples"]
+    result = history(tmp_path, *session(), *events[:6], sampled(2, "new"), sampled(5, None), sampled(6, 7))
+    assert list(result.samples) == [4, 2, 5, 6] and len(result.samples[4][0]["completion"]) == 4000
+    odd = [{"event": "samples", "step": 3, "samples": value} for value in (None, "text", [3], {"a": 1})]
+    assert history(tmp_path, *session(), *odd, sampled(4, "c")).samples.keys() == {4}
+
+
 def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     odd = [

@@ -92,6 +92,39 @@ def test_markup_in_a_run_stays_text(browser: Any, dash: Dash, part: str) -> None
         tab.check(part)
 
 
+def test_samples_are_shown_by_step(browser: Any, tmp_path: Path) -> None:
+    def sampled(number: int) -> dict[str, Any]:
+        row = {"prompt": "two\nlines", "reference": HOSTILE, "completion": f"completion {number} {HOSTILE}"}
+        return {"event": "samples", "time": 1, "step": number, "samples": [row, row]}
+
+    def first_row() -> list[str]:
+        result: list[str] = tab.page.locator(".samples tbody tr").first.locator("td").all_text_contents()
+        return result
+
+    make_run(tmp_path, "none", [*session(), step(1), step(2)])
+    folder = make_run(tmp_path, "one", [*session(), step(1), step(2), sampled(2), step(3), sampled(3)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/none", ".plot canvas")
+        assert not tab.page.locator(".samples").is_visible()  # nothing is shown of a run without samples
+        open_at(tab, own, "/run/one", ".samples tbody td")
+        assert first_row() == ["two\nlines", HOSTILE, f"completion 3 {HOSTILE}"]
+        chooser = tab.page.get_by_label("Step of the samples")
+        assert chooser.locator("option").all_text_contents() == ["step 3", "step 2"]
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step(4)) + "\n" + json.dumps(sampled(4)) + "\n")
+        tab.page.wait_for_selector("text=completion 4")  # the newest step is followed
+        chooser.select_option("2")
+        tab.page.wait_for_selector("text=completion 2")
+        assert "sample=2" in tab.page.url
+        tab.page.reload()
+        tab.page.wait_for_selector("text=completion 2")
+        assert tab.page.locator("main img").count() == 0
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.axe(f"samples at {size['width']}")
+            tab.check("samples")
+
+
 def test_markup_in_lists_stays_text(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/runs", f"text={HOSTILE_NAME[:20]}")

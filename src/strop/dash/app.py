@@ -198,6 +198,7 @@ def read_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}": endpoint(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
         "runs/{name}/log": endpoint(dashboard.log), "runs/{name}/contents": endpoint(dashboard.contents),
         "runs/{name}/duplicate": endpoint(dashboard.duplicate), "runs/{name}/answers": answers,
+        "runs/{name}/samples": endpoint(dashboard.samples, step=(float, None)),
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
@@ -343,8 +344,9 @@ def _run_summary(dashboard: Dashboard, name: str) -> Any:
     """Return values that differ when the details of a run must be sent again. Curves are sent separately."""
     row = dashboard.row(name)
     jobs = [(job["id"], job["state"]) for job in dashboard.jobs_of(name)]
-    saves = dashboard.history(name).num_saves
-    return {key: value for key, value in row.items() if key not in STEP_FIELDS}, saves, jobs
+    history = dashboard.history(name)
+    fields = {key: value for key, value in row.items() if key not in STEP_FIELDS}
+    return fields, history.num_saves, list(history.samples), jobs
 
 
 async def stream_job(dashboard: Dashboard, call: Call, name: str) -> AsyncIterator[bytes]:

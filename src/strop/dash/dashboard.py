@@ -157,6 +157,13 @@ class Dashboard:
         with self._run(name) as folder:
             return answers.answers(folder, *query)
 
+    def samples(self, name: str, step: float | None) -> dict[str, Any]:
+        """Return the completions that were sampled at an evaluation, by default at the last one."""
+        with self._run(name):
+            samples = self.history(name).samples
+            chosen = step if step in samples else next(reversed(samples), None)
+            return {"step": chosen, "samples": samples.get(int(chosen), []) if chosen is not None else []}
+
     def ballot(self, name: str) -> dict[str, Any]:
         with self._run(name) as folder:
             return self._votes.ballot(folder)

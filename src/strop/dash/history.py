@@ -33,7 +33,8 @@ MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
 LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
 }  # fmt: skip
-_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval")
+MAX_SAMPLE_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = 100, 50, 4000  # evaluations, completions of each, length of a text
+_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
 _NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
 
@@ -65,6 +66,7 @@ class History:
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
         self.notes: list[str] = []
+        self.samples: dict[int, list[dict[str, str]]] = {}  # completions at evaluations by step, oldest first
         self._first_choices: dict[str, dict[str, Any]] = {}
         self._first_time: float | None = None
         self._session_start, self._earlier_seconds = 0.0, 0.0
@@ -73,7 +75,9 @@ class History:
     @property
     def num_bytes(self) -> int:
         """Return the approximate size in memory."""
-        return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
+        texts = (text for samples in self.samples.values() for sample in samples for text in sample.values())
+        curves = len(self.steps) * (24 + 4 * len(self.columns))
+        return curves + 400 * len(self.marks) + 64 * len(self.undone) + sum(map(len, texts))
 
     @property
     def position(self) -> StreamPosition:
@@ -182,6 +186,11 @@ class History:
             del self.eval_steps[index:], self.evals[index:]
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
+        if kind == "samples" and _is_int(step):
+            self.samples.pop(step, None)
+            self.samples[step] = [_sample(sample) for sample in event["samples"][:MAX_SAMPLES]]
+            if len(self.samples) > MAX_SAMPLE_STEPS:
+                del self.samples[next(iter(self.samples))]
         last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
         if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
             self._undo(last_valid)
@@ -215,6 +224,7 @@ class History:
         index = bisect_right(self.eval_steps, step)
         del self.eval_steps[index:], self.evals[index:]
         self._epoch_starts = {epoch: start for epoch, start in self._epoch_starts.items() if start <= step}
+        self.samples = {number: samples for number, samples in self.samples.items() if number <= step}
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -346,6 +356,10 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return values
     except (KeyError, TypeError, OverflowError):
         return [_number(event.get(name)) for event in events]
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, str]:
+    return {name: str(sample.get(name) or "")[:MAX_SAMPLE_CHARS] for name in ("prompt", "reference", "completion")}
 
 
 def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:

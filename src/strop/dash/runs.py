@@ -267,6 +267,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "lock": {name: lock.get(name) for name in ("base", "data", "template", "seed", "versions", "overrides")},
         "marks": with_axis_positions(history, history.marks),
         "marks_left_out": history.marks_left_out,
+        "sample_steps": list(reversed(history.samples)),
         "has_answers": folder.answers.is_file(),
         "resume": f"strop resume {folder.path}",
     }

@@ -17,12 +17,14 @@ import {
   runPath,
   percent,
   put,
+  select,
   setQuery,
   notify,
   lastPart,
 } from "../all.js";
 import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
+import { Table } from "../table.js";
 
 const POINTS = 800;
 const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) };
@@ -56,6 +58,7 @@ export async function show(container, { run, query, signal, draw }) {
     top = h("div"),
     plots = h("div", { class: "plots" });
   const details = h("div"),
+    samples = h("section", { class: "card samples", hidden: true }),
     memory = h("div"),
     systems = h("div");
   const onZoom = (response) => {
@@ -110,6 +113,7 @@ export async function show(container, { run, query, signal, draw }) {
       h("span", { class: "soft" }, "Drag over a curve to zoom in."),
     ),
     loss.element,
+    samples,
     details,
     plots,
     h("div", { class: "grid", style: { "margin-top": ".8rem" } }, memory, systems),
@@ -270,6 +274,42 @@ export async function show(container, { run, query, signal, draw }) {
     );
   }
 
+  const sampleTable = new Table(
+    ["prompt", "reference", "completion"].map((key) => ({ key, name: key, free: true, value: (row) => row[key] })),
+    { label: "Sample completions", empty: "No completions at this step." },
+  );
+  let sampleStep = Number(query.get("sample")) || null,
+    drawnSamples = "";
+
+  /** Show the completions that were sampled at an evaluation. */
+  async function drawSamples() {
+    const steps = run.sample_steps ?? [],
+      step = steps.includes(sampleStep) ? sampleStep : steps[0],
+      key = `${step} ${steps}`;
+    samples.hidden = !steps.length;
+    if (!steps.length || key === drawnSamples) return;
+    drawnSamples = key;
+    const response = await get(runPath(run.name, "samples"), { step }, signal);
+    const chooser = select(
+      steps.map((item) => [String(item), `step ${count(item)}`]),
+      String(step),
+      (value) => {
+        sampleStep = value === String(steps[0]) ? null : Number(value); // the newest step is followed
+        setQuery({ sample: sampleStep });
+        drawSamples();
+      },
+      { "aria-label": "Step of the samples", style: { width: "auto" } },
+    );
+    const focused = samples.contains(document.activeElement) && document.activeElement.matches("select");
+    put(
+      samples,
+      h("div", { class: "line" }, h("h3", {}, "Sample completions"), h("span", { class: "push" }, chooser)),
+      sampleTable.element,
+    );
+    if (focused) chooser.focus();
+    sampleTable.set(response.samples);
+  }
+
   const onGpu = () => String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda");
 
   /** Return what training has added to the process up to now, which the plan predicts; null if that is unknown. */
@@ -421,6 +461,7 @@ export async function show(container, { run, query, signal, draw }) {
             draw(update);
             marks = update.marks;
             drawFacts();
+            drawSamples();
           },
           history: (response) => {
             if (range) {
