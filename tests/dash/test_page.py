@@ -258,6 +258,36 @@ def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> Non
         tab.check("plots")
 
 
+def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one/settings", "h1:text-is('one')")
+        tab.page.get_by_role("button", name="Edit", exact=True).click()
+        tab.page.get_by_label("Name", exact=True).fill("two")
+        tab.page.get_by_label("Tags").fill(f"good, {HOSTILE[:20]}")
+        tab.page.get_by_label("Note").fill(HOSTILE)
+        tab.axe("edit")
+        tab.page.get_by_role("button", name="Save", exact=True).click()
+        tab.page.wait_for_selector("dialog .verdict.error:has-text('exists')")
+        tab.faults.clear()  # the browser reports the refused request
+        tab.page.get_by_label("Name", exact=True).fill("a new & name")
+        tab.page.get_by_role("button", name="Save", exact=True).click()
+        tab.page.wait_for_selector("h1:text-is('a new & name')")
+        assert tab.page.url.endswith("#/run/a%20new%20%26%20name/settings")
+        assert tab.page.locator("main .tag").all_text_contents()[:2] == ["good", HOSTILE[:20]]
+        assert tab.page.locator(".note").text_content() == HOSTILE
+        tab.page.set_viewport_size(PHONE)
+        tab.check("edited")
+        tab.page.set_viewport_size(DESK)
+        open_at(tab, own, "/runs", "tbody tr >> nth=1")
+        tab.page.get_by_role("button", name="good", exact=True).click()
+        assert tab.page.locator("tbody th").all_text_contents() == ["a new & name"]
+        assert "filter=good" in tab.page.url and tab.page.locator("main img").count() == 0
+        tab.axe("tags")
+        tab.check("tags")
+
+
 def test_axis_of_steps_has_integer_ticks(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.add_init_script("""

@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 
 from strop.dash import answers
-from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path
+from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, split_names
 from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send_signal
+from strop.dash.notes import move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
@@ -214,6 +215,21 @@ class Dashboard:
         if confirmed != name:
             raise InputError("confirm: not the run's name", fix="type the name of the run to delete")
         return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
+
+    def set_notes(self, name: str, note: str, tags: list[Any]) -> dict[str, Any]:
+        with self._run(name) as folder:
+            return write_notes(folder.path, note, tags)
+
+    def rename(self, name: str, new_name: str) -> dict[str, Any]:
+        """Rename a run and its folder. Raises Busy if a process uses it."""
+        path, target = run_path(self.root, name), run_path(self.root, new_name)
+        served = any(name in split_names(str(job["run"])) for job in self.jobs.running("serve"))
+        if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train") or served:
+            raise Busy(f"{name} is in use", fix="stop it first")
+        move_run(path, target)
+        self.jobs.rename_run(name, new_name)
+        self._histories.pop(name, None)
+        return {"name": new_name}
 
     def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
         """Start an evaluation or an export. Raises Busy if the run has no adapter."""

@@ -138,6 +138,14 @@ class Jobs:
             write_json(file, {**job, "asked": time.time()})
         return send_signal(int(job["pid"]), float(job["born"]), number)
 
+    def rename_run(self, name: str, new_name: str) -> None:
+        """Assign the ended jobs of a run to its new name, so that their output is still found."""
+        for job in self.all():
+            if job["run"] == name:
+                file = self._folder / job["id"] / "job.json"
+                write_json(file, {**read_json(file), "run": new_name})
+                self._ended.pop(job["id"], None)
+
     def running(self, *kinds: str) -> list[dict[str, Any]]:
         """Return the running jobs of these kinds."""
         names = sorted(set(self._names()) - self._ended.keys(), reverse=True)

@@ -32,6 +32,7 @@ from strop.dash.files import (
     run_path,
 )
 from strop.dash.history import History, round_significant
+from strop.dash.notes import NOTES_FILE, read_notes
 from strop.evaluation.metrics import describe_difference, describe_rows
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
@@ -53,9 +54,9 @@ EMPTY: Mapping[str, Any] = {
         "step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens", "tokens_per_s", "score",
         "model", "data", "objective", "preset", "quantization", "rank", "started", "updated",
     )),
-    "sparkline": [], "bytes": 0, "has_adapter": False,
+    "sparkline": [], "bytes": 0, "has_adapter": False, "note": "", "tags": [],
 }  # fmt: skip
-SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json")
+SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json", NOTES_FILE)
 Signature = tuple[tuple[int, int] | None, ...]  # modification time and size of each of these files
 
 
@@ -178,6 +179,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
+        **read_notes(folder.path),
     }  # fmt: skip
 
 

@@ -67,7 +67,14 @@ export class Table {
       },
     });
     input.id = uniqueId("filter");
+    this.filterInput = input;
     return [h("div", { class: "filter" }, input), button("Save CSV", () => this.save(), { class: "small" })];
+  }
+
+  /** Filter by words, as if they were entered. */
+  setFilter(text) {
+    this.filter = this.filterInput.value = text;
+    this.#changed();
   }
 
   save() {

@@ -493,7 +493,7 @@ export async function show(container, { run, query, signal, draw }) {
           },
           system: drawSystem,
           gone: () => {
-            notify("This run was deleted.");
+            notify("This run was deleted or renamed.");
             location.hash = "#/runs";
           },
           error: (error) => {

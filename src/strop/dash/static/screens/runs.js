@@ -19,16 +19,19 @@ export async function show(container, { query, signal }) {
     { disabled: true },
   );
   const [column, direction] = (query.get("sort") ?? "started-descending").split("-");
-  const table = new Table(columns(chosen, update), {
-    label: "Runs",
-    file: "runs.csv",
-    class: "runs",
-    sort: [column, direction],
-    filter: query.get("filter") ?? "",
-    identity: (run) => run.name,
-    empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
-    onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
-  });
+  const table = new Table(
+    columns(chosen, update, (tag) => table.setFilter(tag)),
+    {
+      label: "Runs",
+      file: "runs.csv",
+      class: "runs",
+      sort: [column, direction],
+      filter: query.get("filter") ?? "",
+      identity: (run) => run.name,
+      empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
+      onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
+    },
+  );
   const sum = h("span", { class: "soft" }),
     ignored = h("p", { class: "soft" });
 
@@ -92,7 +95,7 @@ export async function show(container, { query, signal }) {
   return "Runs";
 }
 
-function columns(chosen, update) {
+function columns(chosen, update, onTag) {
   return [
     {
       key: "pick",
@@ -121,7 +124,22 @@ function columns(chosen, update) {
       name: "run",
       head: true,
       value: (run) => run.name,
-      show: (run) => link(to("run", run.name), run.name),
+      show: (run) => link(to("run", run.name), run.name, { title: run.note }),
+    },
+    {
+      key: "tags",
+      name: "tags",
+      value: (run) => run.tags.join(", "),
+      show: (run) =>
+        run.tags.length
+          ? h(
+              "span",
+              { class: "actions" },
+              run.tags.map((tag) =>
+                button(tag, () => onTag(tag), { class: "tag", title: "Show the runs with this tag" }),
+              ),
+            )
+          : "",
     },
     {
       key: "state",
