@@ -288,6 +288,45 @@ def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, t
         tab.check("tags")
 
 
+def test_adapter_report_and_recipe_are_downloaded(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+        for button, name, start in (
+            ("Adapter (zip", "one adapter.zip", b"PK"),
+            ("Report (HTML)", "one report.html", b"<!doctype html>"),
+            ("Recipe (YAML)", "one recipe.yaml", b"model:"),
+        ):
+            with tab.page.expect_download() as saved:
+                tab.page.get_by_role("button", name=button).click()
+            assert saved.value.suggested_filename == name
+            assert Path(saved.value.path()).read_bytes().lower().startswith(start)
+        tab.check("downloads")
+
+
+def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) -> None:
+    rows = {"name": "my rows.jsonl", "mimeType": "", "buffer": (dashboard / "rows.jsonl").read_bytes()}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps({'model.name': 'tiny-model'}))}", ".bars .phase >> nth=4")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Training rows").click()
+        chooser.value.set_files(rows)
+        tab.page.wait_for_selector("code:text('--data.train=data/my-rows.jsonl')")
+        assert tab.page.get_by_label("Training rows", exact=True).input_value() == "data/my-rows.jsonl"
+        assert (dashboard / "data" / "my-rows.jsonl").read_bytes() == rows["buffer"]
+        tab.page.get_by_role("link", name="Inspect the data").click()
+        tab.page.wait_for_selector(".tokens .stop >> nth=2")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Rows").click()
+        chooser.value.set_files(rows)
+        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows-2.jsonl.')")
+        tab.page.set_viewport_size(PHONE)
+        tab.check("upload")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Rows").click()
+        chooser.value.set_files({**rows, "name": "run.exe"})
+        tab.page.wait_for_selector("#notice.bad:has-text('not a data file')")
+
+
 def test_axis_of_steps_has_integer_ticks(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.add_init_script("""

@@ -23,10 +23,11 @@ from starlette.routing import BaseRoute, Route
 
 from strop import __version__
 from strop.dash.dashboard import Dashboard, Services
-from strop.dash.files import browse, run_path, split_names
+from strop.dash.files import browse, display_path, run_path, split_names
 from strop.dash.history import StreamPosition
 from strop.dash.jobs import TOKEN_VARIABLE, Busy, forward, option_flags
 from strop.dash.runs import with_heartbeat_age
+from strop.dash.transfer import MAX_UPLOAD_BYTES, Upload
 from strop.data.reading.json_reader import JsonError, loads
 from strop.errors import FolderError, InputError, StropError
 from strop.evaluation.metrics import METRICS
@@ -152,7 +153,7 @@ def read_routes(services: Services) -> list[BaseRoute]:
         return {
             "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
             "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
-            "metrics": list(METRICS),
+            "metrics": list(METRICS), "max_upload_bytes": MAX_UPLOAD_BYTES,
         }  # fmt: skip
 
     async def runs(_: Request) -> Any:
@@ -192,12 +193,19 @@ def read_routes(services: Services) -> list[BaseRoute]:
         count=(float, 50),
     )  # fmt: skip
     compare = endpoint(lambda names: dashboard.compare(split_names(names)), runs=str)
-    files = endpoint(lambda path: browse([Path.cwd(), dashboard.root.absolute()], path), path=(str, ""))
+    folders = [Path.cwd(), dashboard.root.absolute(), dashboard.data_folder]
+    files = endpoint(lambda path: browse(folders, path), path=(str, ""))
+
+    async def download(request: Request) -> Response:
+        chunks = await call(dashboard.download, *request.path_params.values())
+        return StreamingResponse(chunks, media_type="application/octet-stream")
+
     endpoints: dict[str, Endpoint] = {
         "hello": hello, "runs": runs, "stream": runs_stream, "runs/stream": runs_stream,
         "runs/{name}": endpoint(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
         "runs/{name}/log": endpoint(dashboard.log), "runs/{name}/contents": endpoint(dashboard.contents),
         "runs/{name}/duplicate": endpoint(dashboard.duplicate), "runs/{name}/answers": answers,
+        "runs/{name}/download/{kind}": download,
         "runs/{name}/samples": endpoint(dashboard.samples, step=(float, None)),
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
@@ -252,6 +260,13 @@ def action_routes(services: Services) -> list[BaseRoute]:
         arguments += [f"--{option}={value}" for option, value in options if value]
         return dashboard.start_adapter_job(kind, name, arguments + (["--no-parity"] if no_parity else []))
 
+    async def upload(request: Request) -> Any:
+        with Upload(dashboard.data_folder, request.query_params.get("name", "")).receive() as file:
+            async for chunk in request.stream():
+                file.write(chunk)
+            path = await asyncio.to_thread(file.finish)
+        return {"path": display_path(path), "bytes": file.num_bytes}
+
     async def chat_forward(request: Request) -> Response:
         address, path = await call(services.chat.address), request.url.path.removeprefix("/api/chat")
         status, content_type, chunks = await forward(address, request.method, path, await request.body())
@@ -260,6 +275,7 @@ def action_routes(services: Services) -> list[BaseRoute]:
     endpoints: dict[str, Endpoint] = {
         "plan": plan,
         "data": data,
+        "upload": upload,
         "start": endpoint(start, options=dict, name=(str, None), memory=(str, None)),
         "runs/{name}/stop": endpoint(dashboard.stop, force=(bool, False)),
         "runs/{name}/resume": endpoint(resume, allow_changed=(list, []), options=(dict, {})),
@@ -370,6 +386,7 @@ async def stream_job(dashboard: Dashboard, call: Call, name: str) -> AsyncIterat
 # --- the server ------------------------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 1 << 20
+UPLOADS = {"/api/upload": MAX_UPLOAD_BYTES}
 SHUTDOWN_S = 1  # short, because event streams do not end by themselves
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # if set, files of the page are read at each request, for development
 CONTENT_TYPES = {
@@ -396,7 +413,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
-    return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets)))
+    return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets), UPLOADS))
 
 
 def _serve_file(file: Path) -> Callable[[Request], Any]:

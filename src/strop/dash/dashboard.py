@@ -22,6 +22,7 @@ from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send_signal
 from strop.dash.notes import move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
+from strop.dash.transfer import download
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
@@ -36,6 +37,7 @@ class Dashboard:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.data_folder = root.absolute().parent / "data"  # of uploaded files
         self.jobs = Jobs(root)
         self.listing = RunTable(root)
         self.system = System(root)
@@ -157,6 +159,10 @@ class Dashboard:
     def answers(self, name: str, *query: Any) -> dict[str, Any]:
         with self._run(name) as folder:
             return answers.answers(folder, *query)
+
+    def download(self, name: str, kind: str) -> Iterator[bytes]:
+        with self._run(name) as folder:
+            return download(folder, kind)
 
     def samples(self, name: str, step: float | None) -> dict[str, Any]:
         """Return the completions that were sampled at an evaluation, by default at the last one."""
