@@ -198,27 +198,23 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
 
 
 def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
-    def smoothed() -> str:
-        description = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
-        return description.partition("training, smoothed: ")[2].partition(". ")[0]
-
-    def raw() -> str:
-        description = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
-        return description.partition("training, each step: ")[2].partition(". ")[0]
+    def values_of(curve: str) -> str:
+        description: str = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
+        return description.partition(f"training, {curve}: ")[2].partition(". ")[0]
 
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         slider = tab.page.get_by_label("Smoothing")
-        assert slider.get_attribute("aria-valuetext") == "0.6" and smoothed() != raw() != ""
+        assert slider.get_attribute("aria-valuetext") == "0.6" and values_of("smoothed") != values_of("each step") != ""
         slider.focus()
         tab.page.keyboard.press("Home")
-        assert slider.get_attribute("aria-valuetext") == "off" and smoothed() == raw()
+        assert slider.get_attribute("aria-valuetext") == "off" and values_of("smoothed") == values_of("each step")
         tab.page.keyboard.press("End")
-        strong = smoothed()
-        assert "smooth=0.999" in tab.page.url and strong != raw()
+        strong = values_of("smoothed")
+        assert "smooth=0.999" in tab.page.url and strong != values_of("each step")
         tab.page.reload()
         tab.page.wait_for_selector(".plot canvas")
-        assert smoothed() == strong
+        assert values_of("smoothed") == strong
         open_at(tab, dash, "/compare?runs=one,broken&smooth=0.9", ".plot canvas")
         assert tab.page.get_by_label("Smoothing").get_attribute("aria-valuetext") == "0.9"
         tab.check("smoothing")
@@ -292,7 +288,7 @@ def test_adapter_report_and_recipe_are_downloaded(browser: Any, dash: Dash) -> N
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one/export", ".form >> nth=2")
         for button, name, start in (
-            ("Adapter (zip", "one adapter.zip", b"PK"),
+            ("Adapter (zip", "one adapter.zip", b"pk"),
             ("Report (HTML)", "one report.html", b"<!doctype html>"),
             ("Recipe (YAML)", "one recipe.yaml", b"model:"),
         ):

@@ -186,7 +186,7 @@ class History:
             del self.eval_steps[index:], self.evals[index:]
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
-        if kind == "samples" and _is_int(step):
+        if kind == "samples" and isinstance(step, int):
             self.samples.pop(step, None)
             self.samples[step] = [_sample(sample) for sample in event["samples"][:MAX_SAMPLES]]
             if len(self.samples) > MAX_SAMPLE_STEPS:

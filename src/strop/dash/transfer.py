@@ -66,7 +66,7 @@ def _zip(files: list[tuple[str, Path]]) -> Iterator[bytes]:
     with zipfile.ZipFile(buffer, "w") as archive:  # type: ignore[call-overload]
         for name, path in files:
             info = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
-            with archive.open(info, "w", force_zip64=True) as target:
+            with archive.open(info, "w") as target:
                 for chunk in _read(os.fdopen(open_file(path), "rb")):
                     target.write(chunk)
                     yield buffer.take()
