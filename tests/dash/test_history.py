@@ -103,6 +103,13 @@ def test_time_axis_excludes_pauses(tmp_path: Path) -> None:
     assert result.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
 
 
+def test_last_values_include_the_last_evaluation(tmp_path: Path) -> None:
+    events = [step(1), step(2), {"event": "eval", "step": 2, "loss": 3.5}, step(3, loss=0.5)]
+    last = history(tmp_path, *session(), *events).curves()["last"]
+    assert (last["step"], last["loss"], last["eval_loss"]) == (3, 0.5, 3.5)
+    assert "eval_loss" not in history(tmp_path, *session(), *events[:2]).curves()["last"]
+
+
 def test_epoch_axis_has_the_epoch_starts(tmp_path: Path) -> None:
     result = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
     assert result.steps_per_epoch == 50

@@ -162,7 +162,7 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         with tab.page.expect_download() as saved:
             tab.page.click("text=Save CSV")
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("run,state,steps,loss,eval loss,score") and len(lines) == 4
+        assert lines[0].startswith("run,tags,state,steps,loss,eval loss,score,metric,model") and len(lines) == 4
         assert "exact" in tab.page.locator("td[data-name=score]").first.inner_text()  # the metric
         tab.page.set_viewport_size({"width": 390, "height": 800})
         for row in tab.page.locator("tbody tr").all():  # two lines of at most 30 pixels

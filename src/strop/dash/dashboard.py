@@ -120,7 +120,7 @@ class Dashboard:
             marks = history.marks[-(now.marks - sent.marks) :] if now.marks > sent.marks else []
             result = {
                 "rows": _step_rows(history, by, sent.steps), "evals": evals,
-                "marks": with_axis_positions(history, marks), "last": dict(history.newest.get("step") or {}), "x": by,
+                "marks": with_axis_positions(history, marks), "last": history.last, "x": by,
             }  # fmt: skip
             return "steps", result, now
 

@@ -252,6 +252,12 @@ class History:
             choices.append(first if first and first.get("value") == choice.get("value") else choice)
         return choices
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """Return the values of the last step, with the loss of the last evaluation as eval_loss."""
+        values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
+        return values | {"eval_loss": round_significant(self.evals[-1])} if self.evals else values
+
     def axis(self, by: str, steps: Any) -> Values:
         """Return the positions of steps on an axis: step, epoch, tokens or time."""
         x = np.asarray(steps, dtype=np.float64)
@@ -270,7 +276,6 @@ class History:
         """Return series, by default all, between start and end. Long ones are reduced to extremes of `points` parts."""
         x = self.axis(by, self.steps)
         series: dict[str, Any] = {}
-        last = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
         for name, column in self.columns.items():  # one at a time, because each is as long as the run
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
@@ -287,7 +292,7 @@ class History:
             trim_heap()
         return {
             "by": by, "range": [float(x[0]), float(x[-1])] if len(x) else None, "rows": len(x),
-            "decimated": len(x) > 2 * points, "series": series, "last": last, "generation": self.generation,
+            "decimated": len(x) > 2 * points, "series": series, "last": self.last, "generation": self.generation,
         }  # fmt: skip
 
 

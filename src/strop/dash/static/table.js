@@ -4,7 +4,7 @@ import { button, download, uniqueId, h, put } from "./dom.js";
 import { csv, isNumber } from "./format.js";
 
 /**
- * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is sorted and saved,
+ * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?, csvOnly?}]; value is sorted and saved,
  * show returns a node or text; the column with `head: true` names its row. rows: any objects.
  * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, class, onChange({sort, filter}),
  * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
@@ -12,13 +12,14 @@ import { csv, isNumber } from "./format.js";
 export class Table {
   constructor(columns, options) {
     this.columns = columns;
+    this.shown = columns.filter((column) => !column.csvOnly);
     this.options = { empty: "No rows.", ...options };
     this.sort = this.options.sort ?? null;
     this.filter = this.options.filter ?? "";
     this.rows = [];
     this.items = new Map();
     this.heads = new Map();
-    for (const column of columns) this.heads.set(column.key, this.#head(column));
+    for (const column of this.shown) this.heads.set(column.key, this.#head(column));
     this.body = h("tbody");
     const table = h(
       "table",
@@ -157,7 +158,7 @@ export class Table {
     return h(
       "tr",
       {},
-      this.columns.map((column) => {
+      this.shown.map((column) => {
         const value = column.value(row),
           shown = column.show ? column.show(row, value) : value;
         const blank = shown === null || shown === undefined || shown === "";

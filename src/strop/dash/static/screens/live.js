@@ -194,7 +194,7 @@ export async function show(container, { run, query, signal, draw }) {
       s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
       facts([
         ["training loss", figure(last.loss ?? run.loss)],
-        ["evaluation loss", figure(run.eval_loss)],
+        ["evaluation loss", figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss)],
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
@@ -290,6 +290,7 @@ export async function show(container, { run, query, signal, draw }) {
     if (!steps.length || key === drawnSamples) return;
     drawnSamples = key;
     const response = await get(runPath(run.name, "samples"), { step }, signal);
+    if (key !== drawnSamples) return;
     const chooser = select(
       steps.map((item) => [String(item), `step ${count(item)}`]),
       String(step),

@@ -189,6 +189,7 @@ function columns(chosen, update, onTag) {
       value: (run) => run.score?.value ?? null,
       show: (run) => score(run.score),
     },
+    { key: "metric", name: "metric", csvOnly: true, value: (run) => run.score?.metric },
     {
       key: "model",
       name: "model",
