@@ -56,7 +56,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("code:text('--out=runs/first')")
         press("Start")
         page.wait_for_selector("h1:text('first')")
-        page.wait_for_selector(".plot canvas")  # the loss falls
+        page.wait_for_selector(".plot >> nth=0 >> canvas")  # the loss falls
         press("Stop and save")
         page.wait_for_selector(".state.stopped")
         step = page.locator(".progress").text_content()
