@@ -1,6 +1,6 @@
 // One run: its state, actions and screens.
 
-import { button, errorBox, field, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
+import { address, button, errorBox, field, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
 
 const TABS = {
   live: ["Training", () => import("./live.js")],
@@ -132,7 +132,8 @@ function edit(run) {
     problem = h("div");
   const save = async (event) => {
     event.preventDefault();
-    const renamed = location.hash.replace(to("run", run.name), to("run", name.value));
+    const { parts, query } = address();
+    const renamed = to("run", name.value, ...parts.slice(2), Object.fromEntries(query));
     put(problem);
     try {
       await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(",") });
