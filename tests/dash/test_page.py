@@ -278,7 +278,7 @@ def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, t
         tab.page.set_viewport_size(DESK)
         open_at(tab, own, "/runs", "tbody tr >> nth=1")
         tab.page.get_by_role("button", name="good", exact=True).click()
-        assert tab.page.locator("tbody th").all_text_contents() == ["a new & name"]
+        assert tab.page.locator("tbody th a").all_text_contents() == ["a new & name"]
         assert "filter=good" in tab.page.url and tab.page.locator("main img").count() == 0
         tab.axe("tags")
         tab.check("tags")

@@ -2,7 +2,7 @@
 
 import { button, h, link, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, scoreText } from "../format.js";
+import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, moment, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
@@ -124,13 +124,8 @@ function columns(chosen, update, onTag) {
       name: "run",
       head: true,
       value: (run) => run.name,
-      show: (run) => link(to("run", run.name), run.name, { title: run.note }),
-    },
-    {
-      key: "tags",
-      name: "tags",
-      value: (run) => run.tags.join(", "),
-      show: (run) =>
+      show: (run) => [
+        link(to("run", run.name), run.name, { title: run.note }),
         run.tags.length
           ? h(
               "span",
@@ -139,8 +134,10 @@ function columns(chosen, update, onTag) {
                 button(tag, () => onTag(tag), { class: "tag", title: "Show the runs with this tag" }),
               ),
             )
-          : "",
+          : null,
+      ],
     },
+    { key: "tags", name: "tags", csvOnly: true, value: (run) => run.tags.join(", ") },
     {
       key: "state",
       name: "state",
@@ -204,12 +201,13 @@ function columns(chosen, update, onTag) {
       value: (run) => run.data,
       show: (run, value) => h("span", { title: value }, lastPart(value)),
     },
-    { key: "objective", name: "objective", value: (run) => run.objective },
     {
       key: "how",
-      name: "LoRA",
-      value: (run) =>
-        `r ${run.rank ?? ""}${run.quantization && run.quantization !== "none" ? ` ${run.quantization}` : ""}`,
+      name: "method",
+      value: (run) => {
+        const quantization = run.quantization === "none" ? null : run.quantization;
+        return [run.objective, run.rank && `r ${run.rank}`, quantization].filter(Boolean).join(", ");
+      },
     },
     { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
     { key: "bytes", name: "size", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
@@ -218,7 +216,8 @@ function columns(chosen, update, onTag) {
       name: "started",
       number: true,
       value: (run) => run.started,
-      show: (run) => h("span", { class: "soft" }, ago(run.started)),
+      show: (run) =>
+        h("span", { class: "soft", title: moment(run.started) }, ago(run.started).replace(/ \d\d:\d\d$/, "")),
     },
   ];
 }
@@ -232,7 +231,7 @@ function score(result) {
     scoreText(result.value),
     h("small", { class: "under" }, result.metric),
     isNumber(result.low)
-      ? h("small", { class: "under interval" }, `${percent(result.low, 0)} to ${percent(result.high, 0)}`)
+      ? h("small", { class: "under interval" }, `${Math.round(100 * result.low)} to ${percent(result.high, 0)}`)
       : null,
   );
 }
