@@ -66,6 +66,7 @@ def _hostile(one: Path, folder: Path) -> None:
     events += [
         {"event": "stop", **at, "why": HOSTILE},
         {"event": "override", **at, "field": HOSTILE, "was": HOSTILE, "now": 1},
+        {"event": "samples", **at, "samples": [{"prompt": HOSTILE, "reference": HOSTILE, "completion": HOSTILE}]},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

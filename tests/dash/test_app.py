@@ -192,8 +192,8 @@ def test_read_routes_return_the_run(dash: Dash, root: Path) -> None:
     for name, action in (("one", "resume"), ("two", "stop"), ("two", "export")):
         body = {"kind": "merge", "out": "x"} if action == "export" else {}
         assert dash.post(f"/api/runs/{name}/{action}", body).status_code == 409
-    assert dash.get("/api/talk").json()["state"] == "off"
-    assert dash.post("/api/talk/v1/chat/completions", {"model": "x"}).status_code == 409
+    assert dash.get("/api/chat").json()["state"] == "off"
+    assert dash.post("/api/chat/v1/chat/completions", {"model": "x"}).status_code == 409
 
 
 def test_stream_sends_appended_events(dash: Dash, root: Path) -> None:

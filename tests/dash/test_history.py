@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strop.dash.history import History, extremes, mark_for, smoothed
-from strop.evaluation.report import _smooth
+from strop.dash.history import History, extremes, mark_for
 from tests.support.dash import lines, session, step
 
 
@@ -104,16 +103,39 @@ def test_time_axis_excludes_pauses(tmp_path: Path) -> None:
     assert result.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
 
 
+def test_last_values_include_the_last_evaluation(tmp_path: Path) -> None:
+    events = [step(1), step(2), {"event": "eval", "step": 2, "loss": 3.5}, step(3, loss=0.5)]
+    last = history(tmp_path, *session(), *events).curves()["last"]
+    assert (last["step"], last["loss"], last["eval_loss"]) == (3, 0.5, 3.5)
+    assert "eval_loss" not in history(tmp_path, *session(), *events[:2]).curves()["last"]
+
+
 def test_epoch_axis_has_the_epoch_starts(tmp_path: Path) -> None:
     result = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
     assert result.steps_per_epoch == 50
     assert result.curves("epoch")["series"]["loss"]["x"][49] == 1.0
 
 
-def test_smoothing_equals_the_report() -> None:
-    values = np.random.default_rng(1).normal(size=700)
-    report = _smooth(dict(enumerate(values.tolist())))
-    assert np.allclose(smoothed(values), list(report.values()))
+def test_long_curve_has_the_mean_loss_of_each_part(tmp_path: Path) -> None:
+    events = [step(number, 1000, loss=float(number % 10 == 0)) for number in range(1, 1001)]
+    series = history(tmp_path, *session(), *events).curves(points=100)["series"]
+    assert series["loss_mean"]["y"] == [0.1] * 100 and series["loss_mean"]["steps"] == 10
+    assert "loss_mean" not in history(tmp_path, *session(), *events[:200]).curves(points=100)["series"]
+
+
+def test_samples_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
+    def sampled(number: int, completion: object) -> dict[str, Any]:
+        return {"event": "samples", "step": number, "samples": [{"prompt": "p", "completion": completion}]}
+
+    steps = [step(number) for number in range(1, 5)]
+    events = [*steps[:2], sampled(2, "a"), *steps[2:], sampled(4, "b" * 9000), *session(start=2), steps[2]]
+    result = history(tmp_path, *session(), *events)
+    assert result.samples == {2: [{"prompt": "p", "reference": "", "completion": "a"}]}
+    assert not [mark for mark in result.marks if mark["kind"] == "samples"]
+    result = history(tmp_path, *session(), *events[:6], sampled(2, "new"), sampled(5, None), sampled(6, 7))
+    assert list(result.samples) == [4, 2, 5, 6] and len(result.samples[4][0]["completion"]) == 4000
+    odd = [{"event": "samples", "step": 3, "samples": value} for value in (None, "text", [3], {"a": 1})]
+    assert history(tmp_path, *session(), *odd, sampled(4, "c")).samples.keys() == {4}
 
 
 def test_damaged_lines_are_skipped(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 
 import strop
@@ -21,17 +23,17 @@ NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", 
 STRANGE = quote(HOSTILE_NAME, safe="")
 # address -> text on the complete screen
 SCREENS = {
-    "/runs": "table .spark",
+    "/runs": "tbody .state",
     "/run/one": ".plot canvas >> nth=3",
     "/run/one/answers": ".sample >> nth=5",
     "/run/one/answers?blind=1": ".vote article",
     "/run/one/settings": "table >> nth=0",
-    "/run/one/take": ".form >> nth=2",
+    "/run/one/export": ".form >> nth=2",
     "/run/one/log": "text=Events",
     f"/new?options={NEW}": ".bars .phase >> nth=4",
     f"/data?options={NEW}": ".tokens .stop >> nth=3",
     "/compare?runs=one,broken": ".plot canvas",
-    "/talk": "text=No model is loaded",
+    "/chat": "text=No model is loaded",
     "/machine": "dl.facts",
 }
 
@@ -44,6 +46,15 @@ def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
 def is_whole(tab: Watched, sign: str) -> None:
     tab.page.wait_for_selector(sign)
     tab.page.wait_for_selector(".screen:not([aria-busy])")
+
+
+def facts_of(tab: Watched) -> dict[str, str]:
+    """Return the values of the tiles by name."""
+    result: dict[str, str] = tab.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
+        "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
+    )
+    return result
 
 
 @pytest.mark.parametrize("address", SCREENS)
@@ -68,17 +79,50 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
         tab.check(f"{address}, again")
 
 
-@pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/take", "/log"])
+@pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/export", "/log"])
 def test_markup_in_a_run_stays_text(browser: Any, dash: Dash, part: str) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/run/{STRANGE}{part}", "h1")
-        if part != "/answers?blind=1" and part != "/take":
+        if part != "/answers?blind=1" and part != "/export":
             tab.page.wait_for_selector(f"text={'onerror'} >> nth=0")
         assert tab.page.title().endswith("· strop") and "owned" not in tab.page.title()
         assert tab.page.locator("main img, main b:text-is('bold'), main script").count() == 0
         assert tab.page.locator("h1").text_content() == HOSTILE_NAME
         tab.page.set_viewport_size(PHONE)
         tab.check(part)
+
+
+def test_samples_are_shown_by_step(browser: Any, tmp_path: Path) -> None:
+    def sampled(number: int) -> dict[str, Any]:
+        row = {"prompt": "two\nlines", "reference": HOSTILE, "completion": f"completion {number} {HOSTILE}"}
+        return {"event": "samples", "time": 1, "step": number, "samples": [row, row]}
+
+    def first_row() -> list[str]:
+        result: list[str] = tab.page.locator(".samples tbody tr").first.locator("td").all_text_contents()
+        return result
+
+    make_run(tmp_path, "none", [*session(), step(1), step(2)])
+    folder = make_run(tmp_path, "one", [*session(), step(1), step(2), sampled(2), step(3), sampled(3)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/none", ".plot canvas")
+        assert not tab.page.locator(".samples").is_visible()  # nothing is shown of a run without samples
+        open_at(tab, own, "/run/one", ".samples tbody td")
+        assert first_row() == ["two\nlines", HOSTILE, f"completion 3 {HOSTILE}"]
+        chooser = tab.page.get_by_label("Step of the samples")
+        assert chooser.locator("option").all_text_contents() == ["step 3", "step 2"]
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step(4)) + "\n" + json.dumps(sampled(4)) + "\n")
+        tab.page.wait_for_selector("text=completion 4")  # the newest step is followed
+        chooser.select_option("2")
+        tab.page.wait_for_selector("text=completion 2")
+        assert "sample=2" in tab.page.url
+        tab.page.reload()
+        tab.page.wait_for_selector("text=completion 2")
+        assert tab.page.locator("main img").count() == 0
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.axe(f"samples at {size['width']}")
+            tab.check("samples")
 
 
 def test_markup_in_lists_stays_text(browser: Any, dash: Dash) -> None:
@@ -118,7 +162,13 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         with tab.page.expect_download() as saved:
             tab.page.click("text=Save CSV")
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("run,state,steps,loss,score") and len(lines) == 4
+        assert lines[0].startswith("run,tags,state,steps,loss,eval loss,score,metric,model") and len(lines) == 4
+        assert "exact" in tab.page.locator("td[data-name=score]").first.inner_text()  # the metric
+        tab.page.set_viewport_size({"width": 390, "height": 800})
+        for row in tab.page.locator("tbody tr").all():  # two lines of at most 30 pixels
+            assert row.bounding_box()["height"] < 80
+            right = tab.page.evaluate("innerWidth")
+            assert all(part.bounding_box()["x"] < right - 30 for part in row.locator("th, td:visible").all())
         tab.check("runs")
 
 
@@ -142,12 +192,32 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
     report = json.loads((dashboard / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
-        facts = tab.page.evaluate(
-            "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
-            "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
-        )
+        facts = facts_of(tab)
         assert facts["epoch"] == "4"  # of 4
         assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
+
+
+def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
+    def values_of(curve: str) -> str:
+        description: str = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")
+        return description.partition(f"training, {curve}: ")[2].partition(". ")[0]
+
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        slider = tab.page.get_by_label("Smoothing")
+        assert slider.get_attribute("aria-valuetext") == "0.6" and values_of("smoothed") != values_of("each step") != ""
+        slider.focus()
+        tab.page.keyboard.press("Home")
+        assert slider.get_attribute("aria-valuetext") == "off" and values_of("smoothed") == values_of("each step")
+        tab.page.keyboard.press("End")
+        strong = values_of("smoothed")
+        assert "smooth=0.999" in tab.page.url and strong != values_of("each step")
+        tab.page.reload()
+        tab.page.wait_for_selector(".plot canvas")
+        assert values_of("smoothed") == strong
+        open_at(tab, dash, "/compare?runs=one,broken&smooth=0.9", ".plot canvas")
+        assert tab.page.get_by_label("Smoothing").get_attribute("aria-valuetext") == "0.9"
+        tab.check("smoothing")
 
 
 def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> None:
@@ -184,6 +254,134 @@ def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> Non
         tab.check("plots")
 
 
+def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one/settings", "h1:text-is('one')")
+        tab.page.get_by_role("button", name="Edit", exact=True).click()
+        tab.page.get_by_label("Name", exact=True).fill("two")
+        tab.page.get_by_label("Tags").fill(f"good, {HOSTILE[:20]}")
+        tab.page.get_by_label("Note").fill(HOSTILE)
+        tab.axe("edit")
+        tab.page.get_by_role("button", name="Save", exact=True).click()
+        tab.page.wait_for_selector("dialog .verdict.error:has-text('exists')")
+        tab.faults.clear()  # the browser reports the refused request
+        tab.page.get_by_label("Name", exact=True).fill("a new & name")
+        tab.page.get_by_role("button", name="Save", exact=True).click()
+        tab.page.wait_for_selector("h1:text-is('a new & name')")
+        assert tab.page.url.endswith("#/run/a%20new%20%26%20name/settings")
+        assert tab.page.locator("main .tag").all_text_contents()[:2] == ["good", HOSTILE[:20]]
+        assert tab.page.locator(".note").text_content() == HOSTILE
+        tab.page.set_viewport_size(PHONE)
+        tab.check("edited")
+        tab.page.set_viewport_size(DESK)
+        open_at(tab, own, "/runs", "tbody tr >> nth=1")
+        tab.page.get_by_role("button", name="good", exact=True).click()
+        assert tab.page.locator("tbody th a").all_text_contents() == ["a new & name"]
+        assert "filter=good" in tab.page.url and tab.page.locator("main img").count() == 0
+        tab.axe("tags")
+        tab.check("tags")
+
+
+def test_adapter_report_and_recipe_are_downloaded(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+        for button, name, start in (
+            ("Adapter (zip", "one adapter.zip", b"pk"),
+            ("Report (HTML)", "one report.html", b"<!doctype html>"),
+            ("Recipe (YAML)", "one recipe.yaml", b"model:"),
+        ):
+            with tab.page.expect_download() as saved:
+                tab.page.get_by_role("button", name=button).click()
+            assert saved.value.suggested_filename == name
+            assert Path(saved.value.path()).read_bytes().lower().startswith(start)
+        tab.check("downloads")
+
+
+def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) -> None:
+    rows = {"name": "my rows.jsonl", "mimeType": "", "buffer": (dashboard / "rows.jsonl").read_bytes()}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps({'model.name': 'tiny-model'}))}", ".bars .phase >> nth=4")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Training rows").click()
+        chooser.value.set_files(rows)
+        tab.page.wait_for_selector("code:text('--data.train=data/my-rows.jsonl')")
+        assert tab.page.get_by_label("Training rows", exact=True).input_value() == "data/my-rows.jsonl"
+        assert (dashboard / "data" / "my-rows.jsonl").read_bytes() == rows["buffer"]
+        tab.page.get_by_role("link", name="Inspect the data").click()
+        tab.page.wait_for_selector(".tokens .stop >> nth=2")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Rows").click()
+        chooser.value.set_files(rows)
+        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows-2.jsonl.')")
+        tab.page.set_viewport_size(PHONE)
+        tab.check("upload")
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.get_by_role("button", name="Upload: Rows").click()
+        chooser.value.set_files({**rows, "name": "run.exe"})
+        tab.page.wait_for_selector("#notice.bad:has-text('not a data file')")
+
+
+def test_axis_of_steps_has_integer_ticks(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        tab.page.add_init_script("""
+            const draw = CanvasRenderingContext2D.prototype.fillText;
+            window.drawn = [];
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...more) {
+                window.drawn.push([text, this.textAlign]);
+                return draw.call(this, text, ...more);
+            };""")
+        open_at(tab, dash, "/run/one?range=2~9", ".plot canvas")
+        ticks = tab.page.evaluate("drawn.filter(([, align]) => align === 'center').map(([text]) => text)")
+        assert ticks and all(text.isdigit() for text in ticks)
+
+
+def test_start_is_visible_while_the_form_is_scrolled(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", ".bars .phase >> nth=4")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            for part in ("0", "document.body.scrollHeight"):
+                tab.page.evaluate(f"scrollTo(0, {part})")
+                box = tab.page.get_by_role("button", name="Start", exact=True).bounding_box()
+                assert 0 < box["y"] < size["height"] - box["height"]
+        assert tab.page.locator(".startbar").inner_text().startswith("It fits")
+
+
+def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: Path) -> None:
+    mib = 1 << 20
+    tried = {"event": "rehearsal", "time": 1, "done": False, "predicted_bytes": 719 * mib, "resident_bytes": 4 * mib}
+    steps = [step(number, memory_bytes=number * 100 * mib) for number in (1, 2)]
+    folder = make_run(tmp_path, "one", [*session(), {**tried, "usable_bytes": 9 << 30}, *steps])
+    with subprocess.Popen(["sleep", "600"]) as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
+        (folder / "claim.json").write_text(json.dumps(claim))
+        rss = psutil.Process(sleeper.pid).memory_info().rss
+        busy = {"time": 1, "cpu": 1.0, "memory": {"used": 96, "total": 100}, "gpus": [], "disk": {"free": 1 << 30}}
+        process = {"pid": sleeper.pid, "rss": 500 * mib, "cpu": 7.0}
+        assert own.get("/api/system?run=one").json()["process"]["rss"] == rss
+        lines = f"event: system\ndata: {json.dumps({**busy, 'process': process})}\n\n"
+        open_at(tab, own, "/run/one", ".phase:has-text('CPU')")
+        tab.page.route("**/stream*", lambda way: way.fulfill(content_type="text/event-stream", body=lines))
+        tab.page.get_by_role("button", name="tokens", exact=True).click()  # opens the stream again
+        tab.page.wait_for_selector("text=uses 500 MiB of memory, of which 4.0 MiB before the model was loaded")
+        memory = {
+            row.locator("span").first.inner_text(): row.locator(".sum").inner_text()
+            for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
+        }
+        assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
+        curve = tab.page.locator(".plot:has-text('memory while this page is open')")
+        assert curve.locator(".legend").inner_text().split("\n")[0] == "training 496 MiB"
+        curve.locator("canvas").wait_for()
+        curve = tab.page.locator(".plot:has(.title:text-is('training memory'))")  # a field of the steps
+        assert "200 MiB" in curve.locator(".legend").inner_text()
+        assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
+        over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
+        assert over == ["memory"]  # a busy CPU is normal
+        sleeper.kill()
+
+
 def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: Path) -> None:
     events = dashboard / "runs" / "broken" / "events.jsonl"
     old = events.read_text(encoding="utf-8")
@@ -199,12 +397,44 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
         for one in (tab, other):
             one.page.wait_for_selector(f"text=Step {last['step'] + 1} of")
             one.page.wait_for_selector(".legend b:has-text('123.5')")
+            assert facts_of(one)["training loss"] == "123.5"  # the last loss, not a smoothed one
             assert "skip" in one.page.locator(".marks").text_content()
             one.check("two tabs")
         own.process.kill()
         tab.page.wait_for_selector("text=Connection lost")
         assert tab.page.locator(".plot canvas").count()  # existing text is kept
     events.write_text(old, encoding="utf-8")
+
+
+def test_theme_is_remembered(browser: Any, dash: Dash) -> None:
+    def paper() -> str:
+        result: str = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return result
+
+    with open_tab(browser, dash, color_scheme="light") as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        light = paper()
+        for theme, scheme, is_dark in (("dark", "light", True), ("light", "dark", False), ("auto", "dark", True)):
+            tab.page.get_by_label("Theme").select_option(theme)
+            tab.page.emulate_media(color_scheme=scheme)
+            for _ in range(2):
+                assert (paper() != light) == is_dark
+                tab.axe(f"{theme} theme, {scheme} system")
+                tab.page.reload()
+                tab.page.wait_for_selector(".plot canvas")
+                assert tab.page.get_by_label("Theme").input_value() == theme
+        tab.page.set_viewport_size(PHONE)
+        assert tab.page.get_by_label("Theme").is_visible()
+        tab.check("themes")
+
+
+def test_earlier_addresses_lead_to_the_renamed_screens(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/talk?run=one", "h1:text-is('Chat')")
+        assert tab.page.url.endswith("#/chat?run=one")
+        open_at(tab, dash, f"/run/{STRANGE}/take", ".form >> nth=2")
+        assert tab.page.url.endswith(f"#/run/{STRANGE}/export")
+        tab.check("earlier addresses")
 
 
 def test_page_without_the_token_shows_nothing(browser: Any, dash: Dash) -> None:
@@ -255,10 +485,10 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         return dict(received), tab.page.get_by_label("System prompt").get_attribute("placeholder")
 
     with open_tab(browser, dash) as tab:
-        tab.page.route("**/api/talk", lambda way: way.fulfill(json=now))
-        tab.page.route("**/api/talk/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
-        tab.page.route("**/api/talk/v1/chat/completions", answer)
-        open_at(tab, dash, "/talk", ".chat >> nth=1")
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
+        tab.page.route("**/api/chat/v1/chat/completions", answer)
+        open_at(tab, dash, "/chat", ".chat >> nth=1")
         user = ("user", "hi")
         assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
         now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Switch to this run"
@@ -268,7 +498,7 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_label("System prompt").fill("be brief")
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
-        tab.check("talk")
+        tab.check("chat")
 
 
 def test_uplot_files_have_the_published_checksums() -> None:

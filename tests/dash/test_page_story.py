@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("code:text('--out=runs/first')")
         press("Start")
         page.wait_for_selector("h1:text('first')")
-        page.wait_for_selector(".plot canvas")  # the loss falls
+        page.wait_for_selector(".plot >> nth=0 >> canvas")  # the loss falls
         press("Stop and save")
         page.wait_for_selector(".state.stopped")
         step = page.locator(".progress").text_content()
@@ -121,11 +122,24 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.get_by_label("Compare second").check()
         press("Compare 2")
         page.wait_for_selector("code:text('train.epochs')")
+        page.goto(dash.url + "/#/run/second")
+        press("Edit")
+        page.get_by_label("Name", exact=True).fill("third")
+        page.get_by_label("Tags").fill("best")
+        press("Save")
+        page.wait_for_selector("h1:text('third')")
+        follow("Answers")
+        page.wait_for_selector(".sample >> nth=7")
+        follow("Export")
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Adapter (zip").click()
+        assert "adapter/adapter_model.safetensors" in zipfile.ZipFile(saved.value.path()).namelist()
+        page.wait_for_selector("text=The export matches the tuned model.")  # the jobs have the new name
         page.goto(dash.url + "/#/run/first")
         press("Delete")
         page.get_by_label("Type the run's name").fill("first")
         press("Delete run")
         page.wait_for_selector("h1:text('Runs')")
         page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 1")
-        assert not (tmp_path / "runs" / "first").exists() and (tmp_path / "runs" / "second").is_dir()
+        assert not (tmp_path / "runs" / "first").exists() and (tmp_path / "runs" / "third").is_dir()
         tab.check("the story")

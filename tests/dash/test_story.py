@@ -145,20 +145,20 @@ def merge_the_adapter(dash: Dash, place: Path, options: dict[str, Any]) -> None:
 
 
 def chat_with_the_run(dash: Dash, place: Path, options: dict[str, Any]) -> None:
-    assert dash.post("/api/talk/start", {"names": [NAME]}).json()["state"] == "starting"
-    ready = dash.wait("/api/talk", lambda talk: talk["state"] in ("ready", "failed"))
+    assert dash.post("/api/chat/start", {"names": [NAME]}).json()["state"] == "starting"
+    ready = dash.wait("/api/chat", lambda chat: chat["state"] in ("ready", "failed"))
     assert ready["models"] == [NAME, "base"]
     request = {"model": "base", "messages": [{"role": "user", "content": "what is 3"}], "max_tokens": 4}
-    whole = dash.post("/api/talk/v1/chat/completions", request)
+    whole = dash.post("/api/chat/v1/chat/completions", request)
     assert whole.status_code == 200 and whole.json()["choices"][0]["message"]["role"] == "assistant"
-    with dash.post("/api/talk/v1/chat/completions", {**request, "model": NAME, "stream": True}, stream=True) as answer:
+    with dash.post("/api/chat/v1/chat/completions", {**request, "model": NAME, "stream": True}, stream=True) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = answer.text
     assert text.count("data: ") >= 2 and text.endswith("data: [DONE]\n\n")
-    assert dash.post("/api/talk/v1/chat/completions", {**request, "temprature": 1}).status_code == 400
-    assert {model["id"] for model in dash.get("/api/talk/v1/models").json()["data"]} == {NAME, "base"}
-    dash.post("/api/talk/stop", {})
-    assert dash.wait("/api/talk", lambda talk: talk["state"] == "off")["models"] == []
+    assert dash.post("/api/chat/v1/chat/completions", {**request, "temprature": 1}).status_code == 400
+    assert {model["id"] for model in dash.get("/api/chat/v1/models").json()["data"]} == {NAME, "base"}
+    dash.post("/api/chat/stop", {})
+    assert dash.wait("/api/chat", lambda chat: chat["state"] == "off")["models"] == []
 
 
 def check_a_damaged_file(dash: Dash, place: Path, options: dict[str, Any]) -> None:

@@ -23,10 +23,11 @@ from starlette.routing import BaseRoute, Route
 
 from strop import __version__
 from strop.dash.dashboard import Dashboard, Services
-from strop.dash.files import browse, run_path, split_names
+from strop.dash.files import browse, display_path, run_path, split_names
 from strop.dash.history import StreamPosition
 from strop.dash.jobs import TOKEN_VARIABLE, Busy, forward, option_flags
 from strop.dash.runs import with_heartbeat_age
+from strop.dash.transfer import MAX_UPLOAD_BYTES, Upload
 from strop.data.reading.json_reader import JsonError, loads
 from strop.errors import FolderError, InputError, StropError
 from strop.evaluation.metrics import METRICS
@@ -152,7 +153,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         return {
             "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
             "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
-            "metrics": list(METRICS),
+            "metrics": list(METRICS), "max_upload_bytes": MAX_UPLOAD_BYTES,
         }  # fmt: skip
 
     async def runs(_: Request) -> Any:
@@ -192,17 +193,25 @@ def get_routes(services: Services) -> list[BaseRoute]:
         count=(float, 50),
     )  # fmt: skip
     compare = endpoint(lambda names: dashboard.compare(split_names(names)), runs=str)
-    files = endpoint(lambda path: browse([Path.cwd(), dashboard.root.absolute()], path), path=(str, ""))
+    folders = [Path.cwd(), dashboard.root.absolute(), dashboard.data_folder]
+    files = endpoint(lambda path: browse(folders, path), path=(str, ""))
+
+    async def download(request: Request) -> Response:
+        chunks = await call(dashboard.download, *request.path_params.values())
+        return StreamingResponse(chunks, media_type="application/octet-stream")
+
     endpoints: dict[str, Endpoint] = {
         "hello": hello, "runs": runs, "stream": runs_stream, "runs/stream": runs_stream,
         "runs/{name}": endpoint(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
         "runs/{name}/log": endpoint(dashboard.log), "runs/{name}/contents": endpoint(dashboard.contents),
         "runs/{name}/duplicate": endpoint(dashboard.duplicate), "runs/{name}/answers": answers,
+        "runs/{name}/download/{kind}": download,
+        "runs/{name}/samples": endpoint(dashboard.samples, step=(float, None)),
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
         "jobs/{id}/stream": job_stream, "files": files,
-        "machine": endpoint(dashboard.machine), "talk": endpoint(services.chat.status),
+        "machine": endpoint(dashboard.machine), "chat": endpoint(services.chat.status),
     }  # fmt: skip
     return _routes("GET", endpoints)
 
@@ -254,17 +263,27 @@ def post_routes(services: Services) -> list[BaseRoute]:
         arguments += [f"--{option}={value}" for option, value in options if value]
         return dashboard.start_adapter_job(kind, name, arguments + (["--no-parity"] if no_parity else []))
 
+    async def upload(request: Request) -> Any:
+        with Upload(dashboard.data_folder, request.query_params.get("name", "")).receive() as file:
+            async for chunk in request.stream():
+                file.write(chunk)
+            path = await asyncio.to_thread(file.finish)
+        return {"path": display_path(path), "bytes": file.num_bytes}
+
     async def chat_forward(request: Request) -> Response:
-        address, path = await call(services.chat.address), request.url.path.removeprefix("/api/talk")
+        address, path = await call(services.chat.address), request.url.path.removeprefix("/api/chat")
         status, content_type, chunks = await forward(address, request.method, path, await request.body())
         return StreamingResponse(chunks, status, media_type=content_type)
 
     endpoints: dict[str, Endpoint] = {
         "plan": plan,
         "data": data,
+        "upload": upload,
         "start": endpoint(start, options=dict, name=(str, None), memory=(str, None)),
         "runs/{name}/stop": endpoint(dashboard.stop, force=(bool, False)),
         "runs/{name}/resume": endpoint(resume, allow_changed=(list, []), options=(dict, {})),
+        "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, [])),
+        "runs/{name}/rename": endpoint(dashboard.rename, to=str),
         "runs/{name}/delete": endpoint(dashboard.delete, confirm=str),
         "runs/{name}/evaluate": endpoint(
             evaluate, data=str, metric=(str, "exact"), max_new_tokens=(int, 80), general=(bool, False)
@@ -275,11 +294,11 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/vote": endpoint(dashboard.vote, ballot=str, choice=str),
         "jobs/{id}/stop": endpoint(lambda job: {"sent": dashboard.jobs.stop(job)}),
         "machine/doctor": endpoint(dashboard.doctor),
-        "talk/start": endpoint(partial(dashboard.start_chat, services.chat), names=(list, []), model=(str, None)),
-        "talk/stop": endpoint(services.chat.stop),
-        "talk/v1/chat/completions": chat_forward,
+        "chat/start": endpoint(partial(dashboard.start_chat, services.chat), names=(list, []), model=(str, None)),
+        "chat/stop": endpoint(services.chat.stop),
+        "chat/v1/chat/completions": chat_forward,
     }
-    return [*_routes("POST", endpoints), *_routes("GET", {"talk/v1/models": chat_forward})]
+    return [*_routes("POST", endpoints), *_routes("GET", {"chat/v1/models": chat_forward})]
 
 
 def stem(options: dict[str, Any]) -> str:
@@ -346,8 +365,9 @@ def _run_summary(dashboard: Dashboard, name: str) -> Any:
     """Return values that differ when the details of a run must be sent again. Curves are sent separately."""
     row = dashboard.row(name)
     jobs = [(job["id"], job["state"]) for job in dashboard.jobs_of(name)]
-    saves = dashboard.history(name).num_saves
-    return {key: value for key, value in row.items() if key not in STEP_FIELDS}, saves, jobs
+    history = dashboard.history(name)
+    fields = {key: value for key, value in row.items() if key not in STEP_FIELDS}
+    return fields, history.num_saves, list(history.samples), jobs
 
 
 async def stream_job(dashboard: Dashboard, call: Call, name: str) -> AsyncIterator[bytes]:
@@ -369,6 +389,7 @@ async def stream_job(dashboard: Dashboard, call: Call, name: str) -> AsyncIterat
 # --- the server ------------------------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 1 << 20
+UPLOADS = {"/api/upload": MAX_UPLOAD_BYTES}
 SHUTDOWN_S = 1  # short, because event streams do not end by themselves
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # if set, files of the page are read at each request, for development
 CONTENT_TYPES = {
@@ -395,7 +416,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
-    return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets)))
+    return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets), UPLOADS))
 
 
 def _serve_file(file: Path) -> Callable[[Request], Any]:

@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 
 from strop.dash import answers
-from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path
+from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, split_names
 from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send_signal
+from strop.dash.notes import move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
+from strop.dash.transfer import download
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
@@ -35,6 +37,7 @@ class Dashboard:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.data_folder = root.absolute().parent / "data"  # of uploaded files
         self.jobs = Jobs(root)
         self.listing = RunTable(root)
         self.system = System(root)
@@ -52,8 +55,8 @@ class Dashboard:
         """Return the row of a run whose process has not created its folder."""
         return {
             **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
-            "phase": "preparing", "pid": job["pid"], "started": job["began"], "updated": job["began"],
-            "heartbeat": job["began"], "can": [], "job": job["id"],
+            "phase": "preparing", "pid": job["pid"], "started": job["started"], "updated": job["started"],
+            "heartbeat": job["started"], "can": [], "job": job["id"],
         }  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class Dashboard:
             marks = history.marks[-(now.marks - sent.marks) :] if now.marks > sent.marks else []
             result = {
                 "rows": _step_rows(history, by, sent.steps), "evals": evals,
-                "marks": with_axis_positions(history, marks), "last": dict(history.newest.get("step") or {}), "x": by,
+                "marks": with_axis_positions(history, marks), "last": history.last, "x": by,
             }  # fmt: skip
             return "steps", result, now
 
@@ -156,6 +159,17 @@ class Dashboard:
     def answers(self, name: str, *query: Any) -> dict[str, Any]:
         with self._run(name) as folder:
             return answers.answers(folder, *query)
+
+    def download(self, name: str, kind: str) -> Iterator[bytes]:
+        with self._run(name) as folder:
+            return download(folder, kind)
+
+    def samples(self, name: str, step: float | None) -> dict[str, Any]:
+        """Return the completions that were sampled at an evaluation, by default at the last one."""
+        with self._run(name):
+            samples = self.history(name).samples
+            chosen = step if step in samples else next(reversed(samples), None)
+            return {"step": chosen, "samples": samples.get(int(chosen), []) if chosen is not None else []}
 
     def ballot(self, name: str) -> dict[str, Any]:
         with self._run(name) as folder:
@@ -207,6 +221,21 @@ class Dashboard:
         if confirmed != name:
             raise InputError("confirm: not the run's name", fix="type the name of the run to delete")
         return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
+
+    def set_notes(self, name: str, note: str, tags: list[Any]) -> dict[str, Any]:
+        with self._run(name) as folder:
+            return write_notes(folder.path, note, tags)
+
+    def rename(self, name: str, new_name: str) -> dict[str, Any]:
+        """Rename a run and its folder. Raises Busy if a process uses it."""
+        path, target = run_path(self.root, name), run_path(self.root, new_name)
+        served = any(name in split_names(str(job["run"])) for job in self.jobs.running("serve"))
+        if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train") or served:
+            raise Busy(f"{name} is in use", fix="stop it first")
+        move_run(path, target)
+        self.jobs.rename_run(name, new_name)
+        self._histories.pop(name, None)
+        return {"name": new_name}
 
     def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
         """Start an evaluation or an export. Raises Busy if the run has no adapter."""
@@ -322,7 +351,7 @@ class System:
                 "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
                 "available": machine.free_bytes, "whole_machine": memory.total,
             },
-            "process": _process_state(pid, cores_used), "cards": self._query_gpus(), "disk": disk,
+            "process": _process_state(pid, cores_used), "gpus": self._query_gpus(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
 

@@ -133,15 +133,15 @@ def browse(roots: list[Path], path: str) -> dict[str, Any]:
     if not any(folder == root or root in folder.parents for root in allowed):
         raise InputError(f"{path}: outside the folder that strop dash was started in", fix="type the path instead")
     listed = [
-        {"name": entry.name, "path": _display_path(Path(entry.path)), "kind": kind, "bytes": size}
+        {"name": entry.name, "path": display_path(Path(entry.path)), "kind": kind, "bytes": size}
         for entry in entries[:5000]
         if not entry.name.startswith(".") and (kind := _entry_kind(entry)) and (size := _size(entry)) is not None
     ]
     parent = None if folder in allowed else str(folder.parent)
-    return {"path": _display_path(folder), "parent": parent, "entries": listed}
+    return {"path": display_path(folder), "parent": parent, "entries": listed}
 
 
-def _display_path(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return a path relative to the current folder, or the full path if it is outside."""
     try:
         return str(path.relative_to(Path.cwd()))

@@ -29,11 +29,11 @@ AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 16
 TRIM_BYTES = 4 << 20  # after handling this many bytes, freed memory is returned to the system
 MAX_STEP = 1 << 40
-SMOOTHED_PARTS = 200  # the moving average uses 1/200 of the run, or 10 steps if more, on each side of a point
 MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
 LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
 }  # fmt: skip
+MAX_SAMPLE_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = 100, 50, 4000  # evaluations, completions of each, length of a text
 _WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
 _NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
@@ -66,6 +66,7 @@ class History:
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
         self.notes: list[str] = []
+        self.samples: dict[int, list[dict[str, str]]] = {}  # completions at evaluations by step, oldest first
         self._first_choices: dict[str, dict[str, Any]] = {}
         self._first_time: float | None = None
         self._session_start, self._earlier_seconds = 0.0, 0.0
@@ -74,7 +75,9 @@ class History:
     @property
     def num_bytes(self) -> int:
         """Return the approximate size in memory."""
-        return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
+        texts = (text for samples in self.samples.values() for sample in samples for text in sample.values())
+        curves = len(self.steps) * (24 + 4 * len(self.columns))
+        return curves + 400 * len(self.marks) + 64 * len(self.undone) + sum(map(len, texts))
 
     @property
     def position(self) -> StreamPosition:
@@ -183,6 +186,11 @@ class History:
             del self.eval_steps[index:], self.evals[index:]
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
+        if kind == "samples" and isinstance(step, int):
+            self.samples.pop(step, None)
+            self.samples[step] = [_sample(sample) for sample in event["samples"][:MAX_SAMPLES]]
+            if len(self.samples) > MAX_SAMPLE_STEPS:
+                del self.samples[next(iter(self.samples))]
         last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
         if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
             self._undo(last_valid)
@@ -216,6 +224,7 @@ class History:
         index = bisect_right(self.eval_steps, step)
         del self.eval_steps[index:], self.evals[index:]
         self._epoch_starts = {epoch: start for epoch, start in self._epoch_starts.items() if start <= step}
+        self.samples = {number: samples for number, samples in self.samples.items() if number <= step}
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -243,6 +252,12 @@ class History:
             choices.append(first if first and first.get("value") == choice.get("value") else choice)
         return choices
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """Return the values of the last step, with the loss of the last evaluation as eval_loss."""
+        values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
+        return values | {"eval_loss": round_significant(self.evals[-1])} if self.evals else values
+
     def axis(self, by: str, steps: Any) -> Values:
         """Return the positions of steps on an axis: step, epoch, tokens or time."""
         x = np.asarray(steps, dtype=np.float64)
@@ -261,17 +276,12 @@ class History:
         """Return series, by default all, between start and end. Long ones are reduced to extremes of `points` parts."""
         x = self.axis(by, self.steps)
         series: dict[str, Any] = {}
-        last = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
         for name, column in self.columns.items():  # one at a time, because each is as long as the run
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
                 series[name] = _reduce(x, values, start, end, points)
-            if name == "loss":
-                means = smoothed(values)
-                if len(means) and (smoothed_loss := round_significant(float(means[-1]))) is not None:
-                    last["smoothed"] = smoothed_loss
-                if not fields or "smoothed" in fields:
-                    series["smoothed"] = _reduce(x, means, start, end, points)
+            if name == "loss" and (not fields or "loss_mean" in fields):
+                series |= _means(x, values, start, end, points)
         if not fields or "eval_loss" in fields:
             eval_x = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
             series["eval_loss"] = _reduce(eval_x, np.array(self.evals, dtype=np.float64), start, end, points)
@@ -282,37 +292,41 @@ class History:
             trim_heap()
         return {
             "by": by, "range": [float(x[0]), float(x[-1])] if len(x) else None, "rows": len(x),
-            "decimated": len(x) > 2 * points, "series": series, "last": last, "generation": self.generation,
+            "decimated": len(x) > 2 * points, "series": series, "last": self.last, "generation": self.generation,
         }  # fmt: skip
-
-
-def smoothed(values: Values) -> Values:
-    """Return a centred moving average, which does not lag behind the curve."""
-    finite = np.isfinite(values)
-    n = len(values)
-    index = np.arange(n, dtype=np.int32)
-    max_width = min(max(10, n // SMOOTHED_PARTS), n // 20)
-    width = np.minimum(np.minimum(index, n - 1 - index), max_width)  # on each side
-    low, high = index - width, index + width + 1
-    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    means: Values = totals[high] - totals[low]
-    totals = np.concatenate([np.zeros(1, np.int32), np.cumsum(finite, dtype=np.int32)])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means /= totals[high] - totals[low]
-    return means
 
 
 def _reduce(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, list[Any]]:
     """Return the finite points between start and end, reduced to extremes if they are many."""
+    x, y = _select(x, y, start, end)
+    if len(y) > 2 * points:
+        chosen = extremes(x, y, points)
+        x, y = x[chosen], y[chosen]
+    return _series(x, y)
+
+
+def _means(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, Any]:
+    """Return the series loss_mean, which the page smooths, if `_reduce` leaves points out: a mean for each part."""
+    x, y = _select(x, y, start, end)
+    if len(y) <= 2 * points:
+        return {}
+    edges = np.linspace(0, len(x), points + 1, dtype=np.int64)
+    sizes = np.diff(edges)
+    means = np.add.reduceat(y, edges[:-1]) / sizes
+    return {"loss_mean": {**_series(x[(edges[:-1] + edges[1:]) // 2], means), "steps": float(np.mean(sizes))}}
+
+
+def _select(x: Values, y: Values, start: float | None, end: float | None) -> tuple[Values, Values]:
+    """Return the finite points between start and end."""
     keep = np.isfinite(y) & np.isfinite(x)
     if start is not None:
         keep &= x >= start
     if end is not None:
         keep &= x <= end
-    x, y = x[keep], y[keep]
-    if len(y) > 2 * points:
-        chosen = extremes(x, y, points)
-        x, y = x[chosen], y[chosen]
+    return x[keep], y[keep]
+
+
+def _series(x: Values, y: Values) -> dict[str, Any]:
     return {
         "x": [round_significant(float(value), 9) for value in x],
         "y": [round_significant(float(value)) for value in y],
@@ -347,6 +361,10 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return values
     except (KeyError, TypeError, OverflowError):
         return [_number(event.get(name)) for event in events]
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, str]:
+    return {name: str(sample.get(name) or "")[:MAX_SAMPLE_CHARS] for name in ("prompt", "reference", "completion")}
 
 
 def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:

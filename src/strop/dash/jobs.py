@@ -60,7 +60,7 @@ class Jobs:
             folder.mkdir()
         except OSError as error:
             raise FolderError(f"{self._folder}: cannot be written: {error.strerror}", fix="make it writable") from None
-        began = time.time()
+        started = time.time()
         inherited = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
         with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
             child = subprocess.Popen(
@@ -73,7 +73,7 @@ class Jobs:
             born = psutil.Process(child.pid).create_time()
         except psutil.Error:  # already ended
             born = 0.0
-        job = {"id": name, "kind": kind, "run": run, "words": list(arguments), "began": began}
+        job = {"id": name, "kind": kind, "run": run, "words": list(arguments), "started": started}
         write_json(folder / "job.json", {**job, "pid": child.pid, "born": born})
         self._prune()
         return self.status(name)
@@ -112,7 +112,7 @@ class Jobs:
                 write_json(folder / "job.json", job)
         status = {
             "id": name, "kind": job.get("kind"), "run": job.get("run"), "state": state, "pid": job.get("pid"),
-            "command": shell_command(job.get("words") or []), "started": job.get("began"), "ended": job.get("ended"),
+            "command": shell_command(job.get("words") or []), "started": job.get("started"), "ended": job.get("ended"),
             "asked": job.get("asked"), "result": result if with_result else None, "error": error,
             "progress": _parse_progress(last_line),
         }  # fmt: skip
@@ -137,6 +137,14 @@ class Jobs:
         with contextlib.suppress(OSError):
             write_json(file, {**job, "asked": time.time()})
         return send_signal(int(job["pid"]), float(job["born"]), number)
+
+    def rename_run(self, name: str, new_name: str) -> None:
+        """Assign the ended jobs of a run to its new name, so that their output is still found."""
+        for job in self.all():
+            if job["run"] == name:
+                file = self._folder / job["id"] / "job.json"
+                write_json(file, {**read_json(file), "run": new_name})
+                self._ended.pop(job["id"], None)
 
     def running(self, *kinds: str) -> list[dict[str, Any]]:
         """Return the running jobs of these kinds."""

@@ -32,6 +32,7 @@ from strop.dash.files import (
     run_path,
 )
 from strop.dash.history import History, round_significant
+from strop.dash.notes import NOTES_FILE, read_notes
 from strop.evaluation.metrics import describe_change, describe_rows
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
@@ -53,9 +54,9 @@ EMPTY: Mapping[str, Any] = {
         "step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens", "tokens_per_s", "score",
         "model", "data", "objective", "preset", "quantization", "rank", "started", "updated",
     )),
-    "sparkline": [], "bytes": 0, "has_adapter": False,
+    "sparkline": [], "bytes": 0, "has_adapter": False, "note": "", "tags": [],
 }  # fmt: skip
-SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json")
+SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json", NOTES_FILE)
 Signature = tuple[tuple[int, int] | None, ...]  # modification time and size of each of these files
 
 
@@ -134,7 +135,7 @@ def _possible_actions(state: str, has_adapter: bool) -> list[str]:
     if state in ("running", "stalled"):
         return ["stop"]
     actions = ["duplicate", "delete"] if state == "finished" else ["resume", "duplicate", "delete"]
-    return [*actions, "evaluate", "export", "talk"] if has_adapter else actions
+    return [*actions, "evaluate", "export", "chat"] if has_adapter else actions
 
 
 def _read_facts(folder: RunFolder) -> dict[str, Any]:
@@ -178,6 +179,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
+        **read_notes(folder.path),
     }  # fmt: skip
 
 
@@ -267,6 +269,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "lock": {name: lock.get(name) for name in ("base", "data", "template", "seed", "versions", "overrides")},
         "marks": with_axis_positions(history, history.marks),
         "marks_left_out": history.marks_left_out,
+        "sample_steps": list(reversed(history.samples)),
         "has_answers": folder.answers.is_file(),
         "resume": f"strop resume {folder.path}",
     }
@@ -290,12 +293,18 @@ def with_axis_positions(history: History, marks: list[dict[str, Any]]) -> list[d
 
 
 def _memory(report: dict[str, Any], dry_run: dict[str, Any]) -> dict[str, Any]:
-    """Return predicted and measured memory, from the report or, before the run ends, from the dry run."""
+    """Return predicted and measured memory, from the report or, before the run ends, from the dry run.
+
+    All are peaks of what training adds to the process, or of PyTorch's memory on a GPU, except resident_bytes: the size
+    of the process before the model was loaded.
+    """
     memory = report.get("memory") or {}
     return {
         "predicted_peak_bytes": memory.get("predicted_peak_bytes", dry_run.get("predicted_bytes")),
         "calibrated_peak_bytes": memory.get("calibrated_peak_bytes"),
-        "measured_peak_bytes": memory.get("measured_peak_bytes", dry_run.get("measured_bytes")),
+        "measured_peak_bytes": memory.get("measured_peak_bytes"),
+        "dry_run_bytes": dry_run.get("measured_bytes"),
+        "resident_bytes": dry_run.get("resident_bytes"),
         "usable_bytes": dry_run.get("usable_bytes"),
         "predicted": memory.get("predicted"),
     }

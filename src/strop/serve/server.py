@@ -13,9 +13,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import h11
@@ -69,6 +69,7 @@ class AccessRules:
     key: str | None  # the API key; None: not required
     max_body_bytes: int
     open_paths: Collection[str] = ()  # paths that need no key
+    upload_bytes: Mapping[str, int] = field(default_factory=dict)  # maximum size of uploaded files, by path
 
 
 class HeaderTimeoutProtocol(H11Protocol):
@@ -109,7 +110,6 @@ class Guard:
 
     def __init__(self, app: Any, rules: AccessRules, on_response: Callable[[str, int], None] | None = None) -> None:
         self._app, self._rules, self._on_response = app, rules, on_response
-        self._too_large = f"the body is larger than {rules.max_body_bytes} bytes"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -126,7 +126,7 @@ class Guard:
         if error := self._check(scope):
             await _send_error(send_with_headers, *error)
         else:
-            await self._app(scope, self._limit(receive), send_with_headers)
+            await self._app(scope, self._limit(receive, scope["path"]), send_with_headers)
 
     def _check(self, scope: Any) -> tuple[int, str] | None:
         """Return (status, message) of an error; None if the request is allowed."""
@@ -145,20 +145,25 @@ class Guard:
                 return 401, "missing or invalid API key (Authorization: Bearer KEY)"
         if scope["method"] == "POST":
             content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if content_type != "application/json":
-                return 415, "the content type must be application/json"
-            length = headers.get("content-length", "0")
-            if length.isdigit() and int(length[:20]) > self._rules.max_body_bytes:
-                return 413, self._too_large
+            is_upload = scope["path"] in self._rules.upload_bytes
+            expected = "application/octet-stream" if is_upload else "application/json"  # neither can be sent by a form
+            if content_type != expected:
+                return 415, f"the content type must be {expected}"
+            length, max_bytes = headers.get("content-length", "0"), self._max_bytes(scope["path"])
+            if length.isdigit() and int(length[:20]) > max_bytes:
+                return 413, f"the body is larger than {max_bytes} bytes"
         return None
 
-    def _limit(self, receive: Any) -> Any:
-        """Wrap `receive` to limit the size of the body and the time that it takes."""
-        num_bytes, complete = 0, False
+    def _max_bytes(self, path: str) -> int:
+        return self._rules.upload_bytes.get(path, self._rules.max_body_bytes)
+
+    def _limit(self, receive: Any, path: str) -> Any:
+        """Wrap `receive` to limit the size of the body and the time that it, or each part of an upload, takes."""
+        num_bytes, complete, max_bytes = 0, False, self._max_bytes(path)
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> Any:
-            nonlocal num_bytes, complete
+            nonlocal num_bytes, complete, deadline
             timeout = None if complete else deadline - asyncio.get_running_loop().time()
             try:
                 message = await asyncio.wait_for(receive(), timeout)
@@ -167,8 +172,10 @@ class Guard:
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if num_bytes > self._rules.max_body_bytes:
-                    raise HTTPException(413, self._too_large)
+                if num_bytes > max_bytes:
+                    raise HTTPException(413, f"the body is larger than {max_bytes} bytes")
+                if path in self._rules.upload_bytes:
+                    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
             return message
 
         return limited

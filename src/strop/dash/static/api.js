@@ -96,6 +96,17 @@ export function postStream(path, body, signal) {
   });
 }
 
+/** Return a file of the server. */
+export async function getBlob(path, signal) {
+  return (await ask(url(path), { signal })).blob();
+}
+
+/** Upload a file into the data folder: {path, bytes}. */
+export async function upload(file, signal) {
+  const headers = { "Content-Type": "application/octet-stream" };
+  return (await ask(url("upload", { name: file.name }), { method: "POST", signal, headers, body: file })).json();
+}
+
 /** Yield the server-sent events of a response body: {event, data}. */
 export async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,7 +1,9 @@
 // Curves of a run: axes, titles, and updates of the server's series.
 
 import uPlot from "./uplot/uPlot.esm.js";
+import { h, uniqueId } from "./dom.js";
 import { duration, isNumber } from "./format.js";
+import { setQuery } from "./route.js";
 
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 });
 
@@ -9,6 +11,7 @@ const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFra
 export const AXES = {
   step: {
     name: "step",
+    integer: true,
     show: (value) => (Number.isInteger(value) && value < 1e5 ? String(value) : compact.format(value)),
   },
   epoch: { name: "epoch", show: (value) => String(Number(value.toFixed(2))) },
@@ -20,6 +23,7 @@ export const TITLES = {
   learning_rate: "learning rate",
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
+  memory_bytes: "training memory",
   accuracy: "answers ranked right",
   margin: "reward margin",
   chosen_nats: "chosen, log-probability per token",
@@ -34,6 +38,59 @@ export function joinSeries(series) {
   return { x, ys };
 }
 
+const WEIGHTS = [0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
+const DEFAULT_WEIGHT = 0.6;
+
+/** Return the loss of a history as a smoothed series. A long curve is smoothed from the means of its parts. */
+export function smoothedLoss({ series }, weight) {
+  const { x, y, steps = 1 } = series.loss_mean ?? series.loss ?? { x: [], y: [] };
+  return { x, y: smooth(y, weight ** steps) };
+}
+
+/** Average each value with those before and after it, whose weights decay exponentially with their distance. */
+export function smooth(values, decay) {
+  const sums = [...values],
+    weights = values.map(() => 1),
+    order = [...values.keys()];
+  for (const direction of [order, order.toReversed()]) {
+    let sum = 0,
+      weight = 0;
+    for (const index of direction) {
+      sum *= decay;
+      weight *= decay;
+      sums[index] += sum;
+      weights[index] += weight;
+      sum += values[index];
+      weight += 1;
+    }
+  }
+  return sums.map((sum, index) => sum / weights[index]);
+}
+
+/** Create the slider of the smoothing, which is stored in the address: {element, weight()}. */
+export function smoothingSlider(query, onChange) {
+  const given = Number(query.get("smooth") ?? DEFAULT_WEIGHT),
+    index = WEIGHTS.findIndex((weight) => weight >= given);
+  const input = h("input", { type: "range", min: 0, max: WEIGHTS.length - 1, step: 1, id: uniqueId("smooth") });
+  const shown = h("output", { for: input.id });
+  const weight = () => WEIGHTS[Number(input.value)];
+  const draw = () => {
+    shown.textContent = weight() ? String(weight()) : "off";
+    input.setAttribute("aria-valuetext", shown.textContent);
+  };
+  input.value = index < 0 ? WEIGHTS.length - 1 : index;
+  input.addEventListener("input", () => {
+    draw();
+    setQuery({ smooth: weight() === DEFAULT_WEIGHT ? null : weight() });
+    onChange();
+  });
+  draw();
+  return {
+    element: h("div", { class: "smoothing" }, h("label", { for: input.id }, "Smoothing"), input, shown),
+    weight,
+  };
+}
+
 /** Append new steps and evaluations to the series of a history. */
 export function append(history, { rows, evals, last }) {
   const add = (name, x, y) => {
@@ -45,7 +102,8 @@ export function append(history, { rows, evals, last }) {
   };
   const names = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
   for (const row of rows ?? [])
-    for (const name of names) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
+    for (const name of names) if (!["loss_mean", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
+  if (history.series.loss_mean) for (const row of rows ?? []) add("loss_mean", row.x, row.loss);
   for (const row of evals ?? []) add("eval_loss", row.x, row.loss);
   history.last = { ...history.last, ...last };
 }

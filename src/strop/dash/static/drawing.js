@@ -23,7 +23,7 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
     parts.push(svg("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: down(value), y2: down(value), stroke: colour("line") }));
     parts.push(text(LEFT - 8, down(value) + 4, show(value), { "text-anchor": "end" }));
   }
-  for (const value of ticks(x0, x1, 7))
+  for (const value of ticks(x0, x1, 7, x.integer ? 1 : 0))
     parts.push(
       text(across(value), HEIGHT - BOTTOM + 18, x.show ? x.show(value) : figure(value), { "text-anchor": "middle" }),
     );
@@ -83,11 +83,11 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
   return new XMLSerializer().serializeToString(root);
 }
 
-function ticks(low, high, maxTicks) {
+function ticks(low, high, maxTicks, smallest = 0) {
   if (!(high > low)) return [low];
   const rough = (high - low) / maxTicks,
     unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
+  const step = Math.max(smallest, unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough));
   const finite = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step)
     finite.push(Number(value.toPrecision(12)));

@@ -1,7 +1,7 @@
 // A text field for a path, with a dialog to choose a file or folder.
 
-import { button, field, uniqueId, h, put } from "./dom.js";
-import { errorBox, get } from "./api.js";
+import { button, field, uniqueId, h, notify, put } from "./dom.js";
+import { errorBox, get, upload } from "./api.js";
 import { bytes } from "./format.js";
 
 /** Return {element, input}. kind: data or model. onChange(text) is called when the text is confirmed. */
@@ -26,7 +26,39 @@ export function fileField(label, kind, value, onChange, hint = null) {
   const line = h("div", { class: "choose" });
   input.replaceWith(line);
   line.append(input, choose);
+  if (kind === "data")
+    line.append(
+      uploadButton(label, (path) => {
+        input.value = path;
+        onChange(path);
+      }),
+    );
   return { element, input };
+}
+
+/** Return a button that uploads a file from the browser's machine. onDone(path) receives its path on the server. */
+function uploadButton(label, onDone) {
+  const chooser = h("input", { type: "file", hidden: true });
+  const start = button("Upload", () => chooser.click(), { "aria-label": `Upload: ${label}` });
+  chooser.addEventListener("change", async () => {
+    const [file] = chooser.files;
+    if (!file) return;
+    start.disabled = true;
+    start.textContent = "Uploading…";
+    try {
+      const { max_upload_bytes: limit } = await get("hello");
+      if (file.size > limit) throw new Error(`${file.name} is larger than ${bytes(limit)}.`);
+      const { path } = await upload(file);
+      notify(`Uploaded to ${path}.`);
+      onDone(path);
+    } catch (error) {
+      notify([error.message, error.fix].filter(Boolean).join(": "), true);
+    }
+    chooser.value = "";
+    start.disabled = false;
+    start.textContent = "Upload";
+  });
+  return h("span", {}, start, chooser);
 }
 
 async function browse(kind, onPick) {

@@ -18,6 +18,9 @@ export function figure(value) {
 
 export const percent = (share, digits = 1) => (isNumber(share) ? `${(100 * share).toFixed(digits)} %` : "");
 
+/** Format a score: a share as a percentage, other values as they are. */
+export const scoreText = (value) => (isNumber(value) && value >= 0 && value <= 1 ? percent(value) : figure(value));
+
 export function bytes(size) {
   if (!isNumber(size)) return "";
   if (size >= 2 ** 30) return `${(size / 2 ** 30).toFixed(2)} GiB`;
@@ -59,6 +62,9 @@ export function ago(time, now = Date.now() / 1000) {
 
 /** Return the last part of a path. */
 export const lastPart = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
+
+/** Return the name of a kind of event. */
+export const eventName = (kind) => ({ rehearsal: "dry run" })[kind] ?? kind;
 
 /** Format a value of a recipe. */
 export function formatValue(value) {

@@ -1,6 +1,6 @@
 // The page: its addresses (#/runs, #/run/NAME/answers, ...) and their screens.
 
-import { button, field, h, link, put, notify } from "./dom.js";
+import { button, field, h, link, put, notify, select } from "./dom.js";
 import { errorBox, get, storeToken, takeToken } from "./api.js";
 import { address, to } from "./route.js";
 
@@ -9,10 +9,15 @@ const SCREENS = {
   new: ["New run", () => import("./screens/new.js")],
   data: ["Data", () => import("./screens/data.js")],
   compare: ["Compare", () => import("./screens/compare.js")],
-  talk: ["Chat", () => import("./screens/chat.js")],
+  chat: ["Chat", () => import("./screens/chat.js")],
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
+/** Addresses of earlier versions, such as bookmarks. */
+const MOVED = [
+  [/^#\/talk(?=\?|$)/, "#/chat"],
+  [/^(#\/run\/[^/?]+)\/take(?=\?|$)/, "$1/export"],
+];
 const main = document.getElementById("main"),
   nav = document.getElementById("nav");
 let current = new AbortController(),
@@ -27,6 +32,11 @@ async function openGivenRun() {
 }
 
 async function navigate() {
+  for (const [old, now] of MOVED) {
+    if (!old.test(location.hash)) continue;
+    location.replace(location.hash.replace(old, now)); // calls navigate again
+    return;
+  }
   const { parts, query, path } = address();
   if (!parts.length && (await openGivenRun())) return;
   const [screen, load] = SCREENS[parts[0]] ? [parts[0], SCREENS[parts[0]][1]] : ["runs", SCREENS.runs[1]];
@@ -111,6 +121,15 @@ addEventListener("unhandledrejection", (event) => {
   if (event.reason?.name === "AbortError") event.preventDefault();
   else notify(event.reason?.message ?? "Something failed.", true);
 });
+const { theme } = globalThis; // of theme.js
+document.getElementById("theme").append(
+  select(
+    theme.names.map((name) => [name, `${name} theme`]),
+    theme.get(),
+    theme.set,
+    { "aria-label": "Theme", class: "theme" },
+  ),
+);
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();

@@ -8,6 +8,8 @@ import { plotSvg } from "./drawing.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
+const INTEGERS = Array.from({ length: 13 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
+
 /** Return a colour with an opacity for a canvas. */
 const faded = (name, share) =>
   colour(name) +
@@ -16,8 +18,9 @@ const faded = (name, share) =>
     .padStart(2, "0");
 
 /**
- * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value)};
- * show(value): a value as text; height; file: name for saved files; group: plots of one group share the cursor;
+ * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value), integer: ticks at
+ * integers only};
+ * show(value): a value as text; incrs: possible distances of ticks; height; file: name for saved files; group: plots of one group share the cursor;
  * zero: the axis starts at 0; log: offer a logarithmic axis; onZoom([low, high] | null).
  * Data: {x: [...], ys: [[...], ...]}, null where a series has no value. marks: [{x, kind, text}].
  */
@@ -82,11 +85,13 @@ export class Plot {
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.recolour = () => this.#make();
     this.scheme.addEventListener("change", this.recolour);
+    addEventListener("themechange", this.recolour);
   }
 
   destroy() {
     this.watch.disconnect();
     this.scheme.removeEventListener("change", this.recolour);
+    removeEventListener("themechange", this.recolour);
     this.u?.destroy();
     this.u = null;
   }
@@ -154,7 +159,7 @@ export class Plot {
       {
         width: this.#width(),
         height: this.options.height,
-        padding: [8, 12, 0, 0],
+        padding: [8, 22, 0, 0],
         legend: { show: false },
         cursor: {
           sync: this.options.group ? { key: this.options.group } : undefined,
@@ -174,12 +179,14 @@ export class Plot {
             ...axis,
             size: 26,
             space: 70,
+            incrs: x.integer ? INTEGERS : undefined,
             values: (u, splits) => splits.map((value) => (x.show ? x.show(value) : figure(value))),
           },
           {
             ...axis,
             size: 58,
             space: 34,
+            incrs: this.options.incrs,
             values: (u, splits) => splits.map((value) => (value === null ? "" : show(value))),
           },
         ],

@@ -4,25 +4,26 @@ import { button, download, uniqueId, h, put } from "./dom.js";
 import { csv, isNumber } from "./format.js";
 
 /**
- * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is sorted and saved,
+ * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?, csvOnly?}]; value is sorted and saved,
  * show returns a node or text; the column with `head: true` names its row. rows: any objects.
- * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, onChange({sort, filter}),
+ * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, class, onChange({sort, filter}),
  * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
  */
 export class Table {
   constructor(columns, options) {
     this.columns = columns;
+    this.shown = columns.filter((column) => !column.csvOnly);
     this.options = { empty: "No rows.", ...options };
     this.sort = this.options.sort ?? null;
     this.filter = this.options.filter ?? "";
     this.rows = [];
     this.items = new Map();
     this.heads = new Map();
-    for (const column of columns) this.heads.set(column.key, this.#head(column));
+    for (const column of this.shown) this.heads.set(column.key, this.#head(column));
     this.body = h("tbody");
     const table = h(
       "table",
-      { class: "stack", "aria-label": this.options.label },
+      { class: `stack ${this.options.class ?? ""}`, "aria-label": this.options.label },
       h("thead", {}, h("tr", {}, [...this.heads.values()])),
       this.body,
     );
@@ -67,7 +68,14 @@ export class Table {
       },
     });
     input.id = uniqueId("filter");
+    this.filterInput = input;
     return [h("div", { class: "filter" }, input), button("Save CSV", () => this.save(), { class: "small" })];
+  }
+
+  /** Filter by words, as if they were entered. */
+  setFilter(text) {
+    this.filter = this.filterInput.value = text;
+    this.#changed();
   }
 
   save() {
@@ -150,7 +158,7 @@ export class Table {
     return h(
       "tr",
       {},
-      this.columns.map((column) => {
+      this.shown.map((column) => {
         const value = column.value(row),
           shown = column.show ? column.show(row, value) : value;
         const blank = shown === null || shown === undefined || shown === "";

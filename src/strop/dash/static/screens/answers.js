@@ -6,12 +6,12 @@ import {
   csv,
   download,
   errorBox,
-  figure,
   get,
   h,
   link,
   runPath,
   percent,
+  scoreText,
   post,
   put,
   setQuery,
@@ -201,7 +201,7 @@ function bar(share, side, interval) {
           })
         : null,
     ),
-    h("span", { class: "sum" }, share <= 1 ? percent(share) : figure(share)),
+    h("span", { class: "sum" }, scoreText(share)),
   );
 }
 

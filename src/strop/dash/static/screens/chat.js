@@ -19,11 +19,11 @@ import {
 export async function show(container, { query, signal }) {
   const controls = h("div"),
     state = h("div", { role: "status" }),
-    sides = h("div", { class: "talks" }),
+    sides = h("div", { class: "chats" }),
     composer = h("form", { class: "composer" });
   put(container, h("h1", {}, "Chat"), controls, state, sides, composer);
   const { runs } = await get("runs", {}, signal),
-    servable = runs.filter((run) => run.can.includes("talk"));
+    servable = runs.filter((run) => run.can.includes("chat"));
   let chosen = query.get("run") ?? servable[0]?.name ?? "",
     drawnKey = "",
     columns = [],
@@ -81,10 +81,10 @@ export async function show(container, { query, signal }) {
             "div",
             { class: "line", style: { margin: ".8rem 0" } },
             picker,
-            button(off ? "Start" : "Switch to this run", () => change("talk/start", { names: [chosen] }), {
+            button(off ? "Start" : "Switch to this run", () => change("chat/start", { names: [chosen] }), {
               class: off ? "main" : "",
             }),
-            off ? null : button("Stop the server", () => change("talk/stop")),
+            off ? null : button("Stop the server", () => change("chat/stop")),
           ),
       server.state === "ready" ? options : null,
     );
@@ -102,7 +102,7 @@ export async function show(container, { query, signal }) {
     put(sides);
     columns = [];
     if (server.state !== "ready") return;
-    const { data } = await get("talk/v1/models", {}, signal);
+    const { data } = await get("chat/v1/models", {}, signal);
     systems = new Map(data.map((model) => [model.id, model.system ?? ""]));
     const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
     columns = names.map((name) => column(name));
@@ -174,7 +174,7 @@ export async function show(container, { query, signal }) {
         first = 0;
       try {
         const response = await postStream(
-          "talk/v1/chat/completions",
+          "chat/v1/chat/completions",
           {
             model: chat.name,
             messages: systemText ? [{ role: "system", content: systemText }, ...turns] : turns,
@@ -247,7 +247,7 @@ export async function show(container, { query, signal }) {
   composer.append(newChat);
   const refresh = async () => {
     try {
-      draw(await get("talk", {}, signal));
+      draw(await get("chat", {}, signal));
     } catch (error) {
       if (error.name !== "AbortError") notify(error.message, true);
     }

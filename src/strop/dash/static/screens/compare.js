@@ -13,12 +13,13 @@ import {
   runPath,
   splitNames,
   percent,
+  scoreText,
   put,
   setQuery,
   formatValue,
   to,
 } from "../all.js";
-import { AXES, TITLES, joinSeries } from "../curves.js";
+import { AXES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -35,7 +36,9 @@ export async function show(container, { query, signal }) {
     out = h("div");
   put(container, h("h1", {}, "Compare"), picker, out);
   let plots = [],
+    drawLoss = () => {},
     requests = 0;
+  const smoothing = smoothingSlider(query, () => drawLoss());
   signal.addEventListener("abort", () => plots.forEach((plot) => plot.destroy()));
 
   function pick() {
@@ -75,7 +78,13 @@ export async function show(container, { query, signal }) {
                   " ",
                   run.name,
                   " ",
-                  h("small", {}, [run.model, run.score ? percent(run.score.value) : null].filter(Boolean).join(", ")),
+                  h(
+                    "small",
+                    {},
+                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`]
+                      .filter(Boolean)
+                      .join(", "),
+                  ),
                 );
               }),
             ),
@@ -131,8 +140,12 @@ export async function show(container, { query, signal }) {
       plot.set(joinSeries(series), [], AXES[by]);
       return plot;
     };
+    const loss = curve("loss", "training loss, smoothed", { log: true });
+    drawLoss = () =>
+      loss?.set(joinSeries(histories.map((history) => smoothedLoss(history, smoothing.weight()))), [], AXES[by]);
+    drawLoss();
     plots = [
-      curve("smoothed", "training loss, smoothed", { log: true }),
+      loss,
       curve("eval_loss", "evaluation loss", { log: true }),
       ...["accuracy", "margin", "grad_norm", "learning_rate", "tokens_per_s"].map((field) =>
         curve(field, TITLES[field]),
@@ -148,6 +161,7 @@ export async function show(container, { query, signal }) {
         { class: "line", style: { margin: "1.6rem 0 .4rem" } },
         h("h2", { style: { margin: 0 } }, "Curves"),
         axes,
+        smoothing.element,
       ),
       h(
         "div",
@@ -186,7 +200,7 @@ function scores(comparison) {
         name: "score",
         number: true,
         value: (run) => of.get(run.name)?.value ?? null,
-        show: (run, value) => percent(value),
+        show: (run, value) => scoreText(value),
       },
       {
         key: "interval",

@@ -1,6 +1,23 @@
 // Export a run: merged model, GGUF or Ollama, each compared with the tuned model.
 
-import { button, command, facts, errorBox, figure, h, link, runPath, percent, post, put, select, to } from "../all.js";
+import {
+  button,
+  bytes,
+  command,
+  download,
+  getBlob,
+  facts,
+  errorBox,
+  figure,
+  h,
+  link,
+  runPath,
+  percent,
+  post,
+  put,
+  select,
+  to,
+} from "../all.js";
 import { field } from "../dom.js";
 import { jobCard, jobCards } from "../jobs.js";
 
@@ -21,13 +38,7 @@ const KINDS = {
 export async function show(container, { run, signal }) {
   const jobs = h("div", { style: { "margin-top": "1rem" } }),
     forms = h("div", { class: "grid" });
-  put(
-    container,
-    run.adapter ? h("p", {}, "Adapter in PEFT format: ", h("code", {}, run.adapter.path)) : null,
-    forms,
-    h("h2", {}, "Exports"),
-    jobs,
-  );
+  put(container, downloads(run, signal), forms, h("h2", {}, "Exports"), jobs);
   const refresh = async () => {
     const cards = (
       await Promise.all(Object.keys(KINDS).map((kind) => jobCards({ run: run.name, kind }, signal, { result: parity })))
@@ -46,10 +57,34 @@ export async function show(container, { run, signal }) {
         )
       : h("p", { class: "empty" }, "This run has no adapter to export yet."),
   );
-  if (canExport && run.can.includes("talk"))
-    container.append(h("p", {}, "Or serve it and ", link(to("talk", { run: run.name }), "chat with it"), "."));
+  if (canExport && run.can.includes("chat"))
+    container.append(h("p", {}, "Or serve it and ", link(to("chat", { run: run.name }), "chat with it"), "."));
   await refresh();
   return false;
+}
+
+/** Return buttons that download files of the run. */
+function downloads(run, signal) {
+  const files = [
+    run.adapter && ["adapter", `Adapter (zip, ${bytes(run.adapter.bytes)})`, `${run.name} adapter.zip`],
+    run.report_page && ["report", "Report (HTML)", `${run.name} report.html`],
+    ["recipe", "Recipe (YAML)", `${run.name} recipe.yaml`],
+  ].filter(Boolean);
+  return h(
+    "section",
+    { class: "card", style: { "margin-bottom": ".8rem" } },
+    h("h2", {}, "Download"),
+    h(
+      "div",
+      { class: "actions" },
+      files.map(([kind, text, name]) =>
+        button(text, async () =>
+          download(name, "application/octet-stream", await getBlob(runPath(run.name, "download", kind), signal)),
+        ),
+      ),
+    ),
+    run.adapter ? h("p", { class: "soft" }, "Adapter in PEFT format: ", h("code", {}, run.adapter.path)) : null,
+  );
 }
 
 function form(run, kind, [name, description, preset, types, option], onStart) {

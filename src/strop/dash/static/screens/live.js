@@ -5,6 +5,7 @@ import {
   bytes,
   count,
   duration,
+  eventName,
   facts,
   errorBox,
   figure,
@@ -16,15 +17,18 @@ import {
   runPath,
   percent,
   put,
+  select,
   setQuery,
   notify,
   lastPart,
 } from "../all.js";
-import { append, AXES, withPositions, TITLES, joinSeries } from "../curves.js";
+import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
+import { Table } from "../table.js";
 
 const POINTS = 800;
-const LOSSES = ["loss", "smoothed", "eval_loss", "undone"];
+const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) };
+const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step",
@@ -49,10 +53,12 @@ export async function show(container, { run, query, signal, draw }) {
       ),
     ),
   );
+  const smoothing = smoothingSlider(query, () => history && drawLoss());
   const progress = h("div", { class: "progress" }),
     top = h("div"),
     plots = h("div", { class: "plots" });
   const details = h("div"),
+    samples = h("section", { class: "card samples", hidden: true }),
     memory = h("div"),
     systems = h("div");
   const onZoom = (response) => {
@@ -75,9 +81,25 @@ export async function show(container, { run, query, signal, draw }) {
       { name: "undone by a resume or rollback", colour: "bad", opacity: 0.5, width: 1 },
     ],
   });
+  let process = null;
+  const memoryPlot = new Plot({
+    title: "memory while this page is open",
+    file: `${run.name} memory`,
+    height: 170,
+    zero: true,
+    ...BYTES,
+    x: { name: "time", show: (time) => new Date(1000 * time).toTimeString().slice(0, 8) },
+    series: [
+      { name: "training", colour: "tuned", width: 1.3 },
+      { name: "plan, peak", colour: "base", width: 1 },
+      { name: "whole process", colour: "c2", width: 1.3 },
+      { name: "all GPUs", colour: "c1", width: 1.3 },
+    ],
+  });
+  const memoryData = { x: [], ys: [[], [], [], []] };
   const small = new Map();
   const all = () => [loss, ...small.values()];
-  signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
+  signal.addEventListener("abort", () => [...all(), memoryPlot].forEach((plot) => plot.destroy()));
   put(
     container,
     progress,
@@ -87,18 +109,25 @@ export async function show(container, { run, query, signal, draw }) {
       { class: "line", style: { margin: "1.2rem 0 .7rem" } },
       h("span", { class: "soft" }, "Curves by"),
       axes,
+      smoothing.element,
       h("span", { class: "soft" }, "Drag over a curve to zoom in."),
     ),
     loss.element,
+    samples,
     details,
     plots,
     h("div", { class: "grid", style: { "margin-top": ".8rem" } }, memory, systems),
   );
 
+  function drawLoss() {
+    const { loss: raw, eval_loss: evaluation, undone } = history.series;
+    loss.set(joinSeries([raw, smoothedLoss(history, smoothing.weight()), evaluation, undone]), shownMarks(), AXES[by]);
+  }
+
   function drawCurves() {
     const { series } = history,
       x = AXES[by];
-    loss.set(joinSeries(LOSSES.map((name) => series[name])), shownMarks(), x);
+    drawLoss();
     for (const name of Object.keys(series).filter((item) => !LOSSES.includes(item))) {
       if (!small.has(name)) {
         const plot = new Plot({
@@ -107,6 +136,7 @@ export async function show(container, { run, query, signal, draw }) {
           group: run.name,
           height: 170,
           onZoom,
+          ...(name.endsWith("_bytes") ? BYTES : {}),
           zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
           log: name === "grad_norm",
           series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
@@ -163,8 +193,8 @@ export async function show(container, { run, query, signal, draw }) {
       top,
       s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
       facts([
-        ["training loss", figure(last.smoothed ?? last.loss ?? run.loss)],
-        ["evaluation loss", figure(run.eval_loss)],
+        ["training loss", figure(last.loss ?? run.loss)],
+        ["evaluation loss", figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss)],
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
@@ -233,16 +263,84 @@ export async function show(container, { run, query, signal, draw }) {
               { class: "soft" },
               isNumber(mark.step) ? `step ${count(mark.step)}` : moment(mark.time).slice(11),
             ),
-            h("span", { class: `kind ${{ bad: "bad", warning: "warn", good: "good" }[mark.level] ?? ""}` }, mark.kind),
+            h(
+              "span",
+              { class: `kind ${{ bad: "bad", warning: "warn", good: "good" }[mark.level] ?? ""}` },
+              eventName(mark.kind),
+            ),
             h("span", {}, mark.text),
           ),
         ),
     );
   }
 
+  const sampleTable = new Table(
+    ["prompt", "reference", "completion"].map((key) => ({ key, name: key, free: true, value: (row) => row[key] })),
+    { label: "Sample completions", empty: "No completions at this step." },
+  );
+  let sampleStep = Number(query.get("sample")) || null,
+    drawnSamples = "";
+
+  /** Show the completions that were sampled at an evaluation. */
+  async function drawSamples() {
+    const steps = run.sample_steps ?? [],
+      step = steps.includes(sampleStep) ? sampleStep : steps[0],
+      key = `${step} ${steps}`;
+    samples.hidden = !steps.length;
+    if (!steps.length || key === drawnSamples) return;
+    drawnSamples = key;
+    const response = await get(runPath(run.name, "samples"), { step }, signal);
+    if (key !== drawnSamples) return;
+    const chooser = select(
+      steps.map((item) => [String(item), `step ${count(item)}`]),
+      String(step),
+      (value) => {
+        sampleStep = value === String(steps[0]) ? null : Number(value); // the newest step is followed
+        setQuery({ sample: sampleStep });
+        drawSamples();
+      },
+      { "aria-label": "Step of the samples", style: { width: "auto" } },
+    );
+    const focused = samples.contains(document.activeElement) && document.activeElement.matches("select");
+    put(
+      samples,
+      h("div", { class: "line" }, h("h3", {}, "Sample completions"), h("span", { class: "push" }, chooser)),
+      sampleTable.element,
+    );
+    if (focused) chooser.focus();
+    sampleTable.set(response.samples);
+  }
+
+  const onGpu = () => String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda");
+
+  /** Return what training has added to the process up to now, which the plan predicts; null if that is unknown. */
+  function trainingBytes() {
+    const before = run.memory?.resident_bytes;
+    return !onGpu() && process && isNumber(before) ? Math.max(0, process.rss - before) : null;
+  }
+
+  /** Add the memory now to the curves of memory, which no file of the run has. */
+  function addMemory({ time, gpus }) {
+    if (!process) return;
+    const now = trainingBytes(),
+      used = onGpu() ? (gpus ?? []).reduce((sum, gpu) => sum + (gpu.memory_used ?? 0), 0) : null;
+    const values = [now, now === null ? null : (run.memory.predicted_peak_bytes ?? null), process.rss, used];
+    memoryData.x.push(time);
+    values.forEach((value, index) => memoryData.ys[index].push(value));
+    if (memoryData.x.length > 2 * POINTS) {
+      const half = (list) => list.filter((_, index) => index % 2);
+      memoryData.x = half(memoryData.x);
+      memoryData.ys = memoryData.ys.map(half);
+    }
+    if (plots.lastElementChild !== memoryPlot.element) plots.append(memoryPlot.element); // after the curves of steps
+    memoryPlot.set(memoryData);
+  }
+
   function drawMemory() {
     const m = run.memory ?? {},
-      max = Math.max(m.predicted_peak_bytes ?? 0, m.measured_peak_bytes ?? 0, 1);
+      now = trainingBytes(),
+      sizes = [m.predicted_peak_bytes, m.dry_run_bytes, now, m.measured_peak_bytes].filter(isNumber),
+      max = Math.max(...sizes, 1);
     const bar = (label, size, kind) =>
       isNumber(size)
         ? h(
@@ -261,22 +359,30 @@ export async function show(container, { run, query, signal, draw }) {
         "section",
         { class: "card" },
         h("h3", {}, "Training memory"),
-        bar("plan", m.predicted_peak_bytes, ""),
-        bar("measured", m.measured_peak_bytes, "tuned"),
+        bar("plan, peak", m.predicted_peak_bytes, ""),
+        bar("dry run", m.dry_run_bytes, "tuned"),
+        bar("now", now, "tuned"),
+        bar("measured peak", m.measured_peak_bytes, "tuned"),
         h(
           "p",
           { class: "soft" },
+          onGpu()
+            ? "PyTorch's memory on the GPU, without the CUDA context. "
+            : "What training adds to the process, without Python and its libraries. ",
           error === null
             ? "The peak is measured at the end of the run."
-            : `Measured ${percent(Math.abs(error))} ${error < 0 ? "below" : "above"} the plan.`,
-          isNumber(m.usable_bytes) ? ` Available: ${bytes(m.usable_bytes)}.` : "",
+            : `The measured peak is ${percent(Math.abs(error))} ${error < 0 ? "below" : "above"} the plan.`,
+          isNumber(m.usable_bytes) ? ` Available at the start: ${bytes(m.usable_bytes)}.` : "",
         ),
       ),
     );
   }
 
   function drawSystem(update) {
-    const share = (label, part, text) =>
+    process = update.process;
+    drawMemory();
+    addMemory(update);
+    const share = (label, part, text, full = false) =>
       isNumber(part)
         ? h(
             "div",
@@ -285,13 +391,17 @@ export async function show(container, { run, query, signal, draw }) {
             h(
               "span",
               { class: "bar" },
-              h("i", { class: part > 0.95 ? "over" : "tuned", style: { width: `${Math.min(100, 100 * part)}%` } }),
+              h("i", {
+                class: full && part > 0.95 ? "over" : "tuned",
+                style: { width: `${Math.min(100, 100 * part)}%` },
+              }),
             ),
             h("span", { class: "sum" }, text),
           )
         : null;
     const ram = update.memory ?? {},
-      gpus = update.cards ?? [];
+      gpus = update.gpus ?? [],
+      before = run.memory?.resident_bytes;
     put(
       systems,
       h(
@@ -299,7 +409,7 @@ export async function show(container, { run, query, signal, draw }) {
         { class: "card" },
         h("h3", {}, "This machine"),
         share("CPU", update.cpu, percent(update.cpu, 0)),
-        share("memory", ram.used / ram.total, bytes(ram.used)),
+        share("memory", ram.used / ram.total, bytes(ram.used), true),
         gpus.map((gpu) => [
           share("GPU", gpu.utilization, percent(gpu.utilization, 0)),
           share("GPU memory", gpu.memory_used / gpu.memory_total, bytes(gpu.memory_used)),
@@ -307,8 +417,13 @@ export async function show(container, { run, query, signal, draw }) {
         h(
           "p",
           { class: "soft" },
-          update.process
-            ? `The run's process (${update.process.pid}): ${bytes(update.process.rss)} resident, ${percent(update.process.cpu, 0)} of a core. `
+          process
+            ? [
+                `The run's process (${process.pid}) uses ${bytes(process.rss)} of memory`,
+                isNumber(before) ? `, of which ${bytes(before)} before the model was loaded` : "",
+                isNumber(process.cpu) ? `, and ${process.cpu.toFixed(1)} cores` : "",
+                ". ",
+              ]
             : "",
           update.disk ? `Disk: ${bytes(update.disk.free)} free.` : "",
         ),
@@ -347,6 +462,7 @@ export async function show(container, { run, query, signal, draw }) {
             draw(update);
             marks = update.marks;
             drawFacts();
+            drawSamples();
           },
           history: (response) => {
             if (range) {
@@ -374,11 +490,11 @@ export async function show(container, { run, query, signal, draw }) {
               refreshed = Date.now();
               pending = 0;
               detail();
-            } // update the smoothed curve, and reduce the points again
+            } // reduce the points again
           },
           system: drawSystem,
           gone: () => {
-            notify("This run was deleted.");
+            notify("This run was deleted or renamed.");
             location.hash = "#/runs";
           },
           error: (error) => {

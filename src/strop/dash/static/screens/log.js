@@ -1,6 +1,6 @@
 // Log: terminal output of the run's processes, and its events.
 
-import { button, count, download, figure, get, h, isNumber, runPath, put } from "../all.js";
+import { button, count, download, eventName, figure, get, h, isNumber, runPath, put } from "../all.js";
 import { jobCards } from "../jobs.js";
 
 export async function show(container, { run, signal }) {
@@ -66,7 +66,7 @@ function describeEvent(line) {
   );
   return [
     at,
-    kind,
+    eventName(kind),
     isNumber(step) ? (steps ? `${count(step)} of ${count(steps)}` : count(step)) : "",
     text ?? "",
     fieldTexts.join(", "),

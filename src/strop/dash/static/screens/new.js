@@ -95,10 +95,11 @@ export async function show(container, { query, signal }) {
     ladderBox = h("div"),
     commandBox = h("div"),
     traffic = h("ul"),
-    decidedBox = h("div"),
+    chosenBox = h("div"),
     defaultsList = h("ul", { class: "plain" });
-  const startButton = button("Start", start, { class: "main start" }),
-    missing = h("p", { class: "soft" }, "Choose training rows to start.");
+  const startButton = button("Start", start, { class: "main", disabled: true }),
+    summary = h("span", {}),
+    bar = h("div", { class: "card startbar" }, summary, startButton);
   const planBox = h(
     "div",
     {}, // stays in place when a plan arrives, because a field may be in use
@@ -115,12 +116,11 @@ export async function show(container, { query, signal }) {
       { class: "card", style: { "margin-top": ".8rem" } },
       h("h3", {}, "Command"),
       commandBox,
-      h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Run name", runName)), startButton),
-      missing,
+      field("Run name", runName),
     ),
     h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic),
     h("h2", {}, "Chosen values and reasons"),
-    decidedBox,
+    chosenBox,
     h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
   );
   put(
@@ -189,6 +189,7 @@ export async function show(container, { query, signal }) {
     ),
     problem,
     job,
+    bar,
   );
 
   function change(name, value) {
@@ -212,6 +213,8 @@ export async function show(container, { query, signal }) {
     dataLink.href = to("data", { options: JSON.stringify(options) });
     if (!options["model.name"]) {
       put(plan, h("p", { class: "card empty" }, "Choose a model. The plan reads only its config, no weights."));
+      summary.textContent = "Choose a model and training rows";
+      startButton.disabled = true;
       return;
     }
     if (busy) {
@@ -241,6 +244,7 @@ export async function show(container, { query, signal }) {
         if (!changed) {
           put(verdict, errorBox(error));
           if (!planBox.isConnected) put(plan, verdict);
+          summary.textContent = "The recipe has an error";
           startButton.disabled = true;
         }
       }
@@ -280,7 +284,13 @@ export async function show(container, { query, signal }) {
     put(ladderBox, planned.fits || !planned.ladder?.length ? null : ladder(planned));
     put(commandBox, command(planned.command));
     startButton.disabled = !options["data.train"];
-    missing.hidden = Boolean(options["data.train"]);
+    summary.textContent = [
+      planned.fits ? "It fits" : "It does not fit",
+      planned.seconds ? `about ${duration(planned.seconds)}` : null,
+      options["data.train"] ? null : "choose training rows to start",
+    ]
+      .filter(Boolean)
+      .join(", ");
     put(
       traffic,
       planned.downloads.map((item) =>
@@ -293,7 +303,7 @@ export async function show(container, { query, signal }) {
         `writes about ${bytes(planned.writes.bytes)} to ${planned.out}; ${bytes(planned.writes.free_bytes)} free`,
       ),
     );
-    put(decidedBox, chosen.element);
+    put(chosenBox, chosen.element);
     put(
       defaultsList,
       defaults.map((item) => h("li", {}, h("code", {}, item.field), ` ${formatValue(item.value)}`)),
@@ -343,6 +353,7 @@ export async function show(container, { query, signal }) {
         job,
         jobCard(started.job, signal, { onEnd: (now) => now.state === "failed" && (startButton.disabled = false) }),
       );
+      job.scrollIntoView({ block: "nearest" });
       await waitForRun(started.run, signal);
       notify(`${started.run} has started.`);
       location.hash = to("run", started.run);

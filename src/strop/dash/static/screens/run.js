@@ -1,12 +1,12 @@
 // One run: its state, actions and screens.
 
-import { button, errorBox, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
+import { address, button, errorBox, field, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
 
 const TABS = {
   live: ["Training", () => import("./live.js")],
   answers: ["Answers", () => import("./answers.js")],
   settings: ["Settings", () => import("./settings.js")],
-  take: ["Export", () => import("./export.js")],
+  export: ["Export", () => import("./export.js")],
   log: ["Log", () => import("./log.js")],
 };
 
@@ -35,12 +35,14 @@ export async function show(container, { parts, query, signal }) {
   const title = h("h1", {}, run.name),
     state = h("div", { class: "line" }),
     actions = h("div", { class: "actions push" }),
-    why = h("p", { class: "soft" });
+    why = h("p", { class: "soft" }),
+    notes = h("div");
   put(
     head,
     h("p", { class: "crumb" }, link("#/runs", "Runs"), " / "),
     h("div", { class: "line" }, title, state, actions),
     why,
+    notes,
   );
   const draw = (now) => {
     Object.assign(run, now);
@@ -52,6 +54,17 @@ export async function show(container, { parts, query, signal }) {
     );
     why.textContent = run.why ?? "";
     why.hidden = !run.why;
+    put(
+      notes,
+      run.tags?.length
+        ? h(
+            "div",
+            { class: "line" },
+            run.tags.map((tag) => h("span", { class: "tag" }, tag)),
+          )
+        : null,
+      run.note ? h("p", { class: "note" }, run.note) : null,
+    );
     put(actions, actionButtons(run));
     if (focused) [...actions.querySelectorAll("button, a")].find((element) => element.textContent === focused)?.focus();
   };
@@ -105,15 +118,61 @@ function actionButtons(run) {
       { title: "Start a new run from these settings" },
     ),
   );
-  if (allowed.has("talk")) buttons.push(link(to("talk", { run: run.name }), "Chat", { class: "button" }));
+  buttons.push(button("Edit", () => edit(run), { title: "Change the name, the tags and the note" }));
+  if (allowed.has("chat")) buttons.push(link(to("chat", { run: run.name }), "Chat", { class: "button" }));
   if (allowed.has("delete")) buttons.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
   return buttons;
+}
+
+/** Show a dialog that changes the name, the tags and the note of a run. */
+function edit(run) {
+  const name = h("input", { value: run.name, autocomplete: "off", spellcheck: "false" }),
+    tags = h("input", { value: (run.tags ?? []).join(", "), autocomplete: "off" }),
+    note = h("textarea", { rows: 5, value: run.note ?? "" }),
+    problem = h("div");
+  const save = async (event) => {
+    event.preventDefault();
+    const { parts, query } = address();
+    const renamed = to("run", name.value, ...parts.slice(2), Object.fromEntries(query));
+    put(problem);
+    try {
+      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(",") });
+      if (name.value !== run.name) {
+        await post(runPath(run.name, "rename"), { to: name.value });
+        location.hash = renamed;
+      }
+      dialog.close();
+    } catch (error) {
+      put(problem, errorBox(error));
+    }
+  };
+  const dialog = h(
+    "dialog",
+    { "aria-label": `Edit ${run.name}`, on: { close: () => dialog.remove() } },
+    h(
+      "form",
+      { class: "form", on: { submit: save } },
+      h("h2", { style: { margin: 0 } }, "Edit the run"),
+      field("Name", name, "renames the folder; not while a process uses the run"),
+      field("Tags", tags, "separated by commas; the table of runs can be filtered by them"),
+      field("Note", note),
+      problem,
+      h(
+        "div",
+        { class: "line" },
+        button("Cancel", () => dialog.close()),
+        h("button", { type: "submit", class: "main" }, "Save"),
+      ),
+    ),
+  );
+  document.body.append(dialog);
+  dialog.showModal();
 }
 
 /** List the files to delete, and ask for the run's name. */
 async function confirmDeletion(run) {
   const { files, num_files: number, bytes: size, path } = await get(runPath(run.name, "contents"));
-  const { bytes, count, field } = await import("../all.js");
+  const { bytes, count } = await import("../all.js");
   const input = h("input", { autocomplete: "off", spellcheck: "false" });
   const problem = h("div");
   const deleteButton = button(

@@ -2,7 +2,7 @@
 
 import { button, h, link, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, percent, lastPart } from "../format.js";
+import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, moment, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
@@ -19,15 +19,19 @@ export async function show(container, { query, signal }) {
     { disabled: true },
   );
   const [column, direction] = (query.get("sort") ?? "started-descending").split("-");
-  const table = new Table(columns(chosen, update), {
-    label: "Runs",
-    file: "runs.csv",
-    sort: [column, direction],
-    filter: query.get("filter") ?? "",
-    identity: (run) => run.name,
-    empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
-    onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
-  });
+  const table = new Table(
+    columns(chosen, update, (tag) => table.setFilter(tag)),
+    {
+      label: "Runs",
+      file: "runs.csv",
+      class: "runs",
+      sort: [column, direction],
+      filter: query.get("filter") ?? "",
+      identity: (run) => run.name,
+      empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
+      onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
+    },
+  );
   const sum = h("span", { class: "soft" }),
     ignored = h("p", { class: "soft" });
 
@@ -91,7 +95,7 @@ export async function show(container, { query, signal }) {
   return "Runs";
 }
 
-function columns(chosen, update) {
+function columns(chosen, update, onTag) {
   return [
     {
       key: "pick",
@@ -120,8 +124,20 @@ function columns(chosen, update) {
       name: "run",
       head: true,
       value: (run) => run.name,
-      show: (run) => link(to("run", run.name), run.name),
+      show: (run) => [
+        link(to("run", run.name), run.name, { title: run.note }),
+        run.tags.length
+          ? h(
+              "span",
+              { class: "actions" },
+              run.tags.map((tag) =>
+                button(tag, () => onTag(tag), { class: "tag", title: "Show the runs with this tag" }),
+              ),
+            )
+          : null,
+      ],
     },
+    { key: "tags", name: "tags", csvOnly: true, value: (run) => run.tags.join(", ") },
     {
       key: "state",
       name: "state",
@@ -143,12 +159,13 @@ function columns(chosen, update) {
             : null,
         ),
     },
+    { key: "loss", name: "loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
     {
-      key: "loss",
-      name: "loss",
+      key: "eval",
+      name: "eval loss",
       number: true,
-      value: (run) => run.eval_loss ?? run.loss,
-      show: (run, value) => (value === null ? "" : figure(value)),
+      value: (run) => run.eval_loss,
+      show: (run, value) => figure(value),
     },
     {
       key: "curve",
@@ -169,6 +186,7 @@ function columns(chosen, update) {
       value: (run) => run.score?.value ?? null,
       show: (run) => score(run.score),
     },
+    { key: "metric", name: "metric", csvOnly: true, value: (run) => run.score?.metric },
     {
       key: "model",
       name: "model",
@@ -183,12 +201,13 @@ function columns(chosen, update) {
       value: (run) => run.data,
       show: (run, value) => h("span", { title: value }, lastPart(value)),
     },
-    { key: "objective", name: "objective", value: (run) => run.objective },
     {
       key: "how",
-      name: "LoRA",
-      value: (run) =>
-        `r ${run.rank ?? ""}${run.quantization && run.quantization !== "none" ? ` ${run.quantization}` : ""}`,
+      name: "method",
+      value: (run) => {
+        const quantization = run.quantization === "none" ? null : run.quantization;
+        return [run.objective, run.rank && `r ${run.rank}`, quantization].filter(Boolean).join(", ");
+      },
     },
     { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
     { key: "bytes", name: "size", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
@@ -197,20 +216,22 @@ function columns(chosen, update) {
       name: "started",
       number: true,
       value: (run) => run.started,
-      show: (run) => h("span", { class: "soft" }, ago(run.started)),
+      show: (run) =>
+        h("span", { class: "soft", title: moment(run.started) }, ago(run.started).replace(/ \d\d:\d\d$/, "")),
     },
   ];
 }
 
-/** Show a score with its interval. */
+/** Show a score with its metric and interval. */
 function score(result) {
   if (!result) return "";
-  const interval =
-    result.low === null || result.low === undefined ? "" : `${percent(result.low, 0)} to ${percent(result.high, 0)}`;
   return h(
     "span",
-    { title: result.words ?? result.metric },
-    percent(result.value),
-    h("small", { class: "under" }, interval),
+    { title: result.words || result.metric },
+    scoreText(result.value),
+    h("small", { class: "under" }, result.metric),
+    isNumber(result.low)
+      ? h("small", { class: "under interval" }, `${Math.round(100 * result.low)} to ${percent(result.high, 0)}`)
+      : null,
   );
 }

@@ -72,7 +72,7 @@ export async function show(container, { run }) {
             "ul",
             {},
             run.checkpoints.map((item) =>
-              h("li", {}, `step ${count(item.step)}`, item.best ? h("span", { class: "tag good" }, "best") : null),
+              h("li", {}, `step ${count(item.step)} `, item.best ? h("span", { class: "tag good" }, "best") : null),
             ),
           ),
         ]

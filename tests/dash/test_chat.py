@@ -54,12 +54,12 @@ def test_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -> 
     (folder / "out").write_text('{"url": "http://127.0.0.1:9", "models": ["one", "base"]}')
     (folder / "log").write_text("serving  http://127.0.0.1:9\n")
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-        about = {"id": folder.name, "kind": "serve", "run": "runs/c\\,d", "pid": child.pid, "began": 1.0}
+        about = {"id": folder.name, "kind": "serve", "run": "runs/c\\,d", "pid": child.pid, "started": 1.0}
         (folder / "job.json").write_text(json.dumps({**about, "born": psutil.Process(child.pid).create_time()}))
-        talk = ChatServer(Jobs(tmp_path))
-        assert talk.status()["state"] == "ready" and talk.status()["names"] == ["runs/c,d"]
-        child.kill() if killed else talk.stop()
-    result = talk.status()
+        chat = ChatServer(Jobs(tmp_path))
+        assert chat.status()["state"] == "ready" and chat.status()["names"] == ["runs/c,d"]
+        child.kill() if killed else chat.stop()
+    result = chat.status()
     assert result["state"] == ChatServer(Jobs(tmp_path)).status()["state"] == ("failed" if killed else "off")
     assert not killed or "without being stopped" in result["error"]["message"]
 

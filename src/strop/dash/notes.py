@@ -1,0 +1,54 @@
+"""The note, the tags and the name of a run, which its user chooses. The note and the tags are in notes.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from strop.dash.files import read_json
+from strop.errors import FolderError, InputError
+from strop.runs.folder import RunFolder, disk_errors, write_json
+
+NOTES_FILE = "notes.json"
+MAX_NOTE_CHARS, MAX_TAGS, MAX_TAG_CHARS = 10_000, 20, 40
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Return the note and the tags of a run, both empty if it has none."""
+    notes = read_json(folder / NOTES_FILE)
+    note, tags = notes.get("note"), notes.get("tags")
+    texts = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    return {"note": note if isinstance(note, str) else "", "tags": texts}
+
+
+def write_notes(folder: Path, note: str, tags: list[Any]) -> dict[str, Any]:
+    """Store the note and the tags of a run atomically. Raises InputError if they are invalid."""
+    if len(note) > MAX_NOTE_CHARS:
+        raise InputError(f"note: longer than {MAX_NOTE_CHARS} characters", fix="shorten it")
+    stripped = list(dict.fromkeys(tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()))
+    if len(stripped) > MAX_TAGS or any(len(tag) > MAX_TAG_CHARS or not tag.isprintable() for tag in stripped):
+        raise InputError("tags: invalid", fix=f"give at most {MAX_TAGS} tags of at most {MAX_TAG_CHARS} characters")
+    with _folder_errors(folder), disk_errors(folder):
+        write_json(folder / NOTES_FILE, {"note": note, "tags": stripped})
+    return read_notes(folder)
+
+
+def move_run(folder: Path, target: Path) -> None:
+    """Rename the folder of a run. Raises FolderError if a process uses it or the new name is taken."""
+    if os.path.lexists(target):
+        raise FolderError(f"{target}: exists", fix="choose another name")
+    with _folder_errors(folder), disk_errors(folder):
+        with RunFolder(folder).claim():  # no process can start to use the folder before it is renamed
+            folder.rename(target)
+        (target / "claim.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"{folder}: cannot be changed: {error.strerror}", fix="make it writable") from None
