@@ -13,7 +13,6 @@ from strop.cli.options import Devices, Force, Json, ModelName, Quantization, con
 from strop.display.tables import console, print_json, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
-from strop.evaluation.tables import print_evaluation, print_leaderboard
 
 
 def evaluate(
@@ -53,6 +52,7 @@ def evaluate(
 ) -> None:
     """Compare base and tuned model on rows that were not trained on."""
     from strop.distributed.launch import count_processes, launch_processes
+    from strop.evaluation.tables import print_evaluation, print_leaderboard
 
     if num_processes := count_processes(devices):
         launch_processes(num_processes, sys.argv[1:])

@@ -14,7 +14,6 @@ from strop.cli.options import Devices, Json, Memory, RecipeFile, console_for, is
 from strop.display.tables import command_name, console, print_json, print_run_summary
 from strop.display.terminal import generation_progress, run_progress
 from strop.engine.kernels import warmup
-from strop.evaluation.tables import print_samples, print_scores
 
 
 def train(
@@ -101,6 +100,7 @@ def demo(
 ) -> None:
     """Fine-tune a small real model on this CPU in minutes, and compare it with its base."""
     from strop.demo import data_files
+    from strop.evaluation.tables import print_samples, print_scores
     from strop.runs.folder import next_numbered
 
     train_file, eval_file = data_files()
