@@ -63,6 +63,7 @@ class Dash:
 
 @contextmanager
 def run_dash(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
+    ((cwd or Path()) / folder).mkdir(exist_ok=True)
     command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", "0", "--json"]
     environment = {**os.environ, "STROP_DASH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
