@@ -55,6 +55,10 @@ class StropError(Exception):
         text = "\n".join(self.lines())
         return text if self.what in text else f"{self.what}\n{text}"
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows in place of the traceback."""
+        return [f"strop {self.kind}: {self}"]
+
     def lines(self) -> list[str]:
         """Return the lines to print in a terminal: one line per location, then the message and the fix."""
         fix = f": {self.fix}" if self.fix else ""

@@ -80,11 +80,11 @@ def test_help_lists_every_command_in_one_panel() -> None:
 @pytest.mark.parametrize(
     ("option", "suggestion"),
     [
-        ("--learning-rate", "--train.learning_rate"),
-        ("--lora_alpha", "--lora.alpha"),
-        ("--load-in-4bit", "--model.quantization nf4"),
+        ("--learning-rate", "--lr"),
+        ("--lora_alpha", "--alpha"),
+        ("--load-in-4bit", "--quantization nf4"),
         ("--per_device_train_batch_size", "--train.micro_batch"),
-        ("--num_train_epochs", "--train.epochs"),
+        ("--num_train_epochs", "--epochs"),
         ("--bf16", "--model.dtype bf16"),
         ("--optimiser", "--train.optimizer"),
     ],

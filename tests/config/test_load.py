@@ -169,7 +169,7 @@ def test_deeply_nested_recipe_raises(tmp_path: Path) -> None:
 def test_missing_field_is_named() -> None:
     with pytest.raises(RecipeError) as raised:
         resolve(None, {"model": "demo"})
-    assert raised.value.lines() == ["--data.train: is required"]
+    assert raised.value.lines() == ["--data.train: is required: give --model and --data, or a recipe file"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_every_option_has_help_and_is_documented() -> None:
     assert all(info.description for _, info in option_fields())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert options_table() in page
-    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT_FORMS)}." in page
+    assert f"Short forms: {', '.join(f'`--{name}` (`{field}`)' for name, field in SHORT_FORMS.items())}." in page
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]

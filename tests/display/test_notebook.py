@@ -40,8 +40,9 @@ def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_
     evaluate = f"strop.evaluate(run, {str(rows_file)!r}, max_new_tokens=4)"
     trained, planned, silent, checked, evaluated = execute(tmp_path, train, show, quiet, check, evaluate)
     progress, result = shown_html(trained[:1]), shown_html(trained[-1:])
-    assert "done" in progress and "<svg" in progress and progress.count("<tr>") == 5  # a heading and four steps
-    assert "<svg" in result and "adapter" in result and re.search(r"<td>4</td>", result)
+    assert "done" in progress and "<svg" in progress
+    assert "adapter" in result and re.search(r"<td>4</td>", result)
+    assert all(len(outputs) == 1 for outputs in (planned, checked))  # shown once
     assert "peak memory in MiB" in shown_html(planned) and not silent
     assert "24 rows read" in shown_html(checked)
     assert "generating answers" not in shown_html(evaluated[-1:]) and "tuned minus base" in shown_html(evaluated)

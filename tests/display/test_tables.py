@@ -13,7 +13,14 @@ from rich.console import Console
 from strop.cli import chat
 from strop.display.tables import SafeConsole, print_adapters, print_json, print_run_summary
 
-FIGURES = {"steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_s": 9.0, "supervised_tokens_per_s": 4.0}
+FIGURES = {
+    "steps": 3,
+    "tokens": 9,
+    "seconds": 1.0,
+    "tokens_per_s": 9.0,
+    "supervised_tokens": 8,
+    "supervised_tokens_per_s": 4.0,
+}
 MARKUP = "[INST] x [/INST] [red]y[/]"  # text that Rich could read as markup
 
 

@@ -266,12 +266,14 @@ def _suggest_option(error: Any, words: Sequence[str]) -> str | None:
     unknown = getattr(error, "option_name", None)
     if unknown is None or command is None or "options" not in inspect.signature(command).parameters:
         return None
-    from strop.config.load import suggest_field
+    from strop.config.load import SHORT_FORMS, suggest_field
 
     field = suggest_field(unknown.lstrip("-"))
     if field is None or words[0] in RECIPE_FIELDS:
         return None
-    return f"no such option: {unknown}: did you mean --{field}?"
+    name, _, value = field.partition(" ")
+    short = next((short for short, full in SHORT_FORMS.items() if full == name), name)
+    return f"no such option: {unknown}: did you mean --{short}{value and f' {value}'}?"
 
 
 def _exit_interrupted() -> None:

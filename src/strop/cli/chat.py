@@ -43,6 +43,7 @@ class Session:
     def run_command(self, line: str) -> bool:
         """Run a command that begins with a slash. Return False if it ends the chat."""
         command, _, text = line.partition(" ")
+        command = {"/bye": "/quit", "/exit": "/quit"}.get(command, command)
         text = text.strip()
         if command in ("/base", "/tuned", "/compare"):
             if self.model.adapter is None:

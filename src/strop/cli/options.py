@@ -42,6 +42,8 @@ def read_argument(
     """Return the recipe file and the options of a command whose argument is a recipe file or a field's value."""
     if argument is None or Path(argument).suffix in (".yaml", ".yml"):
         return (Path(argument) if argument else None), options or {}
+    if field == "model.name" and Path(argument).suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+        raise RecipeError(f"{argument}: data, not a model or a recipe", fix=f"give it with --data {argument}")
     if field in (options or {}):
         raise RecipeError(f"{field}: given twice, as {argument} and as an option", fix="give it once")
     return None, {field: argument, **(options or {})}
@@ -78,11 +80,12 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
     """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     added, fields = [], {}
-    for field, name, panel, info in _declare_options(words, only) if words else ():
+    for field, name, short, panel, info in _declare_options(words, only) if words else ():
         parameter = field.replace(".", "__") if name == field else f"short__{field.replace('.', '__')}"
         fields[parameter] = field
         kind = list[str] if field in ("data.train", "data.eval", "track") else str
         text = escape(_help_text(info, "the run's" if only else None))  # Rich would drop [words] as markup
+        text += f" Short form: --{short}." if short else ""
         option = typer.Option(
             f"--{name}",
             help=text,
@@ -112,8 +115,10 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
     return run
 
 
-def _declare_options(words: Collection[str], only: Collection[str]) -> Iterator[tuple[str, str, str | None, Any]]:
-    """Yield (field, name of the option, panel of the help or None to hide it, pydantic FieldInfo)."""
+def _declare_options(
+    words: Collection[str], only: Collection[str]
+) -> Iterator[tuple[str, str, str | None, str | None, Any]]:
+    """Yield (field, name of the option, its short form, panel of the help or None to hide it, pydantic FieldInfo)."""
     from strop.config.load import SHORT_FORMS
     from strop.config.schema import OBJECTIVE_OPTIONS, option_fields
 
@@ -124,12 +129,12 @@ def _declare_options(words: Collection[str], only: Collection[str]) -> Iterator[
     for field in dict.fromkeys([*common, *short]):
         is_shown = field in common
         if field in infos and (is_shown or field in short):
-            yield field, short.get(field, field), "" if is_shown else None, infos[field]
+            yield field, short.get(field, field), None, "" if is_shown else None, infos[field]
     for field, info in infos.items():
         section, _, leaf = field.rpartition(".")
         panel = f"Recipe: {'objectives' if leaf in OBJECTIVE_OPTIONS else section}" if section else "Recipe"
         if field in short or field not in common:
-            yield field, field, None if shows_common else panel, info
+            yield field, field, short.get(field), None if shows_common else panel, info
 
 
 def _show_full_help(context: typer.Context, requested: bool) -> None:

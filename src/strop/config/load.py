@@ -195,7 +195,9 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
             message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
             locations.setdefault(name + key, Location(file, None, f"{field}{key}{message}"))
-        raise RecipeError("the recipe is not valid", fix="", where=list(locations.values())) from None
+        is_incomplete = any(issue["type"] == "missing" for issue in error.errors())
+        fix = "give --model and --data, or a recipe file" if is_incomplete else ""
+        raise RecipeError("the recipe is not valid", fix=fix, where=list(locations.values())) from None
 
 
 def _field_name(path: tuple[int | str, ...]) -> str:

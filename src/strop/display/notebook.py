@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextvars
 import html
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from strop.runs.events import Event, drop_undone_events, read_events
+from strop.runs.events import Event
 
 UPDATE_SECONDS = 0.5  # minimum time between updates
+REFRESH_SECONDS = 1.0  # time between updates of the clock
 MAX_ROWS = 8  # of the table of steps
 MAX_POINTS = 300  # of the loss curve
 WIDTH, HEIGHT = 480, 120  # of the loss curve, in pixels
@@ -79,6 +82,13 @@ class NotebookDisplay:
 
         self._html = HTML
         self._handle = display(HTML(self._render()), display_id=True)
+        self._ended = threading.Event()
+        context = contextvars.copy_context()  # it names the cell to which IPython sends output
+        threading.Thread(target=lambda: context.run(self._refresh), daemon=True).start()
+
+    def _refresh(self) -> None:
+        while not self._ended.wait(REFRESH_SECONDS):
+            self._draw(now=True)
 
     def update(self, activity: str, done: int = 0, total: int = 0) -> None:
         """Show another activity. done, total: how much of it is finished; total 0 shows no bar."""
@@ -102,14 +112,17 @@ class NotebookDisplay:
             self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
         elif kind == "note":
             self._notes.append(event["text"])
-        elif kind in ("skip", "rollback", "shrink", "stop"):
-            self._notes.append(f"step {event['step']}: {event.get('why', kind)}")
+        elif kind == "stop":
+            self._notes.append(f"stopped after step {event['step']}, saved: {event['why']}")
+        elif kind in ("skip", "rollback", "shrink"):
+            self._notes.append(f"step {event['step']}: {kind}: {event.get('why', 'out of memory')}")
         elif kind == "end":
             self.update("writing the report")
 
     def close(self, final: str) -> None:
-        """Draw once more, with a last line."""
-        self._activity, self._done, self._total = final, 0, 0
+        """Draw once more, with a last line and without the table of steps."""
+        self._ended.set()
+        self._activity, self._done, self._total, self._rows = final, 0, 0, []
         self._draw(now=True)
 
     def _draw(self, *, now: bool) -> None:
@@ -132,12 +145,7 @@ class NotebookDisplay:
 
 
 def run_html(folder: Path, report: Mapping[str, Any]) -> str:
-    """Return a summary of a finished run with its loss curve."""
-    events = drop_undone_events(read_events(folder / "events.jsonl"))
-    losses = [(e["step"], e["loss"]) for e in events if e["event"] == "step"]
-    evals = [
-        (event["step"], event["loss"]) for event in events if event["event"] == "eval" and event["loss"] is not None
-    ]
+    """Return a summary of a finished run; its loss curve is in the output of `train`."""
     rows = [
         ("run", str(folder)),
         ("steps", f"{report['steps']}"),
@@ -147,4 +155,4 @@ def run_html(folder: Path, report: Mapping[str, Any]) -> str:
         *([("eval loss", f"{report['eval_loss']:.4f}")] if report.get("eval_loss") is not None else []),
         ("adapter", str(report["adapter"])),
     ]
-    return html_table(("", ""), rows) + loss_curve(losses, evals)
+    return html_table(("", ""), rows)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from strop.errors import Stopped
 from strop.runs.events import Event
 
 
@@ -32,10 +35,17 @@ def show_run(progress: bool | None) -> Iterator[Callable[[Event], None] | None]:
         with _notebook("loading the libraries") as display:
             yield display.on_event
     else:
+        from strop.display.tables import console
         from strop.display.terminal import run_progress
 
         with run_progress() as listener:
-            yield listener
+
+            def show(event: Event) -> None:
+                listener(event)
+                if event["event"] == "end":  # the command line prints a summary instead
+                    console.print(f"run      {Path(event['adapter']).parent}", markup=False)
+
+            yield show
 
 
 @contextmanager
@@ -85,10 +95,14 @@ def _notebook(activity: str) -> Iterator[Any]:
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    final = "failed"
+    final = "done"
     try:
-        yield display
-        final = "done"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in libraries wants ipywidgets
+            yield display
+    except BaseException as error:
+        final = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
+        raise
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

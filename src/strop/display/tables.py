@@ -41,7 +41,9 @@ console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -> str:
     """Return what a function prints to a console as HTML, in a monospaced block."""
-    console = SafeConsole(record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True)
+    console = SafeConsole(
+        record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True, force_jupyter=False
+    )
     print_result(console)
     text = console.export_html(inline_styles=True, code_format="{code}")
     return f'<pre style="font-family:monospace;line-height:1.25;white-space:pre;overflow-x:auto">{text}</pre>'
@@ -92,7 +94,7 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     run = report["run"]
     console.print(
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
-        f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
+        f"({report['tokens_per_s']:.0f} tokens/s; {report['supervised_tokens']:,} of the tokens are supervised)"
     )
     if memory := report.get("memory"):
         measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]

@@ -171,6 +171,8 @@ def print_samples(samples: Sequence[Mapping[str, Any]], out: Console = console) 
     for sample in samples:
         out.print()
         out.print("prompt ", sample["prompt"], markup=False)
+        if "gold" in sample:
+            out.print("right  ", sample["gold"], markup=False, style="green")
         for side, style in (("base", "dim"), ("tuned", None)):
             if side in sample:
                 out.print(f"{side:7}", sample[side].strip() or "(nothing)", markup=False, style=style)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -428,6 +430,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
                 earlier_handler(number, frame)
             raise KeyboardInterrupt
         received.append(number)
+        if number == signal.SIGINT and sys.stderr.isatty():  # not through Python's buffers, which may be in use
+            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False

@@ -46,7 +46,13 @@ from strop.training.state import Job, batch_stream, set_memory_options
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, and the contents of report.json."""
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        report: the contents of report.json, such as `steps`, `tokens`, `tokens_per_s`, `seconds`, `loss` (`first` and
+            `last`), `eval_loss`, `data` (rows by what was done with them), `memory`, `adapter` and `diagnosis`.
+    """
 
     folder: Path
     report: dict[str, Any]
@@ -223,7 +229,7 @@ def _execute(
                 check_reference(job, key)
         except KeyboardInterrupt:  # `fit` handles it, so training has not started or has ended
             step = 0 if job is None else job.state.progress.step
-            log.emit("stop", step=step, why="interrupted outside of the training steps: nothing new to save")
+            log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

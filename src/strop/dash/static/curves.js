@@ -47,24 +47,15 @@ export function smoothedLoss({ series }, weight) {
   return { x, y: smooth(y, weight ** steps) };
 }
 
-/** Average each value with those before and after it, whose weights decay exponentially with their distance. */
+/** Average each value with those before it, whose weights decay exponentially with their distance. */
 export function smooth(values, decay) {
-  const sums = [...values],
-    weights = values.map(() => 1),
-    order = [...values.keys()];
-  for (const direction of [order, order.toReversed()]) {
-    let sum = 0,
-      weight = 0;
-    for (const index of direction) {
-      sum *= decay;
-      weight *= decay;
-      sums[index] += sum;
-      weights[index] += weight;
-      sum += values[index];
-      weight += 1;
-    }
-  }
-  return sums.map((sum, index) => sum / weights[index]);
+  let sum = 0,
+    weight = 0;
+  return values.map((value) => {
+    sum = decay * sum + value;
+    weight = decay * weight + 1;
+    return sum / weight;
+  });
 }
 
 /** Create the slider of the smoothing, which is stored in the address: {element, weight()}. */

@@ -493,7 +493,12 @@ export async function show(container, { run, query, signal, draw }) {
             } // reduce the points again
           },
           system: drawSystem,
-          gone: () => {
+          gone: async () => {
+            const { jobs } = await get("jobs", { run: name }).catch(() => ({ jobs: [] }));
+            if (jobs[0]?.state === "failed" && jobs[0].error) {
+              put(top, errorBox(jobs[0].error)); // the folder of a run that could not start is removed
+              return;
+            }
             notify("This run was deleted or renamed.");
             location.hash = "#/runs";
           },
