@@ -563,7 +563,7 @@ def test_interrupted_import_exits_as_stopped(
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr(app, "COMMANDS", {"schema": interrupted, "runs": app.COMMANDS["runs"]})
+    monkeypatch.setattr(app, "COMMANDS", {**app.COMMANDS, "schema": interrupted})
     code, _, err = run("schema", capsys=capsys)
     assert code == 130 and "saved before is intact" in err
 

@@ -322,8 +322,9 @@ def exclusive_output(out: Path) -> Iterator[None]:
         try:
             if out.exists():
                 raise FolderError(f"{out}: already exists", fix="give --out another name")
-            if was_killed:
-                _remove_leftovers(out.parent, out.name)
+            for entry in _entries(out.parent) if was_killed else ():
+                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", entry.name):  # nothing is ever replaced: no .old-N
+                    shutil.rmtree(entry)
             yield
         finally:
             if os.name == "posix":  # Windows cannot remove an open file

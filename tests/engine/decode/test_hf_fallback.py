@@ -35,8 +35,8 @@ def test_base_is_checked_without_its_adapter() -> None:
         ("roberta", "differ from each alone"),
         ("bart", "differ from each alone"),
         ("bloom", "in a batch: ValueError"),
-        ("gpt_neo", "its windows are counted"),
-        ("mpt", "its distances are counted"),
+        ("gpt_neo", "its windows are computed"),
+        ("mpt", "its distances are computed"),
     ],
 )
 def test_families_that_count_cache_positions_are_rejected(kind: str, message: str) -> None:
