@@ -10,12 +10,15 @@ Importing strop does not import torch. Each function imports what it needs when 
 """
 
 import logging
+import warnings
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
 from strop.errors import InputError, RunError, Stopped, StropError
 
 # bitsandbytes, which peft imports, recommends a package of kernels that strop does not use
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+# tqdm, which the Hugging Face libraries use, recommends ipywidgets in a notebook
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -178,13 +178,13 @@ def train(
     from strop.distributed.launch import join_devices
 
     resolved = resolve(_as_path(recipe), _flatten(options))
-    with show_run(progress) as listener, join_devices() as devices:
+    with join_devices() as devices, show_run(progress, devices.is_main) as shown:
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
         limit = parse_memory(memory)
-        listeners = [each for each in (callback, listener if devices.is_main else None) if each is not None]
+        listeners = [listener for listener in (callback, shown) if listener is not None]
         with isolated_torch_state():
             return run_training(resolved, listeners, memory=limit, devices=devices, resume_existing=resume_existing)
 
@@ -222,14 +222,14 @@ def resume(
     """
     from strop.distributed.launch import join_devices
 
-    with show_run(progress) as listener, join_devices() as devices:
+    with join_devices() as devices, show_run(progress, devices.is_main) as shown:
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = parse_memory(memory)
-        listeners = [each for each in (callback, listener if devices.is_main else None) if each is not None]
+        listeners = [listener for listener in (callback, shown) if listener is not None]
         with isolated_torch_state():
             return resume_training(
                 Path(run), listeners, options=_flatten(options), allow_changed=names, memory=limit, devices=devices
@@ -288,7 +288,7 @@ def evaluate(
     from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
-    with show_answers(progress) as shown, join_devices() as devices:
+    with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
 
@@ -307,7 +307,6 @@ def evaluate(
                 judge_model=judge_model,
                 reading=options,
             )
-            advance = shown if devices.is_main else None
             results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
     from strop.evaluation.tables import Evaluation
 
@@ -571,7 +570,7 @@ def _data_files(paths: Any, name: str) -> Any:
 
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options by dotted name, with paths as text. Raises InputError for duplicates."""
-    from strop.config.load import full_name
+    from strop.config.names import full_name
 
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}

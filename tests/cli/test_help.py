@@ -12,7 +12,7 @@ import pytest
 
 from strop.cli.app import COMMANDS, GROUPS, PANELS
 from strop.cli.options import COMMON
-from strop.config.load import OTHER_NAMES, SHORT_FORMS
+from strop.config.names import OTHER_NAMES, SHORT_FORMS
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.helptexts import FILE, help_by_command, helptexts

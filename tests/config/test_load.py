@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from strop.config.load import SHORT_FORMS, Choice, parse_option, read_resolved, resolve
+from strop.config.load import Choice, parse_option, read_resolved, resolve
+from strop.config.names import SHORT_FORMS
 from strop.config.schema import Recipe, option_fields, options_table
 from strop.errors import RecipeError
 from tests import ROOT

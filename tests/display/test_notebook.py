@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from strop.display.notebook import is_notebook, loss_curve
+from strop.display.notebook import is_notebook
+from strop.display.plots import plot_loss
 
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
 
-def execute(folder: Path, *cells: str) -> list[list[dict[str, Any]]]:
+def execute(folder: Path, *cells: str, allow_errors: bool = False) -> list[list[dict[str, Any]]]:
     """Run cells in a new kernel, and return the outputs of each."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
+    options = {"timeout": 300, "kernel_name": "python3", "allow_errors": allow_errors}
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **options)
     client.execute()
     return [cell["outputs"] for cell in notebook.cells]
 
@@ -52,8 +52,23 @@ def test_terminal_without_a_kernel_is_not_a_notebook() -> None:
     assert not is_notebook()
 
 
-def test_loss_curve_has_a_dot_for_each_evaluation() -> None:
-    losses = [(step, 1 / step) for step in range(1, 1000)]
-    assert loss_curve(losses[:1]) == ""
-    curve = loss_curve([*losses, (1000, float("nan"))], [(500, 0.2), (999, 0.1)])
-    assert curve.count("<circle") == 2 and curve.count(",") < 700 and "nan" not in curve
+def test_loss_plot_has_a_dot_for_each_evaluation() -> None:
+    losses = {float(step): 1 / step for step in range(1, 1000)}
+    assert plot_loss({1.0: 1.0}, {}, 6, 2) is None
+    plots = [plot_loss(losses, evaluated, 6, 2) for evaluated in ({}, {500.0: 0.2, 999.0: 0.1})]
+    # the legend has a dot too
+    assert [len(re.findall("<use [^>]*stroke: var\\(--tuned\\)", str(plot))) for plot in plots] == [0, 3]
+    assert "nan" not in str(plots[1])
+
+
+def test_clock_runs_without_events(tmp_path: Path) -> None:
+    start = "import IPython, time\nfrom strop.display.notebook import NotebookDisplay"
+    waits = "display = NotebookDisplay('waiting')\ntime.sleep(3.5)"
+    [_, outputs] = execute(tmp_path, start, waits)
+    assert re.search(r"waiting</b> \([23] s\)", shown_html(outputs))
+
+
+def test_error_is_shown_without_a_traceback(tmp_path: Path) -> None:
+    [outputs] = execute(tmp_path, "import strop\nstrop.check(data='nope.jsonl')", allow_errors=True)
+    shown = "\n".join(outputs[-1]["traceback"])
+    assert "nope.jsonl: no such file" in shown and shown.startswith("strop DataError") and len(shown.splitlines()) < 4

@@ -90,7 +90,7 @@ def open_tab(browser: Any, dash: Dash, **options: Any) -> Iterator[Watched]:
     try:
         yield watched
     except BaseException:
-        print("the page said:", page.locator("body").inner_text()[:3000])  # pytest prints it for a failed test
+        print("text of the page:", page.locator("body").inner_text()[:3000])  # pytest prints it for a failed test
         raise
     finally:
         context.close()

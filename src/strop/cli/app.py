@@ -27,6 +27,7 @@ from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import dash, runs
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import add_recipe_options
+from strop.config.names import SHORT_FORMS
 from strop.display.tables import console, print_json, with_command_name
 from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
@@ -163,7 +164,7 @@ def main() -> None:
         _exit_with_error(error.lines(), error.as_json(), error.exit_code, error.partial_result)
     except KeyboardInterrupt:
         _exit_interrupted()
-    except Exception as error:
+    except Exception as error:  # the last place where an error can become one message; STROP_DEBUG=1 raises it
         if signals:  # an interrupt during the import of an extension module becomes an ImportError
             _exit_interrupted()
         if hasattr(error, "format_message"):  # click's UsageError, from click or from the copy in typer
@@ -266,7 +267,7 @@ def _suggest_option(error: Any, words: Sequence[str]) -> str | None:
     unknown = getattr(error, "option_name", None)
     if unknown is None or command is None or "options" not in inspect.signature(command).parameters:
         return None
-    from strop.config.load import SHORT_FORMS, suggest_field
+    from strop.config.load import suggest_field
 
     field = suggest_field(unknown.lstrip("-"))
     if field is None or words[0] in RECIPE_FIELDS:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from strop.config.names import SHORT_FORMS, is_data_file
 from strop.display.tables import console
 from strop.errors import RecipeError
 
@@ -42,7 +43,7 @@ def read_argument(
     """Return the recipe file and the options of a command whose argument is a recipe file or a field's value."""
     if argument is None or Path(argument).suffix in (".yaml", ".yml"):
         return (Path(argument) if argument else None), options or {}
-    if field == "model.name" and Path(argument).suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+    if field == "model.name" and is_data_file(argument) and not argument.endswith(".json"):  # a model's config.json
         raise RecipeError(f"{argument}: data, not a model or a recipe", fix=f"give it with --data {argument}")
     if field in (options or {}):
         raise RecipeError(f"{field}: given twice, as {argument} and as an option", fix="give it once")
@@ -119,7 +120,6 @@ def _declare_options(
     words: Collection[str], only: Collection[str]
 ) -> Iterator[tuple[str, str, str | None, str | None, Any]]:
     """Yield (field, name of the option, its short form, panel of the help or None to hide it, pydantic FieldInfo)."""
-    from strop.config.load import SHORT_FORMS
     from strop.config.schema import OBJECTIVE_OPTIONS, option_fields
 
     short = {field: name for name, field in SHORT_FORMS.items()}

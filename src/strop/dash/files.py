@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from strop.config.names import is_data_file
 from strop.errors import FolderError, InputError
 from strop.runs.folder import is_run
 
 # errors of code that parses a file with unexpected content
 CONTENT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 MAX_FILE_BYTES = 256 << 20  # enough for the answers of a large evaluation
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def run_path(root: Path, name: str) -> Path:
@@ -161,8 +161,8 @@ def _entry_kind(entry: os.DirEntry[str]) -> str:
     if entry.is_symlink():
         return ""
     if not entry.is_dir():
-        name = entry.name.lower().removesuffix(".gz").removesuffix(".zst")
-        return "model" if name.endswith(".gguf") else "data" if name.endswith(DATA_SUFFIXES) else ""
+        is_model = entry.name.lower().endswith((".gguf", ".gguf.gz", ".gguf.zst"))
+        return "model" if is_model else "data" if is_data_file(entry.name) else ""
     folder = Path(entry.path)
     if is_run(folder):
         return "run"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strop.config.load import SHORT_FORMS, Choice, full_name, parse_option, resolve
+from strop.config.load import Choice, parse_option, resolve
+from strop.config.names import SHORT_FORMS, full_name
 from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
 from strop.dash.jobs import option_flags, shell_command

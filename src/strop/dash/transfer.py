@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from strop.dash.files import DATA_SUFFIXES, file_sizes, open_file
+from strop.config.names import DATA_SUFFIXES, is_data_file
+from strop.dash.files import file_sizes, open_file
 from strop.errors import FolderError, InputError
 from strop.runs.folder import RunFolder, disk_errors
 
@@ -76,7 +77,7 @@ def _zip(files: list[tuple[str, Path]]) -> Iterator[bytes]:
 def data_file_name(name: str) -> str:
     """Return a safe name for an uploaded file. Raises InputError if its suffix is not that of a data file."""
     safe = re.sub(r"[^\w.-]+", "-", re.split(r"[/\\]", name)[-1]).strip(".-")[-MAX_NAME_CHARS:].lstrip(".-")
-    if not safe.lower().removesuffix(".gz").removesuffix(".zst").endswith(DATA_SUFFIXES):
+    if not is_data_file(safe):
         raise InputError(f"{name[:200]!r}: not a data file", fix=f"upload one of {', '.join(DATA_SUFFIXES)}")
     return safe
 

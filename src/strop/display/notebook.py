@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextvars
 import html
+import math
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strop.runs.events import Event
 
-UPDATE_SECONDS = 0.5  # minimum time between updates
-REFRESH_SECONDS = 1.0  # time between updates of the clock
-MAX_ROWS = 8  # of the table of steps
-MAX_POINTS = 300  # of the loss curve
-WIDTH, HEIGHT = 480, 120  # of the loss curve, in pixels
+if TYPE_CHECKING:
+    from strop.display.plots import Series
+
+REFRESH_SECONDS = 1.0  # time between updates
+PLOT_SECONDS = 5.0  # time between plots, which take 0.05 s each
+MAX_ROWS = 8  # steps and notes that are shown
+PLOT_INCHES = 6.0, 2.0
+PLOT_COLOURS = "--base:#1192a8;--tuned:#d9730d"
 
 
 def is_notebook() -> bool:
@@ -28,39 +33,6 @@ def is_notebook() -> bool:
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
-def loss_curve(losses: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]] = ()) -> str:
-    """Return an SVG of losses by step: a line for training, and a dot for each evaluation."""
-    points = [(step, loss) for step, loss in losses if loss == loss]
-    points = points[:: max(1, len(points) // MAX_POINTS)]
-    if len(points) < 2:
-        return ""
-    shown = [*points, *evals]
-    first, last = min(step for step, _ in shown), max(step for step, _ in shown)
-    low, high = min(loss for _, loss in shown), max(loss for _, loss in shown)
-
-    def place(step: int, loss: float) -> tuple[float, float]:
-        x = 44 + (WIDTH - 54) * (step - first) / max(1, last - first)
-        y = 10 + (HEIGHT - 30) * (high - loss) / (high - low or 1.0)
-        return round(x, 1), round(y, 1)
-
-    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-    dots = "".join(
-        f'<circle cx="{x}" cy="{y}" r="3.5" fill="#d9730d"><title>eval loss {loss:.4f} at step {step}</title></circle>'
-        for step, loss in evals
-        for x, y in [place(step, loss)]
-    )
-    labels = (
-        f'<text x="0" y="14">{high:.3g}</text><text x="0" y="{HEIGHT - 18}">{low:.3g}</text>'
-        f'<text x="44" y="{HEIGHT - 4}">step {first}</text>'
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 4}" text-anchor="end">{last}</text>'
-    )
-    return (
-        f'<svg role="img" aria-label="loss by step" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'style="font:11px sans-serif;fill:currentColor;max-width:100%">'
-        f'<polyline points="{line}" fill="none" stroke="#1192a8" stroke-width="1.8"/>{dots}{labels}</svg>'
-    )
-
-
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -68,32 +40,35 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class NotebookDisplay:
-    """An output of a notebook cell that shows the present activity, and the steps of a run."""
+    """An output of a notebook cell that shows the present activity, and the steps of a run.
+
+    A thread of its own draws it, so that training does not wait for a plot.
+    """
 
     def __init__(self, activity: str) -> None:
-        self._activity, self._start = activity, time.monotonic()
-        self._losses: list[tuple[int, float]] = []
-        self._evals: list[tuple[int, float]] = []
-        self._rows: list[tuple[str, ...]] = []
-        self._notes: list[str] = []
-        self._done, self._total = 0, 0
-        self._last_update = 0.0
         from IPython.display import HTML, display
 
+        self._activity, self._start = activity, time.monotonic()
+        self._train: Series = {}
+        self._evaluated: Series = {}
+        self._rows: deque[tuple[str, ...]] = deque(maxlen=MAX_ROWS)
+        self._notes: deque[str] = deque(maxlen=MAX_ROWS)
+        self._done, self._total = 0, 0
+        self._plot, self._plotted = "", 0.0  # the last plot, and when it was drawn
         self._html = HTML
         self._handle = display(HTML(self._render()), display_id=True)
         self._ended = threading.Event()
         context = contextvars.copy_context()  # it names the cell to which IPython sends output
-        threading.Thread(target=lambda: context.run(self._refresh), daemon=True).start()
+        self._thread = threading.Thread(target=lambda: context.run(self._refresh), daemon=True)
+        self._thread.start()
 
     def _refresh(self) -> None:
         while not self._ended.wait(REFRESH_SECONDS):
-            self._draw(now=True)
+            self._draw()
 
     def update(self, activity: str, done: int = 0, total: int = 0) -> None:
         """Show another activity. done, total: how much of it is finished; total 0 shows no bar."""
         self._activity, self._done, self._total = activity, done, total
-        self._draw(now=total == 0)
 
     def on_event(self, event: Event) -> None:
         """Show an event of a run."""
@@ -101,14 +76,15 @@ class NotebookDisplay:
         if kind == "start":
             self.update("computing the first step", event["step"], event["steps"])
         elif kind == "step":
-            self._losses.append((event["step"], event["loss"]))
+            if math.isfinite(event["loss"]):
+                self._train[event["step"]] = event["loss"]
             minutes, seconds = divmod(int(event["seconds_left"]), 60)
             self._rows.append(
                 (str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}")
             )
             self.update("training", event["step"], event.get("steps", self._total))
         elif kind == "eval" and event["loss"] is not None:
-            self._evals.append((event["step"], event["loss"]))
+            self._evaluated[event["step"]] = event["loss"]
             self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
         elif kind == "note":
             self._notes.append(event["text"])
@@ -122,25 +98,31 @@ class NotebookDisplay:
     def close(self, final: str) -> None:
         """Draw once more, with a last line and without the table of steps."""
         self._ended.set()
-        self._activity, self._done, self._total, self._rows = final, 0, 0, []
-        self._draw(now=True)
+        self._thread.join()
+        self.update(final)
+        self._rows.clear()
+        self._plotted = 0.0
+        self._draw()
 
-    def _draw(self, *, now: bool) -> None:
-        if now or time.monotonic() - self._last_update >= UPDATE_SECONDS:
-            self._last_update = time.monotonic()
-            with suppress(Exception):  # a closed notebook must not end the run
-                self._handle.update(self._html(self._render()))
+    def _draw(self) -> None:
+        if time.monotonic() - self._plotted > PLOT_SECONDS and len(self._train) > 1:
+            from strop.display.plots import plot_loss
+
+            train, evaluated = dict(self._train), dict(self._evaluated)  # other threads add values
+            self._plot = f'<div style="{PLOT_COLOURS}">{plot_loss(train, evaluated, *PLOT_INCHES)}</div>'
+            self._plotted = time.monotonic()
+        with suppress(Exception):  # a closed notebook must not end the run
+            self._handle.update(self._html(self._render()))
 
     def _render(self) -> str:
         seconds = time.monotonic() - self._start
         parts = [f"<div><b>{html.escape(self._activity)}</b> ({seconds:.0f} s)"]
         if self._total:
             parts.append(f' <progress max="{self._total}" value="{self._done}"></progress> {self._done}/{self._total}')
-        parts.append("</div>")
-        parts.append(loss_curve(self._losses, self._evals))
+        parts += ["</div>", self._plot]
         if self._rows:
-            parts.append(html_table(("step", "loss", "tokens/s", "left"), self._rows[-MAX_ROWS:]))
-        parts += [f"<div>{html.escape(note)}</div>" for note in self._notes[-MAX_ROWS:]]
+            parts.append(html_table(("step", "loss", "tokens/s", "left"), list(self._rows)))
+        parts += [f"<div>{html.escape(note)}</div>" for note in list(self._notes)]
         return "".join(parts)
 
 

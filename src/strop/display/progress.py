@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from strop.errors import Stopped
 from strop.runs.events import Event
 
+if TYPE_CHECKING:
+    from strop.display.notebook import NotebookDisplay
 
-def _mode(progress: bool | None) -> str:
+
+def _mode(progress: bool | None, is_main: bool = True) -> str:
     """Return "notebook", "terminal" or "off". progress: None shows it in a notebook or a terminal, True always."""
-    if progress is False:
+    if progress is False or not is_main:
         return "off"
     from strop.display.notebook import is_notebook
 
@@ -26,9 +27,9 @@ def _mode(progress: bool | None) -> str:
 
 
 @contextmanager
-def show_run(progress: bool | None) -> Iterator[Callable[[Event], None] | None]:
+def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event], None] | None]:
     """Yield a listener that shows the events of a run, or None."""
-    mode = _mode(progress)
+    mode = _mode(progress, is_main)
     if mode == "off":
         yield None
     elif mode == "notebook":
@@ -50,12 +51,12 @@ def show_run(progress: bool | None) -> Iterator[Callable[[Event], None] | None]:
 
 @contextmanager
 def show_answers(
-    progress: bool | Callable[[str, int, int], None] | None,
+    progress: bool | Callable[[str, int, int], None] | None, is_main: bool
 ) -> Iterator[Callable[[str, int, int], None] | None]:
     """Yield a callback that shows how many answers are generated: label, done, total; or None."""
     if callable(progress):
-        yield progress
-    elif (mode := _mode(progress)) == "off":
+        yield progress if is_main else None
+    elif (mode := _mode(progress, is_main)) == "off":
         yield None
     elif mode == "notebook":
         with _notebook("loading the model") as display:
@@ -85,25 +86,17 @@ def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> 
 
 
 @contextmanager
-def _notebook(activity: str) -> Iterator[Any]:
-    """Yield a display in the notebook's cell, which also shows INFO messages of the "strop" logger."""
+def _notebook(activity: str) -> Iterator[NotebookDisplay]:
+    """Yield a display in the notebook's cell."""
     from strop.display.notebook import NotebookDisplay
+    from strop.display.terminal import activity_messages
 
-    display = NotebookDisplay(activity)
-    handler, logger = logging.Handler(logging.INFO), logging.getLogger("strop")
-    handler.emit = lambda record: display.update(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    final = "done"
+    display, final = NotebookDisplay(activity), "done"
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in libraries wants ipywidgets
+        with activity_messages(display.update):
             yield display
     except BaseException as error:
         final = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
         raise
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
         display.close(final)

@@ -60,9 +60,9 @@ def print_json(value: dict[str, Any], enabled: bool) -> None:
         print(text)
 
 
-def print_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str], out: Console = console) -> None:
     for note in notes:
-        console.print("note    ", note, markup=False, style="yellow")
+        out.print("note    ", note, markup=False, style="yellow")
 
 
 def abbreviate(rows: Sequence[str]) -> str:

@@ -33,20 +33,35 @@ EARLY_SECONDS = 300.0  # EARLY_INTERVAL is used for this long after the first st
 GENERATION_INTERVAL = 4.0  # seconds between lines of generation progress
 
 
-class StatusLine(logging.Handler):
-    """Show the current activity and its elapsed time. INFO messages of the "strop" logger change the activity."""
+@contextmanager
+def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
+    """Call `show` with each INFO message of the "strop" logger inside the block."""
+
+    def show_info(record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:
+            show(record.getMessage())
+
+    handler, logger = logging.Handler(logging.INFO), logging.getLogger("strop")
+    handler.emit = show_info  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class StatusLine:
+    """Show the current activity and its elapsed time."""
 
     def __init__(self, out: Console, activity: str) -> None:
-        super().__init__(logging.INFO)
         self._out, self._activity = out, activity
         self._since = self._last_output = time.monotonic()
         self._status: Status | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.INFO:
-            self.update(record.getMessage())
 
     def update(self, activity: str) -> None:
         """Show an activity. A new one restarts the timer."""
@@ -98,17 +113,13 @@ class StatusLine(logging.Handler):
 @contextmanager
 def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
     """Show a status line until the `with` block ends or `stop` is called."""
-    status, logger = StatusLine(out, activity), logging.getLogger("strop")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(status)
+    status = StatusLine(out, activity)
     status.start()
     try:
-        yield status
+        with activity_messages(status.update):
+            yield status
     finally:
         status.stop()
-        logger.removeHandler(status)
-        logger.setLevel(level)
 
 
 class RunProgress:

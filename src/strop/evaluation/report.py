@@ -5,7 +5,6 @@ All text is escaped, because samples may contain text from untrusted sources.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,25 +12,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
+from strop.display.plots import Series, plot_loss, plot_metric
 from strop.evaluation import metrics
 from strop.runs.folder import write_atomic
 
-Series = dict[float, float]  # value by step
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
 NORMAL_EVENTS = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
-# The smoothed training loss averages this many steps on each side, but at most a twentieth of the run.
-MAX_SMOOTHING_RADIUS = 10
-# Placeholder colours, which are replaced by CSS colours that depend on light or dark mode.
-INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
-CSS_COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
-PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
     "accuracy": "answers ranked correctly", "margin": "margin of rewards", "reward": "reward of completions",
@@ -55,6 +45,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     samples = evaluation.get("samples") or report.get("samples") or []
     interval = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced samples are representative
     recipe, regression = report.get("recipe") or [], _describe_change(report.get("regression") or {})
+    train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
@@ -63,8 +54,8 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         scores=list(_format_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
-        loss_plot=_plot_loss(events, 10.4),
-        narrow_loss_plot=_plot_loss(events, 4.2),  # for phones, where the text of the wide plot is too small
+        loss_plot=plot_loss(train, evaluated, 10.4),
+        narrow_loss_plot=plot_loss(train, evaluated, 4.2),  # for phones, where the text of the wide plot is too small
         plots=list(_plot_steps(events)),
         samples=[_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))],
         num_samples=len(samples),
@@ -243,75 +234,8 @@ def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> 
     return dict(sorted(values.items()))
 
 
-def _smooth(series: Series) -> Series:
-    """Return a centred moving average. Near the ends, the window is smaller, so that it stays symmetric."""
-    values, max_radius = list(series.values()), min(MAX_SMOOTHING_RADIUS, len(series) // 20)
-    means = []
-    for i in range(len(values)):
-        radius = min(max_radius, i, len(values) - 1 - i)
-        window = values[i - radius : i + radius + 1]
-        means.append(sum(window) / len(window))
-    return dict(zip(series, means, strict=True))
-
-
-def _plot_loss(events: Sequence[Mapping[str, Any]], width: float) -> Markup | None:
-    train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
-    if len(train) + len(evaluated) < 2:
-        return None
-    figure, axes = _make_figure(width, 3.0, "loss")
-    if train:
-        axes.plot(*_xy(train), color=BEFORE, alpha=0.45, linewidth=0.8, label="train, each step")
-        axes.plot(*_xy(_smooth(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
-    if evaluated:
-        axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
-    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the policy loss of RL may be negative
-    axes.set_xlabel("step")
-    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
-    return _to_svg(figure, "Loss by step")
-
-
 def _plot_steps(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     for field, title in STEP_PLOTS.items():
         series = _read_series(events, "step", field)
         if len(series) > 1:
-            figure, axes = _make_figure(3.4, 2.0, title)
-            axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
-            if min(series.values()) >= 0:
-                axes.set_ylim(bottom=0)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
-            axes.yaxis.get_offset_text().set_color(INK)
-            yield _to_svg(figure, f"{title} by step")
-
-
-def _xy(series: Series) -> tuple[list[float], list[float]]:
-    return list(series), list(series.values())
-
-
-def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
-    """Create a figure with the given size in inches, without pyplot, which would keep it in global state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.set_title(title, color=INK, loc="left", fontsize=10, fontweight="bold")
-    axes.tick_params(colors=INK, length=0)
-    axes.xaxis.label.set_color(INK)
-    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.7)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color=INK, alpha=0.4)
-    axes.margins(x=0.01)
-    axes.locator_params(nbins=5, integer=False)
-    return figure, axes
-
-
-def _to_svg(figure: Any, label: str) -> Markup:
-    """Return the figure as an inline SVG element without metadata, whose text stays text."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(PLOT_STYLE):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for placeholder, colour in CSS_COLOURS.items():
-        text = text.replace(placeholder, colour)
-    # Not escaped: the SVG has only numbers and labels from this file, and no text of the user.
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+            yield plot_metric(series, title)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from strop.config.load import read_resolved
-from strop.display.tables import abbreviate, command_name, console, render_html
+from strop.display.tables import abbreviate, command_name, console, print_notes, render_html
 from strop.errors import Location
 from strop.evaluation.metrics import (
     describe_change,
@@ -41,8 +41,7 @@ class Evaluation(dict[str, Any]):
 
 def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = console) -> None:
     """Print the scores of one model, and up to `samples` answers."""
-    for note in result["notes"]:
-        out.print("note    ", note, markup=False, style="yellow")
+    print_notes(result["notes"], out)
     print_scores(result, out=out)
     for part, print_part in (("rewards", _print_rewards), ("judge", _print_judge), ("general", _print_general)):
         if part in result:

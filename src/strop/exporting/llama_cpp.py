@@ -45,7 +45,7 @@ def is_installed() -> bool:
 def check_import() -> None:
     """Raise InputError if llama-cpp-python is installed but cannot be imported."""
     try:
-        import llama_cpp  # noqa: F401
+        import llama_cpp  # noqa: F401 (only to see whether it can be imported)
     except (ImportError, OSError, RuntimeError) as error:
         what = f"llama-cpp-python is installed but cannot be imported: {str(error).splitlines()[0][:300]}"
         fix = f"reinstall it ({INSTALL} --force-reinstall --no-cache-dir), or remove it"

@@ -8,21 +8,19 @@ from strop.interop.draft import IGNORED_KEYS, WARMUP_NOTE, Draft, Keys, as_float
 
 OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
 MORE_IGNORED_KEYS = (
-    "attn_implementation", "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening",
-    "chunked_cross_entropy", "cut_cross_entropy", "dataset_keep_in_memory", "dataset_prepared_path",
-    "dataset_processes", "ddp", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "debug",
-    "device_map", "do_bench_eval", "do_causal_lm_eval", "dpo_generate_during_eval", "dpo_padding_free",
-    "dpo_use_liger_kernel", "dpo_use_logits_to_keep", "eager_attention", "eval_batch_size", "eval_causal_lm_metrics",
-    "eval_max_new_tokens", "eval_sample_packing", "eval_table_size", "flash_attention", "flash_attn_cross_entropy",
-    "flash_attn_fuse_mlp", "flash_attn_rms_norm", "flash_optimum", "flex_attention", "gc_collect_steps", "gc_steps",
-    "gpu_memory_limit", "include_tkps", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
-    "is_qwen_derived_model", "local_rank", "lora_embedding_kernel", "lora_fan_in_fan_out", "lora_mlp_kernel",
-    "lora_o_kernel", "lora_on_cpu", "lora_qkv_kernel", "loss_watchdog_patience", "loss_watchdog_threshold",
-    "low_cpu_mem_usage", "max_memory", "mean_resizing_embeddings", "model_type", "pad_to_sequence_len",
-    "profiler_steps", "profiler_steps_start", "sage_attention", "sample_packing_bin_size", "sample_packing_group_size",
-    "save_first_step", "sdp_attention", "strict", "tokenizer_type", "tokenizer_use_fast", "torch_compile",
-    "torch_compile_backend", "trust_remote_code", "use_kernels", "use_wandb", "wandb_log_model", "wandb_watch",
-    "xformers_attention",
+    "attn_implementation", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
+    "cut_cross_entropy", "dataset_keep_in_memory", "dataset_prepared_path", "dataset_processes", "ddp", "device_map",
+    "do_bench_eval", "do_causal_lm_eval", "dpo_generate_during_eval", "dpo_padding_free", "dpo_use_liger_kernel",
+    "dpo_use_logits_to_keep", "eager_attention", "eval_batch_size", "eval_causal_lm_metrics", "eval_max_new_tokens",
+    "eval_sample_packing", "eval_table_size", "flash_attention", "flash_attn_cross_entropy", "flash_attn_fuse_mlp",
+    "flash_attn_rms_norm", "flash_optimum", "flex_attention", "gc_collect_steps", "gc_steps", "gpu_memory_limit",
+    "include_tkps", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
+    "is_qwen_derived_model", "lora_embedding_kernel", "lora_fan_in_fan_out", "lora_mlp_kernel", "lora_o_kernel",
+    "lora_on_cpu", "lora_qkv_kernel", "loss_watchdog_patience", "loss_watchdog_threshold", "low_cpu_mem_usage",
+    "max_memory", "mean_resizing_embeddings", "model_type", "pad_to_sequence_len", "profiler_steps",
+    "profiler_steps_start", "sage_attention", "sample_packing_bin_size", "sample_packing_group_size", "save_first_step",
+    "sdp_attention", "strict", "tokenizer_type", "tokenizer_use_fast", "use_kernels", "use_wandb", "wandb_log_model",
+    "wandb_watch", "xformers_attention",
 )  # fmt: skip
 _SPEED_PLUGINS = ("liger", "cut_cross_entropy")  # plugins that change speed, not results
 _TEXT_TYPES = ("completion", "pretrain")

@@ -16,7 +16,6 @@ from strop.errors import InputError, RecipeError, suggest
 
 IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
 # required fields that a config may lack: option of `strop train`, and a placeholder used to validate the recipe
-# options of required fields, each with a placeholder for its value
 REQUIRED_OPTIONS = {"model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl")}
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # paths of `load_dataset` that name a format instead of a data set
 OPTIMIZERS: dict[str, str] = {

@@ -18,8 +18,8 @@ DEFAULTS = {
 MORE_IGNORED_KEYS = (
     "cache_dir", "data_shared_file_system", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage", "media_dir",
     "overwrite_cache", "plot_loss", "preprocessing_batch_size", "preprocessing_num_workers", "print_param_status",
-    "quantization_device_map", "tokenized_path", "trust_remote_code", "upcast_layernorm", "use_fast_tokenizer",
-    "use_reentrant_gc", "use_unsloth", "use_unsloth_gc",
+    "quantization_device_map", "tokenized_path", "upcast_layernorm", "use_fast_tokenizer", "use_reentrant_gc",
+    "use_unsloth", "use_unsloth_gc",
 )  # fmt: skip
 # strop's column names by the names in dataset_info.json
 _ALPACA_COLUMNS = {

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import full_name
+from strop.config.names import full_name
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare

@@ -253,7 +253,7 @@ def _try_trackers(names: Sequence[str], action: Callable[[], object]) -> bool:
     """Run an action on the trackers, and return whether it succeeded. A failure must not end the run."""
     try:
         action()
-    except Exception as error:
+    except Exception as error:  # each tracker has its own error classes
         reason = f"{type(error).__name__}: {first_line(error)}"
         LOG.warning("--track %s: stopped; events.jsonl still has all metrics: %s", ",".join(names), reason)
         return False

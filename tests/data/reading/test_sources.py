@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from strop.config.names import DATA_SUFFIXES, is_data_file
+from strop.data.reading.files import TYPES
 from strop.data.reading.sources import read_rows, resolve
 from strop.data.row_errors import RowError
 from strop.data.types import Row
@@ -464,3 +466,8 @@ def test_weights_repeat_rows_and_choose_fractions_by_content(tmp_path: Path) -> 
     more = Counter(row["text"] for row in values(f"{forth}@2.25"))
     assert set(more.values()) == {2, 3}
     assert [text for text, count in more.items() if count == 3] == [row["text"] for row in some]
+
+
+def test_recipes_page_and_readers_know_the_same_file_types() -> None:
+    assert set(DATA_SUFFIXES) == set(TYPES)
+    assert all(is_data_file(f"A{suffix.upper()}.gz") for suffix in TYPES) and not is_data_file("recipe.yaml")

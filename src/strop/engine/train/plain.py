@@ -92,7 +92,7 @@ class PlainLoss:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def offload(self) -> None:
+    def offload(self) -> None:  # not called, because can_offload is False
         raise NotImplementedError("the plain step keeps its activations on the device")
 
     def replace_weights(self, replace: Callable[[], None]) -> None:

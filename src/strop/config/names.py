@@ -1,0 +1,44 @@
+"""Names that users type: short forms of fields, other tools' names of fields, and files of data."""
+
+from __future__ import annotations
+
+# `strop train --model X` means `strop train --model.name X`
+SHORT_FORMS = {
+    "model": "model.name", "data": "data.train", "eval": "data.eval",
+    "quantization": "model.quantization", "max-length": "data.max_length", "objective": "train.objective",
+    "rank": "lora.r", "alpha": "lora.alpha", "epochs": "train.epochs", "max-steps": "train.max_steps",
+    "lr": "train.learning_rate", "batch-size": "train.batch_size", "adapter": "model.adapter",
+    "device": "model.device", "max-time": "train.max_time",
+}  # fmt: skip
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # that data.reading can read
+# names in other tools, which errors translate to a field, or to a field and a value
+OTHER_NAMES = {
+    "base_model": "model.name", "model_name_or_path": "model.name", "model_id": "model.name",
+    "load_in_4bit": "model.quantization nf4", "qlora": "model.quantization nf4",
+    "load_in_8bit": "model.quantization int8", "bf16": "model.dtype bf16", "fp16": "model.dtype fp16",
+    "fp32": "model.dtype fp32", "torch_dtype": "model.dtype", "dataset": "data.train", "datasets": "data.train",
+    "dataset_name": "data.train", "train_file": "data.train", "eval_dataset": "data.eval", "val": "data.eval",
+    "validation_file": "data.eval", "val_set_size": "data.eval", "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length", "chat_template": "data.template", "train_on_inputs": "data.loss",
+    "lora_r": "lora.r", "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules",
+    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "steps": "train.max_steps",
+    "iters": "train.max_steps", "learningrate": "train.learning_rate",
+    "per_device_train_batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_size", "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup", "optim": "train.optimizer",
+    "logging_steps": "train.log_steps", "save_total_limit": "train.keep_checkpoints", "dpo_beta": "train.beta",
+    "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
+    "output": "out", "output_dir": "out",
+}  # fmt: skip
+
+
+def full_name(name: str) -> str:
+    """Return the dotted name of a field from its short form, such as train.batch_size from batch-size or batch_size."""
+    return SHORT_FORMS.get(name.replace("_", "-"), name)
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file's name has a suffix of data, possibly compressed."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(DATA_SUFFIXES)

@@ -1,0 +1,91 @@
+"""Curves as inline SVG, whose colours follow the page that shows them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+Series = dict[float, float]  # value by step
+# The smoothed training loss averages this many steps on each side, but at most a twentieth of the run.
+MAX_SMOOTHING_RADIUS = 10
+# Placeholder colours, which are replaced by CSS colours that depend on light or dark mode.
+INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
+CSS_COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
+PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
+
+
+def plot_loss(train: Series, evaluated: Series, width: float, height: float = 3.0) -> Markup | None:
+    """Plot losses of training and evaluation as SVG, with the given size in inches; None for less than two values."""
+    if len(train) + len(evaluated) < 2:
+        return None
+    figure, axes = _make_figure(width, height, "loss")
+    if train:
+        axes.plot(*_xy(train), color=BEFORE, alpha=0.45, linewidth=0.8, label="train, each step")
+        axes.plot(*_xy(_smooth(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
+    if evaluated:
+        axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
+    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the policy loss of RL may be negative
+    axes.set_xlabel("step")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+    return _to_svg(figure, "Loss by step")
+
+
+def plot_metric(series: Series, title: str) -> Markup:
+    """Plot a small curve as SVG."""
+    figure, axes = _make_figure(3.4, 2.0, title)
+    axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
+    if min(series.values()) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set_color(INK)
+    return _to_svg(figure, f"{title} by step")
+
+
+def _smooth(series: Series) -> Series:
+    """Return a centred moving average. Near the ends, the window is smaller, so that it stays symmetric."""
+    values, max_radius = list(series.values()), min(MAX_SMOOTHING_RADIUS, len(series) // 20)
+    means = []
+    for i in range(len(values)):
+        radius = min(max_radius, i, len(values) - 1 - i)
+        window = values[i - radius : i + radius + 1]
+        means.append(sum(window) / len(window))
+    return dict(zip(series, means, strict=True))
+
+
+def _xy(series: Series) -> tuple[list[float], list[float]]:
+    return list(series), list(series.values())
+
+
+def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    """Create a figure with the given size in inches, without pyplot, which would keep it in global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.set_title(title, color=INK, loc="left", fontsize=10, fontweight="bold")
+    axes.tick_params(colors=INK, length=0)
+    axes.xaxis.label.set_color(INK)
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.7)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set(color=INK, alpha=0.4)
+    axes.margins(x=0.01)
+    axes.locator_params(nbins=5, integer=False)
+    return figure, axes
+
+
+def _to_svg(figure: Any, label: str) -> Markup:
+    """Return the figure as an inline SVG element without metadata, whose text stays text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(PLOT_STYLE):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for placeholder, colour in CSS_COLOURS.items():
+        text = text.replace(placeholder, colour)
+    # Not escaped: the SVG has only numbers and labels from this file, and no text of the user.
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
