@@ -11,7 +11,9 @@ import torch
 
 from strop.engine import device
 from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process, repeatable
+from strop.engine.kernels.cpu.precision import Precision
 from strop.machine.probe import probe
+from strop.machine.rates import load_precision
 
 
 def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +23,22 @@ def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPa
     assert pick_dtype("cuda:0")[0] == "bf16"
     dtype, why = pick_dtype("cuda:1")
     assert dtype == "fp32" and "no bf16" in why
+
+
+def test_disturbed_measurement_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs shared the CPU once, and every later run was trained in fp32, at half the speed."""
+    slow = Precision("fp32", "bf16 13 GFLOP/s, fp32 15 GFLOP/s measured", 13e9, 15e9)
+    monkeypatch.setattr(device, "measure", lambda name: slow)
+    machine = replace(probe(), vector=("avx512_bf16",))
+    monkeypatch.setattr(device, "probe", lambda: machine)
+    monkeypatch.setattr(device.time, "process_time", iter([0.0, 0.5]).__next__)
+    monkeypatch.setattr(device.time, "perf_counter", iter([0.0, 1.0]).__next__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    dtype, why = pick_dtype("cpu")
+    assert dtype == "bf16" and "disturbed" in why and load_precision(machine, 2) is None
+    monkeypatch.setattr(device.time, "process_time", iter([0.0, 2.0]).__next__)
+    monkeypatch.setattr(device.time, "perf_counter", iter([0.0, 1.0]).__next__)
+    assert pick_dtype("cpu") == ("fp32", slow.why) == load_precision(machine, 2)
 
 
 def test_prepare_process_keeps_variables_that_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,15 @@ class Machine:
         return "avx512_bf16" in self.vector
 
     @property
+    def has_bf16(self) -> bool:
+        return self.has_avx512_bf16 or "amx_bf16" in self.vector
+
+    @property
+    def expected_dtype(self) -> str:
+        """The dtype that is probably the fastest on this CPU, without a measurement."""
+        return "bf16" if self.has_bf16 else "fp32"
+
+    @property
     def has_int8_dot(self) -> bool:
         """True if the CPU has instructions for dot products of 8-bit integers (VNNI)."""
         return "avx512_vnni" in self.vector or "avx_vnni" in self.vector

@@ -12,7 +12,7 @@ from strop.errors import RecipeError
 from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import load_precision, load_rates
-from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
+from strop.planning.time import CORE_FP32, GUESS, Rate
 
 MIN_BF16_CAPABILITY = 8.0  # CUDA compute capability of the first GPUs with bf16 (Ampere)
 # Suffixes that distinguish GPUs with the same model number.
@@ -181,7 +181,7 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "a guess: like a typical Apple GPU in the table")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
-    guess = "bf16" if has_bf16(machine) else "fp32", f"guessed from {GUESS}"
+    guess = machine.expected_dtype, f"guessed from {GUESS}"
     dtype = precision or (guess if rates is None else (rates.dtype, "measured by strop doctor"))
     return TargetMachine(machine, "cpu", dtype, partial(Rate.of_cpu, machine, rates))
 

@@ -41,10 +41,6 @@ GUESS = "the CPU's instructions; `strop doctor` measures"
 GPU_SHARE = 0.45  # achieved share of a GPU's dense rate; NVIDIA NeMo AutoModel: 43 % for LoRA of 8B on an H100
 
 
-def has_bf16(machine: Machine) -> bool:
-    return "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
-
-
 @dataclass(frozen=True)
 class Rate:
     """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak` (0: not measured)."""
@@ -77,7 +73,7 @@ class Rate:
         if rates is not None:
             return Rate.measured(rates, dtype)
         fp32 = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
-        core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else fp32
+        core = CORE_BF16 if machine.has_bf16 and dtype == "bf16" else fp32
         return Rate(core * machine.cores, CPU_BANDWIDTH, f"a guess from {GUESS}")
 
     def for_workload(self, workload: Workload) -> Rate:

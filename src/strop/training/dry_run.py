@@ -28,7 +28,6 @@ from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
-from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
 from strop.training.gradients import apply_memory_settings, micro_batches, retry_with_less_memory
@@ -112,7 +111,7 @@ def _find_decode_dtype(device: str) -> str:
     if device != "cpu":
         return pick_dtype(device)[0]
     measured_dtype = load_precision(probe(), torch.get_num_threads())
-    return measured_dtype[0] if measured_dtype else "bf16" if has_bf16(probe()) else "fp32"
+    return measured_dtype[0] if measured_dtype else probe().expected_dtype
 
 
 def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles: bool) -> MicroBatch:
