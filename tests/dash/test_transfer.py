@@ -106,7 +106,7 @@ def test_invalid_uploads_are_refused(dash: Dash, root: Path) -> None:
 def test_names_are_sanitized() -> None:
     names = {
         "données 日本.CSV": "données-日本.CSV", "a/b\\c.json": "c.json", "<img src=x>.txt": "img-src-x-.txt",
-        ".hidden.jsonl": "hidden.jsonl", f"{'x' * 300}.jsonl": f"{'x' * 54}.jsonl", "\u202ea.md": "a.md",
+        ".hidden.jsonl": "hidden.jsonl", f"{'x' * 300}.jsonl": f"{'x' * 54}.jsonl", "\u202ea.csv": "a.csv",
     }  # fmt: skip
     assert {name: data_file_name(name) for name in names} == names
 

@@ -362,7 +362,7 @@ def two_at_once(lab: Lab, number: int) -> Tally:
         first, second = lab.start(out), wait(pid, log, started)
         tally.tried += 1
         codes = sorted((first.code, second.code))
-        tally.check(codes == [0, 2], f"exits {codes}: {first.output[-200:]}")
+        tally.check(codes == [0, 2], f"exits {codes}: {first.output[-300:]} {second.output[-300:]}")
         lab.finished_well(tally, out, Ended(0, 0.0, ""), "fast", "two at once")
     return tally
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import random
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from strop.errors import FolderError
 from strop.runs.events import EventLog, read_events
-from strop.runs.folder import build_once, exclusive_output, new_folder, read_json
+from strop.runs.folder import build_once, create_run_folder, exclusive_output, new_folder, read_json
 
 
 def test_leftovers_of_a_killed_process_in_the_cache_are_removed(tmp_path: Path) -> None:
@@ -72,3 +77,32 @@ def test_full_disk_keeps_existing_events(tmp_path: Path, monkeypatch: pytest.Mon
 def test_damaged_json_reads_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     assert read_json(tmp_path / "x.json") == {} == read_json(tmp_path / "none.json")
+
+
+def _create_and_claim(seed: int, paths: list[Path], barrier: Any, outcomes: Any) -> None:
+    delays = random.Random(seed)
+    for path in paths:
+        barrier.wait()
+        time.sleep(delays.random() * 0.003)
+        try:
+            with create_run_folder(path).claim():
+                barrier.wait()
+            outcomes.put("claimed")
+        except FolderError:
+            outcomes.put("refused")
+            barrier.wait()
+        except BaseException as error:
+            outcomes.put(repr(error))
+            barrier.wait()
+
+
+def test_of_two_processes_that_start_in_one_folder_one_is_refused(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    paths, barrier, outcomes = [tmp_path / str(n) for n in range(500)], context.Barrier(2), context.SimpleQueue()
+    workers = [context.Process(target=_create_and_claim, args=(seed, paths, barrier, outcomes)) for seed in (1, 2)]
+    for worker in workers:
+        worker.start()
+    counts = Counter(outcomes.get() for _ in range(2 * len(paths)))
+    for worker in workers:
+        worker.join()
+    assert counts == {"claimed": len(paths), "refused": len(paths)}

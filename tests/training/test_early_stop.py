@@ -37,4 +37,4 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
     assert process.returncode == 130 and "saved before is intact" in stderr
     assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
-    assert last["event"] == "stop" and "nothing new to save" in last["why"] and last["step"] == 0
+    assert last["event"] == "stop" and "interrupted" in last["why"] and last["step"] == 0

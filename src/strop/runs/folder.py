@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,8 @@ def create_run_folder(path: Path) -> RunFolder:
         raise FolderError(f"{path}: is not empty", fix=fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / ".write-test", "strop")
-        (path / ".write-test").unlink()
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"strop")
     except OSError as error:
         raise FolderError(f"{path}: cannot be written: {error.strerror}", fix="give --out another folder") from None
     return RunFolder(path)
@@ -134,7 +135,7 @@ def create_run_folder(path: Path) -> RunFolder:
 def _is_unused(path: Path) -> bool:
     """Return whether a folder contains only files that a run writes before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return names <= {_CLAIM_FILE, _CLAIM_LOCK, ".write-test", "recipe.yaml", "lock.json"}
+    return names <= {_CLAIM_FILE, _CLAIM_LOCK, "recipe.yaml", "lock.json"}
 
 
 def free_bytes(path: Path) -> int:
@@ -184,7 +185,7 @@ def _remove_leftovers(folder: Path, name: str | None = None) -> None:
         elif entry.is_dir():
             shutil.rmtree(entry)
         else:
-            entry.unlink()
+            entry.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> list[Path]:
