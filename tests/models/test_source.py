@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from strop.errors import ModelError
-from strop.models.families.gguf_header import read_gguf_config
+from strop.models.families.gguf_header import GgufReader, read_gguf_config
 from strop.models.families.shape import ModelShape, read_model_info
 from strop.models.source import demo_file, locate, prequantized, read_config, read_safetensors_header, weight_files
 
@@ -58,6 +59,16 @@ def test_invalid_size_is_refused(size: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=next(iter(size))):
         ModelShape.from_config({**CONFIG, **size})
     assert prequantized({"quantization_config": "x"}) is None
+
+
+def test_gguf_reader_reads_the_same_fields_and_tensors_as_gguf() -> None:
+    fast, slow = GgufReader(demo_file()), gguf.GGUFReader(demo_file())
+    assert list(fast.fields) == list(slow.fields)
+    for name, field in fast.fields.items():
+        assert (field.contents(), field.types) == (slow.fields[name].contents(), slow.fields[name].types)
+    assert [(x.name, x.data_offset, x.n_bytes) for x in fast.tensors] == [
+        (x.name, x.data_offset, x.n_bytes) for x in slow.tensors
+    ]
 
 
 @pytest.mark.parametrize("lost", [1, 1000, 30_000_000])

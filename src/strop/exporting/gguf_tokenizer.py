@@ -15,6 +15,7 @@ import gguf
 from strop.data.rendering.render import Renderer
 from strop.data.rendering.template_source import adds_bos
 from strop.errors import ModelError
+from strop.models.families.gguf_header import GgufReader
 from strop.models.source import Source
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -92,7 +93,7 @@ def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabular
 
 def _copy_entries(source: Source) -> dict[str, Any]:
     entries = {}
-    for key, entry in gguf.GGUFReader(source.path).fields.items():
+    for key, entry in GgufReader(source.path).fields.items():
         if key.startswith("tokenizer."):
             inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
             entries[key] = (entry.contents(), entry.types[0], inner)

@@ -265,11 +265,11 @@ def _dequantize_gguf(source: Source) -> Path:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
         meta_model = load_without_weights(source)
         with gguf_errors(source.path), new_folder(folder) as temp:
-            tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
+            tensors = read_gguf_tensors(source.path, meta_model, meta_model.config, torch.bfloat16)
             if tensors is not None:
                 fields = {"architectures": [type(meta_model).__name__], "dtype": "bfloat16"}  # other programs need them
                 write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
-                write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
+                write_shards(temp, ({name: weight} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
             gguf_config = getattr(transformers, "GgufConfig", None)

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError, suggest
-from strop.models.families.gguf_header import read_gguf_config
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
@@ -233,6 +232,8 @@ def _locate_gguf(path: Path, sha256: str) -> Source:
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file", fix="give a file that llama.cpp can load")
+    from strop.models.families.gguf_header import read_gguf_config  # gguf imports numpy
+
     read_gguf_config(path)  # raises if the file is cut short
     actual = sha256_file(path)
     if sha256 and actual != sha256:

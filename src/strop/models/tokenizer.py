@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
@@ -67,9 +68,13 @@ def config_folder(source: Source) -> Path:
         return source.path
 
     def extract(folder: Path) -> None:
+        import gguf
         from transformers import AutoConfig, AutoTokenizer
 
-        with gguf_errors(source.path), new_folder(folder) as temp:
+        from strop.models.families.gguf_header import GgufReader
+
+        fast_reader = mock.patch.object(gguf, "GGUFReader", GgufReader)
+        with gguf_errors(source.path), fast_reader, new_folder(folder) as temp:
             location = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
             AutoTokenizer.from_pretrained(**location).save_pretrained(temp)
             clear_gguf_quantization(AutoConfig.from_pretrained(**location)).save_pretrained(temp)

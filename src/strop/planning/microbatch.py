@@ -71,7 +71,8 @@ def _tokenizer_source(recipe: Recipe) -> Source | str:
         return "no data is given"
     if any(needs_download(name) for name in names):
         return "the data is on the Hub"
-    if not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
+    is_gguf = recipe.model.name.startswith(("demo", "gguf:")) or model.suffix == ".gguf"
+    if not (is_gguf or is_run(model) or model.is_dir()):
         return "the model's tokenizer is not on this machine"
     source = locate(recipe.model.name, recipe.model.revision)
     has_tokenizer = source.kind != "folder" or (source.path / "tokenizer_config.json").is_file()

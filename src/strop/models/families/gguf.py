@@ -14,13 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from strop.errors import ModelError
+from strop.models.families.gguf_header import GgufReader
 from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_family
 
+DEQUANTIZED_AT_ONCE = 1 << 22  # weights
 
-def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time, or None if unsupported."""
+
+def read_gguf_tensors(
+    file: Path, meta_model: nn.Module, config: Any, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]] | None:
+    """Return an iterator over (parameter name, dequantized tensor), read one at a time, or None if unsupported."""
     # None: strop does not read the family's weights, or a parameter is missing. Raises ModelError for unused tensors.
-    reader = gguf.GGUFReader(file)
+    reader = GgufReader(file)
     _, family = find_gguf_family(str(reader.fields["general.architecture"].contents())) or ("", Family())
     if family.gguf is None or not family.gguf.reads_weights:
         return None
@@ -34,19 +39,24 @@ def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterato
     if unused := sorted(name for name in stored if name.startswith("blk.") and name not in used):
         what = f"{len(unused)} tensors are not part of the model described by its header"
         raise ModelError(f"{file}: {what}, first {unused[0]}", fix="download it again")
-    return ((name, _read_tensor(tensor, family, config)) for name, tensor in tensors.items())
+    return ((name, _read_tensor(tensor, family, config, dtype)) for name, tensor in tensors.items())
 
 
-def _read_tensor(tensor: Any, family: Family, config: Any) -> Tensor:
+def _read_tensor(tensor: Any, family: Family, config: Any, dtype: torch.dtype) -> Tensor:
     """Return a tensor dequantized, in transformers' layout."""
     assert family.gguf is not None
-    values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
     module = tensor.name.split(".")[-2]
+    offset = family.norm_offset if module.endswith("norm") else 0
+    values = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype)
+    rows = max(1, DEQUANTIZED_AT_ONCE * len(tensor.data) // tensor.n_elements)
+    for row in range(0, len(tensor.data), rows):  # a whole embedding in fp32 can be larger than all weights in 16 bit
+        block = gguf.quants.dequantize(tensor.data[row : row + rows], tensor.tensor_type)
+        values[row : row + rows] = torch.from_numpy(block - offset)
     if family.gguf.permutes and module in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if module == "attn_q" else config.num_key_value_heads
         pairs = values.view(heads, len(values) // heads // 2, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape)
-    return values - family.norm_offset if family.norm_offset and module.endswith("norm") else values
+    return values
 
 
 def _model_arch(gguf_format: GgufFormat) -> Any:

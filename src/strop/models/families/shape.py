@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from strop.errors import ModelError, suggest
-from strop.models.families.gguf_header import read_gguf_config
 from strop.models.families.table import FAMILIES, ConfigDefaults, Family
 from strop.models.source import (
     base_of_run,
@@ -381,6 +380,8 @@ def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
     if is_run(path):
         return read_model_info(*base_of_run(path))
     if path.suffix == ".gguf":
+        from strop.models.families.gguf_header import read_gguf_config  # imports gguf
+
         shape = ModelShape.from_config(read_gguf_config(path))
         return ModelInfo(name, shape, shape.parameters)
     if path.suffix == ".json":
