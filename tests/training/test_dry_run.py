@@ -15,6 +15,7 @@ from strop.data.batching import BatchStream
 from strop.errors import MemoryLimitError
 from strop.machine.memory import start_peak
 from strop.models.families.shape import ModelShape
+from strop.planning import microbatch
 from strop.planning.activations import peak_live_bytes
 from strop.planning.workload import Workload
 from strop.runs.events import read_events
@@ -147,9 +148,29 @@ def test_forecast_searches_only_some_of_many_epochs(tmp_path: Path, monkeypatch:
     looked: list[int] = []
     cut = dry_run.micro_batches
     monkeypatch.setattr(dry_run, "micro_batches", lambda job, items: looked.append(len(items)) or cut(job, items))
-    monkeypatch.setattr(dry_run, "MAX_ROWS", 40)
+    monkeypatch.setattr(microbatch, "MAX_ROWS", 40)
     forecast(job, setting(job), 8 << 30)
     assert looked == [4] * 10
-    monkeypatch.setattr(dry_run, "MAX_ROWS", 1)  # at least one epoch
+    monkeypatch.setattr(microbatch, "MAX_ROWS", 1)  # at least one epoch
     forecast(job, setting(job), 8 << 30)
     assert looked[10:] == [4] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train.batch_size": 16, "train.micro_batch_tokens": 64}, {"lora.dropout": 0.1, "train.micro_batch": 2}],
+    ids=["one micro-batch", "several", "padded"],
+)
+def test_plan_predicts_the_memory_that_the_run_predicts(
+    options: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Except for the padding of attention in fp32, which depends on the documents of each micro-batch."""
+    rows_file = tmp_path / "rows.jsonl"
+    texts = [("Say nothing but the words that follow: ", f"{row} " * (60 if row == 13 else 5)) for row in range(40)]
+    rows_file.write_text("".join(json.dumps({"prompt": a + b, "completion": b}) + "\n" for a, b in texts))
+    recipe = {"model": str(tiny_folder), "data": str(rows_file), "max_steps": 6, "model.dtype": "fp32", **options}
+    run = strop.train(**recipe, out=str(tmp_path / "run"))
+    predicted, planned = run.report["memory"]["predicted"]["train"]["parts"], strop.plan(**recipe).phases["train"].parts
+    live, constant = ("saved_activations", "live_layer", "head"), ("weights", "adapters", "optimizer", "framework")
+    assert sum(planned[part] for part in live) == pytest.approx(sum(predicted[part] for part in live), rel=0.2)
+    assert all(planned[part] == predicted[part] for part in constant)

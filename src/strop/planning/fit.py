@@ -52,7 +52,7 @@ class MemoryBudget:
         return next((k for k in range(layers + 1) if self.fits(recipe, checkpointed_layers=k)), None)
 
     def describe(self, needed: int) -> str:
-        return f"{needed / GIB:.1f} GiB needed at most, {self.usable / GIB:.1f} GiB usable"
+        return f"{needed / GIB:.1f} GiB needed for rows of max_length, {self.usable / GIB:.1f} GiB usable"
 
     def tokens_per_s(self, recipe: Recipe, rate: Rate) -> float:
         """Predict the speed of one device on rows of the maximum length."""

@@ -23,6 +23,8 @@ from strop.runs.folder import is_run
 
 MICRO_BATCH_TOKENS = 2048
 TIMED_STEPS = 32  # number of steps from which the time of a run is predicted
+MAX_STEPS = 20_000  # maximum number of steps in which the largest micro-batch is searched
+MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over several epochs if there are fewer
 NO_DATA = "-"  # data.train of a plan without data
 
 
@@ -88,11 +90,14 @@ def _shared_prefix(prefix: Any, ids: Any) -> Any:
     return prefix[: differs[0] if len(differs) else size]
 
 
-def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
-    """Return the micro-batch that needs the most memory. longest: tokens of the longest row, if known."""
+def largest_micro_batch(recipe: Recipe, workload: Workload, rows: Rows | None = None) -> MicroBatch:
+    """Return the micro-batch that needs the most memory. Without rows, they may all have the maximum length."""
+    if rows and data_kind_of(recipe.train) == "turns":
+        steps = first_steps(recipe, rows, workload.compute.step == "fast", searched_steps(_stream(recipe, rows)))
+        return max((batch for step in steps for batch in step), key=lambda x: peak_live_bytes(workload, x).total)
     # Rows of up to MAX_SAVED_KEYS tokens save attention probabilities, so they may need more memory than longer ones.
-    limit = recipe.data.max_length + max_completion_tokens(recipe.train)
-    longest = min(longest or limit, limit)
+    longest = recipe.data.max_length + max_completion_tokens(recipe.train)
+    longest = min(longest, max((tokens for tokens, _ in rows), default=longest)) if rows else longest
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
     return max(candidates, key=lambda batch: peak_live_bytes(workload, batch).total)
 
@@ -127,14 +132,22 @@ def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> Mi
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
-def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
+def first_steps(recipe: Recipe, rows: Rows, packed: bool, steps: int = TIMED_STEPS) -> list[list[MicroBatch]]:
     """Return the micro-batches of the first steps, as in training. packed: without padding."""
+    batches = [[rows[row] for row in batch.rows] for batch in islice(_stream(recipe, rows), steps)]
+    return [_split_batch(recipe, batch, rows.prefix, packed) for batch in batches]
+
+
+def searched_steps(stream: BatchStream) -> int:
+    """Return in how many steps the largest micro-batch is searched."""
+    return min(MAX_STEPS, max(stream.steps_per_epoch, MAX_ROWS // stream.batch_size))
+
+
+def _stream(recipe: Recipe, rows: Rows) -> BatchStream:
     train = recipe.train
-    steps = BatchStream(
+    return BatchStream(
         len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
     )
-    batches = [[rows[row] for row in batch.rows] for batch in islice(steps, TIMED_STEPS)]
-    return [_split_batch(recipe, batch, rows.prefix, packed) for batch in batches]
 
 
 def _split_batch(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:

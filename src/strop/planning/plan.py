@@ -135,7 +135,7 @@ def make_plan(
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
         rows = Rows(rows)  # a copy without `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
-    batch = largest_micro_batch(recipe, workload, longest)
+    batch = largest_micro_batch(recipe, workload, rows)
     mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     evaluation = EvaluationLoad.from_rows(rows, recipe.data.max_length)

@@ -28,6 +28,7 @@ from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
+from strop.planning.microbatch import searched_steps
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
 from strop.training.gradients import apply_memory_settings, micro_batches, retry_with_less_memory
@@ -35,8 +36,7 @@ from strop.training.state import Job, batch_stream, random_states, set_random_st
 
 LOG = logging.getLogger(__name__)
 
-MAX_STEPS = 20_000  # maximum number of steps in which the largest micro-batch is searched
-MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over several epochs if there are fewer
+EVALUATED_ROWS = 20_000  # rows from which the memory of an evaluation is predicted
 MAX_PACKED = 32  # number of the largest micro-batches that are packed to predict their memory exactly
 SAFE_SHARE = 0.5  # share of the usable memory below which the dry run is skipped (largest error: below a factor of 2)
 
@@ -98,7 +98,7 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
         for items, more in _find_largest_batches(job, workload)
     ]
     items, batch = max(candidates, key=lambda pair: peak_live_bytes(workload, pair[1]).total)
-    rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
+    rows = (job.train[row] for row in range(min(len(job.train), EVALUATED_ROWS)))
     sizes = [(len(example), example.supervised) for row in rows for example in row.examples]
     evaluation = EvaluationLoad.from_rows(sizes, job.recipe.data.max_length)
     rollouts = RolloutLoad.from_recipe(job.recipe, max(tokens for tokens, _ in sizes))
@@ -132,8 +132,7 @@ def _find_largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item]
     """Return the largest micro-batches by row lengths, and for each whether its step has other micro-batches."""
     sizes: list[tuple[int, tuple[int, ...], bool]] = []
     stream = batch_stream(job.recipe, len(job.train))
-    steps = max(stream.steps_per_epoch, MAX_ROWS // stream.batch_size)
-    for step in islice(stream, min(MAX_STEPS, steps)):
+    for step in islice(stream, searched_steps(stream)):
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
