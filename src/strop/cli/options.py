@@ -23,6 +23,7 @@ ModelName = Annotated[
 ]
 Memory = Annotated[str | None, typer.Option(help="Maximum memory to use, such as 8GB.", metavar="SIZE")]
 Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8, or auto (as the adapter was trained).")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp32, fp16, or auto (as the adapter was trained).")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter on a different base, and list the differences.")]
 AdapterName = Annotated[str, typer.Argument(metavar="RUN", help="Run or adapter folder.")]
 NoParity = Annotated[
