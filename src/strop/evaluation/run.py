@@ -21,6 +21,7 @@ from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
+from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import DataError, InputError, Location, RecipeError, RunError, suggest
 from strop.evaluation.compare import (
     EXTRA_SCORES,
@@ -38,7 +39,14 @@ from strop.evaluation.metrics import check_golds, describe_difference, find_metr
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, check_adapter_kind, is_reward_adapter, locate_base, locate_tokenizer
+from strop.models.adapters import (
+    adapter_folder,
+    check_adapter_kind,
+    is_reward_adapter,
+    locate_base,
+    locate_tokenizer,
+    read_identity,
+)
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -98,6 +106,7 @@ class _Request:
     options: EvalOptions
     rows: list[Conversation]
     regression: list[Conversation]  # the rows of regression_data
+    trained_dtype: str | None  # of the runs, if all have the same
     notes: list[str]  # about run settings that change how the rows are read
     judge: Judge | None
     tasks: list[str]  # names of tasks of lm-evaluation-harness
@@ -141,7 +150,9 @@ def _check_request(
             flag = "--general" if options.general else "--regression-data" if regression else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
-    return _Request(options, rows, regression, notes, judge, tasks, task_manager, advance, devices)
+    dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
+    trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
 
 
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
@@ -210,11 +221,12 @@ def _start_result(name: str, model: Model, compared: dict[str, Any], request: _R
 
 
 def _load(name: str, request: _Request, *, is_reward_model: bool = False) -> Model:
-    options = request.options
+    options, dtype = request.options, request.options.dtype
     with request.devices.all_or_none():
-        return load(
-            name, dtype=options.dtype, quantization=options.quantization, force=options.force, scores=is_reward_model
-        )
+        if dtype == "auto" and adapter_folder(name) is None and request.trained_dtype is not None:
+            prepare_process()
+            dtype, _ = pick_generation_dtype(pick_device("auto"), request.trained_dtype)  # as the runs beside it
+        return load(name, dtype=dtype, quantization=options.quantization, force=options.force, scores=is_reward_model)
 
 
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
