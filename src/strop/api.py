@@ -250,6 +250,7 @@ def evaluate(
     judge: str | None = None,
     judge_model: str | None = None,
     quantization: str = "auto",
+    dtype: str = "auto",
     force: bool = False,
     progress: AnswerProgress = None,
     **options: Any,
@@ -269,6 +270,7 @@ def evaluate(
         judge: decides which answer is better: "file.py:function", or the URL of an OpenAI-compatible server.
         judge_model: name of the model on the judge's server.
         quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
+        dtype: "auto" (that of training), "bf16", "fp32" or "fp16".
         force: load the adapter even if the base differs from the one it was trained on.
         progress: show how many answers are generated; or a function that is called with a label (such as
             "base and tuned"), the number of finished answers, and their total.
@@ -297,6 +299,7 @@ def evaluate(
                 metric=metric,
                 max_new_tokens=max_new_tokens,
                 quantization=quantization,
+                dtype=dtype,
                 force=force,
                 general=general,
                 regression_data=_data_files(regression_data, "regression_data"),
@@ -376,7 +379,7 @@ def load(
     Args:
         name: a run, adapter or model folder, .gguf file, Hub id, or "demo".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto", "bf16", "fp32" or "fp16".
+        dtype: "auto" (that of training), "bf16", "fp32" or "fp16". A .gguf file is rounded to bf16 first.
         quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
         force: load the adapter even if the base differs from the one it was trained on.
         progress: show each step; or a function that is called with its description.

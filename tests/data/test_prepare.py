@@ -72,6 +72,17 @@ def test_rows_are_stored_and_read_back_unchanged(tmp_path: Path) -> None:
     assert prepared.eval is None and prepared.eval_conversations is None
 
 
+def test_counts_of_training_rows_exclude_held_out_rows(tmp_path: Path) -> None:
+    prepared = run(write(tmp_path / "a.jsonl", [row(f"question {i}", f"answer {i}") for i in range(20)]), eval="30%")
+    assert prepared.eval is not None
+    report = account(prepared)
+    trained, held_out = len(prepared.train), len(prepared.eval)
+    assert trained + held_out == 20 and held_out
+    assert report["tokens"]["all"] == sum(map(len, prepared.train))
+    assert report["stop_token"] == {"rows": trained, "share": 1.0}
+    assert report["eval"]["stop_token"] == {"rows": held_out, "share": 1.0}
+
+
 GOOD = [row("a question", "an answer"), row("b", "c", "d", "e", system="s")]
 BAD = [
     "{broken",

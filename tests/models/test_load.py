@@ -19,7 +19,7 @@ import strop
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.models.families.shape import read_model_info
-from strop.models.load import load_base, load_config, load_without_weights
+from strop.models.load import load_base, load_config, load_without_weights, weights_folder
 from strop.models.lora import add_lora
 from strop.models.sharding import load_sharded
 from strop.models.source import Source, fingerprint, locate, read_safetensors_header
@@ -481,7 +481,7 @@ def test_demo_model_loads_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_tokenizer(source)
         load_base(source, torch.bfloat16, "cpu")
     tuned = add_lora(model, LoraSection(r=2, alpha=4, target_modules="attention"), tokenizer)
-    assert tuned.peft_config["default"].base_model_name_or_path == source.name
+    assert tuned.peft_config["default"].base_model_name_or_path == str(weights_folder(source).resolve())
     assert fingerprint(locate(source.name)) == fingerprint(source)
     named = locate(f"gguf:{source.path}#sha256={fingerprint(source)}")
     assert fingerprint(named) == fingerprint(source)

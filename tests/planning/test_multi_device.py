@@ -17,7 +17,6 @@ from strop.planning.machines import TargetMachine
 from strop.planning.memory import base_layer_bytes
 from strop.planning.multi_device import (
     LOOPBACK,
-    MIN_MICRO_BATCHES,
     NETWORKS,
     NODE_LINKS,
     Devices,
@@ -34,7 +33,6 @@ from strop.planning.multi_device import (
 from strop.planning.tables import KNOWN
 from strop.planning.time import Rate
 from strop.planning.workload import BaseWeights, Workload
-from strop.training import gradients
 from tests.support.runs import run
 
 RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
@@ -178,7 +176,6 @@ def test_sampling_on_several_devices_is_refused() -> None:
 
 def test_exact_training_sends_each_partial_sum_to_every_device() -> None:
     """Eight micro-batches make one buffer per device on two devices, and six buffers on three."""
-    assert MIN_MICRO_BATCHES == gradients.MIN_MICRO_BATCHES
     options = {"train.batch_size": 8, "train.micro_batch": 8, "model.device": "cpu"}
     plain, two, three = (
         plan(model="demo", memory=32 << 30, devices=count, **options, **{"train.exact": exact}).multi_device

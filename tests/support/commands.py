@@ -44,8 +44,7 @@ def _recipe_error(values: dict[str, Any]) -> str | None:
     options: dict[str, Any] = {}
     for name, value in values.items():
         if name in fields and isinstance(value, str | list | tuple) and value:
-            is_list = isinstance(value, list | tuple)
-            options[fields[name]] = list(value) if is_list else parse_option(fields[name], value)
+            options[fields[name]] = parse_option(fields[name], *([value] if isinstance(value, str) else value))
     if not options:
         return None
     try:

@@ -111,11 +111,12 @@ def chat_in_terminal(
     sampling: Mapping[str, float | int | None],
     adapters: Sequence[str] = (),
     quantization: str = "auto",
+    dtype: str = "auto",
     force: bool = False,
 ) -> None:
     """Load a model and answer each line of stdin. sampling: None stands for the setting in the model's config."""
     with status_line("loading the model"):
-        model = api.load(name, quantization=quantization, force=force)
+        model = api.load(name, quantization=quantization, dtype=dtype, force=force)
         for adapter in adapters:
             model.add(adapter, force=force)
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])

@@ -23,6 +23,7 @@ ModelName = Annotated[
 ]
 Memory = Annotated[str | None, typer.Option(help="Maximum memory to use, such as 8GB.", metavar="SIZE")]
 Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8, or auto (as the adapter was trained).")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp32, fp16, or auto (as the adapter was trained).")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter on a different base, and list the differences.")]
 AdapterName = Annotated[str, typer.Argument(metavar="RUN", help="Run or adapter folder.")]
 NoParity = Annotated[
@@ -84,7 +85,7 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
     for field, name, short, panel, info in _declare_options(words, only) if words else ():
         parameter = field.replace(".", "__") if name == field else f"short__{field.replace('.', '__')}"
         fields[parameter] = field
-        kind = list[str] if field in ("data.train", "data.eval", "track") else str
+        kind = list[str] if _is_repeatable(info) else str
         text = escape(_help_text(info, "the run's" if only else None))  # Rich would drop [words] as markup
         text += f" Short form: --{short}." if short else ""
         option = typer.Option(
@@ -102,13 +103,16 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
-        used: dict[str, Any] = {}
+        from strop.config.load import parse_option
+
+        used: dict[str, list[str]] = {}
         for name, value in values.items():
             if name in fields and value not in (None, []):
                 if fields[name] in used:
                     raise RecipeError(f"--{fields[name]}: given twice", fix="give its short or its full name")
-                used[fields[name]] = value
-        return command(**{p.name: values[p.name] for p in parameters}, options=_parse_options(used))
+                used[fields[name]] = value if isinstance(value, list) else [value]
+        options = {field: parse_option(field, *texts) for field, texts in used.items()}
+        return command(**{p.name: values[p.name] for p in parameters}, options=options)
 
     keywords = added + [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
@@ -149,6 +153,13 @@ HelpAll = Annotated[
 ]
 
 
+def _is_repeatable(info: Any) -> bool:
+    """Return whether a field is a list or a map, whose option may be given several times."""
+    from strop.config.schema import allows_type
+
+    return any(allows_type(info.annotation, kind) for kind in (list, dict))
+
+
 def _metavar(info: Any) -> str:
     """Return a short name of a field's type, in Typer's style."""
     members = [part for part in get_args(info.annotation) or (info.annotation,) if part is not type(None)]
@@ -180,20 +191,6 @@ def _choices(annotation: Any) -> tuple[str, ...]:
         return tuple(map(str, get_args(annotation)))
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
     return tuple(choice for member in members for choice in _choices(member))
-
-
-def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
-    from strop.config.load import parse_option
-
-    parsed = {}
-    for field, value in options.items():
-        if field == "track":  # each flag may name several trackers; `none` removes those of the recipe
-            parsed[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
-        elif isinstance(value, list) and len(value) > 1:
-            parsed[field] = value
-        else:
-            parsed[field] = parse_option(field, value[0] if isinstance(value, list) else value)
-    return parsed
 
 
 def is_main_process() -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from strop.config.names import OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
-from strop.config.schema import Recipe, option_fields
+from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
@@ -97,29 +97,87 @@ def read_resolved(path: Path) -> Resolved:
     return _build({name: (value, "recipe", path.name) for name, value in _read_recipe(path).items()})
 
 
-def parse_option(name: str, text: str) -> Any:
-    """Convert the text of an option: a,b or [a,b] to a list, a=b,c=d to a map, and `none` to None."""
+def parse_option(name: str, *texts: str) -> Any:
+    """Convert the texts of an option, which lists and maps may repeat. `none` is None.
+
+    A list is JSON, [a, b] or a,b (files: one a text, because their names may contain commas). A map is JSON or a=b,c=d.
+    """
     hint = dict(option_fields())[name].annotation
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = {typing.get_origin(part) or part for part in members}
-    if text.lower() in ("none", "null", "") and type(None) in kinds:
+    if allows_type(hint, type(None)) and all(text.lower() in ("none", "null", "") for text in texts):
         return None
-    if dict in kinds:
-        pairs = [pair.partition("=") for pair in text.split(",") if pair]
-        if not all(separator for _, separator, _ in pairs):
-            raise RecipeError(f"--{name} {text}: not a map", fix="write it as name=value,name=value")
-        is_yaml = Any in typing.get_args(hint)  # true, 3, text
-        parse: Callable[[str], Any] = partial(yaml.load, Loader=_RecipeLoader) if is_yaml else str.strip
+    if allows_type(hint, dict):
+        return _make_map(name, [pair for text in texts for pair in _parse_map(name, text, hint).items()])
+    if not allows_type(hint, list):
+        return texts[-1]
+    items = [item for text in texts for item in _parse_list(name, text)]
+    if name == "track":  # `none` removes those of the recipe
+        return [item for item in items if item != "none"]
+    is_text = allows_type(hint, str) and len(texts) == 1 and items == [texts[0].strip()]  # such as all-linear
+    return texts[0] if is_text else items
+
+
+def _parse_list(name: str, text: str) -> list[Any]:
+    fix = f"""write --{name} a,b or JSON: --{name} '["a", "b"]'"""
+    if name.startswith("data."):
+        fix = f'give one option per file, or JSON: --{name} \'["a.jsonl", "b.jsonl"]\''
+    # Brackets may be part of a token: [CITE] is one token, [INST],[/INST] are two, [<A>, <B>] is a list.
+    is_token = name == "lora.new_tokens" and re.fullmatch(r"""\[[^],"']+\](,.*)?""", text)
+    if is_bracketed(text, "[") and not is_token:
+        return list(_read_collection(name, text, list, fix))
+    parts = [text] if name.startswith("data.") else [part.strip() for part in text.split(",") if part.strip()]
+    if any(_is_broken(part) for part in parts):
+        raise RecipeError(f"--{name} {text}: not a list", fix=fix)
+    return parts
+
+
+def _parse_map(name: str, text: str, hint: Any) -> dict[Any, Any]:
+    fix = f"""write --{name} name=value,name=value or JSON: --{name} '{{"name": value}}'"""
+    is_yaml = Any in typing.get_args(hint)  # true, 3, text
+    if is_bracketed(text, "{"):
+        return dict(_read_collection(name, text, dict, fix, _RecipeLoader if is_yaml else _TextLoader))
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    is_broken = any(_is_broken(part) for key, _, value in pairs for part in ([key] if is_yaml else [key, value]))
+    if is_broken or not all(separator for _, separator, _ in pairs):
+        raise RecipeError(f"--{name} {text}: not a map", fix=fix)
+    parse: Callable[[str], Any] = partial(yaml.load, Loader=_RecipeLoader) if is_yaml else str.strip
+    try:
+        return _make_map(name, [(key.strip(), parse(value)) for key, _, value in pairs])
+    except yaml.YAMLError as error:
+        what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
+        raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
+
+
+def _read_collection(name: str, text: str, kind: type, fix: str, loader: Any = None) -> Any:
+    """Parse JSON, or YAML in brackets, to a list or a map. Raises RecipeError."""
+    try:
+        # Not YAML alone: PyYAML reads a character that JSON escapes as two halves as two characters.
+        value = json.loads(text, object_pairs_hook=partial(_make_map, name))
+    except (ValueError, RecursionError):
         try:
-            return {key.strip(): parse(value) for key, _, value in pairs}
-        except yaml.YAMLError as error:
-            what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
-            raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
-    if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
-        # in lora.new_tokens, brackets are part of the tokens
-        bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
-        return [part.strip() for part in bare.split(",") if part.strip()]
-    return text
+            value = yaml.load(text, loader or _TextLoader)
+        except (yaml.YAMLError, RecursionError):
+            value = None
+        if isinstance(value, dict) and {None, ""} & {
+            inner for inner in value.values() if isinstance(inner, str | None)
+        }:
+            value = None  # {a, b} or {a:1}, which YAML reads as names without values
+    if not isinstance(value, kind):
+        raise RecipeError(f"--{name} {text}: not a {'map' if kind is dict else 'list'}", fix=fix)
+    return value
+
+
+def _make_map(name: str, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise RecipeError(f"--{name}: a name is given twice", fix="give each name once")
+    return made
+
+
+def _is_broken(text: str) -> bool:
+    """Return whether a text is probably a piece of a list or map in another syntax: quoted, or with half a pair."""
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    has_half = text.count('"') % 2 == 1 or text.count("[") != text.count("]") or text.count("{") != text.count("}")
+    return is_quoted or has_half
 
 
 def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
@@ -199,6 +257,11 @@ class _RecipeLoader(yaml.SafeLoader):
         return node
 
 
+class _TextLoader(_RecipeLoader):
+    """Read all scalars as text."""
+
+
+_TextLoader.yaml_implicit_resolvers = {}
 _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()

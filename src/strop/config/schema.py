@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +34,17 @@ def _is_numeric(hint: Any) -> bool:
     return all(part is type(None) or _is_numeric(part) for part in parts) if parts else hint in (int, float)
 
 
+def allows_type(hint: Any, kind: type) -> bool:
+    """Return whether a type hint allows `kind`, such as str, list, dict or NoneType."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return any((get_origin(member) or member) is kind for member in members)
+
+
+def is_bracketed(text: str, bracket: Literal["[", "{"]) -> bool:
+    """Return whether a text is in a pair of brackets, as a list or a map in JSON."""
+    return text.strip().startswith(bracket) and text.strip().endswith({"[": "]", "{": "}"}[bracket])
+
+
 def _bool_to_on_off(value: Any) -> Any:
     """Convert booleans back to on and off, which YAML reads as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -56,6 +68,19 @@ class Section(BaseModel):
         hint = cls.model_fields[str(info.field_name)].annotation
         if any(isinstance(item, bool) for item in values) and _is_numeric(hint):
             raise ValueError("must be a number, not true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_text_for_collection(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a list or a map that is in quotes, as which a recipe file or Python has them as text."""
+        hint = cls.model_fields[str(info.field_name)].annotation
+        kind: type = dict if allows_type(hint, dict) else list
+        if not isinstance(value, str) or not allows_type(hint, kind):
+            return value
+        if is_bracketed(value, "[") or is_bracketed(value, "{") or not allows_type(hint, str):
+            form = '["a", "b"]' if kind is list else '{"name": value}'
+            raise ValueError(f"must be a {'list' if kind is list else 'map'}, not text: write {form}, without quotes")
         return value
 
 

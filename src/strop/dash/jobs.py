@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import os
 import re
 import secrets
@@ -182,19 +183,12 @@ def shell_command(arguments: Sequence[str]) -> str:
 
 
 def option_flags(field: str, value: Any) -> list[str]:
-    """Return a recipe field and its value as command-line arguments. Raises InputError if impossible."""
+    """Return a recipe field and its value as command-line arguments."""
     flag = f"--{field}"
-    if isinstance(value, list):
-        texts = [str(item) for item in value]
-        if field.startswith("data.") or field == "track":
-            return [f"{flag}={text}" for text in texts]
-        if any("," in text for text in texts):
-            raise InputError(f"{flag}: a list value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(texts) or '[]'}"]
-    if isinstance(value, dict):
-        if any("," in f"{key}{item}" or "=" in str(key) for key, item in value.items()):
-            raise InputError(f"{flag}: a map value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(f'{key}={item}' for key, item in value.items())}"]
+    if isinstance(value, list) and (field.startswith("data.") or field == "track"):
+        return [f"{flag}={item}" for item in value]
+    if isinstance(value, list | dict):
+        return [f"{flag}={json.dumps(value, ensure_ascii=False)}"]
     return [f"{flag}={str(value).lower() if value is None or isinstance(value, bool) else value}"]
 
 

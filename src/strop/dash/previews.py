@@ -125,10 +125,8 @@ def typed_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         field = full_name(name)
         texts = [flag.partition("=")[2] for flag in option_flags(field, value)]
-        if field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval")):
-            parsed[field] = texts
-        else:  # `resolve` reports unknown names with the nearest match
-            parsed[field] = parse_option(field, texts[0]) if field in fields and texts else value
+        # `resolve` reports unknown names with the nearest match
+        parsed[field] = parse_option(field, *texts) if field in fields and texts else value
     return parsed
 
 

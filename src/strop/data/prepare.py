@@ -170,8 +170,13 @@ def _add_evaluation(
     warnings = [f"{across} evaluation rows are also training rows"] if across else []
     if prompts > across:
         warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
+    stop_token = report.stop_token
+    if evaluation.shares_store:  # the held-out rows are counted in their own report
+        num_stops = stop_token["rows"] - eval_report.stop_token["rows"]
+        stop_token = {"rows": num_stops, "share": num_stops / len(training.rows)}
     return replace(
         report,
+        stop_token=stop_token,
         eval=replace(eval_report, duplicates={**eval_report.duplicates, **overlap}),
         held_out=len(evaluation.rows) if evaluation.shares_store else 0,
         duplicates={**report.duplicates, **overlap},

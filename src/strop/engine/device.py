@@ -17,7 +17,7 @@ from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
 from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import MAX_TILED_RANK, probe
-from strop.machine.rates import load_precision, save_precision
+from strop.machine.rates import generation_dtype, load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -102,3 +102,12 @@ def pick_dtype(device: str) -> tuple[str, str]:
         return dtype, f"by the CPU's instructions, because other programs disturbed the measurement ({measured.why})"
     save_precision(machine, threads, measured.dtype, measured.why)
     return measured.dtype, measured.why
+
+
+def pick_generation_dtype(device: str, trained: str | None) -> tuple[str, list[str]]:
+    """Return the dtype to generate in, and a note if it is not the dtype of training. trained: None if unknown."""
+    fastest, why = ("fp32", "") if trained == "fp32" else pick_dtype(device)  # on a CPU this measures
+    dtype = generation_dtype(trained, device, fastest)
+    if trained in (None, dtype):
+        return dtype, []
+    return dtype, [f"trained in {trained}, loaded in {dtype} ({why}): --dtype {trained} loads it as trained"]

@@ -21,6 +21,7 @@ from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
+from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import DataError, InputError, Location, RecipeError, RunError, suggest
 from strop.evaluation.compare import (
     EXTRA_SCORES,
@@ -38,7 +39,14 @@ from strop.evaluation.metrics import check_golds, describe_difference, find_metr
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, check_adapter_kind, is_reward_adapter, locate_base, locate_tokenizer
+from strop.models.adapters import (
+    adapter_folder,
+    check_adapter_kind,
+    is_reward_adapter,
+    locate_base,
+    locate_tokenizer,
+    read_identity,
+)
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -53,6 +61,7 @@ class EvalOptions:
     metric: str = "exact"  # name of a metric, or file.py:function
     max_new_tokens: int = 80  # maximum length of an answer
     quantization: str = "auto"  # quantization of the base
+    dtype: str = "auto"  # of its other weights
     force: bool = False  # load the adapter even if the base differs from the one it was trained on
     general: bool = False  # also run the built-in general questions, to find regressions (`general` in the result)
     regression_data: str | Sequence[str] = ()  # data to check for regressions (`regression` in the result)
@@ -80,7 +89,7 @@ def evaluate_models(
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
-    bases: dict[tuple[str, str, str], Side] = {}
+    bases: dict[tuple[str, ...], Side] = {}
     results = []
     for name in names:
         if _is_paired(request.rows):
@@ -97,6 +106,7 @@ class _Request:
     options: EvalOptions
     rows: list[Conversation]
     regression: list[Conversation]  # the rows of regression_data
+    trained_dtype: str | None  # of the runs, if all have the same
     notes: list[str]  # about run settings that change how the rows are read
     judge: Judge | None
     tasks: list[str]  # names of tasks of lm-evaluation-harness
@@ -126,7 +136,7 @@ def _check_request(
     if options.regression_data:
         regression_metric = options.regression_metric or options.metric
         regression = _read_scorable_rows(names, reading, notes, options.regression_data, regression_metric)
-    fields = "metric", "max_new_tokens", "quantization", "general", "regression_metric", "judge", "judge_model"
+    fields = "metric", "max_new_tokens", "quantization", "dtype", "general", "regression_metric", "judge", "judge_model"
     values = {name: getattr(options, name) for name in fields}
     content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
     devices.require_same({"the models": list(names), **values, "the content of the rows": content})
@@ -140,7 +150,9 @@ def _check_request(
             flag = "--general" if options.general else "--regression-data" if regression else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
-    return _Request(options, rows, regression, notes, judge, tasks, task_manager, advance, devices)
+    dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
+    trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
 
 
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
@@ -148,14 +160,14 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     folder = adapter_folder(name)
     model = _load(name, request, is_reward_model=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
-    result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
+    result = _start_result(name, model, compared, request)
     _add_train_rows(result, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
 
 
-def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, str], Side]) -> dict[str, Any]:
+def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...], Side]) -> dict[str, Any]:
     """Evaluate one model. bases: cache of the results of base models, to which this one is added."""
     options, advance, devices = request.options, request.advance, request.devices
     rows = [question.conversation for question in make_questions(request.rows)]
@@ -164,11 +176,11 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     if folder is not None and is_reward_adapter(folder):
         check_adapter_kind(folder, is_reward_model=False)
     model = _load(name, request)
-    base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
+    base_key = (str(model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
     bases[base_key] = read_side(compared, "base")
-    result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
+    result = _start_result(name, model, compared, request)
     _add_train_rows(result, train_rows)
     should_store = devices.is_main and is_run(Path(name))
     interrupted = "interrupted" in compared
@@ -203,10 +215,18 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     return result
 
 
+def _start_result(name: str, model: Model, compared: dict[str, Any], request: _Request) -> dict[str, Any]:
+    notes = [*model.notes, *request.notes]
+    return {"run": name, **compared, "quantization": model.quantization, "dtype": model.dtype, "notes": notes}
+
+
 def _load(name: str, request: _Request, *, is_reward_model: bool = False) -> Model:
-    options = request.options
+    options, dtype = request.options, request.options.dtype
     with request.devices.all_or_none():
-        return load(name, quantization=options.quantization, force=options.force, scores=is_reward_model)
+        if dtype == "auto" and adapter_folder(name) is None and request.trained_dtype is not None:
+            prepare_process()
+            dtype, _ = pick_generation_dtype(pick_device("auto"), request.trained_dtype)  # as the runs beside it
+        return load(name, dtype=dtype, quantization=options.quantization, force=options.force, scores=is_reward_model)
 
 
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

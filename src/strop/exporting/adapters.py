@@ -22,6 +22,7 @@ from strop.models.adapters import (
     check_adapter_base,
     check_adapter_weights,
     locate_base,
+    read_base_name,
     read_identity,
 )
 from strop.models.experts import split_by_expert
@@ -55,7 +56,7 @@ def read_info(name: str) -> dict[str, Any]:
     metric = evaluation.get("metric")
     return {
         "folder": str(folder),
-        "base": str(config.get("base_model_name_or_path")),
+        "base": str(read_base_name(folder)),
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
         "target_modules": sorted([*targets, *parameters]) if isinstance(targets, list) else [str(targets), *parameters],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format_card, hub_id
 from strop.models.adapter_config import read_adapter_config
-from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_identity
+from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_base_name, read_identity
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
     """Return the content by file name, the files that are not uploaded, and the base's Hub id."""
     check_adapter_weights(folder)
     config = read_adapter_config(folder)
-    if not (trained_on := str(config.get("base_model_name_or_path") or "")):
+    if not (trained_on := read_base_name(folder)):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")
     base_id, (base, _, base_revision) = hub_id(trained_on), (base or "").partition("@")
@@ -117,7 +117,7 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
     contents, left_out = _read_folder(folder)
     contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": public_base, "revision": revision})
     if identity := read_identity(folder):
-        identity = {**identity, "base": {**identity["base"], "name": public_base}}
+        identity["base"] = {"name": public_base, "fingerprint": identity["base"]["fingerprint"]}
         if "combined" in identity:  # the adapters that were combined have local paths too
             identity["combined"] = [{**part, "name": Path(part["name"]).name} for part in identity["combined"]]
         contents[STROP_FILE] = _to_json(identity)

@@ -82,6 +82,7 @@ class Merged:
     base: str  # the base it was merged into: "original" or "dequantized"
     base_losses: dict[str, float]  # loss of the adapter on each base, if both were compared
     parity: Parity | None  # None if the models were not compared
+    dtype: str = "bf16"
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "parity": None if self.parity is None else self.parity.as_json()}
@@ -121,7 +122,7 @@ def merge(
             details = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
             (merged_folder / CARD_FILE).write_text(format_card(report, merged=details), encoding="utf-8")
         replace_folder(merged_folder, out)
-    return Merged(out, sorted(file.name for file in out.iterdir()), tuned.base, tuned.base_losses, parity)
+    return Merged(out, sorted(file.name for file in out.iterdir()), tuned.base, tuned.base_losses, parity, dtype)
 
 
 def check_data_option(data: str | None, measure: bool) -> None:

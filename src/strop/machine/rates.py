@@ -43,6 +43,16 @@ def load_rates(machine: Machine, device: str) -> Rates | None:
     return Rates(**stored) if set(stored) == {field.name for field in fields(Rates)} else None
 
 
+def generation_dtype(trained: str | None, device: str, fastest: str) -> str:
+    """Return the dtype to generate in, from the dtype of training (None: unknown) and the fastest on the device.
+
+    It is the dtype of training, or fp32, which represents all values, where the device is not made for it.
+    """
+    if trained is None or trained == fastest:
+        return fastest
+    return "fp16" if trained == "fp16" and device.startswith("cuda") else "fp32"
+
+
 def save_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
     file = _precision_file(machine, threads)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,9 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
         (temp / "README.md").unlink()  # PEFT's model card, which is an empty template
+        base, written = identity.get("base"), read_adapter_config(temp).get("base_model_name_or_path")
+        if base and written != base["name"]:  # of a GGUF file: PEFT reads its weights from this folder
+            identity = {**identity, "base": {**base, "folder": written}}
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
@@ -72,10 +75,17 @@ def check_adapter_kind(folder: Path, is_reward_model: bool) -> None:
     raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
 
 
+def read_base_name(folder: Path) -> str | None:
+    """Return the name of an adapter's base as `locate` expects it: a GGUF file, not the folder that PEFT reads."""
+    name, base = read_adapter_config(folder).get("base_model_name_or_path"), read_identity(folder).get("base", {})
+    return str(base["name"] if name == base.get("folder") else name) if name else None
+
+
 def locate_base(folder: Path) -> Source:
-    if name := read_adapter_config(folder).get("base_model_name_or_path"):
-        return locate(str(name))
-    raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
+    if name := read_base_name(folder):
+        return locate(name)
+    what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
+    raise ModelError(what, fix="write it into its adapter_config.json")
 
 
 def locate_tokenizer(folder: Path, source: Source) -> Source:

@@ -45,6 +45,7 @@ LOG = logging.getLogger(__name__)
 ALL_LAYERS = 1 << 30
 RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # free GPU memory reserved for generation: the larger of the two
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+GGUF_NOTE = "the base is a GGUF file, whose weights are rounded to bf16 when it is read, also for fp32"
 transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 
@@ -118,8 +119,9 @@ def load_base(
 
 def prepare_frozen(model: Any, source: Source) -> nn.Module:
     """Set the model's name, freeze it, set eval mode, and work around bugs in its class."""
-    # Depending on its version, PEFT writes one of these into adapters as the name of the base.
-    model.name_or_path = model.config._name_or_path = source.name
+    # Depending on its version, PEFT writes one of these into adapters as the name of the base, to load it again.
+    name = str(_gguf_folder(source).resolve()) if source.kind == "gguf" else source.name
+    model.name_or_path = model.config._name_or_path = name
     _fix_text_forward(model)
     keep_attention_softcap(model)
     return cast(nn.Module, model.eval().requires_grad_(False))
@@ -164,6 +166,10 @@ def weights_folder(source: Source) -> Path:
     return _dequantize_gguf(source) if source.kind == "gguf" else source.path
 
 
+def _gguf_folder(source: Source) -> Path:
+    return gguf_cache(source) / "bf16"
+
+
 def stored_dtype(source: Source) -> torch.dtype:
     """Return the smallest dtype that represents all of a source's weights exactly."""
     dtypes = {entry["dtype"] for _, header in read_headers(weights_folder(source)) for entry in header.values()}
@@ -201,7 +207,7 @@ def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype)
     """Return whether loading writes to the cache (a 16-bit copy of a GGUF file, a quantized copy)."""
     is_cached = scheme == "none" or has_all_weights(_quantized_cache(source, scheme, double, dtype))
     needs_quantized = not is_cached and prequantized(source.config()) is None
-    needs_16_bit = source.kind == "gguf" and not _is_complete(gguf_cache(source) / "bf16")
+    needs_16_bit = source.kind == "gguf" and not _is_complete(_gguf_folder(source))
     return needs_16_bit and (needs_quantized or scheme == "none"), needs_quantized
 
 
@@ -287,4 +293,4 @@ def _dequantize_gguf(source: Source) -> Path:
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return build_once(gguf_cache(source) / "bf16", _is_complete, convert)
+    return build_once(_gguf_folder(source), _is_complete, convert)

@@ -44,7 +44,7 @@ LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 # Fields of Rate that are divided by the number of processes on a CPU
 SHARED_RATES = ("flops", "bandwidth", "head_flops", "attention_flops", "thin_flops", "moved", "frozen_flops")
 FLAG_SUMS, FLAG_BYTES = 2, 4  # all-reduces of flags per step, and bytes per device
-MIN_MICRO_BATCHES = 8  # minimum number of micro-batches in a step with train.exact (training.gradients)
+MIN_MICRO_BATCHES = 8  # minimum number of micro-batches per step with train.exact; further devices are idle
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from strop.data.batching import BatchStream
 from strop.display.tables import render_html
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
+from strop.machine.rates import generation_dtype
 from strop.models.adapter_config import expand_adapter_config, read_adapter_config
 from strop.models.families.shape import (
     LinearKind,
@@ -140,7 +141,8 @@ def make_plan(
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     evaluation = EvaluationLoad.from_rows(rows, recipe.data.max_length)
     rollouts = RolloutLoad.from_recipe(recipe, prompt)
-    run_phases = predict_phases(workload, batch, evaluation, budget.usable, rollouts, dtype=target.dtype[0])
+    dtype = generation_dtype(recipe.model.dtype, target.device, target.dtype[0])
+    run_phases = predict_phases(workload, batch, evaluation, budget.usable, rollouts, dtype=dtype)
     needed = max(run_phases[name].needed_bytes for name in ("load", "draw", "train") if name in run_phases)
     fits = needed <= budget.usable
     multi_device = plan_devices(recipe, workload, rate, devices, rows)

@@ -78,6 +78,7 @@ class LoadedModels:
     module: Any  # the transformers or PEFT model
     models: dict[str, ServedModel]  # by id, in the order of the names
     notes: Sequence[str]  # shown at start
+    dtype: str  # of the weights that are not quantized
 
 
 def _model_id(name: str) -> str:
@@ -108,9 +109,8 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     stop_ids = generation_stop_ids(first.module.generation_config)
     base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids)
     if first.adapter is None:
-        return LoadedModels(first.module, {ids[0]: replace(base, id=ids[0])}, first.notes)
+        return LoadedModels(first.module, {ids[0]: replace(base, id=ids[0])}, first.notes, first.dtype)
     models = {ids[0]: replace(base, id=ids[0], adapter="default", system=first.default_system)}
-    notes = []
     for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
@@ -119,13 +119,11 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
-        if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
-            notes.append(f"{name}: was trained on another quantization of the base than {names[0]}, which is used here")
         renderer = make_renderer(tokenizer, identity)
         adapter, system = first.others[name], identity.get("system")
         models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids)
     models[BASE] = base
-    return LoadedModels(first.module, models, [*first.notes, *notes])
+    return LoadedModels(first.module, models, first.notes, first.dtype)
 
 
 class Grammars:

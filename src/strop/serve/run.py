@@ -58,7 +58,7 @@ def serve(
     app = create_app(state, AccessRules(address.hosts, address.key, max_body_bytes, OPEN_PATHS), metrics)
     info = {
         "url": address.url, "models": list(loaded.models), "slots": slots, "context": context,
-        "key": address.key is not None, "pid": os.getpid(), "notes": notes,
+        "dtype": loaded.dtype, "key": address.key is not None, "pid": os.getpid(), "notes": notes,
     }  # fmt: skip
     server = Server(app, lambda: on_ready(info), shutdown_timeout=SHUTDOWN_SECONDS)
     server.run(sockets=[address.socket])

@@ -33,7 +33,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
 from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
-from strop.engine.device import pick_device, pick_dtype
+from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
 from strop.models.adapter_config import read_adapter_config
@@ -44,6 +44,7 @@ from strop.models.adapters import (
     check_adapter_weights,
     locate_base,
     locate_tokenizer,
+    read_identity,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
@@ -114,7 +115,10 @@ def serve_vllm(
     config = read_config(weights)
     context = context or min(int(config.get("max_position_embeddings", DEFAULT_MAX_CONTEXT)), DEFAULT_MAX_CONTEXT)
     vllm = query_vllm(program, config["architectures"][0], lora=folders[0] is not None)
-    dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
+    notes: list[str] = []
+    if dtype == "auto":
+        trained = None if folders[0] is None else read_identity(folders[0]).get("dtype")
+        dtype, notes = pick_generation_dtype(pick_device(device), trained)
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
     texts = {model: _select_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
     references = {model: _compute_references(name, texts[model]) for model, name in zip(ids, names, strict=True)}
@@ -151,7 +155,7 @@ def serve_vllm(
             on_ready({
                 "url": address.url, "models": models, "engine": f"vllm {vllm['version']}", "start_s": start_s,
                 "parity": [{**asdict(result), "passed": result.passed} for result in results],
-                "key": address.key is not None, "pid": os.getpid(), "notes": [],
+                "key": address.key is not None, "pid": os.getpid(), "dtype": dtype, "notes": notes,
             })  # fmt: skip
             return _wait_for_signal(process, log)
         finally:

@@ -23,7 +23,7 @@ from strop.engine.train.packing import pack, pack_separately
 from strop.errors import ModelError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import load_precision
+from strop.machine.rates import generation_dtype, load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
@@ -102,12 +102,13 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     sizes = [(len(example), example.supervised) for row in rows for example in row.examples]
     evaluation = EvaluationLoad.from_rows(sizes, job.recipe.data.max_length)
     rollouts = RolloutLoad.from_recipe(job.recipe, max(tokens for tokens, _ in sizes))
-    dtype = _find_decode_dtype(job.recipe.model.device)
+    model = job.recipe.model
+    dtype = generation_dtype(model.dtype, model.device, _find_fastest_dtype(model.device))
     return Forecast(items, batch, predict_phases(workload, batch, evaluation, usable, rollouts, dtype=dtype))
 
 
-def _find_decode_dtype(device: str) -> str:
-    """Return the dtype of decoding. On a CPU without measurements, it depends on the instruction set."""
+def _find_fastest_dtype(device: str) -> str:
+    """Return the fastest dtype of the device. On a CPU without measurements, it depends on the instruction set."""
     if device != "cpu":
         return pick_dtype(device)[0]
     measured_dtype = load_precision(probe(), torch.get_num_threads())

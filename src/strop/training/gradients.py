@@ -24,12 +24,12 @@ from strop.data.types import Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
 from strop.errors import MemoryLimitError, first_line
 from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
+from strop.planning.multi_device import MIN_MICRO_BATCHES
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Metrics
 from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
-MIN_MICRO_BATCHES = 8  # minimum number of micro-batches per step with train.exact; further devices are idle
 
 
 @dataclass(frozen=True)

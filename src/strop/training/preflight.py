@@ -44,7 +44,7 @@ from strop.models.introspect import (
     shape_from_model,
     text_path,
 )
-from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
+from strop.models.load import DTYPES, GGUF_NOTE, copies_needed, load_config, load_without_weights
 from strop.models.lora import check_lora, check_score_head, count_trainable
 from strop.models.source import Source, check_readable, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
@@ -365,6 +365,9 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
         else:
             use = f"on, at {loss:g}, as in its config" if loss else "off, as in its config (output_router_logits)"
         yield f"load-balancing loss: {use}"
+    dtype = setup.resolved.choices["model.dtype"]
+    if setup.source.kind == "gguf" and dtype.value == "fp32" and dtype.origin != "plan":
+        yield GGUF_NOTE
     bare = load_without_weights(setup.source)
     if setup.source.kind != "gguf" and text_path(bare):
         yield f"{config.model_type}: its text model is trained; image and audio encoders are frozen"

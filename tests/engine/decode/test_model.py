@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,19 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import strop
+import strop.api
+from strop.engine import device
 from strop.engine.decode.generate import generation_stop_ids
+from strop.exporting import llama_cpp
+from strop.exporting.gguf import export_gguf
+from strop.models.adapters import STROP_FILE
+from strop.models.load import DTYPES, GGUF_NOTE
+from strop.runs.events import read_events
+from strop.runs.folder import RunFolder
 from strop.serve.models import load_models
+from tests.support import gguf_models
+from tests.support.runs import run
+from tests.support.tiny import write_rows
 
 PROMPT = np.arange(7, 12, dtype=np.int32)
 
@@ -50,3 +62,74 @@ def test_generated_generation_config_adds_no_stop_tokens() -> None:
         == generation_stop_ids(GenerationConfig(eos_token_id=1, _from_model_config=True))
         == ()
     )
+
+
+def trained_in(folder: Path, dtype: str, copy: Path) -> Path:
+    """Return a copy of an adapter whose record says that it was trained in `dtype`."""
+    shutil.copytree(folder, copy)
+    record = copy / STROP_FILE
+    record.write_text(json.dumps({**json.loads(record.read_text(encoding="utf-8")), "dtype": dtype}), encoding="utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("trained", "fastest", "loaded"),
+    [("fp32", "bf16", "fp32"), ("bf16", "bf16", "bf16"), ("bf16", "fp32", "fp32"), ("fp16", "bf16", "fp32")],
+)
+def test_run_is_loaded_in_the_dtype_of_training_or_a_note_says_otherwise(
+    trained: str, fastest: str, loaded: str, adapter_folders: list[Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "pick_dtype", lambda device: (fastest, "measured"))
+    folder = trained_in(adapter_folders[0], trained, tmp_path / "run")
+    model = strop.load(folder)
+    assert (model.dtype, next(model.module.parameters()).dtype) == (loaded, DTYPES[loaded])
+    note = f"trained in {trained}, loaded in {loaded} (measured): --dtype {trained} loads it as trained"
+    assert model.notes == ([] if trained == loaded else [note])
+    explicit = strop.load(folder, dtype="bf16")
+    assert explicit.dtype == "bf16" and explicit.notes == []
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    words = ["--data", rows, "--max-new-tokens", "2", "--json"]
+    for option, expected in (([], loaded), (["--dtype", "bf16"], "bf16")):
+        code, out, err = run("eval", folder, *words, *option, capsys=capsys)
+        assert code == 0 and json.loads(out)["dtype"] == expected, err
+        assert ("trained in" in err) == (expected != trained and not option)
+
+
+def test_chat_has_a_dtype_and_knows_which(
+    adapter_folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    loaded = []
+    load = strop.load
+    monkeypatch.setattr(strop.api, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[0])
+    code, _, err = run("chat", adapter_folders[0], "--dtype", "fp32", "--max-new-tokens", "2", capsys=capsys)
+    assert code == 0 and loaded[0].dtype == "fp32", err
+    code, _, err = run("chat", adapter_folders[0], "--dtype", "fp8", capsys=capsys)
+    assert code == 2 and "--dtype fp8: no such type" in err
+
+
+def test_adapters_of_different_dtypes_on_one_base_are_noted(adapter_folders: list[Path], tmp_path: Path) -> None:
+    first, second = (
+        trained_in(folder, dtype, tmp_path / dtype)
+        for folder, dtype in zip(adapter_folders, ("fp32", "bf16"), strict=True)
+    )
+    served = load_models([str(first), str(second)], device="cpu", dtype="auto", quantization="auto", force=False)
+    assert served.dtype == "fp32"
+    assert served.notes == [f"{second}: was trained on another dtype of the base than {first}, which is used here"]
+
+
+def test_rounding_of_a_gguf_base_is_noted_where_fp32_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 8))
+    adapter = gguf_models.adapt(gguf_models.save("llama", tmp_path / "base"), tmp_path / "tuned")
+    export_gguf(str(adapter), tmp_path / "m.gguf", kind="f32", data=rows)
+    model = strop.load(tmp_path / "m.gguf", dtype="fp32")
+    assert model.notes == [GGUF_NOTE]
+    weight = model.module.get_input_embeddings().weight
+    assert torch.equal(weight, weight.bfloat16().float())
+    assert strop.load(tmp_path / "m.gguf", dtype="bf16").notes == []
+    small = {"train.max_steps": 1, "lora.r": 2, "model.dtype": "fp32", "out": tmp_path / "r"}
+    trained = strop.train(model=tmp_path / "m.gguf", data=rows, **small)
+    notes = [event.get("text") for event in read_events(RunFolder(Path(trained)).events) if event["event"] == "note"]
+    assert GGUF_NOTE in notes and GGUF_NOTE not in strop.load(trained).notes

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 
 import strop
 from strop.errors import FolderError, ModelError
 from strop.exporting import llama_cpp
+from strop.exporting.adapters import read_info
 from strop.exporting.gguf import export_gguf
+from strop.exporting.hub import _read_adapter
 from strop.exporting.merge import merge
+from strop.models.adapters import STROP_FILE
 from strop.models.load import copies_needed, load_base
 from strop.models.source import locate
 from tests.support import gguf_models
@@ -146,3 +152,43 @@ def test_full_cache_disk_is_refused_before_training(
         strop.train(**options, out=tmp_path / "q", **{"model.quantization": "nf4"})
     assert "STROP_CACHE" in raised.value.fix and not (tmp_path / "q").exists()
     strop.train(**options, out=tmp_path / "whole")
+
+
+def test_peft_loads_the_adapter_of_a_run_on_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 8))
+    file = tmp_path / "m.gguf"
+    export_gguf(str(gguf_models.adapt(gguf_models.save("llama", tmp_path / "base"), tmp_path / "t")), file, data=rows)
+    small = {"train.max_steps": 2, "train.learning_rate": 1e-2, "lora.r": 2, "model.dtype": "fp32"}
+    run = Path(strop.train(model=file, data=rows, out=tmp_path / "r", **small))
+    adapter = run / "adapter"
+    model = strop.load(run)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        tuned = model.module(ids).logits
+        # peft adds a row for the token that transformers adds to this tokenizer
+        plain = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)(ids).logits[
+            ..., : tuned.shape[-1]
+        ]
+        assert torch.allclose(plain, tuned, atol=1e-5)
+        with model.base():
+            assert not torch.allclose(plain, model.module(ids).logits, atol=1e-3)
+    config, record = adapter / "adapter_config.json", adapter / STROP_FILE
+    folder, name = json.loads(config.read_text())["base_model_name_or_path"], str(locate(str(file)).name)
+    assert Path(folder).is_dir()
+    assert read_info(str(run))["base"] == name
+    monkeypatch.setattr("strop.exporting.hub._check_sizes", lambda *_: None)
+    pushed = _read_adapter(adapter, "me/base")[0].values()
+    assert not [content for content in pushed if isinstance(content, bytes) and str(tmp_path).encode() in content]
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "another-machine"))  # strop does not need the folder
+    assert merge(str(run), tmp_path / "merged", dtype="fp32").parity is not None
+    # adapters of earlier versions name the GGUF file in PEFT's config
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+    stored = json.loads(record.read_text())
+    record.write_text(json.dumps({**stored, "base": {"name": name, "fingerprint": stored["base"]["fingerprint"]}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(strop.load(run).module(ids).logits, model.module(ids).logits)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(moved)}))
+    assert read_info(str(run))["base"] == str(moved)  # a name that the user writes counts

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Devices, Force, Json, ModelName, Quantization, console_for, is_main_process
+from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
 from strop.display.tables import console, print_json, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
@@ -46,6 +46,7 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Model of the judge's server.")] = None,
     quantization: Quantization = "auto",
+    dtype: Dtype = "auto",
     force: Force = False,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
@@ -63,8 +64,8 @@ def evaluate(
         result = api.evaluate(
             names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
             regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
-            task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, force=force,
-            progress=advance, **(options or {}),
+            task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, dtype=dtype,
+            force=force, progress=advance, **(options or {}),
         )  # fmt: skip
     if not is_main:
         return
@@ -103,6 +104,7 @@ def chat(
         typer.Option(help="Another run or adapter of the same base, to switch to with /adapter; may be repeated."),
     ] = None,
     quantization: Quantization = "auto",
+    dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe with one line per turn."""
@@ -113,7 +115,7 @@ def chat(
     chat_in_terminal(
         name, system=system, base=base, max_new_tokens=max_new_tokens,
         sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}, adapters=adapter or (),
-        quantization=quantization, force=force,
+        quantization=quantization, dtype=dtype, force=force,
     )  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Maximum request size in MiB.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp32 or fp16.")] = "auto",
+    dtype: Dtype = "auto",
     engine: Annotated[
         str, typer.Option(help="strop, or vllm (its outputs are compared with the tuned model first).")
     ] = "strop",

@@ -15,7 +15,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
-from strop.engine.device import pick_device, pick_dtype, prepare_process
+from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
 from strop.models.adapters import (
@@ -29,7 +29,7 @@ from strop.models.adapters import (
     read_identity,
 )
 from strop.models.introspect import max_positions
-from strop.models.load import DTYPES, check_device_and_dtype, load_base
+from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base
 from strop.models.source import SCHEMES, Source, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 
@@ -44,9 +44,10 @@ class Model:
     renderer: Renderer
     adapter: Path | None  # the adapter's folder; None without an adapter
     default_system: str | None = None  # the system prompt of the training rows, if they all had the same one
-    notes: Sequence[str] = ()  # differences that were accepted because of `force`
+    notes: Sequence[str] = ()  # differences from training, such as those accepted because of `force`
     source: Source | None = None  # of the base model
     quantization: str = "none"  # of the base model
+    dtype: str = "bf16"  # of the weights that are not quantized
     history: list[Message] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
@@ -73,13 +74,16 @@ class Model:
             raise ModelError(f"{name}: not an adapter", fix="give a run or adapter folder")
         if name in (self.name, *self.others):
             raise ModelError(f"{name}: is already loaded", fix="give each adapter once")
-        identity = read_identity(folder)
-        if read_identity(self.adapter).get("template") != identity.get("template") and not (force or own_template):
+        identity, own = read_identity(folder), read_identity(self.adapter)
+        if own.get("template") != identity.get("template") and not (force or own_template):
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         peft_name = f"adapter{len(self.others) + 1}"
         with self._lock, isolated_torch_state():
             notes = attach_another_adapter(self.module, folder, self.source, peft_name, force=force)
+        for what in ("quantization", "dtype"):
+            if own.get(what) and identity.get(what) not in (None, own[what]):
+                notes.append(f"{name}: was trained on another {what} of the base than {self.name}, which is used here")
         self.notes = [*self.notes, *notes]
         self.others[name] = peft_name
         self._settings.setdefault(self.name, (self.renderer, self.default_system))
@@ -192,7 +196,9 @@ def load(
     Args:
         name: a run, adapter or model folder, a .gguf file, a Hub id, or the word `demo` for the demo model.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA, and on a CPU the dtype that was measured to be faster.
+        dtype: auto, bf16, fp32 or fp16. auto: that of training (or fp32, with a note, where the device is not made for
+            it); without an adapter, bf16 on CUDA, and on a CPU the dtype that was measured to be faster. The weights
+            of a .gguf file are always rounded to bf16 first.
         quantization: auto, none, nf4, fp4 or int8. auto: the scheme with which the adapter was trained, or that of the
             weights on disk. In this case, as many layers as fit into the GPU's memory are dequantized when loaded.
         force: accept an adapter that was trained on another base model, if it fits. The differences are in `notes`.
@@ -210,20 +216,25 @@ def load(
     source = locate(name) if folder is None else locate_base(folder)
     prepare_process()
     torch_device = pick_device(device)
-    torch_dtype = DTYPES[pick_dtype(torch_device)[0] if dtype == "auto" else dtype]
     renderer = _make_renderer(folder, source)
     identity = read_identity(folder) if folder is not None else {}
+    notes = [GGUF_NOTE] if source.kind == "gguf" and dtype == "fp32" != identity.get("dtype") else []
+    if dtype == "auto":
+        dtype, notes = pick_generation_dtype(torch_device, identity.get("dtype"))
     scheme = quantization
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
     base = load_base(
-        source, torch_dtype, torch_device, quantization=scheme,
+        source, DTYPES[dtype], torch_device, quantization=scheme,
         double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
-        return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
-    module, notes = attach_adapter(base, folder, source, force=force, is_reward_model=scores)
+        return Model(
+            name, base, renderer.tokenizer, renderer, None, notes=notes, source=source, quantization=scheme, dtype=dtype
+        )
+    module, mismatches = attach_adapter(base, folder, source, force=force, is_reward_model=scores)
     return Model(
-        name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), notes, source, scheme
-    )
+        name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],
+        source, scheme, dtype,
+    )  # fmt: skip
