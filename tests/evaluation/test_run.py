@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import strop
+from strop import testing
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
@@ -92,6 +93,51 @@ def test_loss_from_generation_equals_the_training_step(
     result = strop.evaluate(runs[1], str(data))
     assert result["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
     assert result["base"]["loss"] > result["tuned"]["loss"] + 1
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of run/, which has learned rows.jsonl: four rows whose answers have 95 tokens."""
+    folder = tmp_path_factory.mktemp("alphabet")
+    answer = "".join(map(chr, range(33, 127)))
+    data = rows(folder / "rows.jsonl", [(f"say {n}", answer) for n in range(4)])
+    testing.tiny_run(folder, data=data, **{"train.max_steps": 60, "train.learning_rate": 0.03, "lora.r": 16})
+    return folder
+
+
+def test_answers_may_be_longer_than_the_longest_reference(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("eval", alphabet / "run", "--data", alphabet / "rows.jsonl", "--json", capsys=capsys)
+    result = json.loads(out)
+    assert code == 0 and result["tuned"]["exact"] == 1 and "reference answers are longer" not in err
+    assert result["answers"] == {"max_tokens": 119, "references_cut": 0, "base_cut": 4, "tuned_cut": 0}
+    assert "4 of 4 base answers were cut at 119 tokens" in " ".join(err.split())
+
+
+def test_references_longer_than_the_limit_are_reported(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", alphabet / "rows.jsonl", "--max-new-tokens", "80", "--json"]
+    cut = "4 of 4 reference answers are longer than the limit of 80 tokens"
+    code, out, err = run("eval", alphabet / "run", *words, "--regression-data", words[1], capsys=capsys)
+    assert code == 0 and json.loads(out)["tuned"]["exact"] == 0
+    text = " ".join(err.split())
+    assert f"no test of what it learned, because {cut}" in text and f"regression rows: {cut}" in text
+    assert f"- {cut}" in (alphabet / "run" / "adapter" / "README.md").read_text()
+    assert cut in (alphabet / "run" / "report.html").read_text()
+    metric = [*words[:-1], "--metric", "regex", "--json"]
+    data = rows(alphabet / "patterns.jsonl", [("say 0", "(?:" + "|".join("abcdefghi" * 10) + ")")])
+    code, out, _ = run("eval", alphabet / "run", "--data", data, *metric[2:], capsys=capsys)
+    assert json.loads(out)["answers"]["references_cut"] == 0  # the length of a pattern is not that of an answer
+
+
+def test_model_reports_cut_answers(alphabet: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    model = strop.load(alphabet / "run")
+    model.chat("say 0")
+    assert not caplog.messages
+    model.chat("say 0", max_new_tokens=20)
+    model.generate(["say 0", "say 1"], max_new_tokens=30)
+    assert caplog.messages == [
+        f"{number} cut at {tokens} tokens; max_new_tokens sets the limit"
+        for number, tokens in (("the answer was", 20), ("2 of 2 answers were", 30))
+    ]
 
 
 def test_rows_without_a_right_answer_are_left_out_and_listed(

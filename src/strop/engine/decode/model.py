@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, check_device_and_dtype, load_base
 from strop.models.source import SCHEMES, Source, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,7 +125,9 @@ class Model:
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
         ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
-        return [answer.text for answer in self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)]
+        return [
+            answer.text for answer in _report_cut(self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling))
+        ]
 
     def chat(
         self,
@@ -156,13 +161,22 @@ class Model:
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
         max_new_tokens = min(max_new_tokens, max_length - len(prompt))
         sampling = sampling or self.sampling
-        answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
+        options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
+        [answer] = _report_cut(self.answer([prompt], **options))
         self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
 
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
+
+
+def _report_cut(answers: list[Completion]) -> list[Completion]:
+    """Log a warning if answers were cut at the limit of their length."""
+    if cut := [answer.tokens for answer in answers if not answer.stopped]:
+        number = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
+        LOG.warning("%s cut at %d tokens; max_new_tokens sets the limit", number, max(cut))
+    return answers
 
 
 def load_renderer(name: str) -> Renderer:
