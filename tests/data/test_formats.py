@@ -341,6 +341,19 @@ def test_every_suggested_option_reads_the_right_columns(
             assert f"the {extra}" in asked
 
 
+def test_question_of_an_instruction_is_its_input() -> None:
+    value = {"instruction": "Translate.", "output": "b", "question": "c"}
+    assert "--data.columns instruction=instruction,input=question,output=output" in refusal(value)
+    columns = {"instruction": "instruction", "input": "question", "output": "output"}
+    assert convert_one(value, columns=columns).messages[0].content == "Translate.\n\nc"
+    assert detect_format({"instruction": "a", "output": "b", "text": "the whole prompt of alpaca"}) == "alpaca"
+
+
+def test_names_of_two_prompts_are_no_prompt_and_answer() -> None:
+    message = refusal({"context": "c", "question": "q", "answers": {"text": ["a"]}})
+    assert "prompt=A,completion=B with the names of your columns" in message and "completion=question" not in message
+
+
 def test_row_numbers_of_pandas_are_ignored(tmp_path: Path) -> None:
     for name in ("", "Unnamed: 0", "__index_level_0__"):
         value = {name: "7", "prompt": "hi", "completion": "yo"}
@@ -360,7 +373,7 @@ def test_header_is_suggested_for_the_numbers_that_were_given(tmp_path: Path) -> 
         list(read_rows(str(file), columns={"prompt": "2", "completion": "1"}, errors=[]))
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
 def test_system_column_is_the_system_message(column: str) -> None:
     rows = [
         {"instruction": "hi", "output": "yo"}, {"prompt": "hi", "completion": "yo"}, {"question": "hi", "answer": "yo"},
@@ -381,11 +394,13 @@ def test_system_column_is_the_system_message(column: str) -> None:
         {"text": "a", "summary": "b"},
         {"question": "a", "answer": "b", "context": "c"},
         {"question": "a", "answer": "b", "choices": ["c"]},
+        {"text": "a", "label": 1},
+        {"instruction": "a", "output": "b", "question": "c"},
     ],
 )
 def test_columns_with_content_make_the_format_unclear(value: dict[str, Any]) -> None:
     assert detect_format(value) is None
-    option = "text" if "text" in value else "question-answer" if "question" in value else "prompt-completion"
+    option = "text" if "text" in value else "alpaca" if "instruction" in value else "question-answer"
     assert f"--data.format {option} (without {list(value)[-1]})" in refusal(value)
     converted, _, reader = convert(value, format=option)
     assert (len(converted), reader.unused[list(value)[-1]]) == (1, 1)

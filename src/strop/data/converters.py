@@ -28,7 +28,7 @@ METADATA = frozenset((
     "id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name", "date",
     "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author", "version",
 ))  # fmt: skip
-SYSTEM = ("system", "system_prompt")  # columns with the text of the system message
+SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
 

@@ -138,6 +138,11 @@ PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 # Columns that are metadata next to a prompt and an answer. Next to `text` they may be the answer, as in banking77.
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
 
+_QUESTIONS = frozenset(
+    {"question", "query", "problem", "passage", "document", "article"}
+)  # not read next to instruction
+_CLASSES = frozenset({"label", "labels", "class", "target"})  # a number in them is the answer to `text`
+
 
 def detect_format(value: RowValue) -> str | None:
     """Return the name of the format that a row has, or None. A null column counts as absent."""
@@ -145,7 +150,8 @@ def detect_format(value: RowValue) -> str | None:
         keys = entry.matching_keys(_present_columns(value))
         if keys is None or (entry.matches is not None and not entry.matches(value, keys)):
             continue
-        if not (entry.exact and _unread_columns(value, entry)):
+        unread = _unread_columns(value, entry)
+        if not (unread if entry.exact else entry.name == "alpaca" and _QUESTIONS.intersection(unread)):
             return entry.name
     return None
 
@@ -160,6 +166,8 @@ def _unread_columns(value: RowValue, entry: Format) -> list[str]:
     used |= _TOPICS if entry.name != "text" else set()
     columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
     columns = [key for key in columns if not is_row_number(key, value[key])]
+    if entry.name == "text":
+        columns += [key for key, item in value.items() if type(item) in (int, float) and key.lower() in _CLASSES]
     return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 

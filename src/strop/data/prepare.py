@@ -46,7 +46,7 @@ from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, 
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
-STORE_VERSION = 8  # increment it when prepared data changes for the same input
+STORE_VERSION = 9  # increment it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence

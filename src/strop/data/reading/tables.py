@@ -130,7 +130,8 @@ def suggest_mapping(columns: Sequence[str]) -> str | None:
 
 def describe_mapping(columns: Sequence[str]) -> str:
     """Return a fix for columns whose names do not show which of them is the answer."""
-    if len(columns) == 2 and not any(set(column) & set(",=") for column in columns):
+    is_known = any(column.lower() in (*_PROMPT_NAMES, *_CONTEXT_NAMES, *sum(_ANSWER_NAMES, ())) for column in columns)
+    if len(columns) == 2 and not is_known and not any(set(column) & set(",=") for column in columns):
         prompt, answer = columns
         mapping = shlex.quote(f"prompt={prompt},completion={answer}")
         return f"--data.columns {mapping} (if {answer} is the answer to {prompt})"
