@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import strop
 from strop import testing
@@ -138,6 +140,42 @@ def test_model_reports_cut_answers(alphabet: Path, capsys: pytest.CaptureFixture
         f"{number} cut at {tokens} tokens; max_new_tokens sets the limit"
         for number, tokens in (("the answer was", 20), ("2 of 2 answers were", 30))
     ]
+
+
+def test_repeated_rows_are_noted(alphabet: Path) -> None:
+    data = rows(alphabet / "repeated.jsonl", [("say 0", "no"), ("say 1", "no"), ("say 0", "no")])
+    notes = strop.evaluate(alphabet / "model", data, max_new_tokens=2)["notes"]
+    assert "1 of 3 rows repeat an earlier one: the intervals are too narrow, as they assume different rows" in notes
+    notes = strop.evaluate(alphabet / "run", rows(data, COLOURS[:2]), max_new_tokens=2)["notes"]
+    assert "no difference is claimed on fewer than 3 rows" in notes and not any("repeat" in note for note in notes)
+
+
+def test_learned_positions_limit_each_row(tmp_path: Path) -> None:
+    folder = testing.tiny_model(tmp_path / "model")
+    size = len(AutoTokenizer.from_pretrained(folder))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    data = rows(tmp_path / "rows.jsonl", [("x" * 60, "yes"), ("hi", "no")])
+    result = strop.evaluate(folder, data)
+    model = strop.load(folder)
+    prompts = [model.renderer.prompt([Message("user", text)]) for text in ("x" * 60, "hi")]
+    tokens = [answer.tokens for answer in model.answer(prompts, max_new_tokens=80)]
+    assert tokens == [128 - len(prompts[0]), 80] and result["base"]["tokens_per_answer"] == sum(tokens) / 2
+    result = strop.evaluate(folder, rows(data, [("hi", "y" * 90)]), max_new_tokens=80)
+    assert result["answers"]["references_cut"] == 1
+    with pytest.raises(DataError, match="1 rows have more tokens than the 128 positions"):
+        strop.evaluate(folder, rows(data, [("hi", "no"), ("x" * 60, "y" * 60)]))
+
+
+def test_chat_reports_a_cut_answer(
+    alphabet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit, is_cut in (("20", True), ("120", False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("say 0\n"))
+        code, out, err = run("chat", alphabet / "run", "--max-new-tokens", limit, capsys=capsys)
+        assert code == 0 and out.startswith('!"#$%') and ("cut at its maximum length" in err) == is_cut
 
 
 def test_rows_without_a_right_answer_are_left_out_and_listed(
@@ -273,6 +311,11 @@ def test_interrupted_run_is_not_ranked(
     assert code == 130, err
     result = json.loads(out)
     assert result["runs"][0]["rows"] == 12 > result["runs"][1]["rows"] > 0
+    second = result["runs"][1]
+    alone = strop.evaluate(runs[1], str(rows(tmp_path / "first.jsonl", COLOURS[: second["rows"]])), max_new_tokens=2)
+    for name in ("exact", "loss"):  # of the answered rows, as those of the tuned model
+        assert second["base"][name] == pytest.approx(alone["base"][name], rel=1e-3)
+        assert second["tuned"][name] == pytest.approx(alone["tuned"][name], rel=1e-3)
     assert [line["run"] for line in result["leaderboard"]] == [str(runs[0])]
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,9 +26,9 @@ from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
-from strop.errors import Location
+from strop.errors import DataError, Location
 from strop.evaluation.metrics import choice_options, compare_hits, find_metric, score
-from strop.models.introspect import max_positions
+from strop.models.introspect import learned_positions, max_positions
 
 LOG = logging.getLogger(__name__)
 
@@ -104,24 +104,29 @@ def compare(
     names = ([] if base else ["base"]) + (["tuned"] if model.adapter else [])  # sides to generate answers for
     generates = names and metric != "choice"
     prompts = [render_prompt(model.renderer, question.conversation) for question in questions]
-    rendered = (model.renderer.render(question.conversation) for question in questions)
+    rendered = [model.renderer.render(question.conversation) for question in questions]
+    check_positions(model, (example for examples in rendered for example in examples))
     expected = list(map(_expected_completion, prompts, rendered))
     lengths = list(map(partial(_count_reference_tokens, model), questions, expected))
     limit = max_new_tokens or max(MIN_ANSWER_TOKENS, math.ceil(ANSWER_MARGIN * max(lengths)))
-    generated = {}
+    generated: dict[str, tuple[list[Completion], float]] = {}
+    base_texts: list[str] | None = None
     if generates:
         generated = _generate_all(model, prompts, expected, names, limit, advance, devices)
     if generated and len(generated[names[0]][0]) < rows:  # after Ctrl-C
         questions = questions[: len(generated[names[0]][0])]
-        base = base and Side(base.scores, base.hits[: len(questions)], base.texts[: len(questions)])
+        base_texts = None if base is None else base.texts[: len(questions)]
+        base = None  # its scores are those of all rows
 
     def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        answers, tokens_per_s = generated[side] if generated else ([], 0.0)
+        answers, tokens_per_s = generated.get(side, ([], 0.0))
         loss = _compute_loss(model, questions, answers, devices)
         extra_scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if metric == "choice":
             texts = _choose_all(model, questions, side, advance, devices)
+        elif side == "base" and base_texts is not None:
+            texts = base_texts
         else:
             texts = [answer.text for answer in answers]
             extra_scores |= {
@@ -146,7 +151,11 @@ def compare(
         cut = sum(length > limit for length, limit in zip(lengths, limits, strict=False))
         result["answers"] = {
             "max_tokens": limit, "references_cut": 0 if metric == "regex" else cut,  # a pattern is no answer
-            **{f"{name}_cut": round((1 - side.scores["stop_rate"]) * len(questions)) for name, side in sides.items()},
+            **{
+                f"{name}_cut": round((1 - side.scores["stop_rate"]) * len(questions))
+                for name, side in sides.items()
+                if "stop_rate" in side.scores
+            },
         }  # fmt: skip
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
@@ -160,6 +169,19 @@ def compare(
         for row, question in enumerate(questions)
     ]
     return result
+
+
+def check_positions(model: Model, examples: Iterable[Example]) -> None:
+    """Raise DataError for rows with more tokens than the model has learned positions."""
+    positions = learned_positions(model.module) or sys.maxsize
+    where = [
+        Location(example.file, example.line, f"{len(example)} tokens")
+        for example in examples
+        if len(example) > positions
+    ]
+    if where:
+        what = f"{len(where)} rows have more tokens than the {positions} positions that the model has learned"
+        raise DataError(what, fix="shorten or remove them", where=where)
 
 
 def remove_reasoning(renderer: Renderer, questions: Sequence[Question], texts: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Location
-from strop.evaluation.compare import Progress
+from strop.evaluation.compare import Progress, check_positions
 from strop.evaluation.metrics import compare_hits, mean_interval, wilson_interval
 from strop.models.adapters import is_reward_adapter
 from strop.models.lora import find_score_head
@@ -50,6 +50,7 @@ def compare_preferences(
             pairs.append((rendered[0], rendered[1]))
     if invalid:
         raise DataError(f"{len(invalid)} pairs cannot be compared", fix="fix or remove them", where=invalid)
+    check_positions(model, (example for pair in pairs for example in pair))
     if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}

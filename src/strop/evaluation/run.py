@@ -156,7 +156,7 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     model = _load(name, request, is_reward_model=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
-    _add_row_notes(result, train_rows)
+    _add_row_notes(result, request.rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -176,7 +176,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
     bases[base_key] = read_side(compared, "base")
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes, *describe_cut(compared)]}
-    _add_row_notes(result, train_rows)
+    _add_row_notes(result, rows, train_rows)
     should_store = devices.is_main and is_run(Path(name))
     interrupted = "interrupted" in compared
     if not interrupted:
@@ -382,8 +382,12 @@ def _hash_row(row: Conversation, data_kind: DataKind) -> int:
     return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
-def _add_row_notes(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
-    """Add the number of evaluated rows that are also training rows, and notes if there are any or too few rows."""
+def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:
+    """Add the number of evaluated rows that are also training rows, and notes about them, repeated and too few rows."""
+    evaluated = rows[: result["rows"]]
+    if repeated := len(evaluated) - len({digest(dump_conversation(row)) for row in evaluated}):
+        what = f"{repeated} of {result['rows']} rows repeat an earlier one"
+        result["notes"].append(f"{what}: the intervals are too narrow, as they assume different rows")
     if "difference" in result and result["rows"] < MIN_CLAIM_ROWS:
         result["notes"].append(f"no difference is claimed on fewer than {MIN_CLAIM_ROWS} rows")
     result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])

@@ -51,6 +51,7 @@ class Model:
     source: Source | None = None  # of the base model
     quantization: str = "none"  # of the base model
     history: list[Message] = field(default_factory=list)
+    was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
@@ -125,9 +126,8 @@ class Model:
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
         ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
-        return [
-            answer.text for answer in _report_cut(self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling))
-        ]
+        answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [answer.text for answer in self._check_length(answers)]
 
     def chat(
         self,
@@ -162,21 +162,22 @@ class Model:
         max_new_tokens = min(max_new_tokens, max_length - len(prompt))
         sampling = sampling or self.sampling
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
-        [answer] = _report_cut(self.answer([prompt], **options))
+        [answer] = self._check_length(self.answer([prompt], **options), log=on_text is None)
         self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
+
+    def _check_length(self, answers: list[Completion], *, log: bool = True) -> list[Completion]:
+        """Set `was_cut`, and log a warning if answers were cut at the limit of their length."""
+        cut = [answer.tokens for answer in answers if not answer.stopped]
+        self.was_cut = bool(cut)
+        if cut and log:
+            number = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
+            LOG.warning("%s cut at %d tokens; max_new_tokens sets the limit", number, max(cut))
+        return answers
 
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
-
-
-def _report_cut(answers: list[Completion]) -> list[Completion]:
-    """Log a warning if answers were cut at the limit of their length."""
-    if cut := [answer.tokens for answer in answers if not answer.stopped]:
-        number = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
-        LOG.warning("%s cut at %d tokens; max_new_tokens sets the limit", number, max(cut))
-    return answers
 
 
 def load_renderer(name: str) -> Renderer:
