@@ -142,6 +142,7 @@ _QUESTIONS = frozenset(
     {"question", "query", "problem", "passage", "document", "article"}
 )  # not read next to instruction
 _CLASSES = frozenset({"label", "labels", "class", "target"})  # a number in them is the answer to `text`
+NEWLY_READ = frozenset(SYSTEM[1:]) | _QUESTIONS | _CLASSES  # columns that version 0.1 left out
 
 
 def detect_format(value: RowValue) -> str | None:

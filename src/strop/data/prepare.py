@@ -46,7 +46,7 @@ from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, 
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
-STORE_VERSION = 9  # increment it when prepared data changes for the same input
+STORE_VERSION = 8  # increment it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
@@ -267,7 +267,11 @@ def _build_store(
     """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
     name = _cache_key(spec, data, renderer, data_kind) if use_cache else f"rows-{len(list(folder.iterdir()))}"
     if use_cache and (store := load_store(folder / name)):
-        return store
+        if data.format != "auto" or data.columns or not store.facts["unused"].keys() & formats.NEWLY_READ:
+            return store
+        name += "-1"  # stores of version 0.1 lack the text of these columns
+        if store := load_store(folder / name):
+            return store
     writer = Writer(folder / name)
     try:
         reader = _Reader(spec, data, data_kind, renderer)
