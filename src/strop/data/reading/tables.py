@@ -193,7 +193,7 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
     if len(header) > 1 and all(not cell or re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
         mapping = suggest_mapping(header)
         option = f"--data.columns {mapping}" if mapping else describe_mapping(list(filter(None, header)))
-        fix = f"{option} (line {line} is the header) or {fix}"
+        fix = f"with line {line} as the header: {option} or {fix}"
     if any(mark in cell for mark in ";\t" for cell in header):
         fix += "; if cells are not separated by commas, begin the file with a line such as sep=;"
     raise file_error(name, "unclear whether the first record is a header", fix, line)
