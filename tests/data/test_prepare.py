@@ -403,6 +403,16 @@ def test_files_of_a_killed_pass_are_removed_and_those_of_a_live_one_kept(tmp_pat
     assert len(list(cache.iterdir())) == 1 and run(path, cache=cache).hash == expected
 
 
+def test_better_answers_are_only_suggested_where_columns_can_select_them(tmp_path: Path) -> None:
+    ranking = write(tmp_path / "ranking.jsonl", [{"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]}])
+    with pytest.raises(DataError) as error:
+        run(ranking)
+    assert "--train.objective dpo" in str(error.value.fix) and "--data.columns" not in str(error.value.fix)
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "hi", "chosen": "yo", "rejected": "no"}])
+    [conversation] = run(pairs, columns={"prompt": "prompt", "completion": "chosen"}).train_conversations
+    assert [turn.content for turn in conversation.messages] == ["hi", "yo"]
+
+
 def test_preference_pairs_are_refused_for_sft_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preference") as caught:
         run(write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))
