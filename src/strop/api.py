@@ -241,7 +241,7 @@ def evaluate(
     data: PathLike | Sequence[PathLike],
     *,
     metric: str = "exact",
-    max_new_tokens: int = 80,
+    max_new_tokens: int | None = None,
     general: bool = False,
     regression_data: PathLike | Sequence[PathLike] = (),
     regression_metric: str | None = None,
@@ -261,7 +261,8 @@ def evaluate(
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, or a list of files.
         metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
-        max_new_tokens: maximum length of an answer in tokens.
+        max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
+            least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
         regression_data: further data files on which the model should not get worse.
         regression_metric: metric for `regression_data`. Default: `metric`.
@@ -361,7 +362,8 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     resolved = resolve(_as_path(recipe), values).recipe
     tokenizer = load_tokenizer(locate(resolved.model.name, resolved.model.revision))
     data_kind = data_kind_of(resolved.train)
-    prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind)
+    new_tokens = resolved.lora.new_tokens
+    prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 

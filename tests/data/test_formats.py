@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from strop.data.converters import ROLES
 from strop.data.formats import FORMATS, ConversationReader, detect_format, tables
 from strop.data.reading import files
+from strop.data.reading.sources import read_rows
 from strop.data.row_errors import FORMAT_REASONS, READING_REASONS, REASONS, RENDERING_REASONS, RowError
 from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
@@ -292,6 +295,98 @@ def test_file_without_a_format_is_refused_once_with_the_option() -> None:
     assert "messages" in refusal({"n": 1})
 
 
+NAMED = ("question", "answer"), ("query", "reply"), ("Prompt", "Target"), ("text", "label"), ("frage", "antwort")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("extra", ["", "context", "input", "explanation", "index", "choices and explanation"])
+@pytest.mark.parametrize(("prompt", "answer"), NAMED)
+def test_every_suggested_option_reads_the_right_columns(
+    prompt: str, answer: str, extra: str, suffix: str, tmp_path: Path
+) -> None:
+    """Each option in the error is applied to the file that caused it."""
+    others = {"": [], "index": [""]}.get(extra, extra.split(" and "))
+    names = [*others, answer, prompt] if extra == "explanation" else [*others, prompt, answer]
+    value = {name: "0" if name == "" else f"the {name}" for name in names}
+    file = tmp_path / f"rows.{suffix}"
+    separator = "\t" if suffix == "tsv" else ","
+    lines = [separator.join(names), separator.join(value.values())] if suffix != "jsonl" else [json.dumps(value)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def read(**options: Any) -> list[Conversation]:
+        errors: list[RowError] = []
+        columns = options.get("columns")
+        found = list(ConversationReader(read_rows(str(file), columns=columns, errors=errors), errors=errors, **options))
+        assert not errors, errors
+        return found
+
+    try:
+        suggested = [{}] if read() else []
+    except DataError as error:
+        texts = re.findall(r"--data\.(columns|format) ('[^']*'|\S+)( \(if| \(no header)?", str(error.fix))
+        suggested = [
+            {"columns": dict(pair.split("=") for pair in shlex.split(text)[0].split(","))} if kind == "columns"
+            else {"format": text}
+            for kind, text, condition in texts
+            if not condition and "prompt=A" not in text and not (kind == "format" and text == "text")
+        ]  # fmt: skip
+        assert suggested or "with the names of your columns" in str(error.fix) or "frage" in prompt, error.fix
+        assert "=," not in str(error.fix), error.fix
+    for options in suggested:
+        [conversation] = read(**options)
+        [*context, last] = conversation.messages
+        asked = "\n".join(message.content for message in context)
+        assert last.content == f"the {answer}" and f"the {prompt}" in asked and f"the {answer}" not in asked, options
+        if extra in ("context", "input") and "columns" in options:
+            assert f"the {extra}" in asked
+
+
+def test_question_of_an_instruction_is_its_input() -> None:
+    value = {"instruction": "Translate.", "output": "b", "question": "c"}
+    assert "--data.columns instruction=instruction,input=question,output=output" in refusal(value)
+    columns = {"instruction": "instruction", "input": "question", "output": "output"}
+    assert convert_one(value, columns=columns).messages[0].content == "Translate.\n\nc"
+    assert detect_format({"instruction": "a", "output": "b", "text": "the whole prompt of alpaca"}) == "alpaca"
+
+
+def test_names_of_two_prompts_are_no_prompt_and_answer() -> None:
+    message = refusal({"context": "c", "question": "q", "answers": {"text": ["a"]}})
+    assert "prompt=A,completion=B with the names of your columns" in message and "completion=question" not in message
+
+
+def test_row_numbers_of_pandas_are_ignored(tmp_path: Path) -> None:
+    for name in ("", "Unnamed: 0", "__index_level_0__"):
+        value = {name: "7", "prompt": "hi", "completion": "yo"}
+        assert detect_format(value) == "prompt-completion"
+        assert detect_format({**value, name: "seven"}) is None
+    file = tmp_path / "rows.csv"
+    file.write_text(",prompt,completion\n0,hi,yo\n1,hi,yo\n")
+    errors: list[RowError] = []
+    first, second = ConversationReader(read_rows(str(file), errors=errors), errors=errors)
+    assert not errors and first.messages == second.messages == TURNS
+
+
+def test_header_is_suggested_for_the_numbers_that_were_given(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("answer,question\nyo,hi\n")
+    with pytest.raises(DataError, match=r"--data\.columns prompt=question,completion=answer"):
+        list(read_rows(str(file), columns={"prompt": "2", "completion": "1"}, errors=[]))
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_system_column_is_the_system_message(column: str) -> None:
+    rows = [
+        {"instruction": "hi", "output": "yo"}, {"prompt": "hi", "completion": "yo"}, {"question": "hi", "answer": "yo"},
+        {"messages": [U, A]}, {"instruction": "hi", "instances": [{"input": "", "output": "yo"}]},
+    ]  # fmt: skip
+    for value in rows:
+        assert convert_one({column: "be brief", **value}).messages == (Message("system", "be brief"), *TURNS)
+    both = {"system": "a", "system_prompt": "b", "instruction": "hi", "output": "yo"}
+    assert reason(both) == "bad-messages"
+    assert convert_one({**both, "system_prompt": "a"}).messages[0] == Message("system", "a")
+    assert convert_one({**both, "system_prompt": ""}).messages[0] == Message("system", "a")
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -299,11 +394,13 @@ def test_file_without_a_format_is_refused_once_with_the_option() -> None:
         {"text": "a", "summary": "b"},
         {"question": "a", "answer": "b", "context": "c"},
         {"question": "a", "answer": "b", "choices": ["c"]},
+        {"text": "a", "label": 1},
+        {"instruction": "a", "output": "b", "question": "c"},
     ],
 )
 def test_columns_with_content_make_the_format_unclear(value: dict[str, Any]) -> None:
     assert detect_format(value) is None
-    option = "text" if "text" in value else "question-answer" if "question" in value else "prompt-completion"
+    option = "text" if "text" in value else "alpaca" if "instruction" in value else "question-answer"
     assert f"--data.format {option} (without {list(value)[-1]})" in refusal(value)
     converted, _, reader = convert(value, format=option)
     assert (len(converted), reader.unused[list(value)[-1]]) == (1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from strop.config.schema import DataSection
-from strop.data import check
+from strop.data import check, converters
 from strop.data.accounting import MAX_LOST_SHARE
+from strop.data.formats import FORMATS
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
@@ -354,6 +356,19 @@ def test_cache_is_used_for_the_same_content_only(tmp_path: Path, monkeypatch: py
     assert len(list(cache.iterdir())) == 7
 
 
+def test_cache_of_a_version_that_left_a_column_out_is_not_used(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"instruction": "hi", "output": "yo", "system_prompt": "be brief"}])
+    alpaca, cache = FORMATS["alpaca"], tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        optional = tuple(name for name in alpaca.optional if name not in converters.SYSTEM[1:])
+        patch.setitem(FORMATS, "alpaca", dataclasses.replace(alpaca, optional=optional))
+        patch.setattr(converters, "SYSTEM", ("system",))
+        assert run(path, cache=cache).train_conversations[0].messages[0].role == "user"
+    for _ in range(2):
+        assert run(path, cache=cache).train_conversations[0].messages[0] == Message("system", "be brief")
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_damaged_cache_is_rebuilt(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     expected = [example.ids.tolist() for example in run(path, cache=cache).train]
@@ -397,6 +412,16 @@ def test_files_of_a_killed_pass_are_removed_and_those_of_a_live_one_kept(tmp_pat
     assert not abandoned.exists() and len(list(cache.iterdir())) == 2
     live.discard()
     assert len(list(cache.iterdir())) == 1 and run(path, cache=cache).hash == expected
+
+
+def test_better_answers_are_only_suggested_where_columns_can_select_them(tmp_path: Path) -> None:
+    ranking = write(tmp_path / "ranking.jsonl", [{"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]}])
+    with pytest.raises(DataError) as error:
+        run(ranking)
+    assert "--train.objective dpo" in str(error.value.fix) and "--data.columns" not in str(error.value.fix)
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "hi", "chosen": "yo", "rejected": "no"}])
+    [conversation] = run(pairs, columns={"prompt": "prompt", "completion": "chosen"}).train_conversations
+    assert [turn.content for turn in conversation.messages] == ["hi", "yo"]
 
 
 def test_preference_pairs_are_refused_for_sft_with_a_fix(tmp_path: Path) -> None:

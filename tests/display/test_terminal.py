@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -94,6 +96,24 @@ def test_first_sample_is_one_line_of_the_width() -> None:
     first, second = (line for line in out.getvalue().splitlines() if line.startswith("sample "))
     assert first == "sample   step 20: [b]what is 2? -> it is 4 [/b]"
     assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 26}…"
+
+
+def test_cut_sample_is_marked() -> None:
+    out = io.StringIO()
+    sample = {"prompt": "what is 2?", "reference": "4", "completion": "it is", "cut": True}
+    with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
+        show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample]})
+    assert "what is 2? -> it is … (cut)" in out.getvalue()
+
+
+def test_warnings_are_printed_while_progress_is_shown() -> None:
+    """In a process without logging handlers, as the command line."""
+    code = (
+        "import logging; from strop.display.terminal import generation_progress\n"
+        "with generation_progress() as advance: logging.getLogger('strop.x').warning('counted as a miss')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stderr.split() == ["counted", "as", "a", "miss"], ended
 
 
 def test_markup_in_events_is_printed_literally() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import strop
 from strop.evaluation.general import compare_general, load_questions
-from strop.evaluation.metrics import describe_general, paired_difference
+from strop.evaluation.metrics import describe_cut, describe_general, paired_difference
 from tests.support import tiny
 from tests.support.runs import run
 
@@ -82,11 +82,13 @@ def test_model_that_answers_only_in_json_loses_plain_text() -> None:
         def answer(self, prompts: Any, *, both: bool, **options: Any) -> Any:
             assert both
             texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
-            return [SimpleNamespace(text=text) for text in texts]
+            return [SimpleNamespace(text=text, stopped=text[0] == "{") for text in texts]
 
     result = compare_general(Fake())  # type: ignore[arg-type]
     kind = result["kinds"]["plain text"]
     assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (20, 1.0, 0.0, -1.0)
+    assert result["answers"] == {"max_tokens": 48, "references_cut": 0, "base_cut": 126, "tuned_cut": 0}
+    assert describe_cut(result) == ["126 of 126 base answers were cut at 48 tokens"]
     assert result["difference"]["high"] < 0 and len(result["lost"]) >= 20
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import random
 import re
 import signal
+import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError, RunError
-from strop.evaluation import metrics
+from strop.evaluation import general, metrics
 from strop.evaluation.metrics import (
     METRICS,
     check_golds,
@@ -176,6 +180,45 @@ def test_paired_difference_of_extreme_counts_equals_values_by_hand() -> None:
     assert difference(0, 0, 0, 1)[1:] == pytest.approx((-0.7935, 0.7935), abs=1e-4)
     assert difference(0, 0, 0, 100)[2] < 0.05
     assert difference(50, 0, 0, 50)[2] < 0.05
+
+
+@pytest.mark.parametrize("rows", range(1, 11))
+def test_equal_coins_are_rarely_called_different(rows: int) -> None:
+    """Exact probability of a claim by `describe_difference`, for independent and for correlated pairs of coins."""
+    claims = {
+        (gained, lost, both)
+        for gained, lost, both in itertools.product(range(rows + 1), repeat=3)
+        if gained + lost + both <= rows
+        and metrics.describe_difference(
+            asdict(metrics.Estimate(*difference(both, gained, lost, rows - gained - lost - both)))
+        )[0] != "unclear"
+    }  # fmt: skip
+    for rate, same in itertools.product((0.1, 0.3, 0.5, 0.7), (0.0, 0.5)):
+        changed = (1 - same) * rate * (1 - rate)
+        both = rate - changed
+        cells = changed, changed, both, 1 - both - 2 * changed
+        claimed = 0.0
+        for counts in claims:
+            numbers = [*counts, rows - sum(counts)]
+            ways = math.factorial(rows) / math.prod(map(math.factorial, numbers))
+            claimed += ways * math.prod(cell**number for cell, number in zip(cells, numbers, strict=True))
+        assert claimed <= (0.0 if rows < metrics.MIN_CLAIM_ROWS else 0.072), (rate, same)
+
+
+@pytest.mark.parametrize("rows", range(2, 11))
+def test_means_of_no_change_are_rarely_called_different(rows: int) -> None:
+    """Means of losses, margins and scores, as compared by `--tasks` and for preferences."""
+    changes = np.random.default_rng(rows).normal(size=(4000, rows)).tolist()
+    intervals = [metrics.mean_interval(values) for values in changes]
+    assert 0.04 < statistics.fmean(low > 0 or high < 0 for low, high in intervals) < 0.06
+
+
+def test_tasks_with_hits_are_compared_as_hits() -> None:
+    compared = general._compare_scores([0.0] * 4, [1.0] * 4)
+    assert compared == asdict(metrics.paired_difference([False] * 4, [True] * 4))
+    assert general._compare_scores([0.0, 0.0], [1.0, 1.0])["low"] == 0
+    compared = general._compare_scores([0.5, 0.25, 0.0], [0.5, 0.5, 0.5])
+    assert compared["value"] == 0.25 and compared["low"] == pytest.approx(0.25 - 4.3027 * 0.25 / 3**0.5)
 
 
 def test_clear_gain_excludes_zero_and_mirrors() -> None:

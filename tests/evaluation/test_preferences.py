@@ -136,3 +136,5 @@ def test_policy_is_diagnosed_by_its_rewards() -> None:
     assert "its noise" in findings()[0]
     assert "equal rewards" in findings(equal_groups=lambda n: 1.0)[0]
     assert "answer_tokens" in findings(stop_rate=lambda n: 0.0)[0]
+    rising = findings(stop_rate=lambda n: 0.96, reward=lambda n: 0.1 + 0.01 * n)
+    assert rising == ["4.0% of the completions were cut off; train.answer_tokens sets the limit"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import strop
+from strop import testing
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
@@ -92,6 +95,87 @@ def test_loss_from_generation_equals_the_training_step(
     result = strop.evaluate(runs[1], str(data))
     assert result["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
     assert result["base"]["loss"] > result["tuned"]["loss"] + 1
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of run/, which has learned rows.jsonl: four rows whose answers have 95 tokens."""
+    folder = tmp_path_factory.mktemp("alphabet")
+    answer = "".join(map(chr, range(33, 127)))
+    data = rows(folder / "rows.jsonl", [(f"say {n}", answer) for n in range(4)])
+    testing.tiny_run(folder, data=data, **{"train.max_steps": 60, "train.learning_rate": 0.03, "lora.r": 16})
+    return folder
+
+
+def test_answers_may_be_longer_than_the_longest_reference(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("eval", alphabet / "run", "--data", alphabet / "rows.jsonl", "--json", capsys=capsys)
+    result = json.loads(out)
+    assert code == 0 and result["tuned"]["exact"] == 1 and "reference answers are longer" not in err
+    assert result["answers"] == {"max_tokens": 119, "references_cut": 0, "base_cut": 4, "tuned_cut": 0}
+    assert "4 of 4 base answers were cut at 119 tokens" in " ".join(err.split())
+
+
+def test_references_longer_than_the_limit_are_reported(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", alphabet / "rows.jsonl", "--max-new-tokens", "80", "--json"]
+    cut = "4 of 4 reference answers are longer than the limit of 80 tokens"
+    code, out, err = run("eval", alphabet / "run", *words, "--regression-data", words[1], capsys=capsys)
+    assert code == 0 and json.loads(out)["tuned"]["exact"] == 0
+    text = " ".join(err.split())
+    assert f"no test of what it learned, because {cut}" in text and f"regression rows: {cut}" in text
+    assert f"- {cut}" in (alphabet / "run" / "adapter" / "README.md").read_text()
+    assert cut in (alphabet / "run" / "report.html").read_text()
+    metric = [*words[:-1], "--metric", "regex", "--json"]
+    data = rows(alphabet / "patterns.jsonl", [("say 0", "(?:" + "|".join("abcdefghi" * 10) + ")")])
+    code, out, _ = run("eval", alphabet / "run", "--data", data, *metric[2:], capsys=capsys)
+    assert json.loads(out)["answers"]["references_cut"] == 0  # the length of a pattern is not that of an answer
+
+
+def test_model_reports_cut_answers(alphabet: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    model = strop.load(alphabet / "run")
+    model.chat("say 0")
+    assert not caplog.messages
+    model.chat("say 0", max_new_tokens=20)
+    model.generate(["say 0", "say 1"], max_new_tokens=30)
+    assert caplog.messages == [
+        f"{number} cut at {tokens} tokens; max_new_tokens sets the limit"
+        for number, tokens in (("the answer was", 20), ("2 of 2 answers were", 30))
+    ]
+
+
+def test_repeated_rows_are_noted(alphabet: Path) -> None:
+    data = rows(alphabet / "repeated.jsonl", [("say 0", "no"), ("say 1", "no"), ("say 0", "no")])
+    notes = strop.evaluate(alphabet / "model", data, max_new_tokens=2)["notes"]
+    assert "1 of 3 rows repeat an earlier one: the intervals are too narrow, as they assume different rows" in notes
+    notes = strop.evaluate(alphabet / "run", rows(data, COLOURS[:2]), max_new_tokens=2)["notes"]
+    assert "no difference is claimed on fewer than 3 rows" in notes and not any("repeat" in note for note in notes)
+
+
+def test_learned_positions_limit_each_row(tmp_path: Path) -> None:
+    folder = testing.tiny_model(tmp_path / "model")
+    size = len(AutoTokenizer.from_pretrained(folder))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    data = rows(tmp_path / "rows.jsonl", [("x" * 60, "yes"), ("hi", "no")])
+    result = strop.evaluate(folder, data)
+    model = strop.load(folder)
+    prompts = [model.renderer.prompt([Message("user", text)]) for text in ("x" * 60, "hi")]
+    tokens = [answer.tokens for answer in model.answer(prompts, max_new_tokens=80)]
+    assert tokens == [128 - len(prompts[0]), 80] and result["base"]["tokens_per_answer"] == sum(tokens) / 2
+    result = strop.evaluate(folder, rows(data, [("hi", "y" * 90)]), max_new_tokens=80)
+    assert result["answers"]["references_cut"] == 1
+    with pytest.raises(DataError, match="1 rows have more tokens than the 128 positions"):
+        strop.evaluate(folder, rows(data, [("hi", "no"), ("x" * 60, "y" * 60)]))
+
+
+def test_chat_reports_a_cut_answer(
+    alphabet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit, is_cut in (("20", True), ("120", False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("say 0\n"))
+        code, out, err = run("chat", alphabet / "run", "--max-new-tokens", limit, capsys=capsys)
+        assert code == 0 and out.startswith('!"#$%') and ("cut at its maximum length" in err) == is_cut
 
 
 def test_rows_without_a_right_answer_are_left_out_and_listed(
@@ -227,6 +311,11 @@ def test_interrupted_run_is_not_ranked(
     assert code == 130, err
     result = json.loads(out)
     assert result["runs"][0]["rows"] == 12 > result["runs"][1]["rows"] > 0
+    second = result["runs"][1]
+    alone = strop.evaluate(runs[1], str(rows(tmp_path / "first.jsonl", COLOURS[: second["rows"]])), max_new_tokens=2)
+    for name in ("exact", "loss"):  # of the answered rows, as those of the tuned model
+        assert second["base"][name] == pytest.approx(alone["base"][name], rel=1e-3)
+        assert second["tuned"][name] == pytest.approx(alone["tuned"][name], rel=1e-3)
     assert [line["run"] for line in result["leaderboard"]] == [str(runs[0])]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from strop.cli.app import build
 from strop.errors import InputError, ModelError, RecipeError
+from strop.serve import run as serve_run
 from strop.serve.models import check_names, load_models
 from strop.serve.server import exit_code, open_address
 from tests.support.serving import save_adapters
@@ -39,6 +40,15 @@ def test_used_port_raises() -> None:
     first.socket.close()
     with pytest.raises(InputError, match="cannot be bound"):
         open_address("no.such.host.invalid", 0, "key", [])
+
+
+def test_context_below_that_of_the_model_is_noted(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_run, "DEFAULT_MAX_CONTEXT", 64)
+    how = {"device": "cpu", "dtype": "fp32", "quantization": "auto", "force": False}
+    for context, is_noted in ((None, True), (64, False)):
+        *_, used, notes = serve_run._prepare([str(tiny_folder)], 1, context, **how)
+        expected = "the context is 64 of the model's 512 tokens; --context sets it"
+        assert used == 64 and (expected in notes) == is_noted
 
 
 def test_several_models_must_be_runs_of_one_base(tiny_folder: Path, tmp_path: Path) -> None:

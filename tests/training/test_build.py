@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import strop
+from strop import testing
+from strop.data.prepare import add_tokens
+from strop.data.types import Message
 from strop.errors import RecipeError
 from strop.planning.plan import start_adapter
 from strop.runs.events import read_events
 from tests.support import tiny
+from tests.support.families import tokenizer
+from tests.support.runs import run as run_command
 
 FIELDS = {"model.dtype": "fp32", "train.max_steps": 2, "train.batch_size": 4, "train.learning_rate": 1e-2}
 
@@ -83,6 +92,38 @@ def test_new_tokens_come_from_the_start_adapter(chain: Chain) -> None:
     assert planned is not None and new_tokens == planned["new_tokens"] == ["<call>", "<done>"]
     with pytest.raises(RecipeError, match="new_tokens"):
         chain("other", first, **{"lora.new_tokens": ["<else>"]})
+
+
+def test_new_tokens_are_trained_where_rows_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"say {n}", "completion": f"<call>{n}"} for n in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = testing.tiny_run(tmp_path, data=data, **{"lora.new_tokens": ["<call>", "<done>"]})
+    [change] = [
+        weight for name, weight in load_file(run.folder / "adapter" / "adapter_model.safetensors").items()
+        if "trainable_tokens" in name
+    ]  # fmt: skip
+    saved = AutoTokenizer.from_pretrained(run.folder / "adapter")
+    ids = saved.convert_tokens_to_ids(["<call>", "<done>"])
+    assert not torch.allclose(change[0], change[1], atol=1e-3)  # both begin as the mean of all embeddings
+    model = strop.load(run.folder)
+    assert ids[0] in model.renderer.prompt([Message("user", "use <call>")])
+    assert saved.decode(ids, skip_special_tokens=True) == "<call><done>"  # text of answers
+    warning = "lora.new_tokens: <done> occurs in 0 of 8 training rows, so the model does not learn it"
+    assert warning in json.loads((run.folder / "report.json").read_text())["data_report"]["warnings"]
+    assert warning in (run.folder / "report.html").read_text().replace("&lt;", "<").replace("&gt;", ">")
+    options = ["--model", tmp_path / "model", "--data", data, "--lora.new_tokens", "<call>,<done>"]
+    _, _, err = run_command("check", *options, capsys=capsys)
+    assert warning in " ".join(err.split()) and "<call> occurs" not in err
+
+
+def test_new_tokens_that_the_template_writes_are_special() -> None:
+    """Text of rows cannot contain them, and they are not part of an answer."""
+    tokens = ["<|im_start|>", "<|im_end|>", "<call>"]
+    bare = copy.deepcopy(tokenizer("llama3"))
+    add_tokens(bare, tokens, "chatml")
+    flags = {token.content: token.special for token in bare.added_tokens_decoder.values()}
+    assert [flags[token] for token in tokens] == [True, True, False]
 
 
 def test_other_quantization_of_the_start_adapters_base_is_noted(chain: Chain) -> None:

@@ -308,6 +308,18 @@ def test_grpo_run_from_the_command_line(
     assert (code == 0 and json.loads(stdout)["parity"]["passed"]) if answered else (code == 2 and "give --data" in err)
 
 
+def test_references_longer_than_completions_are_noted(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"say {n}", "completion": "yes" if n % 2 else "z y x w v u t s r q"} for n in range(6)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["train", "--model", tiny_folder, "--data", data, "--out", tmp_path / "run", *GROUPS]
+    code, _, err = run(*words, "--train.rewards", "exact", "--train.max_steps", "1", capsys=capsys)
+    note = "3 of 6 training rows have a reference longer than train.answer_tokens 8"
+    assert code == 0 and note in " ".join(err.split()), err
+
+
 def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

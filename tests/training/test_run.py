@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import strop
+from strop import testing
 from strop.cli import app
 from strop.errors import InputError
 from strop.runs.events import read_events
@@ -394,8 +395,18 @@ def test_adapter_of_another_base_is_refused(trained: Path, tmp_path: Path) -> No
     tiny.model(seed=5).save_pretrained(other)
     tiny.tokenizer("chatml").save_pretrained(other)
     rebase(trained / "adapter", other)
-    with pytest.raises(strop.InputError, match="trained on"):
+    with pytest.raises(strop.InputError, match="on which it was trained"):
         strop.load(trained / "adapter")
+
+
+def test_base_that_changed_in_place_is_named_once(rows_file: Path, tmp_path: Path) -> None:
+    base = testing.tiny_model(tmp_path / "base")
+    run = testing.tiny_run(tmp_path, model=base, data=rows_file, **{"train.max_steps": 1})
+    testing.tiny_model(base, seed=1)
+    with pytest.raises(strop.InputError) as error:
+        strop.load(run.folder)
+    assert f"{run.folder}/adapter: its base {base} has changed since training (fingerprint" in str(error.value)
+    assert "restore" in str(error.value.fix)
 
 
 def test_force_loads_an_adapter_on_another_base_with_a_note(
@@ -408,7 +419,7 @@ def test_force_loads_an_adapter_on_another_base_with_a_note(
     words = ["eval", trained / "adapter", "--data", rows_file, "--max-new-tokens", "2"]
     assert run(*words, capsys=capsys)[0] == 2
     code, _, err = run(*words, "--force", capsys=capsys)
-    assert code == 0 and "note" in err and "trained on" in err and "expected" in err
+    assert code == 0 and "note" in err and "on which it was trained" in err and "expected" in err
 
 
 def test_changed_adapter_file_is_refused_with_both_hashes(trained: Path) -> None:

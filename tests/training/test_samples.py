@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import strop
+from strop.data.types import Message
 from strop.runs.events import read_events
 from strop.training import samples
 from tests.support.preferences import write_pairs
@@ -92,10 +93,11 @@ def test_samples_are_greedy_completions_of_the_first_evaluation_prompts(
     run = strop.train(**settings, out=tmp_path / "run").folder
     (event,) = read(run, "samples")
     prompts = [f"what is {n}" for n in range(4)]
-    expected = strop.load(run, dtype="fp32").generate(prompts, max_new_tokens=48)
+    model = strop.load(run, dtype="fp32")
+    expected = model.answer([model.renderer.prompt([Message("user", text)]) for text in prompts], max_new_tokens=48)
     references = [f"it is {n * n}" + "!" * (n % 5) for n in range(4)]
     assert event["samples"] == [
-        {"prompt": prompt, "reference": reference, "completion": completion}
+        {"prompt": prompt, "reference": reference, "completion": completion.text, "cut": not completion.stopped}
         for prompt, reference, completion in zip(prompts, references, expected, strict=True)
     ]
     kinds = [event["event"] for event in read_events(run / "events.jsonl")]

@@ -94,6 +94,9 @@ class Session:
         else:
             self._generate(text, self.side, on_text)
             print(flush=True)
+            if self.model.was_cut:
+                limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
+                console.print(f"the answer was cut at its maximum length ({limit})", style="dim")
 
     def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None) -> str:
         with self.model.base() if side == "base" else nullcontext():

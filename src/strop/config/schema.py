@@ -180,7 +180,8 @@ class LoraSection(Section):
         default_factory=list, description="modules trained in full instead of with LoRA (matched by name suffix)"
     )
     new_tokens: list[str] = Field(
-        default_factory=list, description="tokens to add to the vocabulary; their embedding rows are trained and saved"
+        default_factory=list,
+        description="tokens to add to the vocabulary, wherever rows have them; their embedding rows are trained",
     )
 
     @field_validator("target_modules")

@@ -222,13 +222,14 @@ class DataReader:
 
     def _prepare(self, recipe: Recipe) -> tuple[Prepared, dict[str, Any]]:
         data_kind = data_kind_of(recipe.train)
-        settings = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind]
+        new_tokens = recipe.lora.new_tokens
+        settings = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind, new_tokens]
         key = json.dumps([settings, _source_stamps(recipe)], sort_keys=True)
         if key not in self._cache:
             while len(self._cache) > 1:
                 del self._cache[next(iter(self._cache))]
             tokenizer = load_tokenizer(locate(recipe.model.name, recipe.model.revision))
-            prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind)
+            prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
             self._cache[key] = (prepared, _summarize(prepared, recipe))
         return self._cache[key]
 

@@ -333,8 +333,11 @@ def _check_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
         return None
     what = names.get(kind, f"{kind} rows")
     if data_kind == "turns":
+        objectives = "--train.objective dpo (ipo, orpo, simpo, kto)"
         fix = {
-            "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or only the better answers: "
+            "pairs": objectives
+            if facts["formats"][file] == "ranking"
+            else f"{objectives}, or only the better answers: "
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
             "labelled": "--train.objective kto, or without the label: "
             "--data.columns prompt=A,completion=B, with your names (or messages=A)",

@@ -28,6 +28,7 @@ METADATA = frozenset((
     "id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name", "date",
     "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author", "version",
 ))  # fmt: skip
+SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
 
@@ -274,7 +275,7 @@ def convert_instances(row: RowValue, keys: Keys) -> list[ParsedRow]:
     items = row["instances"]
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise InvalidRow("bad-messages", "instances is not a list of objects with input and output")
-    shared = {"instruction": row["instruction"], "system": row.get("system")}
+    shared = {name: row.get(name) for name in ("instruction", *SYSTEM)}
     return [parsed for item in items for parsed in convert_alpaca({**item, **shared}, ("instruction", "output"))]
 
 
@@ -320,12 +321,14 @@ def _check_string(value: Any, name: str) -> str:
 
 def _prepend_system(row: RowValue, turns: list[Message]) -> list[Message]:
     """Return the turns after the row's system text. Raises InvalidRow if the turns have one too."""
-    system = _optional_text(row, "system")
-    if not system:
+    texts = {text: name for name in SYSTEM if (text := _optional_text(row, name))}
+    if not texts:
         return turns
-    if turns and turns[0].role == "system":
-        raise InvalidRow("bad-messages", "two system texts: the column `system` and the first message")
-    return [Message("system", system), *turns]
+    sources = [f"the column `{name}`" for name in texts.values()]
+    sources += ["the first message"] if turns and turns[0].role == "system" else []
+    if len(sources) > 1:
+        raise InvalidRow("bad-messages", f"two system texts: {' and '.join(sources)}")
+    return [Message("system", next(iter(texts))), *turns]
 
 
 def _optional_text(row: RowValue, key: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from itertools import groupby
 from typing import Any
 
 from strop.data import converters
-from strop.data.converters import MEDIA, METADATA, Keys, ParsedRow, RowValue
+from strop.data.converters import MEDIA, METADATA, SYSTEM, Keys, ParsedRow, RowValue
 from strop.data.reading.files import TYPES
+from strop.data.reading.tables import describe_mapping, is_row_number, suggest_mapping
 from strop.data.row_errors import REASONS, InvalidRow, RowError, file_error
 from strop.data.types import Conversation, Row
 from strop.errors import DataError, Location, suggest
@@ -55,7 +57,7 @@ FORMATS: dict[str, Format] = {
             ),
             (
                 "prompt", "question", "instruction", "input", "messages", "conversation", "conversations", "history",
-                "system", "tools",
+                *SYSTEM, "tools",
             ),
             converters.convert_preference,
             "pairs of a chosen and a rejected answer, as strings, messages, or whole conversations with a shared "
@@ -63,43 +65,43 @@ FORMATS: dict[str, Format] = {
             {"prompt": "hi", "chosen": "yo", "rejected": "no"},
         ),
         Format(
-            "ranking", converters.RANKED, ("system", "tools"), converters.convert_ranking,
+            "ranking", converters.RANKED, (*SYSTEM, "tools"), converters.convert_ranking,
             "answers to one prompt, each with a score; any two answers with different scores make a pair",
             {"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]},
         ),
         Format(
-            "labelled", converters.LABELLED, ("system", "tools", "input", "context", "history"),
+            "labelled", converters.LABELLED, (*SYSTEM, "tools", "input", "context", "history"),
             converters.convert_labelled,
             "an answer that was judged good or bad (true, false, up, down, ...; 1 and 0 not in `label`)",
             {"prompt": "hi", "completion": "yo", "label": True},
             matches=converters.is_labelled,
         ),
         Format(
-            "messages", (("messages",),), ("system", "tools"), converters.convert_messages,
+            "messages", (("messages",),), (*SYSTEM, "tools"), converters.convert_messages,
             "messages with role and content (a string, or parts of type text, reasoning, tool_call), optionally "
             "tool_calls, reasoning_content, and a weight (weight, loss_weight or train)",
             {"messages": _HI},
         ),
         Format(
-            "sharegpt", (("conversations",), ("conversation",)), ("system", "tools"), converters.convert_messages,
+            "sharegpt", (("conversations",), ("conversation",)), (*SYSTEM, "tools"), converters.convert_messages,
             "the same with from and value, or human and assistant in one object; function_call and observation "
             "messages; tools as a list or as JSON in a string",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
         ),
         Format(
-            "self-instruct", (("instruction", "instances"),), ("system",), converters.convert_instances,
+            "self-instruct", (("instruction", "instances"),), (*SYSTEM,), converters.convert_instances,
             "an instruction with a list of input and output; each item is one conversation",
             {"instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}]},
         ),
         Format(
             "alpaca", (("instruction", "output"), ("instruction", "response")),
-            ("input", "context", "system", "history", "tools"), converters.convert_alpaca,
+            ("input", "context", *SYSTEM, "history", "tools"), converters.convert_alpaca,
             "instruction, optional input (added after a blank line), output; optional history, "
             "a list of [prompt, answer]",
             {"instruction": "Add.", "input": "1 1", "output": "2"},
         ),
         Format(
-            "prompt-completion", (("prompt", "completion"),), ("system", "history", "tools"),
+            "prompt-completion", (("prompt", "completion"),), (*SYSTEM, "history", "tools"),
             converters.convert_columns,
             "two strings, or two lists of messages; messages of the prompt are not trained on",
             {"prompt": "hi", "completion": "yo"},
@@ -108,14 +110,14 @@ FORMATS: dict[str, Format] = {
         Format(
             "question-answer",
             (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")),
-            ("system", "history", "tools"), converters.convert_columns,
+            (*SYSTEM, "history", "tools"), converters.convert_columns,
             "the same under other names, optionally with a history; for any two columns: "
             "`--data.columns prompt=A,completion=B`",
             {"question": "hi", "answer": "yo"},
             exact=True,
         ),
         Format(
-            "prompt", (("prompt",),), ("system", "history", "tools"), converters.convert_prompt,
+            "prompt", (("prompt",),), (*SYSTEM, "history", "tools"), converters.convert_prompt,
             "a prompt without an answer, a string or messages: for `train.objective grpo`, which samples completions",
             {"prompt": "hi"},
             exact=True,
@@ -136,6 +138,12 @@ PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 # Columns that are metadata next to a prompt and an answer. Next to `text` they may be the answer, as in banking77.
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
 
+_QUESTIONS = frozenset(
+    {"question", "query", "problem", "passage", "document", "article"}
+)  # not read next to instruction
+_CLASSES = frozenset({"label", "labels", "class", "target"})  # a number in them is the answer to `text`
+NEWLY_READ = frozenset(SYSTEM[1:]) | _QUESTIONS | _CLASSES  # columns that version 0.1 left out
+
 
 def detect_format(value: RowValue) -> str | None:
     """Return the name of the format that a row has, or None. A null column counts as absent."""
@@ -143,7 +151,8 @@ def detect_format(value: RowValue) -> str | None:
         keys = entry.matching_keys(_present_columns(value))
         if keys is None or (entry.matches is not None and not entry.matches(value, keys)):
             continue
-        if not (entry.exact and _unread_columns(value, entry)):
+        unread = _unread_columns(value, entry)
+        if not (unread if entry.exact else entry.name == "alpaca" and _QUESTIONS.intersection(unread)):
             return entry.name
     return None
 
@@ -157,6 +166,9 @@ def _unread_columns(value: RowValue, entry: Format) -> list[str]:
     used = {*(entry.matching_keys(value) or ()), *entry.optional} | METADATA
     used |= _TOPICS if entry.name != "text" else set()
     columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
+    columns = [key for key in columns if not is_row_number(key, value[key])]
+    if entry.name == "text":
+        columns += [key for key, item in value.items() if type(item) in (int, float) and key.lower() in _CLASSES]
     return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 
@@ -286,16 +298,23 @@ def _list_columns(value: RowValue) -> str:
 def _suggest_options(value: RowValue) -> str:
     """Return the options with which a row without a format can be read."""
     present = _present_columns(value)
-    options = [
-        f"--data.format {entry.name} (without {', '.join(unread)})"
+    unread = {
+        entry.name: columns
         for entry in FORMATS.values()
-        if entry.matching_keys(present) and (unread := _unread_columns(value, entry))
-    ]
-    texts = [key for key, item in value.items() if isinstance(item, str)]
-    if len(texts) > 1:
-        options.insert(0, f"--data.columns prompt={texts[0]},completion={texts[1]} (or other columns)")
-    elif texts:
-        options.append(f"--data.columns text={texts[0]}")
+        if entry.matching_keys(present) and (columns := _unread_columns(value, entry))
+    }
+    if len(unread) > 1:
+        unread.pop("prompt", None)  # the row has an answer
+    options = [f"--data.format {name} (without {', '.join(columns)})" for name, columns in unread.items()]
+    names = [key for key, item in value.items() if isinstance(item, str) and not is_row_number(key, item)]
+    mapping = suggest_mapping(names)
+    if mapping is not None and not (unread.keys() - {"text"} and mapping.count("=") == 2):
+        options.insert(0, f"--data.columns {mapping}")
+    elif len(names) > 1 and not options:
+        contents = [name for name in names if name.lower() not in METADATA]
+        options.append(describe_mapping(contents if len(contents) > 1 else names))
+    elif len(names) == 1 and not options:
+        options.append(f"--data.columns {shlex.quote(f'text={names[0]}')}")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
 
 

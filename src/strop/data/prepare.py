@@ -29,6 +29,7 @@ from strop.data.accounting import DataReport, Selection, build_report, ends_with
 from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_pairs, render_prompts
+from strop.data.rendering.template_source import CHATML, template_source
 from strop.data.row_errors import TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
@@ -67,14 +68,17 @@ class Prepared:
 
 
 def prepare(
-    data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, data_kind: DataKind = "turns"
-) -> Prepared:
+    data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True,
+    data_kind: DataKind = "turns", new_tokens: Sequence[str] = (),
+) -> Prepared:  # fmt: skip
     """Read, check, render and store the rows that a recipe names.
 
-    tokenizer: a fast transformers tokenizer. cache: a folder where tokenized rows are kept and reused; by default, a
-    temporary folder that is deleted with the result. strict: raise the error that a run would raise instead of only
-    reporting it. Raises DataError, and ModelError for an unusable tokenizer or template.
+    tokenizer: a fast transformers tokenizer, to which `new_tokens` (lora.new_tokens) are added. cache: a folder where
+    tokenized rows are kept and reused; by default, a temporary folder that is deleted with the result. strict: raise
+    the error that a run would raise instead of only reporting it. Raises DataError, and ModelError for an unusable
+    tokenizer or template.
     """
+    add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
     share = _eval_share(data.eval)
     folder = cache or Path(tempfile.mkdtemp(prefix="strop-data-"))
@@ -85,6 +89,7 @@ def prepare(
         train = build(data.train)
         eval_store = train if share else build(data.eval) if data.eval is not None else None
         prepared = _assemble(data, renderer, train, eval_store, share, data_kind)
+        prepared.report.warnings.extend(_find_unused_tokens(prepared.train, tokenizer, new_tokens))
     except BaseException:
         if cache is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,6 +101,27 @@ def prepare(
     if strict and refusal:
         raise refusal
     return prepared
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:
+    """Add tokens to a tokenizer. Those that the chat template (data.template) writes are special.
+
+    Text of rows and prompts cannot contain special tokens, and they are left out of generated text.
+    """
+    from transformers import AddedToken
+
+    new = [token for token in tokens if token not in tokenizer.added_tokens_encoder]
+    source = CHATML + "<|im_end|>" if template == "chatml" else (template_source(tokenizer, template) if new else "")
+    is_special = {token: token in (source or "") for token in new}
+    tokenizer.add_tokens([AddedToken(token, special=is_special[token], normalized=False) for token in new])
+
+
+def _find_unused_tokens(examples: Examples, tokenizer: Any, tokens: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for each token that no example contains."""
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    used = set().union(*(np.intersect1d(example.ids, ids).tolist() for example in examples)) if tokens else set()
+    for token in (token for token, id in zip(tokens, ids, strict=True) if len(examples) and id not in used):
+        yield f"lora.new_tokens: {token} occurs in 0 of {len(examples):,} training rows, so the model does not learn it"
 
 
 def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
@@ -246,7 +272,11 @@ def _build_store(
     """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
     name = _cache_key(spec, data, renderer, data_kind) if use_cache else f"rows-{len(list(folder.iterdir()))}"
     if use_cache and (store := load_store(folder / name)):
-        return store
+        if data.format != "auto" or data.columns or not store.facts["unused"].keys() & formats.NEWLY_READ:
+            return store
+        name += "-1"  # stores of version 0.1 lack the text of these columns
+        if store := load_store(folder / name):
+            return store
     writer = Writer(folder / name)
     try:
         reader = _Reader(spec, data, data_kind, renderer)

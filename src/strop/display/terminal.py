@@ -35,11 +35,13 @@ GENERATION_INTERVAL = 4.0  # seconds between lines of generation progress
 
 @contextmanager
 def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
-    """Call `show` with each INFO message of the "strop" logger inside the block."""
+    """Call `show` with each INFO message of the "strop" logger inside the block. Warnings go to stderr as outside."""
 
     def show_info(record: logging.LogRecord) -> None:
         if record.levelno == logging.INFO:
             show(record.getMessage())
+        elif logging.lastResort is not None and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)
 
     handler, logger = logging.Handler(logging.INFO), logging.getLogger("strop")
     handler.emit = show_info  # type: ignore[method-assign]
@@ -242,7 +244,8 @@ class RunProgress:
         prompt, completion = (Text(" ".join(event["samples"][0][name].split())) for name in ("prompt", "completion"))
         label = Text.assemble(("sample", "bold"), f"   step {event['step']}: ")
         prompt.truncate((self._out.width - label.cell_len) // 2, overflow="ellipsis")
-        line = Text.assemble(label, prompt, " -> ", completion)
+        cut = " … (cut)" if event["samples"][0].get("cut") else ""
+        line = Text.assemble(label, prompt, " -> ", completion, cut)
         line.truncate(self._out.width, overflow="ellipsis")
         self._out.print(line)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, zip_longest
 from typing import Any
 
@@ -24,13 +26,16 @@ from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
-from strop.errors import Location
+from strop.errors import DataError, Location
 from strop.evaluation.metrics import choice_options, compare_hits, find_metric, score
+from strop.models.introspect import learned_positions, max_positions
 
 LOG = logging.getLogger(__name__)
 
 LOSS_BATCH_TOKENS = 2048  # maximum number of tokens in a micro-batch that computes the loss
 LOSS_BLOCK_ROWS = 64  # rows that are split into micro-batches together
+MIN_ANSWER_TOKENS = 80  # smallest default of max_new_tokens; a right answer may be longer than its reference
+ANSWER_MARGIN = 1.25  # default of max_new_tokens, relative to the longest reference answer
 EXTRA_SCORES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # independent of the metric
 Progress = Callable[[str, int, int], None]  # (label, done, total)
 # Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
@@ -81,33 +86,47 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     metric: str = "exact",
-    max_new_tokens: int = 80,
+    max_new_tokens: int | None = None,
     advance: Progress | None = None,
     base: Side | None = None,
     devices: Devices = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Score the base and the tuned model, with 95 % intervals. After Ctrl-C, only the answered rows are scored.
 
+    max_new_tokens: by default, ANSWER_MARGIN times the longest reference answer, and at least MIN_ANSWER_TOKENS.
     base: earlier results of the same base on the same rows. `base` and `tuned` of the result have the metric's scores
     and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out` lists the rows without a right answer. Without
-    an adapter, there is no `tuned`, `difference` or `changed` (the rows that only one model answers right).
+    an adapter, there is no `tuned`, `difference` or `changed` (the rows that only one model answers right). `answers`
+    has the limit of their length, and what it cuts (not for `choice`).
     """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
     names = ([] if base else ["base"]) + (["tuned"] if model.adapter else [])  # sides to generate answers for
     generates = names and metric != "choice"
-    generated = _generate_all(model, questions, names, max_new_tokens, advance, devices) if generates else {}
+    prompts = [render_prompt(model.renderer, question.conversation) for question in questions]
+    rendered = [model.renderer.render(question.conversation) for question in questions]
+    check_positions(model, (example for examples in rendered for example in examples))
+    expected = list(map(_expected_completion, prompts, rendered))
+    lengths = list(map(partial(_count_reference_tokens, model), questions, expected))
+    limit = max_new_tokens or max(MIN_ANSWER_TOKENS, math.ceil(ANSWER_MARGIN * max(lengths)))
+    generated: dict[str, tuple[list[Completion], float]] = {}
+    base_texts: list[str] | None = None
+    if generates:
+        generated = _generate_all(model, prompts, expected, names, limit, advance, devices)
     if generated and len(generated[names[0]][0]) < rows:  # after Ctrl-C
         questions = questions[: len(generated[names[0]][0])]
-        base = base and Side(base.scores, base.hits[: len(questions)], base.texts[: len(questions)])
+        base_texts = None if base is None else base.texts[: len(questions)]
+        base = None  # its scores are those of all rows
 
     def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        answers, tokens_per_s = generated[side] if generated else ([], 0.0)
+        answers, tokens_per_s = generated.get(side, ([], 0.0))
         loss = _compute_loss(model, questions, answers, devices)
         extra_scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if metric == "choice":
             texts = _choose_all(model, questions, side, advance, devices)
+        elif side == "base" and base_texts is not None:
+            texts = base_texts
         else:
             texts = [answer.text for answer in answers]
             extra_scores |= {
@@ -126,6 +145,18 @@ def compare(
         sides["tuned"] = score_side("tuned")
     left_out = [asdict(location) for location in find_rows_without_answer(conversations)]
     result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
+    if metric != "choice":
+        room = max_positions(model.module) or sys.maxsize
+        limits = [min(limit, room - len(prompt)) for prompt in prompts[: len(questions)]]
+        cut = sum(length > limit for length, limit in zip(lengths, limits, strict=False))
+        result["answers"] = {
+            "max_tokens": limit, "references_cut": 0 if metric == "regex" else cut,  # a pattern is no answer
+            **{
+                f"{name}_cut": round((1 - side.scores["stop_rate"]) * len(questions))
+                for name, side in sides.items()
+                if "stop_rate" in side.scores
+            },
+        }  # fmt: skip
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
@@ -138,6 +169,19 @@ def compare(
         for row, question in enumerate(questions)
     ]
     return result
+
+
+def check_positions(model: Model, examples: Iterable[Example]) -> None:
+    """Raise DataError for rows with more tokens than the model has learned positions."""
+    positions = learned_positions(model.module) or sys.maxsize
+    where = [
+        Location(example.file, example.line, f"{len(example)} tokens")
+        for example in examples
+        if len(example) > positions
+    ]
+    if where:
+        what = f"{len(where)} rows have more tokens than the {positions} positions that the model has learned"
+        raise DataError(what, fix="shorten or remove them", where=where)
 
 
 def remove_reasoning(renderer: Renderer, questions: Sequence[Question], texts: Sequence[str]) -> list[str]:
@@ -245,30 +289,33 @@ def generate_answers(
 
 def _generate_all(
     model: Model,
-    questions: Sequence[Question],
+    prompts: Sequence[Ids],
+    expected: Sequence[ExpectedCompletion | None],
     sides: Sequence[str],
     max_new_tokens: int,
     advance: Progress | None,
     devices: Devices,
 ) -> dict[str, tuple[list[Completion], float]]:
     """Generate the answers of base, tuned or both in one batch. Returns (answers, tokens/s of the batch) by side."""
-    prompts, started = (
-        [render_prompt(model.renderer, question.conversation) for question in questions],
-        time.perf_counter(),
-    )
-    rendered = (model.renderer.render(question.conversation) for question in questions)
-    expected = list(map(_expected_completion, prompts, rendered))
+    started = time.perf_counter()
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             expected=expected,
-            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(questions))),
+            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(prompts))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
     rows = len(answers) // len(sides)
     if not rows:
         raise KeyboardInterrupt
     return {side: (answers[i * rows :][:rows], rate) for i, side in enumerate(sides)}
+
+
+def _count_reference_tokens(model: Model, question: Question, expected: ExpectedCompletion | None) -> int:
+    """Return the number of tokens that an answer equal to the reference has, with its stop token."""
+    if expected is not None:
+        return len(expected.ids)
+    return len(model.tokenizer.encode(question.gold, add_special_tokens=False)) + 1
 
 
 def _expected_completion(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:

@@ -16,6 +16,7 @@ MAX_CHOSEN_DROP = 0.1  # nats per token by which the chosen answers may become l
 RECOVERIES = ("rollback", "shrink", "override")  # events that are reported
 MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which nothing is learned
 MAX_CUT_OFF = 0.9  # maximum share of completions that reach the length limit
+MIN_CUT_OFF = 0.01  # smallest share that is reported
 MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
 
 
@@ -74,8 +75,16 @@ def _check_rewards(steps: Sequence[dict[str, Any]]) -> list[str]:
             f"{equal:.0%} of the groups had equal rewards, from which nothing is learned: use prompts that are "
             "sometimes answered well, or a reward with steps between 0 and 1"
         )
-    if len(steps) < MIN_STEPS or findings:
+    if findings:
         return findings
+    if stopped < 1 - MIN_CUT_OFF:
+        findings = [f"{1 - stopped:.1%} of the completions were cut off; train.answer_tokens sets the limit"]
+    return findings + _check_reward_trend(steps)
+
+
+def _check_reward_trend(steps: Sequence[dict[str, Any]]) -> list[str]:
+    if len(steps) < MIN_STEPS:
+        return []
     first, last, noise = _compute_trend([event["reward"] for event in steps])
     if last - first > 2 * noise:
         return []

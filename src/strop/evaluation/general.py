@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
 from strop.errors import RecipeError, suggest
 from strop.evaluation.compare import Progress, generate_answers
-from strop.evaluation.metrics import Z_95, paired_difference, wilson_interval
+from strop.evaluation.metrics import mean_interval, paired_difference, wilson_interval
 
 MAX_NEW_TOKENS = 48
 
@@ -68,6 +67,12 @@ def compare_general(model: Model, advance: Progress | None = None, devices: Devi
         **_summarize(hits["base"], hits["tuned"]),
         "intervals": {side: list(wilson_interval(sum(side_hits), len(questions))) for side, side_hits in hits.items()},
         "kinds": kinds,
+        "answers": {
+            "max_tokens": MAX_NEW_TOKENS,
+            "references_cut": 0,
+            "base_cut": sum(not answer.stopped for answer in answers[: len(questions)]),
+            "tuned_cut": sum(not answer.stopped for answer in answers[len(questions) :]),
+        },
         "lost": [
             {"prompt": question.messages[-1].content, **{side: texts_by_side[side][i] for side in hits}}
             for i, question in enumerate(questions)
@@ -123,13 +128,19 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
             scores = {side: _scores_by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
             base, tuned = scores["base"], scores.get("tuned")
-            changes = [tuned[document] - base[document] for document in base] if tuned is not None else []
             difference = None
-            if len(changes) > 1:
-                mean, half_width = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
-                difference = {"value": mean, "low": mean - half_width, "high": mean + half_width}
+            if tuned is not None and len(base) > 1:
+                difference = _compare_scores(list(base.values()), [tuned[document] for document in base])
             result[task][metric] = {**values, "documents": len(base), "difference": difference}
     return result
+
+
+def _compare_scores(base: Sequence[float], tuned: Sequence[float]) -> dict[str, float]:
+    """Return the mean change of scores of the same documents, with its 95 % interval."""
+    if {*base, *tuned} <= {0, 1}:
+        return asdict(paired_difference([score == 1 for score in base], [score == 1 for score in tuned]))
+    changes = [after - before for before, after in zip(base, tuned, strict=True)]
+    return dict(zip(("value", "low", "high"), (statistics.fmean(changes), *mean_interval(changes)), strict=True))
 
 
 def _scores_by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float]:

@@ -14,6 +14,7 @@ import os
 import re
 import runpy
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ MAX_OPTIONS = 50  # of the metric choice, which computes the loss of each option
 WORD_PATTERN = r"[^\W_]+|[\W_]"  # a word, or a character between words
 MIN_SIMILARITY = 0.6  # differences are marked only between answers that are at least this similar
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # the same of Student's t distribution, for 1 to 4 degrees of freedom
+MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosses; from 3 rows on, in 3 to 7 %
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
 
@@ -275,12 +278,28 @@ def describe_difference(difference: Mapping[str, float]) -> tuple[str, str]:
 
 
 def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (better | worse | unclear, sentence) for an evaluation; unclear if it contains training rows."""
+    """Return (better | worse | unclear, sentence) for an evaluation; unclear for training rows and cut references."""
     kind, text = describe_difference(result["difference"])
-    if not result.get("train_rows"):
+    reasons = [describe_cut(result)[0]] if result.get("answers", {}).get("references_cut") else []
+    if result.get("train_rows"):
+        reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
+    if not reasons:
         return kind, text
-    seen = f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows"
-    return "unclear", f"no test of what it learned, because {seen}: {text.partition(': ')[2]}"
+    return "unclear", f"no test of what it learned, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+
+
+def describe_cut(result: Mapping[str, Any]) -> list[str]:
+    """Return one sentence on reference answers longer than the limit, and one on generated answers cut at it."""
+    answers = result.get("answers") or {"references_cut": 0}
+    cut = {side: count for side in ("base", "tuned") if (count := answers.get(f"{side}_cut"))}
+    texts = []
+    if answers["references_cut"]:
+        limit = f"the limit of {answers['max_tokens']:,} tokens or the model's context"
+        texts.append(f"{answers['references_cut']:,} of {result['rows']:,} reference answers are longer than {limit}")
+    if cut:
+        counts = " and ".join(f"{count:,} of {result['rows']:,} {side} answers" for side, count in cut.items())
+        texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens")
+    return texts
 
 
 def rows_label(result: Mapping[str, Any]) -> str:
@@ -335,8 +354,26 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     return low, high
 
 
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """Return Student's 95 % interval of the mean of two or more values."""
+    n, mean = len(values), statistics.fmean(values)
+    half_width = _t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return [mean - half_width, mean + half_width]
+
+
+def _t_quantile(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution, within 0.2 %."""
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    z, n = Z_95, degrees  # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+
+
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Estimate:
-    """Return the hit rate of the tuned model minus that of the base on the same rows (at least one)."""
+    """Return the hit rate of the tuned model minus that of the base on the same rows (at least one).
+
+    The interval of fewer than MIN_CLAIM_ROWS rows contains 0.
+    """
     # R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: combines the Wilson intervals of both
     # rates with their correlation phi, to which a continuity correction is applied if it is positive.
     pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
@@ -356,6 +393,8 @@ def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> 
     value = (gained - lost) / n
     low = value - math.sqrt(max(0.0, tuned_low**2 - 2 * phi * tuned_low * base_high + base_high**2))
     high = value + math.sqrt(max(0.0, tuned_high**2 - 2 * phi * tuned_high * base_low + base_low**2))
+    if n < MIN_CLAIM_ROWS:
+        low, high = min(low, 0.0), max(high, 0.0)
     return Estimate(value, max(low, -1.0), min(high, 1.0))
 
 

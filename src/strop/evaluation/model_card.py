@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import describe_change, describe_general, describe_rows, rows_label
+from strop.evaluation.metrics import describe_change, describe_cut, describe_general, describe_rows, rows_label
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -193,6 +193,7 @@ def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iter
         yield "It is unknown whether it was trained on the rows that it was evaluated on."
     elif train_rows:
         yield f"{train_rows} of the {report['evaluation']['rows']} rows that it was evaluated on are also train rows."
+    yield from (f"{text}." for text in describe_cut(report.get("evaluation") or {}))
     if not report.get("general") and not _has_both_sides(report.get("regression")):
         yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")

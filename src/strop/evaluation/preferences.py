@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,8 +17,8 @@ from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Location
-from strop.evaluation.compare import Progress
-from strop.evaluation.metrics import Z_95, compare_hits, wilson_interval
+from strop.evaluation.compare import Progress, check_positions
+from strop.evaluation.metrics import compare_hits, mean_interval, wilson_interval
 from strop.models.adapters import is_reward_adapter
 from strop.models.lora import find_score_head
 
@@ -51,6 +50,7 @@ def compare_preferences(
             pairs.append((rendered[0], rendered[1]))
     if invalid:
         raise DataError(f"{len(invalid)} pairs cannot be compared", fix="fix or remove them", where=invalid)
+    check_positions(model, (example for pair in pairs for example in pair))
     if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}
@@ -77,14 +77,15 @@ def compare_preferences(
 
 
 def summarize_rewards(rewards: PairValues) -> dict[str, Any]:
-    """Return the accuracy with its Wilson interval, and the mean margin with a normal interval (95 % each)."""
+    """Return the accuracy with its Wilson interval, and the mean margin with Student's interval (95 % each)."""
     margins, hits = [a - b for a, b in rewards], [a > b for a, b in rewards]
-    mean, n = statistics.fmean(margins), len(margins)
-    half_width = Z_95 * statistics.stdev(margins) / math.sqrt(n) if n > 1 else None
+    n = len(margins)
     return {
-        "accuracy": sum(hits) / n, "accuracy_interval": list(wilson_interval(sum(hits), n)), "margin": mean,
-        "margin_interval": None if half_width is None else [mean - half_width, mean + half_width],
-    }  # fmt: skip
+        "accuracy": sum(hits) / n,
+        "accuracy_interval": list(wilson_interval(sum(hits), n)),
+        "margin": statistics.fmean(margins),
+        "margin_interval": mean_interval(margins) if n > 1 else None,
+    }
 
 
 def _compare_scores(

@@ -60,6 +60,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         samples=[_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))],
         num_samples=len(samples),
         data=list(_list_row_counts(report.get("data") or {})),
+        data_warnings=(report.get("data_report") or {}).get("warnings") or [],
         memory=list(_list_memory_peaks(report.get("memory") or {})),
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_format_choice(choice) for choice in recipe if choice.get("origin") == "default"],

@@ -35,7 +35,14 @@ from strop.evaluation.compare import (
 )
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, make_judge
-from strop.evaluation.metrics import check_golds, describe_difference, find_metric, paired_difference
+from strop.evaluation.metrics import (
+    MIN_CLAIM_ROWS,
+    check_golds,
+    describe_cut,
+    describe_difference,
+    find_metric,
+    paired_difference,
+)
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
@@ -59,7 +66,7 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     metric: str = "exact"  # name of a metric, or file.py:function
-    max_new_tokens: int = 80  # maximum length of an answer
+    max_new_tokens: int | None = None  # maximum length of an answer; default: see `compare`
     quantization: str = "auto"  # quantization of the base
     dtype: str = "auto"  # of its other weights
     force: bool = False  # load the adapter even if the base differs from the one it was trained on
@@ -161,7 +168,7 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     model = _load(name, request, is_reward_model=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = _start_result(name, model, compared, request)
-    _add_train_rows(result, train_rows)
+    _add_row_notes(result, request.rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -181,7 +188,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
     bases[base_key] = read_side(compared, "base")
     result = _start_result(name, model, compared, request)
-    _add_train_rows(result, train_rows)
+    result["notes"] += describe_cut(compared)
+    _add_row_notes(result, rows, train_rows)
     should_store = devices.is_main and is_run(Path(name))
     interrupted = "interrupted" in compared
     if not interrupted:
@@ -189,10 +197,12 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
             _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails or is stopped
         if options.general:
             result["general"] = compare_general(model, advance, devices)
+            result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
         if request.regression:
             regression_metric = options.regression_metric or options.metric
             result["regression"] = compare_rows(request.regression, metric=regression_metric)
             interrupted = "interrupted" in result["regression"]
+            result["notes"] += [f"regression rows: {text}" for text in describe_cut(result["regression"])]
         if request.tasks and not interrupted:
             result["tasks"] = run_tasks(model, request.tasks, request.task_manager, options.task_limit)
     renderer = model.renderer
@@ -393,8 +403,14 @@ def _hash_row(row: Conversation, data_kind: DataKind) -> int:
     return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
-def _add_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
-    """Add the number of evaluated rows that are also training rows, and a note if there are any."""
+def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:
+    """Add the number of evaluated rows that are also training rows, and notes about them, repeated and too few rows."""
+    evaluated = rows[: result["rows"]]
+    if repeated := len(evaluated) - len({digest(dump_conversation(row)) for row in evaluated}):
+        what = f"{repeated} of {result['rows']} rows repeat an earlier one"
+        result["notes"].append(f"{what}: the intervals are too narrow, as they assume different rows")
+    if "difference" in result and result["rows"] < MIN_CLAIM_ROWS:
+        result["notes"].append(f"no difference is claimed on fewer than {MIN_CLAIM_ROWS} rows")
     result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])
     if result["train_rows"]:
         note = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"

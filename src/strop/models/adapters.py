@@ -170,16 +170,19 @@ def attach_another_adapter(
 
 def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
     """Raise ModelError if the adapter was trained on a different base; with `force`, return a warning instead."""
-    trained_on, actual = read_identity(folder).get("base"), fingerprint(source)
+    trained_on, actual, fix = read_identity(folder).get("base"), fingerprint(source), "load it on its own base"
     if reason := why_base_changed(read_adapter_config(folder)):
         what = f"{folder}: {reason}"
     elif not trained_on or trained_on["fingerprint"] == actual:
         return []
     else:
         fingerprints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {actual[:12]} found"
-        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({fingerprints})"
+        reason = f"is not {trained_on['name']}, on which it was trained"
+        if trained_on["name"] == source.name:
+            reason, fix = "has changed since training", "restore its files, or train again"
+        what = f"{folder}: its base {source.name} {reason} ({fingerprints})"
     if not force:
-        raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
+        raise ModelError(what, fix=f"{fix} (chat and eval take --force)")
     return [what]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from strop.config.schema import LoraSection
+from strop.data.prepare import add_tokens
 from strop.errors import ModelError, RecipeError, suggest
 from strop.models.adapter_config import REWARD_TASK
 from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
@@ -238,7 +239,7 @@ def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> dict
     """Add tokens and return {module name: embedding rows to train}."""
     if not tokens:
         return {}
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    add_tokens(tokenizer, tokens)  # without effect if the rows were prepared with this tokenizer
     grow_vocabulary(model, len(tokenizer))
     leaves = (path.rpartition(".")[2] for path in embedding_paths(model))
     return dict.fromkeys(leaves, tokenizer.convert_tokens_to_ids(list(tokens)))

@@ -51,7 +51,8 @@ def measure_rows(recipe: Recipe) -> Rows:
         sizes.unknown = source
         return sizes
     data_kind = data_kind_of(recipe.train)
-    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
+    tokenizer, new_tokens = load_tokenizer(source), recipe.lora.new_tokens
+    prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
     rows, prefix = prepared.train, None
     sizes.refused = str(prepared.report.refusal or "")
     if sampled := max_completion_tokens(recipe.train):

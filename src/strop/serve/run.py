@@ -81,6 +81,8 @@ def _prepare(
     max_context = max_positions(base) or DEFAULT_MAX_CONTEXT
     if context is not None and context > max_context:
         raise InputError(f"--context {context}: the model supports {max_context} tokens", fix="give less")
+    if context is None and max_context > DEFAULT_MAX_CONTEXT:
+        notes.append(f"the context is {DEFAULT_MAX_CONTEXT:,} of the model's {max_context:,} tokens; --context sets it")
     context = context or min(max_context, DEFAULT_MAX_CONTEXT)
     reason = why_decoder_unsupported(loaded.module)
     fallback = HfDecoder(loaded.module, keep=EXTRA_CACHE_SLOTS * context) if reason else None

@@ -20,7 +20,7 @@ from strop.data.types import Example, ExampleGroup, Item
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.step import Step
 from strop.evaluation.compare import mean_loss
-from strop.evaluation.metrics import Z_95, wilson_interval
+from strop.evaluation.metrics import mean_interval, wilson_interval
 from strop.models.lora import find_score_head
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
@@ -203,12 +203,6 @@ def make_criterion(train: TrainSection, model: nn.Module | None = None, devices:
 def is_scored(criterion: Criterion) -> bool:
     """Return whether the criterion trains the score of a reward model."""
     return isinstance(criterion, PreferenceCriterion) and criterion.objective.scored
-
-
-def mean_interval(values: Sequence[float]) -> list[float]:
-    """Return the 95 % confidence interval of the mean of two or more values."""
-    mean, half_width = statistics.fmean(values), Z_95 * statistics.stdev(values) / math.sqrt(len(values))
-    return [mean - half_width, mean + half_width]
 
 
 def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:

@@ -146,7 +146,8 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SIN
     # a start adapter may have its own tokens and chat template
     tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
+    cache, data_kind = cache_folder() / "data", data_kind_of(recipe.train)
+    data = prepare(recipe.data, tokenizer, cache=cache, data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
     _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
@@ -305,7 +306,18 @@ def locked_device_count(lock: Mapping[str, Any]) -> int:
 def startup_notes(setup: Setup) -> list[str]:
     """Return notes to log before training, such as unused options and hardware."""
     values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
-    return [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
+    notes = [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
+    return [*notes, *_list_cut_references(setup)]
+
+
+def _list_cut_references(setup: Setup) -> Iterator[str]:
+    """Yield a note if completions cannot be as long as the reference answers of the prompts."""
+    limit, renderer = max_completion_tokens(setup.resolved.recipe.train), setup.data.renderer
+    for role, rows in (("training", setup.data.train_conversations), ("evaluation", setup.data.eval_conversations)):
+        answers = filter(None, map(renderer.reference_answer, rows or ())) if limit else ()
+        texts = (renderer.tokenizer.encode(answer, add_special_tokens=False) for answer in answers)
+        if rows and (cut := sum(len(ids) >= limit for ids in texts)):
+            yield f"{cut:,} of {len(rows):,} {role} rows have a reference longer than train.answer_tokens {limit}"
 
 
 def _unused_gpu_note(setup: Setup) -> str | None:

@@ -31,7 +31,7 @@ from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
-from strop.evaluation.metrics import Reward
+from strop.evaluation.metrics import Reward, mean_interval, wilson_interval
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
@@ -39,7 +39,7 @@ from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog
-from strop.training.criteria import BLOCK, Criterion, Metrics, Split, mean_interval
+from strop.training.criteria import BLOCK, Criterion, Metrics, Split
 from strop.training.state import temporary_values
 
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
@@ -148,7 +148,11 @@ class PolicyCriterion(Criterion):
             drop_decoder(self.model)
         rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
-        intervals = {"reward_interval": mean_interval(rewards)} if len(rewards) > 1 else {}
+        n, are_hits = len(rewards), {*rewards} <= {0, 1}
+        interval = (
+            list(wilson_interval(round(sum(rewards)), n)) if are_hits else mean_interval(rewards) if n > 1 else None
+        )
+        intervals = {} if interval is None else {"reward_interval": interval}
         stop_rate = statistics.fmean(answer.stopped for answer in answers)
         length = statistics.fmean(answer.tokens for answer in answers)
         return {"loss": -mean, "reward": mean, **intervals, "stop_rate": stop_rate, "answer_length": length}

@@ -30,8 +30,8 @@ class SamplePrompts:
     tokenizer: Any
     stop_ids: Sequence[int]
 
-    def complete(self, model: nn.Module) -> list[dict[str, str]]:
-        """Return prompt, reference and completion of each prompt. The decoder is freed afterwards."""
+    def complete(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return prompt, reference, completion and `cut` of each prompt. The decoder is freed afterwards."""
         try:
             completions = generate(
                 model, self.tokenizer, self.ids, stop_ids=self.stop_ids, max_new_tokens=MAX_NEW_TOKENS
@@ -39,7 +39,12 @@ class SamplePrompts:
         finally:
             drop_decoder(model)
         return [
-            {"prompt": question.prompt, "reference": question.gold, "completion": completion.text}
+            {
+                "prompt": question.prompt,
+                "reference": question.gold,
+                "completion": completion.text,
+                "cut": not completion.stopped,
+            }
             for question, completion in zip(self.questions, completions, strict=True)
         ]
 

@@ -349,7 +349,7 @@ def test_header_is_decided_by_known_names_or_by_the_option(tmp_path: Path) -> No
     assert values(known) == [{"question": "1", "answer": "2"}]
     own = write(tmp_path / "own.tsv", "frage\tantwort\n1\t2\n")
     assert "prompt=1,completion=2 (no header" in refusal(own)
-    assert "prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
+    assert "prompt=frage,completion=antwort (if antwort is the answer to frage) or" in refusal(own)
     assert values(own, columns={"prompt": "frage", "completion": "antwort"}) == [{"frage": "1", "antwort": "2"}]
     assert "no column 'frge' (did you mean frage?)" in refusal(own, columns={"prompt": "frge"})
 
@@ -371,7 +371,7 @@ def test_csv_separator_of_excel_is_detected(tmp_path: Path, mark: str) -> None:
         text = f"\ufeff{start}prompt{mark}completion\r\nhi, you{mark}yo\r\n"
         assert values(write(tmp_path / "d.csv", text)) == expected
     own = write(tmp_path / "own.csv", f"frage{mark}antwort\nhi, you{mark}yo\n")
-    assert "prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
+    assert "prompt=frage,completion=antwort (if antwort is the answer to frage) or" in refusal(own)
     assert values(own, columns={"prompt": "frage", "completion": "antwort"})[0]["antwort"] == "yo"
     plain = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
     assert values(plain, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]

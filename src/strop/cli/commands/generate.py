@@ -24,7 +24,9 @@ def evaluate(
     metric: Annotated[
         str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference.")
     ] = "exact",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 80,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum answer tokens; default: from the references, at least 80.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Number of answers to show.")] = 3,
     general: Annotated[
         bool, typer.Option("--general", help="Also evaluate on a general set, to find what training made worse.")

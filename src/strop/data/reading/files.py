@@ -38,7 +38,7 @@ COLUMN_NAMES = frozenset((
     "answer", "answers", "category", "chosen", "chosen_messages", "completion", "completions", "context",
     "conversation", "conversations", "history", "input", "instances", "instruction", "kto_tag", "label", "messages",
     "output", "prompt", "query", "question", "rejected", "rejected_messages", "rejected_response", "response",
-    "responses", "scores", "system", "text", "thumbs", "tools",
+    "responses", "scores", "system", "system_message", "system_prompt", "text", "thumbs", "tools",
 ))  # fmt: skip
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, zip_longest
 from typing import Any
 
@@ -13,6 +14,14 @@ from strop.data.reading.files import COLUMN_NAMES, TYPES, encoding_error, read_l
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
 from strop.errors import Location, suggest
+
+# Column names, in lower case, whose meaning is clear enough to suggest them.
+_PROMPT_NAMES = ("instruction", "prompt", "question", "query", "problem", "user", "human")
+_CONTEXT_NAMES = ("context", "input", "passage", "document", "article", "text")
+_ANSWER_NAMES = (
+    ("completion", "response", "answer", "output", "reply", "assistant", "target"),
+    ("label", "summary", "solution", "translation"),  # only without one of the names above
+)
 
 
 class _LineCounter:
@@ -97,6 +106,38 @@ def _split_cells(line: str, separator: str) -> list[str]:
         return []
 
 
+def is_row_number(column: str, value: Any) -> bool:
+    """Return whether a cell is in an unnamed column with row numbers, which pandas writes."""
+    return re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", column) is not None and str(value).isdecimal()
+
+
+def suggest_mapping(columns: Sequence[str]) -> str | None:
+    """Return the value of --data.columns for columns whose names show a prompt and an answer, else None."""
+    plain = {column.strip().lower(): column for column in columns if not set(column) & set(",=")}
+    prompts, contexts = ([plain[name] for name in names if name in plain] for names in (_PROMPT_NAMES, _CONTEXT_NAMES))
+    answers = next(filter(None, ([plain[name] for name in names if name in plain] for names in _ANSWER_NAMES)), [])
+    if (
+        len(answers) != 1
+        or not 1 <= len(prompts + contexts) <= 2
+        or (prompts[1:] and prompts[0] != plain.get("instruction"))
+    ):
+        return None
+    prompt, *context = prompts + contexts
+    if context:
+        return shlex.quote(f"instruction={prompt},input={context[0]},output={answers[0]}")
+    return shlex.quote(f"prompt={prompt},completion={answers[0]}")
+
+
+def describe_mapping(columns: Sequence[str]) -> str:
+    """Return a fix for columns whose names do not show which of them is the answer."""
+    is_known = any(column.lower() in (*_PROMPT_NAMES, *_CONTEXT_NAMES, *sum(_ANSWER_NAMES, ())) for column in columns)
+    if len(columns) == 2 and not is_known and not any(set(column) & set(",=") for column in columns):
+        prompt, answer = columns
+        mapping = shlex.quote(f"prompt={prompt},completion={answer}")
+        return f"--data.columns {mapping} (if {answer} is the answer to {prompt})"
+    return f"--data.columns prompt=A,completion=B with the names of your columns ({', '.join(columns[:12])})"
+
+
 def read_table(
     name: str, lines: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], errors: list[RowError]
 ) -> Iterator[Row]:
@@ -128,9 +169,12 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
         header.pop()
     names = set(header)
     if header and len(names) == len(header) and names <= COLUMN_NAMES and not names & set(columns.values()) and columns:
-        option = ",".join(f"{key}={cell}" for key, cell in zip(columns, header, strict=False))
+        cells_by_number = {str(i): cell for i, cell in enumerate(header, 1)}
+        by_name = ",".join(f"{key}={cells_by_number.get(value, value)}" for key, value in columns.items())
+        option = by_name if cells_by_number.keys() >= set(columns.values()) else suggest_mapping(header)
         what = f"the first record looks like a header ({', '.join(header)})"
-        raise file_error(name, what, f"--data.columns {option}", line)
+        fix = f"--data.columns {option}" if option else describe_mapping(header)
+        raise file_error(name, what, fix, line)
     if columns and all(value.isdecimal() for value in columns.values()):
         if missing := [value for value in columns.values() if not 0 < int(value) <= len(cells)]:
             raise file_error(name, f"no column {missing[0]}: there are {len(cells)}, counted from 1", line=line)
@@ -144,9 +188,12 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
         raise file_error(name, f"the header names a column twice: {duplicate!r}", "rename one", line)
     if columns or names & COLUMN_NAMES:
         return header
-    fix = "--data.columns prompt=1,completion=2 (no header, columns by number)"
-    if len(header) > 1 and all(re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
-        fix += f" or --data.columns prompt={header[0]},completion={header[1]} (line {line} is the header)"
+    numbers = "prompt=1,completion=2" if len(header) == 2 else "prompt=A,completion=B with the numbers of your columns"
+    fix = f"--data.columns {numbers} (no header)"
+    if len(header) > 1 and all(not cell or re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
+        mapping = suggest_mapping(header)
+        option = f"--data.columns {mapping}" if mapping else describe_mapping(list(filter(None, header)))
+        fix = f"with line {line} as the header: {option} or {fix}"
     if any(mark in cell for mark in ";\t" for cell in header):
         fix += "; if cells are not separated by commas, begin the file with a line such as sep=;"
     raise file_error(name, "unclear whether the first record is a header", fix, line)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, cast
 
 import numpy as np
@@ -94,15 +94,16 @@ def generate(
     if (largest := max(max(ids, default=-1) for ids in prompts)) >= vocabulary:
         what = f"the tokenizer returns token {largest}, but the model has {vocabulary:,} tokens"
         raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
+    limits = [max_new_tokens] * len(prompts)
     if positions := learned_positions(model):
         longest = max(map(len, prompts))
         if longest >= positions:
             what = f"the prompt has {longest} tokens, and the model has learned {positions} positions"
             raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
-        max_new_tokens = min(max_new_tokens, positions - longest)
+        limits = [min(max_new_tokens, positions - len(ids)) for ids in prompts]
     if why_decoder_unsupported(model) is not None:
         streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
-        arguments = model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, streamer
+        arguments = model, tokenizer, prompts, stop_ids, limits, sampling, streamer
         if not both:
             return _generate_with_hf(*arguments, advance)
         with adapter_disabled(cast(Any, model)):
@@ -112,7 +113,7 @@ def generate(
     rows: list[list[SequenceState]] = []
     for i, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True)):
         seed = None if sampling.seed is None else sampling.seed + i  # equal prompts get different completions
-        options: Any = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "expected": reference}
+        options: Any = {"stop_ids": stop_ids, "max_new_tokens": limits[i], "expected": reference}
         rows.append([SequenceState(ids, name, sampling=replace(sampling, seed=seed), **options) for name in adapters])
     sequences = [sequence for row in rows for sequence in row]
     detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
@@ -183,7 +184,7 @@ def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
 
 
 def _generate_with_hf(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], max_new_tokens: int,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], limits: Sequence[int],
     sampling: Sampling, streamer: TextCallbackStreamer | None, advance: Callable[[int], None] | None,
 ) -> list[Completion]:  # fmt: skip
     """Implement `generate` with transformers' generate, in batches of prompts of similar length."""
@@ -192,10 +193,10 @@ def _generate_with_hf(
         torch.manual_seed(sampling.seed)
     completions: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
-    for start in range(0, len(order), HF_BATCH_SIZE):
-        rows = order[start : start + HF_BATCH_SIZE]
+    groups = [list(group) for _, group in groupby(order, key=lambda row: limits[row])]
+    for rows in (group[i : i + HF_BATCH_SIZE] for group in groups for i in range(0, len(group), HF_BATCH_SIZE)):
         tokens, _ = hf_generate(
-            model, [prompts[row] for row in rows], sampling, stop_ids=stop_ids, max_new_tokens=max_new_tokens,
+            model, [prompts[row] for row in rows], sampling, stop_ids=stop_ids, max_new_tokens=limits[rows[0]],
             pad_id=pad_id, streamer=streamer,
         )  # fmt: skip
         for row, new in zip(rows, tokens, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_ba
 from strop.models.source import SCHEMES, Source, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass
 class Model:
@@ -49,6 +52,7 @@ class Model:
     quantization: str = "none"  # of the base model
     dtype: str = "bf16"  # of the weights that are not quantized
     history: list[Message] = field(default_factory=list)
+    was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
@@ -126,7 +130,8 @@ class Model:
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
         ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
-        return [answer.text for answer in self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)]
+        answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [answer.text for answer in self._check_length(answers)]
 
     def chat(
         self,
@@ -160,9 +165,19 @@ class Model:
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
         max_new_tokens = min(max_new_tokens, max_length - len(prompt))
         sampling = sampling or self.sampling
-        answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
+        options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
+        [answer] = self._check_length(self.answer([prompt], **options), log=on_text is None)
         self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
+
+    def _check_length(self, answers: list[Completion], *, log: bool = True) -> list[Completion]:
+        """Set `was_cut`, and log a warning if answers were cut at the limit of their length."""
+        cut = [answer.tokens for answer in answers if not answer.stopped]
+        self.was_cut = bool(cut)
+        if cut and log:
+            number = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
+            LOG.warning("%s cut at %d tokens; max_new_tokens sets the limit", number, max(cut))
+        return answers
 
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system

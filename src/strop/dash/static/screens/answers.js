@@ -270,7 +270,7 @@ function evaluation(run, signal, onEnd) {
       ),
     ),
   );
-  const maxTokens = h("input", { type: "number", min: 1, max: 4096, value: 80 });
+  const maxTokens = h("input", { type: "number", min: 1, placeholder: "from the reference answers" });
   const evaluateButton = button(
     "Evaluate",
     async () => {
@@ -279,7 +279,7 @@ function evaluation(run, signal, onEnd) {
         const job = await post(runPath(run.name, "evaluate"), {
           data: data.value.trim(),
           metric,
-          max_new_tokens: Number(maxTokens.value),
+          max_new_tokens: maxTokens.value ? Number(maxTokens.value) : undefined,
         });
         put(
           jobs,

@@ -275,7 +275,12 @@ export async function show(container, { run, query, signal, draw }) {
   }
 
   const sampleTable = new Table(
-    ["prompt", "reference", "completion"].map((key) => ({ key, name: key, free: true, value: (row) => row[key] })),
+    ["prompt", "reference", "completion"].map((key) => ({
+      key,
+      name: key,
+      free: true,
+      value: (row) => row[key] + (key === "completion" && row.cut ? " … (cut)" : ""),
+    })),
     { label: "Sample completions", empty: "No completions at this step." },
   );
   let sampleStep = Number(query.get("sample")) || null,
