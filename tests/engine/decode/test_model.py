@@ -50,3 +50,14 @@ def test_generated_generation_config_adds_no_stop_tokens() -> None:
         == generation_stop_ids(GenerationConfig(eos_token_id=1, _from_model_config=True))
         == ()
     )
+
+
+def test_chat_accepts_a_list_of_messages_and_the_usual_names(tiny_folder: Path) -> None:
+    model = strop.load(tiny_folder)
+    answer = model.chat([{"role": "user", "content": "hi"}], max_tokens=3, temperature=0)
+    assert model.history[-1].content == answer and [turn.role for turn in model.history] == ["user", "assistant"]
+    assert answer == strop.load(tiny_folder).chat("hi", max_new_tokens=3, temperature=0)
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        model.chat("hi", temprature=1)
+    with pytest.raises(strop.errors.InputError, match="nothing to answer"):
+        model.chat([{"role": "assistant", "content": "hi"}])
