@@ -287,7 +287,7 @@ def test_single_row_without_a_format_is_an_error_of_that_row() -> None:
 def test_file_without_a_format_is_refused_once_with_the_option() -> None:
     message = refusal({"frage": "a", "antwort": "b"}, {"frage": "c", "antwort": "d"})
     assert message.startswith(
-        "d:1: no format has the columns frage, antwort: --data.columns prompt=frage,completion=antwort"
+        "d:1: no format has the columns frage, antwort\nFix: --data.columns prompt=frage,completion=antwort"
     )
     assert "--data.columns text=body" in refusal({"body": "a"})
     assert "messages" in refusal({"n": 1})
