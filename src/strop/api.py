@@ -523,12 +523,13 @@ def export(
 
 def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     """Check the inputs of a new run; see `check_inputs`."""
+    from strop.data.prepare import read_eval_share
     from strop.runs.folder import check_new_run, is_run
 
     out = Path(recipe.out).expanduser() if recipe.out else None  # in a recipe, no shell has expanded ~
     if out is not None and not (resume_existing and is_run(out)):
         check_new_run(out)
-    evaluated = recipe.data.eval if not isinstance(recipe.data.eval, int | float) else None
+    evaluated = None if read_eval_share(recipe.data.eval) else recipe.data.eval
     check_inputs(
         models=[recipe.model.name], revision=recipe.model.revision, data=[recipe.data.train, evaluated],
         adapters=[recipe.model.adapter] if recipe.model.adapter else (),

@@ -76,7 +76,7 @@ def prepare(
     reporting it. Raises DataError, and ModelError for an unusable tokenizer or template.
     """
     renderer = renderer_for(data, tokenizer)
-    share = _eval_share(data.eval)
+    share = read_eval_share(data.eval)
     folder = cache or Path(tempfile.mkdtemp(prefix="strop-data-"))
     try:
         build = partial(
@@ -179,7 +179,7 @@ def _add_evaluation(
     )
 
 
-def _eval_share(spec: str | list[str] | None) -> float | None:
+def read_eval_share(spec: str | list[str] | None) -> float | None:
     """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
     if match is None:
