@@ -67,7 +67,7 @@ def test_out_of_memory_refers_to_its_heading(tmp_path: Path) -> None:
     job = replace(tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2}), memory_key="trouble")
     with pytest.raises(MemoryLimitError) as raised:
         fit(starved(job, set(range(1, 100))))
-    assert f"{TROUBLESHOOTING_PAGE}#memory" in raised.value.lines()[0]
+    assert f"{TROUBLESHOOTING_PAGE}#memory" in raised.value.lines()[-1]
 
 
 def without_bitsandbytes(patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from strop.display.progress import show_answers, show_run, show_steps
-from strop.errors import InputError
+from strop.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
@@ -178,6 +178,7 @@ def train(
     from strop.distributed.launch import join_devices
 
     resolved = resolve(_as_path(recipe), _flatten(options))
+    check_recipe_inputs(resolved.recipe, resume_existing)
     with join_devices() as devices, show_run(progress, devices.is_main) as shown:
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
@@ -291,6 +292,7 @@ def evaluate(
     from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
+    check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
@@ -398,6 +400,7 @@ def load(
         >>> model.chat("lunch with Ana, 12.50 eur", max_new_tokens=8)
         >>> model.generate(["taxi, 31 eur", "train, 12 eur"], max_new_tokens=8)
     """
+    check_inputs(models=[name])
     with show_steps(progress, "loading the libraries"):
         from strop.engine.decode.model import load as load_model
         from strop.machine.torch_state import isolated_torch_state
@@ -436,6 +439,7 @@ def merge(
         >>> strop.merge("runs/mine", "mine-merged").parity
     """
     rows = _data_file(data)
+    check_inputs(adapters=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.merge import merge as merge_adapter
         from strop.machine.torch_state import isolated_torch_state
@@ -510,6 +514,7 @@ def export(
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
     name, rows = os.fspath(run), _data_file(data)
+    check_inputs(models=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.gguf import export_gguf
         from strop.exporting.ollama import export_ollama
@@ -519,6 +524,57 @@ def export(
             if target == "ollama":
                 return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, progress=step)
             return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=step)
+
+
+def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
+    """Check the inputs of a new run; see `check_inputs`."""
+    from strop.data.prepare import read_eval_share
+    from strop.runs.folder import check_new_run, is_run
+
+    out = Path(recipe.out).expanduser() if recipe.out else None  # in a recipe, no shell has expanded ~
+    if out is not None and not (resume_existing and is_run(out)):
+        check_new_run(out)
+    evaluated = None if read_eval_share(recipe.data.eval) else recipe.data.eval
+    check_inputs(
+        models=[recipe.model.name], revision=recipe.model.revision, data=[recipe.data.train, evaluated],
+        adapters=[recipe.model.adapter] if recipe.model.adapter else (),
+    )  # fmt: skip
+
+
+def check_inputs(
+    *,
+    models: Sequence[PathLike] = (),
+    revision: str | None = None,
+    adapters: Sequence[PathLike] = (),
+    data: Sequence[Any] = (),
+    metrics: Sequence[str | None] = (),
+    out: PathLike | None = None,
+) -> None:
+    """Raise InputError for names and paths that do not exist, and for an output that exists.
+
+    This takes less than a second, so that a typing error is reported before the libraries load, which takes longer.
+    """
+    from strop.data.reading import sources
+    from strop.distributed.devices import find_ranks
+    from strop.evaluation.metrics import find_metric
+    from strop.models.adapter_config import find_adapter_folder
+    from strop.models.source import check_exists
+    from strop.runs.folder import check_new_output
+
+    if find_ranks() is not None:  # the processes of a launcher have to fail together
+        return
+    if out is not None:
+        check_new_output(Path(out))
+    for name in models:
+        check_exists(os.fspath(name), revision)
+    for name in adapters:
+        find_adapter_folder(os.fspath(name))
+    for spec in data:
+        if spec:
+            sources.check_exists(_data_files(spec, "data"))
+    for metric in metrics:
+        if metric not in (None, "preference"):
+            find_metric(metric)
 
 
 def push(
@@ -550,6 +606,11 @@ def push(
     Examples:
         >>> strop.push("runs/mine", "me/mine")
     """
+    if not Path(run).exists():
+        from strop.runs.folder import suggest_path
+
+        what = f"{run}: no such run, adapter or model folder{suggest_path(os.fspath(run))}"
+        raise ModelError(what, fix="give one of these")
     with show_steps(progress, "reading the folder") as step:
         from strop.exporting.hub import push as push_folder
 

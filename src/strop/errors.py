@@ -7,12 +7,17 @@ code for PeerFailed.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
 MAX_SHOWN_LOCATIONS = 10  # an error lists this many locations and counts the rest
+FIX = "Fix: "  # begins an error's last line
+
+_OPTION = re.compile(r"(`[^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)|(?<![\w'\"-])--([a-z][\w.-]*\w)")
+_PYTHON_NAMES = {"no-parity": "measure=False", "resume": "resume_existing"}  # where they differ from the option's name
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,22 @@ class StropError(Exception):
         return type(self).__name__
 
     def __str__(self) -> str:
-        """Return what is wrong, the locations, and the fix."""
-        text = "\n".join(self.lines())
-        return text if self.what in text else f"{self.what}\n{text}"
+        """Return the locations, what is wrong, and the fix, with options by their names in Python."""
+        lines = self.lines()
+        if all(self.what not in line for line in lines):
+            lines.insert(len(self.where), self.what)
+        return "\n".join(map(_name_fields, lines))
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows in place of the traceback."""
         return [f"strop {self.kind}: {self}"]
 
     def lines(self) -> list[str]:
-        """Return the lines to print in a terminal: one line per location, then the message and the fix."""
-        fix = f": {self.fix}" if self.fix else ""
-        if len(self.where) == 1:
-            return [f"{self.where[0]}{fix}"]
+        """Return the lines to print in a terminal: the locations, what is wrong, and the fix."""
         shown = [str(location) for location in self.where[:MAX_SHOWN_LOCATIONS]]
-        more = len(self.where) - len(shown)
-        return [*shown, *([f"... and {more} more"] if more else []), f"{self.what}{fix}"]
+        if more := len(self.where) - len(shown):
+            shown.append(f"... and {more} more")
+        return [*shown, *([self.what] if len(shown) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -163,6 +168,11 @@ class Stopped(StropError):
     """Raised after Ctrl-C or SIGTERM, once the run is saved."""
 
     exit_code = 130
+
+
+def _name_fields(text: str) -> str:
+    """Replace options by their names in Python (--data.train by data.train), except in commands for a shell."""
+    return _OPTION.sub(lambda match: match[1] or _PYTHON_NAMES.get(match[2]) or match[2].replace("-", "_"), text)
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

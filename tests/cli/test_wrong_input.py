@@ -83,7 +83,7 @@ def test_invalid_input_is_refused_before_weights_load(
     code, _, err = run("train", *QUICK, *model, *out, *words, capsys=capsys)
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and expected in lines[0]
+    assert len(lines) == 1 and expected in err
     assert "Traceback" not in err and not Path("fresh").exists()
 
 
@@ -135,3 +135,40 @@ def test_claimed_run_folder_is_refused(
     finally:
         holder.communicate()
     assert run("resume", out, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--model", "dmeo", "--data", "rows.jsonl"], "did you mean demo?"),
+        (["train", "--model", "demo", "--data", "rows.jsnl"], "did you mean rows.jsonl?"),
+        (["train", "--model", "demo", "--data", "rows.jsonl", "--out", "taken"], "taken: is not empty"),
+        (["eval", "nope", "--data", "rows.jsonl"], "nope: no such folder"),
+        (["eval", "demo", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
+        (["chat", "./nope"], "./nope: no such model folder"),
+        (["serve", "nope"], "nope: no such folder"),
+        (["merge", "nope", "--out", "merged"], "nope: no such run or adapter folder"),
+        (["export", "gguf", "nope", "--out", "x.gguf"], "nope: no such folder"),
+        (["export", "ollama", "demo", "--out", "taken"], "taken: already exists"),
+        (["export-script", "nope", "--out", "script"], "nope: no such run"),
+        (["push", "nope", "me/x"], "nope: no such run, adapter or model folder"),
+        (["adapters", "nope"], "nope: no such folder"),
+        (["resume", "nope"], "nope: no such run"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
+    words: list[str], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("x")
+    code = (
+        "import sys, atexit; from strop.cli.app import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules)); main()"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and expected in done.stderr, done.stderr
+    assert done.stdout.split() == ["False", "False"]

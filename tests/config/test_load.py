@@ -57,7 +57,7 @@ def test_preset_without_effect_raises(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(resolve(None, {**MINIMAL, "preset": "balanced"}).as_yaml())
     assert resolve(file).recipe.preset == "balanced" and resolve(file, {"preset": "auto"}).recipe.lora.r == 16
-    with pytest.raises(RecipeError, match="--preset max-quality") as raised:
+    with pytest.raises(RecipeError, match="preset max-quality") as raised:
         resolve(file, {"preset": "max-quality"})
     assert "lora.r" in raised.value.fix
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 4}\n")
@@ -72,7 +72,7 @@ def test_date_in_a_recipe_is_text(tmp_path: Path) -> None:
 
 
 def test_template_option_that_is_not_yaml_raises() -> None:
-    with pytest.raises(RecipeError, match=r"--data.template_options tools=\[1: not YAML"):
+    with pytest.raises(RecipeError, match=r"data.template_options tools=\[1: not YAML"):
         parse_option("data.template_options", "tools=[1")
 
 
@@ -122,7 +122,7 @@ def test_invalid_option_raises_an_error_of_one_line(options: dict[str, object], 
     with pytest.raises(RecipeError) as raised:
         resolve(None, {**MINIMAL, **options})
     assert raised.value.exit_code == 2
-    assert len(raised.value.lines()) == 1
+    assert len([line for line in raised.value.lines() if not line.startswith("Fix: ")]) == 1
     assert expected in raised.value.lines()[0]
 
 
@@ -170,7 +170,10 @@ def test_deeply_nested_recipe_raises(tmp_path: Path) -> None:
 def test_missing_field_is_named() -> None:
     with pytest.raises(RecipeError) as raised:
         resolve(None, {"model": "demo"})
-    assert raised.value.lines() == ["--data.train: is required: give --model and --data, or a recipe file"]
+    assert raised.value.lines() == [
+        "--data.train: is required", "Fix: give --model and --data, or a recipe file",
+    ]  # fmt: skip
+    assert "data.train: is required" in str(raised.value) and "--" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import strop
 from strop.data.converters import ROLES
 from strop.data.formats import FORMATS, ConversationReader, detect_format, tables
 from strop.data.reading import files
@@ -289,7 +290,7 @@ def test_single_row_without_a_format_is_an_error_of_that_row() -> None:
 def test_file_without_a_format_is_refused_once_with_the_option() -> None:
     message = refusal({"frage": "a", "antwort": "b"}, {"frage": "c", "antwort": "d"})
     assert message.startswith(
-        "d:1: no format has the columns frage, antwort: --data.columns prompt=frage,completion=antwort"
+        "d:1: no format has the columns frage, antwort\nFix: --data.columns prompt=frage,completion=antwort"
     )
     assert "--data.columns text=body" in refusal({"body": "a"})
     assert "messages" in refusal({"n": 1})
@@ -473,3 +474,13 @@ def test_every_reason_is_raised_somewhere() -> None:
 
 def test_tables_of_the_docs_match_the_code() -> None:
     assert tables() in (ROOT / "docs" / "data.md").read_text()
+
+
+def test_a_broken_line_is_named_before_the_formats(tmp_path: Path, tiny_folder: Path) -> None:
+    """In `strop check`, whose file has rows of two formats and, after them, a line that is not JSON."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"instruction": "c", "output": "d"}\n{"prompt": "c"\n')
+    with pytest.raises(DataError) as raised:
+        strop.check(model=tiny_folder, data=file)
+    assert str(raised.value).startswith(f"{file}:3: column 15: not valid JSON")
+    assert "rows of two formats" in str(raised.value)

@@ -227,7 +227,7 @@ def test_rows_are_read_with_the_options_of_the_run(
     assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
     options = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
     assert strop.evaluate(run_folders[1], str(table), max_new_tokens=2, **options)["rows"] == 4
-    with pytest.raises(RecipeError, match=r"--data\.column: .*did you mean data\.columns"):
+    with pytest.raises(RecipeError, match=r"data\.column: .*did you mean data\.columns"):
         strop.evaluate(run_folders[1], str(table), **{"data.column": {}})
 
 
@@ -250,8 +250,8 @@ def test_several_models_are_ranked_and_share_their_base(
 
 
 @pytest.mark.parametrize("flag", ["--general", "--judge"])
-def test_answers_are_stored_before_the_general_set_and_the_judge(
-    runs: list[Path], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_in_the_general_set_or_the_judge_keeps_the_scores_of_the_rows(
+    runs: list[Path], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -260,10 +260,12 @@ def test_answers_are_stored_before_the_general_set_and_the_judge(
     monkeypatch.setattr(evaluation, "compare_by_judge", stopped)
     file = tmp_path / "own.py"
     file.write_text("def own(asked, gold, first, second):\n    return 0\n")
-    judge = None if flag == "--general" else f"{file}:own"
-    options = EvalOptions(max_new_tokens=2, general=flag == "--general", judge=judge)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_models([str(runs[0])], str(tmp_path / "colours.jsonl"), options)
+    words = ["eval", runs[0], "--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
+    further = [flag] if flag == "--general" else [flag, f"{file}:own"]
+    code, out, err = run(*words, *further, capsys=capsys)
+    part = "the general set" if flag == "--general" else "the judge"
+    assert code == 130 and json.loads(out)["unfinished"] == part and json.loads(out)["rows"] == 12
+    assert f"interrupted in {part}; the scores of the rows are complete" in err and "tuned minus base" in err
     report = json.loads((runs[0] / "report.json").read_text())
     assert report["evaluation"]["rows"] == 12 and "judge" not in report["evaluation"]
 

@@ -20,7 +20,7 @@ def test_other_address_needs_an_api_key(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("STROP_API_KEY", raising=False)
     with pytest.raises(InputError, match="without a key"):
         open_address("0.0.0.0", 0, None, [])
-    with pytest.raises(InputError, match="--api-key"):
+    with pytest.raises(InputError, match="api_key"):
         open_address("127.0.0.1", 0, "two words", [])
     address = open_address("0.0.0.0", 0, "secret", ["Box.Example"])
     address.socket.close()

@@ -83,7 +83,7 @@ def test_wandb_without_login_raises_recipe_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Recorder, "init_trackers", refuse)
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     began = tracking(["wandb"], tmp_path / "mine", {"model.device": "cpu"})
-    with pytest.raises(RecipeError, match="--track wandb: No API key configured"):
+    with pytest.raises(RecipeError, match="track wandb: No API key configured"):
         began.__enter__()
 
 
@@ -94,7 +94,7 @@ def test_tracker_that_does_not_start_raises_recipe_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(Recorder, "init_trackers", refuse)
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     with (
-        pytest.raises(RecipeError, match=r"--track tensorboard: .*Permission denied"),
+        pytest.raises(RecipeError, match=r"track tensorboard: .*Permission denied"),
         tracking(["tensorboard"], tmp_path / "mine", {"model.device": "cpu"}),
     ):
         pass
@@ -134,7 +134,7 @@ def test_folder_is_released_if_a_tracker_does_not_start(tmp_path: Path, monkeypa
     monkeypatch.setattr(Recorder, "init_trackers", refuse)
     with monkeypatch.context() as failing:
         failing.setattr("accelerate.Accelerator", Recorder)
-        with pytest.raises(RecipeError, match="--track tensorboard: no network"):
+        with pytest.raises(RecipeError, match="track tensorboard: no network"):
             testing.tiny_run(tmp_path, track=["tensorboard"])
     assert not (tmp_path / "run").exists()
     testing.tiny_run(tmp_path)

@@ -29,7 +29,7 @@ from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import add_recipe_options
 from strop.config.names import SHORT_FORMS
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import DiskError, FolderError, PeerFailed, StropError
+from strop.errors import FIX, DiskError, FolderError, PeerFailed, StropError
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -175,8 +175,13 @@ def main() -> None:
         if (system_error := _convert_os_error(error)) is not None:
             _exit_with_error(system_error.lines(), system_error.as_json(), system_error.exit_code)
         message = f"{type(error).__name__}: {error}"
-        lines = [message, "this is a bug in strop: set STROP_DEBUG=1 to see the traceback, and please report it"]
+        lines = [message, f"{FIX}this is a bug in strop: set STROP_DEBUG=1 to see the traceback, and please report it"]
         _exit_with_error(lines, {"kind": "InternalError", "message": message}, 1)
+    finally:  # an interrupt during Python's exit would print a traceback
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def build(arguments: Sequence[str]) -> typer.Typer:
@@ -286,7 +291,8 @@ def _exit_with_error(
     lines: list[str], error: dict[str, Any], code: int, partial_result: Mapping[str, Any] | None = None
 ) -> None:
     for line in lines:
-        console.print(f"error: {with_command_name(line)}", markup=False, style="red" if code != 130 else "yellow")
+        text = with_command_name(line if line.startswith(FIX) else f"error: {line}")
+        console.print(text, markup=False, style="red" if code != 130 else "yellow")
     with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)

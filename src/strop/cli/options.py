@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from strop.config.names import SHORT_FORMS, is_data_file
 from strop.display.tables import console
-from strop.errors import RecipeError
+from strop.errors import FolderError, RecipeError
 
+DEFAULT_FOLDER = Path("runs")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or the word demo.")
@@ -49,6 +50,15 @@ def read_argument(
     if field in (options or {}):
         raise RecipeError(f"{field}: given twice, as {argument} and as an option", fix="give it once")
     return None, {field: argument, **(options or {})}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FolderError if a folder that the user named does not exist; the default one appears with the first run."""
+    from strop.runs.folder import suggest_path  # imports psutil, which `strop --help` does not need
+
+    if folder != DEFAULT_FOLDER and not folder.is_dir():
+        what = f"{folder}: no such folder{suggest_path(str(folder))}"
+        raise FolderError(what, fix="give a folder that contains run folders")
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -161,13 +171,13 @@ def _is_repeatable(info: Any) -> bool:
 
 
 def _metavar(info: Any) -> str:
-    """Return a short name of a field's type, in Typer's style."""
+    """Return the name of a field's type that Typer shows for other options of this type."""
     members = [part for part in get_args(info.annotation) or (info.annotation,) if part is not type(None)]
     first = get_origin(members[0]) or members[0]
     if first is Annotated:
         first = get_args(members[0])[0]
     names = {bool: "<bool>", int: "<int>", float: "<float>", list: "<list>", dict: "<map>"}
-    return names.get(first, "<text>")
+    return names.get(first, "<str>")
 
 
 def _help_text(info: Any, default: str | None) -> str:

@@ -80,7 +80,7 @@ def prepare(
     """
     add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
-    share = _eval_share(data.eval)
+    share = read_eval_share(data.eval)
     folder = cache or Path(tempfile.mkdtemp(prefix="strop-data-"))
     try:
         build = partial(
@@ -210,7 +210,7 @@ def _add_evaluation(
     )
 
 
-def _eval_share(spec: str | list[str] | None) -> float | None:
+def read_eval_share(spec: str | list[str] | None) -> float | None:
     """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
     if match is None:
@@ -249,20 +249,29 @@ class _Reader:
         self.unreadable: list[RowError] = []
         self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
-        rows = sources.read_rows(
+        self._rows = sources.read_rows(
             spec, encoding=data.encoding, columns=data.columns, errors=self.unreadable, left_out=self.left_out,
             documents=data.format == formats.DOCUMENT,
         )  # fmt: skip
         self.conversations = formats.ConversationReader(
-            rows, format=data.format, columns=data.columns, errors=self.invalid, answerless=data_kind == "prompts"
-        )
+            self._rows, format=data.format, columns=data.columns, errors=self.invalid,
+            answerless=data_kind == "prompts",
+        )  # fmt: skip
         self.row_numbers: deque[int] = deque()  # of conversations read but not yet rendered
 
     def __iter__(self) -> Iterator[Conversation]:
-        for conversation in map(self._renderer.separate_reasoning, self.conversations):
-            for part in split_pair(conversation) if self._split_pairs else (conversation,):
-                self.row_numbers.append(self.conversations.num_used)
-                yield part
+        try:
+            for conversation in map(self._renderer.separate_reasoning, self.conversations):
+                for part in split_pair(conversation) if self._split_pairs else (conversation,):
+                    self.row_numbers.append(self.conversations.num_used)
+                    yield part
+        except DataError as error:  # about the rows' formats: lines that cannot be read may be the cause
+            deque(self._rows, maxlen=0)
+            files = {location.file for location in error.where}
+            if unreadable := [row_error.where for row_error in self.unreadable if row_error.where.file in files]:
+                error.where = (*unreadable, *error.where)
+                error.fix = f"first fix the lines that cannot be read; {error.fix}"
+            raise
 
 
 def _build_store(

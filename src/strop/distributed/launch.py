@@ -50,11 +50,11 @@ def count_processes(requested: str | None, device: str = "auto") -> int:
         raise RecipeError("--devices: a launcher has started this process", fix="leave it out: the launcher decides")
     if device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"--devices {requested}: the device is {device}", fix="give cpu or cuda, or leave it at auto")
+    if requested != "all" and (not requested.isdecimal() or int(requested) < 1):
+        raise RecipeError(f"--devices {requested}: not a number of devices", fix="give a number, or all")
     import torch
 
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if requested != "all" and (not requested.isdecimal() or int(requested) < 1):
-        raise RecipeError(f"--devices {requested}: not a number of devices", fix="give a number, or all")
     count = (gpus or available_cores()) if requested == "all" else int(requested)
     if gpus and count > gpus:
         raise RecipeError(f"--devices {requested}: this machine has {gpus} GPUs", fix="give at most as many, or all")

@@ -46,14 +46,8 @@ from strop.evaluation.metrics import (
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import (
-    adapter_folder,
-    check_adapter_kind,
-    is_reward_adapter,
-    locate_base,
-    locate_tokenizer,
-    read_identity,
-)
+from strop.models.adapter_config import adapter_folder
+from strop.models.adapters import check_adapter_kind, is_reward_adapter, locate_base, locate_tokenizer, read_identity
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -103,9 +97,17 @@ def evaluate_models(
             results.append(_evaluate_pairs(name, request))
             continue
         results.append(_evaluate_answers(name, request, bases))
-        if "interrupted" in results[-1] or "interrupted" in results[-1].get("regression", {}):
+        if why_incomplete(results[-1]):
             break
     return results
+
+
+def why_incomplete(result: Mapping[str, Any]) -> str | None:
+    """Return where Ctrl-C ended an evaluation, or None."""
+    unfinished: str | None = result.get("interrupted") or result.get("regression", {}).get("interrupted")
+    if "unfinished" in result:
+        unfinished = f"in {result['unfinished']}; the scores of the rows are complete"
+    return unfinished
 
 
 @dataclass(frozen=True)
@@ -192,34 +194,40 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     _add_row_notes(result, rows, train_rows)
     should_store = devices.is_main and is_run(Path(name))
     interrupted = "interrupted" in compared
-    if not interrupted:
-        if should_store and (options.general or request.regression or request.tasks or request.judge is not None):
-            _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails or is stopped
-        if options.general:
-            result["general"] = compare_general(model, advance, devices)
-            result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
-        if request.regression:
-            regression_metric = options.regression_metric or options.metric
-            result["regression"] = compare_rows(request.regression, metric=regression_metric)
-            interrupted = "interrupted" in result["regression"]
-            result["notes"] += [f"regression rows: {text}" for text in describe_cut(result["regression"])]
-        if request.tasks and not interrupted:
-            result["tasks"] = run_tasks(model, request.tasks, request.task_manager, options.task_limit)
-    renderer = model.renderer
+    questions, renderer = make_questions(request.rows, model.renderer), model.renderer
     answers = [row.messages[-1] for row in request.rows if row.messages]
     if not renderer.reasoning_ends and any(renderer.shows_reasoning(answer) for answer in answers):
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
-    del model, compare_rows  # free memory, because the judge may load another model
-    if request.judge is not None and not interrupted:
-        questions = make_questions(request.rows, renderer)
-        sides = [read_side(result, name) for name in ("base", "tuned")]
-        base, tuned = (remove_reasoning(renderer, questions, side.texts) for side in sides)
-        call = partial(compare_by_judge, request.judge, str(options.judge), questions, base, tuned, advance)
-        try:
+    further = options.general or request.regression or request.tasks or request.judge is not None
+    if should_store and further and not interrupted:
+        _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails
+    part = ""
+    try:
+        if options.general and not interrupted:
+            part = "the general set"
+            result["general"] = compare_general(model, advance, devices)
+            result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
+        if request.regression and not interrupted:
+            part, metric = "the regression rows", options.regression_metric or options.metric
+            result["regression"] = compare_rows(request.regression, metric=metric)
+            interrupted = "interrupted" in result["regression"]
+            result["notes"] += [f"regression rows: {text}" for text in describe_cut(result["regression"])]
+        if request.tasks and not interrupted:
+            part = "the tasks"
+            result["tasks"] = run_tasks(model, request.tasks, request.task_manager, options.task_limit)
+        del model, compare_rows  # free memory, because the judge may load another model
+        if request.judge is not None and not interrupted:
+            part, sides = "the judge", [read_side(result, name) for name in ("base", "tuned")]
+            base, tuned = (remove_reasoning(renderer, questions, side.texts) for side in sides)
+            call = partial(compare_by_judge, request.judge, str(options.judge), questions, base, tuned, advance)
             result["judge"] = devices.run_on_main(call)
-        except RunError as error:
-            error.partial_result = result
+    except RunError as error:
+        error.partial_result = result
+        raise
+    except KeyboardInterrupt:  # the scores of the rows are complete
+        if devices.world_size > 1:
             raise
+        result["unfinished"] = part
     if should_store:
         _store(RunFolder(Path(name)), result)
     return result

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strop.errors import FolderError, ModelError, RecipeError
+from strop.errors import ModelError, RecipeError
 from strop.exporting.adapter_weights import find_non_lora, find_targets, read_weights
-from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder, find_adapter_folder, read_adapter_config
 from strop.models.adapters import (
     STROP_FILE,
-    adapter_folder,
     attach_adapter,
     check_adapter_base,
     check_adapter_weights,
@@ -28,7 +27,7 @@ from strop.models.adapters import (
 from strop.models.experts import split_by_expert
 from strop.models.load import load_base
 from strop.models.source import read_safetensors_header
-from strop.runs.folder import RunFolder, disk_errors, exclusive_output, new_folder, write_json
+from strop.runs.folder import RunFolder, check_new_output, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 # Settings in adapter_config.json that are compared.
@@ -36,14 +35,6 @@ SETTINGS = (
     "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern",
     "alpha_pattern",
 )  # fmt: skip
-
-
-def find_adapter_folder(name: str) -> Path:
-    """Return the adapter folder of a run or adapter folder. Raises ModelError if there is none."""
-    folder = adapter_folder(name)
-    if folder is None:
-        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
-    return folder
 
 
 def read_info(name: str) -> dict[str, Any]:
@@ -139,8 +130,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         raise RecipeError(f"{len(names)} adapters, {len(weights)} weights", fix="--weights 0.7,0.3 for two adapters")
     if not all(map(math.isfinite, weights)):
         raise RecipeError(f"weights {', '.join(map(str, weights))}: not all are finite", fix="--weights 0.7,0.3")
-    if out.exists():
-        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
+    check_new_output(out)
     folders = [find_adapter_folder(name) for name in names]
     for folder in folders:
         _check_summable(folder)

@@ -20,7 +20,7 @@ import torch
 from gguf import GGMLQuantizationType as TensorType
 
 from strop.data.rendering.render import Renderer
-from strop.errors import FolderError, ModelError, ParityError, RecipeError
+from strop.errors import ModelError, ParityError, RecipeError
 from strop.exporting import llama_cpp
 from strop.exporting.adapter_weights import find_non_lora, read_names, read_scales, read_weights
 from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
@@ -31,7 +31,7 @@ from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import CheckpointTensors
 from strop.models.tokenizer import load_tokenizer, trained_token_rows
-from strop.runs.folder import disk_errors, exclusive_output, fsync_folder
+from strop.runs.folder import check_new_output, disk_errors, exclusive_output, fsync_folder
 
 # The types that strop writes itself. The others need llama.cpp's quantizer.
 FILE_TYPES = {
@@ -88,8 +88,7 @@ def export_gguf(
         raise RecipeError(f"--type {kind}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if kind not in FILE_TYPES and not llama_cpp.is_installed():
         raise RecipeError(f"--type {kind}: needs llama.cpp's quantizer", fix=f"{llama_cpp.INSTALL}, or q8_0")
-    if out.exists():
-        raise FolderError(f"{out}: already exists", fix="give --out a new file")
+    check_new_output(out)
     check_data_option(data, measure)
     unmeasured = DISABLED if not measure else None if llama_cpp.is_installed() else NOT_INSTALLED
     if unmeasured is None or kind not in FILE_TYPES:

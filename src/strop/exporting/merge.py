@@ -23,16 +23,14 @@ from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
-from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
+from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
-from strop.exporting.adapters import find_adapter_folder
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
-from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder, find_adapter_folder, read_adapter_config
 from strop.models.adapters import (
-    adapter_folder,
     attach_adapter,
     check_adapter_base,
     check_adapter_kind,
@@ -54,6 +52,7 @@ from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,
+    check_new_output,
     disk_errors,
     exclusive_output,
     is_run,
@@ -101,8 +100,7 @@ def merge(
     folder = find_adapter_folder(name)
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
-    if out.exists():
-        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
+    check_new_output(out)
     tuned = TunedModel.open(name)
     check_data_option(data, measure)
     if measure:

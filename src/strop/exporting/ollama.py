@@ -27,12 +27,12 @@ from urllib.parse import urlsplit
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.types import Message
-from strop.errors import FolderError, ModelError, ParityError
+from strop.errors import ModelError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.llama_cpp import make_sample_conversations
 from strop.exporting.merge import TunedModel
 from strop.models.adapters import read_identity
-from strop.runs.folder import exclusive_output, new_folder
+from strop.runs.folder import check_new_output, exclusive_output, new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 CONTEXT_LENGTH = 4096  # Ollama's default is smaller, and it truncates prompts silently
@@ -73,8 +73,7 @@ def export_ollama(
     progress: Callable[[str], None] = lambda text: None,
 ) -> PreparedOllama:
     """Write a folder for `ollama create`; see `strop.export`."""
-    if out.exists():
-        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
+    check_new_output(out)
     tuned = TunedModel.open(name)
     renderer = Renderer(tuned.load_tokenizer())
     pieces = TemplatePieces.split(renderer)

@@ -24,7 +24,8 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
-from strop.models.adapters import adapter_folder, locate_tokenizer
+from strop.models.adapter_config import adapter_folder
+from strop.models.adapters import locate_tokenizer
 from strop.models.load import DTYPES, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate

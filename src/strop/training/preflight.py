@@ -32,8 +32,8 @@ from strop.errors import (
 )
 from strop.evaluation.metrics import check_rewards, hash_rewards, parse_rewards
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import expand_adapter_config, read_adapter_config
-from strop.models.adapters import adapter_folder, check_adapter_kind, locate_tokenizer, read_identity
+from strop.models.adapter_config import expand_adapter_config, find_adapter_folder, read_adapter_config
+from strop.models.adapters import check_adapter_kind, locate_tokenizer, read_identity
 from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing_coefficient
 from strop.models.families.shape import ModelShape
@@ -207,13 +207,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
 
 def find_start_adapter(recipe: Recipe) -> Path | None:
     """Return the folder of `model.adapter`, or None. Raises ModelError if it has no adapter."""
-    if recipe.model.adapter is None:
-        return None
-    folder = adapter_folder(recipe.model.adapter)
-    if folder is None:
-        what = f"--model.adapter {recipe.model.adapter}: no adapter there"
-        raise ModelError(what, fix="give a run or adapter folder")
-    return folder
+    return None if recipe.model.adapter is None else find_adapter_folder(recipe.model.adapter)
 
 
 def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:

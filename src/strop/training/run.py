@@ -16,7 +16,7 @@ from strop.config.schema import option_fields
 from strop.display.notebook import run_html
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
-from strop.errors import InputError, Location, MemoryLimitError, RecipeError, StropError, first_line
+from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
 from strop.models.upstream_errors import convert_model_errors
@@ -227,10 +227,12 @@ def _execute(
                     error.partial_result = {"run": str(folder.path), **summarize_progress(job.state.progress)}
                     raise
                 check_reference(job, key)
-        except KeyboardInterrupt:  # `fit` handles it, so training has not started or has ended
+        except KeyboardInterrupt:  # the second one in `fit`, or before or after it
             step = 0 if job is None else job.state.progress.step
             log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")
-            raise
+            saved = max([number for number, _ in folder.checkpoints()], default=0)
+            what = f"stopped at once: {step} steps are complete, {saved} of them saved"
+            raise Stopped(what, fix=f"strop resume {folder.path}") from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

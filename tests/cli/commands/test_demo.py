@@ -13,9 +13,8 @@ from strop.demo import data_files
 from tests.support.runs import run
 
 
-def test_demo_trains_evaluates_and_names_the_next_commands(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def shorten_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo train the tiny model on six rows, in tmp_path."""
     files = [tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"]
     for source, file in zip(data_files(), files, strict=True):
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)[:6]
@@ -28,6 +27,12 @@ def test_demo_trains_evaluates_and_names_the_next_commands(
     monkeypatch.setattr("strop.demo.data_files", lambda: tuple(files))
     monkeypatch.setattr(api, "train", train_tiny)
     monkeypatch.chdir(tmp_path)
+
+
+def test_demo_trains_evaluates_and_names_the_next_commands(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorten_demo(tiny_folder, tmp_path, monkeypatch)
     code, out, err = run("demo", "--json", capsys=capsys)
     result = json.loads(out)
     assert code == 0 and result["run"] == "runs/demo-1" and result["metric"] == "exact_json"
@@ -35,3 +40,23 @@ def test_demo_trains_evaluates_and_names_the_next_commands(
     report = json.loads((tmp_path / "runs" / "demo-1" / "report.json").read_text(encoding="utf-8"))
     assert report["evaluation"]["rows"] == 6
     assert "tuned minus base" in err and "strop chat runs/demo-1" in err and err.count("prompt  ") == 3
+
+
+def test_interrupted_demo_resumes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorten_demo(tiny_folder, tmp_path, monkeypatch)
+    evaluate = api.evaluate
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "evaluate", stop)
+    code, _, err = run("demo", capsys=capsys)
+    assert code == 130 and "resuming" not in err
+    monkeypatch.setattr(api, "evaluate", evaluate)
+    code, out, err = run("demo", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["run"] == "runs/demo-1"
+    assert "resuming runs/demo-1, which was interrupted; to start afresh: strop demo --out runs/demo-2" in err
+    code, out, err = run("demo", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["run"] == "runs/demo-2" and "resuming" not in err

@@ -133,3 +133,14 @@ def test_rounding_of_a_gguf_base_is_noted_where_fp32_is_chosen(tmp_path: Path, m
     trained = strop.train(model=tmp_path / "m.gguf", data=rows, **small)
     notes = [event.get("text") for event in read_events(RunFolder(Path(trained)).events) if event["event"] == "note"]
     assert GGUF_NOTE in notes and GGUF_NOTE not in strop.load(trained).notes
+
+
+def test_chat_accepts_a_list_of_messages_and_the_usual_names(tiny_folder: Path) -> None:
+    model = strop.load(tiny_folder)
+    answer = model.chat([{"role": "user", "content": "hi"}], max_tokens=3, temperature=0)
+    assert model.history[-1].content == answer and [turn.role for turn in model.history] == ["user", "assistant"]
+    assert answer == strop.load(tiny_folder).chat("hi", max_new_tokens=3, temperature=0)
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        model.chat("hi", temprature=1)
+    with pytest.raises(strop.errors.InputError, match="nothing to answer"):
+        model.chat([{"role": "assistant", "content": "hi"}])

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import AdapterName, Data, Json, NoParity, parse_numbers
+from strop.cli.options import DEFAULT_FOLDER, AdapterName, Data, Json, NoParity, check_folder, parse_numbers
 from strop.display.tables import console, print_adapters, print_fields, print_json, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
@@ -33,11 +33,15 @@ def adapters(
     as_json: Json = False,
 ) -> None:
     """List adapters, show one, compare two, or write a weighted sum of several."""
-    names = names or ["runs"]
+    names = names or [str(DEFAULT_FOLDER)]
     if weights and out is None:
         raise RecipeError("--weights: has no effect without --out", fix="give --out")
     if out is None and len(names) > 2:
         raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
+    if out is None and len(names) == 1:
+        check_folder(Path(names[0]))
+    else:
+        api.check_inputs(adapters=names, out=out)
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
         from strop.exporting import adapters as adapter_folders
@@ -72,6 +76,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and compare the merged model with the tuned one."""
+    api.check_inputs(adapters=[run], data=[data], out=out)
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
@@ -99,6 +104,7 @@ def gguf(
     as_json: Json = False,
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
+    api.check_inputs(models=[run], data=[data], out=out)
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         exported = api.export(
@@ -119,6 +125,7 @@ def ollama(
     as_json: Json = False,
 ) -> None:
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
+    api.check_inputs(models=[run], data=[data], out=out)
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         prepared = api.export(
@@ -172,6 +179,10 @@ def export_script(
     as_json: Json = False,
 ) -> None:
     """Write a run as a plain transformers and peft script that trains the same way without strop."""
+    from strop.runs.folder import check_new_run, open_run
+
+    open_run(run)
+    check_new_run(out)
     with status_line("loading the libraries"):
         from strop.exporting.script import export_script as write
 

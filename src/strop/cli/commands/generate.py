@@ -57,6 +57,7 @@ def evaluate(
     from strop.distributed.launch import count_processes, launch_processes
     from strop.evaluation.tables import print_evaluation, print_leaderboard
 
+    api.check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     if num_processes := count_processes(devices):
         launch_processes(num_processes, sys.argv[1:])
         return
@@ -71,11 +72,12 @@ def evaluate(
         )  # fmt: skip
     if not is_main:
         return
+    from strop.evaluation.run import why_incomplete
+
     evaluations = result["runs"] if len(names) > 1 else [result]
     for evaluation in evaluations:
         print_evaluation(evaluation, samples)
-    parts = [part for evaluation in evaluations for part in (evaluation, evaluation.get("regression", {}))]
-    interrupted = [part["interrupted"] for part in parts if "interrupted" in part]
+    interrupted = list(filter(None, map(why_incomplete, evaluations)))
     print_notes([f"interrupted {text}" for text in interrupted])
     if len(names) > 1:
         print_leaderboard(result["leaderboard"], evaluations[0]["metric"])
@@ -110,6 +112,7 @@ def chat(
     force: Force = False,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe with one line per turn."""
+    api.check_inputs(models=[name], adapters=adapter or ())
     with status_line("loading the libraries"):
         warmup.load(warmup.DECODE)
         from strop.cli.chat import chat_in_terminal
@@ -159,6 +162,8 @@ def serve(
 ) -> None:
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, suggest
+
+    api.check_inputs(models=names)
     from strop.models.load import check_device_and_dtype
     from strop.serve.server import exit_code, open_address
 

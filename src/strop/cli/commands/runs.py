@@ -9,22 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from strop.cli.options import Json
+from strop.cli.options import DEFAULT_FOLDER, Json, check_folder
 from strop.display.tables import console, print_json
-from strop.errors import FolderError, InputError
+from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
 
 
-DEFAULT_FOLDER = Path("runs")
 Folder = Annotated[Path, typer.Argument(help="Folder that contains run folders.")]
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise FolderError if a folder that the user named does not exist; the default one appears with the first run."""
-    if folder != DEFAULT_FOLDER and not folder.is_dir():
-        raise FolderError(f"{folder}: no such folder", fix="give a folder that contains run folders")
 
 
 def runs(
@@ -45,7 +38,7 @@ def runs(
     if delete is not None:
         _delete(folder, delete, yes, as_json)
         return
-    _check_folder(folder)
+    check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
     table = Table("run", "model", "data", "score", "loss", "time", "")
     for row in rows:
@@ -145,7 +138,7 @@ def dash(
     as_json: Json = False,
 ) -> None:
     """Show runs in a browser: view, compare, start, stop and export them."""
-    _check_folder(folder)
+    check_folder(folder)
     from strop.dash.app import dash as run_server
     from strop.serve.server import exit_code
 

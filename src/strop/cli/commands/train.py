@@ -34,6 +34,8 @@ def train(
     from strop.distributed.launch import count_processes, launch_processes
 
     resolved = resolve(recipe, options)
+    if not print_recipe:
+        api.check_recipe_inputs(resolved.recipe, resume_existing)
     num_processes = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
         from strop.machine.memory import parse_memory
@@ -101,13 +103,23 @@ def demo(
     """Fine-tune a small real model on this CPU in minutes, and compare it with its base."""
     from strop.demo import data_files
     from strop.evaluation.tables import print_samples, print_scores
-    from strop.runs.folder import next_numbered
+    from strop.runs.folder import RunFolder, is_run, next_numbered
 
     train_file, eval_file = data_files()
-    folder = out or next_numbered(Path("runs"), "demo")
+    fresh = next_numbered(Path("runs"), "demo")
+    newest = fresh.with_name(f"demo-{int(fresh.name.removeprefix('demo-')) - 1}")
+    folder = newest if out is None and is_run(newest) else out or fresh
+    is_resumed = is_run(folder) and "evaluation" not in RunFolder(folder).read_report()
+    if is_resumed:
+        text = f"resuming {folder}, which was interrupted; to start afresh: {command_name()} demo --out {fresh}"
+        console.print(text, markup=False)
+    elif out is None:
+        folder = fresh
     with run_progress() as progress:
         warmup.load()
-        run = api.train(model="demo", data=train_file, out=folder, callback=progress, progress=False)
+        run = api.train(
+            model="demo", data=train_file, out=folder, callback=progress, progress=False, resume_existing=is_resumed
+        )
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
         result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)

@@ -54,6 +54,12 @@ def resolve(spec: str | Sequence[str]) -> list[Source]:
     return sources
 
 
+def check_exists(spec: str | Sequence[str]) -> None:
+    """Raise the error of `resolve` for local files that do not exist. Downloads nothing."""
+    if local := [part for part in ([spec] if isinstance(spec, str) else spec) if not needs_download(part)]:
+        resolve(local)
+
+
 def _resolve_one(spec: str) -> list[Source]:
     if weighted := _match_weight(spec):
         weight = float(weighted[2])

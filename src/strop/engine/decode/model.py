@@ -7,21 +7,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from strop.data.converters import convert_prompt
 from strop.data.rendering.render import Renderer
+from strop.data.row_errors import InvalidRow
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
-from strop.errors import InputError, ModelError, RecipeError
+from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
+from strop.models.adapter_config import adapter_folder
 from strop.models.adapters import (
     adapter_disabled,
-    adapter_folder,
     attach_adapter,
     attach_another_adapter,
     locate_base,
@@ -117,6 +119,7 @@ class Model:
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
+        **settings: Any,
     ) -> list[str]:
         """Answer user messages, each in a new conversation.
 
@@ -125,7 +128,9 @@ class Model:
             system: the system prompt. None: the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for each answer.
             sampling: None for greedy decoding.
+            **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
         """
+        max_new_tokens, sampling = _apply_settings(max_new_tokens, sampling or Sampling(), settings)
         texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
@@ -135,36 +140,45 @@ class Model:
 
     def chat(
         self,
-        text: str,
+        text: str | Sequence[Mapping[str, Any]],
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
+        **settings: Any,
     ) -> str:
         """Answer the next user message of the conversation in `history`.
 
         Args:
-            text: the user's message.
+            text: the user's message; or a list of messages such as {"role": "user", "content": "hi"}, which is a new
+                conversation.
             system: start a new conversation with this system prompt. None: continue the conversation. A new one starts
                 with the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for the answer.
             sampling: None for the settings in the model's generation config.
             on_text: called with pieces of the answer while it is generated.
+            **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 
         Raises:
-            InputError: if the conversation has more tokens than the model supports.
+            InputError: if a message is invalid, or the conversation has more tokens than the model supports.
         """
-        if system is not None or not self.history:
-            self.history = self._system_messages(system)
-        messages = [*self.history, Message("user", text)]
+        max_new_tokens, sampling = _apply_settings(max_new_tokens, sampling or self.sampling, settings)
+        if isinstance(text, str):
+            history = self._system_messages(system) if system is not None or not self.history else self.history
+            messages = [*history, Message("user", text)]
+        else:
+            messages = _parse_messages(text)
+            if messages[0].role != "system":
+                messages = [*self._system_messages(system), *messages]
+            elif system is not None:
+                raise InputError("chat: system is given twice", fix="leave out the argument, or the system message")
         prompt = self.renderer.prompt(messages)
         max_length = max_positions(self.module) or sys.maxsize
         if len(prompt) >= max_length:
             what = f"the conversation has {len(prompt):,} tokens, and the model supports {max_length:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
         max_new_tokens = min(max_new_tokens, max_length - len(prompt))
-        sampling = sampling or self.sampling
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
         [answer] = self._check_length(self.answer([prompt], **options), log=on_text is None)
         self.history = [*messages, Message("assistant", answer.text)]
@@ -182,6 +196,26 @@ class Model:
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
+
+
+def _parse_messages(messages: Any) -> list[Message]:
+    """Parse a conversation that ends with a user or tool message. Raises InputError."""
+    messages = [messages] if isinstance(messages, Mapping) else messages
+    try:
+        return [*convert_prompt({"prompt": messages}, ("prompt",))[0].messages]
+    except InvalidRow as error:
+        fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
+        raise InputError(f"chat: {error.what}", fix=fix) from None
+
+
+def _apply_settings(limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
+    """Return the limit and the sampling settings with other values. Raises TypeError for unknown names."""
+    names = {name: name for name in vars(sampling)} | {"max_tokens": "", "max_completion_tokens": ""}
+    if unknown := [name for name in settings if name not in names]:
+        near = suggest(unknown[0], ["max_new_tokens", "system", *names])
+        raise TypeError(f"unexpected argument {unknown[0]!r}{near}")
+    limit = next((value for name, value in settings.items() if not names[name]), limit)
+    return limit, replace(sampling, **{name: value for name, value in settings.items() if names[name]})
 
 
 def load_renderer(name: str) -> Renderer:
