@@ -13,6 +13,7 @@ from strop.cli.options import Devices, Force, Json, ModelName, Quantization, con
 from strop.display.tables import console, print_json, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
+from strop.errors import Stopped
 
 
 def evaluate(
@@ -73,12 +74,13 @@ def evaluate(
         print_evaluation(evaluation, samples)
     parts = [part for evaluation in evaluations for part in (evaluation, evaluation.get("regression", {}))]
     interrupted = [part["interrupted"] for part in parts if "interrupted" in part]
-    print_notes([f"interrupted {text}" for text in interrupted])
     if len(names) > 1:
         print_leaderboard(result["leaderboard"], evaluations[0]["metric"])
-    print_json(result, as_json)
     if interrupted:
-        raise typer.Exit(130)
+        stopped = Stopped(f"interrupted {interrupted[0]}", fix="start it again to evaluate all rows")
+        stopped.partial_result = result
+        raise stopped
+    print_json(result, as_json)
 
 
 def chat(
