@@ -24,8 +24,10 @@ export async function show(container, { query, signal }) {
     offset = 0;
     load();
   };
-  const train = fileField("Rows", "data", options["data.train"], (value) => change("data.train", value));
-  const model = fileField("Model", "model", options["model.name"], (value) => change("model.name", value));
+  const train = fileField("data.train", "Rows", "data", options["data.train"], (value) => change("data.train", value));
+  const model = fileField("model.name", "Model", "model", options["model.name"], (value) =>
+    change("model.name", value),
+  );
   const { fields } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
   const choice = (name, label) =>
@@ -56,8 +58,7 @@ export async function show(container, { query, signal }) {
         h(
           "div",
           { class: "fields" },
-          train.element,
-          model.element,
+          h("div", { class: "wide fields pair" }, train.element, model.element),
           field("Maximum row length in tokens", longest),
           choice("data.overlong", "Longer rows"),
           choice("data.bad_rows", "Invalid rows"),
@@ -114,8 +115,8 @@ export async function show(container, { query, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     put(
       out,
-      page.refusal
-        ? errorBox({ message: `A run would be refused: ${page.refusal.message}`, fix: page.refusal.fix })
+      report.refusal
+        ? errorBox({ message: `A run would be refused: ${report.refusal.message}`, fix: report.refusal.fix })
         : null,
       h(
         "dl",
