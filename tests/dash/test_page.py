@@ -61,6 +61,14 @@ def is_whole(tab: Watched, sign: str) -> None:
     tab.page.wait_for_selector(".screen:not([aria-busy])")
 
 
+def hold(tab: Watched, *paths: str) -> list[Any]:
+    """Return a list to which requests of these paths are added instead of being sent."""
+    held: list[Any] = []
+    for path in paths:
+        tab.page.route(f"**/api/{path}", lambda way: held.append(way))
+    return held
+
+
 def facts_of(tab: Watched) -> dict[str, str]:
     """Return the values of the tiles by name."""
     result: dict[str, str] = tab.page.evaluate(
@@ -388,23 +396,21 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.check("errors")
 
 
-def test_new_run_and_data_show_their_form_while_the_planner_loads(browser: Any, dash: Dash) -> None:
-    with open_tab(browser, dash) as tab:
-        for size in (DESK, PHONE):
+def test_new_run_shows_its_form_while_the_plan_is_made(browser: Any, dash: Dash) -> None:
+    for size in (DESK, PHONE):
+        with open_tab(browser, dash) as tab:
             tab.page.set_viewport_size(size)
             open_at(tab, dash, "/machine", "dl.facts")
-            tab.page.route("**/api/schema", lambda way: None)  # never answered
-            tab.page.goto(dash.url + "/#/new")
-            tab.page.wait_for_selector("p.loading:visible")
+            held = hold(tab, "schema", "plan")
+            tab.page.goto(f"{dash.url}/#/new?options={NEW}")
+            tab.page.wait_for_selector("p.loading:visible")  # not a blank page
             tab.check("loading")
-            tab.page.unroute("**/api/schema")
-            tab.page.route("**/api/plan", lambda way: None)
-            open_at_once = f"{dash.url}/#/new?options={NEW}"
-            tab.page.goto(open_at_once)
+            held.pop().continue_()
             tab.page.get_by_label("Training rows", exact=True).wait_for()
             tab.page.wait_for_selector("text=Planning…")
             tab.check("planning")
-            tab.page.unroute("**/api/plan")
+            held.pop().continue_()
+            tab.page.wait_for_selector(".bars .phase >> nth=4")
 
 
 def test_rows_field_of_the_data_screen_is_wide(browser: Any, dash: Dash) -> None:
@@ -440,9 +446,10 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             tab.page.wait_for_selector("p.problem:text('choose a file')")
             with tab.page.expect_file_chooser() as chooser:
                 tab.page.get_by_role("button", name="Upload: File of held-out rows").click()
-            chooser.value.set_files({"name": "held.jsonl", "mimeType": "", "buffer": b"{}"})
-            tab.page.wait_for_selector("#notice:has-text('Uploaded to data/held')")
-            assert file.input_value().startswith("data/held")
+            name = f"held-{size['width']}.jsonl"
+            chooser.value.set_files({"name": name, "mimeType": "", "buffer": b"{}"})
+            tab.page.wait_for_selector(f"#notice:has-text('Uploaded to data/{name}.')")
+            assert file.input_value() == f"data/{name}"
             file.fill("none.jsonl")
             tab.page.get_by_role("button", name="Evaluate", exact=True).click()
             tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
@@ -553,7 +560,8 @@ def test_run_in_a_chat_is_not_renamed_and_the_reason_is_shown(browser: Any, tmp_
     with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         job = tmp_path / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
         job.mkdir(parents=True)
-        about = {"id": job.name, "kind": "serve", "run": "one", "words": ["serve"], "started": 1.0, "pid": sleeper.pid}
+        served = {"run": str(tmp_path / "one"), "words": ["serve"], "pid": sleeper.pid}
+        about = {"id": job.name, "kind": "serve", "started": 1.0, **served}
         (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(sleeper.pid).create_time()}))
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)

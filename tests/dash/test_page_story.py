@@ -83,7 +83,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector(".state.finished")
 
         follow("Answers")
-        page.get_by_label("File of held-out rows").fill("held-out.jsonl")
+        page.get_by_label("File of held-out rows", exact=True).fill("held-out.jsonl")
         page.get_by_label("Maximum answer length in tokens").fill("6")
         press("Evaluate")
         page.wait_for_selector(".sample >> nth=7")

@@ -167,6 +167,10 @@ def check_a_damaged_file(dash: Dash, place: Path, options: dict[str, Any]) -> No
     assert started["run"] == "bad-1"
     job = dash.wait(f"/api/jobs/{started['job']['id']}", lambda job: job["state"] != "running")
     assert job["state"] == "failed" and {place["line"] for place in job["error"]["where"]} == {1, 2}
+    run = next(run for run in dash.get("/api/runs").json()["runs"] if run["name"] == "bad-1")
+    assert (run["state"], run["why"]) == ("failed", job["error"]["message"]) and not (place / "runs" / "bad-1").exists()
+    assert dash.get("/api/runs/bad-1/duplicate").json()["options"]["data.train"] == "bad.jsonl"
+    assert dash.post("/api/runs/bad-1/delete", {"confirm": "bad-1"}).json()["id"] == started["job"]["id"]
     assert "bad-1" not in {run["name"] for run in dash.get("/api/runs").json()["runs"]}
 
 

@@ -241,7 +241,7 @@ class Dashboard:
     def rename(self, name: str, new_name: str) -> dict[str, Any]:
         """Rename a run and its folder. Raises Busy if a process uses it."""
         path, target = run_path(self.root, name), run_path(self.root, new_name)
-        if any(name in split_names(str(job["run"])) for job in self.jobs.running("serve")):
+        if any(str(path) in split_names(str(job["run"])) for job in self.jobs.running("serve")):
             raise Busy(f"{name} is loaded for a chat", fix="stop the server on the Chat screen, then rename the run")
         if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train"):
             raise Busy(f"{name} is in use", fix="stop it first")

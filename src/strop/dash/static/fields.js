@@ -24,7 +24,7 @@ export function showFieldErrors(form, error) {
     const lines = [...own.slice(0, 3), own.length > 3 ? `and ${own.length - 3} more` : "", error.fix];
     const id = uniqueId("problem"),
       box = control.closest(".field");
-    const text = lines.filter(Boolean).map((line) => line.replace(`--${control.dataset.option}: `, ""));
+    const text = lines.filter(Boolean).map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""));
     box.append(h("p", { class: "problem bad", id }, text.join("\n")));
     control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") ?? ""} ${id}`.trim());
     control.setAttribute("aria-errormessage", id);

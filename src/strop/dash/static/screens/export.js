@@ -132,6 +132,7 @@ function parity(job) {
   const details = job.result,
     measured = details.parity,
     text = details.text;
+  if (job.error && !measured) return null; // nothing was written
   return h(
     "div",
     {},

@@ -36,7 +36,7 @@ export async function show(container, { signal }) {
       facts(
         Object.entries(response.facts).map(([name, value]) => [
           NAMES[name] ?? name.replaceAll("_", " "),
-          name.endsWith("_bytes") ? bytes(value) : formatValue(value),
+          name.endsWith("_bytes") ? bytes(value) : formatValue(value?.length === 0 ? "none" : value),
         ]),
       ),
       h(
