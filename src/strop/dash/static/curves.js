@@ -2,7 +2,7 @@
 
 import uPlot from "./uplot/uPlot.esm.js";
 import { h, uniqueId } from "./dom.js";
-import { duration, isNumber } from "./format.js";
+import { bytes, duration, isNumber } from "./format.js";
 import { setQuery } from "./route.js";
 
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 });
@@ -30,6 +30,9 @@ export const TITLES = {
   chosen_nats: "chosen, log-probability per token",
   rejected_nats: "rejected, log-probability per token",
 };
+
+/** Options of a plot of sizes. */
+export const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power), zero: true };
 
 /** Join series that have different x values: {x, ys}. A missing series is empty. */
 export function joinSeries(series) {

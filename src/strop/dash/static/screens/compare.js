@@ -19,10 +19,19 @@ import {
   formatValue,
   to,
 } from "../all.js";
-import { AXES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { AXES, BYTES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
+const FIELDS = [
+  "accuracy",
+  "margin",
+  "grad_norm",
+  "learning_rate",
+  "tokens_per_s",
+  "resident_bytes",
+  "allocated_bytes",
+];
 const MAX_RUNS = 6; // limited by the number of colours
 
 export async function show(container, { query, signal }) {
@@ -163,9 +172,7 @@ export async function show(container, { query, signal }) {
     plots = [
       loss,
       curve("eval_loss", "evaluation loss", { log: true }),
-      ...["accuracy", "margin", "grad_norm", "learning_rate", "tokens_per_s"].map((field) =>
-        curve(field, TITLES[field]),
-      ),
+      ...FIELDS.map((field) => curve(field, TITLES[field], field.endsWith("_bytes") ? BYTES : {})),
     ].filter(Boolean);
     put(
       out,

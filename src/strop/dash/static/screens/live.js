@@ -22,12 +22,11 @@ import {
   notify,
   lastPart,
 } from "../all.js";
-import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { append, AXES, BYTES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
 const POINTS = 800;
-const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) };
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
