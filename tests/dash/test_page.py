@@ -495,19 +495,25 @@ def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_
         tab.check("deleted")
 
 
+def add_job(root: Path, kind: str, run: str, pid: int, log: str = "") -> Path:
+    """Add a running job of the page, and return the file of its output."""
+    job = root / ".dash" / "jobs" / f"20260101-000000-{kind}-abcdef"
+    job.mkdir(parents=True)
+    about = {"id": job.name, "kind": kind, "run": run, "words": [kind], "started": 1.0, "pid": pid}
+    (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(pid).create_time()}))
+    (job / "out").touch()
+    (job / "log").write_text(log)
+    return job / "log"
+
+
 def test_silent_work_of_a_run_is_described(browser: Any, tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one", session())
     with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         born = psutil.Process(sleeper.pid).create_time()
         (folder / "claim.json").write_text(json.dumps({"pid": sleeper.pid, "started": born}))
-        job = tmp_path / ".dash" / "jobs" / "20260101-000000-train-abcdef"
-        job.mkdir(parents=True)
-        about = {"id": job.name, "kind": "train", "run": "one", "words": ["train"], "started": 1.0}
-        (job / "job.json").write_text(json.dumps({**about, "pid": sleeper.pid, "born": born}))
-        (job / "out").touch()
-        (job / "log").write_text("still    compiling kernels (3 s)\n")
+        log = add_job(tmp_path, "train", "one", sleeper.pid, "still    compiling kernels (3 s)\n")
         open_at(tab, own, "/run/one", ".progress:has-text('compiling kernels (3 s)')")
-        (job / "log").write_text("still    compiling kernels (3 s)\nstill    compiling kernels (6 s)\n")
+        log.write_text("still    compiling kernels (3 s)\nstill    compiling kernels (6 s)\n")
         tab.page.wait_for_selector(".progress:has-text('compiling kernels (6 s)')")
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
@@ -517,6 +523,20 @@ def test_silent_work_of_a_run_is_described(browser: Any, tmp_path: Path) -> None
         sleeper.wait(20)
         tab.page.wait_for_selector(".state.crashed")
         assert tab.page.get_by_role("button", name="Stopping…").count() == 0
+
+
+def test_resume_that_loads_is_not_offered_again(browser: Any, tmp_path: Path) -> None:
+    stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
+    make_run(tmp_path, "one", [*session(), step(1), step(2), stop])
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one", "text=on request, after saving")
+        assert tab.page.get_by_role("button", name="Resume", exact=True).is_enabled()
+        add_job(tmp_path, "resume", "one", sleeper.pid, "still    loading the libraries (3 s)\n")
+        tab.page.wait_for_selector(".progress:has-text('loading the libraries (3 s)')")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            assert tab.page.get_by_role("button", name="Resuming…").is_disabled()
+            tab.check("resume")
 
 
 def test_comparison_shows_raw_losses_behind_the_smoothed_ones(browser: Any, dash: Dash) -> None:
@@ -558,11 +578,7 @@ def test_comparison_shows_raw_losses_behind_the_smoothed_ones(browser: Any, dash
 def test_run_in_a_chat_is_not_renamed_and_the_reason_is_shown(browser: Any, tmp_path: Path) -> None:
     make_run(tmp_path, "one", [*session(), step(1), step(2)], {"exit": 0})
     with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
-        job = tmp_path / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
-        job.mkdir(parents=True)
-        served = {"run": str(tmp_path / "one"), "words": ["serve"], "pid": sleeper.pid}
-        about = {"id": job.name, "kind": "serve", "started": 1.0, **served}
-        (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(sleeper.pid).create_time()}))
+        add_job(tmp_path, "serve", str(tmp_path / "one"), sleeper.pid)
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             open_at(tab, own, "/run/one", "h1:text-is('one')")

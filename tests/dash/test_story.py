@@ -92,7 +92,7 @@ def resume_after_a_restart_and_stop(dash: Dash, place: Path, options: dict[str, 
     assert {choice["field"]: choice["origin"] for choice in run["recipe"]}["lora.r"] == "option"
     assert dash.post(f"/api/runs/{NAME}/stop", {}).json() == {"asked": True}
     stopped = dash.wait("/api/runs", lambda found: found["runs"][0]["state"] == "stopped")["runs"][0]
-    assert stopped["why"] == "by a signal, after saving"
+    assert stopped["why"] == "on request, after saving"
     ended = dash.wait(f"/api/jobs/{job['id']}", lambda job: job["state"] != "running")
     assert (ended["state"], ended["error"]["kind"]) == ("stopped", "Stopped")
     steps = dash.get(f"/api/runs/{NAME}/history").json()["series"]["loss"]["x"]

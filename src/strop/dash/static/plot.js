@@ -38,6 +38,7 @@ export class Plot {
       class: "canvas",
       tabIndex: 0,
       role: "img",
+      "aria-label": this.options.title,
       id: uniqueId("plot"),
       on: { keydown: (event) => this.#key(event) },
     });

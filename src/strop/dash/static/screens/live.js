@@ -142,7 +142,7 @@ export async function show(container, { run, query, signal, draw }) {
       step = last.step ?? run.step,
       share = steps ? step / steps : 0;
     const active = run.state === "running",
-      doing = active ? run.jobs?.find((job) => job.activity)?.activity : null,
+      doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
       left = last.seconds_left ?? run.seconds_left;
     put(
       progress,

@@ -120,16 +120,17 @@ function actionButtons(run, redraw) {
         { class: "danger", title: "Kill a run that does not respond; progress since the last checkpoint is lost" },
       ),
     );
+  const resuming = (run.jobs ?? []).some((job) => job.kind === "resume" && job.state === "running");
   if (allowed.has("resume"))
     buttons.push(
       button(
-        "Resume",
+        resuming ? "Resuming…" : "Resume",
         async () => {
           await post(runPath(run.name, "resume"));
           notify("Resuming from the newest checkpoint.");
           location.hash = to("run", run.name, "log");
         },
-        { class: "main" },
+        { class: "main", disabled: resuming },
       ),
     );
   buttons.push(
