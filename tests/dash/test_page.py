@@ -426,8 +426,19 @@ def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -
     options = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl"}))
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/data?options={options}", "text=A run would be refused: 1 of 26 training rows")
-        tab.page.set_viewport_size(PHONE)
-        tab.check("refused")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("refused")
+            rows = tab.page.get_by_label("Rows", exact=True)
+            rows.fill("none.jsonl")
+            rows.press("Enter")
+            tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
+            assert rows.get_attribute("aria-invalid") == "true"
+            rows.fill("rows.jsonl")
+            rows.press("Enter")
+            tab.page.wait_for_selector("text=A run would be refused: 1 of 26 training rows")
+            assert tab.page.locator("p.problem").count() == 0
+            tab.faults.clear()  # the browser reports the refused request
 
 
 def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: Dash, dashboard: Path) -> None:

@@ -2,6 +2,7 @@
 
 import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
+import { showFieldErrors } from "../fields.js";
 import { fileField } from "../files.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
@@ -37,12 +38,14 @@ export async function show(container, { query, signal }) {
         [["", `default (${byName.get(name).default})`], ...byName.get(name).choices],
         String(options[name] ?? ""),
         (value) => change(name, value),
+        { data: { option: name } },
       ),
     );
   const longest = h("input", {
     inputmode: "numeric",
     value: options["data.max_length"] ?? "",
     placeholder: String(byName.get("data.max_length").default),
+    data: { option: "data.max_length" },
     on: { change: () => change("data.max_length", longest.value.trim()) },
   });
   put(
@@ -84,9 +87,15 @@ export async function show(container, { query, signal }) {
     out.setAttribute("aria-busy", "true");
     try {
       const page = await post("data", { options, offset, count: PAGE, order, part }, signal);
-      if (request === requests) draw(page);
+      if (request === requests) {
+        showFieldErrors(container, null);
+        draw(page);
+      }
     } catch (error) {
-      if (error.name !== "AbortError" && request === requests) put(out, errorBox(error));
+      if (error.name !== "AbortError" && request === requests) {
+        showFieldErrors(container, error);
+        put(out, errorBox(error));
+      }
     }
     out.removeAttribute("aria-busy");
   }
