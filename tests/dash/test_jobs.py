@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from strop.dash.jobs import Jobs, option_flags, shell_command
+from strop.dash.jobs import Jobs, option_flags, parse_options, shell_command
 from strop.dash.previews import typed_options
 from strop.errors import FolderError
 from tests.support.dash import make_run, session, step
@@ -104,3 +104,9 @@ def test_old_jobs_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     new = jobs.start("merge", ["runs", str(tmp_path)])
     assert [job["id"] for job in jobs.all()] == [new["id"], "20200101-000003-train-abcdef"]
     ended(jobs, new["id"])
+
+
+def test_options_are_read_from_a_command() -> None:
+    options = {"model.name": "a b", "data.train": ["x.jsonl", "y=z.jsonl"], "lora.r": "4", "train.exact": "true"}
+    flags = [flag for field, value in options.items() for flag in option_flags(field, value)]
+    assert parse_options(shell_command(["train", *flags, "--memory=8GB", "--out=runs/x"])) == options

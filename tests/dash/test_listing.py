@@ -45,7 +45,7 @@ def only(root: Path) -> dict[str, Any]:
     ("last", "report", "expected", "why"),
     [
         ([], None, "crashed", "the process ended without a reason"),
-        ([SAVED], None, "stopped", "by a signal, after saving"),
+        ([SAVED], None, "stopped", "on request, after saving"),
         ([{**SAVED, "why": "loss 9 is far above", "advice": []}], None, "stopped", "loss 9 is far above"),
         ([SAVED, *session(2000, start=5)], None, "crashed", "the process ended without a reason"),
         ([{"event": "end", "time": 9}], DONE, "finished", ""),

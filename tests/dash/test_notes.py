@@ -90,6 +90,16 @@ def test_names_that_are_taken_or_invalid_are_refused(dashboard: Dashboard, name:
     assert {row["name"] for row in dashboard.runs()} == {"one", "two"}
 
 
+def test_run_that_is_loaded_for_a_chat_is_not_renamed(dashboard: Dashboard, sleeper: subprocess.Popen[bytes]) -> None:
+    job = dashboard.root / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
+    job.mkdir(parents=True)
+    about = {"id": job.name, "kind": "serve", "run": str(dashboard.root / "one"), "words": [], "pid": sleeper.pid}
+    (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(sleeper.pid).create_time()}))
+    with pytest.raises(Busy, match="one is loaded for a chat"):
+        dashboard.rename("one", "new")
+    assert dashboard.rename("two", "new") == {"name": "new"}
+
+
 def test_run_in_use_is_not_renamed(dashboard: Dashboard, sleeper: subprocess.Popen[bytes]) -> None:
     claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
     (dashboard.root / "one" / "claim.json").write_text(json.dumps(claim))

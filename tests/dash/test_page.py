@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -38,6 +40,17 @@ SCREENS = {
 }
 
 
+@contextmanager
+def sleeping() -> Iterator[subprocess.Popen[bytes]]:
+    """Yield a process that stands for a run, and kill it afterwards."""
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
     tab.page.goto(at(dash, address))
     is_whole(tab, whole)
@@ -46,6 +59,14 @@ def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
 def is_whole(tab: Watched, sign: str) -> None:
     tab.page.wait_for_selector(sign)
     tab.page.wait_for_selector(".screen:not([aria-busy])")
+
+
+def hold(tab: Watched, *paths: str) -> list[Any]:
+    """Return a list to which requests of these paths are added instead of being sent."""
+    held: list[Any] = []
+    for path in paths:
+        tab.page.route(f"**/api/{path}", lambda way: held.append(way))
+    return held
 
 
 def facts_of(tab: Watched) -> dict[str, str]:
@@ -323,6 +344,283 @@ def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) ->
         tab.page.wait_for_selector("#notice.bad:has-text('not a data file')")
 
 
+def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser: Any, dash: Dash) -> None:
+    def problem(label: str) -> str:
+        """Return the text of the error that a control refers to."""
+        control = tab.page.get_by_label(label, exact=True)
+        described = (control.get_attribute("aria-describedby") or "").split()
+        shown = [tab.page.locator(f"#{name}.problem") for name in described]
+        texts: list[str] = [element.inner_text() for element in shown if element.count()]
+        assert bool(texts) == (control.get_attribute("aria-invalid") == "true")
+        return "\n".join(texts)
+
+    def enter(label: str, text: str) -> None:
+        control = tab.page.get_by_label(label, exact=True)
+        control.fill(text)
+        control.press("Enter")
+
+    whole, summary = ".bars .phase >> nth=4", ".startbar span"
+    with open_tab(browser, dash) as tab:
+        for size in (DESK, PHONE):
+            open_at(tab, dash, f"/new?options={NEW}", whole)
+            tab.page.set_viewport_size(size)
+            enter("Epochs", "many")
+            enter("Rank, exact", "-3")
+            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Rank, Epochs')")
+            assert "valid number" in problem("Epochs") and "greater than" in problem("Rank, exact")
+            assert not tab.page.locator(".bars, .command").first.is_visible()  # a plan of other values
+            assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
+            tab.axe(f"errors at {size['width']}")
+            enter("Epochs", "2")
+            enter("Rank, exact", "8")
+            tab.page.wait_for_selector(whole)
+            assert not problem("Epochs") and not problem("Rank, exact")
+            enter("Training rows", "no-rows.jsonl")
+            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            assert "no-rows.jsonl: no such file" in problem("Training rows")
+            enter("Training rows", "rows.jsonl")
+            tab.page.get_by_label("Invalid rows").select_option("refuse")
+            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
+            assert "--data.bad_rows drop" in problem("Training rows")
+            assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
+            tab.page.get_by_label("Invalid rows").select_option("drop")
+            tab.page.wait_for_selector(f"{summary}:text('It fits')")
+            enter("Memory limit", "lots")
+            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Memory limit')")
+            enter("Memory limit", "")
+            enter("Run name", "a/b")
+            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Run name')")
+            assert "not a name for a run" in problem("Run name")
+            tab.faults.clear()  # the browser reports the refused requests
+            tab.check("errors")
+
+
+def test_new_run_shows_its_form_while_the_plan_is_made(browser: Any, dash: Dash) -> None:
+    for size in (DESK, PHONE):
+        with open_tab(browser, dash) as tab:
+            tab.page.set_viewport_size(size)
+            open_at(tab, dash, "/machine", "dl.facts")
+            held = hold(tab, "schema", "plan")
+            tab.page.goto(f"{dash.url}/#/new?options={NEW}")
+            tab.page.wait_for_selector("p.loading:visible")  # not a blank page
+            tab.check("loading")
+            held.pop().continue_()
+            tab.page.get_by_label("Training rows", exact=True).wait_for()
+            tab.page.wait_for_selector("text=Planning…")
+            tab.check("planning")
+            held.pop().continue_()
+            tab.page.wait_for_selector(".bars .phase >> nth=4")
+
+
+def test_rows_field_of_the_data_screen_is_wide(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={NEW}", ".tokens .stop >> nth=3")
+        for size, least in ((DESK, 300), (PHONE, 120)):
+            tab.page.set_viewport_size(size)
+            assert tab.page.get_by_label("Rows", exact=True).bounding_box()["width"] > least
+            tab.check("data")
+
+
+def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -> None:
+    options = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl"}))
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={options}", "text=A run would be refused: 1 of 26 training rows")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("refused")
+            rows = tab.page.get_by_label("Rows", exact=True)
+            rows.fill("none.jsonl")
+            rows.press("Enter")
+            tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
+            assert rows.get_attribute("aria-invalid") == "true"
+            rows.fill("rows.jsonl")
+            rows.press("Enter")
+            tab.page.wait_for_selector("text=A run would be refused: 1 of 26 training rows")
+            assert tab.page.locator("p.problem").count() == 0
+            tab.faults.clear()  # the browser reports the refused request
+
+
+def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: Dash, dashboard: Path) -> None:
+    (dashboard / "taken").mkdir(exist_ok=True)
+    (dashboard / "taken" / "file").write_text("x", encoding="utf-8")
+    with open_tab(browser, dash) as tab:
+        tab.page.set_default_timeout(120_000)  # the commands import torch
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, dash, "/run/one/answers", ".sample >> nth=5")
+            tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
+            file = tab.page.get_by_label("File of held-out rows", exact=True)
+            assert file.input_value() == str(dashboard / "held-out.jsonl")  # the evaluation rows of the recipe
+            file.fill("")
+            tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+            tab.page.wait_for_selector("p.problem:text('choose a file')")
+            with tab.page.expect_file_chooser() as chooser:
+                tab.page.get_by_role("button", name="Upload: File of held-out rows").click()
+            name = f"held-{size['width']}.jsonl"
+            chooser.value.set_files({"name": name, "mimeType": "", "buffer": b"{}"})
+            tab.page.wait_for_selector(f"#notice:has-text('Uploaded to data/{name}.')")
+            assert file.input_value() == f"data/{name}"
+            file.fill("none.jsonl")
+            tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+            tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
+            assert file.get_attribute("aria-invalid") == "true"
+            tab.check("evaluate")
+            open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+            out = tab.page.locator(".form:has(h2:text-is('Merged model'))").get_by_label("Output path")
+            out.fill("taken")
+            tab.page.get_by_role("button", name="Export: Merged model").click()
+            tab.page.wait_for_selector("p.problem:text('taken')")
+            assert out.get_attribute("aria-invalid") == "true"
+            tab.axe(f"export at {size['width']}")
+            tab.check("export")
+
+
+def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n', encoding="utf-8")
+    options = {"model.name": str(tiny_folder), "data.train": "rows.jsonl", "lora.r": 4}
+    with run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
+        tab.page.set_default_timeout(120_000)  # the run imports torch
+        assert own.post("/api/start", {"options": options, "name": "bad"}).status_code == 200
+        open_at(tab, own, "/run/bad", "h1:text-is('bad')")
+        tab.page.wait_for_selector(".verdict.error:has-text('rows.jsonl:1')")
+        tab.page.reload()
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.page.wait_for_selector(".verdict.error:has-text('rows.jsonl:1')")
+            tab.axe(f"failed at {size['width']}")
+            tab.check("failed")
+        open_at(tab, own, "/runs", "tr:has(.state.failed):has-text('training rows')")
+        tab.check("list of runs")
+        tab.page.get_by_role("link", name="bad").click()
+        tab.page.get_by_role("button", name="Duplicate").click()
+        tab.page.wait_for_selector("h1:text-is('New run')")
+        assert tab.page.get_by_label("Training rows", exact=True).input_value() == "rows.jsonl"
+        assert tab.page.get_by_label("Rank, exact").input_value() == "4"
+        open_at(tab, own, "/run/bad", "h1:text-is('bad')")
+        tab.page.get_by_role("button", name="Delete").click()
+        tab.page.get_by_label("Type the run's name").fill("bad")
+        tab.page.get_by_role("button", name="Delete run").click()
+        tab.page.wait_for_selector("text=No runs yet")
+        assert own.get("/api/jobs").json()["jobs"] == []
+        tab.check("deleted")
+
+
+def add_job(root: Path, kind: str, run: str, pid: int, log: str = "") -> Path:
+    """Add a running job of the page, and return the file of its output."""
+    job = root / ".dash" / "jobs" / f"20260101-000000-{kind}-abcdef"
+    job.mkdir(parents=True)
+    about = {"id": job.name, "kind": kind, "run": run, "words": [kind], "started": 1.0, "pid": pid}
+    (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(pid).create_time()}))
+    (job / "out").touch()
+    (job / "log").write_text(log)
+    return job / "log"
+
+
+def test_silent_work_of_a_run_is_described(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", session())
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        born = psutil.Process(sleeper.pid).create_time()
+        (folder / "claim.json").write_text(json.dumps({"pid": sleeper.pid, "started": born}))
+        log = add_job(tmp_path, "train", "one", sleeper.pid, "still    compiling kernels (3 s)\n")
+        open_at(tab, own, "/run/one", ".progress:has-text('compiling kernels (3 s)')")
+        log.write_text("still    compiling kernels (3 s)\nstill    compiling kernels (6 s)\n")
+        tab.page.wait_for_selector(".progress:has-text('compiling kernels (6 s)')")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("silent work")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        assert tab.page.get_by_role("button", name="Stopping…").is_disabled()
+        sleeper.wait(20)
+        tab.page.wait_for_selector(".state.crashed")
+        assert tab.page.get_by_role("button", name="Stopping…").count() == 0
+
+
+def test_resume_that_loads_is_not_offered_again(browser: Any, tmp_path: Path) -> None:
+    stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
+    make_run(tmp_path, "one", [*session(), step(1), step(2), stop])
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one", "text=on request, after saving")
+        assert tab.page.get_by_role("button", name="Resume", exact=True).is_enabled()
+        add_job(tmp_path, "resume", "one", sleeper.pid, "still    loading the libraries (3 s)\n")
+        tab.page.wait_for_selector(".progress:has-text('loading the libraries (3 s)')")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            assert tab.page.get_by_role("button", name="Resuming…").is_disabled()
+            tab.check("resume")
+
+
+def test_comparison_shows_raw_losses_behind_the_smoothed_ones(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/compare?runs=one,broken&smooth=0.9", ".plot canvas")
+        plot = tab.page.locator(".plot").first
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            assert plot.locator(".legend .entry:visible").count() == 2  # raw curves have no entry
+            tab.check("compare")
+
+        def columns() -> list[list[str]]:
+            plot.locator("summary").click()
+            with tab.page.expect_download() as saved:
+                plot.get_by_role("button", name="CSV", exact=True).click()
+            return [line.split(",") for line in Path(saved.value.path()).read_text(encoding="utf-8").splitlines()]
+
+        head, *rows = columns()
+        assert head == ["step", '"one', ' each step"', '"broken', ' each step"', "one", "broken"]
+        assert rows[3][1] != rows[3][3]
+
+        def pixels() -> str:
+            result: str = plot.locator("canvas").evaluate("(canvas) => canvas.toDataURL()")
+            return result
+
+        shown = pixels()
+        plot.locator(".legend .entry:visible").first.click()
+        tab.page.wait_for_timeout(100)
+        hidden = pixels()
+        assert hidden != shown
+        with tab.page.expect_download() as saved:
+            plot.locator("summary").click()
+            plot.get_by_role("button", name="SVG", exact=True).click()
+        assert (
+            Path(saved.value.path()).read_text(encoding="utf-8").count("<polyline") == 2
+        )  # both curves of the other run
+
+
+def test_run_in_a_chat_is_not_renamed_and_the_reason_is_shown(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, "one", [*session(), step(1), step(2)], {"exit": 0})
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        add_job(tmp_path, "serve", str(tmp_path / "one"), sleeper.pid)
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, own, "/run/one", "h1:text-is('one')")
+            tab.page.get_by_role("button", name="Edit", exact=True).click()
+            tab.page.get_by_label("Name", exact=True).fill("two")
+            tab.page.get_by_role("button", name="Save", exact=True).click()
+            tab.page.wait_for_selector("dialog .verdict.error:has-text('stop the server on the Chat screen')")
+            tab.page.get_by_role("button", name="Cancel").click()
+        sleeper.kill()
+        sleeper.wait()
+        tab.page.get_by_role("button", name="Edit", exact=True).click()
+        tab.page.get_by_label("Name", exact=True).fill("two")
+        tab.page.get_by_role("button", name="Save", exact=True).click()
+        tab.page.wait_for_selector("h1:text-is('two')")
+
+
+def test_chat_lists_runs_that_finish_or_are_renamed_while_it_is_open(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1)], {"exit": 0})
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/chat", "text=No run has an adapter to chat with yet")
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_config.json").write_text("{}")
+        (folder / "report.json").write_text('{"exit": 0, "steps": 1}')
+        tab.page.wait_for_selector("select[aria-label=Run] option:text-is('one')", state="attached")
+        assert own.post("/api/runs/one/rename", {"to": "two"}).status_code == 200
+        tab.page.wait_for_selector("select[aria-label=Run] option:text-is('two')", state="attached")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("chat")
+
+
 def test_axis_of_steps_has_integer_ticks(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.add_init_script("""
@@ -352,9 +650,9 @@ def test_start_is_visible_while_the_form_is_scrolled(browser: Any, dash: Dash) -
 def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: Path) -> None:
     mib = 1 << 20
     tried = {"event": "rehearsal", "time": 1, "done": False, "predicted_bytes": 719 * mib, "resident_bytes": 4 * mib}
-    steps = [step(number, memory_bytes=number * 100 * mib) for number in (1, 2)]
+    steps = [step(number, resident_bytes=number * 100 * mib) for number in (1, 2)]
     folder = make_run(tmp_path, "one", [*session(), {**tried, "usable_bytes": 9 << 30}, *steps])
-    with subprocess.Popen(["sleep", "600"]) as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
         (folder / "claim.json").write_text(json.dumps(claim))
         rss = psutil.Process(sleeper.pid).memory_info().rss
@@ -371,15 +669,17 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
         assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
-        curve = tab.page.locator(".plot:has-text('memory while this page is open')")
-        assert curve.locator(".legend").inner_text().split("\n")[0] == "training 496 MiB"
-        curve.locator("canvas").wait_for()
-        curve = tab.page.locator(".plot:has(.title:text-is('training memory'))")  # a field of the steps
+        curve = tab.page.locator(".plot:has(.title:text-is('memory of the process'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
         assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
         assert over == ["memory"]  # a busy CPU is normal
-        sleeper.kill()
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step(3, resident_bytes=300 * mib)) + "\n")
+        tab.page.unroute("**/stream*")
+        open_at(tab, own, "/run/one", ".plot:has(.title:text-is('memory of the process')) b:text-is('300 MiB')")
+        tab.page.set_viewport_size(PHONE)
+        tab.check("memory")
 
 
 def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: Path) -> None:

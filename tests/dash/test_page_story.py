@@ -47,7 +47,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         follow("Plan a run with this data")
         page.wait_for_selector("text=It fits")
         choose("Evaluation rows", "held-out.jsonl")
-        page.get_by_label("rank", exact=True).focus()
+        page.get_by_label("Rank", exact=True).focus()
         page.keyboard.press("ArrowLeft")  # 16 to 8
         page.wait_for_selector("code:text('--lora.r=8')")
         page.get_by_label("Epochs").fill("3000")
@@ -77,13 +77,13 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.keyboard.press("Enter")
         page.get_by_label("Run name").fill("second")
         page.wait_for_selector("code:text('--out=runs/second')")
-        assert page.get_by_label("rank", exact=True).input_value() == "3"  # 2 to the power of 3
+        assert page.get_by_label("Rank", exact=True).input_value() == "3"  # 2 to the power of 3
         press("Start")
         page.wait_for_selector("h1:text('second')")
         page.wait_for_selector(".state.finished")
 
         follow("Answers")
-        page.get_by_label("File of held-out rows").fill("held-out.jsonl")
+        page.get_by_label("File of held-out rows", exact=True).fill("held-out.jsonl")
         page.get_by_label("Maximum answer length in tokens").fill("6")
         press("Evaluate")
         page.wait_for_selector(".sample >> nth=7")

@@ -46,9 +46,9 @@ def test_plan_equals_the_command(planner: Planner, tiny_folder: Path, rows_file:
     assert without_free_memory({name: result[name] for name in same}) == without_free_memory(
         {name: expected[name] for name in same}
     )
-    assert result["rows"] == {"known": True, "number": 24, "measuring": False, "why": ""} and result["here"] == (
-        "gpu" not in how
-    )
+    assert result["rows"] == {"known": True, "number": 24, "measuring": False, "refused": None, "why": ""} and result[
+        "here"
+    ] == ("gpu" not in how)
     origins = {choice["field"]: choice["origin"] for choice in result["recipe"]}
     assert origins["lora.r"] == "option" and origins["train.weight_decay"] == "default" and len(origins) > 50
     again = get_plan(planner, options, **how, thorough=False)

@@ -92,7 +92,7 @@ def resume_after_a_restart_and_stop(dash: Dash, place: Path, options: dict[str, 
     assert {choice["field"]: choice["origin"] for choice in run["recipe"]}["lora.r"] == "option"
     assert dash.post(f"/api/runs/{NAME}/stop", {}).json() == {"asked": True}
     stopped = dash.wait("/api/runs", lambda found: found["runs"][0]["state"] == "stopped")["runs"][0]
-    assert stopped["why"] == "by a signal, after saving"
+    assert stopped["why"] == "on request, after saving"
     ended = dash.wait(f"/api/jobs/{job['id']}", lambda job: job["state"] != "running")
     assert (ended["state"], ended["error"]["kind"]) == ("stopped", "Stopped")
     steps = dash.get(f"/api/runs/{NAME}/history").json()["series"]["loss"]["x"]
@@ -167,6 +167,10 @@ def check_a_damaged_file(dash: Dash, place: Path, options: dict[str, Any]) -> No
     assert started["run"] == "bad-1"
     job = dash.wait(f"/api/jobs/{started['job']['id']}", lambda job: job["state"] != "running")
     assert job["state"] == "failed" and {place["line"] for place in job["error"]["where"]} == {1, 2}
+    run = next(run for run in dash.get("/api/runs").json()["runs"] if run["name"] == "bad-1")
+    assert (run["state"], run["why"]) == ("failed", job["error"]["message"]) and not (place / "runs" / "bad-1").exists()
+    assert dash.get("/api/runs/bad-1/duplicate").json()["options"]["data.train"] == "bad.jsonl"
+    assert dash.post("/api/runs/bad-1/delete", {"confirm": "bad-1"}).json()["id"] == started["job"]["id"]
     assert "bad-1" not in {run["name"] for run in dash.get("/api/runs").json()["runs"]}
 
 

@@ -221,6 +221,20 @@ def test_page_loads_nothing() -> None:
     assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # XML namespaces, not fetched
 
 
+def test_normal_events_and_empty_facts_are_left_out() -> None:
+    text = Page(render(full(), [*steps(60), {"event": "samples", "step": 1, "samples": []}])).text
+    assert "During the run" not in text and "gpus" not in text and "8.00 GiB" in text
+
+
+def test_memory_of_the_steps_is_plotted_in_gib() -> None:
+    events = [{**event, "resident_bytes": 3 << 30} for event in steps(60)]
+    drawing = next(text for text in drawings(render(full(), events)) if "memory of the process, GiB" in text)
+    labels = re.findall(r">([\d.]+)</text>", drawing)
+    assert {"3", "3.0"} & set(labels), labels
+    ticks = [label for label in labels if label in ("10", "20", "40")]
+    assert ticks, "whole steps"
+
+
 def test_plots_use_the_colours_of_the_page() -> None:
     for drawing in drawings(render(full(), steps(60))):
         assert "currentColor" in drawing and "var(--base)" in drawing and "#0102" not in drawing

@@ -406,7 +406,7 @@ def test_ctrl_c_keeps_the_answered_rows(
     result = json.loads(out)
     assert code == 130 and 0 < result["rows"] < 12 and len(result["samples"]) == result["rows"]
     assert result["interrupted"] == f"after {result['rows']} of 12 rows" and result["interrupted"] in err
-    assert "general" not in result
+    assert "general" not in result and result["error"]["kind"] == "Stopped"  # one object, which a script can read
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == result["rows"]
 
 

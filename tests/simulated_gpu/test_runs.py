@@ -91,6 +91,8 @@ def assert_failures_are_handled(
 ) -> None:
     """Check that a first failure is retried; repeated ones lead to smaller micro-batches, then to less memory."""
     for run in once.values():
+        steps = [event for event in run["events"] if event["event"] == "step"]
+        assert all("allocated_bytes" in event and "resident_bytes" not in event for event in steps)
         notes = [event["text"] for event in run["events"] if event["event"] == "note"]
         assert len([text for text in notes if "at the same size" in text]) == 1
         assert not [event for event in run["events"] if event["event"] == "shrink"]

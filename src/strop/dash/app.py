@@ -170,7 +170,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         return _event_response(stream_run(dashboard, call, *curve))
 
     async def schema(_: Request) -> Any:
-        return await services.planner.call("schema")
+        return await services.schema()
 
     def jobs(run: str | None, kind: str | None) -> Any:
         all_jobs = dashboard.jobs.all()
@@ -365,7 +365,7 @@ async def stream_run(dashboard: Dashboard, call: Call, name: str, by: str, point
 def _run_summary(dashboard: Dashboard, name: str) -> Any:
     """Return values that differ when the details of a run must be sent again. Curves are sent separately."""
     row = dashboard.row(name)
-    jobs = [(job["id"], job["state"]) for job in dashboard.jobs_of(name)]
+    jobs = [(job["id"], job["state"], job["activity"]) for job in dashboard.jobs_of(name)]
     history = dashboard.history(name)
     fields = {key: value for key, value in row.items() if key not in STEP_FIELDS}
     return fields, history.num_saves, list(history.samples), jobs
@@ -408,7 +408,10 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(services.schema())
         yield
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
         services.close()
 
     pages = [Route(path, _serve_file(file), methods=["GET"]) for path, file in assets.items()]

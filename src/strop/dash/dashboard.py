@@ -19,7 +19,7 @@ import psutil
 from strop.dash import answers
 from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, split_names
 from strop.dash.history import AXES, History, StreamPosition, round_significant
-from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send_signal
+from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, parse_options, send_signal
 from strop.dash.notes import move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
 from strop.dash.transfer import download
@@ -45,26 +45,33 @@ class Dashboard:
         self._votes = answers.Votes()
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the table of runs, including runs that a job is about to create."""
+        """Return the table of runs, including those that are about to start or failed before their first step."""
         rows = self.listing.rows()
         names = {row["name"] for row in rows}
-        starting = [self._starting_row(job) for job in self.jobs.running("train") if job["run"] not in names]
-        return [*starting, *rows]
+        return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
 
-    def _starting_row(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Return the row of a run whose process has not created its folder."""
-        return {
-            **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
-            "phase": "preparing", "pid": job["pid"], "started": job["started"], "updated": job["started"],
-            "heartbeat": job["started"], "can": [], "job": job["id"],
-        }  # fmt: skip
+    def _rows_without_folder(self) -> dict[str, dict[str, Any]]:
+        """Return rows by name for the newest job of each run, if it starts the run or has failed to."""
+        rows: dict[str, dict[str, Any]] = {}
+        for job in reversed(self.jobs.all()):
+            rows.pop(job["run"], None)
+            if job["kind"] != "train" or job["state"] not in ("running", "failed"):
+                continue
+            failed = job["state"] == "failed"
+            rows[job["run"]] = {
+                **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "started": job["started"],
+                "state": "failed" if failed else "running", "phase": None if failed else "preparing",
+                "why": job["error"]["message"] if failed else "", "pid": None if failed else job["pid"],
+                "updated": job["started"], "heartbeat": job["started"],
+                "can": ["duplicate", "delete"] if failed else [], "job": job["id"],
+            }  # fmt: skip
+        return rows
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the row of a run. Raises FolderError if it does not exist."""
         path = run_path(self.root, name)
         row = self.listing.row(name) if path.is_dir() else None
-        if row is None:
-            row = next((self._starting_row(job) for job in self.jobs.running("train") if job["run"] == name), None)
+        row = row or self._rows_without_folder().get(name)
         if row is None:
             raise FolderError(f"no such run: {name}", fix="choose one from the list")
         return row
@@ -148,6 +155,9 @@ class Dashboard:
 
     def duplicate(self, name: str) -> dict[str, Any]:
         """Return the options that were set for a run, to start a similar one."""
+        row = self.row(name)
+        if row["state"] == "failed":
+            return {"options": parse_options(self.jobs.status(row["job"])["command"]), "name": name}
         with self._run(name):
             options = {
                 choice["field"]: choice["value"]
@@ -220,6 +230,8 @@ class Dashboard:
             raise Busy(f"{name} is in use", fix="stop it first")
         if confirmed != name:
             raise InputError("confirm: not the run's name", fix="type the name of the run to delete")
+        if not run_path(self.root, name).is_dir():  # it failed to start
+            return self.jobs.remove(name)
         return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
 
     def set_notes(self, name: str, note: str, tags: list[Any]) -> dict[str, Any]:
@@ -229,8 +241,9 @@ class Dashboard:
     def rename(self, name: str, new_name: str) -> dict[str, Any]:
         """Rename a run and its folder. Raises Busy if a process uses it."""
         path, target = run_path(self.root, name), run_path(self.root, new_name)
-        served = any(name in split_names(str(job["run"])) for job in self.jobs.running("serve"))
-        if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train") or served:
+        if any(str(path) in split_names(str(job["run"])) for job in self.jobs.running("serve")):
+            raise Busy(f"{name} is loaded for a chat", fix="stop the server on the Chat screen, then rename the run")
+        if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train"):
             raise Busy(f"{name} is in use", fix="stop it first")
         move_run(path, target)
         self.jobs.rename_run(name, new_name)
@@ -247,7 +260,7 @@ class Dashboard:
         """Start a run. Raises FolderError if the name is taken."""
         path = run_path(self.root, name)
         if path.exists() or any(job["run"] == name for job in self.jobs.running("train")):
-            raise FolderError(f"{path}: a run with this name exists", fix="choose another name")
+            raise FolderError(f"{name}: a run with this name exists", fix="choose another name")
         return self.jobs.start("train", ["train", *arguments, f"--out={path}"], name)
 
     def doctor(self) -> dict[str, Any]:
@@ -281,12 +294,18 @@ class Services:
         self.dashboard = Dashboard(root)
         self.opened = opened
         self.planner, self.data = Worker("plan"), Worker("data")
+        self._schema: Any = None
         self.chat = ChatServer(self.dashboard.jobs)
         self._reader = ThreadPoolExecutor(1, "strop-dash-reader")
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the reader thread and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, function, *arguments)
+
+    async def schema(self) -> Any:
+        """Return the recipe options. The first call, when the server starts, also loads the planner."""
+        self._schema = self._schema or await self.planner.call("schema")
+        return self._schema
 
     def close(self) -> None:
         """Stop the workers and the chat server; runs and exports continue."""

@@ -27,7 +27,8 @@ def run_path(root: Path, name: str) -> Path:
     path = root / name
     invalid = not name or name.startswith(".") or len(os.fsencode(name)) > 255
     if invalid or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
-        raise FolderError("not a run name", fix="choose one from the list")
+        fix = "give a name without / and \\ that does not start with a dot"
+        raise FolderError(f"{name or 'an empty name'}: not a name for a run", fix=fix)
     return path
 
 

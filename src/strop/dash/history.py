@@ -391,7 +391,7 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
         suffix = f"; learning rate times {scale:g}" if isinstance(scale, (int, float)) else ""
         return f"rolled back from step {step} to {event.get('to')}: {why}{suffix}"
     if kind == "stop":
-        text = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
+        text = "stopped on request, after saving" if why == "signal" else f"stopped: {why}"
         return "; ".join([text, *map(str, event.get("advice") or [])])
     if kind == "rehearsal" and _is_int(event.get("predicted_bytes")) and _is_int(event.get("usable_bytes")):
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30

@@ -91,7 +91,10 @@ class Jobs:
         return self._folder / name
 
     def status(self, name: str, *, with_result: bool = True) -> dict[str, Any]:
-        """Return the state and the result of a job. Field `asked`: time of a request to stop, or None."""
+        """Return the state and the result of a job.
+
+        Field `asked`: time of a request to stop, or None. Field `activity`: what the job does while it prints nothing.
+        """
         if not with_result and name in self._ended:
             return self._ended[name]
         folder = self.folder(name)
@@ -101,6 +104,7 @@ class Jobs:
         error = (result or {}).get("error")
         lines = [line for line in read_tail(folder / "log", 4096).splitlines() if line.strip()]
         last_line = lines[-1] if lines else ""
+        silent = running and last_line.startswith("still ")
         if not running and result is None:
             message = "the process ended without a result" + (f"; its last line: {last_line.strip()}" if lines else "")
             fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
@@ -116,6 +120,7 @@ class Jobs:
             "command": shell_command(job.get("words") or []), "started": job.get("started"), "ended": job.get("ended"),
             "asked": job.get("asked"), "result": result if with_result else None, "error": error,
             "progress": _parse_progress(last_line),
+            "activity": last_line.removeprefix("still ").strip() if silent else None,
         }  # fmt: skip
         if not running:
             self._ended[name] = {**status, "result": None}
@@ -147,6 +152,13 @@ class Jobs:
                 write_json(file, {**read_json(file), "run": new_name})
                 self._ended.pop(job["id"], None)
 
+    def remove(self, run: str) -> dict[str, Any]:
+        """Remove the jobs of a run that has no folder, and return the newest."""
+        jobs = [job for job in self.all() if job["run"] == run]
+        for job in jobs:
+            self._remove(job["id"])
+        return jobs[0]
+
     def running(self, *kinds: str) -> list[dict[str, Any]]:
         """Return the running jobs of these kinds."""
         names = sorted(set(self._names()) - self._ended.keys(), reverse=True)
@@ -171,10 +183,13 @@ class Jobs:
     def _prune(self) -> None:
         for name in sorted(self._names())[:-MAX_JOBS]:
             if not self._is_running(name, read_json(self._folder / name / "job.json")):
-                for file in ("job.json", "out", "log", "key"):
-                    (self._folder / name / file).unlink(missing_ok=True)
-                (self._folder / name).rmdir()
-                self._ended.pop(name, None)
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        for file in ("job.json", "out", "log", "key"):
+            (self._folder / name / file).unlink(missing_ok=True)
+        (self._folder / name).rmdir()
+        self._ended.pop(name, None)
 
 
 def shell_command(arguments: Sequence[str]) -> str:
@@ -190,6 +205,16 @@ def option_flags(field: str, value: Any) -> list[str]:
     if isinstance(value, list | dict):
         return [f"{flag}={json.dumps(value, ensure_ascii=False)}"]
     return [f"{flag}={str(value).lower() if value is None or isinstance(value, bool) else value}"]
+
+
+def parse_options(command: str) -> dict[str, Any]:
+    """Return the recipe fields that a `strop train` command sets; those that it repeats as lists."""
+    options: dict[str, Any] = {}
+    for flag in shlex.split(command)[2:]:
+        field, _, value = flag.removeprefix("--").partition("=")
+        if field not in ("out", "memory"):
+            options.setdefault(field, []).append(value)
+    return {field: values if len(values) > 1 else values[0] for field, values in options.items()}
 
 
 def is_running(pid: Any, start_time: Any) -> bool:
@@ -260,7 +285,8 @@ class ChatServer:
     def status(self) -> dict[str, Any]:
         """Return the state (off, starting, ready or failed) and the models of the server."""
         last = next((job for job in self._jobs.all() if job["kind"] == "serve"), None)
-        status: dict[str, Any] = {"state": "off", "models": [], "names": [], "error": None, "log": "", "job": None}
+        status: dict[str, Any] = {"state": "off", "models": [], "names": [], "log": ""}
+        status |= dict.fromkeys(("error", "job", "activity"))
         if last is None:
             return status
         job = self._jobs.status(last["id"])
@@ -268,7 +294,7 @@ class ChatServer:
         status |= {"job": last["id"], "names": names, "log": log}
         if job["state"] == "running":
             if (ready := job["result"]) is None or job["error"] is not None:
-                return {**status, "state": "starting"}
+                return {**status, "state": "starting", "activity": job["activity"]}
             return {**status, "state": "ready", "models": ready["models"], "context": ready.get("context")}
         if job["asked"] is None:
             return {**status, "state": "failed", "error": job["error"] or SERVER_ENDED}

@@ -101,8 +101,9 @@ class Planner:
             return Rows(), {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
         if isinstance(rows, StropError):
             raise rows
-        why = rows.refused or rows.unknown
-        return rows, {"known": bool(rows), "number": len(rows) or None, "measuring": False, "why": why}
+        refused = rows.refused.as_json() if rows.refused else None
+        state = {"known": bool(rows), "number": len(rows) or None, "measuring": False, "refused": refused}
+        return rows, {**state, "why": str(rows.refused or rows.unknown)}
 
     def _read_row_sizes(self, key: str, recipe: Recipe) -> None:
         result: Rows | StropError

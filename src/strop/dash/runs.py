@@ -380,7 +380,7 @@ def run_status(
     last = events[-1] if events else {}
     if last.get("event") == "stop":
         why = str(last.get("why") or "")
-        return RunStatus("stopped", "by a signal, after saving" if why == "signal" else why, None)
+        return RunStatus("stopped", "on request, after saving" if why == "signal" else why, None)
     return RunStatus("crashed", "the process ended without a reason", None)
 
 

@@ -39,8 +39,11 @@ def main() -> None:
             details = {"kind": "InternalError", "message": f"{type(error).__name__}: {error}", "where": []}
             result = {"error": {**details, "fix": "please report it"}, "exit": 1}
         text = json.dumps(result, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
-        output.write(text + "\n")
-        output.flush()
+        try:
+            output.write(text + "\n")
+            output.flush()
+        except BrokenPipeError:  # the server was killed
+            os._exit(1)
 
 
 class Worker:

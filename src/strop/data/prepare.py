@@ -66,6 +66,11 @@ class Prepared:
     train_items: ExampleGroups | Prompts | None = None  # None for supervised fine-tuning
     eval_items: ExampleGroups | Prompts | None = None
 
+    @property
+    def refusal(self) -> DataError | None:
+        """Return the error that a run would raise for these rows."""
+        return self.report.refusal or (self.report.eval.refusal if self.report.eval else None)
+
 
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True,
@@ -96,10 +101,8 @@ def prepare(
         raise
     if cache is None:
         weakref.finalize(train, shutil.rmtree, folder, ignore_errors=True)
-    report = prepared.report
-    refusal = report.refusal or (report.eval.refusal if report.eval else None)
-    if strict and refusal:
-        raise refusal
+    if strict and prepared.refusal:
+        raise prepared.refusal
     return prepared
 
 

@@ -74,7 +74,8 @@ def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set(color=INK, alpha=0.4)
     axes.margins(x=0.01)
-    axes.locator_params(nbins=5, integer=False)
+    axes.locator_params(nbins=5)
+    axes.locator_params("x", integer=True)
     return figure, axes
 
 

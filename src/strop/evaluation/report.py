@@ -21,13 +21,17 @@ from strop.runs.folder import write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
-NORMAL_EVENTS = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
+NORMAL_EVENTS = {
+    "machine", "recipe", "data", "reference", "rehearsal", "start", "step", "eval", "samples", "save",
+    "reference-check", "end", "note",
+}  # fmt: skip
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
     "accuracy": "answers ranked correctly", "margin": "margin of rewards", "reward": "reward of completions",
     "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
-    "rejected_nats": "rejected, log-probability per token",
+    "rejected_nats": "rejected, log-probability per token", "resident_bytes": "memory of the process, GiB",
+    "allocated_bytes": "GPU memory, allocated after each step, GiB",
 }  # fmt: skip
 
 
@@ -64,7 +68,11 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         memory=list(_list_memory_peaks(report.get("memory") or {})),
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_format_choice(choice) for choice in recipe if choice.get("origin") == "default"],
-        provenance=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
+        provenance=[
+            (name, [(key, text) for key, text in _flatten(report[name]) if text != "-"])
+            for name in ("lock", "machine")
+            if report.get(name)
+        ],
         recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
         general=_format_general(report.get("general") or {}),
         tasks=list(metrics.format_task_scores(report.get("tasks") or {})),
@@ -238,5 +246,7 @@ def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> 
 def _plot_steps(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     for field, title in STEP_PLOTS.items():
         series = _read_series(events, "step", field)
+        if field.endswith("_bytes"):
+            series = {step: size / 2**30 for step, size in series.items()}
         if len(series) > 1:
             yield plot_metric(series, title)

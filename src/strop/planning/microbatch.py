@@ -14,6 +14,7 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
+from strop.errors import StropError
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
@@ -33,7 +34,7 @@ class Rows(list[tuple[int, int]]):
 
     prefix = 0  # length of the prefix that all rows share
     unknown = ""  # why the rows cannot be read
-    refused = ""  # why a run would reject them
+    refused: StropError | None = None  # why a run would reject them
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def measure_rows(recipe: Recipe) -> Rows:
     tokenizer, new_tokens = load_tokenizer(source), recipe.lora.new_tokens
     prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
     rows, prefix = prepared.train, None
-    sizes.refused = str(prepared.report.refusal or "")
+    sizes.refused = prepared.refusal
     if sampled := max_completion_tokens(recipe.train):
         lengths = [int(length) + sampled for length in rows.lengths]
         sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]

@@ -132,7 +132,11 @@ def make_plan(
     )
     lengths = [tokens for tokens, _ in rows]
     longest, too_long = max(lengths, default=None), shape.too_long_message(lengths)
-    facts: dict[str, Any] = {"unknown": rows.unknown or None, "refused": rows.refused or None, "beyond": too_long}
+    facts: dict[str, Any] = {
+        "unknown": rows.unknown or None,
+        "refused": str(rows.refused) if rows.refused else None,
+        "beyond": too_long,
+    }
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
         rows = Rows(rows)  # a copy without `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)

@@ -22,6 +22,7 @@ import torch
 from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
+from strop.machine.memory import memory_in_use
 from strop.training import guard
 from strop.training.gradients import (
     LocalGradient,
@@ -392,6 +393,7 @@ def _log_step(
         "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
         learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
         seconds_left=round((total - number) * progress.seconds / number, 1), **result.metrics, **device_times,
+        **memory_in_use(str(job.state.device)),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantizati
 from strop.display.tables import console, print_json, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
+from strop.errors import Stopped
 
 
 def evaluate(
@@ -78,12 +79,13 @@ def evaluate(
     for evaluation in evaluations:
         print_evaluation(evaluation, samples)
     interrupted = list(filter(None, map(why_incomplete, evaluations)))
-    print_notes([f"interrupted {text}" for text in interrupted])
     if len(names) > 1:
         print_leaderboard(result["leaderboard"], evaluations[0]["metric"])
-    print_json(result, as_json)
     if interrupted:
-        raise typer.Exit(130)
+        stopped = Stopped(f"interrupted {interrupted[0]}", fix="start it again to evaluate all rows")
+        stopped.partial_result = result
+        raise stopped
+    print_json(result, as_json)
 
 
 def chat(

@@ -34,7 +34,7 @@ export class ApiError extends Error {
 
 /** Return an element that shows an error: what is wrong, how to fix it, and where. */
 export function errorBox(error) {
-  const places = (error.where ?? []).slice(0, 50);
+  const places = (error.where ?? []).slice(0, 50).filter(({ file, what }) => `${file}: ${what}` !== error.message);
   return h(
     "div",
     { class: "verdict error", role: "alert" },

@@ -2,7 +2,7 @@
 
 import uPlot from "./uplot/uPlot.esm.js";
 import { h, uniqueId } from "./dom.js";
-import { duration, isNumber } from "./format.js";
+import { bytes, duration, isNumber } from "./format.js";
 import { setQuery } from "./route.js";
 
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 });
@@ -23,12 +23,16 @@ export const TITLES = {
   learning_rate: "learning rate",
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
-  memory_bytes: "training memory",
+  resident_bytes: "memory of the process",
+  allocated_bytes: "GPU memory, allocated after each step",
   accuracy: "answers ranked right",
   margin: "reward margin",
   chosen_nats: "chosen, log-probability per token",
   rejected_nats: "rejected, log-probability per token",
 };
+
+/** Options of a plot of sizes. */
+export const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power), zero: true };
 
 /** Join series that have different x values: {x, ys}. A missing series is empty. */
 export function joinSeries(series) {
@@ -91,9 +95,8 @@ export function append(history, { rows, evals, last }) {
     entry.x.push(x);
     entry.y.push(y);
   };
-  const names = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
-  for (const row of rows ?? [])
-    for (const name of names) if (!["loss_mean", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
+  for (const { step, tokens, x, ...values } of rows ?? [])
+    for (const [name, value] of Object.entries(values)) add(name, x, value);
   if (history.series.loss_mean) for (const row of rows ?? []) add("loss_mean", row.x, row.loss);
   for (const row of evals ?? []) add("eval_loss", row.x, row.loss);
   history.last = { ...history.last, ...last };

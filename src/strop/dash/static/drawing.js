@@ -55,6 +55,7 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
         "stroke-linejoin": "round",
       }),
     );
+    if (curve.of !== undefined) continue;
     right -= 7 * curve.name.length + 26;
     parts.push(
       svg("line", {

@@ -1,15 +1,54 @@
 // Form controls of several elements.
 
-import { field, h, put, select } from "./dom.js";
+import { field, h, put, select, uniqueId } from "./dom.js";
 import { formatValue } from "./format.js";
+
+/**
+ * Show an error next to the fields that caused it and remove earlier ones. error: null for none. Returns their labels.
+ * A control with data-option caused a problem if its text begins with this option, or with the value of the control.
+ */
+export function showFieldErrors(form, error) {
+  for (const shown of form.querySelectorAll("p.problem")) {
+    const control = form.querySelector(`[aria-errormessage="${shown.id}"]`);
+    const hints = control.getAttribute("aria-describedby").split(" ");
+    control.setAttribute("aria-describedby", hints.filter((id) => id !== shown.id).join(" "));
+    for (const name of ["aria-invalid", "aria-errormessage"]) control.removeAttribute(name);
+    shown.remove();
+  }
+  if (!error) return [];
+  const places = (error.where ?? []).map(({ file, line, what }) => `${file}${line ? `:${line}` : ""}: ${what}`);
+  const problems = places.length ? places : [error.message];
+  return [...form.querySelectorAll("[data-option]")].flatMap((control) => {
+    const own = problems.filter((text) => concerns(text, control.dataset.option, control.value.trim()));
+    if (!own.length) return [];
+    const lines = [...own.slice(0, 3), own.length > 3 ? `and ${own.length - 3} more` : "", error.fix];
+    const id = uniqueId("problem"),
+      box = control.closest(".field");
+    const text = lines.filter(Boolean).map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""));
+    box.append(h("p", { class: "problem bad", id }, text.join("\n")));
+    control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") ?? ""} ${id}`.trim());
+    control.setAttribute("aria-errormessage", id);
+    control.setAttribute("aria-invalid", "true");
+    const folded = control.closest("details");
+    if (folded) folded.open = true;
+    return [box.querySelector("label").textContent];
+  });
+}
+
+function concerns(problem, option, value) {
+  if (value && problem.startsWith(`${value}:`)) return true;
+  const [, dashes, name] = problem.replace(/^recipe: /, "").match(/^(--)?([\w.-]*)/);
+  return name === option || Boolean(dashes && name === option.split(".").at(-1));
+}
 
 /**
  * Create a slider over fixed values with a field for an exact value. onChange(value) receives a number, "" for none, or
  * text that is not a whole number. Returns {element, draw(value)}; draw shows a value without calling onChange.
+ * option: name of the recipe field.
  */
-export function slider(label, values, value, onChange) {
+export function slider(option, label, values, value, onChange) {
   const input = h("input", { type: "range", min: 0, max: values.length - 1, step: 1 });
-  const exact = h("input", { inputmode: "numeric", "aria-label": `${label}, exact` });
+  const exact = h("input", { inputmode: "numeric", "aria-label": `${label}, exact`, data: { option } });
   const distance = (item, wanted) => Math.abs(Math.log(item / wanted));
   const nearest = (wanted) =>
     values.reduce((best, item, index) => (distance(item, wanted) < distance(values[best], wanted) ? index : best), 0);
@@ -47,17 +86,19 @@ export function fieldList(fields, values, onChange) {
       rows.filter(([item]) => `${item.field} ${item.help}`.toLowerCase().includes(word)).map(([, element]) => element),
     );
   };
+  draw();
   filter.addEventListener("input", draw);
-  const box = h("details", { class: "card others" }, h("summary", {}, `More settings (${rows.length})`), filter, list);
-  box.addEventListener("toggle", draw, { once: true });
-  return box;
+  return h("details", { class: "card others" }, h("summary", {}, `More settings (${rows.length})`), filter, list);
 }
 
 function control({ field: name, choices, type, default: preset }, value, onChange) {
   const now = value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
   const orNumber = choices?.includes("<integer>"); // one of the choices, or a number
   const label = type === "boolean" ? ["true", "false"] : orNumber ? null : choices?.map(String);
-  if (label) return select([["", `default (${formatValue(preset)})`], ...label], now, (text) => onChange(name, text));
+  const data = { option: name };
+  if (label)
+    return select([["", `default (${formatValue(preset)})`], ...label], now, (text) => onChange(name, text), { data });
   const placeholder = orNumber ? `${formatValue(preset)} (${choices.join(", ")})` : formatValue(preset);
-  return h("input", { value: now, placeholder, on: { change: (event) => onChange(name, event.target.value.trim()) } });
+  const change = (event) => onChange(name, event.target.value.trim());
+  return h("input", { value: now, placeholder, data, on: { change } });
 }

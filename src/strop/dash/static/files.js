@@ -4,10 +4,11 @@ import { button, field, uniqueId, h, notify, put } from "./dom.js";
 import { errorBox, get, upload } from "./api.js";
 import { bytes } from "./format.js";
 
-/** Return {element, input}. kind: data or model. onChange(text) is called when the text is confirmed. */
-export function fileField(label, kind, value, onChange, hint = null) {
+/** Return {element, input}. kind: data or model. option: its name. onChange(text) is called when the text is confirmed. */
+export function fileField(option, label, kind, value, onChange, hint = null) {
   const input = h("input", {
     value: value ?? "",
+    data: { option },
     spellcheck: "false",
     autocomplete: "off",
     on: { change: () => onChange(input.value.trim()) },

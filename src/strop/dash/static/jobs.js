@@ -1,6 +1,6 @@
 // Jobs: commands that the server runs as child processes, with their progress, log and result.
 
-import { button, command, h, put, notify } from "./dom.js";
+import { button, command, h, put } from "./dom.js";
 import { errorBox, get, listen, post } from "./api.js";
 import { duration } from "./format.js";
 
@@ -42,12 +42,12 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
             "span",
             { class: "push" },
             button(
-              "Stop",
+              update.asked ? "Stopping…" : "Stop",
               async () => {
+                draw({ ...update, asked: true });
                 await post(`jobs/${encodeURIComponent(update.id)}/stop`);
-                notify("Stop requested.");
               },
-              { class: "small" },
+              { class: "small", disabled: Boolean(update.asked) },
             ),
           ),
     );

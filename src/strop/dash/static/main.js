@@ -49,7 +49,7 @@ async function navigate() {
   try {
     const { show } = await load();
     if (signal.aborted) return;
-    put(main, container);
+    put(main, put(container, h("p", { class: "soft loading", role: "status" }, "Loading…")));
     const title = await show(container, { parts: parts.slice(1), query, signal });
     if (signal.aborted) return;
     document.title = title ? `${title} · strop` : "strop";

@@ -18,8 +18,8 @@ const faded = (name, share) =>
     .padStart(2, "0");
 
 /**
- * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value), integer: ticks at
- * integers only};
+ * options: title; series: [{name, colour (of look.css), width, opacity, points, of: index of the series whose legend entry
+ * it shares}]; x: {name, show(value), integer: ticks at integers only};
  * show(value): a value as text; incrs: possible distances of ticks; height; file: name for saved files; group: plots of one group share the cursor;
  * zero: the axis starts at 0; log: offer a logarithmic axis; onZoom([low, high] | null).
  * Data: {x: [...], ys: [[...], ...]}, null where a series has no value. marks: [{x, kind, text}].
@@ -38,6 +38,7 @@ export class Plot {
       class: "canvas",
       tabIndex: 0,
       role: "img",
+      "aria-label": this.options.title,
       id: uniqueId("plot"),
       on: { keydown: (event) => this.#key(event) },
     });
@@ -112,7 +113,9 @@ export class Plot {
       this.u.setData(this.#columns(), false);
       this.#scale();
     }
-    data.ys.forEach((ys, index) => (this.legend.children[index].hidden = !ys.some(isNumber)));
+    data.ys.forEach((ys, index) => {
+      this.legend.children[index].hidden = this.options.series[index].of !== undefined || !ys.some(isNumber);
+    });
     this.canvas.setAttribute("aria-label", this.#description());
     this.#values(null);
   }
@@ -195,7 +198,7 @@ export class Plot {
           ...series.map((curve, index) => ({
             stroke: curve.opacity ? faded(curve.colour, curve.opacity) : colour(curve.colour),
             width: curve.width ?? 1.5,
-            spanGaps: curve.join ?? true,
+            spanGaps: true,
             points: { show: curve.points ?? false, size: 5, fill: colour(curve.colour) },
             show: !this.hidden.has(index),
             dash: curve.dash,
@@ -261,10 +264,13 @@ export class Plot {
         return button(
           "",
           () => {
-            const off = !this.hidden.delete(index);
-            if (off) this.hidden.add(index);
+            const off = !this.hidden.has(index);
             this.legend.children[index].setAttribute("aria-pressed", String(!off));
-            this.u?.setSeries(index + 1, { show: !off });
+            this.options.series.forEach((other, at) => {
+              if (at !== index && other.of !== index) return;
+              this.hidden[off ? "add" : "delete"](at);
+              this.u?.setSeries(at + 1, { show: !off });
+            });
           },
           { class: "entry", "aria-pressed": "true" },
         );
@@ -307,7 +313,7 @@ export class Plot {
     const descriptions = series
       .map((curve, index) => {
         const ys = this.data.ys[index].filter(isNumber);
-        if (!ys.length) return null;
+        if (!ys.length || curve.of !== undefined) return null;
         let low = Infinity,
           high = -Infinity;
         for (const y of ys) {

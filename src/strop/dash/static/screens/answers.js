@@ -19,8 +19,10 @@ import {
   select,
   to,
 } from "../all.js";
-import { jobCard } from "../jobs.js";
 import { field } from "../dom.js";
+import { showFieldErrors } from "../fields.js";
+import { fileField } from "../files.js";
+import { jobCard, jobCards } from "../jobs.js";
 
 const FILTERS = [
   ["all", "all rows"],
@@ -158,7 +160,9 @@ function summary(response, run) {
     return h(
       "p",
       { class: "empty" },
-      "This run has not been evaluated. Start an evaluation below: it compares base and tuned on the same held-out rows.",
+      run.can?.includes("evaluate")
+        ? "This run has not been evaluated. Start an evaluation below: it compares base and tuned on the same held-out rows."
+        : "This run has no adapter to evaluate yet. It is written at the end of training.",
     );
   const name = evaluation.metric,
     rate = (side) => bar(evaluation[side]?.[name], side, response.intervals?.[side]);
@@ -254,9 +258,15 @@ function markedAnswer(row, side) {
   );
 }
 
+/** Return the file of evaluation rows of a run's recipe. */
+function evalFile(run) {
+  const value = run.recipe?.find((item) => item.field === "data.eval")?.value;
+  return typeof value === "string" && !value.endsWith("%") ? value : "";
+}
+
 function evaluation(run, signal, onEnd) {
   if (!(run.can ?? []).includes("evaluate")) return null;
-  const data = h("input", { value: run.eval_data ?? "", placeholder: "held-out.jsonl", spellcheck: "false" }),
+  const file = fileField("data", "File of held-out rows", "data", evalFile(run), () => {}),
     jobs = h("div"),
     problem = h("div");
   let metric = run.score?.metric ?? "exact";
@@ -266,41 +276,43 @@ function evaluation(run, signal, onEnd) {
       metricField,
       field(
         "Metric",
-        select(metrics, metric, (value) => (metric = value)),
+        select(metrics, metric, (value) => (metric = value), { data: { option: "metric" } }),
       ),
     ),
   );
-  const maxTokens = h("input", { type: "number", min: 1, placeholder: "from the reference answers" });
+  const limit = { type: "number", min: 1, placeholder: "from the reference answers" };
+  const maxTokens = h("input", { ...limit, data: { option: "max-new-tokens" } });
   const evaluateButton = button(
     "Evaluate",
     async () => {
       put(problem);
+      showFieldErrors(form, null);
+      if (!file.input.value.trim()) {
+        showFieldErrors(form, { message: "data: choose a file of rows that the run was not trained on" });
+        file.input.focus();
+        return;
+      }
       try {
         const job = await post(runPath(run.name, "evaluate"), {
-          data: data.value.trim(),
+          data: file.input.value.trim(),
           metric,
           max_new_tokens: maxTokens.value ? Number(maxTokens.value) : undefined,
         });
-        put(
-          jobs,
-          jobCard(job, signal, {
-            onEnd: (now) => now.state === "done" && (notify("The evaluation is done."), onEnd()),
-          }),
-        );
+        put(jobs, jobCard(job, signal, { onEnd: end }));
       } catch (error) {
-        put(problem, errorBox(error));
+        if (!showFieldErrors(form, error).length) put(problem, errorBox(error));
       }
     },
     { class: "main" },
   );
-  return h(
+  const form = h(
     "details",
     { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score },
     h("summary", {}, "Evaluate on held-out rows"),
     h(
       "div",
       { class: "fields" },
-      field("File of held-out rows", data),
+      h("div", { class: "wide" }, file.element),
       metricField,
       field("Maximum answer length in tokens", maxTokens),
     ),
@@ -308,6 +320,16 @@ function evaluation(run, signal, onEnd) {
     problem,
     jobs,
   );
+  const end = (job) => {
+    showFieldErrors(form, job.error);
+    if (job.state !== "done") return;
+    notify("The evaluation is done.");
+    onEnd();
+  };
+  jobCards({ run: run.name, kind: "evaluate" }, signal, { onEnd: end }, 0).then(
+    (running) => jobs.children.length || put(jobs, running),
+  );
+  return form;
 }
 
 async function blindVote(container, run, signal) {

@@ -22,10 +22,10 @@ export async function show(container, { query, signal }) {
     sides = h("div", { class: "chats" }),
     composer = h("form", { class: "composer" });
   put(container, h("h1", {}, "Chat"), controls, state, sides, composer);
-  const { runs } = await get("runs", {}, signal),
-    servable = runs.filter((run) => run.can.includes("chat"));
-  let chosen = query.get("run") ?? servable[0]?.name ?? "",
+  let servable = [],
+    chosen = query.get("run") ?? "",
     drawnKey = "",
+    drawnControls = "",
     columns = [],
     systems = new Map(),
     running = 0;
@@ -60,38 +60,19 @@ export async function show(container, { query, signal }) {
   }
 
   async function draw(server) {
-    const off = server.state === "off" || server.state === "failed";
-    const picker = select(
-      servable.map((run) => run.name),
-      chosen,
-      (value) => {
-        chosen = value;
-        setQuery({ run: value });
-      },
-      { "aria-label": "Run", style: { width: "auto" } },
-    );
-    const key = JSON.stringify([server.state, server.names]);
+    drawControls(server);
+    const key = JSON.stringify([
+      server.state,
+      server.names,
+      server.activity,
+      server.state === "off" && servable.length > 0,
+    ]);
     if (key === drawnKey) return;
     drawnKey = key;
     put(
-      controls,
-      !servable.length
-        ? h("p", { class: "empty" }, "No run has an adapter to chat with yet.")
-        : h(
-            "div",
-            { class: "line", style: { margin: ".8rem 0" } },
-            picker,
-            button(off ? "Start" : "Switch to this run", () => change("chat/start", { names: [chosen] }), {
-              class: off ? "main" : "",
-            }),
-            off ? null : button("Stop the server", () => change("chat/stop")),
-          ),
-      server.state === "ready" ? options : null,
-    );
-    put(
       state,
       server.state === "starting"
-        ? h("p", {}, h("span", { class: "state running" }, "starting"), " Loading the models.")
+        ? h("p", {}, h("span", { class: "state running" }, "starting"), ` ${server.activity ?? "loading the models"}`)
         : server.error
           ? errorBox(server.error)
           : server.state === "off" && servable.length
@@ -113,6 +94,39 @@ export async function show(container, { query, signal }) {
     );
     composer.hidden = false;
     box.focus();
+  }
+
+  /** Draw the choice of a run, if it has changed: runs finish and are renamed while the page is open. */
+  function drawControls(server) {
+    const off = server.state === "off" || server.state === "failed",
+      key = JSON.stringify([server.state, server.names, servable]);
+    if (key === drawnControls) return;
+    drawnControls = key;
+    if (!servable.includes(chosen)) chosen = servable[0] ?? "";
+    const picker = select(
+      servable,
+      chosen,
+      (value) => {
+        chosen = value;
+        setQuery({ run: value });
+      },
+      { "aria-label": "Run", style: { width: "auto" } },
+    );
+    put(
+      controls,
+      !servable.length
+        ? h("p", { class: "empty" }, "No run has an adapter to chat with yet.")
+        : h(
+            "div",
+            { class: "line", style: { margin: ".8rem 0" } },
+            picker,
+            button(off ? "Start" : "Switch to this run", () => change("chat/start", { names: [chosen] }), {
+              class: off ? "main" : "",
+            }),
+            off ? null : button("Stop the server", () => change("chat/stop")),
+          ),
+      server.state === "ready" ? options : null,
+    );
   }
 
   /** Return the system prompt of training; the base model uses that of the tuned model next to it. */
@@ -247,7 +261,9 @@ export async function show(container, { query, signal }) {
   composer.append(newChat);
   const refresh = async () => {
     try {
-      draw(await get("chat", {}, signal));
+      const [server, { runs }] = await Promise.all([get("chat", {}, signal), get("runs", {}, signal)]);
+      servable = runs.filter((run) => run.can.includes("chat")).map((run) => run.name);
+      draw(server);
     } catch (error) {
       if (error.name !== "AbortError") notify(error.message, true);
     }

@@ -19,14 +19,24 @@ import {
   formatValue,
   to,
 } from "../all.js";
-import { AXES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { AXES, BYTES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
+const FIELDS = [
+  "accuracy",
+  "margin",
+  "grad_norm",
+  "learning_rate",
+  "tokens_per_s",
+  "resident_bytes",
+  "allocated_bytes",
+];
 const MAX_RUNS = 6; // limited by the number of colours
 
 export async function show(container, { query, signal }) {
-  const { runs } = await get("runs", {}, signal),
+  const { runs: all } = await get("runs", {}, signal),
+    runs = all.filter((run) => run.state !== "failed"),
     names = new Set(runs.map((run) => run.name));
   let chosen = splitNames(query.get("runs"))
       .filter((name) => names.has(name))
@@ -137,19 +147,32 @@ export async function show(container, { query, signal }) {
         series: chosen.map((name, index) => ({ name, colour: `c${index}`, width: 1.8 })),
         ...more,
       });
-      plot.set(joinSeries(series), [], AXES[by]);
+      if (!more.series) plot.set(joinSeries(series), [], AXES[by]);
       return plot;
     };
-    const loss = curve("loss", "training loss, smoothed", { log: true });
-    drawLoss = () =>
-      loss?.set(joinSeries(histories.map((history) => smoothedLoss(history, smoothing.weight()))), [], AXES[by]);
+    const raw = histories.map((history) => history.series.loss);
+    const loss = curve("loss", "training loss, smoothed", {
+      log: true,
+      series: [
+        ...chosen.map((name, index) => ({
+          name: `${name}, each step`,
+          colour: `c${index}`,
+          width: 1,
+          opacity: 0.35,
+          of: chosen.length + index,
+        })),
+        ...chosen.map((name, index) => ({ name, colour: `c${index}`, width: 2 })),
+      ],
+    });
+    drawLoss = () => {
+      const smoothed = histories.map((history) => smoothedLoss(history, smoothing.weight()));
+      loss?.set(joinSeries([...raw, ...smoothed]), [], AXES[by]);
+    };
     drawLoss();
     plots = [
       loss,
       curve("eval_loss", "evaluation loss", { log: true }),
-      ...["accuracy", "margin", "grad_norm", "learning_rate", "tokens_per_s"].map((field) =>
-        curve(field, TITLES[field]),
-      ),
+      ...FIELDS.map((field) => curve(field, TITLES[field], field.endsWith("_bytes") ? BYTES : {})),
     ].filter(Boolean);
     put(
       out,

@@ -2,6 +2,7 @@
 
 import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
+import { showFieldErrors } from "../fields.js";
 import { fileField } from "../files.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
@@ -24,8 +25,10 @@ export async function show(container, { query, signal }) {
     offset = 0;
     load();
   };
-  const train = fileField("Rows", "data", options["data.train"], (value) => change("data.train", value));
-  const model = fileField("Model", "model", options["model.name"], (value) => change("model.name", value));
+  const train = fileField("data.train", "Rows", "data", options["data.train"], (value) => change("data.train", value));
+  const model = fileField("model.name", "Model", "model", options["model.name"], (value) =>
+    change("model.name", value),
+  );
   const { fields } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
   const choice = (name, label) =>
@@ -35,12 +38,14 @@ export async function show(container, { query, signal }) {
         [["", `default (${byName.get(name).default})`], ...byName.get(name).choices],
         String(options[name] ?? ""),
         (value) => change(name, value),
+        { data: { option: name } },
       ),
     );
   const longest = h("input", {
     inputmode: "numeric",
     value: options["data.max_length"] ?? "",
     placeholder: String(byName.get("data.max_length").default),
+    data: { option: "data.max_length" },
     on: { change: () => change("data.max_length", longest.value.trim()) },
   });
   put(
@@ -56,8 +61,7 @@ export async function show(container, { query, signal }) {
         h(
           "div",
           { class: "fields" },
-          train.element,
-          model.element,
+          h("div", { class: "wide fields pair" }, train.element, model.element),
           field("Maximum row length in tokens", longest),
           choice("data.overlong", "Longer rows"),
           choice("data.bad_rows", "Invalid rows"),
@@ -83,9 +87,15 @@ export async function show(container, { query, signal }) {
     out.setAttribute("aria-busy", "true");
     try {
       const page = await post("data", { options, offset, count: PAGE, order, part }, signal);
-      if (request === requests) draw(page);
+      if (request === requests) {
+        showFieldErrors(container, null);
+        draw(page);
+      }
     } catch (error) {
-      if (error.name !== "AbortError" && request === requests) put(out, errorBox(error));
+      if (error.name !== "AbortError" && request === requests) {
+        showFieldErrors(container, error);
+        put(out, errorBox(error));
+      }
     }
     out.removeAttribute("aria-busy");
   }
@@ -114,8 +124,8 @@ export async function show(container, { query, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     put(
       out,
-      page.refusal
-        ? errorBox({ message: `A run would be refused: ${page.refusal.message}`, fix: page.refusal.fix })
+      report.refusal
+        ? errorBox({ message: `A run would be refused: ${report.refusal.message}`, fix: report.refusal.fix })
         : null,
       h(
         "dl",

@@ -19,6 +19,7 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
+import { showFieldErrors } from "../fields.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
@@ -50,12 +51,12 @@ export async function show(container, { run, signal }) {
     forms,
     canExport
       ? Object.entries(KINDS).map(([kind, details]) =>
-          form(run, kind, details, (job) => {
+          form(run, kind, details, (job, onEnd) => {
             jobs.querySelector(":scope > p")?.remove();
-            jobs.prepend(jobCard(job, signal, { result: parity }));
+            jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
           }),
         )
-      : h("p", { class: "empty" }, "This run has no adapter to export yet."),
+      : h("p", { class: "empty" }, "This run has no adapter to export yet. It is written at the end of training."),
   );
   if (canExport && run.can.includes("chat"))
     container.append(h("p", {}, "Or serve it and ", link(to("chat", { run: run.name }), "chat with it"), "."));
@@ -91,6 +92,7 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
   const out = h("input", {
     value: `${run.path}/${kind === "gguf" ? `${run.name}.gguf` : kind === "merge" ? "merged" : "ollama"}`,
     spellcheck: "false",
+    data: { option: "out" },
   });
   let type = preset;
   const problem = h("div");
@@ -98,28 +100,31 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     "Export",
     async () => {
       put(problem);
+      showFieldErrors(element, null);
       exportButton.disabled = true;
       try {
-        onStart(await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type }));
+        const job = await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type });
+        onStart(job, (now) => showFieldErrors(element, now.error));
       } catch (error) {
-        put(problem, errorBox(error));
+        if (!showFieldErrors(element, error).length) put(problem, errorBox(error));
       }
       exportButton.disabled = false;
     },
     { "aria-label": `Export: ${name}`, class: "main" },
   );
-  return h(
+  const element = h(
     "section",
     { class: "card form" },
     h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, description)),
     field("Output path", out),
     field(
       "Data type",
-      select(types, preset, (value) => (type = value)),
+      select(types, preset, (value) => (type = value), { data: { option } }),
     ),
     h("div", {}, exportButton),
     problem,
   );
+  return element;
 }
 
 /** Show how an export compares with the tuned model. */
@@ -127,6 +132,7 @@ function parity(job) {
   const details = job.result,
     measured = details.parity,
     text = details.text;
+  if (job.error && !measured) return null; // nothing was written
   return h(
     "div",
     {},

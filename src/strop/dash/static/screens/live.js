@@ -22,12 +22,11 @@ import {
   notify,
   lastPart,
 } from "../all.js";
-import { append, AXES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { append, AXES, BYTES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
 const POINTS = 800;
-const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power) };
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
@@ -82,24 +81,9 @@ export async function show(container, { run, query, signal, draw }) {
     ],
   });
   let process = null;
-  const memoryPlot = new Plot({
-    title: "memory while this page is open",
-    file: `${run.name} memory`,
-    height: 170,
-    zero: true,
-    ...BYTES,
-    x: { name: "time", show: (time) => new Date(1000 * time).toTimeString().slice(0, 8) },
-    series: [
-      { name: "training", colour: "tuned", width: 1.3 },
-      { name: "plan, peak", colour: "base", width: 1 },
-      { name: "whole process", colour: "c2", width: 1.3 },
-      { name: "all GPUs", colour: "c1", width: 1.3 },
-    ],
-  });
-  const memoryData = { x: [], ys: [[], [], [], []] };
   const small = new Map();
   const all = () => [loss, ...small.values()];
-  signal.addEventListener("abort", () => [...all(), memoryPlot].forEach((plot) => plot.destroy()));
+  signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
   put(
     container,
     progress,
@@ -158,6 +142,7 @@ export async function show(container, { run, query, signal, draw }) {
       step = last.step ?? run.step,
       share = steps ? step / steps : 0;
     const active = run.state === "running",
+      doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
       left = last.seconds_left ?? run.seconds_left;
     put(
       progress,
@@ -165,6 +150,7 @@ export async function show(container, { run, query, signal, draw }) {
         "div",
         { class: "line" },
         h("span", {}, steps ? `Step ${count(step)} of ${count(steps)}` : "No step yet"),
+        doing ? h("span", { class: "soft" }, doing) : null,
         active && isNumber(left) && left > 0
           ? h(
               "span",
@@ -200,8 +186,8 @@ export async function show(container, { run, query, signal, draw }) {
         ["tokens", count(last.tokens ?? run.tokens)],
         ["tokens/s", count(active ? (last.tokens_per_s ?? run.tokens_per_s) : run.tokens_per_s)],
         ["training time", duration(run.seconds)],
-        ["model", h("span", { title: run.model }, lastPart(run.model))],
-        ["data", h("span", { title: run.data }, lastPart(run.data))],
+        ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
+        ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],
         [
           "trained parameters",
           run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null,
@@ -324,23 +310,6 @@ export async function show(container, { run, query, signal, draw }) {
     return !onGpu() && process && isNumber(before) ? Math.max(0, process.rss - before) : null;
   }
 
-  /** Add the memory now to the curves of memory, which no file of the run has. */
-  function addMemory({ time, gpus }) {
-    if (!process) return;
-    const now = trainingBytes(),
-      used = onGpu() ? (gpus ?? []).reduce((sum, gpu) => sum + (gpu.memory_used ?? 0), 0) : null;
-    const values = [now, now === null ? null : (run.memory.predicted_peak_bytes ?? null), process.rss, used];
-    memoryData.x.push(time);
-    values.forEach((value, index) => memoryData.ys[index].push(value));
-    if (memoryData.x.length > 2 * POINTS) {
-      const half = (list) => list.filter((_, index) => index % 2);
-      memoryData.x = half(memoryData.x);
-      memoryData.ys = memoryData.ys.map(half);
-    }
-    if (plots.lastElementChild !== memoryPlot.element) plots.append(memoryPlot.element); // after the curves of steps
-    memoryPlot.set(memoryData);
-  }
-
   function drawMemory() {
     const m = run.memory ?? {},
       now = trainingBytes(),
@@ -386,7 +355,6 @@ export async function show(container, { run, query, signal, draw }) {
   function drawSystem(update) {
     process = update.process;
     drawMemory();
-    addMemory(update);
     const share = (label, part, text, full = false) =>
       isNumber(part)
         ? h(
@@ -498,12 +466,7 @@ export async function show(container, { run, query, signal, draw }) {
             } // reduce the points again
           },
           system: drawSystem,
-          gone: async () => {
-            const { jobs } = await get("jobs", { run: name }).catch(() => ({ jobs: [] }));
-            if (jobs[0]?.state === "failed" && jobs[0].error) {
-              put(top, errorBox(jobs[0].error)); // the folder of a run that could not start is removed
-              return;
-            }
+          gone: () => {
             notify("This run was deleted or renamed.");
             location.hash = "#/runs";
           },

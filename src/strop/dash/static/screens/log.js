@@ -14,8 +14,8 @@ export async function show(container, { run, signal }) {
     h("div", { class: "card" }, printed),
     h(
       "div",
-      { class: "line" },
-      h("h2", {}, "Events"),
+      { class: "line", style: { margin: "1.6rem 0 .6rem" } },
+      h("h2", { style: { margin: 0 } }, "Events"),
       h(
         "span",
         { class: "push" },

@@ -3,6 +3,15 @@
 import { button, bytes, facts, errorBox, get, h, moment, post, put, formatValue } from "../all.js";
 import { jobCard, jobCards } from "../jobs.js";
 
+const NAMES = {
+  python: "Python",
+  cpu: "CPU",
+  vector: "CPU instructions",
+  memory_bytes: "memory",
+  free_bytes: "free memory",
+  gpus: "GPUs",
+};
+
 export async function show(container, { signal }) {
   const details = h("div"),
     jobs = h("div"),
@@ -26,8 +35,8 @@ export async function show(container, { signal }) {
       details,
       facts(
         Object.entries(response.facts).map(([name, value]) => [
-          name.replace(/_bytes$/, "").replaceAll("_", " "),
-          name.endsWith("_bytes") ? bytes(value) : formatValue(value),
+          NAMES[name] ?? name.replaceAll("_", " "),
+          name.endsWith("_bytes") ? bytes(value) : formatValue(value?.length === 0 ? "none" : value),
         ]),
       ),
       h(

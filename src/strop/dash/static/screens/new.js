@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { fieldList, slider } from "../fields.js";
+import { fieldList, showFieldErrors, slider } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -28,9 +28,9 @@ import { recipeTable } from "../recipe.js";
 
 const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, (_, power) => low * 2 ** power);
 const SLIDERS = [
-  ["lora.r", "rank", POWERS(1, 512)],
-  ["data.max_length", "maximum row length in tokens", POWERS(32, 32768)],
-  ["train.batch_size", "effective batch size in rows", POWERS(1, 256)],
+  ["lora.r", "Rank", POWERS(1, 512)],
+  ["data.max_length", "Maximum row length in tokens", POWERS(32, 32768)],
+  ["train.batch_size", "Effective batch size in rows", POWERS(1, 256)],
 ];
 
 export async function show(container, { query, signal }) {
@@ -45,18 +45,22 @@ export async function show(container, { query, signal }) {
     placedFields.add(name);
     return {
       name,
-      ...slider(label, values, options[name] ?? byName.get(name).default, (value) => change(name, value)),
+      ...slider(name, label, values, options[name] ?? byName.get(name).default, (value) => change(name, value)),
     };
   });
   const model = fileField(
+    "model.name",
     "Model",
     "model",
     options["model.name"],
     (value) => change("model.name", value),
     "a folder, a .gguf file, a run, a Hub id, or `demo`",
   );
-  const train = fileField("Training rows", "data", options["data.train"], (value) => change("data.train", value));
+  const train = fileField("data.train", "Training rows", "data", options["data.train"], (value) =>
+    change("data.train", value),
+  );
   const evalField = fileField(
+    "data.eval",
     "Evaluation rows",
     "data",
     options["data.eval"],
@@ -69,7 +73,12 @@ export async function show(container, { query, signal }) {
       more = now && !choices.includes(now) ? [now] : [];
     return field(
       label,
-      select([["", `default (${byName.get(name).default})`], ...choices, ...more], now, (value) => change(name, value)),
+      select(
+        [["", `default (${byName.get(name).default})`], ...choices, ...more],
+        now,
+        (value) => change(name, value),
+        { data: { option: name } },
+      ),
     );
   };
   const number = (name, label, hint) => {
@@ -78,6 +87,7 @@ export async function show(container, { query, signal }) {
       inputmode: "decimal",
       value: options[name] ?? "",
       placeholder: "auto",
+      data: { option: name },
       on: { change: () => change(name, input.value.trim()) },
     });
     return field(label, input, hint);
@@ -85,9 +95,15 @@ export async function show(container, { query, signal }) {
   const memory = h("input", {
     value: query.get("memory") ?? "",
     placeholder: "this machine",
+    data: { option: "memory" },
     on: { input: () => askSoon() },
   });
-  const runName = h("input", { spellcheck: "false", placeholder: "auto", on: { input: () => askSoon() } });
+  const runName = h("input", {
+    spellcheck: "false",
+    placeholder: "auto",
+    data: { option: "name" },
+    on: { input: () => askSoon() },
+  });
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
     bars = h("div"),
@@ -97,6 +113,16 @@ export async function show(container, { query, signal }) {
     traffic = h("ul"),
     chosenBox = h("div"),
     defaultsList = h("ul", { class: "plain" });
+  const commandParts = h("div", {}, h("h3", {}, "Command"), commandBox),
+    trafficCard = h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic),
+    values = h(
+      "div",
+      {},
+      h("h2", {}, "Chosen values and reasons"),
+      chosenBox,
+      h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
+    ),
+    results = [trainedShare, bars, ladderBox, commandParts, trafficCard, values]; // hidden while the recipe has an error
   const startButton = button("Start", start, { class: "main", disabled: true }),
     summary = h("span", {}),
     bar = h("div", { class: "card startbar" }, summary, startButton);
@@ -111,17 +137,9 @@ export async function show(container, { query, signal }) {
       field("Memory limit", memory, "such as 8GB"),
     ),
     ladderBox,
-    h(
-      "section",
-      { class: "card", style: { "margin-top": ".8rem" } },
-      h("h3", {}, "Command"),
-      commandBox,
-      field("Run name", runName),
-    ),
-    h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic),
-    h("h2", {}, "Chosen values and reasons"),
-    chosenBox,
-    h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
+    h("section", { class: "card", style: { "margin-top": ".8rem" } }, commandParts, field("Run name", runName)),
+    trafficCard,
+    values,
   );
   put(
     container,
@@ -144,11 +162,16 @@ export async function show(container, { query, signal }) {
             h("div", { class: "wide" }, evalField.element),
             field(
               "Preset",
-              select([["", "default (auto)"], ...byName.get("preset").choices], options.preset ?? "", (value) =>
-                change("preset", value),
+              select(
+                [["", "default (auto)"], ...byName.get("preset").choices],
+                options.preset ?? "",
+                (value) => change("preset", value),
+                { data: { option: "preset" } },
               ),
             ),
             choice("train.objective", "Objective"),
+            choice("data.bad_rows", "Invalid rows"),
+            choice("data.overlong", "Longer rows"),
           ),
           h("p", {}, dataLink),
         ),
@@ -241,19 +264,26 @@ export async function show(container, { query, signal }) {
           );
       } catch (error) {
         if (error.name === "AbortError") return;
-        if (!changed) {
-          put(verdict, errorBox(error));
-          if (!planBox.isConnected) put(plan, verdict);
-          summary.textContent = "The recipe has an error";
-          startButton.disabled = true;
-        }
+        if (!changed) showError(error);
       }
     } while (changed);
     plan.removeAttribute("aria-busy");
     busy = false;
   }
 
+  /** Show an error of the recipe at its fields, without the plan of earlier values. */
+  function showError(error) {
+    put(verdict, errorBox(error));
+    if (!planBox.isConnected) put(plan, verdict, planBox);
+    for (const element of results) element.hidden = true;
+    const labels = showFieldErrors(container, error);
+    summary.textContent = fixFirst(labels);
+    startButton.disabled = true;
+  }
+
   function draw(planned) {
+    showFieldErrors(container, null);
+    for (const element of results) element.hidden = false;
     const resolved = new Map(planned.recipe.map((item) => [item.field, item.value]));
     for (const control of sliders)
       if (options[control.name] === undefined && resolved.has(control.name)) control.draw(resolved.get(control.name));
@@ -283,7 +313,10 @@ export async function show(container, { query, signal }) {
     put(bars, phaseBars(planned.phases, planned.usable_bytes));
     put(ladderBox, planned.fits || !planned.ladder?.length ? null : ladder(planned));
     put(commandBox, command(planned.command));
-    startButton.disabled = !options["data.train"];
+    const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
+      labels = refusal ? showFieldErrors(container, refusal) : [];
+    if (refusal) verdict.append(errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }));
+    startButton.disabled = !options["data.train"] || refusal !== null;
     summary.textContent = [
       planned.fits ? "It fits" : "It does not fit",
       planned.seconds ? `about ${duration(planned.seconds)}` : null,
@@ -291,6 +324,7 @@ export async function show(container, { query, signal }) {
     ]
       .filter(Boolean)
       .join(", ");
+    if (refusal) summary.textContent = fixFirst(labels);
     put(
       traffic,
       planned.downloads.map((item) =>
@@ -351,7 +385,12 @@ export async function show(container, { query, signal }) {
       });
       put(
         job,
-        jobCard(started.job, signal, { onEnd: (now) => now.state === "failed" && (startButton.disabled = false) }),
+        jobCard(started.job, signal, {
+          onEnd: (now) => {
+            showFieldErrors(container, now.error);
+            startButton.disabled = now.state !== "failed";
+          },
+        }),
       );
       job.scrollIntoView({ block: "nearest" });
       await waitForRun(started.run, signal);
@@ -360,6 +399,7 @@ export async function show(container, { query, signal }) {
     } catch (error) {
       if (error.name === "AbortError") return;
       put(problem, errorBox(error));
+      showFieldErrors(container, error);
       problem.scrollIntoView({ block: "nearest" });
       startButton.disabled = false;
     }
@@ -368,6 +408,8 @@ export async function show(container, { query, signal }) {
   await requestPlan();
   return "New run";
 }
+
+const fixFirst = (labels) => (labels.length ? `Fix: ${labels.join(", ")}` : "The recipe has an error");
 
 /** Wait until a started run is listed. A failure is shown by its job's card. */
 async function waitForRun(name, signal) {

@@ -36,14 +36,17 @@ export async function show(container, { parts, query, signal }) {
     state = h("div", { class: "line" }),
     actions = h("div", { class: "actions push" }),
     why = h("p", { class: "soft" }),
+    failure = h("div"),
     notes = h("div");
   put(
     head,
     h("p", { class: "crumb" }, link("#/runs", "Runs"), " / "),
     h("div", { class: "line" }, title, state, actions),
     why,
+    failure,
     notes,
   );
+  let shownFailure = null;
   const draw = (now) => {
     Object.assign(run, now);
     const focused = actions.contains(document.activeElement) ? document.activeElement.textContent : null;
@@ -52,8 +55,12 @@ export async function show(container, { parts, query, signal }) {
       h("span", { class: `state ${run.state}` }, run.state),
       run.state === "running" && run.phase ? h("span", { class: "soft" }, run.phase) : null,
     );
+    const last = (run.jobs ?? []).find((job) => ["train", "resume"].includes(job.kind));
+    const error = ["failed", "crashed"].includes(run.state) ? (last?.error ?? null) : null;
     why.textContent = run.why ?? "";
-    why.hidden = !run.why;
+    why.hidden = !run.why || Boolean(error);
+    if (JSON.stringify(error) !== shownFailure) put(failure, error ? errorBox(error) : null); // announced once
+    shownFailure = JSON.stringify(error);
     put(
       notes,
       run.tags?.length
@@ -65,25 +72,42 @@ export async function show(container, { parts, query, signal }) {
         : null,
       run.note ? h("p", { class: "note" }, run.note) : null,
     );
-    put(actions, actionButtons(run));
+    if (!run.can?.includes("stop")) run.stopping = false;
+    put(
+      actions,
+      actionButtons(run, () => draw({})),
+    );
     if (focused) [...actions.querySelectorAll("button, a")].find((element) => element.textContent === focused)?.focus();
   };
   draw(run);
   const { show: showTab } = await TABS[chosen][1]();
   const hasStream = await showTab(body, { run, query, signal, draw });
-  if (!hasStream) listen(runPath(name, "stream"), { points: 50 }, { run: draw }, signal); // screens without curves update the state too
+  if (!hasStream) {
+    const update = (now) => {
+      const before = String(run.can);
+      draw(now);
+      if (String(run.can) !== before) dispatchEvent(new Event("hashchange")); // the screen offers other actions
+    };
+    listen(runPath(name, "stream"), { points: 50 }, { run: update }, signal);
+  }
   return `${chosen === "live" ? "" : `${TABS[chosen][0]} · `}${run.name}`;
 }
 
-function actionButtons(run) {
+function actionButtons(run, redraw) {
   const allowed = new Set(run.can ?? []),
     buttons = [];
   if (allowed.has("stop"))
     buttons.push(
-      button("Stop and save", async () => {
-        await post(runPath(run.name, "stop"));
-        notify("The run will finish its step, save, and stop.");
-      }),
+      button(
+        run.stopping ? "Stopping…" : "Stop and save",
+        async () => {
+          run.stopping = true;
+          redraw();
+          await post(runPath(run.name, "stop"));
+          notify("The run will finish its step, save, and stop.");
+        },
+        { disabled: run.stopping },
+      ),
     );
   if (allowed.has("stop") && run.state === "stalled")
     buttons.push(
@@ -96,16 +120,17 @@ function actionButtons(run) {
         { class: "danger", title: "Kill a run that does not respond; progress since the last checkpoint is lost" },
       ),
     );
+  const resuming = (run.jobs ?? []).some((job) => job.kind === "resume" && job.state === "running");
   if (allowed.has("resume"))
     buttons.push(
       button(
-        "Resume",
+        resuming ? "Resuming…" : "Resume",
         async () => {
           await post(runPath(run.name, "resume"));
           notify("Resuming from the newest checkpoint.");
           location.hash = to("run", run.name, "log");
         },
-        { class: "main" },
+        { class: "main", disabled: resuming },
       ),
     );
   buttons.push(
@@ -118,7 +143,8 @@ function actionButtons(run) {
       { title: "Start a new run from these settings" },
     ),
   );
-  buttons.push(button("Edit", () => edit(run), { title: "Change the name, the tags and the note" }));
+  if (run.state !== "failed")
+    buttons.push(button("Edit", () => edit(run), { title: "Change the name, the tags and the note" }));
   if (allowed.has("chat")) buttons.push(link(to("chat", { run: run.name }), "Chat", { class: "button" }));
   if (allowed.has("delete")) buttons.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
   return buttons;
@@ -195,16 +221,18 @@ async function confirmDeletion(run) {
     { "aria-label": `Delete ${run.name}`, on: { close: () => dialog.remove() } },
     h("h2", {}, `Delete ${run.name}?`),
     h("p", {}, `This deletes ${path}: ${count(number)} files, ${bytes(size)}. This cannot be undone.`),
-    h(
-      "details",
-      {},
-      h("summary", {}, "Files"),
-      h(
-        "ul",
-        {},
-        files.map((file) => h("li", {}, h("code", {}, file.path), " ", h("small", {}, bytes(file.bytes)))),
-      ),
-    ),
+    number
+      ? h(
+          "details",
+          {},
+          h("summary", {}, "Files"),
+          h(
+            "ul",
+            {},
+            files.map((file) => h("li", {}, h("code", {}, file.path), " ", h("small", {}, bytes(file.bytes)))),
+          ),
+        )
+      : null,
     field("Type the run's name", input),
     problem,
     h(

@@ -126,6 +126,7 @@ function columns(chosen, update, onTag) {
       value: (run) => run.name,
       show: (run) => [
         link(to("run", run.name), run.name, { title: run.note }),
+        run.state === "failed" ? h("small", { class: "why" }, run.why) : null,
         run.tags.length
           ? h(
               "span",
