@@ -67,9 +67,12 @@ MODELS |= {
                    "vocab_size_per_layer_input": 49152, "global_head_dim": 128, "num_global_key_value_heads": 4,
                    "sliding_window": 512, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2},
 }  # fmt: skip
+# Bases stored in another dtype than bf16: weights of the run's dtype stay in mapped files, others are converted.
+MODELS |= {f"llama-49m-{dtype}": {**MODELS["llama-49m"], "dtype": dtype} for dtype in ("float32", "float16")}
 STREAMED = {"model.quantization": "nf4", "model.resident_layers": 0}
 RESIDENT = {"model.quantization": "nf4", "model.resident_layers": 1000}
 INT8 = {"model.quantization": "int8", "model.resident_layers": 0}
+BF16 = {"model.dtype": "bf16"}
 AGAIN = {"train.gradient_checkpointing": "on"}
 ATTENTION = {"lora.target_modules": "attention"}
 NEW_TOKENS = {"lora.new_tokens": ["<note>"]}
@@ -147,6 +150,7 @@ CASES: list[dict[str, Any]] = [
     case("mixtral-96m", 512, 1024), case("qwen3moe-96m", 512, 1024), case("qwen3moe-96m", 512, 1024, **FP32),
     case("olmoe-96m", 512, 1024), case("gptoss-96m", 512, 1024), case("lfm2-44m", 512, 1024),
     case("gemma4-71m", 512, 1024), case("qwen35-50m", 512, 1024, fitted=True), case("qwen35-50m", 256, 512),
+    *(case(f"llama-49m-{kind}", 512, 1024, **dtype) for kind in ("float32", "float16") for dtype in (BF16, FP32)),
 ]  # fmt: skip
 NARROW_CASES = [4, 9, 15, 17, 18, 19, 20, 21, 22, 27, 31, 37]  # of CASES
 
@@ -168,7 +172,8 @@ def make_model(folder: Path, name: str) -> Path:
     if not (folder / name / "tokenizer_config.json").is_file():
         torch.manual_seed(0)
         config = AutoConfig.for_model(**MODELS[name])
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        dtype = getattr(torch, MODELS[name].get("dtype", "bfloat16"))
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / name)
         load_tokenizer(locate("demo")).save_pretrained(folder / name)
     return folder / name
 

@@ -528,7 +528,7 @@ def export(
 
 def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     """Check the inputs of a new run; see `check_inputs`."""
-    from strop.data.prepare import read_eval_share
+    from strop.data.reading.sources import read_eval_share
     from strop.runs.folder import check_new_run, is_run
 
     out = Path(recipe.out).expanduser() if recipe.out else None  # in a recipe, no shell has expanded ~

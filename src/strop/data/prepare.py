@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import weakref
@@ -85,7 +84,7 @@ def prepare(
     """
     add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
-    share = read_eval_share(data.eval)
+    share = sources.read_eval_share(data.eval)
     folder = cache or Path(tempfile.mkdtemp(prefix="strop-data-"))
     try:
         build = partial(
@@ -211,17 +210,6 @@ def _add_evaluation(
         duplicates={**report.duplicates, **overlap},
         warnings=[*report.warnings, *warnings],
     )
-
-
-def read_eval_share(spec: str | list[str] | None) -> float | None:
-    """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
-    if match is None:
-        return None
-    share = float(match[1]) / 100
-    if not 0 < share < 1:
-        raise DataError(f"data.eval: {spec} leaves no rows on one side", fix="choose a share between 0% and 100%")
-    return share
 
 
 def _choose_held_out(records: npt.NDArray[Any], share: float) -> Mask:

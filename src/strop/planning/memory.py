@@ -218,10 +218,10 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in 16 bit)."""
+    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files)."""
     # FastLoss copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
-    if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
+    if compute.device != "cpu" or base.scheme != "none" or base.converted_bytes or base.shards > 1:
         return 0  # shards are read into other memory
     embeddings = shape.embedding_weights * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
     copied = [] if shape.family in FUSED_EXPERTS else [*shape.expert_linears]
@@ -251,14 +251,14 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
 
 
 def load_phase(workload: Workload) -> Phase:
-    # On a CPU, 16-bit weights stay in mapped files, and fp32 copies count in addition to the files' pages.
+    # On a CPU, weights stay in mapped files, and converted weights count in addition to the files' pages.
     constant = constant_parts(workload, trained=False)
-    compute = workload.compute
-    copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2
-    mapped = weight_bytes(workload.replace(dtype_bytes=2)) if copied else 0
+    compute, stored_bytes = workload.compute, workload.base.converted_bytes
+    copied = compute.device == "cpu" and workload.base.scheme == "none" and stored_bytes > 0
+    mapped = weight_bytes(workload.replace(dtype_bytes=stored_bytes)) if copied else 0
     parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
     if workload.base.shards > 1 and copied:  # the largest tensor, as stored and converted
-        mapped, parts["workspace"] = 0, (2 + compute.dtype_bytes) * workload.shape.embedding_weights
+        mapped, parts["workspace"] = 0, (stored_bytes + compute.dtype_bytes) * workload.shape.embedding_weights
     framework = CODE_BYTES if compute.device == "cpu" else CUDA_CONTEXT_BYTES
     return make_phase({**parts, "mapped_files": mapped, "framework": framework})
 

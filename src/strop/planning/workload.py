@@ -29,6 +29,7 @@ class BaseWeights:
     double_quantization: bool = True  # quantization constants are quantized too (4-bit schemes)
     resident_layers: int = 0  # quantized layers that are dequantized once instead of for each matmul
     shards: int = 1  # number of devices over which the base is sharded; 1 if each device has all of it
+    converted_bytes: int = 0  # bytes per weight of files whose weights are converted to another dtype; 0: as stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class Workload:
                 double_quantization=model.double_quantization,
                 resident_layers=0 if scheme == "none" else min(shape.layers, model.resident_layers or 0),
                 shards=devices if model.placement == "sharded" else 1,
+                converted_bytes=_converted_bytes(shape, model.dtype),
             ),
             adapter=AdapterWeights(
                 ranks=ranks,
@@ -262,6 +264,11 @@ def why_recipe_not_fast(recipe: Recipe, shape: ModelShape) -> str | None:
     model, lora = recipe.model, recipe.lora
     targets = _find_targets(shape, lora.target_modules)
     return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
+
+
+def _converted_bytes(shape: ModelShape, dtype: str) -> int:
+    stored = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(shape.stored_dtype, "bf16")
+    return 0 if stored == dtype else BYTES[stored]
 
 
 def _find_targets(shape: ModelShape, targets: str | list[str]) -> list[str]:

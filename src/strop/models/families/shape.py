@@ -175,7 +175,9 @@ class ModelShape:
     other_biases: int = 0  # bias elements outside of `linears`, such as of norms or the output head
     positions: int | None = None  # the maximum sequence length, if the config has one
     learned: bool = False  # has learned position embeddings, so longer sequences are impossible
-    text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # repr is a cache key
+    # not in the repr, which is a cache key
+    text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    stored_dtype: str = field(default="bfloat16", repr=False, compare=False)  # of the weight files, by the config
 
     @property
     def query_size(self) -> int:
@@ -261,6 +263,7 @@ class ModelShape:
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
             positions=text.get("max_position_embeddings") or text.get("n_positions"),
             text_config={**text, "model_type": name},
+            stored_dtype=_stored_dtype(config, text),
         )  # fmt: skip
 
     def linear_kinds(self) -> list[LinearKind]:
@@ -273,6 +276,11 @@ class ModelShape:
             for x in self.linears
         ]  # fmt: skip
         return [*kinds, LinearKind("lm_head", "Linear", self.hidden, self.vocabulary, 1, (), "output head")]
+
+
+def _stored_dtype(*configs: Mapping[str, Any]) -> str:
+    names = (config.get(field) for config in configs for field in ("dtype", "torch_dtype"))
+    return next((str(name).removeprefix("torch.") for name in names if name), "bfloat16")
 
 
 def _config_defaults(family: str) -> ConfigDefaults | None:
