@@ -150,6 +150,26 @@ def test_mapped_files_count_only_for_fp32_on_a_cpu() -> None:
         assert result.parts["weights"] > 0
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype", "converted", "copied"),
+    [
+        ("bfloat16", "bf16", False, True), ("float16", "bf16", True, False), ("float32", "bf16", True, False),
+        ("float32", "fp32", False, True), ("bfloat16", "fp32", True, False), (None, "bf16", False, True),
+    ],
+)  # fmt: skip
+def test_files_stay_mapped_where_weights_are_used_as_stored(
+    stored: str | None, dtype: str, converted: bool, copied: bool
+) -> None:
+    """Converted weights need the file while they load; later, the file's pages count only for weights used as stored."""
+    shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "dtype": stored})
+    recipe = resolve(None, {"model": "m", "data": "d", "model.dtype": dtype, "model.device": "cpu"}).recipe
+    planned = Workload.from_recipe(recipe, shape)
+    load, train = load_phase(planned).parts, train_phase(planned, MicroBatch.rows([8])).parts
+    width = {"float32": 4}.get(str(stored), 2)
+    assert load["mapped_files"] == (width * planned.base.parameters if converted else 0)
+    assert (train["mapped_files"] > 0) == copied
+
+
 FAMILIES = {
     "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "phi3": {"pad_token_id": 0},
     "gemma2": {"head_dim": 16}, "gemma3_text": {"head_dim": 16},

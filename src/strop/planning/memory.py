@@ -17,7 +17,7 @@ from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
-from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, Workload
+from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, Workload, bytes_if_converted
 
 MIB = 1 << 20
 PARTS = (
@@ -270,7 +270,8 @@ def make_phase(parts: Mapping[str, int]) -> Phase:
 def decoding_workload(workload: Workload, dtype: str) -> Workload:
     """Return the workload of generation: on one device, and dequantized once on a CPU."""
     layers = workload.shape.layers if workload.compute.device == "cpu" else workload.base.resident_layers
-    return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype])
+    converted_bytes = bytes_if_converted(workload.shape, dtype)
+    return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype], converted_bytes=converted_bytes)
 
 
 def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) -> Phase:

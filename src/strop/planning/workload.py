@@ -90,7 +90,7 @@ class Workload:
                 double_quantization=model.double_quantization,
                 resident_layers=0 if scheme == "none" else min(shape.layers, model.resident_layers or 0),
                 shards=devices if model.placement == "sharded" else 1,
-                converted_bytes=_converted_bytes(shape, model.dtype),
+                converted_bytes=bytes_if_converted(shape, model.dtype),
             ),
             adapter=AdapterWeights(
                 ranks=ranks,
@@ -266,7 +266,8 @@ def why_recipe_not_fast(recipe: Recipe, shape: ModelShape) -> str | None:
     return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
 
 
-def _converted_bytes(shape: ModelShape, dtype: str) -> int:
+def bytes_if_converted(shape: ModelShape, dtype: str) -> int:
+    """Return the bytes per stored weight if the files have another dtype, else 0."""
     stored = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(shape.stored_dtype, "bf16")
     return 0 if stored == dtype else BYTES[stored]
 
