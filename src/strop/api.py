@@ -529,8 +529,11 @@ def export(
 def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     """Check the inputs of a new run; see `check_inputs`."""
     from strop.data.reading.sources import read_eval_share
+    from strop.distributed.devices import find_ranks
     from strop.runs.folder import check_new_run, is_run
 
+    if find_ranks() is not None:  # the processes of a launcher have to fail together
+        return
     out = Path(recipe.out).expanduser() if recipe.out else None  # in a recipe, no shell has expanded ~
     if out is not None and not (resume_existing and is_run(out)):
         check_new_run(out)

@@ -144,7 +144,7 @@ def test_invalid_bodies_are_refused(dash: Dash) -> None:
     )
     odd = [b"", b"{", b"[]", b"null", b'{"options": {}, "options": {}}', b'{"a": NaN}', b"\xff", b"[" * 9000]
     odd += [b'{"options": 3}', b'{"options": {}, "more": 1}', b'{"options": {"x y": 1}}', b'{"options": {"out": "x"}}']
-    odd += [b'{"options": {"lora.r": {"a": "b,c"}}}', b'{"options": {}, "memory": true}']
+    odd += [b'{"options": {}, "memory": true}']
     for raw in odd:
         for path in ("/api/plan", "/api/start"):
             answer = dash.send("POST", path, data=raw, headers={"content-type": "application/json"})
@@ -279,7 +279,7 @@ def test_used_port_and_file_instead_of_folder_are_refused(tmp_path: Path) -> Non
             str(taken.getsockname()[1]),
         ]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "cannot be bound" in json.loads(done.stdout)["error"]["message"]
+    assert done.returncode == 2 and "another program uses this port" in json.loads(done.stdout)["error"]["message"]
     (tmp_path / "file").write_text("")
     words = [sys.executable, "-m", "strop.cli", "dash", str(tmp_path / "file"), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

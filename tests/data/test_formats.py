@@ -370,7 +370,7 @@ def test_row_numbers_of_pandas_are_ignored(tmp_path: Path) -> None:
 def test_header_is_suggested_for_the_numbers_that_were_given(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("answer,question\nyo,hi\n")
-    with pytest.raises(DataError, match=r"--data\.columns prompt=question,completion=answer"):
+    with pytest.raises(DataError, match=r"data\.columns prompt=question,completion=answer"):
         list(read_rows(str(file), columns={"prompt": "2", "completion": "1"}, errors=[]))
 
 

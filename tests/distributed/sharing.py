@@ -199,4 +199,4 @@ def unusual_models(lab: Lab) -> None:
     tiny_families.save("hrm_text", lab.model)
     _, ended = lab.train(2, *SHARDED, *more)
     assert codes(ended) == [1, 1] and "Traceback" not in outputs(ended), outputs(ended)
-    assert "this model cannot be sharded: give --model.placement replicated" in outputs(ended).replace("\n", " ")
+    assert "this model cannot be sharded Fix: give --model.placement replicated" in outputs(ended).replace("\n", " ")

@@ -84,7 +84,7 @@ def test_user_function_is_a_judge(tmp_path: Path) -> None:
         make_judge(f"{file}:nan")("user: hi", "yo", "a", "b")
     for name, model, message in (
         ("nobody", None, "neither"),
-        (f"{file}:best", "m", "--judge-model"),
+        (f"{file}:best", "m", "judge_model"),
         ("a.py:b", None, "no such"),
         (f"{file}:two", None, r"two\(first, second\): too many"),
     ):

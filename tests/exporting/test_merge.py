@@ -403,7 +403,7 @@ def test_invalid_merges_are_refused_before_writing(
     tiny.tokenizer("chatml").save_pretrained(other)
     config = run / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
-    with pytest.raises(ModelError, match="trained on"):
+    with pytest.raises(ModelError, match="on which it was trained"):
         merge(str(run), tmp_path / "n")
 
 
@@ -446,7 +446,7 @@ def test_missing_rows_are_named_with_a_fix(trained: Callable[..., Path], rows_fi
     rows_file.rename(rows_file.with_name("elsewhere.jsonl"))
     with pytest.raises(DataError, match="no such file") as error:
         merge(str(run), tmp_path / "merged", dtype="fp32")
-    assert "give --data" in error.value.lines()[0] and not (tmp_path / "merged").exists()
+    assert "give data" in str(error.value) and not (tmp_path / "merged").exists()
     with pytest.raises(DataError) as error:
         merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
-    assert "the run's rows" not in error.value.lines()[0]
+    assert "the run's rows" not in str(error.value)

@@ -113,7 +113,9 @@ def test_adapter_on_the_hub_is_refused_as_model(tmp_path: Path) -> None:
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     with serve("models", "owner/lora", files) as (address, _):
         done = run_python(tmp_path, "-m", "strop.cli", "chat", "owner/lora", HF_ENDPOINT=address)
-    message = "owner/lora: an adapter, not a model; adapters are read from folders: hf download owner/lora --local-dir"
+    message = (
+        "owner/lora: an adapter, not a model; adapters are read from folders\nFix: hf download owner/lora --local-dir"
+    )
     assert done.returncode == 2 and message in done.stderr and str(tmp_path) not in done.stderr, done.stderr
 
 

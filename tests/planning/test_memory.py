@@ -160,7 +160,7 @@ def test_mapped_files_count_only_for_fp32_on_a_cpu() -> None:
 def test_files_stay_mapped_where_weights_are_used_as_stored(
     stored: str | None, dtype: str, converted: bool, copied: bool
 ) -> None:
-    """Converted weights need the file while they load; later, the file's pages count only for weights used as stored."""
+    """Converted weights need the file while they load; later, its pages count only for weights used as stored."""
     shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "dtype": stored})
     recipe = resolve(None, {"model": "m", "data": "d", "model.dtype": dtype, "model.device": "cpu"}).recipe
     planned = Workload.from_recipe(recipe, shape)

@@ -32,10 +32,10 @@ def test_used_port_raises() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(InputError, match="cannot be bound"):
+        with pytest.raises(InputError, match="another program uses this port"):
             open_address("127.0.0.1", other.getsockname()[1], None, [])
     first = open_address("127.0.0.1", 0, None, [])  # bound, but not serving yet
-    with pytest.raises(InputError, match="cannot be bound"):
+    with pytest.raises(InputError, match="another program uses this port"):
         open_address("127.0.0.1", first.port, None, [])
     first.socket.close()
     with pytest.raises(InputError, match="cannot be bound"):
@@ -88,6 +88,6 @@ def test_exit_code_of_signals() -> None:
         ["--engine", "vllm", "--device", "cuda:x"],
     ],
 )
-def test_invalid_or_ineffective_options_raise(options: list[str]) -> None:
+def test_invalid_or_ineffective_options_raise(options: list[str], tiny_folder: Path) -> None:
     with pytest.raises(RecipeError):
-        build(["serve"])(["serve", "no-such-run", *options], standalone_mode=False)
+        build(["serve"])(["serve", str(tiny_folder), *options], standalone_mode=False)

@@ -35,7 +35,7 @@ def serve(
     class Hub(BaseHTTPRequestHandler):
         def _answer(self, body: bool) -> None:
             requests.append(self.path)
-            path, content, headers = self.path.split("?")[0], b"", {}
+            path, content, headers, is_entry = self.path.split("?")[0], b"", {}, False
             if path in (f"/api/{kind}/{name}", f"/api/{kind}/{name}/revision/main"):
                 names = [{"rfilename": file} for file in files]
                 content = json.dumps({"id": name, "sha": COMMIT, "siblings": names}).encode()
@@ -43,7 +43,8 @@ def serve(
                 tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
                 content = json.dumps(tree).encode()
             elif path.startswith(resolve):
-                content = files[unquote(path.removeprefix(resolve).partition("/")[2])]
+                file = unquote(path.removeprefix(resolve).partition("/")[2])
+                content, is_entry = files.get(file, b""), True
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:40]}"', "X-Repo-Commit": COMMIT}
             fault = next((wrong for text, wrong in (faults or {}).items() if text in path), None)
             if fault == "silence":
@@ -61,7 +62,13 @@ def serve(
             else:
                 self.send_response(200 if content else 404)
             if not content and not gated and not fault:
-                missing = "RevisionNotFound" if path.startswith(f"/api/{kind}/{name}/revision/") else "RepoNotFound"
+                missing = (
+                    "EntryNotFound"
+                    if is_entry
+                    else "RevisionNotFound"
+                    if path.startswith(f"/api/{kind}/{name}/revision/")
+                    else "RepoNotFound"
+                )
                 self.send_header("X-Error-Code", missing)
             for header, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(header, value)

@@ -34,7 +34,7 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved before is intact" in stderr
+    assert process.returncode == 130 and "stopped at once: 0 steps are complete" in stderr
     assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "interrupted" in last["why"] and last["step"] == 0

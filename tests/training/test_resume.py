@@ -156,8 +156,8 @@ def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"out": "other"}, "--out: cannot be changed"),
-        ({"preset": "balanced"}, "--preset: cannot be changed"),
+        ({"out": "other"}, "out: cannot be changed"),
+        ({"preset": "balanced"}, "preset: cannot be changed"),
         ({"lora.init": "gaussian"}, "cannot resume"),
     ],
 )

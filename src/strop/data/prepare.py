@@ -201,7 +201,7 @@ def _add_evaluation(
     stop_token = report.stop_token
     if evaluation.shares_store:  # the held-out rows are counted in their own report
         num_stops = stop_token["rows"] - eval_report.stop_token["rows"]
-        stop_token = {"rows": num_stops, "share": num_stops / len(training.rows)}
+        stop_token = {"rows": num_stops, "share": num_stops / max(1, len(training.rows))}
     return replace(
         report,
         stop_token=stop_token,

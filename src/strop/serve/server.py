@@ -239,7 +239,7 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             fix = f"give another one, such as --port {port + 1}, or --port 0 for any free one"
             raise InputError(f"--port {port}: another program uses this port", fix=fix) from None
-        raise InputError(f"--host {host} --port {port}: cannot be bound: {error}", fix="use another --port") from None
+        raise InputError(f"--host {host} --port {port}: cannot be bound: {error}", fix="use others") from None
     port = bound.getsockname()[1]
     names = {*LOOPBACK, host, *more_hosts}
     if host in ("0.0.0.0", "::"):

@@ -102,7 +102,7 @@ def test_partly_downloaded_data_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("faults", "expected"),
     [
-        ({"/api/": 500}, "the Hub returned 500: wait a little"),
+        ({"/api/": 500}, "the Hub returned 500 Fix: wait a little"),
         ({"/api/": 401}, "the Hub says: Client error '401 Unauthorized'"),
         ({"/api/": "page"}, "the Hub cannot be reached (JSONDecodeError)"),
         ({"/resolve/": 403}, "the Hub returned 403"),
@@ -116,6 +116,6 @@ def test_errors_of_the_hub_are_reported(faults: dict[str, Fault], expected: str,
 
 def test_gated_data_set_names_the_page_of_its_terms(tmp_path: Path) -> None:
     with serve("datasets", "o/n", FILES, gated=True) as (address, _):
-        assert f"o/n: gated: you have to accept its terms: open {address}/datasets/o/n" in read(
+        assert f"o/n: gated: you have to accept its terms Fix: open {address}/datasets/o/n" in read(
             address, tmp_path, "o/n"
         )

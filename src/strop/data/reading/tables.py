@@ -20,7 +20,7 @@ _PROMPT_NAMES = ("instruction", "prompt", "question", "query", "problem", "user"
 _CONTEXT_NAMES = ("context", "input", "passage", "document", "article", "text")
 _ANSWER_NAMES = (
     ("completion", "response", "answer", "output", "reply", "assistant", "target"),
-    ("label", "summary", "solution", "translation"),  # only without one of the names above
+    ("label", "category", "intent", "summary", "solution", "translation"),  # only without one of the names above
 )
 
 
