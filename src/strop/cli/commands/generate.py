@@ -165,13 +165,8 @@ def serve(
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, suggest
 
-    api.check_inputs(models=names)
-    from strop.models.load import check_device_and_dtype
-    from strop.serve.server import exit_code, open_address
-
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{suggest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
-    check_device_and_dtype(device, dtype)
     ignored_by_vllm = {
         "--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force,
         "--quantization": quantization != "auto",
@@ -180,6 +175,11 @@ def serve(
     ignored_options = [name for name, is_set in ignored.items() if is_set]
     if ignored_options:
         raise RecipeError(f"{ignored_options[0]}: has no effect with --engine {engine}", fix="leave it out")
+    api.check_inputs(models=names)
+    from strop.models.load import check_device_and_dtype
+    from strop.serve.server import exit_code, open_address
+
+    check_device_and_dtype(device, dtype)
     address = open_address(host, port, api_key, allow_host or [])
 
     def on_ready(server: dict[str, Any]) -> None:
