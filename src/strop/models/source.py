@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -78,11 +79,16 @@ def check_exists(name: str, revision: str | None = None) -> None:
     if _is_local(name):
         locate(name, revision)
         return
+    name, _, named_revision = name.partition("@")
+    _check_on_hub(name, named_revision or revision)
+
+
+@cache  # a command checks its names before the libraries load, and the function that it calls checks them again
+def _check_on_hub(name: str, revision: str | None) -> None:
     from huggingface_hub import errors, hf_hub_download
 
-    name, _, named_revision = name.partition("@")
-    with _hub_errors(name, named_revision or revision), contextlib.suppress(errors.RemoteEntryNotFoundError):
-        hf_hub_download(name, "config.json", revision=named_revision or revision)
+    with _hub_errors(name, revision), contextlib.suppress(errors.RemoteEntryNotFoundError):
+        hf_hub_download(name, "config.json", revision=revision)
 
 
 def _is_local(name: str) -> bool:

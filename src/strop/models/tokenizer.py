@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
@@ -68,6 +67,8 @@ def config_folder(source: Source) -> Path:
         return source.path
 
     def extract(folder: Path) -> None:
+        from unittest import mock  # imports asyncio
+
         import gguf
         from transformers import AutoConfig, AutoTokenizer
 

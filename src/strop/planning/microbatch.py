@@ -99,7 +99,8 @@ def largest_micro_batch(recipe: Recipe, workload: Workload, rows: Rows | None = 
         return max((batch for step in steps for batch in step), key=lambda x: peak_live_bytes(workload, x).total)
     # Rows of up to MAX_SAVED_KEYS tokens save attention probabilities, so they may need more memory than longer ones.
     longest = recipe.data.max_length + max_completion_tokens(recipe.train)
-    longest = min(longest, max((tokens for tokens, _ in rows), default=longest)) if rows else longest
+    if rows:
+        longest = min(longest, max(tokens for tokens, _ in rows))
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
     return max(candidates, key=lambda batch: peak_live_bytes(workload, batch).total)
 

@@ -108,13 +108,13 @@ def demo(
     train_file, eval_file = data_files()
     fresh = next_numbered(Path("runs"), "demo")
     newest = fresh.with_name(f"demo-{int(fresh.name.removeprefix('demo-')) - 1}")
-    folder = newest if out is None and is_run(newest) else out or fresh
+    folder = out or newest
     is_resumed = is_run(folder) and "evaluation" not in RunFolder(folder).read_report()
     if is_resumed:
         text = f"resuming {folder}, which was interrupted; to start afresh: {command_name()} demo --out {fresh}"
         console.print(text, markup=False)
-    elif out is None:
-        folder = fresh
+    else:
+        folder = out or fresh
     with run_progress() as progress:
         warmup.load()
         run = api.train(
