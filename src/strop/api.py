@@ -357,13 +357,14 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     from strop.config.load import resolve
     from strop.data.prepare import prepare
     from strop.models.source import locate
-    from strop.models.tokenizer import load_tokenizer
+    from strop.models.tokenizer import check_template, load_tokenizer
     from strop.objectives.table import data_kind_of
 
     values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
     resolved = resolve(_as_path(recipe), values).recipe
-    tokenizer = load_tokenizer(locate(resolved.model.name, resolved.model.revision))
-    data_kind = data_kind_of(resolved.train)
+    source, data_kind = locate(resolved.model.name, resolved.model.revision), data_kind_of(resolved.train)
+    check_template(source, resolved.data, data_kind)
+    tokenizer = load_tokenizer(source)
     new_tokens = resolved.lora.new_tokens
     prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
@@ -530,6 +531,9 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     """Check the inputs of a new run; see `check_inputs`."""
     from strop.data.reading.sources import read_eval_share
     from strop.distributed.devices import find_ranks
+    from strop.models.source import is_on_disk, locate
+    from strop.models.tokenizer import check_template
+    from strop.objectives.table import data_kind_of
     from strop.runs.folder import check_new_run, is_run
 
     if find_ranks() is not None:  # the processes of a launcher have to fail together
@@ -542,6 +546,8 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
         models=[recipe.model.name], revision=recipe.model.revision, data=[recipe.data.train, evaluated],
         adapters=[recipe.model.adapter] if recipe.model.adapter else (),
     )  # fmt: skip
+    if is_on_disk(recipe.model.name) and not recipe.model.adapter:  # an adapter has a template of its own
+        check_template(locate(recipe.model.name, recipe.model.revision), recipe.data, data_kind_of(recipe.train))
 
 
 def check_inputs(

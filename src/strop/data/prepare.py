@@ -6,6 +6,7 @@ DataError if the recipe does not allow them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -15,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,19 @@ def prepare(
     if strict and prepared.refusal:
         raise prepared.refusal
     return prepared
+
+
+def need_template(data: DataSection, data_kind: DataKind) -> bool:
+    """Return whether the first row is a conversation, which needs a chat template. Errors are left to `prepare`."""
+    rows = sources.read_rows(
+        data.train, encoding=data.encoding, columns=data.columns, errors=[], documents=data.format == formats.DOCUMENT
+    )
+    conversations = formats.ConversationReader(
+        rows, format=data.format, columns=data.columns, errors=[], answerless=data_kind == "prompts"
+    )
+    with contextlib.suppress(DataError):
+        return any(conversation.text is None for conversation in islice(conversations, 1))
+    return False
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:

@@ -51,8 +51,7 @@ class Source:
 def locate(name: str, revision: str | None = None) -> Source:
     """Find a model's files. From the Hub, only safetensors, configs and the tokenizer are downloaded, never code."""
     path = Path(name).expanduser()
-    is_local = is_demo(name) or name.startswith("gguf:") or name.endswith(".gguf") or path.is_dir()
-    if is_local and revision:
+    if is_on_disk(name) and revision:
         fix = "leave --model.revision out, or run strop in a directory without a folder of this name"
         raise ModelError(f"{name}: a local model, which has no revision {revision}", fix=fix)
     if is_demo(name):
@@ -69,6 +68,11 @@ def locate(name: str, revision: str | None = None) -> Source:
     if _is_local(name):
         raise ModelError(f"{name}: no such model folder{suggest_path(name)}", fix=MODEL_NAMES)
     return _download(*name.split("@", 1)) if "@" in name else _download(name, revision)
+
+
+def is_on_disk(name: str) -> bool:
+    """Return whether a name means files of this machine, not of the Hub. They may be missing."""
+    return is_demo(name) or name.startswith("gguf:") or name.endswith(".gguf") or Path(name).expanduser().is_dir()
 
 
 def check_exists(name: str, revision: str | None = None) -> None:

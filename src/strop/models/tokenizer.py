@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from strop.config.schema import DataSection
+from strop.data.types import DataKind
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
 from strop.models.source import Source
@@ -31,6 +33,29 @@ def load_tokenizer(source: Source) -> Any:
         fix = "save the tokenizer with a current transformers"
         raise ModelError(f"{source.name}: no fast tokenizer (tokenizer.json)", fix=fix)
     return tokenizer
+
+
+def check_template(source: Source, data: DataSection, data_kind: DataKind) -> None:
+    """Raise ModelError if the rows need a chat template and there is none, before a large tokenizer loads (10 s)."""
+    from strop.data.prepare import need_template
+    from strop.data.rendering.template_source import missing_template_error
+
+    if data.template is None and not _has_template(source) and need_template(data, data_kind):
+        raise missing_template_error()
+
+
+def _has_template(source: Source) -> bool:
+    if source.kind == "gguf":
+        from strop.models.families.gguf_header import GgufReader
+
+        with gguf_errors(source.path):
+            return "tokenizer.chat_template" in GgufReader(source.path).fields
+    from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
+
+    if any((source.path / name).exists() for name in (CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_DIR)):
+        return True
+    file = source.path / "tokenizer_config.json"
+    return not file.is_file() or '"chat_template"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _tokenizer_class(folder: Path) -> Any:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from strop.config.names import full_name
@@ -15,12 +14,11 @@ from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
 from strop.errors import StropError
-from strop.models.source import Source, locate
-from strop.models.tokenizer import load_tokenizer
+from strop.models.source import Source, is_on_disk, locate
+from strop.models.tokenizer import check_template, load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
 from strop.planning.workload import Workload
-from strop.runs.folder import is_run
 
 MICRO_BATCH_TOKENS = 2048
 TIMED_STEPS = 32  # number of steps from which the time of a run is predicted
@@ -52,6 +50,7 @@ def measure_rows(recipe: Recipe) -> Rows:
         sizes.unknown = source
         return sizes
     data_kind = data_kind_of(recipe.train)
+    check_template(source, recipe.data, data_kind)
     tokenizer, new_tokens = load_tokenizer(source), recipe.lora.new_tokens
     prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
     rows, prefix = prepared.train, None
@@ -69,14 +68,13 @@ def measure_rows(recipe: Recipe) -> Rows:
 
 def _tokenizer_source(recipe: Recipe) -> Source | str:
     """Return the source of the model's tokenizer, or why the rows cannot be read."""
-    names, model = recipe.data.train, Path(recipe.model.name).expanduser()
+    names = recipe.data.train
     names = [names] if isinstance(names, str) else names
     if names == [NO_DATA]:
         return "no data is given"
     if any(needs_download(name) for name in names):
         return "the data is on the Hub"
-    is_gguf = recipe.model.name.startswith(("demo", "gguf:")) or model.suffix == ".gguf"
-    if not (is_gguf or is_run(model) or model.is_dir()):
+    if not is_on_disk(recipe.model.name):
         return "the model's tokenizer is not on this machine"
     source = locate(recipe.model.name, recipe.model.revision)
     has_tokenizer = source.kind != "folder" or (source.path / "tokenizer_config.json").is_file()

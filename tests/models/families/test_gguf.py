@@ -192,3 +192,33 @@ def test_peft_loads_the_adapter_of_a_run_on_a_gguf_file(tmp_path: Path, monkeypa
     moved = shutil.copytree(folder, tmp_path / "moved")
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(moved)}))
     assert read_info(str(run))["base"] == str(moved)  # a name that the user writes counts
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("command", ["check", "plan", "train"])
+def test_missing_template_is_reported_before_the_tokenizer_loads(
+    tmp_path: Path, kind: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = gguf_models.save("llama", tmp_path / "base")
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    if kind == "gguf":
+        model = tmp_path / "m.gguf"
+        export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), model, measure=False)
+        content = model.read_bytes()
+        assert b"tokenizer.chat_template" in content
+        model.write_bytes(content.replace(b"tokenizer.chat_template", b"tokenizer.none_template"))
+    else:
+        model = base
+        (base / "chat_template.jinja").unlink()
+    monkeypatch.setattr("strop.models.tokenizer._tokenizer_class", lambda folder: pytest.fail("the tokenizer loads"))
+    options = {"model": str(model), "data": rows, **({"out": str(tmp_path / "run")} if command == "train" else {})}
+    with pytest.raises(ModelError, match="chat template") as raised:
+        getattr(strop, command)(**options)
+    assert "data.template" in raised.value.fix
+
+
+def test_base_without_template_trains_on_texts(tmp_path: Path) -> None:
+    base = gguf_models.save("llama", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a line of a book"}) + "\n")
+    assert strop.check(model=str(base), data=str(tmp_path / "texts.jsonl"))["rows"]["used"] == 1

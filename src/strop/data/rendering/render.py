@@ -19,7 +19,14 @@ import numpy as np
 
 from strop.data.rendering.encoder import ControlText, Encoder, TokenStraddlesPrompt
 from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
-from strop.data.rendering.template_source import DATE_OPTION, adds_bos, check_options, template_source, write_options
+from strop.data.rendering.template_source import (
+    DATE_OPTION,
+    adds_bos,
+    check_options,
+    missing_template_error,
+    template_source,
+    write_options,
+)
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
 from strop.errors import Location, ModelError
@@ -70,8 +77,7 @@ class Renderer:
     def chat(self) -> ChatTemplate:
         """The chat template. Raises ModelError if there is none."""
         if self._chat is None:
-            fix = "choose one: data.template: chatml, or the path of a Jinja file"
-            raise ModelError("the model has no chat template", fix=fix)
+            raise missing_template_error()
         return self._chat
 
     @property

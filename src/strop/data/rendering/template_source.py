@@ -49,6 +49,13 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def missing_template_error() -> ModelError:
+    return ModelError(
+        "the model has no chat template: it is a base model, which was not trained to answer",
+        fix="train it with --data.template chatml or a Jinja file, or on rows of plain text (docs/base_models.md)",
+    )
+
+
 def template_source(tokenizer: Any, choice: str | None) -> str | None:
     """Return the template `choice` (chatml, or a file), by default the tokenizer's template if it has one.
 
