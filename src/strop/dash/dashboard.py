@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,7 +216,7 @@ class Dashboard:
         start_time = claim.get("started") if claim.get("pid") == row["pid"] else None
         if start_time is None and "job" not in row:
             raise Busy(f"{name}: another process has just taken over the run", fix="reload and try again")
-        if row["state"] == "stalled" and row["why"] == "the process is suspended":
+        if sys.platform != "win32" and row["why"] == "the process is suspended":
             send_signal(row["pid"], start_time, signal.SIGCONT)  # a suspended process cannot save
         number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
         return {"asked": send_signal(row["pid"], start_time, number)}

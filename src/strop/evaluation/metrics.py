@@ -107,7 +107,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def raise_timeout(*_: object) -> None:
         raise TimeoutError
 
-    if not hasattr(signal, "SIGVTALRM") or threading.current_thread() is not threading.main_thread():
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
     previous_handler = signal.signal(signal.SIGVTALRM, raise_timeout)

@@ -51,8 +51,9 @@ def trim_heap() -> None:
 
 def map_pages(size: int) -> mmap.mmap:
     """Map zeroed pages outside the heap, which use memory once they are written. Raises OSError if that fails."""
-    flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return mmap.mmap(-1, size, **flags)
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class ShardedLayer:
     def free(self) -> None:
         """Free the memory of `whole`; its address stays reserved."""
         self.is_gathered = False
-        if self._pages is not None:
+        if sys.platform != "win32" and self._pages is not None:
             self._pages.madvise(mmap.MADV_DONTNEED)
         else:
             self.whole.untyped_storage().resize_(0)

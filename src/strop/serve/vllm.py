@@ -12,7 +12,6 @@ import http.client
 import json
 import math
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -36,6 +35,7 @@ from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
+from strop.machine.processes import end_session
 from strop.models.adapter_config import adapter_folder, read_adapter_config
 from strop.models.adapters import (
     check_adapter_base,
@@ -121,7 +121,7 @@ def serve_vllm(
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
     texts = {model: _select_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
     references = {model: _compute_references(name, texts[model]) for model, name in zip(ids, names, strict=True)}
-    with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # the template may end turns with a token other than eos, and some models have more stop tokens
         stop_ids = list(renderers[0].end_ids)
         if (weights / GENERATION_CONFIG).is_file():
@@ -158,12 +158,10 @@ def serve_vllm(
             })  # fmt: skip
             return _wait_for_signal(process, log)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            end_session(process, force=False)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a separate process
+            end_session(process, force=True)  # vLLM's engine is a separate process
 
 
 def _wait_for_signal(process: subprocess.Popen[Any], log: Any) -> int:

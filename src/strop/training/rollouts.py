@@ -297,7 +297,7 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     }  # fmt: skip
     arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if vllm_info["cuda"] else {}
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         command, pipe = [python, "-c", WORKER.read_text("utf-8")], subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
         try:

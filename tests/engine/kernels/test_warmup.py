@@ -224,3 +224,9 @@ def test_damaged_kernels_are_compiled_again(
     warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
     assert "(exit 1)" in caplog.text and not kernel.exists()
     assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]
+
+
+def test_programs_start_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "FORKS", False)
+    codes = [warmup._start(["json.tool", option])() for option in ("--help", "--no-such-option")]
+    assert codes == [0, 2]

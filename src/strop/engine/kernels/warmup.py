@@ -13,7 +13,6 @@ bit-identical to the run that compiled the kernels.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -21,13 +20,14 @@ import logging
 import os
 import runpy
 import select
-import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from strop.machine.processes import end_session
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,7 @@ class Compiler:
             lines = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
         finally:
             if self._process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                end_session(self._process, force=True)
         return self._process.returncode, lines[-1] if lines else ""
 
 
@@ -129,19 +128,20 @@ def main() -> None:
     if FORKS:
         for name in LIBRARIES:
             importlib.import_module(name)
-    request = sys.stdin.read() if select.select([sys.stdin], [], [], WAIT_S)[0] else ""
+    is_ready = sys.platform == "win32" or select.select([sys.stdin], [], [], WAIT_S)[0]
+    request = sys.stdin.read() if is_ready else ""
     for stage in json.loads(request) if request else []:
-        processes = [_start(program) for program in stage]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        waits = [_start(program) for program in stage]
+        codes = [wait() for wait in waits]
         if any(codes):
             sys.exit(next(filter(None, codes)))
 
 
-def _start(program: Sequence[str]) -> int:
-    """Start a process that runs one program, and return the process id."""
-    if not FORKS:
+def _start(program: Sequence[str]) -> Callable[[], int]:
+    """Start a process that runs one program. Returns a function that waits for it and returns its exit code."""
+    if sys.platform == "win32" or not FORKS:
         code = f"from {__spec__.name} import run_program; run_program({list(program)!r})"
-        return os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+        return subprocess.Popen([sys.executable, "-c", code]).wait
     process = os.fork()
     if process == 0:
         exit_code = 1
@@ -153,7 +153,7 @@ def _start(program: Sequence[str]) -> int:
         finally:
             sys.stderr.flush()
             os._exit(exit_code)
-    return process
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def run_program(program: Sequence[str]) -> None:
