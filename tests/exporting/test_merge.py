@@ -450,3 +450,47 @@ def test_missing_rows_are_named_with_a_fix(trained: Callable[..., Path], rows_fi
     with pytest.raises(DataError) as error:
         merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
     assert "the run's rows" not in str(error.value)
+
+
+@pytest.fixture
+def run_on_bf16(rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train on a base that is stored in bf16, with an untied head."""
+    base = tmp_path / "base"
+    tiny.model(tie_word_embeddings=False).bfloat16().save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
+
+    def train(name: str, adapter: Path | None = None, **options: Any) -> Path:
+        defaults = {"train.max_steps": 4, "lora.r": 4, "model.dtype": "bf16", "train.learning_rate": 0.02}
+        model = {"name": str(base), **({"adapter": str(adapter)} if adapter else {})}
+        options = {**defaults, **options}
+        return strop.train(model=model, data=str(rows_file), out=tmp_path / name, **options).folder
+
+    return train
+
+
+TRAINED_IN_FULL: dict[str, dict[str, Any]] = {
+    "new tokens": {"lora.new_tokens": ["<call>"]},
+    "head": {"lora.modules_to_save": ["lm_head"]},
+    "norms": {"lora.modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED_IN_FULL)
+def test_weights_trained_in_fp32_are_not_rounded_to_the_bases_dtype(
+    run_on_bf16: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    run = run_on_bf16("run", **TRAINED_IN_FULL[kind])
+    parity = merge(str(run), tmp_path / "merged", dtype="fp32").parity
+    assert parity is not None and parity.kl_mean < 2e-7
+    continued = run_on_bf16("continued", run, **{"train.max_steps": 1, "train.learning_rate": 1e-12})
+    before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, continued))
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_adapters_that_cannot_share_a_base_say_so(run_on_bf16: Callable[..., Path]) -> None:
+    model = strop.load(run_on_bf16("full", **{"lora.modules_to_save": ["lm_head"]}))
+    with pytest.raises(ModelError, match="cannot share a base") as raised:
+        model.add(str(run_on_bf16("lora", **{"lora.target_modules": ["q_proj", "lm_head"]})))
+    assert raised.value.fix == "load each by itself"

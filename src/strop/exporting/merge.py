@@ -39,6 +39,7 @@ from strop.models.adapters import (
     locate_tokenizer,
     make_renderer,
     read_identity,
+    restore_precision,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
 from strop.models.introspect import text_filter
@@ -237,7 +238,8 @@ class TunedModel:
             self.source, dtype, "cpu", quantization=storage.scheme, double=storage.double, resident_layers=None
         )
         tuned = attach_adapter(base, self.folder, self.source)[0].eval()
-        return compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
+        tuned = compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
+        return restore_precision(tuned, self.folder)
 
     def load_merger(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
         """Return a function (name, base tensor) -> (merged tensor, base tensor as in training)."""

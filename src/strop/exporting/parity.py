@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from strop.data.types import Example
@@ -248,6 +249,11 @@ def _compute_ratio(parts: Any, wholes: Any) -> tuple[float, float]:
 
 def compute_in_fp32(model: Any) -> Any:
     """Make a model compute in fp32. To save memory, linear weights keep their type and are cast for each matmul."""
+    for module in model.modules():
+        if isinstance(
+            module, (ModulesToSaveWrapper, TrainableTokensWrapper)
+        ):  # they are trained, or use weights without a matmul
+            module.float()
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.float32:
             module.forward = partial(_linear_in_fp32, module)  # type: ignore[method-assign]

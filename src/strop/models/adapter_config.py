@@ -77,11 +77,14 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
 
 
 @contextmanager
-def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
-    """Raise ModelError where PEFT fails to load an adapter inside the block."""
+def peft_load_errors(folder: Path, base: str, shared: bool = False) -> Iterator[None]:
+    """Raise ModelError where PEFT fails to load an adapter inside the block. shared: the base has another one."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+        if shared:
+            what = f"{folder}: cannot share a base with another adapter: one trains a module that the other adapts"
+            raise ModelError(what, fix="load each by itself") from None
         raise ModelError(f"{folder}: does not fit {base}: {' '.join(str(error).split()[:40])}") from None
 
 

@@ -128,7 +128,11 @@ def attach_adapter(
     # By default PEFT loads onto a GPU if there is one, which starts CUDA even for a model on the CPU.
     devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
-    with peft_load_errors(folder, source.name), ignore_peft_warnings("Found missing adapter keys"):  # checked below
+    shared = isinstance(base, peft.PeftModel)
+    with (
+        peft_load_errors(folder, source.name, shared),
+        ignore_peft_warnings("Found missing adapter keys"),
+    ):  # checked below
         if isinstance(base, peft.PeftModel):
             model = base
             model.load_adapter(str(folder), adapter_name=name, **options)
@@ -143,6 +147,15 @@ def attach_adapter(
         biases = {name: base_biases[key] for name, key in zip(names, base_names, strict=True) if key in base_biases}
         cast(Any, model).biases_of_base = biases
     return patch_lora_forward(model), mismatches
+
+
+@torch.no_grad()
+def restore_precision(model: peft.PeftModel, folder: Path) -> peft.PeftModel:
+    """Copy the adapter's weights into modules that were cast to fp32: PEFT has rounded them to the base's dtype."""
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    for key, weight in load_file(folder / WEIGHTS_FILE).items():
+        state[key].copy_(weight)
+    return model
 
 
 def attach_another_adapter(

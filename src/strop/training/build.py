@@ -16,7 +16,7 @@ from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
 from strop.evaluation.metrics import parse_rewards
-from strop.models.adapters import attach_adapter
+from strop.models.adapters import attach_adapter, restore_precision
 from strop.models.load import DTYPES, load_base, restore_packed_weights
 from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
 from strop.models.sharding import load_sharded
@@ -43,9 +43,8 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        model = cast_trainable_to_fp32(
-            attach_adapter(base, start, setup.source, trainable=True, is_reward_model=scored)[0]
-        )
+        model, _ = attach_adapter(base, start, setup.source, trainable=True, is_reward_model=scored)
+        model = restore_precision(cast_trainable_to_fp32(model), start)
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
