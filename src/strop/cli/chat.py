@@ -12,22 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from strop import api
+from strop.cli.options import CHAT_COMMANDS
 from strop.display.tables import SafeConsole, console, escape_control, print_notes
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, suggest
 
-HELP = {
-    "/base": "answer without the adapter",
-    "/tuned": "answer with the adapter",
-    "/compare": "answer each line without and with the adapter, and keep the tuned answer in the history",
-    "/adapter": "NAME: answer with this adapter; without a name, list the loaded adapters",
-    "/system": "TEXT: start over with this system prompt",
-    "/reset": "start over with the same system prompt",
-    "/help": "show this list",
-    "/quit": "end the chat (also an empty line or Ctrl-D)",
-}
 SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
 
 
@@ -60,10 +51,12 @@ class Session:
             self.first_system = text if command == "/system" else self.first_system
             self.system = self.first_system
         elif command == "/help":
-            for name, description in HELP.items():
+            for name, description in CHAT_COMMANDS.items():
                 console.print(f"{name:9} {description}", markup=False)
         elif command != "/quit":
-            console.print(f"no command {command}{suggest(command, HELP)}: see /help", style="yellow", markup=False)
+            console.print(
+                f"no command {command}{suggest(command, CHAT_COMMANDS)}: see /help", style="yellow", markup=False
+            )
         return command != "/quit"
 
     def _switch_adapter(self, name: str) -> None:

@@ -19,7 +19,7 @@ from strop.errors import Stopped
 def evaluate(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|MODEL...", help="Runs or models to evaluate; several give a leaderboard."),
+        typer.Argument(metavar="RUN|MODEL", help="Runs or models to evaluate; several give a leaderboard."),
     ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
     metric: Annotated[
@@ -130,7 +130,7 @@ def serve(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|MODEL...",
+            metavar="RUN|MODEL",
             help="Run, adapter or model folder, .gguf file, Hub id, or the word demo; or several runs of one base.",
         ),
     ],

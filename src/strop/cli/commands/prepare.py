@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.display.tables import console, print_json, print_notes
+from strop.display.tables import command_name, console, print_json, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import InputError, RecipeError
@@ -59,7 +60,9 @@ def doctor(
 
 
 def modules(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or the word demo.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, run folder, or the word demo.")
+    ],
     as_json: Json = False,
 ) -> None:
     """List the linear layers of a model, and the presets that adapt them."""
@@ -151,6 +154,11 @@ def check(
             written = sum(1 for _ in file)
         summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
         console.print(summary, markup=False, highlight=False)
+        objective = checked.recipe.train.objective
+        words = [str(recipe_file)] if recipe_file else ["--model", checked.recipe.model.name]
+        words += ["--objective", objective] if objective != "sft" and not recipe_file else []
+        command = f"{command_name()} train {shlex.join([*words, '--data', str(fix)])}"
+        console.print(f"next     {command}", markup=False)
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
 
 
-Folder = Annotated[Path, typer.Argument(help="Folder that contains run folders.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains run folders.")]
 
 
 def runs(
