@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_claimed_run_folder_is_refused(
         (["train", "--model", "dmeo", "--data", "rows.jsonl"], "did you mean demo?"),
         (["train", "--model", "demo", "--data", "rows.jsnl"], "did you mean rows.jsonl?"),
         (["train", "--model", "demo", "--data", "rows.jsonl", "--out", "taken"], "taken: is not empty"),
+        (["train", "nope.gguf", "--data", "rows.jsonl"], "nope.gguf: no such GGUF file"),
         (["eval", "nope", "--data", "rows.jsonl"], "nope: no such folder"),
         (["eval", "demo", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
         (["chat", "./nope"], "./nope: no such model folder"),
@@ -237,3 +239,32 @@ def test_cut_json_error_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "rows.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
     _, _, err = run("check", tmp_path / "rows.jsonl", capsys=capsys)
     assert "column 24: not valid JSON: Unterminated string\n" in err
+
+
+def test_bad_rows_are_refused_before_torch_is_imported(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
+    code = (
+        "import sys, atexit; from strop.cli.app import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    )
+    words, environment = ["train", str(tiny_folder), "--data", "rows.jsonl"], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: rows.jsonl:2: column 24: not valid JSON" in done.stderr
+    assert "write the other rows to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
+    assert done.stdout.split() == ["False"]
+
+
+def test_chat_with_a_model_without_a_template_is_refused_before_it_loads(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("strop.engine.decode.model.load", lambda *args, **options: pytest.fail("the model was loaded"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    code, _, err = run("chat", base, capsys=capsys)
+    assert code == 2 and "the model has no chat template" in err and "Fix: " in err

@@ -85,7 +85,14 @@ class Session:
                 tuned = self._generate(text, "tuned", None)
             _print_comparison(base, tuned)
         else:
-            self._generate(text, self.side, on_text)
+            with status_line("reading the prompt") if console.is_terminal else nullcontext() as status:
+
+                def show(piece: str) -> None:
+                    if status is not None:
+                        status.stop()
+                    on_text(piece)
+
+                self._generate(text, self.side, show)
             print(flush=True)
             if self.model.was_cut:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
@@ -111,8 +118,8 @@ def chat_in_terminal(
     force: bool = False,
 ) -> None:
     """Load a model and answer each line of stdin. sampling: None stands for the setting in the model's config."""
-    with status_line("loading the model"):
-        model = api.load(name, quantization=quantization, dtype=dtype, force=force)
+    with status_line("loading the model") as status:
+        model = api.load(name, quantization=quantization, dtype=dtype, force=force, progress=status.update)
         for adapter in adapters:
             model.add(adapter, force=force)
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])

@@ -225,6 +225,6 @@ def push(
         console.print(f"removed  {file}, left by an earlier push", markup=False)
     console.print(
         f"[bold]pushed[/]   {pushed.url} ({'private' if pushed.private else 'public'}): {len(pushed.files)} files, "
-        f"{pushed.size_bytes / 1e6:.1f} MB, each verified against the Hub's copy"
+        f"{pushed.size_bytes / 2**20:.1f} MiB, each verified against the Hub's copy"
     )
     print_json(pushed.as_json(), as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.display.tables import command_name, console, print_json, print_notes
+from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import InputError, RecipeError
@@ -157,8 +156,7 @@ def check(
         objective = checked.recipe.train.objective
         words = [str(recipe_file)] if recipe_file else ["--model", checked.recipe.model.name]
         words += ["--objective", objective] if objective != "sft" and not recipe_file else []
-        command = f"{command_name()} train {shlex.join([*words, '--data', str(fix)])}"
-        console.print(f"next     {command}", markup=False)
+        print_next(["train", *words, "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:

@@ -124,9 +124,9 @@ def demo(
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
         result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)
-    print_scores(result)
     samples = result["samples"]
     print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
+    print_scores(result)
     console.print(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )
