@@ -192,6 +192,10 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
             "train demo --data rows.jsonl --train.gradient_checkpointing 0",
             "must be auto, off, on or offload, or must be at least 1 (got '0')",
         ),
+        (
+            "train demo --data rows.jsonl --train.micro_batch 9",
+            "error: --train.micro_batch: larger than --batch-size\n",
+        ),
         ("serve demo --port x", "error: --port: must be a whole number (got 'x')\nFix: for example: strop serve runs/"),
         ("train", "error: --model and --data are required\nFix: give --model and --data, or a recipe file\n"),
         ("plan --data rows.jsonl", "error: --model is required\nFix: give --model, or a recipe file\n"),

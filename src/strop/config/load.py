@@ -219,32 +219,37 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        locations: dict[tuple[str, str], Location] = {}  # by file, field and key
-        problems: dict[tuple[str, str], list[str]] = {}  # several per field: pydantic reports each member of a union
-        missing = []
-        for issue in error.errors():
-            path, kind = issue["loc"], issue["type"]
-            name = _field_name(path)
-            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
-            missing += [f"--{name}"] if kind == "missing" else []
-            value, origin, source = given.get(name, (None, "", ""))
-            key = f"{path[-1]}: " if isinstance(value, dict) and len(path) > 2 else ""
-            file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            what = (f"{name}: " if origin == "recipe" else "") + key
-            problems.setdefault((file, what), []).append(explain_issue(name, issue))
-            text = repr(issue["input"])
-            text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
-            shown = "" if kind in ("missing", "value_error") and not name else f" (got {text})"
-            message = ", or ".join(dict.fromkeys(problems[file, what])) + shown * (kind != "missing")
-            locations[file, what] = Location(file, None, f"{what}{message}")
-        file = next((source for _, origin, source in given.values() if origin == "recipe"), "")
-        names = " and ".join(missing)
-        fix = f"give {names}, or {f'complete {file}' if file else 'a recipe file'}" if missing else ""
-        if len(missing) == len(locations):
-            raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix) from None
-        raise RecipeError(
-            f"the {'recipe is' if file else 'options are'} not valid", fix=fix, where=list(locations.values())
-        ) from None
+        issues = error.errors()
+    recipe_file = next((source for _, origin, source in given.values() if origin == "recipe"), "")
+    locations: dict[tuple[str, str], Location] = {}  # by file, and field and key
+    problems: dict[tuple[str, str], list[str]] = {}  # several of a field: pydantic reports each member of a union
+    missing: list[str] = []
+    for issue in issues:
+        name = _field_name(issue["loc"])
+        name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
+        problem = explain_issue(name, issue)
+        if not name:  # values that contradict each other
+            names = "|".join(re.escape(field) for field, _ in option_fields() if "." in field)
+            problem = problem if recipe_file else re.sub(rf"(?<![\w.])({names})\b", r"--\1", problem)
+            where = [Location(recipe_file, None, problem)] if recipe_file else []
+            raise RecipeError(problem, where=where)
+        value, origin, source = given.get(name, (None, "", ""))
+        key = f"{issue['loc'][-1]}: " if isinstance(value, dict) and len(issue["loc"]) > 2 else ""
+        file, what = (source, f"{name}: {key}") if origin == "recipe" else (f"--{name}", key)
+        problems.setdefault((file, what), []).append(problem)
+        text = repr(issue["input"])
+        text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+        shown = f" (got {text})"
+        if issue["type"] == "missing":
+            missing, shown = [*missing, f"--{name}"], ""
+        message = ", or ".join(dict.fromkeys(problems[file, what])) + shown
+        locations[file, what] = Location(file, None, f"{what}{message}")
+    names = " and ".join(missing)
+    fix = f"give {names}, or {f'complete {recipe_file}' if recipe_file else 'a recipe file'}" if missing else ""
+    if len(missing) == len(locations):
+        raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix)
+    what = f"the {'recipe is' if recipe_file else 'options are'} not valid"
+    raise RecipeError(what, fix=fix, where=list(locations.values()))
 
 
 def explain_issue(name: str, issue: Mapping[str, Any]) -> str:
