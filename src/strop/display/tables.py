@@ -17,8 +17,6 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from strop.data.reading.sources import read_eval_share
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -111,6 +109,8 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {escape(finding)}")
     console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(run)}/report.html")
+    from strop.data.reading.sources import read_eval_share  # `strop --help` does not need the readers
+
     values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}
     evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
     files = [] if read_eval_share(values.get("data.eval")) else evaluated
@@ -130,7 +130,8 @@ def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -
     for adapter in adapters:
         size = f"{adapter['size_bytes'] / 2**20:.1f} MiB"
         modules = abbreviate(adapter["target_modules"])
-        cells = (adapter["folder"], adapter["base"], str(adapter["rank"]), modules, size, adapter["score"])
+        base = "demo" if adapter["base"].startswith("demo:") else adapter["base"]
+        cells = (adapter["folder"], base, str(adapter["rank"]), modules, size, adapter["score"])
         table.add_row(*map(escape, cells))
     out.print(table if adapters else "no adapters found")
 
