@@ -77,7 +77,7 @@ def test_reward_function_object_raises(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_empty_list_of_files_raises(name: str, tiny_folder: Path) -> None:
-    with pytest.raises(InputError, match="recipe is not valid") as raised:
+    with pytest.raises(InputError, match="options are not valid") as raised:
         strop.train(model=tiny_folder, data={"train": "rows.jsonl", name: []})
     assert raised.value.lines()[0].startswith(f"--data.{name}: ")
 

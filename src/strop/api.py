@@ -532,7 +532,7 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     from strop.data.reading.sources import read_eval_share
     from strop.distributed.devices import find_ranks
     from strop.models.source import is_on_disk, locate
-    from strop.models.tokenizer import check_template
+    from strop.models.tokenizer import check_template, load_tokenizer
     from strop.objectives.table import data_kind_of
     from strop.runs.folder import check_new_run, is_run
 
@@ -547,7 +547,13 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
         adapters=[recipe.model.adapter] if recipe.model.adapter else (),
     )  # fmt: skip
     if is_on_disk(recipe.model.name) and not recipe.model.adapter:  # an adapter has a template of its own
-        check_template(locate(recipe.model.name, recipe.model.revision), recipe.data, data_kind_of(recipe.train))
+        source, data_kind = locate(recipe.model.name, recipe.model.revision), data_kind_of(recipe.train)
+        check_template(source, recipe.data, data_kind)
+
+        from strop.data.prepare import has_bad_rows, prepare  # after the checks above, because it takes a second
+
+        if recipe.data.bad_rows == "refuse" and has_bad_rows(recipe.data, data_kind):  # raises the error of the run
+            prepare(recipe.data, load_tokenizer(source), data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
 
 
 def check_inputs(

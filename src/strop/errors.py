@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
@@ -176,9 +177,13 @@ def _name_fields(text: str) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word most similar to `word`, or None if none is similar."""
-    matches = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """Return the known word most similar to `word`, or None if none is similar. Equal file suffixes do not count."""
+    for match in difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=5):
+        paths = PurePath(word), PurePath(match)
+        names = [path.stem if paths[0].suffix == paths[1].suffix else str(path) for path in paths]
+        if difflib.SequenceMatcher(None, names[0], names[1]).ratio() >= 0.6:
+            return match
+    return None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

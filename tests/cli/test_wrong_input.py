@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_claimed_run_folder_is_refused(
         (["train", "--model", "dmeo", "--data", "rows.jsonl"], "did you mean demo?"),
         (["train", "--model", "demo", "--data", "rows.jsnl"], "did you mean rows.jsonl?"),
         (["train", "--model", "demo", "--data", "rows.jsonl", "--out", "taken"], "taken: is not empty"),
+        (["train", "nope.gguf", "--data", "rows.jsonl"], "nope.gguf: no such GGUF file"),
         (["eval", "nope", "--data", "rows.jsonl"], "nope: no such folder"),
         (["eval", "demo", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
         (["chat", "./nope"], "./nope: no such model folder"),
@@ -172,3 +174,101 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
     )
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "train --model demo --data rows.jsonl --lr high",
+            "error: --lr: must be a number, such as 0.0001 (got 'high')",
+        ),
+        ("train demo --data rows.jsonl --train.learning_rate high", "error: --train.learning_rate: must be a number"),
+        ("train demo --data rows.jsonl --rank 0", "error: --rank: must be at least 1 (got '0')"),
+        ("train demo --data rows.jsonl --rank many", "error: --rank: must be a whole number, such as 16 (got 'many')"),
+        ("train demo --data rows.jsonl --device gpu", "--device: must be auto, cpu, mps, cuda or cuda:N (got 'gpu')"),
+        ("train demo --data rows.jsonl --max-time soon", "--max-time: must be a value such as 90s, 30m or 2h"),
+        (
+            "train demo --data rows.jsonl --train.gradient_checkpointing 0",
+            "must be auto, off, on or offload, or must be at least 1 (got '0')",
+        ),
+        (
+            "train demo --data rows.jsonl --train.micro_batch 9",
+            "error: --train.micro_batch: larger than --batch-size\n",
+        ),
+        ("serve demo --port x", "error: --port: must be a whole number (got 'x')\nFix: for example: strop serve runs/"),
+        ("train", "error: --model and --data are required\nFix: give --model and --data, or a recipe file\n"),
+        ("plan --data rows.jsonl", "error: --model is required\nFix: give --model, or a recipe file\n"),
+        ("train recipe.yaml", "error: --data is required\nFix: give --data, or complete recipe.yaml\n"),
+        ("train demo --packing", "--packing: no such option: rows are always packed, so leave it out\nFix: see `strop"),
+        ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
+        ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
+        ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
+        ("chat a b", "error: got unexpected extra argument(s) (b)\nFix: for example: strop chat runs/mine"),
+        ("finetune", "error: finetune: no such command (did you mean train?)\nFix: for example: strop train --model"),
+        ("compare a b", "compare: no such command (did you mean eval?)\nFix: for example: strop eval runs/mine"),
+        ("gguf runs/a", "(did you mean export gguf?)\nFix: for example: strop export gguf runs/mine --out mine.gguf"),
+        ("mrege runs/a", "mrege: no such command (did you mean merge?)\nFix: for example: strop merge runs/mine"),
+        ("colour", "error: colour: no such command\nFix: see `strop --help`"),
+        (
+            "export rows.jsonl",
+            "commands first: gguf, ollama (got rows.jsonl)\nFix: for example: strop export gguf rows.",
+        ),
+        ("merge runs/a", "error: --out is required\nFix: for example: strop merge runs/mine --out mine-merged"),
+        ("eval", "error: RUN|MODEL is required\nFix: for example: strop eval runs/mine --data held_out.jsonl"),
+        (
+            "train demo --data nope.jsonl",
+            "error: nope.jsonl: no such file\nFix: the data files there are broken.jsonl, rows",
+        ),
+        ("train demo --data nope", "error: nope: no such file\nFix: a Hub data set is named owner/name"),
+        ("train demo --model demo --data rows.jsonl", "error: --model: given twice, as demo and as an option"),
+        (
+            "check broken.jsonl",
+            "or write the other rows to a file: `strop check --data broken.jsonl --fix clean.jsonl`; or leave",
+        ),
+    ],
+)
+def test_a_terminal_shows_the_typed_names_and_a_fix(
+    words: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(GOOD)
+    Path("broken.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
+    Path("recipe.yaml").write_text("model: demo\n")
+    code, _, err = run(*words.split(), capsys=capsys)
+    assert code == 2 and expected in err, err
+
+
+def test_cut_json_error_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
+    _, _, err = run("check", tmp_path / "rows.jsonl", capsys=capsys)
+    assert "column 24: not valid JSON: Unterminated string\n" in err
+
+
+def test_bad_rows_are_refused_before_torch_is_imported(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
+    code = (
+        "import sys, atexit; from strop.cli.app import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    )
+    words, environment = ["train", str(tiny_folder), "--data", "rows.jsonl"], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: rows.jsonl:2: column 24: not valid JSON" in done.stderr
+    assert "write the other rows to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
+    assert done.stdout.split() == ["False"]
+
+
+def test_chat_with_a_model_without_a_template_is_refused_before_it_loads(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("strop.engine.decode.model.load", lambda *args, **options: pytest.fail("the model was loaded"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    code, _, err = run("chat", base, capsys=capsys)
+    assert code == 2 and "the model has no chat template" in err and "Fix: " in err

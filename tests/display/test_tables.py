@@ -30,6 +30,34 @@ def test_run_summary_compares_predicted_and_measured_memory(capsys: pytest.Captu
     assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "shown"),
+    [
+        ("held out.jsonl", "strop eval runs/a --data 'held out.jsonl'\n"),
+        (["a.jsonl", "b.jsonl"], "strop eval runs/a --data a.jsonl --data b.jsonl\n"),
+        ("5%", "measure with `strop eval`, on rows that it was not trained on\n"),
+        (
+            None,
+            "measure with `strop eval`, on rows that it was not trained on; --eval 5% keeps some back in the next run",
+        ),
+    ],
+)
+def test_next_commands_work_as_printed(evaluated: Any, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = [{"field": "data.eval", "value": evaluated}]
+    print_run_summary({"run": "runs/a", "adapter": "runs/a/adapter", "recipe": recipe, **FIGURES}, False)
+    err = capsys.readouterr().err
+    assert f"\nnext     strop chat runs/a\n         {shown}" in err and "HELD_OUT" not in err
+
+
+def test_long_names_and_modules_of_adapters_fit_into_a_line() -> None:
+    out = io.StringIO()
+    adapter = {"folder": "runs/a-long-name-of-a-run/adapter", "base": "demo", "rank": 8, "size_bytes": 3 << 20}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    print_adapters([{**adapter, "target_modules": names, "score": "exact 1.0%"}], Console(file=out, width=110))
+    assert "runs/a-long-name-of-a-run/adapter" in out.getvalue() and "q_proj, k_proj, v_proj, ..." in out.getvalue()
+    assert "3.0 MiB" in out.getvalue()
+
+
 def test_markup_in_names_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     print_run_summary({"run": "runs/a[/b]", "adapter": "runs/a[/b]/adapter", "diagnosis": [MARKUP], **FIGURES}, False)
     err = capsys.readouterr().err

@@ -71,6 +71,17 @@ def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.Monkey
     assert not logging.getLogger("strop").handlers and out.getvalue() == text
 
 
+def test_counter_in_a_status_line_does_not_restart_its_time() -> None:
+    out = io.StringIO()
+    with status_line("loading", Console(file=out)) as status:
+        status.update("measuring the result: row 1 of 30")
+        status._since -= 60
+        status.update("measuring the result: row 2 of 30")
+        assert status._text() == "measuring the result: row 2 of 30 (60 s)"
+        status.update("writing")
+        assert status._text() == "writing (0 s)"
+
+
 def test_status_after_the_last_step_is_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     activities: list[str] = []
     monkeypatch.setattr(StatusLine, "update", lambda _, activity: activities.append(activity))

@@ -93,7 +93,7 @@ def test_full_report_shows_every_figure(tmp_path: Path) -> None:
     path = write_report(tmp_path, full(), [{"event": "rehearsal"}, *events, {"event": "skip", "step": 3}])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    verdict = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0 % to 87.5 % on 176 rows."
+    verdict = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0% to 87.5% on 176 rows."
     assert verdict in page.text
     for figure in (
         "297",
@@ -104,7 +104,7 @@ def test_full_report_shows_every_figure(tmp_path: Path) -> None:
         "2.310 → 0.021",
         "1.50 GiB",
         "1.25 GiB",
-        "81.7 to 91.6 %",
+        "81.7 to 91.6%",
     ):
         assert figure in page.text, figure
     for word in (
@@ -134,7 +134,7 @@ def test_without_an_interval_there_is_no_verdict() -> None:
     report = full()
     del report["evaluation"]["difference"]
     text = Page(render(report, [])).text
-    assert "exact_json went from 0.0 % to 87.5 % on 176 rows." in text and "Better" not in text
+    assert "exact_json went from 0.0% to 87.5% on 176 rows." in text and "Better" not in text
 
 
 def test_sections_without_figures_are_left_out() -> None:
@@ -159,7 +159,7 @@ def test_base_without_tuned_is_scored_without_a_verdict() -> None:
     report = full()
     del report["evaluation"]["tuned"], report["evaluation"]["difference"]
     page = Page(render(report, []))
-    assert "0.0 to 2.1 %" in page.text and "went from" not in page.text
+    assert "0.0 to 2.1%" in page.text and "went from" not in page.text
 
 
 def test_figures_that_are_not_finite_numbers_are_left_out() -> None:

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import strop
 from strop.data.types import Example
-from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
+from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError, Stopped
 from strop.exporting import merge as module
 from strop.exporting.merge import TunedModel, merge
 from strop.exporting.parity import compute_in_fp32, select_rows
 from strop.machine.probe import probe
 from tests.support import preferences, tiny, tiny_families
+from tests.support.runs import run as run_command
 
 
 @pytest.fixture
@@ -333,6 +334,17 @@ def test_wrong_merge_is_refused(
     assert not list(tmp_path.glob("merged*"))
 
 
+def test_measurement_shows_what_is_measured_and_how_far(
+    trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    code, _, err = run_command("merge", trained(), "--out", tmp_path / "merged", capsys=capsys)
+    assert code == 0 and "(--no-parity skips it)" in err
+    for name in ("the tuned model", "the base", "the result"):
+        shown = [message for message in caplog.messages if message.startswith(f"measuring {name}: row ")]
+        assert shown == [f"measuring {name}: row {number} of {len(shown)}" for number in range(1, len(shown) + 1)]
+        assert len(shown) > 1
+
+
 def test_interrupted_merge_resumes(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,10 +361,14 @@ def test_interrupted_merge_resumes(
         written.append(file.name)
         save_file(tensors, file, metadata)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(Stopped, match="the same command continues from") as error,
+    ):
         patch.setattr(module, "save_file", save)
         merge(str(run), tmp_path / "cut")
-    assert not (tmp_path / "cut").exists()
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial").is_dir()
+    assert str(tmp_path / "cut.partial") in error.value.fix
     again: list[str] = []
     monkeypatch.setattr(module, "save_file", lambda t, file, m: (again.append(file.name), save_file(t, file, m)))
     merge(str(run), tmp_path / "cut")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def test_damaged_measurements_are_ignored(tmp_path: Path, monkeypatch: pytest.Mo
     save_measured("shape", {"recompute": True})
     assert rates.load_rates(machine, "cpu") == stored and rates.load_precision(machine, 2) == ("bf16", "measured")
     assert load_measured("shape") == {"recompute": True}
+    rates.save_rates(machine, "cpu", replace(stored, busy=True))
+    older = next(file for file in tmp_path.rglob("*.json") if "busy" in file.read_text())
+    assert rates.load_rates(machine, "cpu").busy  # type: ignore[union-attr]
+    older.write_text(json.dumps({name: value for name, value in asdict(stored).items() if name != "busy"}))
+    assert not rates.load_rates(machine, "cpu").busy  # type: ignore[union-attr]
     files = list(tmp_path.rglob("*.json"))
     assert len(files) == 3
     for file in files:

@@ -529,3 +529,17 @@ def test_doctor_fix_prints_commands_and_comments(
     monkeypatch.setattr(doctor, "MIN_DISK_BYTES", 1 << 60)
     fixes = [f.fix for f in doctor._check_resources(probe(), tmp_path)]
     assert len(fixes) == 2 and all(fix.startswith("# ") for fix in fixes)
+
+
+def test_plan_says_when_the_rates_were_measured_on_a_busy_machine(
+    rows_file: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    for busy, shown in ((False, "from strop doctor\n"), (True, "from strop doctor, but too low: other programs used")):
+        save_rates(probe(), "cpu", replace(RATES, busy=busy))
+        _, _, err = run("plan", tiny_folder, "--data", rows_file, "--device", "cpu", capsys=capsys)
+        assert shown in err

@@ -117,7 +117,14 @@ def test_eval_compares_base_and_tuned_and_adds_to_the_report(
     gained, lost = (len(result["changed"][name]) for name in ("gained", "lost"))
     assert gained - lost == round(24 * result["difference"]["value"])
     assert result["difference"]["low"] <= result["difference"]["value"] <= result["difference"]["high"]
-    assert "tuned minus base" in err
+    verdict, *commands = err.splitlines()[-5:]
+    assert verdict.startswith("not a test, because ") and " 24 of 24 rows are also training rows: " in verdict
+    assert commands == [
+        f"next     strop chat {trained}",
+        f"         strop merge {trained} --out {trained.name}-merged",
+        f"         strop export gguf {trained} --out {trained.name}.gguf",
+        f"         strop serve {trained}",
+    ]
     assert json.loads((trained / "report.json").read_text())["evaluation"]["tuned"] == result["tuned"]
 
 
@@ -330,7 +337,7 @@ def test_full_disk_is_refused_before_loading(
     monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: 1_000_000)
     words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
     code, _, err = run(*words, capsys=capsys)
-    assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()
+    assert code == 2 and "1 MiB are free" in err and not (tmp_path / "r").exists()
 
 
 def test_folder_of_a_killed_start_is_not_a_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import inspect
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import warnings
@@ -26,10 +28,10 @@ from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
 from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import dash, runs
 from strop.cli.commands.train import demo, resume, train
-from strop.cli.options import add_recipe_options
-from strop.config.names import SHORT_FORMS
+from strop.cli.options import CHAT_COMMANDS, add_recipe_options
+from strop.config.names import use_short_forms
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import FIX, DiskError, FolderError, PeerFailed, StropError
+from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -74,6 +76,17 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "export-script": "Write a run as a plain transformers and peft script.",
     },
 }
+# other words for commands
+MEANT: Mapping[str, str] = {
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "dpo", "grpo", "fit", "tune", "lora", "qlora"), "train"),
+    **dict.fromkeys(("compare", "evaluate", "test", "benchmark", "score"), "eval"),
+    **dict.fromkeys(("infer", "inference", "generate", "run", "ask", "complete", "predict"), "chat"),
+    **dict.fromkeys(("convert", "quantize"), "export gguf"), **dict.fromkeys(("list", "ls"), "runs"),
+    **dict.fromkeys(("ui", "web", "dashboard"), "dash"), **dict.fromkeys(("estimate", "memory"), "plan"),
+    **dict.fromkeys(("validate", "data", "inspect"), "check"), **dict.fromkeys(("info", "env"), "doctor"),
+    "fuse": "merge", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
+    **{name: f"{group} {name}" for group, (_, commands) in GROUPS.items() for name in commands},
+}  # fmt: skip
 # recipe fields of the commands that accept only some of them
 RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 
@@ -84,9 +97,9 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "check": ("strop check --data rows.jsonl --show 3", "strop check --data rows.jsonl --fix clean.jsonl"),
     "train": (
         "strop train --model demo --data rows.jsonl --out runs/mine",
-        "strop train recipe.yaml --train.learning_rate 1e-4 --print-recipe",
+        "strop train recipe.yaml --lr 1e-4 --print-recipe",
     ),
-    "resume": ("strop resume runs/mine", "strop resume runs/mine --train.epochs 5 --allow-changed schedule"),
+    "resume": ("strop resume runs/mine", "strop resume runs/mine --epochs 5 --allow-changed schedule"),
     "eval": (
         "strop eval runs/mine --data held_out.jsonl --metric exact_json",
         "strop eval runs/a runs/b --data held_out.jsonl --general",
@@ -168,8 +181,8 @@ def main() -> None:
         if signals:  # an interrupt during the import of an extension module becomes an ImportError
             _exit_interrupted()
         if hasattr(error, "format_message"):  # click's UsageError, from click or from the copy in typer
-            message = _suggest_option(error, sys.argv[1:]) or error.format_message()
-            _exit_with_error([message] if message else [], {"kind": "UsageError", "message": message}, 2)
+            usage = _explain_usage(error)
+            _exit_with_error(usage.lines() if usage.what else [], {**usage.as_json(), "kind": "UsageError"}, 2)
         if os.environ.get("STROP_DEBUG"):
             raise
         if (system_error := _convert_os_error(error)) is not None:
@@ -187,6 +200,7 @@ def main() -> None:
 def build(arguments: Sequence[str]) -> typer.Typer:
     """Return the app. Only commands in `arguments` get options for recipe fields, which take 0.1 s to generate."""
     app = typer.Typer(
+        cls=_Group,
         help="Fine-tune open language models with LoRA and QLoRA on your own computer, and measure what changed.",
         epilog=(
             "\b\nStart with:\n  strop demo\n  strop train --model demo --data rows.jsonl\n"
@@ -201,9 +215,10 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         for name, line in lines.items():
             if name in GROUPS:
                 text, commands = GROUPS[name]
-                group = typer.Typer(help=text, no_args_is_help=True)
+                examples = [EXAMPLES[f"{name} {inner}"][0] for inner in commands]
+                group = typer.Typer(cls=_Group, help=text, no_args_is_help=True, epilog=_format_examples(examples))
                 for inner, command in commands.items():
-                    group.command(inner, epilog=_epilog(f"{name} {inner}"))(command)
+                    group.command(inner, cls=_Command, epilog=_format_examples(EXAMPLES[f"{name} {inner}"]))(command)
                 app.add_typer(group, name=name, short_help=line, rich_help_panel=panel)
                 continue
             command = COMMANDS[name]
@@ -211,12 +226,31 @@ def build(arguments: Sequence[str]) -> typer.Typer:
                 command = add_recipe_options(
                     command, arguments if name in arguments else (), RECIPE_FIELDS.get(name, ())
                 )
-            app.command(name, epilog=_epilog(name), short_help=line, rich_help_panel=panel)(command)
+            epilog = _format_examples(EXAMPLES[name])
+            if name == "chat":
+                epilog += "\n\n\b\nIn a chat:\n" + "\n".join(f"  {key:9} {does}" for key, does in CHAT_COMMANDS.items())
+            app.command(name, cls=_Command, epilog=epilog, short_help=line, rich_help_panel=panel)(command)
     return app
 
 
-def _epilog(name: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[name])
+def _format_examples(examples: Sequence[str]) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+class _HideFlagTypes:
+    """Show no type for options without a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar
+        return parameters
+
+
+class _Command(_HideFlagTypes, typer.core.TyperCommand): ...
+
+
+class _Group(_HideFlagTypes, typer.core.TyperGroup): ...
 
 
 def _shorten_exit() -> None:
@@ -266,20 +300,50 @@ def _convert_os_error(error: Exception) -> StropError | None:
     return None
 
 
-def _suggest_option(error: Any, words: Sequence[str]) -> str | None:
-    """Return a message that names the option that an unknown one probably means. None: there is no better message."""
-    command = COMMANDS.get(words[0]) if words else None
-    unknown = getattr(error, "option_name", None)
-    if unknown is None or command is None or "options" not in inspect.signature(command).parameters:
-        return None
-    from strop.config.load import suggest_field
+def _explain_usage(error: Any) -> InputError:
+    """Convert an error of typer to one that names the option, with a fix: mostly an example of the command."""
+    message = error.format_message()
+    words = sys.argv[1:]
+    path = next((path for path in (" ".join(words[:2]), *words[:1]) if path in {*EXAMPLES, *GROUPS}), "")
+    fix = f"for example: {EXAMPLES[path][0]}" if path in EXAMPLES else ""
+    if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
+        from strop.config.load import explain_name
 
-    field = suggest_field(unknown.lstrip("-"))
-    if field is None or words[0] in RECIPE_FIELDS:
-        return None
-    name, _, value = field.partition(" ")
-    short = next((short for short, full in SHORT_FORMS.items() if full == name), name)
-    return f"no such option: {unknown}: did you mean --{short}{value and f' {value}'}?"
+        has_fields = "options" in inspect.signature(COMMANDS.get(path, main)).parameters and path not in RECIPE_FIELDS
+        known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+        hint = explain_name(option.lstrip("-"), "--", " ") if has_fields else ""
+        near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
+        hint = hint or (f" (did you mean --{near}?)" if near else "")
+        return InputError(f"{option}: no such option{hint}", fix=f"see `strop {path} --help`".replace("  ", " "))
+    if unknown := re.match(r"No such command '(.*?)'", message):
+        return _explain_command(unknown[1], path)
+    parameter = getattr(error, "param", None)
+    if parameter is None:
+        return InputError(f"{message[:1].lower()}{message[1:].rstrip('.')}" if words else message, fix=fix)
+    name = next((option for option in parameter.opts if option.startswith("--")), parameter.metavar or parameter.name)
+    if message.startswith("Missing"):
+        return InputError(f"{name} is required", fix=fix)
+    from strop.config.load import explain_issue
+
+    # pydantic's error in today's typer
+    issues = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    problem = f"{explain_issue(name, issues[0])} (got {issues[0]['input']!r})" if issues else error.message
+    return InputError(f"{name}: {problem}", fix=fix)
+
+
+def _explain_command(word: str, group: str) -> InputError:
+    """Return the error for an unknown command. group: the group of commands that it follows, such as "export"."""
+    if group:
+        commands = GROUPS[group][1]
+        target = f"{group} {closest(word, commands) or next(iter(commands))}"
+        what = f"`{group}` needs one of its commands first: {', '.join(commands)} (got {word})"
+        example = EXAMPLES[target][0].replace("runs/mine", shlex.quote(word), 1 if Path(word).exists() else 0)
+        return InputError(what, fix=f"for example: {example}")
+    command = MEANT.get(word.lower()) or closest(word, [*COMMANDS, *GROUPS])
+    if command is None:
+        return InputError(f"{word}: no such command", fix="see `strop --help`")
+    example = EXAMPLES.get(command, (f"strop {command} --help",))[0]
+    return InputError(f"{word}: no such command (did you mean {command}?)", fix=f"for example: {example}")
 
 
 def _exit_interrupted() -> None:
@@ -291,7 +355,7 @@ def _exit_with_error(
     lines: list[str], error: dict[str, Any], code: int, partial_result: Mapping[str, Any] | None = None
 ) -> None:
     for line in lines:
-        text = with_command_name(line if line.startswith(FIX) else f"error: {line}")
+        text = use_short_forms(with_command_name(line if line.startswith(FIX) else f"error: {line}"))
         console.print(text, markup=False, style="red" if code != 130 else "yellow")
     with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)

@@ -12,22 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from strop import api
+from strop.cli.options import CHAT_COMMANDS
 from strop.display.tables import SafeConsole, console, escape_control, print_notes
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, suggest
 
-HELP = {
-    "/base": "answer without the adapter",
-    "/tuned": "answer with the adapter",
-    "/compare": "answer each line without and with the adapter, and keep the tuned answer in the history",
-    "/adapter": "NAME: answer with this adapter; without a name, list the loaded adapters",
-    "/system": "TEXT: start over with this system prompt",
-    "/reset": "start over with the same system prompt",
-    "/help": "show this list",
-    "/quit": "end the chat (also an empty line or Ctrl-D)",
-}
 SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
 
 
@@ -60,10 +51,12 @@ class Session:
             self.first_system = text if command == "/system" else self.first_system
             self.system = self.first_system
         elif command == "/help":
-            for name, description in HELP.items():
+            for name, description in CHAT_COMMANDS.items():
                 console.print(f"{name:9} {description}", markup=False)
         elif command != "/quit":
-            console.print(f"no command {command}{suggest(command, HELP)}: see /help", style="yellow", markup=False)
+            console.print(
+                f"no command {command}{suggest(command, CHAT_COMMANDS)}: see /help", style="yellow", markup=False
+            )
         return command != "/quit"
 
     def _switch_adapter(self, name: str) -> None:
@@ -92,7 +85,14 @@ class Session:
                 tuned = self._generate(text, "tuned", None)
             _print_comparison(base, tuned)
         else:
-            self._generate(text, self.side, on_text)
+            with status_line("reading the prompt") if console.is_terminal else nullcontext() as status:
+
+                def show(piece: str) -> None:
+                    if status is not None:
+                        status.stop()
+                    on_text(piece)
+
+                self._generate(text, self.side, show)
             print(flush=True)
             if self.model.was_cut:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
@@ -118,8 +118,8 @@ def chat_in_terminal(
     force: bool = False,
 ) -> None:
     """Load a model and answer each line of stdin. sampling: None stands for the setting in the model's config."""
-    with status_line("loading the model"):
-        model = api.load(name, quantization=quantization, dtype=dtype, force=force)
+    with status_line("loading the model") as status:
+        model = api.load(name, quantization=quantization, dtype=dtype, force=force, progress=status.update)
         for adapter in adapters:
             model.add(adapter, force=force)
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])

@@ -34,21 +34,36 @@ Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; de
 Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
 Machines = Annotated[int, typer.Option(min=1, help="Number of machines.")]
 DevicesPerMachine = Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")]
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 RecipeOrData = Annotated[str | None, typer.Argument(metavar="RECIPE|DATA", help="Recipe file (YAML), or data.")]
 RecipeOrModel = Annotated[str | None, typer.Argument(metavar="RECIPE|MODEL", help="Recipe file (YAML), or a model.")]
+
+CHAT_COMMANDS = {
+    "/base": "answer without the adapter",
+    "/tuned": "answer with the adapter",
+    "/compare": "answer each line without and with the adapter",
+    "/adapter": "NAME: answer with this adapter; no name: list the adapters",
+    "/system": "TEXT: start over with this system prompt",
+    "/reset": "start over with the same system prompt",
+    "/help": "show this list",
+    "/quit": "end the chat (also an empty line or Ctrl-D)",
+}
 
 
 def read_argument(
     argument: str | None, field: str, options: dict[str, Any] | None
 ) -> tuple[Path | None, dict[str, Any]]:
     """Return the recipe file and the options of a command whose argument is a recipe file or a field's value."""
-    if argument is None or Path(argument).suffix in (".yaml", ".yml"):
-        return (Path(argument) if argument else None), options or {}
+    path = Path(argument or "")
+    is_model = path.is_dir() or path.suffix == ".gguf" or not path.is_file()
+    is_recipe = path.suffix in (".yaml", ".yml") or (
+        field == "model.name" and not is_data_file(path.name) and not is_model
+    )
+    if argument is None or is_recipe:
+        return (path if argument else None), options or {}
     if field == "model.name" and is_data_file(argument) and not argument.endswith(".json"):  # a model's config.json
         raise RecipeError(f"{argument}: data, not a model or a recipe", fix=f"give it with --data {argument}")
     if field in (options or {}):
-        raise RecipeError(f"{field}: given twice, as {argument} and as an option", fix="give it once")
+        raise RecipeError(f"--{field}: given twice, as {argument} and as an option", fix="give it once")
     return None, {field: argument, **(options or {})}
 
 

@@ -17,22 +17,37 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from strop.config.names import OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
+from strop.config.names import ALWAYS, OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
 from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
 MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error message
+# pydantic's types of errors in plain words, with the values of their context
+MESSAGES = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), "a whole number{example}"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number{example}"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than_equal": "at most {le}",
+    "less_than": "below {lt}", "literal_error": "{expected}", "string_type": "text", "list_type": "a list",
+    "dict_type": "a map", "model_type": "a section", "string_pattern_mismatch": "{form}",
+}  # fmt: skip
 
 
-def suggest_field(name: str) -> str | None:
-    """Return the field, or field and value, that an unknown name probably means. None: nothing is similar."""
+def explain_name(name: str, prefix: str = "", separator: str = ": ") -> str:
+    """Return what an unknown name probably means, in a form to append to an error, or "" if nothing is similar.
+
+    prefix: of the suggested field. separator: between the field and its value.
+    """
     fields = [field for field, _ in option_fields()]
     leaf = name.lower().replace("-", "_").rpartition(".")[2]
+    if leaf in ALWAYS:
+        return f": {ALWAYS[leaf]}"
     same_leaf = next((field for field in fields if field.rpartition(".")[2] == leaf), None)
     short = full_name(leaf) if full_name(leaf) != leaf else None
-    return same_leaf or short or OTHER_NAMES.get(leaf) or closest(name, [*fields, *SHORT_FORMS])
+    found = same_leaf or short or OTHER_NAMES.get(leaf) or closest(name, [*fields, *SHORT_FORMS])
+    return f" (did you mean {prefix}{found.replace(' ', separator)}?)" if found else ""
 
 
 @dataclass(frozen=True)
@@ -185,9 +200,7 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     locations = []
     for name in [name for name in given if name not in known]:
-        field, _, value = (suggest_field(name) or "").partition(" ")
-        hint = f" (did you mean {field}{value and f': {value}'}?)" if field else ""
-        locations.append(Location(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
+        locations.append(Location(given[name][2] or f"--{name}", None, f"unknown key {name}{explain_name(name)}"))
     if locations:
         raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=locations)
     tree: dict[str, Any] = {}
@@ -206,23 +219,50 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        locations: dict[str, Location] = {}  # by field, because pydantic reports an error per member of a union
-        for issue in error.errors():
-            path, kind = issue["loc"], issue["type"]
-            name = _field_name(path)
-            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
-            value, origin, source = given.get(name, (None, "", ""))
-            key = f"{path[-1]}: " if isinstance(value, dict) and len(path) > 2 else ""
-            file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            text = repr(issue["input"])
-            text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
-            shown = "" if kind in ("missing", "value_error") and not name else f" (got {text})"
-            message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
-            field = f"{name}: " if origin == "recipe" else ""
-            locations.setdefault(name + key, Location(file, None, f"{field}{key}{message}"))
-        is_incomplete = any(issue["type"] == "missing" for issue in error.errors())
-        fix = "give --model and --data, or a recipe file" if is_incomplete else ""
-        raise RecipeError("the recipe is not valid", fix=fix, where=list(locations.values())) from None
+        issues = error.errors()
+    recipe_file = next((source for _, origin, source in given.values() if origin == "recipe"), "")
+    locations: dict[tuple[str, str], Location] = {}  # by file, and field and key
+    problems: dict[tuple[str, str], list[str]] = {}  # several of a field: pydantic reports each member of a union
+    missing: list[str] = []
+    for issue in issues:
+        name = _field_name(issue["loc"])
+        name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
+        problem = explain_issue(name, issue)
+        if not name:  # values that contradict each other
+            names = "|".join(re.escape(field) for field, _ in option_fields() if "." in field)
+            problem = problem if recipe_file else re.sub(rf"(?<![\w.])({names})\b", r"--\1", problem)
+            where = [Location(recipe_file, None, problem)] if recipe_file else []
+            raise RecipeError(problem, where=where)
+        value, origin, source = given.get(name, (None, "", ""))
+        key = f"{issue['loc'][-1]}: " if isinstance(value, dict) and len(issue["loc"]) > 2 else ""
+        file, what = (source, f"{name}: {key}") if origin == "recipe" else (f"--{name}", key)
+        problems.setdefault((file, what), []).append(problem)
+        text = repr(issue["input"])
+        text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+        shown = f" (got {text})"
+        if issue["type"] == "missing":
+            missing, shown = [*missing, f"--{name}"], ""
+        message = ", or ".join(dict.fromkeys(problems[file, what])) + shown
+        locations[file, what] = Location(file, None, f"{what}{message}")
+    names = " and ".join(missing)
+    fix = f"give {names}, or {f'complete {recipe_file}' if recipe_file else 'a recipe file'}" if missing else ""
+    if len(missing) == len(locations):
+        raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix)
+    what = f"the {'recipe is' if recipe_file else 'options are'} not valid"
+    raise RecipeError(what, fix=fix, where=list(locations.values()))
+
+
+def explain_issue(name: str, issue: Mapping[str, Any]) -> str:
+    """Return what is wrong with a value in plain words, from an error of pydantic. name: the field, if it is one."""
+    if issue["type"] not in MESSAGES:
+        return "is required" if issue["type"] == "missing" else str(issue["msg"]).removeprefix("Value error, ")
+    info = dict(option_fields()).get(name)
+    sample = next(iter((info and info.examples) or ()), info and info.default)
+    is_number = isinstance(sample, int | float) and not isinstance(sample, bool)
+    form = re.split(r"(?=such as)|: ", info.description)[-1].replace("such as", "a value such as") if info else ""
+    details = {"example": f", such as {sample:g}" if is_number else "", "form": form}
+    context = {key: str(value).replace("'", "") for key, value in issue.get("ctx", {}).items()}
+    return f"must be {MESSAGES[issue['type']].format(**details, **context)}"
 
 
 def _field_name(path: tuple[int | str, ...]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 # `strop train --model X` means `strop train --model.name X`
 SHORT_FORMS = {
     "model": "model.name", "data": "data.train", "eval": "data.eval",
@@ -32,6 +35,8 @@ OTHER_NAMES = {
     "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
     "output": "out", "output_dir": "out",
 }  # fmt: skip
+# options of other tools that strop has no option for, because it always does this
+ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")
 
 
 def full_name(name: str) -> str:
@@ -42,3 +47,12 @@ def full_name(name: str) -> str:
 def is_data_file(name: str) -> bool:
     """Return whether a file's name has a suffix of data, possibly compressed."""
     return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(DATA_SUFFIXES)
+
+
+def use_short_forms(text: str) -> str:
+    """Replace options by their short forms (--train.learning_rate by --lr), except those that were typed in full."""
+    typed = {word.partition("=")[0] for word in sys.argv}
+    for short, field in SHORT_FORMS.items():
+        if f"--{field}" not in typed:
+            text = re.sub(rf"(?<![\w-])--{re.escape(field)}(?![\w-]|\.\w)", f"--{short}", text)
+    return text

@@ -106,7 +106,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="data type of the frozen weights; auto measures bf16 against fp32 on a CPU"
     )
-    device: str = Field("auto", pattern=DEVICE_PATTERN, description="auto, cpu, mps, cuda or cuda:N")
+    device: str = Field(
+        "auto", pattern=DEVICE_PATTERN, description="device to compute on: auto, cpu, mps, cuda or cuda:N"
+    )
 
 
 class DataSection(Section):
@@ -278,7 +280,11 @@ class TrainSection(Section):
         None, ge=1, description="tokens computed at once, including padding; default: chosen by the plan"
     )
     learning_rate: Finite | None = Field(
-        None, gt=0, le=1, description="peak learning rate; default: by model size, alpha and batch size"
+        None,
+        gt=0,
+        le=1,
+        examples=[1e-4],
+        description="peak learning rate; default: by model size, alpha and batch size",
     )
     lora_plus_ratio: Finite = Field(
         1.0, gt=0, description="learning rate of B divided by that of A (LoRA+, arXiv:2402.12354)"

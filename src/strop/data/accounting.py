@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -289,7 +290,12 @@ def _why_refused(
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
-        advice = [FIXES[code] for code in codes if code in FIXES] or ["fix them"]
+        files = [data.train] if isinstance(data.train, str) else data.train
+        command = f"strop check {shlex.join(word for file in files for word in ('--data', file))} --fix clean.jsonl"
+        correct = (
+            f"correct them, or write the other rows to a file: `{command}`" if role == "training" else "correct them"
+        )
+        advice = [FIXES[code] for code in codes if code in FIXES] or [correct]
         fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
         return DataError(
             f"{len(invalid)} of {num_read} {role} rows cannot be used",

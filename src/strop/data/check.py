@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from strop.config.names import use_short_forms
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
@@ -66,7 +67,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
     if refusal := report["refusal"]:
-        console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
+        text = use_short_forms(f"a run would refuse this: {refusal['message']}: {refusal['fix']}")
+        console.print(Text(text, style="bold red"))
 
 
 def _describe_answers(answers: Mapping[str, Any]) -> str:

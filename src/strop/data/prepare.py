@@ -47,6 +47,7 @@ from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
 STORE_VERSION = 8  # increment it when prepared data changes for the same input
+EARLY_ROWS = 1000  # rows that are read before the libraries load
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
@@ -108,15 +109,32 @@ def prepare(
 
 def need_template(data: DataSection, data_kind: DataKind) -> bool:
     """Return whether the first row is a conversation, which needs a chat template. Errors are left to `prepare`."""
-    rows = sources.read_rows(
-        data.train, encoding=data.encoding, columns=data.columns, errors=[], documents=data.format == formats.DOCUMENT
-    )
-    conversations = formats.ConversationReader(
-        rows, format=data.format, columns=data.columns, errors=[], answerless=data_kind == "prompts"
-    )
     with contextlib.suppress(DataError):
-        return any(conversation.text is None for conversation in islice(conversations, 1))
+        return any(conversation.text is None for conversation in islice(_parse_rows(data, data_kind, []), 1))
     return False
+
+
+def has_bad_rows(data: DataSection, data_kind: DataKind) -> bool:
+    """Return whether one of the first rows of local files cannot be read or converted. This needs no tokenizer."""
+    errors: list[RowError] = []
+    files = [data.train] if isinstance(data.train, str) else data.train
+    if not any(map(sources.needs_download, files)):
+        for _ in islice(_parse_rows(data, data_kind, errors), EARLY_ROWS):
+            pass
+    return bool(errors)
+
+
+def _parse_rows(data: DataSection, data_kind: DataKind, errors: list[RowError]) -> formats.ConversationReader:
+    rows = sources.read_rows(
+        data.train,
+        encoding=data.encoding,
+        columns=data.columns,
+        errors=errors,
+        documents=data.format == formats.DOCUMENT,
+    )
+    return formats.ConversationReader(
+        rows, format=data.format, columns=data.columns, errors=errors, answerless=data_kind == "prompts"
+    )
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -90,6 +90,12 @@ def with_command_name(text: str) -> str:
     return text if name == "strop" else re.sub(r"(?<![\w/.-])strop (?=[a-z])", f"{name} ", text)
 
 
+def print_next(*commands: Sequence[str]) -> None:
+    """Print commands to run next, each given by its words without `strop`."""
+    for lead, words in zip(("next", *[""] * len(commands)), commands, strict=False):
+        console.print(f"{lead:8} {command_name()} {shlex.join(words)}", markup=False)
+
+
 def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     run = report["run"]
     console.print(
@@ -103,19 +109,29 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {escape(finding)}")
     console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(run)}/report.html")
-    console.print(f"next     {command_name()} eval {shlex.quote(run)} --data HELD_OUT.jsonl", markup=False)
-    if report.get("objective", {}).get("name") != "reward":
-        console.print(f"         {command_name()} chat {shlex.quote(run)}", markup=False)
+    from strop.data.reading.sources import read_eval_share  # `strop --help` does not need the readers
+
+    values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}
+    evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
+    files = [] if read_eval_share(values.get("data.eval")) else evaluated
+    commands = [["chat", run]] if report.get("objective", {}).get("name") != "reward" else []
+    commands += [["eval", run, *(word for file in files for word in ("--data", file))]] if files else []
+    print_next(*commands)
+    if not files:
+        advice = "" if evaluated else "; --eval 5% keeps some back in the next run"
+        lead = "         " if commands else "next     "
+        console.print(f"{lead}measure with `strop eval`, on rows that it was not trained on{advice}", markup=False)
     hidden = ("recipe", "lock", "machine", "data_report")
     print_json({key: value for key, value in report.items() if key not in hidden}, as_json)
 
 
 def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -> None:
-    table = Table("adapter", "base", "rank", "modules", "size", "score")
+    table = Table(Column("adapter", overflow="fold"), "base", "rank", "modules", "size", "score")
     for adapter in adapters:
-        size = f"{adapter['size_bytes'] / 1e6:.1f} MB"
-        modules = ", ".join(adapter["target_modules"])
-        cells = (adapter["folder"], adapter["base"], str(adapter["rank"]), modules, size, adapter["score"])
+        size = f"{adapter['size_bytes'] / 2**20:.1f} MiB"
+        modules = abbreviate(adapter["target_modules"])
+        base = "demo" if adapter["base"].startswith("demo:") else adapter["base"]
+        cells = (adapter["folder"], base, str(adapter["rank"]), modules, size, adapter["score"])
         table.add_row(*map(escape, cells))
     out.print(table if adapters else "no adapters found")
 
@@ -129,7 +145,7 @@ def _format_value(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value / 1e6:.1f} MB" if name.endswith("_bytes") else f"{value:,}"
+        return f"{value / 2**20:.1f} MiB" if name.endswith("_bytes") else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "-"
     return "-" if value is None or value == "" else str(value)

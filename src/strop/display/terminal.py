@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,10 +67,10 @@ class StatusLine:
         self._thread = threading.Thread(target=self._refresh, daemon=True)
 
     def update(self, activity: str) -> None:
-        """Show an activity. A new one restarts the timer."""
-        if activity == self._activity:
-            return
-        self._activity, self._since = activity, time.monotonic()
+        """Show an activity. A new one restarts the timer, unless it differs only in its numbers, such as a row's."""
+        if re.sub(r"\d+", "", activity) != re.sub(r"\d+", "", self._activity):
+            self._since = time.monotonic()
+        self._activity = activity
         self._draw()
 
     def print(self, activity: str) -> None:

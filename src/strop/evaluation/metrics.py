@@ -285,7 +285,7 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
     if not reasons:
         return kind, text
-    return "unclear", f"no test of what it learned, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+    return "unclear", f"not a test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
 
 
 def describe_cut(result: Mapping[str, Any]) -> list[str]:

@@ -147,7 +147,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
                 cell["share"] = 100 * value if is_rate else None
             if name == metric and intervals.get(side):
                 low, high = (100 * float(end) for end in intervals[side])
-                cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
+                cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
             cells.append(cell)
         yield {"name": name, "sides": cells}
 
@@ -222,7 +222,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _format_percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{share:.1%}"
 
 
 def _format_duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from strop.evaluation.metrics import (
     rows_label,
 )
 
-_NOT_IN_PERCENT = ("loss", "perplexity", "tokens_per_answer")
+_DECIMALS = {"loss": 3, "perplexity": 3, "tokens_per_answer": 1}  # of scores that are not percentages
 
 
 class Evaluation(dict[str, Any]):
@@ -40,9 +40,9 @@ class Evaluation(dict[str, Any]):
 
 
 def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = console) -> None:
-    """Print the scores of one model, and up to `samples` answers."""
+    """Print up to `samples` answers of one model, and its scores, with the verdict at the end."""
+    print_samples(result["samples"][:samples], out)
     print_notes(result["notes"], out)
-    print_scores(result, out=out)
     for part, print_part in (("rewards", _print_rewards), ("judge", _print_judge), ("general", _print_general)):
         if part in result:
             print_part(result[part], out)
@@ -51,7 +51,7 @@ def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = con
     if "regression" in result:
         print_scores(result["regression"], rows_name="rows that should not get worse", out=out)
     _print_tasks(result.get("tasks", {}), out)
-    print_samples(result["samples"][:samples], out)
+    print_scores(result, out=out)
 
 
 def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: Console = console) -> None:
@@ -68,12 +68,12 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         cells = []
         for side in sides:
             value = result[side][name]
-            cell = f"{value:.3f}" if name in _NOT_IN_PERCENT else f"{value:.1%}"
+            cell = f"{value:.{_DECIMALS[name]}f}" if name in _DECIMALS else f"{value:.1%}"
             if name == result["metric"]:
                 low, high = result["intervals"][side]
                 cell += f"  ({low:.1%} to {high:.1%})"
             cells.append(cell)
-        table.add_row(escape(name), *cells)
+        table.add_row(escape(name if name == result["metric"] else name.replace("_", " ")), *cells)
     out.print(table)
     if speed := result[sides[-1]].get("tokens_per_s"):
         together = " in one batch" if len(sides) > 1 else ""
@@ -83,12 +83,13 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
     if "difference" in result:
         changed = result.get("changed", {"gained": [], "lost": []})
-        out.print(
-            f"tuned minus base: {describe_change(result)[1]} "
-            f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
-        )
         if changed["lost"]:
             out.print(f"became wrong: {abbreviate(changed['lost'])}", markup=False)
+        verdict = describe_change(result)[1]
+        out.print(
+            f"{'' if verdict.startswith('not a test') else 'tuned minus base: '}{verdict} "
+            f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
+        )
 
 
 def _print_rewards(rewards: Mapping[str, Any], out: Console) -> None:
@@ -168,10 +169,10 @@ def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out
 
 def print_samples(samples: Sequence[Mapping[str, Any]], out: Console = console) -> None:
     for sample in samples:
-        out.print()
         out.print("prompt ", sample["prompt"], markup=False)
         if "gold" in sample:
             out.print("right  ", sample["gold"], markup=False, style="green")
         for side, style in (("base", "dim"), ("tuned", None)):
             if side in sample:
                 out.print(f"{side:7}", sample[side].strip() or "(nothing)", markup=False, style=style)
+        out.print()

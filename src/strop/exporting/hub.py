@@ -266,4 +266,4 @@ def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed 
 
 
 def _format_size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:,.1f} kB"
+    return f"{size_bytes / 2**20:,.1f} MiB" if size_bytes >= 1e5 else f"{size_bytes / 2**10:,.1f} KiB"

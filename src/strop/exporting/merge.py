@@ -7,8 +7,10 @@ folder appears when it is complete and verified. An interrupted merge is resumed
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
-from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError
+from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError, Stopped
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
@@ -63,6 +65,7 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import sha256_file, sha256_text
 
+LOG = logging.getLogger(__name__)
 GENERATION_CONFIG = "generation_config.json"  # has the sampling settings and the tokens that end an answer
 # Files copied from the base. The processor configs describe how images, videos and audio are converted to tensors.
 COPIED_FILES = (
@@ -107,7 +110,7 @@ def merge(
     if measure:
         check_memory(tuned.source, DTYPES[dtype].itemsize, progress)
         tuned = tuned.load_rows(data)
-    with disk_errors(out.parent), exclusive_output(out):
+    with disk_errors(out.parent), exclusive_output(out), _resumable(out):
         progress(f"merging into {out}, shard by shard")
         merged_folder, parity = _write_merged(tuned, folder, out, dtype), None
         if measure:
@@ -122,6 +125,20 @@ def merge(
             (merged_folder / CARD_FILE).write_text(format_card(report, merged=details), encoding="utf-8")
         replace_folder(merged_folder, out)
     return Merged(out, sorted(file.name for file in out.iterdir()), tuned.base, tuned.base_losses, parity, dtype)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that the shards that are complete are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fix = f"the same command continues from {_partial_folder(out)}; delete that folder to give up"
+        raise Stopped("stopped before the merged model was complete", fix=fix) from None
+
+
+def _partial_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
 
 def check_data_option(data: str | None, measure: bool) -> None:
@@ -217,6 +234,7 @@ class TunedModel:
             return tuned
         losses, rows = {}, tuned.examples[:BASE_CHOICE_ROWS]
         for candidate in (tuned.on_original_base(), tuned):
+            LOG.info("measuring the adapter on the %s base: %d rows", candidate.base, len(rows))
             token_loss = step_for(candidate.load()).token_loss
             losses[candidate.base] = mean_loss(token_loss, rows, lambda block: [[row] for row in range(len(block))])
             del token_loss
@@ -302,7 +320,7 @@ def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Pat
     """Write the merged model to a temporary folder, reusing the complete shards of an interrupted merge."""
     source = tuned.source
     merge_tensor, round_as_trained = load_merger(source, folder), tuned.storage.make_rounding(source)
-    merged_folder = out.with_name(f"{out.name}.partial")
+    merged_folder = _partial_folder(out)
     inputs = {
         "adapter": sha256_file(folder / WEIGHTS_FILE), "base": fingerprint(source), "scheme": tuned.storage.scheme,
         "dtype": dtype,

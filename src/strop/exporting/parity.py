@@ -131,9 +131,8 @@ def measure_against(
     ends = list(accumulate(sizes))
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
-        LOG.info("measuring on the rows")
         stored, losses = _LogprobFile(Path(folder) / "tuned"), []
-        for example, start in zip(examples, starts, strict=True):
+        for example, start in zip(_log_progress("the tuned model", examples), starts, strict=True):
             logprobs = _compute_logprobs(model, example)
             losses.append(_compute_loss(logprobs, example))
             stored.append(logprobs[start:])
@@ -143,9 +142,10 @@ def measure_against(
 
         def measure(load: Callable[[], Any], limit: Limit) -> Parity:
             model = load()
-            LOG.info("measuring on the rows")
             divergences, flips, clear_flips, model_losses, projections = [], 0, 0, [], []
-            for example, start, size, end in zip(examples, starts, sizes, ends, strict=True):
+            for example, start, size, end in zip(
+                _log_progress("the result", examples), starts, sizes, ends, strict=True
+            ):
                 logprobs = _compute_logprobs(model, example)
                 model_losses.append(_compute_loss(logprobs, example))
                 projection = np.zeros(2)
@@ -172,6 +172,13 @@ def measure_against(
             )  # fmt: skip
 
         yield measure
+
+
+def _log_progress(name: str, examples: Sequence[Example]) -> Iterator[Example]:
+    """Yield the examples, and log for the status line which one is measured."""
+    for number, example in enumerate(examples, 1):
+        LOG.info("measuring %s: row %d of %d", name, number, len(examples))
+        yield example
 
 
 def free_memory() -> None:
@@ -211,7 +218,7 @@ def _store_effect(
         return None
     effect = _LogprobFile(file)
     with adapter_disabled(model):
-        for example, start, end in zip(examples, starts, ends, strict=True):
+        for example, start, end in zip(_log_progress("the base", examples), starts, ends, strict=True):
             base = _compute_logprobs(model, example)[start:]
             for offset, chunk in _split_chunks(base):
                 chunk.copy_(tuned.read(end - len(base) + offset, len(chunk)) - chunk)

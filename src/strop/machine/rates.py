@@ -24,6 +24,7 @@ class Rates:
     costs: dict[str, dict[str, float]]  # fields of planning.time.Rate, by dtype
     unpacked_per_s: dict[str, float]  # weights dequantized per second, by quantization scheme
     integers: dict[str, float]  # FLOP/s with train.int8_matmul, by quantization scheme; empty if unsupported
+    busy: bool = False  # other programs were using the machine, so the rates are too low
 
     @property
     def dtype(self) -> str:
@@ -40,7 +41,7 @@ def save_rates(machine: Machine, device: str, rates: Rates) -> None:
 def load_rates(machine: Machine, device: str) -> Rates | None:
     """Return the stored rates, or None if there are none with the fields of this version of strop."""
     stored = read_json(_rates_file(machine, device))
-    return Rates(**stored) if set(stored) == {field.name for field in fields(Rates)} else None
+    return Rates(**{"busy": False, **stored}) if {*stored, "busy"} == {field.name for field in fields(Rates)} else None
 
 
 def generation_dtype(trained: str | None, device: str, fastest: str) -> str:

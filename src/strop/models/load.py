@@ -94,7 +94,7 @@ def load_base(
     # dtype: of unquantized weights. device: cpu, cuda, cuda:N or mps. quantization: none, nf4, fp4 or int8. double:
     # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
     # dequantize permanently; None: all, or on a GPU as many as leave enough memory for generation.
-    LOG.info("loading the weights of %s", source.name)
+    LOG.info("loading the weights of %s", "demo" if source.name.startswith("demo:") else source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
     if has_generation_config:  # check it: transformers ignores a damaged file, and its stop tokens would be missing
         read_config(source.path, "generation_config.json")

@@ -40,11 +40,12 @@ def check_template(source: Source, data: DataSection, data_kind: DataKind) -> No
     from strop.data.prepare import need_template
     from strop.data.rendering.template_source import missing_template_error
 
-    if data.template is None and not _has_template(source) and need_template(data, data_kind):
+    if data.template is None and not has_template(source) and need_template(data, data_kind):
         raise missing_template_error()
 
 
-def _has_template(source: Source) -> bool:
+def has_template(source: Source) -> bool:
+    """Return whether a model has a chat template, without loading its tokenizer."""
     if source.kind == "gguf":
         from strop.models.families.gguf_header import GgufReader
 

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ assert SMALL["hidden_size"] == COMPILE_HIDDEN and RANK <= MAX_TILED_RANK < WIDE_
 def examine(machine: Machine) -> tuple[list[Finding], Rates]:
     """Run all checks and measurements. The CPU's rates are also stored for `strop plan`."""
     load_findings = _check_load(machine)
-    rates = measure_rates()
+    rates = replace(measure_rates(), busy=bool(load_findings))
     save_rates(machine, "cpu", rates)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"

@@ -233,7 +233,9 @@ def _list_notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[s
         return ()
     note = "every device has the whole base"
     if workload.base.shards > 1:
-        note = f"every device has 1/{workload.base.shards} of the base; {gather_bytes(workload) / 1e6:,.0f} MB of it "
+        note = (
+            f"every device has 1/{workload.base.shards} of the base; {gather_bytes(workload) / 2**20:,.0f} MiB of it "
+        )
         note += "are gathered for each micro-batch: larger micro-batches, if they fit, are faster"
     elif workload.compute.device == "cpu":
         note = f"the processes share one machine's cores and memory: {devices.per_node} copies of the base on each "

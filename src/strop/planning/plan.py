@@ -343,7 +343,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     if tokens:
         largest += f"; with the recipe's max_length, micro_batch_tokens {tokens:,}"
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
-    out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
+    out.print(f"[bold]disk[/]     {plan.disk_bytes / 2**20:,.0f} MiB")
     if plan.refused or plan.data["refused"]:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
     if plan.fits:
@@ -385,8 +385,8 @@ def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
     devices = multi_device.devices
     out.print(
         f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.per_node}), base {multi_device.mode}, "
-        "memory above is per device; "
-        f"per step: {multi_device.compute_s:.3g} s of computation, {multi_device.sent_bytes / 1e6:,.1f} MB sent by each"
+        f"memory above is per device; per step: {multi_device.compute_s:.3g} s of computation, "
+        f"{multi_device.sent_bytes / 2**20:,.1f} MiB sent by each"
     )
     table = Table()
     for head in ("link", "communication", "share of step", "tokens/s in all"):

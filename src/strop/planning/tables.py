@@ -110,11 +110,13 @@ class Comparison(list[Row]):
 
 def print_comparison(rows: Sequence[Row], out: Console) -> None:
     tokens = rows[0].tokens
-    table = Table(title=f"peak of training on rows of {tokens:,} tokens, one at a time, all layers checkpointed, in GB")
+    table = Table(
+        title=f"peak of training on rows of {tokens:,} tokens, one at a time, all layers checkpointed, in GiB"
+    )
     for head in ("model", "parameters", "full", "16-bit LoRA", "QLoRA (nf4)"):
         table.add_column(head, justify="left" if head == "model" else "right")
     for row in rows:
-        cells = [f"{size / 1e9:.1f}" for size in (row.full, row.lora, row.qlora)]
+        cells = [f"{size / GIB:.1f}" for size in (row.full, row.lora, row.qlora)]
         if row.usable is not None:
             fits = [size <= row.usable for size in (row.full, row.lora, row.qlora)]
             cells = [f"[{'green' if fit else 'red'}]{cell}[/]" for fit, cell in zip(fits, cells, strict=True)]

@@ -65,7 +65,8 @@ class Rate:
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
         costs: dict[str, Any] = {**rates.costs[dtype if dtype in rates.costs else "fp32"]}
         costs |= {"unpacked_per_s": rates.unpacked_per_s, "integers": rates.integers}
-        return Rate(flops, rates.bandwidth, "strop doctor", **costs)
+        source = "strop doctor, but too low: other programs used the machine" if rates.busy else "strop doctor"
+        return Rate(flops, rates.bandwidth, source, **costs)
 
     @staticmethod
     def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:

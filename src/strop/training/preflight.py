@@ -266,7 +266,7 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
         (folder.path, "the run needs", run_bytes, "give --out another disk, or lower --train.keep_checkpoints"),
     ):
         if needed and (free := free_bytes(path)) < needed:
-            what = f"{path}: {user} {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+            what = f"{path}: {user} {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free"
             raise FolderError(what, fix=f"free some space, {fix}; see {TROUBLESHOOTING_PAGE}#disk")
 
 

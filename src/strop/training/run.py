@@ -233,7 +233,8 @@ def _execute(
             log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")
             saved = max([number for number, _ in folder.checkpoints()], default=0)
             what = f"stopped at once: {step} steps are complete, {saved} of them saved"
-            raise Stopped(what, fix=f"strop resume {folder.path}") from None
+            again = "" if saved else ", which starts with step 1"
+            raise Stopped(what, fix=f"strop resume {folder.path}{again}") from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -163,7 +163,9 @@ def save_checkpoint(folder: RunFolder, state: TrainState) -> Path:
     weights = {name: weight.detach().cpu().contiguous() for name, weight in state.weights.items()}
     needed, free = checkpoint_bytes(sum(weight.numel() for weight in weights.values())), free_bytes(folder.path)
     if free < needed:
-        what = f"{folder.path}: no room for a checkpoint: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+        what = (
+            f"{folder.path}: no room for a checkpoint: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free"
+        )
         raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
     with disk_errors(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")

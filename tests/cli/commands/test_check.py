@@ -18,6 +18,7 @@ def test_fix_reports_the_cleaned_copy(
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
     assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
+    assert f"next     strop train --model {tiny_folder} --data clean.jsonl" in err
 
 
 def test_fix_refuses_existing_paths(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

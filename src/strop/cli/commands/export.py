@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from rich.markup import escape
 from strop import api
 from strop.cli.options import DEFAULT_FOLDER, AdapterName, Data, Json, NoParity, check_folder, parse_numbers
 from strop.display.tables import console, print_adapters, print_fields, print_json, print_notes
-from strop.display.terminal import status_line
+from strop.display.terminal import StatusLine, status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
 
@@ -25,7 +27,7 @@ def adapters(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FOLDER|ADAPTER...]", help="A folder to list (default: runs), or one or two adapters to show."
+            metavar="FOLDER|ADAPTER", help="A folder to list (default: runs), or one or two adapters to show."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a weighted sum of the adapters to this folder.")] = None,
@@ -77,13 +79,22 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and compare the merged model with the tuned one."""
     api.check_inputs(adapters=[run], data=[data], out=out)
-    with status_line("loading the libraries") as status:
-        warmup.load(warmup.DECODE)
+    with _measuring_status(not no_parity) as status:
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
     _print_base_losses(merged.base_losses, merged.base)
     _print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
     print_json(merged.as_json(), as_json)
+
+
+@contextmanager
+def _measuring_status(measures: bool) -> Iterator[StatusLine]:
+    """Show a status line, and how to skip the measurement, which may take most of the time."""
+    with status_line("loading the libraries") as status:
+        if measures:
+            console.print("the result is measured on rows of the run, which takes longest (--no-parity skips it)")
+        warmup.load(warmup.DECODE)
+        yield status
 
 
 GgufType = Annotated[
@@ -105,8 +116,7 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
     api.check_inputs(models=[run], data=[data], out=out)
-    with status_line("loading the libraries") as status:
-        warmup.load(warmup.DECODE)
+    with _measuring_status(not no_parity) as status:
         exported = api.export(
             "gguf", run, out, type=gguf_type, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
@@ -126,8 +136,7 @@ def ollama(
 ) -> None:
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
     api.check_inputs(models=[run], data=[data], out=out)
-    with status_line("loading the libraries") as status:
-        warmup.load(warmup.DECODE)
+    with _measuring_status(not no_parity) as status:
         prepared = api.export(
             "ollama", run, out, type=gguf_type, data=data, measure=not no_parity, progress=status.print
         )
@@ -216,6 +225,6 @@ def push(
         console.print(f"removed  {file}, left by an earlier push", markup=False)
     console.print(
         f"[bold]pushed[/]   {pushed.url} ({'private' if pushed.private else 'public'}): {len(pushed.files)} files, "
-        f"{pushed.size_bytes / 1e6:.1f} MB, each verified against the Hub's copy"
+        f"{pushed.size_bytes / 2**20:.1f} MiB, each verified against the Hub's copy"
     )
     print_json(pushed.as_json(), as_json)

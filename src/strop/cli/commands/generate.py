@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
-from strop.display.tables import console, print_json, print_notes
+from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -19,7 +20,7 @@ from strop.errors import Stopped
 def evaluate(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|MODEL...", help="Runs or models to evaluate; several give a leaderboard."),
+        typer.Argument(metavar="RUN|MODEL", help="Runs or models to evaluate; several give a leaderboard."),
     ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
     metric: Annotated[
@@ -85,6 +86,10 @@ def evaluate(
         stopped = Stopped(f"interrupted {interrupted[0]}", fix="start it again to evaluate all rows")
         stopped.partial_result = result
         raise stopped
+    if len(names) == 1 and "rewards" not in result:
+        name, label = names[0], Path(names[0]).name
+        delivery = [["merge", name, "--out", f"{label}-merged"], ["export", "gguf", name, "--out", f"{label}.gguf"]]
+        print_next(["chat", name], *(delivery if "tuned" in result else []), ["serve", name])
     print_json(result, as_json)
 
 
@@ -115,6 +120,14 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe with one line per turn."""
     api.check_inputs(models=[name], adapters=adapter or ())
+
+    from strop.data.rendering.template_source import missing_template_error
+    from strop.models.adapter_config import adapter_folder
+    from strop.models.source import is_on_disk, locate
+    from strop.models.tokenizer import has_template
+
+    if is_on_disk(name) and adapter_folder(name) is None and not has_template(locate(name)):
+        raise missing_template_error()
     with status_line("loading the libraries"):
         warmup.load(warmup.DECODE)
         from strop.cli.chat import chat_in_terminal
@@ -130,7 +143,7 @@ def serve(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|MODEL...",
+            metavar="RUN|MODEL",
             help="Run, adapter or model folder, .gguf file, Hub id, or the word demo; or several runs of one base.",
         ),
     ],

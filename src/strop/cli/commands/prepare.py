@@ -10,7 +10,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.display.tables import console, print_json, print_notes
+from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import InputError, RecipeError
@@ -59,7 +59,9 @@ def doctor(
 
 
 def modules(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or the word demo.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, run folder, or the word demo.")
+    ],
     as_json: Json = False,
 ) -> None:
     """List the linear layers of a model, and the presets that adapt them."""
@@ -151,6 +153,10 @@ def check(
             written = sum(1 for _ in file)
         summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
         console.print(summary, markup=False, highlight=False)
+        objective = checked.recipe.train.objective
+        words = [str(recipe_file)] if recipe_file else ["--model", checked.recipe.model.name]
+        words += ["--objective", objective] if objective != "sft" and not recipe_file else []
+        print_next(["train", *words, "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:

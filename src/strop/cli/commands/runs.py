@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
 
 
-Folder = Annotated[Path, typer.Argument(help="Folder that contains run folders.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains run folders.")]
 
 
 def runs(
@@ -40,16 +40,16 @@ def runs(
         return
     check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
-    table = Table("run", "model", "data", "score", "loss", "time", "")
+    table = Table("run", "model", "data", "score", "loss", "time", "state")
     for row in rows:
         table.add_row(
             escape(Path(row["run"]).name),
             escape(_shorten_name(row["model"])),
             escape(", ".join(map(_shorten_name, row["data"] or [None]))),
-            "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
+            "-" if row["score"] is None else f"{row['metric']} {row['score']:.1%}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
-            "" if row["finished"] else f"step {row['step']}, not finished",
+            "finished" if row["finished"] else f"step {row['step']}, not finished",
         )
     console.print(table if rows else escape(f"no runs in {folder}"))
     print_json({"runs": rows}, as_json)
@@ -69,7 +69,7 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
         if confirmed:
             shutil.rmtree(path)
     verb = "deleted" if confirmed else "would delete"
-    console.print(f"[bold]{verb}[/] {escape(str(path))}: {len(files):,} files, {size / 1e6:,.1f} MB")
+    console.print(f"[bold]{verb}[/] {escape(str(path))}: {len(files):,} files, {size / 2**20:,.1f} MiB")
     if not confirmed:
         for file in files:
             console.print(f"  {file}", markup=False)

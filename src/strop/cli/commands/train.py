@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from strop import api
-from strop.cli.options import Devices, Json, Memory, RecipeFile, console_for, is_main_process
+from strop.cli.options import Devices, Json, Memory, RecipeOrModel, console_for, is_main_process, read_argument
 from strop.display.tables import command_name, console, print_json, print_run_summary
 from strop.display.terminal import generation_progress, run_progress
 from strop.engine.kernels import warmup
 
 
 def train(
-    recipe: RecipeFile = None,
+    recipe: RecipeOrModel = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print every value with its origin, without training.")
     ] = False,
@@ -33,7 +33,8 @@ def train(
     from strop.config.load import resolve
     from strop.distributed.launch import count_processes, launch_processes
 
-    resolved = resolve(recipe, options)
+    file, options = read_argument(recipe, "model.name", options)
+    resolved = resolve(file, options)
     if not print_recipe:
         api.check_recipe_inputs(resolved.recipe, resume_existing)
     num_processes = count_processes(devices, resolved.recipe.model.device)
@@ -55,14 +56,14 @@ def train(
     with run_progress(console_for(is_main)) as progress:
         warmup.load(warmup.TRAIN if is_main else None)
         run = api.train(
-            recipe, callback=progress, progress=False, memory=memory, resume_existing=resume_existing, **(options or {})
+            file, callback=progress, progress=False, memory=memory, resume_existing=resume_existing, **options
         )
     if is_main:
         print_run_summary(run.report, as_json)
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     allow_changed: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,9 +124,9 @@ def demo(
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
         result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)
-    print_scores(result)
     samples = result["samples"]
     print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
+    print_scores(result)
     console.print(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )

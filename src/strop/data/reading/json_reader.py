@@ -65,7 +65,8 @@ def _parse_at(text: str, pos: int = 0, *, strict: bool = True) -> tuple[Any, int
         # For a string or escape that is cut off by the end of the text, the scanner reports where it starts.
         truncated = error.pos >= len(text.rstrip(BLANK)) or error.msg.startswith(("Unterminated", "Invalid \\u"))
         code = "truncated" if truncated else "broken-json"
-        raise JsonError(code, f"not valid JSON: {error.msg}", error.pos) from error
+        problem = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise JsonError(code, f"not valid JSON: {problem}", error.pos) from error
     except RecursionError as error:
         raise JsonError("broken-json", "not valid JSON: nested too deep", pos) from error
     except ValueError as error:

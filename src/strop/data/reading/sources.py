@@ -25,7 +25,7 @@ from strop.data.reading.files import COMPRESSION, TYPES
 from strop.data.reading.json_reader import read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
-from strop.errors import DataError, InputError, first_line, suggest
+from strop.errors import MAX_SHOWN_LOCATIONS, DataError, InputError, first_line, suggest
 
 _MAX_WEIGHT = 1000.0
 
@@ -126,7 +126,10 @@ def _missing_file_error(path: str) -> DataError:
     if not os.path.isdir(folder or "."):
         return file_error(path, f"no such file: there is no folder {folder}")
     siblings = os.listdir(folder or ".")
-    return file_error(path, f"no such file{suggest(name, siblings)}", "a Hub data set is named owner/name")
+    others = sorted(filter(_is_data_file, siblings))[:MAX_SHOWN_LOCATIONS]
+    fix = f"the data files there are {', '.join(others)}" if others else ""
+    fix = fix if _is_data_file(name) else "a Hub data set is named owner/name"
+    return file_error(path, f"no such file{suggest(name, siblings)}", fix)
 
 
 # owner/name, optionally @revision, optionally a path or glob inside the repository
