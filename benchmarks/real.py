@@ -56,10 +56,17 @@ class Case:
     def training(self) -> list[str]:
         return ["--model", self.model, "--data", str(data_files()[0]), *self.options]
 
-    def held_out(self) -> list[list[dict[str, str]]]:
+    @property
+    def held_out(self) -> Path:
+        """A file with the first held-out rows."""
+        file = self.work / "held_out.jsonl"
+        lines = data_files()[1].read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[: self.rows]), encoding="utf-8")
+        return file
+
+    def prompts(self) -> list[list[dict[str, str]]]:
         """Return the messages before the answer of the held-out rows."""
-        lines = data_files()[1].read_text(encoding="utf-8").splitlines()[: self.rows]
-        return [json.loads(line)["messages"][:-1] for line in lines]
+        return [json.loads(line)["messages"][:-1] for line in self.held_out.read_text(encoding="utf-8").splitlines()]
 
 
 def assemble_gemma(folder: Path) -> Path:
@@ -145,9 +152,7 @@ def _steps_done(folder: Path) -> int:
 
 
 def evaluate(case: Case) -> dict[str, Any]:
-    rows = case.work / "held_out.jsonl"
-    rows.write_text("".join(data_files()[1].read_text(encoding="utf-8").splitlines(keepends=True)[: case.rows]))
-    result = run_strop("eval", case.run, "--data", rows, log=case.work / "eval.log")
+    result = run_strop("eval", case.run, "--data", case.held_out, log=case.work / "eval.log")
     return {name: result[name] for name in ("rows", "metric", "base", "tuned", "difference", "seconds")}
 
 
@@ -155,7 +160,7 @@ def strop_answers(case: Case, model: Path) -> list[str]:
     import strop
 
     loaded = strop.load(model, progress=False)
-    return [loaded.chat(messages, max_new_tokens=MAX_TOKENS) for messages in case.held_out()]
+    return [loaded.chat(messages, max_new_tokens=MAX_TOKENS) for messages in case.prompts()]
 
 
 def _share_equal(first: Sequence[str], second: Sequence[str]) -> float:
@@ -164,7 +169,7 @@ def _share_equal(first: Sequence[str], second: Sequence[str]) -> float:
 
 def merge(case: Case) -> dict[str, Any]:
     """Merge; then the merged folder in transformers alone has to give the answers of the adapter."""
-    result = run_strop("merge", case.run, "--out", case.merged, log=case.work / "merge.log")
+    result = run_strop("merge", case.run, "--out", case.merged, "--data", case.held_out, log=case.work / "merge.log")
     share = _share_equal(strop_answers(case, case.run), transformers_answers(case, case.merged, case.merged))
     return {"parity": result["parity"], "same_answers_in_transformers": share, "seconds": result["seconds"]}
 
@@ -180,7 +185,7 @@ def transformers_answers(case: Case, model: Path, tokenizer: Path, adapter: Path
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     answers = []
-    for messages in case.held_out():
+    for messages in case.prompts():
         ids = text.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         made = loaded.generate(**ids, max_new_tokens=MAX_TOKENS, do_sample=False)
         answers.append(text.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -198,7 +203,8 @@ def peft(case: Case) -> dict[str, Any]:
 def gguf(case: Case) -> dict[str, Any]:
     """Export, and compare the answers of llama.cpp on prompts made by its own template engine."""
     file = case.work / "tuned.gguf"
-    result = run_strop("export", "gguf", case.run, "--type", "f16", "--out", file, log=case.work / "gguf.log")
+    words = ("export", "gguf", case.run, "--type", "f16", "--out", file, "--data", case.held_out)
+    result = run_strop(*words, log=case.work / "gguf.log")
     figures = {"parity": result.get("parity"), "bytes": file.stat().st_size, "seconds": result["seconds"]}
     try:
         from llama_cpp import Llama
@@ -206,7 +212,7 @@ def gguf(case: Case) -> dict[str, Any]:
         return {**figures, "llama_cpp": "skipped: llama-cpp-python is not installed"}
     model = Llama(str(file), n_ctx=1024, verbose=False)
     options = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
-    replies = [model.create_chat_completion(messages, **options) for messages in case.held_out()]
+    replies = [model.create_chat_completion(messages, **options) for messages in case.prompts()]
     answers = [reply["choices"][0]["message"]["content"] for reply in replies]
     return {**figures, "same_answers_in_llama_cpp": _share_equal(strop_answers(case, case.run), answers)}
 
@@ -222,7 +228,7 @@ def serve(case: Case) -> dict[str, Any]:
         client = OpenAI(base_url=json.loads(process.stdout.readline())["url"] + "/v1", api_key="none")
         name = client.models.list().data[0].id
         options: dict[str, Any] = {"model": name, "max_tokens": MAX_TOKENS, "temperature": 0}
-        replies = [client.chat.completions.create(messages=messages, **options) for messages in case.held_out()]
+        replies = [client.chat.completions.create(messages=messages, **options) for messages in case.prompts()]
         answers = [reply.choices[0].message.content or "" for reply in replies]
     finally:
         process.send_signal(signal.SIGINT)
