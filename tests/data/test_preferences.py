@@ -127,6 +127,13 @@ def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None
         ({**PAIR, "rejected": "yo"}, "same-answers"),
         ({"chosen": "yo", "rejected": "no"}, "no-prompt"),
         ({"messages": [U, A], "chosen": "yo", "rejected": "no"}, "no-question"),
+        ({"prompt": [U, A], "chosen": "yo", "rejected": "no"}, "no-question"),
+        ({"prompt": [U, A], "chosen": [A], "rejected": [NO]}, "no-question"),
+        ({"question": [U, A], "answers": ["a", "b"], "scores": [1, 0]}, "no-question"),
+        ({"prompt": [U, A], "completion": "yo", "label": True}, "no-question"),
+        ({"prompt": [U, A], "completion": "yo"}, "no-question"),
+        ({"prompt": "hi", "completion": [MORE, A]}, "prompts-differ"),
+        ({"messages": [U, A], "chosen": [MORE, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({**PAIR, "chosen": ""}, "empty-answer"),
         ({**PAIR, "rejected": "  "}, "empty-answer"),
         ({**PAIR, "rejected": None, "messages": None}, "no-content"),
@@ -162,6 +169,21 @@ def test_invalid_row_has_its_reason_code(value: dict[str, Any], code: str, tmp_p
     data_kind = "labels" if {"kto_tag", "label"} & set(value) else data_kind
     message = refusal(write(tmp_path / "a.jsonl", [value]), data_kind, format=format)
     assert "a.jsonl:1" in message
+
+
+@pytest.mark.parametrize(
+    "prompt, completion", [("hi", [U, A]), ([U], [U, A]), ([U, NO, MORE], [U, NO, MORE, A]), ([U], [S, U, A])]
+)
+def test_completion_that_repeats_its_prompt_is_read_once(prompt: Any, completion: list[dict[str, str]]) -> None:
+    (converted,), bad = convert({"prompt": prompt, "completion": completion})
+    assert not bad and [(m.role, m.content) for m in converted.messages] == [tuple(m.values()) for m in completion]
+    assert [m.weight for m in converted.messages if m.role == "assistant"][:-1] == [0.0] * (NO in completion)
+    assert converted.messages[-1].weight == 1
+
+
+def test_history_precedes_the_prompt_of_a_pair() -> None:
+    (converted,), _ = convert({**PAIR, "history": [["a", "b"]]})
+    assert texts(converted) == [[("a", 1.0), ("b", 0.0), ("hi", 1.0), (side, 1.0)] for side in ("yo", "no")]
 
 
 def test_history_and_exchanges_of_a_question_are_read() -> None:

@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "prompt-completion", (("prompt", "completion"),), (*SYSTEM, "history", "tools"),
             converters.convert_columns,
-            "two strings, or two lists of messages; messages of the prompt are not trained on",
+            "two strings, or two lists of messages; messages of the prompt are not trained on, and the last one is not an answer",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
         ),
