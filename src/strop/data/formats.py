@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "prompt-completion", (("prompt", "completion"),), (*SYSTEM, "history", "tools"),
             converters.convert_columns,
-            "two strings, or two lists of messages; messages of the prompt are not trained on, and the last one is not an answer",
+            "two strings, or two lists of messages; the prompt does not end with an answer, and is not trained on",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
         ),
