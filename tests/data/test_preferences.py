@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_rows_of_another_kind_are_refused_with_the_objective_for_them(tmp_path: 
     judged = write(tmp_path / "judged.jsonl", [{"messages": [U, A], "label": True}])
     assert "--train.objective dpo" in refusal(pairs, "turns")
     assert "prompt=A,completion=chosen, with your names" in refusal(pairs, "turns")
-    assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
+    assert "--train.objective kto" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")
     numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
@@ -215,6 +216,34 @@ def test_rows_of_another_kind_are_refused_with_the_objective_for_them(tmp_path: 
 def test_rows_with_one_label_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "completion": "yo", "label": True} for n in range(4)]
     assert "all training rows are labelled good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
+    bad = write(tmp_path / "b.jsonl", [{**row, "label": False} for row in rows])
+    assert "all training rows are labelled bad" in refusal(bad, "labels") and "sft" not in refusal(bad, "labels")
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"prompt": "q", "completion": "yo", "label": True, "system": "s"}, None),
+        ({"query": "q", "response": "yo", "kto_tag": True}, None),
+        ({"instruction": "q", "input": "i", "output": "yo", "label": "good"}, None),
+        ({"conversations": [U, A], "label": True}, None),
+        ({"Q": "q", "my answer": "yo", "was good": 1}, {"prompt": "Q", "completion": "my answer", "label": "was good"}),
+    ],
+)
+def test_fix_of_labelled_answers_can_be_followed(
+    row: dict[str, Any], columns: dict[str, str] | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{**row, "id": n} for n in range(3)])
+    for data_kind in ("labels", "turns"):
+        message = refusal(path, data_kind, columns=columns)
+        words = shlex.split(message[message.index("--data.format") :])
+        options = dict(zip(words[::2], words[1::2], strict=False))
+        given = dict(pair.split("=") for pair in options.get("--data.columns", "").split(",") if pair) or None
+        (conversation, *_) = run(
+            path, format=options["--data.format"], columns=given, data_kind="turns"
+        ).train_conversations
+        assert conversation.messages[-1].content == "yo" and conversation.desirable is None
+        assert len(conversation.messages) == 2 + ("system" in row)
 
 
 def test_evaluation_rows_with_one_label_give_a_warning(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ class ConversationReader:
         errors: list[RowError], answerless: bool = False,
     ) -> None:  # fmt: skip
         self.formats: dict[str, str] = {}  # file -> name of its format
+        self.unlabelled: dict[str, str] = {}  # file with labelled answers -> name of the format without the label
         self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
         self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
         self._errors = errors
@@ -223,6 +224,8 @@ class ConversationReader:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
             what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
             raise InvalidRow("missing-column", what)
+        if entry.name == "labelled":
+            self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
         self.unused.update(set(value) - {*keys, *entry.optional})
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
