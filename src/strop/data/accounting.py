@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -219,6 +220,9 @@ def find_row_warnings(
     texts = [message.content for message in turns] or [conversation.text or ""]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
         yield "unfilled placeholders", f": {placeholders[0]}"
+    if garbled := re.search("[\x80-\x9f\ufffd]", "".join(texts)):
+        warning = "characters that a wrong encoding gives (U+0080 to U+009F, U+FFFD): check --data.encoding"
+        yield warning, f": U+{ord(garbled[0]):04X}"
     if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
         codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
         yield "characters that the tokenizer drops or changes", f": {codes}"
