@@ -20,8 +20,8 @@ TYPES: dict[str, tuple[str, str]] = {
     ".json": ("json", 'a JSON array of objects, an object with one such array (`{"data": [...]}`), or JSON Lines'),
     ".csv": (
         "csv",
-        "comma separated, quotes as in RFC 4180; with a header, or columns by number; separated by semicolons or tabs "
-        "if the first line has them and no comma, or is `sep=;`",
+        "comma separated, quotes as in RFC 4180; with a header, or columns by number; separated by semicolons, "
+        "tabs or `|` if the first line has them and no comma, or as in a first line `sep=:`",
     ),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
