@@ -307,6 +307,14 @@ def test_fix_for_windows_text_can_be_followed_and_a_wrong_encoding_gives_a_warni
     assert "not valid cp1252; set --data.encoding to another one" in "\n".join(caught.value.lines())
 
 
+def test_unnamed_column_is_reported_as_unnamed(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",prompt,completion\n0,hi,yo\n1,hey,yo\n", encoding="utf-8")
+    assert run(str(path)).report.warnings == ["columns not read: (unnamed) (2 rows)"]
+    with pytest.raises(DataError, match=r"there are: \(unnamed\), prompt, completion"):
+        run(str(path), columns={"prompt": "Q", "completion": "A"})
+
+
 def test_duplicates_and_placeholders_give_warnings(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     report = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))

@@ -252,7 +252,7 @@ def _null_names(conversation: Conversation) -> Iterator[str]:
 def _row_warnings(facts: dict[str, Any]) -> list[str]:
     warnings = [f"{count} rows have {warning} ({first})" for warning, count, first in facts["notes"]]
     if facts["unused"]:
-        columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
+        columns = ", ".join(f"{name or '(unnamed)'} ({count} rows)" for name, count in sorted(facts["unused"].items()))
         warnings.append(f"columns not read: {columns}")
     return warnings + [
         f"{count} rows of {path} not used, because of the weight of this source"

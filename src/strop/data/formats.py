@@ -294,7 +294,7 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
 
 
 def _list_columns(value: RowValue) -> str:
-    names = [key[:40] + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
+    names = [(key[:40] or "(unnamed)") + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
     return (", ".join(names) or "(none)") + (", ..." if len(value) > 12 else "")
 
 

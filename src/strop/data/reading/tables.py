@@ -136,7 +136,9 @@ def describe_mapping(columns: Sequence[str]) -> str:
         prompt, answer = columns
         mapping = shlex.quote(f"prompt={prompt},completion={answer}")
         return f"--data.columns {mapping} (if {answer} is the answer to {prompt})"
-    return f"--data.columns prompt=A,completion=B with the names of your columns ({', '.join(columns[:12])})"
+    return (
+        f"--data.columns prompt=A,completion=B with the names of your columns ({', '.join(filter(None, columns[:12]))})"
+    )
 
 
 def read_table(
@@ -183,7 +185,7 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
         return None
     for value in columns.values():
         if value not in names:
-            known = ", ".join(cell[:40] for cell in header[:10])
+            known = ", ".join(cell[:40] or "(unnamed)" for cell in header[:10])
             raise file_error(name, f"no column {value!r}{suggest(value, header)}; there are: {known}", line=line)
     if len(names) < len(header) and (columns or names & COLUMN_NAMES):
         duplicate = next(cell for cell in header if header.count(cell) > 1)
