@@ -187,6 +187,21 @@ def test_history_precedes_the_prompt_of_a_pair() -> None:
     assert texts(converted) == [[("a", 1.0), ("b", 0.0), ("hi", 1.0), (side, 1.0)] for side in ("yo", "no")]
 
 
+@pytest.mark.parametrize(
+    ("more", "unread"),
+    [
+        ({"question": "ho"}, "columns not read: question (1 rows)"),
+        ({"input": "ho", "system": "s"}, "columns not read: input (1 rows)"),
+        ({"input": "", "question": None, "history": []}, None),
+    ],
+)
+def test_columns_that_are_no_part_of_the_prompt_of_a_pair_are_reported(
+    more: dict[str, Any], unread: str | None, tmp_path: Path
+) -> None:
+    warnings = run(write(tmp_path / "a.jsonl", [{**PAIR, **more}])).report.warnings
+    assert warnings == ([unread] if unread else [])
+
+
 def test_history_and_exchanges_of_a_question_are_read() -> None:
     (converted,), _ = convert({"query": "more", "response": "yo", "history": [["hi", "no"]]})
     assert [m.content for m in converted.messages] == ["hi", "no", "more", "yo"]

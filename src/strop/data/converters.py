@@ -372,6 +372,15 @@ def convert_preference(row: RowValue, keys: Keys) -> list[ParsedRow]:
     return [_make_pair(chosen, rejected, row)]
 
 
+def unread_pair_columns(row: RowValue, keys: Keys) -> set[str]:
+    """Return the columns that could be in the prompt of a pair, but are not read because another one is the prompt."""
+    prompts = [key for key in _PROMPT_KEYS if row.get(key) and key not in keys]
+    if keys[1] != "rejected_response":
+        inputs = ["input"] if row.get("input") and prompts[:1] != ["instruction"] else []
+        return {*prompts[1:], *inputs}
+    return {*prompts, *(key for key in ("input", "history") if row.get(key))}
+
+
 def convert_ranking(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert scored answers to one prompt: any two answers with different scores make a pair."""
     prompt, answers, scores = (row[key] for key in keys)

@@ -226,7 +226,8 @@ class ConversationReader:
             raise InvalidRow("missing-column", what)
         if entry.name == "labelled":
             self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
-        self.unused.update(set(value) - {*keys, *entry.optional})
+        unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
+        self.unused.update(set(value) - {*keys, *entry.optional} | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
             raise InvalidRow("media", what)
