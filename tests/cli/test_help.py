@@ -73,6 +73,14 @@ def test_full_help_shows_every_field_with_its_default(width: int) -> None:
     assert "Recipe: objectives" in shown
 
 
+@pytest.mark.parametrize("command", ["", "eval", "merge", "chat", "runs", "export", "export gguf", "launch slurm"])
+def test_full_help_of_a_command_without_more_options_is_its_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [run(*command.split(), option, capsys=capsys) for option in ("--help", "--help-all")]
+    assert results[0] == results[1] and results[0][0] == 0 and "Usage" in results[0][1]
+
+
 def test_help_lists_every_command_in_one_panel() -> None:
     assert sorted(name for panel in PANELS.values() for name in panel) == sorted([*COMMANDS, *GROUPS])
 

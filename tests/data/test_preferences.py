@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None
         ({**PAIR, "rejected": "yo"}, "same-answers"),
         ({"chosen": "yo", "rejected": "no"}, "no-prompt"),
         ({"messages": [U, A], "chosen": "yo", "rejected": "no"}, "no-question"),
+        ({"prompt": [U, A], "chosen": "yo", "rejected": "no"}, "no-question"),
+        ({"prompt": [U, A], "chosen": [A], "rejected": [NO]}, "no-question"),
+        ({"question": [U, A], "answers": ["a", "b"], "scores": [1, 0]}, "no-question"),
+        ({"prompt": [U, A], "completion": "yo", "label": True}, "no-question"),
+        ({"prompt": [U, A], "completion": "yo"}, "no-question"),
+        ({"prompt": "hi", "completion": [MORE, A]}, "prompts-differ"),
+        ({"messages": [U, A], "chosen": [MORE, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({**PAIR, "chosen": ""}, "empty-answer"),
         ({**PAIR, "rejected": "  "}, "empty-answer"),
         ({**PAIR, "rejected": None, "messages": None}, "no-content"),
@@ -164,6 +172,36 @@ def test_invalid_row_has_its_reason_code(value: dict[str, Any], code: str, tmp_p
     assert "a.jsonl:1" in message
 
 
+@pytest.mark.parametrize(
+    "prompt, completion", [("hi", [U, A]), ([U], [U, A]), ([U, NO, MORE], [U, NO, MORE, A]), ([U], [S, U, A])]
+)
+def test_completion_that_repeats_its_prompt_is_read_once(prompt: Any, completion: list[dict[str, str]]) -> None:
+    (converted,), bad = convert({"prompt": prompt, "completion": completion})
+    assert not bad and [(m.role, m.content) for m in converted.messages] == [tuple(m.values()) for m in completion]
+    assert [m.weight for m in converted.messages if m.role == "assistant"][:-1] == [0.0] * (NO in completion)
+    assert converted.messages[-1].weight == 1
+
+
+def test_history_precedes_the_prompt_of_a_pair() -> None:
+    (converted,), _ = convert({**PAIR, "history": [["a", "b"]]})
+    assert texts(converted) == [[("a", 1.0), ("b", 0.0), ("hi", 1.0), (side, 1.0)] for side in ("yo", "no")]
+
+
+@pytest.mark.parametrize(
+    ("more", "unread"),
+    [
+        ({"question": "ho"}, "columns not read: question (1 rows)"),
+        ({"input": "ho", "system": "s"}, "columns not read: input (1 rows)"),
+        ({"input": "", "question": None, "history": []}, None),
+    ],
+)
+def test_columns_that_are_no_part_of_the_prompt_of_a_pair_are_reported(
+    more: dict[str, Any], unread: str | None, tmp_path: Path
+) -> None:
+    warnings = run(write(tmp_path / "a.jsonl", [{**PAIR, **more}])).report.warnings
+    assert warnings == ([unread] if unread else [])
+
+
 def test_history_and_exchanges_of_a_question_are_read() -> None:
     (converted,), _ = convert({"query": "more", "response": "yo", "history": [["hi", "no"]]})
     assert [m.content for m in converted.messages] == ["hi", "no", "more", "yo"]
@@ -181,7 +219,7 @@ def test_rows_of_another_kind_are_refused_with_the_objective_for_them(tmp_path: 
     judged = write(tmp_path / "judged.jsonl", [{"messages": [U, A], "label": True}])
     assert "--train.objective dpo" in refusal(pairs, "turns")
     assert "prompt=A,completion=chosen, with your names" in refusal(pairs, "turns")
-    assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
+    assert "--train.objective kto" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")
     numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
@@ -193,6 +231,34 @@ def test_rows_of_another_kind_are_refused_with_the_objective_for_them(tmp_path: 
 def test_rows_with_one_label_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "completion": "yo", "label": True} for n in range(4)]
     assert "all training rows are labelled good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
+    bad = write(tmp_path / "b.jsonl", [{**row, "label": False} for row in rows])
+    assert "all training rows are labelled bad" in refusal(bad, "labels") and "sft" not in refusal(bad, "labels")
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"prompt": "q", "completion": "yo", "label": True, "system": "s"}, None),
+        ({"query": "q", "response": "yo", "kto_tag": True}, None),
+        ({"instruction": "q", "input": "i", "output": "yo", "label": "good"}, None),
+        ({"conversations": [U, A], "label": True}, None),
+        ({"Q": "q", "my answer": "yo", "was good": 1}, {"prompt": "Q", "completion": "my answer", "label": "was good"}),
+    ],
+)
+def test_fix_of_labelled_answers_can_be_followed(
+    row: dict[str, Any], columns: dict[str, str] | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{**row, "id": n} for n in range(3)])
+    for data_kind in ("labels", "turns"):
+        message = refusal(path, data_kind, columns=columns)
+        words = shlex.split(message[message.index("--data.format") :])
+        options = dict(zip(words[::2], words[1::2], strict=False))
+        given = dict(pair.split("=") for pair in options.get("--data.columns", "").split(",") if pair) or None
+        (conversation, *_) = run(
+            path, format=options["--data.format"], columns=given, data_kind="turns"
+        ).train_conversations
+        assert conversation.messages[-1].content == "yo" and conversation.desirable is None
+        assert len(conversation.messages) == 2 + ("system" in row)
 
 
 def test_evaluation_rows_with_one_label_give_a_warning(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,31 @@ def test_prompts_in_training_and_evaluation_give_a_warning(tmp_path: Path) -> No
     assert f"{report.held_out} evaluation rows have a prompt that is also in training rows" in report.warnings
     distinct = run(write(tmp_path / "b.jsonl", [row(f"question {i}", "answer") for i in range(20)]), eval="30%").report
     assert distinct.duplicates["prompts"] == 0 and not distinct.warnings
+
+
+def test_fix_for_windows_text_can_be_followed_and_a_wrong_encoding_gives_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\nsay \x93hi\x94,yo\n")
+    with pytest.raises(DataError) as caught:
+        run(str(path))
+    suggested = re.findall(r"cp1252|latin-1", "\n".join(caught.value.lines()))
+    assert suggested[0] == "cp1252"
+    right, wrong = (run(str(path), encoding=encoding) for encoding in ("cp1252", "latin-1"))
+    assert right.train_conversations[0].messages[0].content == "say “hi”" and not right.report.warnings
+    [warning] = wrong.report.warnings
+    assert "1 rows have characters that a wrong encoding gives" in warning and "a.csv:2: U+0093" in warning
+    path.write_bytes(b"prompt,completion\nsay \x81,yo\n")  # not a character of cp1252: another encoding is needed
+    with pytest.raises(DataError) as caught:
+        run(str(path), encoding="cp1252")
+    assert "not valid cp1252; set --data.encoding to another one" in "\n".join(caught.value.lines())
+
+
+def test_unnamed_column_is_reported_as_unnamed(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",prompt,completion\n0,hi,yo\n1,hey,yo\n", encoding="utf-8")
+    assert run(str(path)).report.warnings == ["columns not read: (unnamed) (2 rows)"]
+    with pytest.raises(DataError, match=r"there are: \(unnamed\), prompt, completion"):
+        run(str(path), columns={"prompt": "Q", "completion": "A"})
 
 
 def test_duplicates_and_placeholders_give_warnings(tmp_path: Path) -> None:

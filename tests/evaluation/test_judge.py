@@ -107,14 +107,14 @@ def judge_server(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             reply = next(left)
             if isinstance(reply, int):
                 return self._send(reply, {"error": "no"})
-            if isinstance(reply, dict):
+            if isinstance(reply, dict | bytes):
                 return self._send(200, reply)
             return self._send(200, {"choices": [{"message": {"content": reply}}]})
 
         do_GET = do_POST = _answer
 
         def _send(self, status: int, value: Any) -> None:
-            text = json.dumps(value).encode()
+            text = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -160,6 +160,16 @@ def test_server_that_refuses_or_does_not_answer_is_an_error(monkeypatch: pytest.
 def test_unexpected_response_is_an_error(reply: dict[str, Any]) -> None:
     with judge_server(reply) as (url, _), pytest.raises(RunError, match="not a response of"):
         make_judge(url)("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize("page", [b"<html>Sign in</html>", b"\xff", b""])
+def test_response_that_is_not_json_is_not_called_silence(page: bytes) -> None:
+    with judge_server(page) as (url, seen), pytest.raises(RunError) as caught:
+        make_judge(url)("a", "b", "c", "d")
+    message = "\n".join(caught.value.lines())
+    assert "not a response of an OpenAI-compatible server" in message and "give the address up to /v1" in message
+    assert "does not answer" not in message and len(seen) == 1  # not asked again
+    assert page != b"<html>Sign in</html>" or "Sign in" in message
 
 
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": [{"type": "text", "text": "first"}]}])

@@ -60,6 +60,24 @@ GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
         ("exact_json", '{"f": {"x": 1, "y": 2}}', '{"f": {"x": 2, "y": 1}}', False),
         ("exact_json", '{"f": [1, 2]}', '{"f": [2, 1]}', False),
         ("exact_json", '{"f": ["x"]}', '{"f": "[\'x\']"}', False),
+        ("exact_json", '{"f": {}}', '{"f": []}', False),
+        ("exact_json", '{"f": {}}', '{"f": "{}"}', False),
+        ("exact_json", '{"room": "None"}', '{"room": null}', False),
+        ("exact_json", '{"room": "null"}', '{"room": null}', True),
+        ("exact_json", '{"room": null}', '{"room": null}', True),
+        ("exact_json", '{"room": null}', '{"room": ""}', False),
+        ("exact_json", '{"room": null}', "{}", False),
+        ("exact_json", '{"n": [1, 0, 1000, 0.1]}', '{"n": [1.0, -0.0, 1e3, 0.10]}', True),
+        ("exact_json", '{"n": 1}', '{"n": true}', False),
+        ("exact_json", '{"n": 1.5}', '{"n": "1.5"}', True),
+        ("exact_json", '{"n": "1.10"}', '{"n": "1.1"}', False),  # a version, for example
+        ("exact_json", '{"A": 2, "a": 1}', '{"a": 1}', False),
+        ("exact_json", '{"A": 2, "a": 1}', '{"a": 1, "A": 2}', True),
+        ("exact_json", '{"A": 2, "a": 1}', '{"a": 2, "A": 1}', False),
+        ("exact_json", '{"intent": "x"}', '{"intent": "x", "Intent": "y"}', False),
+        ("exact_json", '{"a": 1}', '{"a": 2, "a": 1}', False),
+        ("exact_json", '{"f": [{"a": 1}]}', '{"f": [{"a": 2, "a": 1}]}', False),
+        ("exact_json", '{"a": "NaN"}', '{"a": NaN}', False),
         ("exact_json", "{}", "not JSON", False),
         ("exact_json", GOLD, f"[{GOLD}]", False),
         ("exact_json", GOLD, "[" * 100_000, False),
@@ -74,6 +92,15 @@ def test_exact_json_has_side_scores() -> None:
     answers = [GOLD, '{"intent": "play"}', '{"intent": "Stop"}', "no"]
     scores = score("exact_json", [GOLD] * 4, answers)
     assert scores.rates == {"exact_json": 0.25, "valid_json": 0.75, "intent": 0.5}
+
+
+def test_invalid_json_with_a_duplicate_name_is_not_valid_json() -> None:
+    assert score("exact_json", [GOLD], ['{"intent": "no", "intent": "Play", "artist": "Nina Simone"}']).rates == {
+        "exact_json": 0, "valid_json": 0, "intent": 0,
+    }  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        check_golds("exact_json", ['{"a": 2, "a": 1}'], [("d.jsonl", 3)])
+    assert "the key 'a' is duplicated" in caught.value.where[0].what
 
 
 def test_intent_is_scored_only_if_every_gold_has_one() -> None:
@@ -108,12 +135,19 @@ def reference() -> ModuleType:
     return script(Path(shared("snips/score.py")))
 
 
+def with_intent(value: dict[str, object]) -> dict[str, object]:
+    return value if any(name.strip().casefold() == "intent" for name in value) else {"intent": "a", **value}
+
+
 VALUES = st.one_of(st.sampled_from(["a", "A", " a", "b  c", "B C", "1"]), st.integers(0, 2), st.booleans(), st.none())
-OBJECTS = st.dictionaries(st.sampled_from(["intent", "Intent ", "x", "y"]), VALUES, max_size=3)
+# unique names: of names that differ only in case or spaces, the reference scorer keeps the last
+OBJECTS = st.dictionaries(st.sampled_from(["intent", "x", "y"]), VALUES, max_size=3) | st.dictionaries(
+    st.sampled_from(["Intent ", "x", "y"]), VALUES, max_size=3
+)
 TEXTS = st.one_of(OBJECTS.map(json.dumps), st.sampled_from(["", "[]", "no", '{"intent": "a"', '"a"', "{} {}"]))
 
 
-@given(st.lists(st.tuples(OBJECTS.map(lambda o: json.dumps({"intent": "a"} | o)), TEXTS), min_size=1, max_size=8))
+@given(st.lists(st.tuples(OBJECTS.map(with_intent).map(json.dumps), TEXTS), min_size=1, max_size=8))
 def test_exact_json_agrees_with_the_reference(reference: ModuleType, pairs: list[tuple[str, str]]) -> None:
     golds, answers = [gold for gold, _ in pairs], [answer for _, answer in pairs]
     theirs, ours = reference.score(golds, answers), score("exact_json", golds, answers).rates

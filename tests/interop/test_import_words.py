@@ -459,3 +459,56 @@ def test_train_test_split_becomes_an_eval_share(given: str, tmp_path: Path) -> N
 def test_several_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sigmoid, sft"):
         trl(tmp_path, "loss_type=['sigmoid', 'sft']", kind="DPO")
+
+
+# --- llamafactory, torchtune and unsloth -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "joins"),
+    [
+        (None, None, True),
+        ({"prompt": "p", "query": "q", "response": "r"}, {"instruction": "p", "input": "q", "output": "r"}, True),
+        ({"prompt": "instruction", "query": "input", "response": "output"}, None, True),
+        ({"prompt": "p", "response": "r"}, {"instruction": "p", "output": "r"}, False),
+        # without query, LLaMA-Factory does not read the column `input`, which strop would detect
+        (
+            {"prompt": "instruction", "response": "output"},
+            {"instruction": "instruction", "output": "output"},
+            False,
+        ),
+    ],
+)
+def test_llamafactory_query_is_noted_and_read_only_if_named(
+    columns: dict[str, str] | None, fields: dict[str, str] | None, joins: bool, tmp_path: Path
+) -> None:
+    entry = {"file_name": "a.jsonl", **({"columns": columns} if columns else {})}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(f"model_name_or_path: demo\ndataset_dir: {tmp_path}\ndataset: mine\n", "utf-8")
+    draft = import_config("llamafactory", tmp_path / "c.yaml").draft
+    assert draft.get("data.columns") == fields
+    assert ("blank line" in find_row_warnings(draft.differs).get("mine.columns.query", "")) is joins
+
+
+def test_prompts_that_other_tools_add_are_noted(tmp_path: Path) -> None:
+    rows = "datasets: [{path: a.jsonl, type: {field_instruction: q, field_input: i, field_output: a}}]\n"
+    draft = axolotl(tmp_path, "", rows=rows)
+    assert "blank line before the input" in find_row_warnings(draft.differs)["datasets[0].type"]
+
+
+@pytest.mark.parametrize(("seed", "differs"), [(7, True), (3407, False)])
+def test_second_seed_is_noted_if_it_differs(seed: int, differs: bool, tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "from unsloth import FastLanguageModel\nfrom trl import SFTConfig, SFTTrainer\n"
+        'model, tokenizer = FastLanguageModel.from_pretrained("demo")\n'
+        f"model = FastLanguageModel.get_peft_model(model, r=8, random_state={seed})\n"
+        f"trainer = SFTTrainer(model=model, args=SFTConfig(seed=3407, data_seed={seed}))\n",
+        encoding="utf-8",
+    )
+    draft = import_config("unsloth", file).draft
+    notes = find_row_warnings(draft.differs)
+    assert {"random_state", "data_seed"} & notes.keys() == ({"random_state", "data_seed"} if differs else set())
+    assert not {"random_state", "data_seed"} & find_row_warnings(draft.ignored).keys()
+    assert not differs or notes["random_state"].startswith("7: strop has one seed, here 3407")
+    assert ("data_seed" in find_row_warnings(axolotl(tmp_path, f"seed: 3407\ndata_seed: {seed}\n").differs)) is differs

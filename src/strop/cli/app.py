@@ -165,6 +165,9 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns if parts are missing
     try:
         arguments = sys.argv[1:]
+        command = COMMANDS.get(arguments[0]) if arguments and arguments[0] not in RECIPE_FIELDS else None
+        if command is None or "options" not in inspect.signature(command).parameters:  # --help shows all options
+            sys.argv[1:] = arguments = ["--help" if word == "--help-all" else word for word in arguments]
         for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # shell completion passes the command line in these
             arguments += os.environ.get(name, "").split()
         code = build(arguments)(standalone_mode=False, prog_name="strop") or 0

@@ -266,12 +266,16 @@ class TrainSection(Section):
     clip_high: Finite | None = Field(
         None, gt=0, description="upper clip range of the probability ratio (grpo); default: 0.28"
     )
-    updates: int | None = Field(None, ge=1, description="optimizer steps on the same completions (grpo); default: 1")
+    updates: int | None = Field(
+        None, ge=1, description="optimizer steps for each batch of completions (grpo); default: 1"
+    )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="number of optimizer steps; overrides epochs")
+    max_steps: int | None = Field(
+        None, ge=1, description="number of steps, or in grpo of batches of completions; overrides epochs"
+    )
     batch_size: int = Field(8, ge=1, description="effective batch size in rows")
     micro_batch: int | None = Field(
         None, ge=1, description="rows computed at once; default: as many as micro_batch_tokens allows"

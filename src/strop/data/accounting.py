@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data.batching import pack
+from strop.data.converters import LABELS
 from strop.data.formats import PAIRED, find_placeholders
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
@@ -218,6 +220,9 @@ def find_row_warnings(
     texts = [message.content for message in turns] or [conversation.text or ""]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
         yield "unfilled placeholders", f": {placeholders[0]}"
+    if garbled := re.search("[\x80-\x9f\ufffd]", "".join(texts)):
+        warning = "characters that a wrong encoding gives (U+0080 to U+009F, U+FFFD): check --data.encoding"
+        yield warning, f": U+{ord(garbled[0]):04X}"
     if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
         codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
         yield "characters that the tokenizer drops or changes", f": {codes}"
@@ -247,7 +252,7 @@ def _null_names(conversation: Conversation) -> Iterator[str]:
 def _row_warnings(facts: dict[str, Any]) -> list[str]:
     warnings = [f"{count} rows have {warning} ({first})" for warning, count, first in facts["notes"]]
     if facts["unused"]:
-        columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
+        columns = ", ".join(f"{name or '(unnamed)'} ({count} rows)" for name, count in sorted(facts["unused"].items()))
         warnings.append(f"columns not read: {columns}")
     return warnings + [
         f"{count} rows of {path} not used, because of the weight of this source"
@@ -280,7 +285,7 @@ def _why_refused(
 ) -> DataError | None:
     """Return the error that a run would raise for these rows, or None."""
     facts, role, num_read = selection.store.facts, selection.role, counts["read"]
-    if kind_error := _check_kind(facts, selection.data_kind):
+    if kind_error := _check_kind(data, facts, selection.data_kind):
         return kind_error
     too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
@@ -318,12 +323,23 @@ def _why_refused(
         where = [error.where for error in errors]
         return DataError(f"0 of {num_read} {role} rows are left", fix=fix, where=where)
     if role == "training" and (what := _single_label(selection)):  # KTO needs both labels
-        fix = "give rows with both labels, or train on good answers only with --train.objective sft"
+        fix = "give rows with both labels"
+        if 1 in selection.examples.labels:
+            fix += f", or train on these answers with --train.objective sft {_ignore_label(data, facts)}"
         return DataError(what, fix=fix)
     return None
 
 
-def _check_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
+def _ignore_label(data: DataSection, facts: dict[str, Any]) -> str:
+    """Return the options that read labelled answers without their label, or what to do if there are none."""
+    names = {*facts.get("unlabelled", {}).values()}  # stores of earlier versions have none
+    if len(names) != 1:
+        return "with copies of the rows without the label"
+    columns = ",".join(f"{field}={name}" for field, name in (data.columns or {}).items() if field not in LABELS)
+    return f"--data.format {names.pop()}" + (f" --data.columns {shlex.quote(columns)}" if columns else "")
+
+
+def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
     """Return an error if the objective cannot be trained on rows of these formats, else None."""
     names = {"pairs": "preference pairs", "labelled": "labelled answers", "prompt": "prompts without answers"}
     kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
@@ -345,8 +361,8 @@ def _check_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
             if facts["formats"][file] == "ranking"
             else f"{objectives}, or only the better answers: "
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
-            "labelled": "--train.objective kto, or without the label: "
-            "--data.columns prompt=A,completion=B, with your names (or messages=A)",
+            "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
+            + _ignore_label(data, facts),
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)

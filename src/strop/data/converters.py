@@ -237,8 +237,10 @@ def _check_json(value: Any, code: str, what: str) -> None:
 
 def convert_columns(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert two columns with strings or lists of messages. Assistant turns of the prompt are not trained on."""
-    prompt = [*_parse_history(row), *_as_context(_parse_column(row, keys[0], "user"))]
-    return [_make_row([*prompt, *_parse_column(row, keys[1], "assistant")], row)]
+    prompt, answer = _parse_column(row, keys[0], "user"), _parse_column(row, keys[1], "assistant")
+    num_context = _count_repeated(prompt, answer) or len(prompt)
+    turns = _prepend_prompt(prompt, answer)
+    return [_make_row([*_parse_history(row), *_as_context(turns[:num_context]), *turns[num_context:]], row)]
 
 
 def _as_context(turns: list[Message]) -> list[Message]:
@@ -370,6 +372,15 @@ def convert_preference(row: RowValue, keys: Keys) -> list[ParsedRow]:
     return [_make_pair(chosen, rejected, row)]
 
 
+def unread_pair_columns(row: RowValue, keys: Keys) -> set[str]:
+    """Return the columns that could be in the prompt of a pair, but are not read because another one is the prompt."""
+    prompts = [key for key in _PROMPT_KEYS if row.get(key) and key not in keys]
+    if keys[1] != "rejected_response":
+        inputs = ["input"] if row.get("input") and prompts[:1] != ["instruction"] else []
+        return {*prompts[1:], *inputs}
+    return {*prompts, *(key for key in ("input", "history") if row.get(key))}
+
+
 def convert_ranking(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert scored answers to one prompt: any two answers with different scores make a pair."""
     prompt, answers, scores = (row[key] for key in keys)
@@ -418,16 +429,16 @@ def _parse_label(label: Any, *, allow_numbers: bool) -> bool | None:
 def _parse_pair_prompt(row: RowValue, answer: Any) -> list[Message]:
     key = next((key for key in _PROMPT_KEYS if row.get(key) is not None), "")
     if key in _CONTEXT_KEYS and _is_whole_conversation(answer):  # the column is often a copy of an answer
+        sides = _parse_column(row, key, "user"), _parse_column({"chosen": answer}, "chosen", "assistant")
+        first, *others = ([turn.content.strip() for turn in side if turn.role != "system"][:1] for side in sides)
+        if first and [first] != others:
+            raise InvalidRow("prompts-differ", f"chosen begins with another message than {key}")
         key = ""
     if not key and isinstance(answer, str):
         raise InvalidRow("no-prompt", "chosen is a string and there is no prompt")
     if key == "instruction":
         return [*_parse_history(row), Message("user", _join_instruction(row))]
-    turns = _parse_column(row, key, "user") if key else []
-    if key in _CONTEXT_KEYS and turns and turns[-1].role == "assistant":
-        what = f"{key} ends with an answer, so it is unclear what chosen and rejected answer"
-        raise InvalidRow("no-question", what)
-    return turns
+    return [*_parse_history(row), *(_parse_column(row, key, "user") if key else [])]
 
 
 def _is_whole_conversation(answer: Any) -> bool:
@@ -439,13 +450,24 @@ def _is_whole_conversation(answer: Any) -> bool:
 
 def _prepend_prompt(prompt: list[Message], side: list[Message]) -> list[Message]:
     """Prepend the prompt unless the side already begins with it, possibly after a system turn."""
-    num_system = 1 if side and side[0].role == "system" and (not prompt or prompt[0].role != "system") else 0
-    dialogue = side[num_system:]
-    if _stripped(dialogue[: len(prompt)]) == _stripped(prompt):
-        return side
-    if prompt[-1].role == "user" and dialogue and dialogue[0].role == "user":
+    return side if not prompt or _count_repeated(prompt, side) else [*prompt, *side]
+
+
+def _count_repeated(prompt: list[Message], answer: list[Message]) -> int:
+    """Return the number of turns with which an answer repeats its prompt. Raises InvalidRow if it does not follow it.
+
+    An answer may have a system turn before the prompt.
+    """
+    num_system = 1 if answer and answer[0].role == "system" and (not prompt or prompt[0].role != "system") else 0
+    dialogue = answer[num_system:]
+    if prompt and _stripped(dialogue[: len(prompt)]) == _stripped(prompt):
+        return num_system + len(prompt)
+    roles = (prompt[-1].role, dialogue[0].role) if prompt and dialogue else ()
+    if roles == ("user", "user"):
         raise InvalidRow("prompts-differ", "an answer begins with a user message that is not the prompt's")
-    return [*prompt, *side]
+    if roles == ("assistant", "assistant"):
+        raise InvalidRow("no-question", "the prompt ends with an answer, so it is unclear what the next one answers")
+    return 0
 
 
 def _stripped(turns: Sequence[Message]) -> list[Message]:

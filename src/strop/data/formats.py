@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "prompt-completion", (("prompt", "completion"),), (*SYSTEM, "history", "tools"),
             converters.convert_columns,
-            "two strings, or two lists of messages; messages of the prompt are not trained on",
+            "two strings, or two lists of messages; the prompt does not end with an answer, and is not trained on",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
         ),
@@ -187,6 +187,7 @@ class ConversationReader:
         errors: list[RowError], answerless: bool = False,
     ) -> None:  # fmt: skip
         self.formats: dict[str, str] = {}  # file -> name of its format
+        self.unlabelled: dict[str, str] = {}  # file with labelled answers -> name of the format without the label
         self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
         self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
         self._errors = errors
@@ -223,7 +224,10 @@ class ConversationReader:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
             what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
             raise InvalidRow("missing-column", what)
-        self.unused.update(set(value) - {*keys, *entry.optional})
+        if entry.name == "labelled":
+            self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
+        unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
+        self.unused.update(set(value) - {*keys, *entry.optional} | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
             raise InvalidRow("media", what)
@@ -291,7 +295,7 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
 
 
 def _list_columns(value: RowValue) -> str:
-    names = [key[:40] + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
+    names = [(key[:40] or "(unnamed)") + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
     return (", ".join(names) or "(none)") + (", ..." if len(value) > 12 else "")
 
 

@@ -324,8 +324,8 @@ def _write_rows(
 
     Returns the content of facts.json: "read": number of rows; "outcomes": number of rows by outcome; "faults": errors
     of dropped rows; "cut": shortened rows; "notes": warnings (text, number of rows, first row); "unused": columns that
-    were not read; "left_out": rows not used because of a source's weight; "formats": by file; "longest": tokens;
-    "chats": conversations, "thinking": those with reasoning, "stops": those whose answers end with a stop token.
+    were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled": by file; "longest":
+    tokens; "chats": conversations, "thinking": those with reasoning, "stops": those that end with a stop token.
     """
     errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
@@ -381,6 +381,7 @@ def _write_rows(
         "unused": dict(reader.conversations.unused),
         "left_out": dict(reader.left_out),
         "formats": reader.conversations.formats,
+        "unlabelled": reader.conversations.unlabelled,
         "longest": longest,
         "chats": chats,
         "thinking": thinking,

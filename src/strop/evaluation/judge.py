@@ -155,9 +155,10 @@ class _ServerJudge:
         for remaining_tries in reversed(range(TRIES)):
             try:
                 with _OPENER.open(request, timeout=TIMEOUT_S) as response:
-                    content = json.loads(response.read())
+                    content: Any = response.read().decode(errors="replace")
+                content = json.loads(content)
                 return select(content)
-            except (LookupError, TypeError, AttributeError):
+            except (LookupError, TypeError, AttributeError, json.JSONDecodeError):  # it answered, but something else
                 what = f"judge {self.url}{path}: not a response of an OpenAI-compatible server: {content!r:.300}"
                 raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
             except urllib.error.HTTPError as error:

@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from strop.data.converters import type_name
+from strop.data.reading.json_reader import loads
 from strop.data.types import Conversation
 from strop.errors import DataError, Location, RecipeError, RunError, suggest
 from strop.runs.lock import sha256_file, sha256_text
@@ -119,37 +121,53 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, previous_handler)
 
 
-def _parse_json_object(text: str) -> dict[str, Any] | None:
-    """Parse a JSON object and normalize the case and spaces of its keys and values. Return None for other text."""
+def _parse_json_object(text: str) -> tuple[tuple[str, Any], ...]:
+    """Parse a JSON object as strictly as rows are read, and normalize it. Raise ValueError for other text."""
+    value = loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON, but {type_name(value)}")
     try:
-        value = json.loads(text)
-        return _normalize_json(value) if isinstance(value, dict) else None
-    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        return None
+        return cast("tuple[tuple[str, Any], ...]", _normalize_json(value))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _normalize_text(text: str) -> str:
+    return _normalize_spaces(text).casefold()
 
 
 def _normalize_json(value: Any) -> Any:
+    """Return a value that is equal for equal JSON. Names that differ only in case or spaces are all kept, in order."""
     if isinstance(value, dict):
-        return {_normalize_spaces(key).casefold(): _normalize_json(inner) for key, inner in value.items()}
+        names = sorted(value, key=lambda name: (_normalize_text(name), name))
+        return tuple((_normalize_text(name), _normalize_json(value[name])) for name in names)
     if isinstance(value, list):
         return [_normalize_json(inner) for inner in value]
-    return _normalize_spaces(str(value)).casefold()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1.0 and 1 are one number
+    return _normalize_text(value if isinstance(value, str) else json.dumps(value))
 
 
 def _exact_json(gold: str, answer: str) -> Judgement:
-    right, parsed = _parse_json_object(gold), _parse_json_object(answer)
-    if right is None:
-        raise ValueError("the gold answer is not a JSON object")
-    judgement = {"exact_json": right == parsed, "valid_json": parsed is not None}
-    if "intent" in right:
-        judgement["intent"] = parsed is not None and parsed.get("intent") == right["intent"]
+    try:
+        right = _parse_json_object(gold)
+    except ValueError as error:
+        raise ValueError(f"the gold answer is not a JSON object: {error}") from error
+    try:
+        parsed, is_valid = _parse_json_object(answer), True
+    except ValueError:
+        parsed, is_valid = (), False
+    judgement = {"exact_json": is_valid and right == parsed, "valid_json": is_valid}
+    intents, parsed_intents = ([value for name, value in members if name == "intent"] for members in (right, parsed))
+    if intents:
+        judgement["intent"] = intents == parsed_intents
     return judgement
 
 
 METRICS: dict[str, Metric] = {
-    "exact": Metric("exact", partial(_equal, "exact")),  # equal up to white space
+    "exact": Metric("exact", partial(_equal, "exact")),  # equal up to runs of white space
     "exact_json": Metric("exact_json", _exact_json),  # the same JSON object, without any text around it
-    "contains": Metric("contains", _contains),  # the answer contains the gold, ignoring case and white space
+    "contains": Metric("contains", _contains),  # the answer contains the gold, ignoring case, up to runs of white space
     "regex": Metric("regex", _regex),  # the gold is a pattern that matches somewhere in the answer
     # Classification: the row's gold has the lowest loss among the golds of all rows. No text is generated.
     "choice": Metric("choice", partial(_equal, "choice")),

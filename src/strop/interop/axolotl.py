@@ -175,6 +175,8 @@ def _read_columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, st
     if any(column not in (name, *detected.get(name, ())) for name, column in given.items()):
         columns = {**({"chosen": "chosen", "rejected": "rejected"} if has_pairs else {}), **given}
     if isinstance(row_type, dict):
+        text = "axolotl uses the text as its format says; strop a chat template, with a blank line before the input"
+        draft.add_difference(f"{key}.type", text)
         for field, column in row_type.items():
             if field in _CUSTOM_COLUMNS:
                 columns[_CUSTOM_COLUMNS[field]] = str(column)
@@ -206,6 +208,7 @@ def _read_training(draft: Draft, keys: Keys) -> None:
     for name, value in {"train.weight_decay": 0.0, "train.max_grad_norm": 1.0, "seed": 42}.items():
         draft.put(name, value, "axolotl's default")
         draft.put_fields(keys, {name.removeprefix("train."): name})
+    draft.note_seed("data_seed", keys.take("data_seed"))
     _read_schedule(draft, keys)
     draft.put_optimizer("optimizer", keys.take("optimizer", "adamw_torch_fused"))
     draft.check_adam_betas(keys)

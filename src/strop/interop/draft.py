@@ -29,7 +29,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "co
 # keys that affect speed, logging and storage, but not the trained weights
 IGNORED_KEYS = (
     "accelerator_config", "activation_checkpointing_kwargs", "activation_offloading", "auto_find_batch_size",
-    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed", "dataloader_drop_last",
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_drop_last",
     "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_kwargs",
     "dataset_num_proc", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
@@ -290,6 +290,7 @@ class Draft:
             value, source = take(key)
             if value is not None:
                 self.put(name, as_number(value), source)
+        self.note_seed("data_seed", keys.take("data_seed"))
         schedule, _ = take("lr_scheduler_type")
         self._put_warmup(keys, is_constant=schedule == "constant")
         self.put_schedule("lr_scheduler_type", schedule)
@@ -299,6 +300,13 @@ class Draft:
         for key in ("gradient_checkpointing", "activation_checkpointing"):  # renamed in transformers 5.24
             self.put_checkpointing(key, keys.take(key))
         self.put_intervals_and_output(keys)
+
+    def note_seed(self, key: str, value: Any) -> None:
+        """Report a second seed, which determines the order of rows or LoRA's start, if it differs from `seed`."""
+        if value not in (None, seed := self.get("seed")):
+            self.add_difference(
+                key, f"{value}: strop has one seed, here {seed}, for row order, LoRA's start and dropout"
+            )
 
     def _put_warmup(self, keys: Keys, *, is_constant: bool) -> None:
         """Import the warmup, which transformers ignores for the schedule `constant`."""

@@ -133,17 +133,24 @@ def _read_data_sets(draft: Draft, key: str, field: str, info_file: Path, names: 
 
 def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str) -> dict[str, str]:
     """Return the columns of a data set unless strop detects them, and report the rest of its entry."""
-    by_format = _ALPACA_COLUMNS if entry.pop("formatting", "alpaca") == "alpaca" else _SHAREGPT_COLUMNS
-    known_columns = {**by_format, **_PREFERENCE_COLUMNS}
-    columns = {}
-    for key, column in (entry.pop("columns", None) or {}).items():
+    is_alpaca = entry.pop("formatting", "alpaca") == "alpaca"
+    known_columns = {**(_ALPACA_COLUMNS if is_alpaca else _SHAREGPT_COLUMNS), **_PREFERENCE_COLUMNS}
+    given, columns = entry.pop("columns", None) or {}, {}
+    if is_alpaca and stage != "pt" and (given.get("query") or not given):
+        draft.add_difference(
+            f"{name}.columns.query", "follows the prompt after a line break; in strop after a blank line"
+        )
+    for key, column in given.items():
         if key in known_columns and column:
             columns[known_columns[key]] = str(column)
         elif column:
             draft.add_unsupported(f"{name}.columns.{key}", str(column))
     if stage == "pt":
         columns = {"text": columns["instruction"]} if "instruction" in columns else {}
-    if all(column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()):
+    is_without_input = "instruction" in columns and "input" not in columns  # strop would read a column `input`
+    if not is_without_input and all(
+        column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()
+    ):
         columns = {}
     tags = entry.pop("tags", None) or {}
     if not set(map(str, tags.values())) <= _USUAL_TAGS:

@@ -31,7 +31,7 @@ BUILT_IN_DATA_SETS = {
     "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
-# data sets that train on the prompt by default
+# data sets that have their own prompts, and train on them by default
 TRAIN_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
 
 
@@ -143,7 +143,7 @@ def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
     if is_train and (train_on_input or builder == "text_completion_dataset"):
         source_key = f"{builder}'s default" if builder in TRAIN_ON_PROMPTS else f"{key}.train_on_input"
         draft.put("data.loss", "all", source_key)
-    if builder.startswith("alpaca"):
+    if builder in TRAIN_ON_PROMPTS:
         draft.add_difference(f"{key}._component_", f"{builder}: torchtune uses its own prompt, strop a chat template")
     if (system := entry.pop("new_system_prompt", None)) is not None:
         draft.add_unsupported(f"{key}.new_system_prompt", f"{format_value(system)}: add it to the rows")

@@ -60,11 +60,12 @@ def read(draft: Draft) -> None:
         draft.add_unsupported(call.name, "a second config; only the first is imported", call.line)
     trainer_arguments, trainer_line = _read_trainer(draft, script)
     _read_model(draft, script, trainer_arguments.pop("model", None), trainer_line)
-    _read_adapter(draft, script)
+    start_seed = _read_adapter(draft, script)
     moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
     config = replace(configs[0], keywords={**moved, **configs[0].keywords})
     keys, objective = read_arguments(draft, script, config), CONFIGS[config.name]
     _read_config(draft, keys, objective)
+    draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
     _read_callbacks(draft, script, trainer_arguments.get("callbacks"), keys.peek("metric_for_best_model"))
@@ -344,8 +345,8 @@ def _read_bitsandbytes(draft: Draft, keys: Keys) -> None:
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
-def _read_adapter(draft: Draft, script: Script) -> None:
-    """Import the LoraConfig, or the arguments of Unsloth's get_peft_model."""
+def _read_adapter(draft: Draft, script: Script) -> Any:
+    """Import the LoraConfig or the arguments of Unsloth's get_peft_model. Return the seed of LoRA's start, if given."""
     is_unsloth = draft.tool == "unsloth"
     function = "get_peft_model" if is_unsloth else "LoraConfig"
     adapters = [call for call in script.calls if call.name == function]
@@ -372,7 +373,9 @@ def _read_adapter(draft: Draft, script: Script) -> None:
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
     for key in ("task_type", "inference_mode"):
         keys.take(key)
-    keys.report_rest(draft, ("use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"))
+    start_seed = keys.take("random_state")
+    keys.report_rest(draft, ("use_gradient_checkpointing", "max_seq_length", "temporary_location"))
+    return start_seed
 
 
 DATASET_TRANSFORMS = (

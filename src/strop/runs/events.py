@@ -4,7 +4,8 @@ Every event has `event` (its kind), `time` (seconds since 1970), and fields that
 
 - before the first step: machine, recipe, data, reference, rehearsal (the dry run)
 - start, resume, override (a changed setting), stop, end
-- step, eval, samples (completions of evaluation prompts), save, reference-check, note
+- step, eval, samples (completions of evaluation prompts), save, reference-check, note. A step of grpo has train.updates
+  optimizer steps: its loss, kl, clip_share and grad_norm are those of the last one, its tokens those of all
 - skip (a rejected update), doubt (an applied update with an unusual loss), rollback
 - shrink (a setting that was changed after running out of memory)
 """

@@ -259,6 +259,8 @@ def _request(address: Address, path: str, body: dict[str, Any] | None = None) ->
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as response:
             content = response.read()
         return json.loads(content) if content else None
+    except json.JSONDecodeError:
+        raise RunError(f"vLLM responds to {path} with text that is not JSON: {content[:300]!r}") from None
     except urllib.error.HTTPError as error:
         text = error.read(2000).decode(errors="replace")
         raise RunError(f"vLLM responds to {path} with {error.code}: {text[:300]}") from None

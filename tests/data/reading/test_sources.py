@@ -376,7 +376,30 @@ def test_csv_separator_of_excel_is_detected(tmp_path: Path, mark: str) -> None:
     plain = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
     assert values(plain, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
     both = write(tmp_path / "both.csv", f"frage, kurz{mark}antwort\n1{mark}2\n")
-    assert "begin the file with a line such as sep=;" in refusal(both)
+    shown = mark.replace("\t", "<tab>")
+    assert f"begin the file with the line sep={shown} if that" in refusal(both)
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".csv", "|"), (".tsv", ","), (".tsv", ";"), (".tsv", "|")])
+def test_other_separators_are_detected(tmp_path: Path, suffix: str, mark: str) -> None:
+    named = write(tmp_path / f"a{suffix}", f'prompt{mark}completion\n"hi{mark} you"{mark}yo\n')
+    assert values(named) == [{"prompt": f"hi{mark} you", "completion": "yo"}]
+    plain = write(tmp_path / f"b{suffix}", f"Hello{mark} you\nBye\n")
+    assert values(plain, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
+
+
+def test_fixes_for_one_column_can_be_followed(tmp_path: Path) -> None:
+    other = write(tmp_path / "other.csv", "prompt:completion\nhi:yo\n")
+    for columns in ({}, {"prompt": "1", "completion": "2"}):
+        message = refusal(other, columns=columns)
+        assert "begin the file with the line sep=: if that separates the cells" in message
+    sep = write(tmp_path / "sep.csv", "sep=:\nprompt:completion\nhi:yo\n")
+    assert values(sep) == [{"prompt": "hi", "completion": "yo"}]
+    one = write(tmp_path / "one.csv", "saying\nHello you\n")
+    message = refusal(one)
+    assert "--data.columns text=saying or --data.columns text=1 (no header)" in message
+    assert values(one, columns={"text": "saying"}) == [{"saying": "Hello you"}]
+    assert len(values(one, columns={"text": "1"})) == 2
 
 
 def test_cr_line_ends_are_reported(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ TYPES: dict[str, tuple[str, str]] = {
     ".json": ("json", 'a JSON array of objects, an object with one such array (`{"data": [...]}`), or JSON Lines'),
     ".csv": (
         "csv",
-        "comma separated, quotes as in RFC 4180; with a header, or columns by number; separated by semicolons or tabs "
-        "if the first line has them and no comma, or is `sep=;`",
+        "comma separated, quotes as in RFC 4180; with a header, or columns by number; separated by semicolons, "
+        "tabs or `|` if the first line has them and no comma, or as in a first line `sep=:`",
     ),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
@@ -103,7 +103,7 @@ def _detect_encoding(path: str, stream: io.BufferedReader, requested: str) -> st
         pass  # the codec exists; four spaces are not valid UTF-32
     except (LookupError, ValueError) as error:
         what = f"--data.encoding {requested}: not a text encoding"
-        raise DataError(what, fix="try utf-8, latin-1 or cp1252") from error
+        raise DataError(what, fix="try utf-8, cp1252 or latin-1") from error
     head = stream.peek(64)[:64]
     for magic, what in _MAGIC:
         if head.startswith(magic):
@@ -132,6 +132,7 @@ def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str | UnicodeDec
             try:
                 text: str | UnicodeDecodeError = raw.decode(name)
             except UnicodeDecodeError as error:
+                error.encoding = name if error.encoding == "charmap" else error.encoding
                 text = error
             yield number, text
             name = "utf-8" if name == "utf-8-sig" else name  # only the first line has the mark
@@ -158,8 +159,7 @@ def read_text(path: str, encoding: str) -> str:
     parts: list[str] = []
     for number, text in read_lines(path, encoding):
         if isinstance(text, UnicodeDecodeError):
-            fix = "give the right --data.encoding, such as latin-1 or cp1252"
-            raise file_error(path, _decode_message(text), fix, number)
+            raise file_error(path, _decode_message(text), _encoding_fix(text), number)
         parts.append(text)
     return "".join(parts)
 
@@ -174,5 +174,9 @@ def read_decoded_lines(name: str, path: str, encoding: str, errors: list[RowErro
 
 
 def encoding_error(name: str, number: int, error: UnicodeDecodeError) -> RowError:
-    what = f"{_decode_message(error)}; set --data.encoding, such as latin-1 or cp1252"
-    return RowError("encoding", Location(name, number, what))
+    return RowError("encoding", Location(name, number, f"{_decode_message(error)}; {_encoding_fix(error)}"))
+
+
+def _encoding_fix(error: UnicodeDecodeError) -> str:
+    """Return the fix. cp1252 is named first, because latin-1 decodes its bytes 0x80 to 0x9F to control characters."""
+    return "set --data.encoding" + (", such as cp1252 or latin-1" if error.encoding == "utf-8" else " to another one")

@@ -85,7 +85,7 @@ def _detect_separator(
     """Return the lines of a table and its separator.
 
     Excel separates the cells of a .csv file with semicolons or tabs in some languages, and may write `sep=;` as the
-    first line. A comma in the first line, or a first line that is a name in `columns`, keeps the given separator.
+    first line. The given separator is kept if it is in the first line, or if that line is a name in `columns`.
     """
     first = next(lines, None)
     if first is None:
@@ -93,8 +93,9 @@ def _detect_separator(
     if declared := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
         return lines, declared[1]
     names, cells = set(columns.values()), _split_cells(first[1], separator)
-    if separator == "," and len(cells) == 1 and not (names and names <= {cells[0].strip(), "1"}):
-        candidates = [mark for mark in ";\t" if len(_split_cells(first[1], mark)) > 1]
+    if len(cells) == 1 and not (names and names <= {cells[0].strip(), "1"}):
+        marks = [mark for mark in ";\t,|" if len(_split_cells(first[1], mark)) > 1]
+        candidates = [mark for mark in marks if mark != "|"] or marks
         separator = candidates[0] if len(candidates) == 1 else separator
     return chain([first], lines), separator
 
@@ -135,7 +136,9 @@ def describe_mapping(columns: Sequence[str]) -> str:
         prompt, answer = columns
         mapping = shlex.quote(f"prompt={prompt},completion={answer}")
         return f"--data.columns {mapping} (if {answer} is the answer to {prompt})"
-    return f"--data.columns prompt=A,completion=B with the names of your columns ({', '.join(columns[:12])})"
+    return (
+        f"--data.columns prompt=A,completion=B with the names of your columns ({', '.join(filter(None, columns[:12]))})"
+    )
 
 
 def read_table(
@@ -177,26 +180,34 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
         raise file_error(name, what, fix, line)
     if columns and all(value.isdecimal() for value in columns.values()):
         if missing := [value for value in columns.values() if not 0 < int(value) <= len(cells)]:
-            raise file_error(name, f"no column {missing[0]}: there are {len(cells)}, counted from 1", line=line)
+            what = f"no column {missing[0]}: there are {len(cells)}, counted from 1"
+            raise file_error(name, what, _separator_fix(cells).rstrip(",") or "use a number up to that", line)
         return None
     for value in columns.values():
         if value not in names:
-            known = ", ".join(cell[:40] for cell in header[:10])
+            known = ", ".join(cell[:40] or "(unnamed)" for cell in header[:10])
             raise file_error(name, f"no column {value!r}{suggest(value, header)}; there are: {known}", line=line)
     if len(names) < len(header) and (columns or names & COLUMN_NAMES):
         duplicate = next(cell for cell in header if header.count(cell) > 1)
         raise file_error(name, f"the header names a column twice: {duplicate!r}", "rename one", line)
     if columns or names & COLUMN_NAMES:
         return header
-    numbers = "prompt=1,completion=2" if len(header) == 2 else "prompt=A,completion=B with the numbers of your columns"
-    fix = f"--data.columns {numbers} (no header)"
-    if len(header) > 1 and all(not cell or re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
+    numbers = {1: "text=1", 2: "prompt=1,completion=2"}.get(len(header))
+    fix = f"--data.columns {numbers or 'prompt=A,completion=B with the numbers of your columns'} (no header)"
+    if all(not cell or re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
         mapping = suggest_mapping(header)
         option = f"--data.columns {mapping}" if mapping else describe_mapping(list(filter(None, header)))
+        option = option if len(header) > 1 else f"--data.columns {shlex.quote(f'text={header[0]}')}"
         fix = f"with line {line} as the header: {option} or {fix}"
-    if any(mark in cell for mark in ";\t" for cell in header):
-        fix += "; if cells are not separated by commas, begin the file with a line such as sep=;"
+    fix = " or ".join(filter(None, (_separator_fix(header), fix)))
     raise file_error(name, "unclear whether the first record is a header", fix, line)
+
+
+def _separator_fix(cells: Sequence[str]) -> str:
+    """Return a fix for a first record that another separator would split."""
+    mark = re.search(r"[;\t|:^~]", " ".join(cells))
+    shown = mark and mark[0].replace("\t", "<tab>")
+    return f"begin the file with the line sep={shown} if that separates the cells," if mark else ""
 
 
 def read_paragraphs(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
