@@ -92,7 +92,7 @@ def _measuring_status(measures: bool) -> Iterator[StatusLine]:
     """Show a status line, and how to skip the measurement, which may take most of the time."""
     with status_line("loading the libraries") as status:
         if measures:
-            console.print("the result is measured on rows of the run, which takes longest (--no-parity skips it)")
+            console.print("measuring the result on rows takes longest (--no-parity skips it)")
         warmup.load(warmup.DECODE)
         yield status
 
