@@ -40,7 +40,7 @@ def on_command_line(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
         raise InputError("not trained")
 
     monkeypatch.setattr(api, "train", train)
-    monkeypatch.setattr(api, "check_inputs", lambda *_args, **_options: None)  # the files do not exist
+    monkeypatch.setattr(api, "check_recipe_inputs", lambda *_args, **_options: None)  # the files do not exist
     given = [] if any(word.startswith("--data.train") for word in words) else ["--data.train", "rows.jsonl"]
     code, _, err = run("train", "--model.name", "demo", *given, *words, capsys=capsys)
     assert code == 2 and "Traceback" not in err
