@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import psutil
 import pytest
@@ -241,7 +241,52 @@ def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
         tab.check("smoothing")
 
 
-def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> None:
+def report_steps(folder: Path) -> list[str]:
+    """Return the lines of a run's steps."""
+    return [line for line in (folder / "events.jsonl").read_text().splitlines() if '"event": "step"' in line]
+
+
+def count_pixels(tab: Watched, colour: str) -> int:
+    """Return the number of pixels of the first plot that have a colour of look.css."""
+    number: int = tab.page.locator(".plot canvas").first.evaluate(
+        """(canvas, name) => {
+            const probe = document.body.appendChild(document.createElement("p"));
+            probe.style.color = `var(--${name})`;
+            const wanted = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+            probe.remove();
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            let found = 0;
+            for (let at = 0; at < data.length; at += 4)
+                found += wanted.every((part, index) => Math.abs(part - data[at + index]) < 3) && data[at + 3] > 200;
+            return found;
+        }""",
+        colour,
+    )
+    return number
+
+
+def test_single_value_is_drawn_as_a_dot(browser: Any, tmp_path: Path) -> None:
+    evaluated = {"event": "eval", "time": 1100, "step": 1, "loss": 0.5}
+    make_run(tmp_path, "one", [*session(), step(1), evaluated])
+    make_run(tmp_path, "two", [*session(), step(1)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one", ".plot canvas")
+        assert count_pixels(tab, "base") > 10 and count_pixels(tab, "tuned") > 10
+        tab.page.get_by_role("button", name="log", exact=True).first.click()
+        assert count_pixels(tab, "base") > 10
+        open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+        plot = tab.page.locator(".plot:has(.title:text-is('evaluation loss'))")
+        assert "0.5" in plot.locator(".legend").inner_text()
+        tab.page.locator(".plot").first.evaluate("(first) => first.remove()")
+        assert count_pixels(tab, "c0") > 10
+        with tab.page.expect_download() as saved:
+            plot.locator("summary").click()
+            plot.get_by_role("button", name="SVG", exact=True).click()
+        assert "<circle" in Path(saved.value.path()).read_text(encoding="utf-8")
+        tab.check("single values")
+
+
+def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash, dashboard: Path) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         plot = tab.page.locator(".plot").first
@@ -262,9 +307,18 @@ def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> Non
         tab.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=4)
         tab.page.mouse.up()
         tab.page.wait_for_selector(".back:visible")
-        assert "range=" in tab.page.url
-        tab.page.reload()
-        tab.page.wait_for_selector(".back:visible")
+        low, high = map(float, unquote(tab.page.url).partition("range=")[2].split("~"))
+        last = len(report_steps(dashboard / "runs" / "one"))
+        assert 0.25 * last < low < 0.4 * last and 0.55 * last < high < 0.7 * last  # every plot has the dragged range
+        for _ in range(2):
+            tab.page.wait_for_timeout(500)  # the curves of the range arrive
+            descriptions = [one.get_attribute("aria-label") for one in tab.page.locator(".plot .canvas:visible").all()]
+            assert len(descriptions) == tab.page.locator(".plot").count() and all(
+                "first" in one for one in descriptions
+            )
+            tab.page.reload()
+            tab.page.wait_for_selector(".back:visible")
+        open_at(tab, dash, "/run/one?range=2.2~2.8", ".plot .empty:text-is('Nothing in this range.')")
         tab.page.locator(".back:visible").first.click()
         assert "range=" not in tab.page.url
         for by in ("epoch", "tokens", "time"):

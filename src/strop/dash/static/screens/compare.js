@@ -144,6 +144,7 @@ export async function show(container, { query, signal }) {
         group: "compare",
         height: 230,
         x: AXES[by],
+        onZoom: (range) => plots.forEach((other) => other.zoomTo(range)),
         series: chosen.map((name, index) => ({ name, colour: `c${index}`, width: 1.8 })),
         ...more,
       });
