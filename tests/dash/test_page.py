@@ -18,7 +18,7 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dash import TOKEN, Dash, make_run, run_dash, session, step
+from tests.support.dash import TOKEN, Dash, evaluated, make_run, run_dash, sample, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
@@ -183,7 +183,10 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         with tab.page.expect_download() as saved:
             tab.page.click("text=Save CSV")
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("run,tags,state,steps,loss,eval loss,score,metric,model") and len(lines) == 4
+        assert (
+            lines[0].startswith("run,tags,state,steps,train loss,eval loss,score,metric,caveat,model")
+            and len(lines) == 4
+        )
         assert "exact" in tab.page.locator("td[data-name=score]").first.inner_text()  # the metric
         tab.page.set_viewport_size({"width": 390, "height": 800})
         for row in tab.page.locator("tbody tr").all():  # two lines of at most 30 pixels
@@ -191,6 +194,31 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
             right = tab.page.evaluate("innerWidth")
             assert all(part.bounding_box()["x"] < right - 30 for part in row.locator("th, td:visible").all())
         tab.check("runs")
+
+
+def test_score_on_training_rows_is_marked_everywhere(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        evaluated(folder, [sample(number, False, True) for number in range(6)], train_rows=3 if name == "one" else 0)
+    caveat = "3 of 6 rows trained on"
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, own, "/runs", "tbody tr >> nth=1")
+            assert tab.page.locator(f"td[data-name=score]:has-text('{caveat}'):visible").count() == 1
+            tab.axe(f"caveat at {size['width']}")
+            tab.check("runs")
+            open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+            assert tab.page.locator(f"td[data-name=score]:has-text('{caveat}'):visible").count() == 1
+            verdict = tab.page.locator(".verdict").first.inner_text()
+            assert "score equal" in verdict and f"No test of what it learned: one: {caveat}." in verdict
+            tab.check("compare")
+        for address, place in (("/runs", 0), ("/compare?runs=one,two", 0)):
+            open_at(tab, own, address, "tbody tr >> nth=1")
+            with tab.page.expect_download() as saved:
+                tab.page.get_by_role("button", name="Save CSV").nth(place).click()
+            lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
+            assert "caveat" in lines[0] and sum(caveat in line for line in lines) == 1
 
 
 def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:

@@ -128,12 +128,12 @@ def sample(number: int, base_hit: bool, tuned_hit: bool, **fields: Any) -> dict[
     }  # fmt: skip
 
 
-def evaluated(folder: Path, samples: list[dict[str, Any]]) -> None:
+def evaluated(folder: Path, samples: list[dict[str, Any]], **fields: Any) -> None:
     """Add an evaluation to a run."""
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     shares = {side: sum(row[f"{side}_hit"] for row in samples) / len(samples) for side in ("base", "tuned")}
-    report["evaluation"] = {"metric": "exact", "rows": len(samples)} | {
+    report["evaluation"] = {"metric": "exact", "rows": len(samples), **fields} | {
         side: {"exact": share, "loss": 1.0} for side, share in shares.items()
     }
     (folder / "answers.json").write_text(json.dumps({"metric": "exact", "samples": samples}), encoding="utf-8")

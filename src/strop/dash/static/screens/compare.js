@@ -91,7 +91,7 @@ export async function show(container, { query, signal }) {
                   h(
                     "small",
                     {},
-                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`]
+                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`, run.score?.caveat]
                       .filter(Boolean)
                       .join(", "),
                   ),
@@ -219,12 +219,13 @@ function scores(comparison) {
         show: (run) => h("span", { class: `state ${run.state}` }, run.state),
       },
       { key: "metric", name: "metric", value: (run) => of.get(run.name)?.metric },
+      { key: "caveat", name: "caveat", csvOnly: true, value: (run) => of.get(run.name)?.caveat },
       {
         key: "score",
         name: "score",
         number: true,
         value: (run) => of.get(run.name)?.value ?? null,
-        show: (run, value) => scoreText(value),
+        show: (run, value) => [scoreText(value), caveat(of.get(run.name))],
       },
       {
         key: "interval",
@@ -270,6 +271,8 @@ function scores(comparison) {
     table.element,
   ];
 }
+
+const caveat = (score) => (score?.caveat ? h("small", { class: "under warn" }, score.caveat) : null);
 
 function interval(item) {
   if (!item || typeof item.low !== "number") return "";

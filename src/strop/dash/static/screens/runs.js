@@ -160,7 +160,7 @@ function columns(chosen, update, onTag) {
             : null,
         ),
     },
-    { key: "loss", name: "loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
+    { key: "loss", name: "train loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
     {
       key: "eval",
       name: "eval loss",
@@ -188,6 +188,7 @@ function columns(chosen, update, onTag) {
       show: (run) => score(run.score),
     },
     { key: "metric", name: "metric", csvOnly: true, value: (run) => run.score?.metric },
+    { key: "caveat", name: "caveat", csvOnly: true, value: (run) => run.score?.caveat },
     {
       key: "model",
       name: "model",
@@ -234,5 +235,6 @@ function score(result) {
     isNumber(result.low)
       ? h("small", { class: "under interval" }, `${Math.round(100 * result.low)} to ${percent(result.high, 0)}`)
       : null,
+    result.caveat ? h("small", { class: "under warn" }, result.caveat) : null,
   );
 }
