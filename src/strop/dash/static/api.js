@@ -74,6 +74,7 @@ async function ask(path, options) {
     });
   }
   if (response.ok) return response;
+  if (response.status === 401) dispatchEvent(new Event("signedout")); // after a restart, the server has another key
   const details = await response.json().catch(() => ({}));
   throw new ApiError(response.status, details.error ?? {});
 }
@@ -160,6 +161,8 @@ export async function listen(path, params, handlers, signal) {
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
       if (error.status >= 400 && error.status < 500) {
+        disconnected.delete(stream);
+        showConnection();
         handlers.error?.(error);
         return;
       }
