@@ -478,6 +478,50 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.check("errors")
 
 
+def test_typed_values_are_planned_before_the_field_is_left(browser: Any, dash: Dash) -> None:
+    summary = ".startbar span"
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", ".bars .phase >> nth=4")
+        start = tab.page.get_by_role("button", name="Start", exact=True)
+        for label, wrong, right in (
+            ("Rank, exact", "abc", "40"),
+            ("Maximum steps", "-3", "4"),
+            ("Run name", "a/b", "c"),
+        ):
+            field = tab.page.get_by_label(label, exact=True)
+            field.focus()
+            for text, shown in ((wrong, "Fix: "), (right, "It fits")):
+                tab.page.keyboard.press("Control+A")
+                tab.page.keyboard.type(text)
+                tab.page.wait_for_selector(f"{summary}:text('{shown}')")
+                assert start.is_disabled() == (text == wrong)
+                assert field.evaluate("(field) => field === document.activeElement && field.value") == text
+        tab.page.wait_for_selector("code:text('--lora.r=40')")
+        open_at(tab, dash, f"/data?options={NEW}", ".tokens .stop >> nth=3")
+        tab.page.get_by_label("Rows", exact=True).focus()
+        tab.page.keyboard.press("End")
+        tab.page.keyboard.type("x")
+        tab.page.wait_for_selector("p.problem:text('rows.jsonlx: no such file')")
+        tab.faults.clear()  # the browser reports the refused requests
+
+
+def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> None:
+    options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 512}
+    address = f"/new?options={quote(json.dumps({**options, 'data.max_length': 1024}))}&memory="
+    with open_tab(browser, dash) as tab:
+        start, apply = (tab.page.get_by_role("button", name=name) for name in ("Start", "Apply all"))
+        open_at(tab, dash, f"{address}150MB", "h3:text('No change to these settings makes it fit')")
+        assert start.is_disabled() and apply.count() == 0
+        tab.page.wait_for_selector("p:text('with each change and all those above it')")
+        tab.check("nothing fits")
+        open_at(tab, dash, f"{address}230MB", "h3:text('Changes that make it fit')")
+        assert start.is_disabled() and apply.count() == 1
+        apply.click()
+        tab.page.wait_for_selector(".startbar span:text('It fits')")
+        assert start.is_enabled()
+        tab.check("changes")
+
+
 def test_new_run_shows_its_form_while_the_plan_is_made(browser: Any, dash: Dash) -> None:
     for size in (DESK, PHONE):
         with open_tab(browser, dash) as tab:
@@ -828,6 +872,26 @@ def test_page_without_the_token_shows_nothing(browser: Any, dash: Dash) -> None:
         tab.page.click("text=Open >> nth=-1")
         tab.page.wait_for_selector(".plot canvas")
         assert [fault for fault in tab.faults if "401" not in fault] == []
+
+
+def test_restarted_server_asks_open_tabs_for_the_new_token(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, "one", [*session(), step(1), step(2)], {"exit": 0})
+    for address, whole in (
+        ("/runs", "tbody th"),
+        ("/run/one", ".plot canvas"),
+        ("/chat", "text=No run has an adapter"),
+    ):
+        with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+            open_at(tab, own, address, whole)
+            own.stop()
+            tab.page.wait_for_timeout(1000)
+            with run_dash(tmp_path, port=int(own.url.rpartition(":")[2]), token="another") as restarted:
+                tab.page.wait_for_selector("h1:text-is('Sign in')")
+                tab.page.wait_for_timeout(300)
+                assert tab.page.locator("#link").inner_text() == "" and tab.page.locator(".error").count() == 0
+                tab.page.get_by_label("Token").fill(f"{restarted.url}/#token=another")
+                tab.page.get_by_role("button", name="Open").click()
+                tab.page.wait_for_selector(whole)
 
 
 def test_content_security_policy_blocks_inline_code(browser: Any, dash: Dash) -> None:

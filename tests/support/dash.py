@@ -62,17 +62,17 @@ class Dash:
 
 
 @contextmanager
-def run_dash(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
+def run_dash(folder: Path, cwd: Path | None = None, *, port: int = 0, token: str = TOKEN) -> Iterator[Dash]:
     ((cwd or Path()) / folder).mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", "0", "--json"]
-    environment = {**os.environ, "STROP_DASH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", str(port), "--json"]
+    environment = {**os.environ, "STROP_DASH_TOKEN": token, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, f"the server ended with {process.wait()}"
         about = json.loads(line)
-        assert about["url"].endswith(f"/#token={TOKEN}")
+        assert about["url"].endswith(f"/#token={token}")
         yield Dash(process, about["url"].partition("/#")[0])
     finally:
         process.kill()

@@ -35,6 +35,17 @@ export function showFieldErrors(form, error) {
   });
 }
 
+/** Confirm the text of an option half a second after it was typed, as leaving its field does. */
+export function confirmTyping(form) {
+  let timer = 0;
+  form.addEventListener("change", () => clearTimeout(timer));
+  form.addEventListener("input", ({ target }) => {
+    clearTimeout(timer);
+    if (target.matches("input[data-option]"))
+      timer = setTimeout(() => target.dispatchEvent(new Event("change", { bubbles: true })), 500);
+  });
+}
+
 function concerns(problem, option, value) {
   if (value && problem.startsWith(`${value}:`)) return true;
   const [, dashes, name] = problem.replace(/^recipe: /, "").match(/^(--)?([\w.-]*)/);

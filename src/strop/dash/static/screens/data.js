@@ -2,7 +2,7 @@
 
 import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
-import { showFieldErrors } from "../fields.js";
+import { confirmTyping, showFieldErrors } from "../fields.js";
 import { fileField } from "../files.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
@@ -72,6 +72,7 @@ export async function show(container, { query, signal }) {
     out,
   );
 
+  confirmTyping(container);
   async function load() {
     put(
       next,

@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { fieldList, showFieldErrors, slider } from "../fields.js";
+import { confirmTyping, fieldList, showFieldErrors, slider } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -96,13 +96,18 @@ export async function show(container, { query, signal }) {
     value: query.get("memory") ?? "",
     placeholder: "this machine",
     data: { option: "memory" },
-    on: { input: () => askSoon() },
+    on: {
+      change: () => {
+        setQuery({ memory: memory.value.trim() });
+        requestPlan();
+      },
+    },
   });
   const runName = h("input", {
     spellcheck: "false",
     placeholder: "auto",
     data: { option: "name" },
-    on: { input: () => askSoon() },
+    on: { change: () => requestPlan() },
   });
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
@@ -221,14 +226,7 @@ export async function show(container, { query, signal }) {
     requestPlan();
   }
 
-  let typingTimer = 0;
-  /** Request a plan after a pause in typing. */
-  function askSoon() {
-    clearTimeout(typingTimer);
-    setQuery({ memory: memory.value.trim() });
-    typingTimer = setTimeout(requestPlan, 250);
-  }
-
+  confirmTyping(container);
   let busy = false,
     changed = false,
     retryTimer = 0;
@@ -316,10 +314,10 @@ export async function show(container, { query, signal }) {
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
     if (refusal) verdict.append(errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }));
-    startButton.disabled = !options["data.train"] || refusal !== null;
+    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
     summary.textContent = [
       planned.fits ? "It fits" : "It does not fit",
-      planned.seconds ? `about ${duration(planned.seconds)}` : null,
+      planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
       .filter(Boolean)
@@ -346,10 +344,16 @@ export async function show(container, { query, signal }) {
   }
 
   function ladder(planned) {
+    const helps = planned.ladder.at(-1).fits;
     return h(
       "section",
       { class: "card" },
-      h("h3", {}, "Ways to make it fit, cheapest first"),
+      h("h3", {}, helps ? "Changes that make it fit" : "No change to these settings makes it fit"),
+      h(
+        "p",
+        { class: "soft" },
+        `Peak memory with each change and all those above it; ${bytes(planned.usable_bytes)} is usable.`,
+      ),
       h(
         "ul",
         {},
@@ -358,16 +362,20 @@ export async function show(container, { query, signal }) {
             "li",
             {},
             h("b", {}, option.what),
-            `: ${option.fits ? "fits" : bytes(option.peak_bytes)}, ${option.time?.toFixed?.(2) ?? "?"} times the duration; trade-off: ${option.gives_up} `,
-            button(
-              "Apply",
-              () => {
-                Object.assign(options, option.options);
-                storeOptions(options);
-                dispatchEvent(new Event("hashchange"));
-              },
-              { class: "small" },
-            ),
+            !helps && option === planned.ladder.at(-1)
+              ? " would fit."
+              : `: ${option.fits ? "fits" : bytes(option.peak_bytes)}, ${option.time?.toFixed?.(2) ?? "?"} times the duration; trade-off: ${option.gives_up} `,
+            option.fits
+              ? button(
+                  "Apply all",
+                  () => {
+                    Object.assign(options, option.options);
+                    storeOptions(options);
+                    dispatchEvent(new Event("hashchange"));
+                  },
+                  { class: "small" },
+                )
+              : null,
           ),
         ),
       ),
