@@ -283,7 +283,7 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "start": endpoint(start, options=dict, name=(str, None), memory=(str, None)),
         "runs/{name}/stop": endpoint(dashboard.stop, force=(bool, False)),
         "runs/{name}/resume": endpoint(resume, allow_changed=(list, []), options=(dict, {})),
-        "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, [])),
+        "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, []), to=(str, None)),
         "runs/{name}/rename": endpoint(dashboard.rename, to=str),
         "runs/{name}/delete": endpoint(dashboard.delete, confirm=str),
         "runs/{name}/evaluate": endpoint(

@@ -162,11 +162,8 @@ function edit(run) {
     const renamed = to("run", name.value, ...parts.slice(2), Object.fromEntries(query));
     put(problem);
     try {
-      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(",") });
-      if (name.value !== run.name) {
-        await post(runPath(run.name, "rename"), { to: name.value });
-        location.hash = renamed;
-      }
+      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(","), to: name.value });
+      if (name.value !== run.name) location.hash = renamed;
       dialog.close();
     } catch (error) {
       put(problem, errorBox(error));
