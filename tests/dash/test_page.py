@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -369,6 +370,7 @@ def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, t
         tab.axe("edit")
         tab.page.get_by_role("button", name="Save", exact=True).click()
         tab.page.wait_for_selector("dialog .verdict.error:has-text('exists')")
+        assert own.get("/api/runs/one").json()["tags"] == []  # nothing was saved
         tab.faults.clear()  # the browser reports the refused request
         tab.page.get_by_label("Name", exact=True).fill("a new & name")
         tab.page.get_by_role("button", name="Save", exact=True).click()
@@ -945,6 +947,48 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
         tab.check("chat")
+
+
+def test_chat_stays_while_another_screen_is_shown(browser: Any, dash: Dash) -> None:
+    now: dict[str, Any] = {"state": "starting", "names": ["runs/one"], "activity": None, "error": None}
+    now["started"] = time.time()
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [{"id": "one"}, {"id": "base"}]}))
+        held = hold(tab, "chat/v1/chat/completions")
+        open_at(tab, dash, "/chat?run=one", "text=/loading the models .[0-9]+/")
+        shown = tab.page.locator("[role=status] p").inner_text()
+        tab.page.wait_for_function(
+            "(shown) => document.querySelector('[role=status] p').innerText !== shown", arg=shown
+        )
+        now["state"] = "ready"
+        assert tab.page.get_by_role("button", name="Switch to this run").is_disabled()
+        tab.page.get_by_label("Run", exact=True).select_option(HOSTILE_NAME)
+        assert tab.page.get_by_role("button", name="Switch to this run").is_enabled()
+        tab.page.wait_for_selector(".chat >> nth=1")
+        tab.page.get_by_label("Your message").fill("hi")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector(".chat .waiting >> nth=1")
+        tab.page.get_by_role("link", name="Data", exact=True).click()
+        tab.page.wait_for_selector("h1:text-is('Data')")
+        for way in held:  # the answers arrive while another screen is shown
+            event = {"choices": [{"delta": {"content": f"answer of {way.request.post_data_json['model']}"}}]}
+            way.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+        tab.page.get_by_role("link", name="Chat", exact=True).click()
+        for model in ("one", "base"):
+            tab.page.wait_for_selector(f".chat:has-text('hi'):has-text('answer of {model}')")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("chat")
+
+
+def test_run_without_an_adapter_says_what_to_do(browser: Any, tmp_path: Path) -> None:
+    stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
+    make_run(tmp_path, "one", [*session(), step(1), step(2), stop])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for part in ("answers", "export"):
+            open_at(tab, own, f"/run/one/{part}", "text=Resume the run to finish it.")
+            tab.check(part)
 
 
 def test_uplot_files_have_the_published_checksums() -> None:

@@ -9,6 +9,7 @@ import {
   get,
   h,
   link,
+  noAdapter,
   runPath,
   percent,
   scoreText,
@@ -162,7 +163,7 @@ function summary(response, run) {
       { class: "empty" },
       run.can?.includes("evaluate")
         ? "This run has not been evaluated. Start an evaluation below: it compares base and tuned on the same held-out rows."
-        : "This run has no adapter to evaluate yet. It is written at the end of training.",
+        : noAdapter(run),
     );
   const name = evaluation.metric,
     rate = (side) => bar(evaluation[side]?.[name], side, response.intervals?.[side]);

@@ -11,6 +11,7 @@ import {
   figure,
   h,
   link,
+  noAdapter,
   runPath,
   percent,
   post,
@@ -56,7 +57,7 @@ export async function show(container, { run, signal }) {
             jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
           }),
         )
-      : h("p", { class: "empty" }, "This run has no adapter to export yet. It is written at the end of training."),
+      : h("p", { class: "empty" }, noAdapter(run)),
   );
   if (canExport && run.can.includes("chat"))
     container.append(h("p", {}, "Or serve it and ", link(to("chat", { run: run.name }), "chat with it"), "."));
