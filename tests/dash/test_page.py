@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -602,6 +603,30 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             assert out.get_attribute("aria-invalid") == "true"
             tab.axe(f"export at {size['width']}")
             tab.check("export")
+
+
+def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, dashboard: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dashboard, tmp_path / "copy")
+    file = folder / "runs" / "one" / "events.jsonl"
+    recipe = {"data.eval": "20%", "data.train": "rows.jsonl", "model.name": "tiny-model"}
+    events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for choice in next(event for event in events if event["event"] == "recipe")["choices"]:
+        choice["value"] = recipe.get(choice["field"], choice["value"])
+    file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    with run_dash(Path("runs"), folder) as own, open_tab(browser, own) as tab:
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, own, "/run/one/answers", ".sample >> nth=5")
+            tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
+            tab.page.get_by_role("button", name="Use the 20% of rows that were held out").click()
+            tab.page.wait_for_selector("#notice:has-text('rows to data/one-held-out')")
+            path = tab.page.get_by_label("File of held-out rows", exact=True).input_value()
+            copied = (folder / path).read_text(encoding="utf-8").splitlines()
+            data = {"options": {**recipe, "data.bad_rows": "drop"}, "part": "eval", "count": 100}
+            expected = [row["line"] for row in own.post("/api/data", data).json()["rows"]]
+            rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+            assert copied == [rows[line - 1] for line in expected] and len(copied) > 2
+            tab.check("held out")
 
 
 def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_path: Path, tiny_folder: Path) -> None:
