@@ -94,6 +94,7 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
                 tab.check(f"{address} at {size['width']}, {scheme}")
                 if (size, scheme) in ((DESK, "light"), (PHONE, "dark")):
                     tab.axe(f"{address} at {size['width']}, {scheme}")
+            assert "`" not in tab.page.locator("main").inner_text()  # code has its own font
         before = tab.page.evaluate("location.hash"), tab.page.title()
         tab.page.reload()  # the page restores its state from the address
         is_whole(tab, SCREENS[address])
@@ -467,7 +468,8 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.get_by_label("Invalid rows").select_option("refuse")
             tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
             tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
-            assert "--data.bad_rows drop" in problem("Training rows")
+            assert "Invalid rows: drop" in problem("Training rows")
+            assert "--" not in tab.page.locator("main .verdict").first.inner_text()
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
             tab.page.get_by_label("Invalid rows").select_option("drop")
             tab.page.wait_for_selector(f"{summary}:text('It fits')")

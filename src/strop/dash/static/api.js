@@ -1,6 +1,6 @@
 // Requests to the server, and its event streams. The browser stores the token of the address that `strop dash` prints.
 
-import { h } from "./dom.js";
+import { h, prose } from "./dom.js";
 
 const TOKEN_KEY = "strop-dash-token";
 
@@ -38,14 +38,14 @@ export function errorBox(error) {
   return h(
     "div",
     { class: "verdict error", role: "alert" },
-    h("div", { class: "error" }, error.message ?? String(error)),
-    error.fix ? h("p", { class: "free" }, error.fix) : null,
+    h("div", { class: "error" }, prose(error.message ?? error)),
+    error.fix ? h("p", { class: "free" }, prose(error.fix)) : null,
     places.length
       ? h(
           "ul",
           {},
           places.map((place) =>
-            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", place.what ?? ""),
+            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", prose(place.what ?? "")),
           ),
         )
       : null,

@@ -15,6 +15,7 @@ import {
   runPath,
   percent,
   post,
+  prose,
   put,
   select,
   to,
@@ -116,7 +117,7 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
   const element = h(
     "section",
     { class: "card form" },
-    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, description)),
+    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, prose(description))),
     field("Output path", out),
     field(
       "Data type",

@@ -1,6 +1,6 @@
 // This machine: hardware facts, the findings of `strop doctor`, and recent jobs.
 
-import { button, bytes, facts, errorBox, get, h, moment, post, put, formatValue } from "../all.js";
+import { button, bytes, facts, errorBox, get, h, moment, post, prose, put, formatValue } from "../all.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const NAMES = {
@@ -72,7 +72,9 @@ export async function show(container, { signal }) {
         : h(
             "p",
             { class: "soft" },
-            "`strop doctor` runs one 4-bit training step and measures the speed of this machine. It takes about a minute.",
+            prose(
+              "`strop doctor` runs one 4-bit training step and measures the speed of this machine. It takes about a minute.",
+            ),
           ),
     );
     if (response.job?.state === "running") follow(response.job);

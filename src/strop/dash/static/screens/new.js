@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { confirmTyping, fieldList, showFieldErrors, slider } from "../fields.js";
+import { confirmTyping, fieldList, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -271,7 +271,7 @@ export async function show(container, { query, signal }) {
 
   /** Show an error of the recipe at its fields, without the plan of earlier values. */
   function showError(error) {
-    put(verdict, errorBox(error));
+    put(verdict, errorBox(withLabels(container, error)));
     if (!planBox.isConnected) put(plan, verdict, planBox);
     for (const element of results) element.hidden = true;
     const labels = showFieldErrors(container, error);
@@ -313,7 +313,10 @@ export async function show(container, { query, signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
-    if (refusal) verdict.append(errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }));
+    if (refusal) {
+      const shown = withLabels(container, refusal);
+      verdict.append(errorBox({ ...shown, message: `A run would be refused: ${shown.message}` }));
+    }
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
     summary.textContent = [
       planned.fits ? "It fits" : "It does not fit",
@@ -406,7 +409,7 @@ export async function show(container, { query, signal }) {
       location.hash = to("run", started.run);
     } catch (error) {
       if (error.name === "AbortError") return;
-      put(problem, errorBox(error));
+      put(problem, errorBox(withLabels(container, error)));
       showFieldErrors(container, error);
       problem.scrollIntoView({ block: "nearest" });
       startButton.disabled = false;

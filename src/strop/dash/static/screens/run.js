@@ -1,6 +1,6 @@
 // One run: its state, actions and screens.
 
-import { address, button, errorBox, field, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
+import { address, button, errorBox, field, get, h, link, listen, runPath, post, prose, put, notify, to } from "../all.js";
 
 const TABS = {
   live: ["Training", () => import("./live.js")],
@@ -40,7 +40,7 @@ export async function show(container, { parts, query, signal }) {
     notes = h("div");
   put(
     head,
-    h("p", { class: "crumb" }, link("#/runs", "Runs"), " / "),
+    h("p", { class: "crumb" }, link("#/runs", "← Runs")),
     h("div", { class: "line" }, title, state, actions),
     why,
     failure,
@@ -57,7 +57,7 @@ export async function show(container, { parts, query, signal }) {
     );
     const last = (run.jobs ?? []).find((job) => ["train", "resume"].includes(job.kind));
     const error = ["failed", "crashed"].includes(run.state) ? (last?.error ?? null) : null;
-    why.textContent = run.why ?? "";
+    put(why, prose(run.why ?? ""));
     why.hidden = !run.why || Boolean(error);
     if (JSON.stringify(error) !== shownFailure) put(failure, error ? errorBox(error) : null); // announced once
     shownFailure = JSON.stringify(error);

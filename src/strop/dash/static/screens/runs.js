@@ -1,6 +1,6 @@
 // The table of runs.
 
-import { button, h, link, put } from "../dom.js";
+import { button, h, link, prose, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
 import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, moment, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
@@ -126,7 +126,7 @@ function columns(chosen, update, onTag) {
       value: (run) => run.name,
       show: (run) => [
         link(to("run", run.name), run.name, { title: run.note }),
-        run.state === "failed" ? h("small", { class: "why" }, run.why) : null,
+        run.state === "failed" ? h("small", { class: "why" }, prose(run.why)) : null,
         run.tags.length
           ? h(
               "span",
