@@ -266,7 +266,7 @@ def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, An
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
     text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{text} ({lowest:.4g}); no rows were evaluated by all."
+    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows."
 
 
 def _evaluation_key(recipe: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ class Dashboard:
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the table of runs, including those that are about to start or failed before their first step."""
-        rows = self.listing.rows()
+        rows = [self._with_resume(row) for row in self.listing.rows()]
         names = {row["name"] for row in rows}
         return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
 
@@ -75,7 +75,15 @@ class Dashboard:
         row = row or self._rows_without_folder().get(name)
         if row is None:
             raise FolderError(f"no such run: {name}", fix="choose one from the list")
-        return row
+        return self._with_resume(row)
+
+    def _with_resume(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row as that of a running run, if a process that resumes it has not yet claimed its folder."""
+        jobs = [] if row["pid"] is not None else self.jobs.running("resume")
+        job = next((job for job in jobs if job["run"] == row["name"]), None)
+        if job is None:
+            return row
+        return {**row, "state": "running", "why": "", "phase": "preparing", "pid": job["pid"], "can": []}
 
     def history(self, name: str) -> History:
         """Return the events of a run, read up to now."""

@@ -60,7 +60,7 @@ function createScreen() {
       h("div", { class: "wide" }, field("System prompt", system)),
     ),
   );
-  put(composer, h("div", { style: { flex: 1 } }, box), send);
+  put(composer, h("div", { class: "message" }, box), send);
   composer.hidden = true;
 
   async function change(path, body) {

@@ -252,6 +252,7 @@ function scores(comparison) {
       {
         key: "seconds",
         name: "time",
+        csvName: "seconds",
         number: true,
         value: (run) => run.seconds,
         show: (run, value) => duration(value),

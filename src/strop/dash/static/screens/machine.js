@@ -79,9 +79,12 @@ export async function show(container, { signal }) {
     );
     if (response.job?.state === "running") follow(response.job);
   }
-  const follow = (job) => put(jobs, jobCard(job, signal, { onEnd: (now) => now.state === "done" && load() }));
-  await load();
+  const follow = (job) => {
+    put(jobs, jobCard(job, signal, { onEnd: (now) => now.state === "done" && load() }));
+    recent.querySelector(":scope > p")?.remove();
+  };
   const cards = await jobCards({}, signal, {}, 8);
   put(recent, cards.length ? cards : h("p", { class: "soft" }, "No jobs yet."));
+  await load();
   return "This machine";
 }

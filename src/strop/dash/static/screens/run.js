@@ -120,17 +120,16 @@ function actionButtons(run, redraw) {
         { class: "danger", title: "Kill a run that does not respond; progress since the last checkpoint is lost" },
       ),
     );
-  const resuming = (run.jobs ?? []).some((job) => job.kind === "resume" && job.state === "running");
   if (allowed.has("resume"))
     buttons.push(
       button(
-        resuming ? "Resuming…" : "Resume",
+        "Resume",
         async () => {
           await post(runPath(run.name, "resume"));
           notify("Resuming from the newest checkpoint.");
-          location.hash = to("run", run.name, "log");
+          location.hash = to("run", run.name);
         },
-        { class: "main", disabled: resuming },
+        { class: "main" },
       ),
     );
   buttons.push(

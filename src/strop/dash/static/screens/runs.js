@@ -208,16 +208,17 @@ function columns(chosen, update, onTag) {
       name: "method",
       value: (run) => {
         const quantization = run.quantization === "none" ? null : run.quantization;
-        return [run.objective, run.rank && `r ${run.rank}`, quantization].filter(Boolean).join(", ");
+        return [run.objective, run.rank && `r\u00a0${run.rank}`, quantization].filter(Boolean).join(", ");
       },
     },
-    { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
-    { key: "bytes", name: "size", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
+    { key: "seconds", name: "time", csvName: "seconds", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
+    { key: "bytes", name: "size", csvName: "bytes", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
     {
       key: "started",
       name: "started",
       number: true,
       value: (run) => run.started,
+      csv: (run) => isNumber(run.started) && new Date(run.started * 1000).toISOString(),
       show: (run) =>
         h("span", { class: "soft", title: moment(run.started) }, ago(run.started).replace(/ \d\d:\d\d$/, "")),
     },
