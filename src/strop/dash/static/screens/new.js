@@ -350,7 +350,7 @@ export async function show(container, { query, signal }) {
     const helps = planned.ladder.at(-1).fits;
     return h(
       "section",
-      { class: "card" },
+      { class: "card", style: { "margin-top": ".8rem" } },
       h("h3", {}, helps ? "Changes that make it fit" : "No change to these settings makes it fit"),
       h(
         "p",
