@@ -73,7 +73,8 @@ function createScreen() {
 
   async function draw(server) {
     drawControls(server);
-    age.textContent = server.started ? ` (${duration(Date.now() / 1000 - server.started)})` : "";
+    // an activity has its own duration
+    age.textContent = server.activity || !server.started ? "" : ` (${duration(Date.now() / 1000 - server.started)})`;
     const key = JSON.stringify([
       server.state,
       server.names,
@@ -292,8 +293,9 @@ function createScreen() {
     signal = visit;
     chosen = run ?? chosen;
     await refresh();
+    if (visit.aborted) return;
     const timer = setInterval(() => !document.hidden && refresh(), 1500);
-    signal.addEventListener("abort", () => clearInterval(timer));
+    visit.addEventListener("abort", () => clearInterval(timer));
   };
   return { elements: [controls, state, sides, composer], follow };
 }
