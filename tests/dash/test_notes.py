@@ -90,6 +90,32 @@ def test_names_that_are_taken_or_invalid_are_refused(dashboard: Dashboard, name:
     assert {row["name"] for row in dashboard.runs()} == {"one", "two"}
 
 
+def test_name_of_a_run_that_failed_to_start_is_taken(dashboard: Dashboard) -> None:
+    job = dashboard.jobs.start("train", ["train", "--model=none", "--data=none"], "failed")["id"]
+    with pytest.raises(FolderError, match="failed: a run with this name exists"):  # it starts
+        dashboard.rename("one", "failed")
+    while dashboard.jobs.status(job)["state"] == "running":
+        pass
+    with pytest.raises(FolderError, match="failed: a run with this name exists"):
+        dashboard.rename("one", "failed")
+    assert {row["name"] for row in dashboard.runs()} == {"failed", "one", "two"}
+
+
+def test_the_name_is_reported_as_taken_and_nothing_is_saved(
+    dashboard: Dashboard, sleeper: subprocess.Popen[bytes]
+) -> None:
+    claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
+    (dashboard.root / "two" / "claim.json").write_text(json.dumps(claim))
+    with pytest.raises(FolderError, match="two: a run with this name exists"):
+        dashboard.set_notes("one", "note", ["tag"], "two")
+    assert dashboard.row("one")["note"] == ""
+    with pytest.raises(InputError, match="tags: invalid"):
+        dashboard.set_notes("one", "note", ["x" * 41], "new")
+    assert dashboard.row("one")["tags"] == []
+    assert dashboard.set_notes("one", "note", ["tag"], "new") == {"note": "note", "tags": ["tag"]}
+    assert dashboard.row("new")["note"] == "note"
+
+
 def test_run_that_is_loaded_for_a_chat_is_not_renamed(dashboard: Dashboard, sleeper: subprocess.Popen[bytes]) -> None:
     job = dashboard.root / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
     job.mkdir(parents=True)

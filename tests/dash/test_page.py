@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dash import TOKEN, Dash, make_run, run_dash, session, step
+from tests.support.dash import TOKEN, Dash, evaluated, make_run, run_dash, sample, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
@@ -92,6 +94,7 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
                 tab.check(f"{address} at {size['width']}, {scheme}")
                 if (size, scheme) in ((DESK, "light"), (PHONE, "dark")):
                     tab.axe(f"{address} at {size['width']}, {scheme}")
+            assert "`" not in tab.page.locator("main").inner_text()  # code has its own font
         before = tab.page.evaluate("location.hash"), tab.page.title()
         tab.page.reload()  # the page restores its state from the address
         is_whole(tab, SCREENS[address])
@@ -183,14 +186,44 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         with tab.page.expect_download() as saved:
             tab.page.click("text=Save CSV")
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("run,tags,state,steps,loss,eval loss,score,metric,model") and len(lines) == 4
+        assert lines[0].endswith("method,seconds,bytes,started")
+        assert re.search(r",20\d\d-\d\d-\d\dT[\d:.]+Z$", lines[1])
+        assert (
+            lines[0].startswith("run,tags,state,steps,train loss,eval loss,score,metric,caveat,model")
+            and len(lines) == 4
+        )
         assert "exact" in tab.page.locator("td[data-name=score]").first.inner_text()  # the metric
         tab.page.set_viewport_size({"width": 390, "height": 800})
-        for row in tab.page.locator("tbody tr").all():  # two lines of at most 30 pixels
-            assert row.bounding_box()["height"] < 80
+        for row in tab.page.locator("tbody tr").all():  # two lines, and one for a caveat of its score
+            assert row.bounding_box()["height"] < (100 if row.locator(".warn").count() else 80)
             right = tab.page.evaluate("innerWidth")
             assert all(part.bounding_box()["x"] < right - 30 for part in row.locator("th, td:visible").all())
         tab.check("runs")
+
+
+def test_score_on_training_rows_is_marked_everywhere(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        evaluated(folder, [sample(number, False, True) for number in range(6)], train_rows=3 if name == "one" else 0)
+    caveat = "3 of 6 rows trained on"
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, own, "/runs", "tbody tr >> nth=1")
+            assert tab.page.locator(f"td[data-name=score]:has-text('{caveat}'):visible").count() == 1
+            tab.axe(f"caveat at {size['width']}")
+            tab.check("runs")
+            open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+            assert tab.page.locator(f"td[data-name=score]:has-text('{caveat}'):visible").count() == 1
+            verdict = tab.page.locator(".verdict").first.inner_text()
+            assert "score equal" in verdict and f"No test of what it learned: one: {caveat}." in verdict
+            tab.check("compare")
+        for address, place in (("/runs", 0), ("/compare?runs=one,two", 0)):
+            open_at(tab, own, address, "tbody tr >> nth=1")
+            with tab.page.expect_download() as saved:
+                tab.page.get_by_role("button", name="Save CSV").nth(place).click()
+            lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
+            assert "caveat" in lines[0] and sum(caveat in line for line in lines) == 1
 
 
 def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
@@ -215,7 +248,7 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
         open_at(tab, dash, "/run/one", ".plot canvas")
         facts = facts_of(tab)
         assert facts["epoch"] == "4"  # of 4
-        assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
+        assert facts["tokens/s, mean"].replace(",", "") == str(round(report["tokens_per_s"]))
 
 
 def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
@@ -241,7 +274,52 @@ def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
         tab.check("smoothing")
 
 
-def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> None:
+def report_steps(folder: Path) -> list[str]:
+    """Return the lines of a run's steps."""
+    return [line for line in (folder / "events.jsonl").read_text().splitlines() if '"event": "step"' in line]
+
+
+def count_pixels(tab: Watched, colour: str) -> int:
+    """Return the number of pixels of the first plot that have a colour of look.css."""
+    number: int = tab.page.locator(".plot canvas").first.evaluate(
+        """(canvas, name) => {
+            const probe = document.body.appendChild(document.createElement("p"));
+            probe.style.color = `var(--${name})`;
+            const wanted = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+            probe.remove();
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            let found = 0;
+            for (let at = 0; at < data.length; at += 4)
+                found += wanted.every((part, index) => Math.abs(part - data[at + index]) < 3) && data[at + 3] > 200;
+            return found;
+        }""",
+        colour,
+    )
+    return number
+
+
+def test_single_value_is_drawn_as_a_dot(browser: Any, tmp_path: Path) -> None:
+    evaluated = {"event": "eval", "time": 1100, "step": 1, "loss": 0.5}
+    make_run(tmp_path, "one", [*session(), step(1), evaluated])
+    make_run(tmp_path, "two", [*session(), step(1)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one", ".plot canvas")
+        assert count_pixels(tab, "base") > 10 and count_pixels(tab, "tuned") > 10
+        tab.page.get_by_role("button", name="log", exact=True).first.click()
+        assert count_pixels(tab, "base") > 10
+        open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+        plot = tab.page.locator(".plot:has(.title:text-is('evaluation loss'))")
+        assert "0.5" in plot.locator(".legend").inner_text()
+        tab.page.locator(".plot").first.evaluate("(first) => first.remove()")
+        assert count_pixels(tab, "c0") > 10
+        with tab.page.expect_download() as saved:
+            plot.locator("summary").click()
+            plot.get_by_role("button", name="SVG", exact=True).click()
+        assert "<circle" in Path(saved.value.path()).read_text(encoding="utf-8")
+        tab.check("single values")
+
+
+def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash, dashboard: Path) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         plot = tab.page.locator(".plot").first
@@ -262,9 +340,18 @@ def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> Non
         tab.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=4)
         tab.page.mouse.up()
         tab.page.wait_for_selector(".back:visible")
-        assert "range=" in tab.page.url
-        tab.page.reload()
-        tab.page.wait_for_selector(".back:visible")
+        low, high = map(float, unquote(tab.page.url).partition("range=")[2].split("~"))
+        last = len(report_steps(dashboard / "runs" / "one"))
+        assert 0.25 * last < low < 0.4 * last and 0.55 * last < high < 0.7 * last  # every plot has the dragged range
+        for _ in range(2):
+            tab.page.wait_for_timeout(500)  # the curves of the range arrive
+            descriptions = [one.get_attribute("aria-label") for one in tab.page.locator(".plot .canvas:visible").all()]
+            assert len(descriptions) == tab.page.locator(".plot").count() and all(
+                "first" in one for one in descriptions
+            )
+            tab.page.reload()
+            tab.page.wait_for_selector(".back:visible")
+        open_at(tab, dash, "/run/one?range=2.2~2.8", ".plot .empty:text-is('Nothing in this range.')")
         tab.page.locator(".back:visible").first.click()
         assert "range=" not in tab.page.url
         for by in ("epoch", "tokens", "time"):
@@ -287,6 +374,7 @@ def test_name_tags_and_note_are_edited_and_tags_filter_the_table(browser: Any, t
         tab.axe("edit")
         tab.page.get_by_role("button", name="Save", exact=True).click()
         tab.page.wait_for_selector("dialog .verdict.error:has-text('exists')")
+        assert own.get("/api/runs/one").json()["tags"] == []  # nothing was saved
         tab.faults.clear()  # the browser reports the refused request
         tab.page.get_by_label("Name", exact=True).fill("a new & name")
         tab.page.get_by_role("button", name="Save", exact=True).click()
@@ -382,7 +470,8 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.get_by_label("Invalid rows").select_option("refuse")
             tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
             tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
-            assert "--data.bad_rows drop" in problem("Training rows")
+            assert "Invalid rows: drop" in problem("Training rows")
+            assert "--" not in tab.page.locator("main .verdict").first.inner_text()
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
             tab.page.get_by_label("Invalid rows").select_option("drop")
             tab.page.wait_for_selector(f"{summary}:text('It fits')")
@@ -394,6 +483,50 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             assert "not a name for a run" in problem("Run name")
             tab.faults.clear()  # the browser reports the refused requests
             tab.check("errors")
+
+
+def test_typed_values_are_planned_before_the_field_is_left(browser: Any, dash: Dash) -> None:
+    summary = ".startbar span"
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", ".bars .phase >> nth=4")
+        start = tab.page.get_by_role("button", name="Start", exact=True)
+        for label, wrong, right in (
+            ("Rank, exact", "abc", "40"),
+            ("Maximum steps", "-3", "4"),
+            ("Run name", "a/b", "c"),
+        ):
+            field = tab.page.get_by_label(label, exact=True)
+            field.focus()
+            for text, shown in ((wrong, "Fix: "), (right, "It fits")):
+                tab.page.keyboard.press("Control+A")
+                tab.page.keyboard.type(text)
+                tab.page.wait_for_selector(f"{summary}:text('{shown}')")
+                assert start.is_disabled() == (text == wrong)
+                assert field.evaluate("(field) => field === document.activeElement && field.value") == text
+        tab.page.wait_for_selector("code:text('--lora.r=40')")
+        open_at(tab, dash, f"/data?options={NEW}", ".tokens .stop >> nth=3")
+        tab.page.get_by_label("Rows", exact=True).focus()
+        tab.page.keyboard.press("End")
+        tab.page.keyboard.type("x")
+        tab.page.wait_for_selector("p.problem:text('rows.jsonlx: no such file')")
+        tab.faults.clear()  # the browser reports the refused requests
+
+
+def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> None:
+    options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 512}
+    address = f"/new?options={quote(json.dumps({**options, 'data.max_length': 1024}))}&memory="
+    with open_tab(browser, dash) as tab:
+        start, apply = (tab.page.get_by_role("button", name=name) for name in ("Start", "Apply all"))
+        open_at(tab, dash, f"{address}150MB", "h3:text('No change to these settings makes it fit')")
+        assert start.is_disabled() and apply.count() == 0
+        tab.page.wait_for_selector("p:text('with each change and all those above it')")
+        tab.check("nothing fits")
+        open_at(tab, dash, f"{address}230MB", "h3:text('Changes that make it fit')")
+        assert start.is_disabled() and apply.count() == 1
+        apply.click()
+        tab.page.wait_for_selector(".startbar span:text('It fits')")
+        assert start.is_enabled()
+        tab.check("changes")
 
 
 def test_new_run_shows_its_form_while_the_plan_is_made(browser: Any, dash: Dash) -> None:
@@ -476,6 +609,30 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             tab.check("export")
 
 
+def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, dashboard: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dashboard, tmp_path / "copy")
+    file = folder / "runs" / "one" / "events.jsonl"
+    recipe = {"data.eval": "20%", "data.train": "rows.jsonl", "model.name": "tiny-model"}
+    events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for choice in next(event for event in events if event["event"] == "recipe")["choices"]:
+        choice["value"] = recipe.get(choice["field"], choice["value"])
+    file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    with run_dash(Path("runs"), folder) as own, open_tab(browser, own) as tab:
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            open_at(tab, own, "/run/one/answers", ".sample >> nth=5")
+            tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
+            tab.page.get_by_role("button", name="Use the 20% of rows that were held out").click()
+            tab.page.wait_for_selector("#notice:has-text('rows to data/one-held-out')")
+            path = tab.page.get_by_label("File of held-out rows", exact=True).input_value()
+            copied = (folder / path).read_text(encoding="utf-8").splitlines()
+            data = {"options": {**recipe, "data.bad_rows": "drop"}, "part": "eval", "count": 100}
+            expected = [row["line"] for row in own.post("/api/data", data).json()["rows"]]
+            rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+            assert copied == [rows[line - 1] for line in expected] and len(copied) > 2
+            tab.check("held out")
+
+
 def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_path: Path, tiny_folder: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n', encoding="utf-8")
     options = {"model.name": str(tiny_folder), "data.train": "rows.jsonl", "lora.r": 4}
@@ -536,7 +693,7 @@ def test_silent_work_of_a_run_is_described(browser: Any, tmp_path: Path) -> None
         assert tab.page.get_by_role("button", name="Stopping…").count() == 0
 
 
-def test_resume_that_loads_is_not_offered_again(browser: Any, tmp_path: Path) -> None:
+def test_resume_that_loads_is_running_and_not_offered_again(browser: Any, tmp_path: Path) -> None:
     stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
     make_run(tmp_path, "one", [*session(), step(1), step(2), stop])
     with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
@@ -546,8 +703,68 @@ def test_resume_that_loads_is_not_offered_again(browser: Any, tmp_path: Path) ->
         tab.page.wait_for_selector(".progress:has-text('loading the libraries (3 s)')")
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
-            assert tab.page.get_by_role("button", name="Resuming…").is_disabled()
+            assert tab.page.locator("h1 + .line").inner_text().split() == ["running", "preparing"]
+            for name in ("Resume", "Delete"):
+                assert tab.page.get_by_role("button", name=name, exact=True).count() == 0
             tab.check("resume")
+        assert own.post("/api/runs/one/delete", {"confirm": "one"}).status_code == 409
+        open_at(tab, own, "/runs", ".state.running")
+
+
+def test_events_are_listed_once_while_a_run_is_followed(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one", ".plot canvas")
+        later = [{"event": "start", "time": 2000, "step": 1, "steps": 9, "engine": "fast"}, step(2)]
+        stop = {"event": "stop", "time": 3000, "step": 2, "why": "signal"}
+        for events in (later, [stop]):
+            with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(event) + "\n" for event in events))
+            tab.page.wait_for_selector(f".marks .kind:text-is('{events[0]['event']}')")
+            tab.page.wait_for_timeout(2500)  # both kinds of updates arrive
+        kinds = tab.page.locator(".marks .kind").all_text_contents()
+        assert kinds == ["stop", "start", "start"]
+        tab.check("events")
+
+
+def test_demo_is_offered_as_a_model_and_a_job_that_was_stopped_is_no_error(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with sleeping() as sleeper, run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/new", "h1:text-is('New run')")
+        tab.page.get_by_role("button", name="Choose: Model").click()
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            assert tab.page.locator("dialog").bounding_box()["width"] > 0.7 * min(400, size["width"])
+            tab.axe("choose")
+        tab.page.get_by_role("button", name="demo", exact=True).click()
+        assert tab.page.get_by_label("Model", exact=True).input_value() == "demo"
+        log = add_job(tmp_path / "runs", "doctor", "", sleeper.pid)
+        open_at(tab, own, "/machine", ".job .state.running")
+        assert tab.page.locator("text=No jobs yet").count() == 0
+        error = {"kind": "Stopped", "message": "stopped after step 2", "fix": "strop resume runs/one", "where": []}
+        log.with_name("out").write_text(json.dumps({"error": error}))
+        sleeper.kill()
+        sleeper.wait()
+        tab.page.wait_for_selector(".job .state.stopped")
+        assert tab.page.locator(".job .error").count() == 0 and "resume" not in tab.page.locator("main").inner_text()
+        tab.check("jobs")
+
+
+def test_colours_of_memory_stay_when_parts_appear(browser: Any, dash: Dash) -> None:
+    def colours() -> dict[str, str]:
+        result: dict[str, str] = tab.page.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('.bars .key span:has(i)')]"
+            ".map((one) => [one.innerText, one.querySelector('i').className]))"
+        )
+        return result
+
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", ".bars .phase >> nth=4")
+        few = colours()
+        tab.page.get_by_label("Rank, exact", exact=True).fill("512")
+        tab.page.wait_for_selector("code:text('--lora.r=512')")
+        many = colours()
+        assert len(many) > len(few) > 1 and {name: many[name] for name in few} == few
 
 
 def test_comparison_shows_raw_losses_behind_the_smoothed_ones(browser: Any, dash: Dash) -> None:
@@ -748,6 +965,26 @@ def test_page_without_the_token_shows_nothing(browser: Any, dash: Dash) -> None:
         assert [fault for fault in tab.faults if "401" not in fault] == []
 
 
+def test_restarted_server_asks_open_tabs_for_the_new_token(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, "one", [*session(), step(1), step(2)], {"exit": 0})
+    for address, whole in (
+        ("/runs", "tbody th"),
+        ("/run/one", ".plot canvas"),
+        ("/chat", "text=No run has an adapter"),
+    ):
+        with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+            open_at(tab, own, address, whole)
+            own.stop()
+            tab.page.wait_for_timeout(1000)
+            with run_dash(tmp_path, port=int(own.url.rpartition(":")[2]), token="another") as restarted:
+                tab.page.wait_for_selector("h1:text-is('Sign in')")
+                tab.page.wait_for_timeout(300)
+                assert tab.page.locator("#link").inner_text() == "" and tab.page.locator(".error").count() == 0
+                tab.page.get_by_label("Token").fill(f"{restarted.url}/#token=another")
+                tab.page.get_by_role("button", name="Open").click()
+                tab.page.wait_for_selector(whole)
+
+
 def test_content_security_policy_blocks_inline_code(browser: Any, dash: Dash) -> None:
     """Inline scripts and styles in the markup have no effect."""
     with open_tab(browser, dash) as tab:
@@ -799,6 +1036,48 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
         tab.check("chat")
+
+
+def test_chat_stays_while_another_screen_is_shown(browser: Any, dash: Dash) -> None:
+    now: dict[str, Any] = {"state": "starting", "names": ["runs/one"], "activity": None, "error": None}
+    now["started"] = time.time()
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [{"id": "one"}, {"id": "base"}]}))
+        held = hold(tab, "chat/v1/chat/completions")
+        open_at(tab, dash, "/chat?run=one", "text=/loading the models .[0-9]+/")
+        shown = tab.page.locator("[role=status] p").inner_text()
+        tab.page.wait_for_function(
+            "(shown) => document.querySelector('[role=status] p').innerText !== shown", arg=shown
+        )
+        now["state"] = "ready"
+        assert tab.page.get_by_role("button", name="Switch to this run").is_disabled()
+        tab.page.get_by_label("Run", exact=True).select_option(HOSTILE_NAME)
+        assert tab.page.get_by_role("button", name="Switch to this run").is_enabled()
+        tab.page.wait_for_selector(".chat >> nth=1")
+        tab.page.get_by_label("Your message").fill("hi")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector(".chat .waiting >> nth=1")
+        tab.page.get_by_role("link", name="Data", exact=True).click()
+        tab.page.wait_for_selector("h1:text-is('Data')")
+        for way in held:  # the answers arrive while another screen is shown
+            event = {"choices": [{"delta": {"content": f"answer of {way.request.post_data_json['model']}"}}]}
+            way.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+        tab.page.get_by_role("link", name="Chat", exact=True).click()
+        for model in ("one", "base"):
+            tab.page.wait_for_selector(f".chat:has-text('hi'):has-text('answer of {model}')")
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("chat")
+
+
+def test_run_without_an_adapter_says_what_to_do(browser: Any, tmp_path: Path) -> None:
+    stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
+    make_run(tmp_path, "one", [*session(), step(1), step(2), stop])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for part in ("answers", "export"):
+            open_at(tab, own, f"/run/one/{part}", "text=Resume the run to finish it.")
+            tab.check(part)
 
 
 def test_uplot_files_have_the_published_checksums() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -268,3 +269,21 @@ def test_long_samples_are_truncated_with_a_note() -> None:
     text = Page(render(report, [])).text
     assert "(4,400 more characters)" in text and "y" * 601 not in text
     assert "(nothing)" in text and "12 of the 40 samples in report.json" in text
+
+
+def test_report_of_a_short_run_names_what_it_shows(tmp_path: Path) -> None:
+    report = full()
+    report["data_report"] = {"held_out": 138}
+    for side in ("base", "tuned"):
+        report["evaluation"][side] |= {"tokens_per_s": 8.957, "stop_rate": 0.25}
+    (tmp_path / "notes.json").write_text(json.dumps({"note": "first try", "tags": ["good", ATTACK[:20]]}))
+    events = [{**event, "time": 1795935899.8 + event["step"]} for event in steps(12)]
+    page = Page(write_report(tmp_path, report, events).read_text(encoding="utf-8"))
+    assert "smoothed" not in page.text and "train, each step" in page.text  # it would be the same curve
+    assert "held out for evaluation138" in re.sub(r"\s", " ", page.text)
+    assert "answers that stopped" in page.text and "valid JSON" in page.text and "exact_json" in page.text
+    assert not any(word in page.text for word in ("tokens_per_s", "8.957", "stop_rate", "valid_json"))
+    assert "2026-11-2" in page.text and "first try" in page.text and "good · " in page.text
+    assert "smoothed" in render(report, steps(60))
+    single = render(report, [*steps(1), {"event": "eval", "step": 1, "loss": 0.3}])
+    assert single.count("<use ") > render(report, [*steps(2), {"event": "eval", "step": 1, "loss": 0.3}]).count("<use ")

@@ -62,17 +62,17 @@ class Dash:
 
 
 @contextmanager
-def run_dash(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
+def run_dash(folder: Path, cwd: Path | None = None, *, port: int = 0, token: str = TOKEN) -> Iterator[Dash]:
     ((cwd or Path()) / folder).mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", "0", "--json"]
-    environment = {**os.environ, "STROP_DASH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", str(port), "--json"]
+    environment = {**os.environ, "STROP_DASH_TOKEN": token, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, f"the server ended with {process.wait()}"
         about = json.loads(line)
-        assert about["url"].endswith(f"/#token={TOKEN}")
+        assert about["url"].endswith(f"/#token={token}")
         yield Dash(process, about["url"].partition("/#")[0])
     finally:
         process.kill()
@@ -128,12 +128,12 @@ def sample(number: int, base_hit: bool, tuned_hit: bool, **fields: Any) -> dict[
     }  # fmt: skip
 
 
-def evaluated(folder: Path, samples: list[dict[str, Any]]) -> None:
+def evaluated(folder: Path, samples: list[dict[str, Any]], **fields: Any) -> None:
     """Add an evaluation to a run."""
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     shares = {side: sum(row[f"{side}_hit"] for row in samples) / len(samples) for side in ("base", "tuned")}
-    report["evaluation"] = {"metric": "exact", "rows": len(samples)} | {
+    report["evaluation"] = {"metric": "exact", "rows": len(samples), **fields} | {
         side: {"exact": share, "loss": 1.0} for side, share in shares.items()
     }
     (folder / "answers.json").write_text(json.dumps({"metric": "exact", "samples": samples}), encoding="utf-8")

@@ -222,6 +222,7 @@ def _describe_comparison(
     """Describe which runs score highest, above which runs clearly, and which runs are not comparable."""
     scores = {row["name"]: row["score"] for row in rows if row["score"]}
     leads: Leads = {name: {} for name in scores}
+    caveats = [f"{name}: {score['caveat']}" for name, score in scores.items() if score["caveat"]]
     for pair in pairs:
         a, b, difference = pair["a"], pair["b"], pair["difference"]
         if difference and a in scores and b in scores:
@@ -235,7 +236,8 @@ def _describe_comparison(
         equal = [best[0], *(name for name in best if name in leads[best[0]])]
         sentences.append(_describe_best(equal, leads, scores, [row["name"] for row in rows]))
         best = [name for name in best if name not in equal]
-    return " ".join(sentences) or "No run is above all others: see the pairs."
+    sentences = sentences or ["No run is above all others: see the pairs."]
+    return " ".join([*sentences, *([f"No test of what it learned: {'; '.join(caveats)}."] if caveats else [])])
 
 
 def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, Any]], names: list[str]) -> str:
@@ -264,7 +266,7 @@ def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, An
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
     text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{text} ({lowest:.4g}); no rows were evaluated by all."
+    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows."
 
 
 def _evaluation_key(recipe: dict[str, Any]) -> str:

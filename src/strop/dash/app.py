@@ -271,6 +271,14 @@ def post_routes(services: Services) -> list[BaseRoute]:
             path = await asyncio.to_thread(file.finish)
         return {"path": display_path(path), "bytes": file.num_bytes}
 
+    async def held_out(request: Request) -> Any:
+        name = request.path_params["name"]
+        options = (await call(dashboard.duplicate, name))["options"]
+        text = await services.data.call("held_out", options=options)
+        with Upload(dashboard.data_folder, f"{name}-held-out.jsonl").receive() as file:
+            file.write(text.encode())
+            return {"path": display_path(file.finish()), "rows": text.count("\n")}
+
     async def chat_forward(request: Request) -> Response:
         address, path = await call(services.chat.address), request.url.path.removeprefix("/api/chat")
         status, content_type, chunks = await forward(address, request.method, path, await request.body())
@@ -283,12 +291,13 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "start": endpoint(start, options=dict, name=(str, None), memory=(str, None)),
         "runs/{name}/stop": endpoint(dashboard.stop, force=(bool, False)),
         "runs/{name}/resume": endpoint(resume, allow_changed=(list, []), options=(dict, {})),
-        "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, [])),
+        "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, []), to=(str, None)),
         "runs/{name}/rename": endpoint(dashboard.rename, to=str),
         "runs/{name}/delete": endpoint(dashboard.delete, confirm=str),
         "runs/{name}/evaluate": endpoint(
             evaluate, data=str, metric=(str, "exact"), max_new_tokens=(int, None), general=(bool, False)
         ),
+        "runs/{name}/held-out": held_out,
         "runs/{name}/export": endpoint(
             export, kind=str, out=str, no_parity=(bool, False), dtype=(str, None), type=(str, None), data=(str, None)
         ),

@@ -21,7 +21,7 @@ from strop.dash import answers
 from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, split_names
 from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, parse_options, send_signal
-from strop.dash.notes import move_run, write_notes
+from strop.dash.notes import check_notes, move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
 from strop.dash.transfer import download
 from strop.dash.worker import Worker
@@ -47,7 +47,7 @@ class Dashboard:
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the table of runs, including those that are about to start or failed before their first step."""
-        rows = self.listing.rows()
+        rows = [self._with_resume(row) for row in self.listing.rows()]
         names = {row["name"] for row in rows}
         return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
 
@@ -75,7 +75,15 @@ class Dashboard:
         row = row or self._rows_without_folder().get(name)
         if row is None:
             raise FolderError(f"no such run: {name}", fix="choose one from the list")
-        return row
+        return self._with_resume(row)
+
+    def _with_resume(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row as that of a running run, if a process that resumes it has not yet claimed its folder."""
+        jobs = [] if row["pid"] is not None else self.jobs.running("resume")
+        job = next((job for job in jobs if job["run"] == row["name"]), None)
+        if job is None:
+            return row
+        return {**row, "state": "running", "why": "", "phase": "preparing", "pid": job["pid"], "can": []}
 
     def history(self, name: str) -> History:
         """Return the events of a run, read up to now."""
@@ -235,17 +243,23 @@ class Dashboard:
             return self.jobs.remove(name)
         return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
 
-    def set_notes(self, name: str, note: str, tags: list[Any]) -> dict[str, Any]:
+    def set_notes(self, name: str, note: str, tags: list[Any], new_name: str | None = None) -> dict[str, Any]:
+        """Store the note and the tags of a run, and rename it if a new name is given; all of it or nothing."""
         with self._run(name) as folder:
-            return write_notes(folder.path, note, tags)
+            notes = check_notes(note, tags)
+            if new_name not in (None, name):
+                folder = RunFolder(run_path(self.root, self.rename(name, str(new_name))["name"]))
+            return write_notes(folder.path, notes)
 
     def rename(self, name: str, new_name: str) -> dict[str, Any]:
-        """Rename a run and its folder. Raises Busy if a process uses it."""
+        """Rename a run and its folder. Raises Busy if a process uses it, FolderError if the name is taken."""
         path, target = run_path(self.root, name), run_path(self.root, new_name)
         if any(str(path) in split_names(str(job["run"])) for job in self.jobs.running("serve")):
             raise Busy(f"{name} is loaded for a chat", fix="stop the server on the Chat screen, then rename the run")
-        if self.row(name)["pid"] is not None or self._has_job(name) or self._has_job(new_name, "train"):
+        if self.row(name)["pid"] is not None or self._has_job(name):
             raise Busy(f"{name} is in use", fix="stop it first")
+        if target.exists() or new_name in self._rows_without_folder():  # of a run that starts, or failed to
+            raise FolderError(f"{new_name}: a run with this name exists", fix="choose another name")
         move_run(path, target)
         self.jobs.rename_run(name, new_name)
         self._histories.pop(name, None)
@@ -254,7 +268,8 @@ class Dashboard:
     def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
         """Start an evaluation or an export. Raises Busy if the run has no adapter."""
         if not self.row(name)["has_adapter"]:
-            raise Busy(f"{name} has no adapter yet", fix="let it finish first")
+            fix = "resume it" if "resume" in self.row(name)["can"] else "wait"
+            raise Busy(f"{name} has no adapter yet: it is written at the end of training", fix=fix)
         return self.jobs.start(kind, arguments, name)
 
     def train(self, name: str, arguments: list[str]) -> dict[str, Any]:

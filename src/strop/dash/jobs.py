@@ -286,12 +286,12 @@ class ChatServer:
         """Return the state (off, starting, ready or failed) and the models of the server."""
         last = next((job for job in self._jobs.all() if job["kind"] == "serve"), None)
         status: dict[str, Any] = {"state": "off", "models": [], "names": [], "log": ""}
-        status |= dict.fromkeys(("error", "job", "activity"))
+        status |= dict.fromkeys(("error", "job", "activity", "started"))
         if last is None:
             return status
         job = self._jobs.status(last["id"])
         names, log = split_names(str(job["run"] or "")), self._jobs.log(last["id"])[0][-4000:]
-        status |= {"job": last["id"], "names": names, "log": log}
+        status |= {"job": last["id"], "names": names, "log": log, "started": last["started"]}
         if job["state"] == "running":
             if (ready := job["result"]) is None or job["error"] is not None:
                 return {**status, "state": "starting", "activity": job["activity"]}

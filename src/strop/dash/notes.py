@@ -24,15 +24,20 @@ def read_notes(folder: Path) -> dict[str, Any]:
     return {"note": note if isinstance(note, str) else "", "tags": texts}
 
 
-def write_notes(folder: Path, note: str, tags: list[Any]) -> dict[str, Any]:
-    """Store the note and the tags of a run atomically. Raises InputError if they are invalid."""
+def check_notes(note: str, tags: list[Any]) -> dict[str, Any]:
+    """Return the note and the tags without spaces and repetitions. Raises InputError if they are invalid."""
     if len(note) > MAX_NOTE_CHARS:
         raise InputError(f"note: longer than {MAX_NOTE_CHARS} characters", fix="shorten it")
     stripped = list(dict.fromkeys(tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()))
     if len(stripped) > MAX_TAGS or any(len(tag) > MAX_TAG_CHARS or not tag.isprintable() for tag in stripped):
         raise InputError("tags: invalid", fix=f"give at most {MAX_TAGS} tags of at most {MAX_TAG_CHARS} characters")
+    return {"note": note, "tags": stripped}
+
+
+def write_notes(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+    """Store the checked note and tags of a run atomically."""
     with _folder_errors(folder), disk_errors(folder):
-        write_json(folder / NOTES_FILE, {"note": note, "tags": stripped})
+        write_json(folder / NOTES_FILE, notes)
     return read_notes(folder)
 
 

@@ -221,6 +221,20 @@ class DataReader:
         rows = [_row(prepared, examples[int(index)], int(index), ids) for index in page] if examples else []
         return {**summary["report"], **statistics, "part": part, "order": order, "num_rows": len(indices), "rows": rows}
 
+    def held_out(self, options: dict[str, Any]) -> str:
+        """Return the lines that a share in data.eval holds out. Raises InputError if they are not in JSONL files."""
+        lines: dict[str, set[int]] = {}
+        for row in self._prepare(resolve(None, typed_options(options)).recipe)[0].eval_conversations or ():
+            lines.setdefault(row.file, set()).add(row.line)
+        if other := next((file for file in lines if not file.endswith(".jsonl")), None):
+            fix = "choose a file of rows that the run was not trained on"
+            raise InputError(f"{other}: held-out rows are copied from JSONL files only", fix=fix)
+        text = ""
+        for file, numbers in lines.items():
+            with open(file, encoding="utf-8", newline="\n") as rows:
+                text += "".join(f"{row.rstrip()}\n" for number, row in enumerate(rows, 1) if number in numbers)
+        return text
+
     def _prepare(self, recipe: Recipe) -> tuple[Prepared, dict[str, Any]]:
         data_kind = data_kind_of(recipe.train)
         new_tokens = recipe.lora.new_tokens

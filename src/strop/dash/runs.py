@@ -33,6 +33,7 @@ from strop.dash.files import (
 )
 from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
+from strop.display.tables import describe_caveat
 from strop.evaluation.metrics import describe_change, describe_rows
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
@@ -157,7 +158,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     stamp = file_stamp(folder.events)
     size, claim = stamp[1] if stamp else 0, folder.path / "claim.json"
     first_time = _TIME.search(read_bytes(folder.events, 0, 256))
-    step, evaluated, last_events = _read_last_events(folder.events, size, live=file_stamp(claim) is not None)
+    step, evaluated, last_events = read_last_events(folder.events, live=file_stamp(claim) is not None)
     sparkline = _read_sparkline(folder.events, size)
     other_stamps = [other for file in (folder.lock, claim, folder.path) if (other := file_stamp(file))]
     heartbeat = (stamp or max(other_stamps, default=(0, 0)))[0] / 1e9
@@ -196,7 +197,7 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     low, high = (report.get("intervals") or {}).get("tuned") or (None, None)
     score = {"metric": metric, "value": tuned[metric], "low": low, "high": high, "base": base.get(metric)}
     score |= {"rows": evaluation.get("rows"), "difference": evaluation.get("difference")}
-    score |= {"verdict": "plain", "words": ""}
+    score |= {"verdict": "plain", "words": "", "caveat": describe_caveat(evaluation)}
     try:
         kind, words = describe_change(evaluation)
         text = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {describe_rows(evaluation)}"
@@ -206,10 +207,9 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return score
 
 
-def _read_last_events(
-    file: Path, size: int, *, live: bool
-) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+def read_last_events(file: Path, *, live: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Return the last step, the last evaluation, and the last event or, of a live run, the last NUM_EVENTS."""
+    size = (file_stamp(file) or (0, 0))[1]
     for limit in (TAIL_BYTES, 64 * TAIL_BYTES):  # the second is needed after a resume, which adds many other events
         start = max(0, size - limit)
         lines = read_bytes(file, start, limit).split(b"\n")[1 if start else 0 : -1]

@@ -27,7 +27,10 @@ def main() -> None:
     os.dup2(2, 1)  # keep output printed by libraries out of the protocol
     from strop.dash.previews import DataReader, Planner, schema  # not imported by the server, to save memory
 
-    methods: dict[str, Callable[..., Any]] = {"plan": Planner().plan, "schema": schema, "rows": DataReader().rows}
+    reader = DataReader()
+    methods: dict[str, Callable[..., Any]] = {
+        "plan": Planner().plan, "schema": schema, "rows": reader.rows, "held_out": reader.held_out
+    }  # fmt: skip
     for line in sys.stdin:
         request = json.loads(line)
         result: dict[str, Any]

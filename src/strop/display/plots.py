@@ -25,8 +25,12 @@ def plot_loss(train: Series, evaluated: Series, width: float, height: float = 3.
         return None
     figure, axes = _make_figure(width, height, "loss")
     if train:
-        axes.plot(*_xy(train), color=BEFORE, alpha=0.45, linewidth=0.8, label="train, each step")
-        axes.plot(*_xy(_smooth(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
+        smoothed = _smooth(train)
+        style = {"alpha": 0.45, "linewidth": 0.8} if smoothed else {"linewidth": 1.5}
+        marker = "o" if len(train) == 1 else None  # a line needs two values
+        axes.plot(*_xy(train), color=BEFORE, label="train, each step", marker=marker, markersize=4.5, **style)
+        if smoothed:
+            axes.plot(*_xy(smoothed), color=BEFORE, linewidth=1.8, label="train, smoothed")
     if evaluated:
         axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
     axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the policy loss of RL may be negative
@@ -47,9 +51,11 @@ def plot_metric(series: Series, title: str) -> Markup:
 
 
 def _smooth(series: Series) -> Series:
-    """Return a centred moving average. Near the ends, the window is smaller, so that it stays symmetric."""
+    """Return a centred moving average, empty for a short series. At the ends, the window is smaller and symmetric."""
     values, max_radius = list(series.values()), min(MAX_SMOOTHING_RADIUS, len(series) // 20)
-    means = []
+    means: list[float] = []
+    if not max_radius:
+        return {}
     for i in range(len(values)):
         radius = min(max_radius, i, len(values) - 1 - i)
         window = values[i - radius : i + radius + 1]

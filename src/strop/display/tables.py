@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,15 @@ def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -
         cells = (adapter["folder"], base, str(adapter["rank"]), modules, size, adapter["score"])
         table.add_row(*map(escape, cells))
     out.print(table if adapters else "no adapters found")
+
+
+def describe_caveat(evaluation: Mapping[str, Any]) -> str:
+    """Return why a score does not show what a run learned, as a few words next to it; "" for no reason."""
+    counts = {
+        "rows trained on": evaluation.get("train_rows"),
+        "references cut": (evaluation.get("answers") or {}).get("references_cut"),
+    }
+    return ", ".join(f"{count:,} of {evaluation['rows']:,} {what}" for what, count in counts.items() if count)
 
 
 def print_fields(values: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from markupsafe import Markup
 
 from strop.display.plots import Series, plot_loss, plot_metric
 from strop.evaluation import metrics
-from strop.runs.folder import write_atomic
+from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
@@ -35,14 +36,23 @@ STEP_PLOTS = {  # field of a "step" event -> title of its plot
 }  # fmt: skip
 
 
+SCORE_NAMES = {  # field of base and tuned -> its name; a metric keeps the name that --metric takes
+    "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
+    "preference_sum": "preference, summed", "margin": "margin of rewards",
+}  # fmt: skip
+
+
 def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str, Any]]) -> Path:
     """Write report.html from the content of report.json and the run's events, and return its path."""
     path = folder / "report.html"
-    write_atomic(path, render(report, list(events)))
+    write_atomic(path, render(report, list(events), read_json(folder / "notes.json")))
     return path
 
 
-def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+def render(
+    report: Mapping[str, Any], events: Sequence[Mapping[str, Any]], notes: Mapping[str, Any] | None = None
+) -> str:
+    """Return the page. notes: the run's note and tags."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
@@ -53,6 +63,9 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     event_counts = Counter(str(event.get("event")) for event in events)
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
+        dates=_describe_dates(events),
+        tags=tags if isinstance(tags := (notes or {}).get("tags"), list) else [],
+        note=(notes or {}).get("note") or "",
         verdict=_describe_change(evaluation),
         facts=list(_list_key_numbers(report)),
         scores=list(_format_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
@@ -63,7 +76,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         plots=list(_plot_steps(events)),
         samples=[_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))],
         num_samples=len(samples),
-        data=list(_list_row_counts(report.get("data") or {})),
+        data=list(_list_row_counts(report.get("data") or {}, (report.get("data_report") or {}).get("held_out"))),
         data_warnings=(report.get("data_report") or {}).get("warnings") or [],
         memory=list(_list_memory_peaks(report.get("memory") or {})),
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
@@ -94,6 +107,13 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
         return "plain", f"{change}."
     kind, text = metrics.describe_change(evaluation)
     return kind, f"{text[0].upper()}{text[1:]}: {change}."
+
+
+def _describe_dates(events: Sequence[Mapping[str, Any]]) -> str:
+    """Return the local time of the first and the last event, or "" without events."""
+    times = [event["time"] for event in events if _is_number(event.get("time"))]
+    texts = [datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M") for at in (times[:1] + times[-1:])]
+    return " to ".join(dict.fromkeys(texts))
 
 
 def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -136,6 +156,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
     metric = evaluation.get("metric")
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
+    names.pop("tokens_per_s", None)  # of the evaluation, which generates both answers at once
     for name in sorted(names, key=lambda name: name != metric):
         is_rate = name in (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
         cells = []
@@ -149,7 +170,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
                 low, high = (100 * float(end) for end in intervals[side])
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
             cells.append(cell)
-        yield {"name": name, "sides": cells}
+        yield {"name": SCORE_NAMES.get(name, name.replace("_", " ") if name != metric else name), "sides": cells}
 
 
 def _format_general(general: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -183,11 +204,13 @@ def _truncate(text: str) -> str:
     return text if excess <= 0 else f"{text[:MAX_CHARACTERS]} … ({excess:,} more characters)"
 
 
-def _list_row_counts(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (name, number of rows, is_reason): first the totals, then the reasons for dropped rows."""
+def _list_row_counts(data: Mapping[str, Any], held_out: Any) -> Iterator[tuple[str, str, bool]]:
+    """Yield (name, number of rows, is_part): first the totals, then the reasons for dropped rows."""
     for name in ("read", "used", "truncated", "split", "dropped"):
         if _is_number(data.get(name)):
             yield name, f"{data[name]:,}", False
+        if name == "used" and _is_number(held_out) and held_out:
+            yield "held out for evaluation", f"{held_out:,}", True
     for reason, number in (data.get("by_reason") or {}).items():
         yield str(reason), f"{number:,}" if _is_number(number) else str(number), True
 

@@ -29,6 +29,7 @@ from strop.errors import InputError
 
 HEAD_SECONDS = 15.0  # time to send the headers, from the start of the connection or the previous response
 BODY_SECONDS = 30.0  # time to send the body
+CLOSE_SECONDS = 2  # time that an endpoint has to end after its connection is closed, when the server stops
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -272,16 +273,27 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, on_ready: Callable[[], None], *, shutdown_timeout: int) -> None:
         config = uvicorn.Config(
             app, http=HeaderTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=shutdown_timeout,
-            limit_concurrency=512,
+            server_header=False, proxy_headers=False, timeout_keep_alive=15, limit_concurrency=512,
+            timeout_graceful_shutdown=shutdown_timeout + CLOSE_SECONDS,
         )  # fmt: skip
         super().__init__(config)
-        self._on_ready, self.signal = on_ready, 0
+        self._on_ready, self._shutdown_timeout, self.signal = on_ready, shutdown_timeout, 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._close_connections)
+        await super().shutdown(sockets)
+        closing.cancel()
+
+    def _close_connections(self) -> None:
+        """End responses that are still being sent, as if their clients had disconnected: streams may never end."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return signal_handler(self.handle_exit)  # uvicorn's method raises the signals again after the shutdown

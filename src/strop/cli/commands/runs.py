@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import DEFAULT_FOLDER, Json, check_folder
-from strop.display.tables import console, print_json
+from strop.display.tables import console, describe_caveat, print_json
 from strop.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ def runs(
         return
     check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
-    table = Table("run", "model", "data", "score", "loss", "time", "state")
+    table = Table("run", "model", "data", "score", "train loss", "eval loss", "time", "state")
     for row in rows:
         table.add_row(
             escape(Path(row["run"]).name),
             escape(_shorten_name(row["model"])),
             escape(", ".join(map(_shorten_name, row["data"] or [None]))),
-            "-" if row["score"] is None else f"{row['metric']} {row['score']:.1%}",
-            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            "-" if row["score"] is None else escape(f"{row['metric']} {row['score']:.1%} {row['caveat']}".strip()),
+            *("-" if row[loss] is None else f"{row[loss]:.4g}" for loss in ("train_loss", "eval_loss")),
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
             "finished" if row["finished"] else f"step {row['step']}, not finished",
         )
@@ -79,9 +79,15 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
 
 def _summarize(run: RunFolder) -> dict[str, Any]:
     """Return a row of the table. Values are None if the files of the run lack them."""
+    from strop.dash.runs import read_last_events
+
     report, recipe = run.read_report(), _read_yaml(run.recipe)
     sources, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
-    steps, loss = _number_or_none(_get(report, "steps")), _number_or_none(_get(report, "eval_loss"))
+    last, evaluated, _ = read_last_events(run.events, live=False)
+    steps = _number_or_none(report.get("steps", last.get("step")))
+    train_loss = _number_or_none(_get(report, "loss", "last") if report else last.get("loss"))
+    eval_loss = _number_or_none(report.get("eval_loss", evaluated.get("loss")))
+    score = _number_or_none(_get(report, "evaluation", "tuned", metric))
     return {
         "run": str(run.path),
         "model": _get(recipe, "model", "name"),
@@ -89,8 +95,11 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
         "finished": run.finished,
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
-        "score": _number_or_none(_get(report, "evaluation", "tuned", metric)),
-        "loss": _number_or_none(_get(report, "loss", "last")) if loss is None else loss,
+        "score": score,
+        "caveat": "" if score is None else describe_caveat(report["evaluation"]),
+        "loss": train_loss if eval_loss is None else eval_loss,
+        "train_loss": train_loss,
+        "eval_loss": eval_loss,
         "seconds": _number_or_none(_get(report, "seconds")),
     }
 

@@ -1,6 +1,6 @@
 // Requests to the server, and its event streams. The browser stores the token of the address that `strop dash` prints.
 
-import { h } from "./dom.js";
+import { h, prose } from "./dom.js";
 
 const TOKEN_KEY = "strop-dash-token";
 
@@ -38,14 +38,14 @@ export function errorBox(error) {
   return h(
     "div",
     { class: "verdict error", role: "alert" },
-    h("div", { class: "error" }, error.message ?? String(error)),
-    error.fix ? h("p", { class: "free" }, error.fix) : null,
+    h("div", { class: "error" }, prose(error.message ?? error)),
+    error.fix ? h("p", { class: "free" }, prose(error.fix)) : null,
     places.length
       ? h(
           "ul",
           {},
           places.map((place) =>
-            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", place.what ?? ""),
+            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", prose(place.what ?? "")),
           ),
         )
       : null,
@@ -74,6 +74,7 @@ async function ask(path, options) {
     });
   }
   if (response.ok) return response;
+  if (response.status === 401) dispatchEvent(new Event("signedout")); // after a restart, the server has another key
   const details = await response.json().catch(() => ({}));
   throw new ApiError(response.status, details.error ?? {});
 }
@@ -160,6 +161,8 @@ export async function listen(path, params, handlers, signal) {
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
       if (error.status >= 400 && error.status < 500) {
+        disconnected.delete(stream);
+        showConnection();
         handlers.error?.(error);
         return;
       }

@@ -13,10 +13,9 @@ export function phaseBars(phases, usable) {
       ...all.map((phase) => phase.peak_bytes),
       Math.min(usable || 0, 1.6 * Math.max(...all.map((phase) => phase.peak_bytes))),
     );
-  const parts = [...new Set(all.flatMap((phase) => Object.keys(phase.parts)))].filter((part) =>
-    all.some((phase) => phase.parts[part] > 0.002 * max),
-  );
-  const at = new Map(parts.map((part, index) => [part, `p${index % 10}`]));
+  const names = [...new Set(all.flatMap((phase) => Object.keys(phase.parts)))],
+    parts = names.filter((part) => all.some((phase) => phase.parts[part] > 0.002 * max));
+  const at = new Map(names.map((part, index) => [part, `p${index % 11}`])); // the same colours in every plan
   return h(
     "div",
     { class: "bars" },

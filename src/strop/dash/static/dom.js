@@ -41,13 +41,19 @@ export function put(element, ...children) {
   return element;
 }
 
+/** Return text with its parts between backticks as code. */
+export const prose = (text) =>
+  String(text)
+    .split(/`([^`\n]+)`/)
+    .map((part, index) => (index % 2 ? h("code", {}, part) : part));
+
 let lastId = 0;
 export const uniqueId = (prefix) => `${prefix}-${(lastId += 1)}`;
 
 /** Create a labelled field. The control gets an id, which its label and hint refer to. */
 export function field(label, control, hint = null) {
   control.id ||= uniqueId("field");
-  const hintElement = hint && h("small", { id: `${control.id}-hint` }, hint);
+  const hintElement = hint && h("small", { id: `${control.id}-hint` }, prose(hint));
   if (hintElement) control.setAttribute("aria-describedby", hintElement.id);
   return h("div", { class: "field" }, h("label", { for: control.id }, label), control, hintElement);
 }
@@ -96,7 +102,7 @@ export function command(text) {
 /** Show a notice at the bottom of the page, which screen readers announce. */
 export function notify(text, bad = false) {
   const element = document.getElementById("notice");
-  element.textContent = text;
+  put(element, prose(text));
   element.classList.toggle("bad", bad);
   element.classList.add("shown");
   clearTimeout(notify.timer);

@@ -55,6 +55,9 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
         "stroke-linejoin": "round",
       }),
     );
+    if (curve.points || points.length === 1)
+      for (const [at, y] of points)
+        parts.push(svg("circle", { cx: across(at), cy: down(y), r: 3, fill: colour(curve.colour) }));
     if (curve.of !== undefined) continue;
     right -= 7 * curve.name.length + 26;
     parts.push(

@@ -1,7 +1,21 @@
 // Form controls of several elements.
 
-import { field, h, put, select, uniqueId } from "./dom.js";
+import { field, h, prose, put, select, uniqueId } from "./dom.js";
 import { formatValue } from "./format.js";
+
+/** Return an error with the labels of a form instead of command-line options: "Invalid rows: drop". */
+export function withLabels(form, { message, fix, where }) {
+  const words = (text) =>
+    text?.replace(/--([a-z_]+(?:\.[a-z_0-9]+)?)(?:[ =]([\w-]+))?/g, (option, name, value) => {
+      const control = form.querySelector(`[data-option="${name}"]`);
+      if (!control) return option;
+      const chosen = [...(control.options ?? [])].some((item) => item.value && item.value === value);
+      const rest = value ? ` ${value}` : "";
+      return `${control.closest(".field").querySelector("label").textContent}${chosen ? ":" : ""}${rest}`;
+    });
+  const places = (where ?? []).map(({ file, line, what }) => ({ file: words(file), line, what: words(what) }));
+  return { message: words(message), fix: words(fix), where: places };
+}
 
 /**
  * Show an error next to the fields that caused it and remove earlier ones. error: null for none. Returns their labels.
@@ -24,14 +38,28 @@ export function showFieldErrors(form, error) {
     const lines = [...own.slice(0, 3), own.length > 3 ? `and ${own.length - 3} more` : "", error.fix];
     const id = uniqueId("problem"),
       box = control.closest(".field");
-    const text = lines.filter(Boolean).map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""));
-    box.append(h("p", { class: "problem bad", id }, text.join("\n")));
+    const text = lines
+      .filter(Boolean)
+      .map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""))
+      .map((line) => withLabels(form, { message: line }).message);
+    box.append(h("p", { class: "problem bad", id }, prose(text.join("\n"))));
     control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") ?? ""} ${id}`.trim());
     control.setAttribute("aria-errormessage", id);
     control.setAttribute("aria-invalid", "true");
     const folded = control.closest("details");
     if (folded) folded.open = true;
     return [box.querySelector("label").textContent];
+  });
+}
+
+/** Confirm the text of an option half a second after it was typed, as leaving its field does. */
+export function confirmTyping(form) {
+  let timer = 0;
+  form.addEventListener("change", () => clearTimeout(timer));
+  form.addEventListener("input", ({ target }) => {
+    clearTimeout(timer);
+    if (target.matches("input[data-option]"))
+      timer = setTimeout(() => target.dispatchEvent(new Event("change", { bubbles: true })), 500);
   });
 }
 

@@ -88,7 +88,7 @@ async function browse(kind, onPick) {
       const folder = await get("files", { path }),
         kinds = kind === "data" ? ["data"] : ["model", "run"];
       const entries = folder.entries.filter((entry) => entry.kind === "folder" || kinds.includes(entry.kind));
-      where.textContent = folder.path;
+      where.textContent = folder.path === "." ? "the folder in which strop dash was started" : folder.path;
       put(
         list,
         folder.parent !== null && folder.parent !== undefined
@@ -96,6 +96,14 @@ async function browse(kind, onPick) {
               "li",
               {},
               button("↑ up", () => open(folder.parent)),
+            )
+          : null,
+        kind === "model"
+          ? h(
+              "li",
+              {},
+              button("demo", () => pick({ path: "demo" }), { class: "pickable" }),
+              h("small", {}, " a small model to try strop with"),
             )
           : null,
         entries.map((entry) =>

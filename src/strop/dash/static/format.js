@@ -63,6 +63,10 @@ export function ago(time, now = Date.now() / 1000) {
 /** Return the last part of a path. */
 export const lastPart = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
 
+/** Describe why a run has no adapter yet, and what to do. */
+export const noAdapter = (run) =>
+  `This run has no adapter yet: it is written at the end of training. ${run.can?.includes("resume") ? "Resume the run to finish it." : ""}`;
+
 /** Return the name of a kind of event. */
 export const eventName = (kind) => ({ rehearsal: "dry run" })[kind] ?? kind;
 

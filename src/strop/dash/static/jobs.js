@@ -56,7 +56,11 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
       update.progress?.share !== null && update.progress?.share !== undefined && !finished
         ? h("div", { class: "bar" }, h("i", { class: "tuned", style: { width: `${100 * update.progress.share}%` } }))
         : null,
-      update.error ? errorBox(update.error) : null,
+      !update.error
+        ? null
+        : update.state === "stopped"
+          ? h("p", { class: "soft" }, "Stopped on request.")
+          : errorBox(update.error),
       finished && update.result && result ? result(update) : null,
     );
     if (finished && !ended) {

@@ -55,14 +55,12 @@ async function navigate() {
     document.title = title ? `${title} · strop` : "strop";
   } catch (error) {
     if (signal.aborted || error.name === "AbortError") return;
-    if (error.status === 401) askToken();
-    else
-      put(
-        main,
-        h("h1", {}, "This page cannot be shown"),
-        errorBox(error),
-        h("p", {}, link("#/runs", "Back to the runs")),
-      );
+    put(
+      main,
+      h("h1", {}, "This page cannot be shown"),
+      errorBox(error),
+      h("p", {}, link("#/runs", "Back to the runs")),
+    );
   }
   container.removeAttribute("aria-busy");
   if (!first && path !== shownPath) {
@@ -89,6 +87,8 @@ function drawNav(current) {
 
 /** Ask for the token, which `strop dash` prints in the terminal. */
 function askToken() {
+  current.abort();
+  document.querySelector("dialog")?.close();
   const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false" });
   const form = h(
     "form",
@@ -117,6 +117,7 @@ addEventListener("hashchange", () => {
   takeToken();
   navigate();
 });
+addEventListener("signedout", askToken);
 addEventListener("unhandledrejection", (event) => {
   if (event.reason?.name === "AbortError") event.preventDefault();
   else notify(event.reason?.message ?? "Something failed.", true);

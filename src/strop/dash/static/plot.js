@@ -42,7 +42,7 @@ export class Plot {
       id: uniqueId("plot"),
       on: { keydown: (event) => this.#key(event) },
     });
-    this.none = h("p", { class: "empty", hidden: true }, "No data yet.");
+    this.none = h("p", { class: "empty", hidden: true });
     const tools = [
       this.options.log &&
         button("log", (event) => this.#toLog(event.currentTarget), {
@@ -105,6 +105,7 @@ export class Plot {
     this.options.x = x;
     const hasData = data.x.length > 0;
     this.none.hidden = hasData;
+    this.#nameEmpty();
     this.canvas.hidden = !hasData;
     if (hasData && (!this.u || renamed)) {
       if (renamed) this.range = null;
@@ -129,7 +130,12 @@ export class Plot {
   zoomTo(range) {
     this.range = range;
     this.back.hidden = range === null;
+    this.#nameEmpty();
     this.#scale();
+  }
+
+  #nameEmpty() {
+    this.none.textContent = this.range ? "Nothing in this range." : "No data yet.";
   }
 
   #columns() {
@@ -165,7 +171,8 @@ export class Plot {
         padding: [8, 22, 0, 0],
         legend: { show: false },
         cursor: {
-          sync: this.options.group ? { key: this.options.group } : undefined,
+          // not the drag: the other plots would apply its pixels to axes that are already zoomed
+          sync: { key: this.options.group, filters: { pub: (type) => ["mousemove", "mouseleave"].includes(type) } },
           drag: { x: true, y: false, setScale: false },
           points: { size: 6 },
           y: false,
@@ -199,7 +206,11 @@ export class Plot {
             stroke: curve.opacity ? faded(curve.colour, curve.opacity) : colour(curve.colour),
             width: curve.width ?? 1.5,
             spanGaps: true,
-            points: { show: curve.points ?? false, size: 5, fill: colour(curve.colour) },
+            points: {
+              show: (u, at) => curve.points || u.data[at].filter(isNumber).length === 1, // a line needs two values
+              size: 5,
+              fill: colour(curve.colour),
+            },
             show: !this.hidden.has(index),
             dash: curve.dash,
           })),

@@ -1,11 +1,11 @@
 // A table that can be sorted, filtered by words, and saved as CSV.
 
-import { button, download, uniqueId, h, put } from "./dom.js";
+import { button, download, uniqueId, h, prose, put } from "./dom.js";
 import { csv, isNumber } from "./format.js";
 
 /**
- * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?, csvOnly?}]; value is sorted and saved,
- * show returns a node or text; the column with `head: true` names its row. rows: any objects.
+ * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?, csvOnly?, csvName?, csv(row)?}]; value is sorted and saved,
+ * csvName and csv replace name and value in the file, show returns a node or text; the column with `head: true` names its row. rows: any objects.
  * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, class, onChange({sort, filter}),
  * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
  */
@@ -27,7 +27,7 @@ export class Table {
       h("thead", {}, h("tr", {}, [...this.heads.values()])),
       this.body,
     );
-    this.empty = h("p", { class: "empty", hidden: true }, this.options.empty);
+    this.empty = h("p", { class: "empty", hidden: true });
     this.element = h(
       "div",
       { class: "scroll", tabIndex: 0, role: "region", "aria-label": this.options.label },
@@ -80,13 +80,13 @@ export class Table {
 
   save() {
     const rows = this.chosen().map((row) =>
-      this.columns.filter((column) => !column.plain).map((column) => column.value(row)),
+      this.columns.filter((column) => !column.plain).map((column) => (column.csv ?? column.value)(row)),
     );
     download(
       this.options.file ?? "table.csv",
       "text/csv",
       csv(
-        this.columns.filter((column) => !column.plain).map((column) => column.name),
+        this.columns.filter((column) => !column.plain).map((column) => column.csvName ?? column.name),
         rows,
       ),
     );
@@ -151,7 +151,7 @@ export class Table {
     if (!same) put(this.body, elements);
     if (focus && focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
     this.empty.hidden = chosen.length > 0;
-    this.empty.textContent = this.rows.length ? "No row matches the filter." : this.options.empty;
+    put(this.empty, prose(this.rows.length ? "No row matches the filter." : this.options.empty));
   }
 
   #row(row) {

@@ -9,6 +9,7 @@ import {
   get,
   h,
   link,
+  noAdapter,
   runPath,
   percent,
   scoreText,
@@ -162,7 +163,7 @@ function summary(response, run) {
       { class: "empty" },
       run.can?.includes("evaluate")
         ? "This run has not been evaluated. Start an evaluation below: it compares base and tuned on the same held-out rows."
-        : "This run has no adapter to evaluate yet. It is written at the end of training.",
+        : noAdapter(run),
     );
   const name = evaluation.metric,
     rate = (side) => bar(evaluation[side]?.[name], side, response.intervals?.[side]);
@@ -258,15 +259,29 @@ function markedAnswer(row, side) {
   );
 }
 
-/** Return the file of evaluation rows of a run's recipe. */
-function evalFile(run) {
-  const value = run.recipe?.find((item) => item.field === "data.eval")?.value;
-  return typeof value === "string" && !value.endsWith("%") ? value : "";
+/** Return a button that copies the rows that the recipe held out into a file, or null if it names a file. */
+function heldOutButton(run, share, onFile) {
+  if (!share.endsWith("%")) return null;
+  const copy = button(`Use the ${share} of rows that were held out`, async () => {
+    copy.disabled = true;
+    try {
+      const { path, rows } = await post(runPath(run.name, "held-out"));
+      notify(`Copied ${count(rows)} rows to ${path}.`);
+      onFile(path);
+    } catch (error) {
+      notify([error.message, error.fix].filter(Boolean).join(": "), true);
+    }
+    copy.disabled = false;
+  });
+  return copy;
 }
 
 function evaluation(run, signal, onEnd) {
   if (!(run.can ?? []).includes("evaluate")) return null;
-  const file = fileField("data", "File of held-out rows", "data", evalFile(run), () => {}),
+  const value = run.recipe?.find((item) => item.field === "data.eval")?.value,
+    evalRows = typeof value === "string" ? value : "",
+    evalFile = evalRows.endsWith("%") ? "" : evalRows,
+    file = fileField("data", "File of held-out rows", "data", evalFile, () => {}),
     jobs = h("div"),
     problem = h("div");
   let metric = run.score?.metric ?? "exact";
@@ -312,7 +327,12 @@ function evaluation(run, signal, onEnd) {
     h(
       "div",
       { class: "fields" },
-      h("div", { class: "wide" }, file.element),
+      h(
+        "div",
+        { class: "wide" },
+        file.element,
+        heldOutButton(run, evalRows, (path) => (file.input.value = path)),
+      ),
       metricField,
       field("Maximum answer length in tokens", maxTokens),
     ),

@@ -3,11 +3,13 @@
 import {
   button,
   count,
+  duration,
   readEvents,
   errorBox,
   field,
   get,
   h,
+  lastPart,
   post,
   put,
   postStream,
@@ -16,14 +18,24 @@ import {
   select,
 } from "../all.js";
 
+let screen = null; // stays when another screen is shown, with its answers and what is being generated
+
 export async function show(container, { query, signal }) {
+  screen ??= createScreen();
+  put(container, h("h1", {}, "Chat"), screen.elements);
+  await screen.follow(query.get("run"), signal);
+  return "Chat";
+}
+
+function createScreen() {
+  let signal = null; // of the visit
   const controls = h("div"),
     state = h("div", { role: "status" }),
     sides = h("div", { class: "chats" }),
-    composer = h("form", { class: "composer" });
-  put(container, h("h1", {}, "Chat"), controls, state, sides, composer);
+    composer = h("form", { class: "composer" }),
+    age = h("span", { "aria-hidden": "true" }); // the time since the start is not announced
   let servable = [],
-    chosen = query.get("run") ?? "",
+    chosen = "",
     drawnKey = "",
     drawnControls = "",
     columns = [],
@@ -48,19 +60,21 @@ export async function show(container, { query, signal }) {
       h("div", { class: "wide" }, field("System prompt", system)),
     ),
   );
-  put(composer, h("div", { style: { flex: 1 } }, box), send);
+  put(composer, h("div", { class: "message" }, box), send);
   composer.hidden = true;
 
   async function change(path, body) {
     try {
       draw(await post(path, body, signal));
     } catch (error) {
-      put(state, errorBox(error));
+      if (error.name !== "AbortError") put(state, errorBox(error));
     }
   }
 
   async function draw(server) {
     drawControls(server);
+    // an activity has its own duration
+    age.textContent = server.activity || !server.started ? "" : ` (${duration(Date.now() / 1000 - server.started)})`;
     const key = JSON.stringify([
       server.state,
       server.names,
@@ -72,7 +86,7 @@ export async function show(container, { query, signal }) {
     put(
       state,
       server.state === "starting"
-        ? h("p", {}, h("span", { class: "state running" }, "starting"), ` ${server.activity ?? "loading the models"}`)
+        ? h("p", {}, h("span", { class: "state running" }, "starting"), ` ${server.activity ?? "loading the models"}`, age)
         : server.error
           ? errorBox(server.error)
           : server.state === "off" && servable.length
@@ -83,7 +97,10 @@ export async function show(container, { query, signal }) {
     put(sides);
     columns = [];
     if (server.state !== "ready") return;
-    const { data } = await get("chat/v1/models", {}, signal);
+    const { data } = await get("chat/v1/models", {}, signal).catch((error) => {
+      drawnKey = ""; // try again
+      throw error;
+    });
     systems = new Map(data.map((model) => [model.id, model.system ?? ""]));
     const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
     columns = names.map((name) => column(name));
@@ -99,16 +116,19 @@ export async function show(container, { query, signal }) {
   /** Draw the choice of a run, if it has changed: runs finish and are renamed while the page is open. */
   function drawControls(server) {
     const off = server.state === "off" || server.state === "failed",
-      key = JSON.stringify([server.state, server.names, servable]);
+      current = servable.includes(chosen) ? chosen : (servable[0] ?? ""),
+      key = JSON.stringify([server.state, server.names, servable, current]);
+    chosen = current;
     if (key === drawnControls) return;
     drawnControls = key;
-    if (!servable.includes(chosen)) chosen = servable[0] ?? "";
     const picker = select(
       servable,
       chosen,
       (value) => {
         chosen = value;
         setQuery({ run: value });
+        drawControls(server);
+        controls.querySelector("select").focus();
       },
       { "aria-label": "Run", style: { width: "auto" } },
     );
@@ -122,6 +142,7 @@ export async function show(container, { query, signal }) {
             picker,
             button(off ? "Start" : "Switch to this run", () => change("chat/start", { names: [chosen] }), {
               class: off ? "main" : "",
+              disabled: !off && server.names.length === 1 && lastPart(server.names[0]) === chosen,
             }),
             off ? null : button("Stop the server", () => change("chat/stop")),
           ),
@@ -196,7 +217,7 @@ export async function show(container, { query, signal }) {
             stream_options: { include_usage: true },
             ...settings,
           },
-          AbortSignal.any([chat.stop.signal, signal]),
+          chat.stop.signal,
         );
         for await (const { data } of readEvents(response.body)) {
           if (data.error) throw new Error(data.error.message);
@@ -268,8 +289,13 @@ export async function show(container, { query, signal }) {
       if (error.name !== "AbortError") notify(error.message, true);
     }
   };
-  await refresh();
-  const timer = setInterval(() => !document.hidden && refresh(), 1500);
-  signal.addEventListener("abort", () => clearInterval(timer));
-  return "Chat";
+  const follow = async (run, visit) => {
+    signal = visit;
+    chosen = run ?? chosen;
+    await refresh();
+    if (visit.aborted) return;
+    const timer = setInterval(() => !document.hidden && refresh(), 1500);
+    visit.addEventListener("abort", () => clearInterval(timer));
+  };
+  return { elements: [controls, state, sides, composer], follow };
 }

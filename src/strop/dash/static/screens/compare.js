@@ -91,7 +91,7 @@ export async function show(container, { query, signal }) {
                   h(
                     "small",
                     {},
-                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`]
+                    [run.model, run.score && `${run.score.metric} ${scoreText(run.score.value)}`, run.score?.caveat]
                       .filter(Boolean)
                       .join(", "),
                   ),
@@ -144,6 +144,7 @@ export async function show(container, { query, signal }) {
         group: "compare",
         height: 230,
         x: AXES[by],
+        onZoom: (range) => plots.forEach((other) => other.zoomTo(range)),
         series: chosen.map((name, index) => ({ name, colour: `c${index}`, width: 1.8 })),
         ...more,
       });
@@ -218,12 +219,13 @@ function scores(comparison) {
         show: (run) => h("span", { class: `state ${run.state}` }, run.state),
       },
       { key: "metric", name: "metric", value: (run) => of.get(run.name)?.metric },
+      { key: "caveat", name: "caveat", csvOnly: true, value: (run) => of.get(run.name)?.caveat },
       {
         key: "score",
         name: "score",
         number: true,
         value: (run) => of.get(run.name)?.value ?? null,
-        show: (run, value) => scoreText(value),
+        show: (run, value) => [scoreText(value), caveat(of.get(run.name))],
       },
       {
         key: "interval",
@@ -250,6 +252,7 @@ function scores(comparison) {
       {
         key: "seconds",
         name: "time",
+        csvName: "seconds",
         number: true,
         value: (run) => run.seconds,
         show: (run, value) => duration(value),
@@ -269,6 +272,8 @@ function scores(comparison) {
     table.element,
   ];
 }
+
+const caveat = (score) => (score?.caveat ? h("small", { class: "under warn" }, score.caveat) : null);
 
 function interval(item) {
   if (!item || typeof item.low !== "number") return "";

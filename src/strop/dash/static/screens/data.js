@@ -2,7 +2,7 @@
 
 import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
-import { showFieldErrors } from "../fields.js";
+import { confirmTyping, showFieldErrors, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
@@ -72,6 +72,7 @@ export async function show(container, { query, signal }) {
     out,
   );
 
+  confirmTyping(container);
   async function load() {
     put(
       next,
@@ -94,7 +95,7 @@ export async function show(container, { query, signal }) {
     } catch (error) {
       if (error.name !== "AbortError" && request === requests) {
         showFieldErrors(container, error);
-        put(out, errorBox(error));
+        put(out, errorBox(withLabels(container, error)));
       }
     }
     out.removeAttribute("aria-busy");
@@ -125,7 +126,12 @@ export async function show(container, { query, signal }) {
     put(
       out,
       report.refusal
-        ? errorBox({ message: `A run would be refused: ${report.refusal.message}`, fix: report.refusal.fix })
+        ? errorBox(
+            withLabels(container, {
+              message: `A run would be refused: ${report.refusal.message}`,
+              fix: report.refusal.fix,
+            }),
+          )
         : null,
       h(
         "dl",

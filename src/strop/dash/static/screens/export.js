@@ -11,9 +11,11 @@ import {
   figure,
   h,
   link,
+  noAdapter,
   runPath,
   percent,
   post,
+  prose,
   put,
   select,
   to,
@@ -56,7 +58,7 @@ export async function show(container, { run, signal }) {
             jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
           }),
         )
-      : h("p", { class: "empty" }, "This run has no adapter to export yet. It is written at the end of training."),
+      : h("p", { class: "empty" }, noAdapter(run)),
   );
   if (canExport && run.can.includes("chat"))
     container.append(h("p", {}, "Or serve it and ", link(to("chat", { run: run.name }), "chat with it"), "."));
@@ -115,7 +117,7 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
   const element = h(
     "section",
     { class: "card form" },
-    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, description)),
+    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, prose(description))),
     field("Output path", out),
     field(
       "Data type",

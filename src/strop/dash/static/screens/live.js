@@ -184,7 +184,9 @@ export async function show(container, { run, query, signal, draw }) {
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
-        ["tokens/s", count(active ? (last.tokens_per_s ?? run.tokens_per_s) : run.tokens_per_s)],
+        active
+          ? ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)]
+          : ["tokens/s, mean", count(run.tokens_per_s)],
         ["training time", duration(run.seconds)],
         ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
         ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],
@@ -451,7 +453,8 @@ export async function show(container, { run, query, signal, draw }) {
           },
           steps: (update) => {
             if (!history) return;
-            marks.push(...(update.marks ?? []));
+            const known = new Set(marks.map((mark) => JSON.stringify(mark.event))); // of details that were sent before
+            marks.push(...(update.marks ?? []).filter((mark) => !known.has(JSON.stringify(mark.event))));
             if (range) history.last = { ...history.last, ...update.last };
             else {
               append(history, update);

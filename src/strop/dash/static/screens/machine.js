@@ -1,6 +1,6 @@
 // This machine: hardware facts, the findings of `strop doctor`, and recent jobs.
 
-import { button, bytes, facts, errorBox, get, h, moment, post, put, formatValue } from "../all.js";
+import { button, bytes, facts, errorBox, get, h, moment, post, prose, put, formatValue } from "../all.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const NAMES = {
@@ -72,14 +72,19 @@ export async function show(container, { signal }) {
         : h(
             "p",
             { class: "soft" },
-            "`strop doctor` runs one 4-bit training step and measures the speed of this machine. It takes about a minute.",
+            prose(
+              "`strop doctor` runs one 4-bit training step and measures the speed of this machine. It takes about a minute.",
+            ),
           ),
     );
     if (response.job?.state === "running") follow(response.job);
   }
-  const follow = (job) => put(jobs, jobCard(job, signal, { onEnd: (now) => now.state === "done" && load() }));
-  await load();
+  const follow = (job) => {
+    put(jobs, jobCard(job, signal, { onEnd: (now) => now.state === "done" && load() }));
+    recent.querySelector(":scope > p")?.remove();
+  };
   const cards = await jobCards({}, signal, {}, 8);
   put(recent, cards.length ? cards : h("p", { class: "soft" }, "No jobs yet."));
+  await load();
   return "This machine";
 }

@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { fieldList, showFieldErrors, slider } from "../fields.js";
+import { confirmTyping, fieldList, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -96,13 +96,18 @@ export async function show(container, { query, signal }) {
     value: query.get("memory") ?? "",
     placeholder: "this machine",
     data: { option: "memory" },
-    on: { input: () => askSoon() },
+    on: {
+      change: () => {
+        setQuery({ memory: memory.value.trim() });
+        requestPlan();
+      },
+    },
   });
   const runName = h("input", {
     spellcheck: "false",
     placeholder: "auto",
     data: { option: "name" },
-    on: { input: () => askSoon() },
+    on: { change: () => requestPlan() },
   });
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
@@ -221,14 +226,7 @@ export async function show(container, { query, signal }) {
     requestPlan();
   }
 
-  let typingTimer = 0;
-  /** Request a plan after a pause in typing. */
-  function askSoon() {
-    clearTimeout(typingTimer);
-    setQuery({ memory: memory.value.trim() });
-    typingTimer = setTimeout(requestPlan, 250);
-  }
-
+  confirmTyping(container);
   let busy = false,
     changed = false,
     retryTimer = 0;
@@ -273,7 +271,7 @@ export async function show(container, { query, signal }) {
 
   /** Show an error of the recipe at its fields, without the plan of earlier values. */
   function showError(error) {
-    put(verdict, errorBox(error));
+    put(verdict, errorBox(withLabels(container, error)));
     if (!planBox.isConnected) put(plan, verdict, planBox);
     for (const element of results) element.hidden = true;
     const labels = showFieldErrors(container, error);
@@ -315,11 +313,14 @@ export async function show(container, { query, signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
-    if (refusal) verdict.append(errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }));
-    startButton.disabled = !options["data.train"] || refusal !== null;
+    if (refusal) {
+      const shown = withLabels(container, refusal);
+      verdict.append(errorBox({ ...shown, message: `A run would be refused: ${shown.message}` }));
+    }
+    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
     summary.textContent = [
       planned.fits ? "It fits" : "It does not fit",
-      planned.seconds ? `about ${duration(planned.seconds)}` : null,
+      planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
       .filter(Boolean)
@@ -346,10 +347,16 @@ export async function show(container, { query, signal }) {
   }
 
   function ladder(planned) {
+    const helps = planned.ladder.at(-1).fits;
     return h(
       "section",
-      { class: "card" },
-      h("h3", {}, "Ways to make it fit, cheapest first"),
+      { class: "card", style: { "margin-top": ".8rem" } },
+      h("h3", {}, helps ? "Changes that make it fit" : "No change to these settings makes it fit"),
+      h(
+        "p",
+        { class: "soft" },
+        `Peak memory with each change and all those above it; ${bytes(planned.usable_bytes)} is usable.`,
+      ),
       h(
         "ul",
         {},
@@ -358,16 +365,20 @@ export async function show(container, { query, signal }) {
             "li",
             {},
             h("b", {}, option.what),
-            `: ${option.fits ? "fits" : bytes(option.peak_bytes)}, ${option.time?.toFixed?.(2) ?? "?"} times the duration; trade-off: ${option.gives_up} `,
-            button(
-              "Apply",
-              () => {
-                Object.assign(options, option.options);
-                storeOptions(options);
-                dispatchEvent(new Event("hashchange"));
-              },
-              { class: "small" },
-            ),
+            !helps && option === planned.ladder.at(-1)
+              ? " would fit."
+              : `: ${option.fits ? "fits" : bytes(option.peak_bytes)}, ${option.time?.toFixed?.(2) ?? "?"} times the duration; trade-off: ${option.gives_up} `,
+            option.fits
+              ? button(
+                  "Apply all",
+                  () => {
+                    Object.assign(options, option.options);
+                    storeOptions(options);
+                    dispatchEvent(new Event("hashchange"));
+                  },
+                  { class: "small" },
+                )
+              : null,
           ),
         ),
       ),
@@ -398,7 +409,7 @@ export async function show(container, { query, signal }) {
       location.hash = to("run", started.run);
     } catch (error) {
       if (error.name === "AbortError") return;
-      put(problem, errorBox(error));
+      put(problem, errorBox(withLabels(container, error)));
       showFieldErrors(container, error);
       problem.scrollIntoView({ block: "nearest" });
       startButton.disabled = false;

@@ -1,6 +1,6 @@
 // One run: its state, actions and screens.
 
-import { address, button, errorBox, field, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
+import { address, button, errorBox, field, get, h, link, listen, runPath, post, prose, put, notify, to } from "../all.js";
 
 const TABS = {
   live: ["Training", () => import("./live.js")],
@@ -40,7 +40,7 @@ export async function show(container, { parts, query, signal }) {
     notes = h("div");
   put(
     head,
-    h("p", { class: "crumb" }, link("#/runs", "Runs"), " / "),
+    h("p", { class: "crumb" }, link("#/runs", "← Runs")),
     h("div", { class: "line" }, title, state, actions),
     why,
     failure,
@@ -57,7 +57,7 @@ export async function show(container, { parts, query, signal }) {
     );
     const last = (run.jobs ?? []).find((job) => ["train", "resume"].includes(job.kind));
     const error = ["failed", "crashed"].includes(run.state) ? (last?.error ?? null) : null;
-    why.textContent = run.why ?? "";
+    put(why, prose(run.why ?? ""));
     why.hidden = !run.why || Boolean(error);
     if (JSON.stringify(error) !== shownFailure) put(failure, error ? errorBox(error) : null); // announced once
     shownFailure = JSON.stringify(error);
@@ -120,17 +120,16 @@ function actionButtons(run, redraw) {
         { class: "danger", title: "Kill a run that does not respond; progress since the last checkpoint is lost" },
       ),
     );
-  const resuming = (run.jobs ?? []).some((job) => job.kind === "resume" && job.state === "running");
   if (allowed.has("resume"))
     buttons.push(
       button(
-        resuming ? "Resuming…" : "Resume",
+        "Resume",
         async () => {
           await post(runPath(run.name, "resume"));
           notify("Resuming from the newest checkpoint.");
-          location.hash = to("run", run.name, "log");
+          location.hash = to("run", run.name);
         },
-        { class: "main", disabled: resuming },
+        { class: "main" },
       ),
     );
   buttons.push(
@@ -162,11 +161,8 @@ function edit(run) {
     const renamed = to("run", name.value, ...parts.slice(2), Object.fromEntries(query));
     put(problem);
     try {
-      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(",") });
-      if (name.value !== run.name) {
-        await post(runPath(run.name, "rename"), { to: name.value });
-        location.hash = renamed;
-      }
+      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(","), to: name.value });
+      if (name.value !== run.name) location.hash = renamed;
       dialog.close();
     } catch (error) {
       put(problem, errorBox(error));

@@ -1,6 +1,6 @@
 // The table of runs.
 
-import { button, h, link, put } from "../dom.js";
+import { button, h, link, prose, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
 import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, moment, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
@@ -126,7 +126,7 @@ function columns(chosen, update, onTag) {
       value: (run) => run.name,
       show: (run) => [
         link(to("run", run.name), run.name, { title: run.note }),
-        run.state === "failed" ? h("small", { class: "why" }, run.why) : null,
+        run.state === "failed" ? h("small", { class: "why" }, prose(run.why)) : null,
         run.tags.length
           ? h(
               "span",
@@ -160,7 +160,7 @@ function columns(chosen, update, onTag) {
             : null,
         ),
     },
-    { key: "loss", name: "loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
+    { key: "loss", name: "train loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
     {
       key: "eval",
       name: "eval loss",
@@ -188,6 +188,7 @@ function columns(chosen, update, onTag) {
       show: (run) => score(run.score),
     },
     { key: "metric", name: "metric", csvOnly: true, value: (run) => run.score?.metric },
+    { key: "caveat", name: "caveat", csvOnly: true, value: (run) => run.score?.caveat },
     {
       key: "model",
       name: "model",
@@ -207,16 +208,17 @@ function columns(chosen, update, onTag) {
       name: "method",
       value: (run) => {
         const quantization = run.quantization === "none" ? null : run.quantization;
-        return [run.objective, run.rank && `r ${run.rank}`, quantization].filter(Boolean).join(", ");
+        return [run.objective, run.rank && `r\u00a0${run.rank}`, quantization].filter(Boolean).join(", ");
       },
     },
-    { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
-    { key: "bytes", name: "size", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
+    { key: "seconds", name: "time", csvName: "seconds", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
+    { key: "bytes", name: "size", csvName: "bytes", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
     {
       key: "started",
       name: "started",
       number: true,
       value: (run) => run.started,
+      csv: (run) => isNumber(run.started) && new Date(run.started * 1000).toISOString(),
       show: (run) =>
         h("span", { class: "soft", title: moment(run.started) }, ago(run.started).replace(/ \d\d:\d\d$/, "")),
     },
@@ -234,5 +236,6 @@ function score(result) {
     isNumber(result.low)
       ? h("small", { class: "under interval" }, `${Math.round(100 * result.low)} to ${percent(result.high, 0)}`)
       : null,
+    result.caveat ? h("small", { class: "under warn" }, result.caveat) : null,
   );
 }
