@@ -17,6 +17,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy
+import pandas
+import pyarrow
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -49,17 +53,77 @@ def test_invalid_arguments_raise_input_errors(tiny_folder: Path) -> None:
         strop.load(tiny_folder).generate(["hi"], max_new_tokens=0)
 
 
-def test_rows_in_memory_raise_an_input_error(tiny_folder: Path) -> None:
-    rows = [{"prompt": "hi", "completion": "yo"}]
-    for source in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # iterating a table gives its column names
+ROWS = [{"prompt": f"what is {number}", "completion": f"number {number}"} for number in range(12)]
+TABLES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "list": list,
+    "pandas": pandas.DataFrame,
+    "datasets": datasets.Dataset.from_list,
+    "pyarrow": pyarrow.Table.from_pylist,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_in_memory_are_read_as_their_file_would_be(table: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file, rows = tmp_path / "rows.jsonl", TABLES[table](ROWS)
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    reports = [strop.check(model=tiny_folder, data=data) for data in (file, rows)]
+    assert [[*report.pop("formats").values()] for report in reports] == [["prompt-completion"]] * 2
+    assert reports[0] == reports[1]
+    assert strop.check(model=tiny_folder, data=[file, rows])["rows"]["read"] == 24
+    assert strop.plan(model=tiny_folder, data={"train": rows}).data["rows"] == 12
+
+
+def test_frame_trains_and_evaluates_as_its_file_does(tiny_folder: Path, tmp_path: Path) -> None:
+    file, rows = tmp_path / "rows.jsonl", pandas.DataFrame(ROWS)
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    runs = [
+        strop.train(model=tiny_folder, data=data, eval=data, out=tmp_path / name, **QUICK)
+        for name, data in (("a", file), ("b", rows))
+    ]
+    assert runs[0].report["loss"] == runs[1].report["loss"]
+    assert strop.resume(runs[1], allow_changed="schedule").folder == runs[1].folder
+    scores = [strop.evaluate(runs[1], data, regression_data=data, max_new_tokens=2) for data in (file, rows)]
+    assert scores[0]["tuned"]["loss"] == scores[1]["tuned"]["loss"] and scores[1]["regression"]["rows"] == 12
+    assert strop.merge(runs[1], tmp_path / "merged", data=rows).parity is not None
+
+
+def test_interrupted_run_on_rows_in_memory_resumes(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = pandas.DataFrame(ROWS)
+    run = strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", **QUICK, max_time="0s")
+    assert run.report["steps"] < 3
+    del rows
+    assert strop.resume(run, allow_changed="max_time", max_time=None).report["steps"] == 3
+
+
+def test_missing_cells_dates_and_nan_in_memory(tiny_folder: Path) -> None:
+    day = pandas.Timestamp("2026-11-29")
+    texts = {"prompt": ["when", "what", "how"], "completion": [day, "b", None]}
+    frame = pandas.DataFrame(texts | {"score": [0.5, float("nan"), 1.0]})
+    report = strop.check(model=tiny_folder, data=frame)
+    assert report["rows"]["used"] == 2 and report["dropped"][0]["line"] == 3
+    listed = strop.check(model=tiny_folder, data=[{**ROWS[0], "score": float("nan")}, ROWS[1]])
+    assert listed["dropped"][0]["line"] == 1 and "NaN" in str(listed["dropped"])
+    messages = [{"role": role, "content": "hi", "name": None} for role in ("user", "assistant")]
+    nested = pandas.DataFrame({"messages": [numpy.array(messages)] * 2, "number": numpy.arange(2)})
+    assert strop.check(model=tiny_folder, data=nested)["rows"]["used"] == 2
+
+
+def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> None:
+    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3, [["a"], 3]):
         for name in ("data", "eval"):
-            with pytest.raises(InputError, match=f"a list of files, not ({type(source).__name__}|dict)") as raised:
-                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: source})
-            assert "give its path" in raised.value.fix
-        with pytest.raises(InputError, match="data: a file or a list of files"):
+            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}|not int"):
+                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: [source]})
+        with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.evaluate(tiny_folder, source)
-        with pytest.raises(InputError, match="data: a file or a list of files"):
+        with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.merge(tiny_folder, "out", data=source)
+    for rows, what in (
+        ([{"prompt": "a", "completion": {1, 2}}], "data.train: row 1: a set has no form in JSON"),
+        ([ROWS[0], "rows.jsonl"], "row is a string"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "same name"),
+    ):
+        with pytest.raises(InputError, match=what):
+            strop.train(model=tiny_folder, data=rows)
 
 
 @pytest.mark.parametrize("given", [0.1, "0.1", ".25", 10])
@@ -293,7 +357,7 @@ def test_duplicate_option_raises(tiny_folder: Path, rows_file: Path) -> None:
 
 def test_long_invalid_value_is_shortened(tiny_folder: Path) -> None:
     with pytest.raises(InputError) as caught:
-        strop.check(model=tiny_folder, data=[{"prompt": "a", "completion": "b"}] * 1000)
+        strop.check(model=tiny_folder, data="rows.jsonl", columns=[{"prompt": "a", "completion": "b"}] * 1000)
     assert len("".join(caught.value.lines())) < 400
 
 

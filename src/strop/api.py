@@ -7,6 +7,7 @@ Functions that train or read data take recipe fields as keyword arguments (`**op
 - a dotted name: `**{"train.epochs": 1}`
 
 A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
+Data may be a file, a list of files, or rows in memory: a DataFrame, a `datasets.Dataset`, or a list of dicts.
 
 Functions that take long have `progress`: by default they show a bar in a terminal, a table with the loss curve in a
 notebook, and nothing where stderr is not a terminal. `progress=False` shows nothing, `progress=True` always shows it.
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from strop.training.run import Run
 
 PathLike = str | os.PathLike[str]
+Rows = Any  # a data file, or rows in memory: a DataFrame, a datasets.Dataset or a list of dicts
 StepProgress = bool | Callable[[str], None] | None
 AnswerProgress = bool | Callable[[str, int, int], None] | None
 
@@ -160,7 +162,8 @@ def train(
         resume_existing: resume the run if `out` already contains it.
         progress: show the steps.
         **options: recipe fields, such as `model="demo"`, `data="rows.jsonl"`, `lora={"r": 8}` or
-            `**{"train.epochs": 1}`.
+            `**{"train.epochs": 1}`. `data` and `eval` may also be rows in memory: a pandas or polars DataFrame, a
+            `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop writes them to a file in its cache folder.
 
     Returns:
         The run, with `folder` and `report`.
@@ -239,12 +242,12 @@ def resume(
 
 def evaluate(
     run: PathLike | Sequence[PathLike],
-    data: PathLike | Sequence[PathLike],
+    data: Rows,
     *,
     metric: str = "exact",
     max_new_tokens: int | None = None,
     general: bool = False,
-    regression_data: PathLike | Sequence[PathLike] = (),
+    regression_data: Rows = (),
     regression_metric: str | None = None,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
@@ -260,12 +263,12 @@ def evaluate(
 
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
-        data: a data file, or a list of files.
+        data: a data file, a list of files, or rows in memory, as for `train`.
         metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
-        regression_data: further data files on which the model should not get worse.
+        regression_data: further rows on which the model should not get worse.
         regression_metric: metric for `regression_data`. Default: `metric`.
         tasks: tasks of lm-evaluation-harness, by name or .yaml file.
         task_limit: maximum number of documents per task.
@@ -292,6 +295,7 @@ def evaluate(
     from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
+    data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
     check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
@@ -305,7 +309,7 @@ def evaluate(
                 dtype=dtype,
                 force=force,
                 general=general,
-                regression_data=_data_files(regression_data, "regression_data"),
+                regression_data=regression_data,
                 regression_metric=regression_metric,
                 tasks=tasks,
                 task_limit=task_limit,
@@ -313,7 +317,7 @@ def evaluate(
                 judge_model=judge_model,
                 reading=options,
             )
-            results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
+            results = evaluate_models(names, data, chosen, advance=advance, devices=devices)
     from strop.evaluation.tables import Evaluation
 
     if isinstance(run, str | os.PathLike):
@@ -415,7 +419,7 @@ def merge(
     out: PathLike,
     *,
     dtype: str = "bf16",
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Merged:
@@ -425,7 +429,7 @@ def merge(
         run: a run or adapter folder.
         out: the model folder to write.
         dtype: "bf16", "fp16" or "fp32".
-        data: file with rows to compare the models on. Default: the run's rows.
+        data: rows to compare the models on, as a file or in memory. Default: the run's rows.
         measure: compare the models. Use False if they are too large to run on this machine.
         progress: show each step; or a function that is called with its description.
 
@@ -439,7 +443,7 @@ def merge(
     Examples:
         >>> strop.merge("runs/mine", "mine-merged").parity
     """
-    rows = _data_file(data)
+    rows = None if data is None else _data_files(data, "data")
     check_inputs(adapters=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.merge import merge as merge_adapter
@@ -457,7 +461,7 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Exported: ...
@@ -471,7 +475,7 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> PreparedOllama: ...
@@ -484,7 +488,7 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Exported | PreparedOllama:
@@ -496,7 +500,7 @@ def export(
         out: the file or folder to write.
         type: "f32", "f16", "bf16" or "q8_0" (default); if llama.cpp is installed, also "q6_k", "q5_k_m" and "q4_k_m".
         adapter: write only the adapter, in f32 ("gguf" only).
-        data: file with rows to compare the models on. Default: the run's rows.
+        data: rows to compare the models on, as a file or in memory. Default: the run's rows.
         measure: compare the models. Use False if they are too large to run on this machine.
         progress: show each step; or a function that is called with its description.
 
@@ -514,7 +518,7 @@ def export(
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
-    name, rows = os.fspath(run), _data_file(data)
+    name, rows = os.fspath(run), None if data is None else _data_files(data, "data")
     check_inputs(models=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.gguf import export_gguf
@@ -580,7 +584,7 @@ def check_inputs(
         find_adapter_folder(os.fspath(name))
     for spec in data:
         if spec:
-            sources.check_exists(_data_files(spec, "data"))
+            sources.check_exists(spec)
     for metric in metrics:
         if metric not in (None, "preference"):
             find_metric(metric)
@@ -630,17 +634,18 @@ def _as_path(recipe: PathLike | None) -> Path | None:
     return Path(recipe) if recipe else None
 
 
-def _data_file(path: PathLike | None) -> str | None:
-    return None if path is None else str(_data_files(path, "data"))
+def _data_files(value: Any, name: str) -> Any:
+    """Convert paths of data files to text, and write rows in memory to a file in the cache. Raises InputError."""
+    from strop.data.reading.in_memory import find_rows, write_rows
 
-
-def _data_files(paths: Any, name: str) -> Any:
-    """Convert paths of data files to text. Raises InputError for rows in memory, which are not supported."""
-    for path in paths if isinstance(paths, list | tuple) else [paths]:
-        if not isinstance(path, str | os.PathLike):
-            what = f"{name}: a file or a list of files, not {type(path).__name__}"
-            raise InputError(what, fix="write rows that are in memory to a JSON Lines file, and give its path")
-    return _paths_to_text(paths)
+    if (rows := find_rows(value)) is not None:
+        return write_rows(name, rows)
+    if isinstance(value, list | tuple):
+        return [_data_files(part, name) for part in value]
+    if not isinstance(value, str | os.PathLike):
+        what = f"{name}: a file, a list of files, a DataFrame, a Dataset or a list of dicts, not {type(value).__name__}"
+        raise InputError(what, fix="convert the rows to a list of dicts")
+    return os.fspath(value)
 
 
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
