@@ -29,7 +29,9 @@ import strop
 from strop.cli.chat import Session
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError
+from strop.errors import InputError, MemoryLimitError
+from strop.machine.memory import MemoryWatch
+from strop.runs.events import Event
 from tests.support.runs import run
 from tests.support.tiny import write_rows
 
@@ -106,6 +108,34 @@ def test_missing_cells_dates_and_nan_in_memory(tiny_folder: Path) -> None:
     messages = [{"role": role, "content": "hi", "name": None} for role in ("user", "assistant")]
     nested = pandas.DataFrame({"messages": [numpy.array(messages)] * 2, "number": numpy.arange(2)})
     assert strop.check(model=tiny_folder, data=nested)["rows"]["used"] == 2
+
+
+def test_memory_limit_below_the_weights_is_refused_before_they_load(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Event] = []
+    options: dict[str, Any] = {"model": tiny_folder, "data": rows_file, "out": tmp_path / "run", "device": "cpu"}
+    with pytest.raises(MemoryLimitError, match="memory: the weights of the base need"):
+        strop.train(**options, memory="10MB", callback=events.append)
+    words = ("--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", "--device", "cpu")
+    code, _, err = run("train", *words, "--memory", "10MB", capsys=capsys)
+    assert code == 1 and "--memory: the weights" in err and not events and not (tmp_path / "run").exists()
+
+
+def test_run_that_fails_before_its_first_step_leaves_its_folder_free(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"model": tiny_folder, "data": rows_file, "out": tmp_path / "run", **QUICK}
+
+    def fail(self: MemoryWatch) -> None:
+        raise MemoryError("out of memory: a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryWatch, "__call__", fail)
+        with pytest.raises(MemoryLimitError):
+            strop.train(**options)
+    assert not (tmp_path / "run").exists()
+    assert strop.train(**options).report["steps"] == 3
 
 
 def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> None:

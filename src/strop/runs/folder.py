@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from strop.errors import DiskError, FolderError, suggest
+from strop.runs.events import read_events
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 _VALID_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
@@ -80,10 +81,13 @@ class RunFolder:
             raise FolderError(f"{self.lock}: damaged: {problem}", fix="restore the file, or start a new run")
         return dict(lock)
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder of a run that failed before its first event."""
-        if self.path.is_dir() and _is_unused(self.path):
+    def remove_if_unused(self, failed: bool) -> bool:
+        """Remove the folder of a run without events, or of one that failed before its first step; return whether."""
+        failed = failed and all(event["event"] not in ("step", "skip") for event in read_events(self.events))
+        unused = self.path.is_dir() and (_is_unused(self.path) or failed)
+        if unused:
             shutil.rmtree(self.path)
+        return unused
 
     @contextmanager
     def claim(self) -> Iterator[None]:

@@ -105,9 +105,10 @@ def train(
                 write_atomic(folder.recipe, setup.resolved.as_yaml())
                 write_json(folder.lock, setup.lock)
             return _execute(folder, setup, listeners, devices)
-        except BaseException:
-            if devices.is_main:
-                folder.remove_if_empty()
+        except BaseException as error:
+            failed = isinstance(error, StropError) and not isinstance(error, Stopped)
+            if devices.is_main and folder.remove_if_unused(failed) and isinstance(error, StropError):
+                error.partial_result.pop("run", None)
             raise
 
 
