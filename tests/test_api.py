@@ -29,7 +29,7 @@ import strop
 from strop.cli.chat import Session
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError, MemoryLimitError
+from strop.errors import InputError, MemoryLimitError, in_python
 from strop.machine.memory import MemoryWatch
 from strop.runs.events import Event
 from tests.support.runs import run
@@ -160,7 +160,7 @@ def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> Non
 def test_share_without_percent_sign_raises(given: Any, tiny_folder: Path) -> None:
     with pytest.raises(InputError) as raised:
         strop.check(model=tiny_folder, data="rows.jsonl", eval=given)
-    assert raised.value.lines()[0].startswith("--data.eval: write a share with %")
+    assert raised.value.lines()[0].startswith("data.eval: write a share with %")
 
 
 def test_reward_function_object_raises(tiny_folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_reward_function_object_raises(tiny_folder: Path) -> None:
 def test_empty_list_of_files_raises(name: str, tiny_folder: Path) -> None:
     with pytest.raises(InputError, match="recipe is not valid") as raised:
         strop.train(model=tiny_folder, data={"train": "rows.jsonl", name: []})
-    assert raised.value.lines()[0].startswith(f"--data.{name}: ")
+    assert raised.value.lines()[0].startswith(f"data.{name}: ")
 
 
 @pytest.fixture(scope="module")
@@ -427,8 +427,97 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
         strop.train(model="demo", data=rows, out=tmp_path / "run", progress=False)
     assert f"{rows}:2" in str(raised.value)
     with pytest.raises(strop.InputError) as raised:
-        strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"rank": 3})
+        strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"ranks": 3})
     assert "did you mean lora.r?" in str(raised.value) and "strop schema" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("or leave such rows out with --data.bad_rows drop", 'or leave such rows out with bad_rows="drop"'),
+        ("resume it with `strop resume 'my runs/a'`, or", 'resume it with `strop.resume("my runs/a")`, or'),
+        ("see `strop runs`", "see `strop runs` in a terminal"),
+        ("see `strop resume --help`", "see `help(strop.resume)`"),
+        ("`strop export gguf X --type f16 --data ...`", '`strop.export("gguf", "X", type="f16", data=...)`'),
+        ("give it with --data rows.jsonl", 'give it with data="rows.jsonl"'),
+        (
+            "--data.columns 'prompt=a b,completion=c' (no header)",
+            'columns={"prompt": "a b", "completion": "c"} (no header)',
+        ),
+        ("--data.max_length 512, with --train.exact true", "max_length=512, with exact=True"),
+        ("give --out another folder, or leave --type out", "give out another folder, or leave type out"),
+        ("more memory, or --no-parity, which", "more memory, or measure=False, which"),
+        ("`pip install --force-reinstall torch`", "`pip install --force-reinstall torch`"),
+        ("--memory much: not a size", 'memory="much": not a size'),
+        ("--lora.lora_alpha", "lora.lora_alpha"),
+    ],
+)
+def test_messages_are_written_in_python(text: str, expected: str) -> None:
+    assert in_python(text) == in_python(expected) == expected
+
+
+def test_error_attributes_are_in_python_and_in_the_terminal_as_options(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data=rows, lora={"r": "x"})
+    assert raised.value.where[0].file == raised.value.as_json()["where"][0]["file"] == "lora.r"
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data=rows)
+    assert 'bad_rows="drop"' in raised.value.fix and "--" not in str(raised.value)
+    code, out, err = run("train", "--model", tiny_folder, "--data", rows, "--json", capsys=capsys)
+    assert code == 2 and "--data.bad_rows drop" in err and "--data.bad_rows drop" in json.loads(out)["error"]["fix"]
+    table = strop.check(model=tiny_folder, data=rows)._repr_html_()
+    assert "bad_rows=&quot;drop&quot;" in table and "--data" not in table
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: strop.evaluate(None, "rows.jsonl"), "run: a path or a name, not NoneType"),
+        (lambda: strop.evaluate([3], "rows.jsonl"), "run: a path or a name, not int"),
+        (lambda: strop.load(3), "name: a path or a name, not int"),
+        (lambda: strop.merge(3, "x"), "run: a path or a name, not int"),
+        (lambda: strop.load("demo", load_in_4bit=True), "load_in_4bit (did you mean quantization='nf4'?)"),
+        (lambda: strop.train("demo", "rows.jsonl"), "2 arguments by position"),
+        (lambda: strop.merge("runs/mine"), "missing a required argument: 'out'"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", metrics="exact"), "did you mean metric?"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", max_tokens=8), "did you mean max_new_tokens?"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", batch_size=8), "unknown argument batch_size"),
+        (lambda: strop.train(model="demo", data="rows.jsonl", callbacks=[print]), "did you mean callback?"),
+        (lambda: strop.train(model="demo", train_dataset="rows.jsonl"), "did you mean data.train?"),
+        (lambda: strop.train(model="demo", lora=8), 'lora: a dictionary such as {"r": 8}, not 8'),
+    ],
+)
+def test_arguments_that_do_not_fit_raise_input_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": "hot"}, {"max_new_tokens": 2.5}, {"top_k": None}, {"temprature": 1}]
+)
+def test_sampling_settings_that_are_no_numbers_raise_input_errors(settings: dict[str, Any], bold: Model) -> None:
+    for answer in (bold.generate, bold.chat):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            answer("hi", **settings)
+
+
+def test_fields_are_accepted_by_short_name_and_by_their_last_part(tiny_folder: Path) -> None:
+    forms: list[dict[str, Any]] = [
+        {"train": {"learning_rate": 1e-3, "epochs": 2}, "lora": {"r": 4}},
+        {"train": {"lr": 1e-3, "epochs": 2}, "lora": {"rank": 4}},
+        {"lr": 1e-3, "epochs": 2, "r": 4},
+        {"learning_rate": 1e-3, "train.epochs": 2, "rank": 4},
+    ]
+    recipes = [strop.plan(model=tiny_folder, **form).resolved.recipe for form in forms]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert (recipes[0].train.learning_rate, recipes[0].train.epochs, recipes[0].lora.r) == (1e-3, 2, 4)
+    with pytest.raises(InputError, match="given twice"):
+        strop.plan(model=tiny_folder, lr=1, train={"learning_rate": 1})
 
 
 def test_examples_of_the_public_functions_run(

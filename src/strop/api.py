@@ -2,8 +2,9 @@
 
 Functions that train or read data take recipe fields as keyword arguments (`**options`), in these forms:
 
-- a short name: `model`, `data`, `eval`, `out`, `preset`, `seed`
-- a section as a dict: `lora={"r": 8}`; `model` and `data` may be dicts too
+- the field's name: `learning_rate=1e-4`, `max_steps=10`, `r=8`, `out="runs/mine"`
+- a short name: `model`, `data`, `eval`, `lr`, `rank`, and the other short options of the command line
+- a section as a dict: `train={"learning_rate": 1e-4}`, `lora={"r": 8}`; `model` and `data` may be dicts too
 - a dotted name: `**{"train.epochs": 1}`
 
 A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
@@ -16,11 +17,12 @@ notebook, and nothing where stderr is not a terminal. `progress=False` shows not
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from strop.config.arguments import check_path, public
 from strop.display.progress import show_answers, show_run, show_steps
 from strop.errors import InputError, ModelError
 
@@ -46,6 +48,7 @@ StepProgress = bool | Callable[[str], None] | None
 AnswerProgress = bool | Callable[[str, int, int], None] | None
 
 
+@public
 def plan(
     recipe: PathLike | None = None,
     *,
@@ -96,6 +99,7 @@ def plan(
     return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 
 
+@public
 def compare_methods(
     recipe: PathLike | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
 ) -> Comparison:
@@ -142,6 +146,7 @@ def compare_methods(
     return Comparison(compare(resolved.model_copy(update={"model": section}), models, usable))
 
 
+@public
 def train(
     recipe: PathLike | None = None,
     *,
@@ -161,8 +166,8 @@ def train(
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the run if `out` already contains it.
         progress: show the steps.
-        **options: recipe fields, such as `model="demo"`, `data="rows.jsonl"`, `lora={"r": 8}` or
-            `**{"train.epochs": 1}`. `data` and `eval` may also be rows in memory: a pandas or polars DataFrame, a
+        **options: recipe fields by name, such as `model="demo"`, `data="rows.jsonl"`, `epochs=1`, `max_steps=10`,
+            `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows in memory: a pandas or polars DataFrame, a
             `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop writes them to a file in its cache folder.
 
     Returns:
@@ -193,6 +198,7 @@ def train(
             return run_training(resolved, listeners, memory=limit, devices=devices, resume_existing=resume_existing)
 
 
+@public
 def resume(
     run: PathLike,
     *,
@@ -240,6 +246,7 @@ def resume(
             )
 
 
+@public
 def evaluate(
     run: PathLike | Sequence[PathLike],
     data: Rows,
@@ -279,7 +286,7 @@ def evaluate(
         force: load the adapter even if the base differs from the one it was trained on.
         progress: show how many answers are generated; or a function that is called with a label (such as
             "base and tuned"), the number of finished answers, and their total.
-        **options: `data.format`, `data.columns` or `data.encoding`. Default: the run's settings.
+        **options: `format`, `columns` or `encoding` of the data. Default: the run's settings.
 
     Returns:
         The fields of `strop eval --json`. For a list of runs: {"runs": [...], "leaderboard": [...]}.
@@ -294,7 +301,10 @@ def evaluate(
     """
     from strop.distributed.launch import join_devices
 
-    names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
+    is_list = isinstance(run, Iterable) and not isinstance(run, str | os.PathLike)
+    runs: Any = run if is_list else [run]
+    names = [check_path("run", name) for name in runs]
+    options = _flatten(options)
     data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
     check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
@@ -320,9 +330,7 @@ def evaluate(
             results = evaluate_models(names, data, chosen, advance=advance, devices=devices)
     from strop.evaluation.tables import Evaluation
 
-    if isinstance(run, str | os.PathLike):
-        return Evaluation(results[0])
-    return Evaluation({"runs": results, "leaderboard": rank_models(results)})
+    return Evaluation({"runs": results, "leaderboard": rank_models(results)} if is_list else results[0])
 
 
 @dataclass(frozen=True)
@@ -335,6 +343,7 @@ class CheckedRows:
     prepared: Prepared
 
 
+@public
 def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
@@ -374,6 +383,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 
+@public
 def load(
     name: PathLike,
     *,
@@ -414,6 +424,7 @@ def load(
             return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
+@public
 def merge(
     run: PathLike,
     out: PathLike,
@@ -481,6 +492,7 @@ def export(
 ) -> PreparedOllama: ...
 
 
+@public
 def export(
     target: Literal["gguf", "ollama"],
     run: PathLike,
@@ -590,6 +602,7 @@ def check_inputs(
             find_metric(metric)
 
 
+@public
 def push(
     run: PathLike,
     repo: str,
@@ -651,14 +664,21 @@ def _data_files(value: Any, name: str) -> Any:
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options by dotted name, with paths as text. Raises InputError for duplicates."""
     from strop.config.names import full_name
+    from strop.config.schema import option_fields
 
+    full_names = {field.rpartition(".")[2]: field for field, _ in option_fields()}
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
     for name, option in options.items():
+        if name in ("lora", "train") and not isinstance(option, Mapping):
+            example = '{"r": 8}' if name == "lora" else '{"epochs": 1}'
+            raise InputError(f"{name}: a dictionary such as {example}, not {option!r}", fix="give its fields by name")
         is_section = name in sections and isinstance(option, Mapping)
-        fields = {f"{name}.{field}": inner for field, inner in option.items()} if is_section else {name: option}
-        for field, value in fields.items():
-            dotted = full_name(field)
+        for field, value in (option if is_section else {name: option}).items():
+            dotted = full_name(field) if not is_section else f"{name}.{field}"
+            short = full_names.get(field) or full_name(field)
+            if dotted not in full_names.values() and (not is_section or short.startswith(f"{name}.")):
+                dotted = short
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
             if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):

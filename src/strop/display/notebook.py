@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strop.errors import in_python
 from strop.runs.events import Event
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class NotebookDisplay:
             self._evaluated[event["step"]] = event["loss"]
             self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
         elif kind == "note":
-            self._notes.append(event["text"])
+            self._notes.append(in_python(event["text"]))
         elif kind == "stop":
             self._notes.append(f"stopped after step {event['step']}, saved: {event['why']}")
         elif kind in ("skip", "rollback", "shrink"):

@@ -16,6 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+from strop.errors import in_python
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -36,12 +39,24 @@ class SafeConsole(Console):
             yield segment if segment.control else segment._replace(text=escape_control(segment.text))
 
 
+class PythonConsole(SafeConsole):
+    """A console for results of the Python functions, which writes options as in Python."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(self._translate, objects), **options)
+
+    def _translate(self, value: Any) -> Any:
+        if isinstance(value, Text) and not value.spans:
+            return Text(in_python(value.plain), style=value.style)
+        return in_python(value) if isinstance(value, str) else value
+
+
 console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -> str:
     """Return what a function prints to a console as HTML, in a monospaced block."""
-    console = SafeConsole(
+    console = PythonConsole(
         record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True, force_jupyter=False
     )
     print_result(console)

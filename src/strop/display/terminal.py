@@ -23,6 +23,7 @@ from rich.status import Status
 from rich.text import Text
 
 from strop.display.tables import abbreviate, console
+from strop.errors import in_python, in_terminal
 from strop.runs.events import Event
 
 TICK_SECONDS = 0.5  # time between updates of the status line
@@ -163,7 +164,8 @@ class RunProgress:
         print_report(event["report"], self._out)
 
     def _on_note(self, event: Event) -> None:
-        self._out.print(f"[yellow]note[/]     {escape(event['text'])}")
+        text = event["text"] if in_terminal.get() else in_python(event["text"])
+        self._out.print(f"[yellow]note[/]     {escape(text)}")
 
     def _on_resume(self, event: Event) -> None:
         devices = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -124,7 +125,9 @@ def check_new_run(path: Path) -> None:
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
     fix = "give --out a new folder"
     if is_run(path):
-        raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {fix}")
+        raise FolderError(
+            f"{path}: contains a run", fix=f"resume it with `strop resume {shlex.quote(str(path))}`, or {fix}"
+        )
     if path.is_dir() and not _is_unused(path):
         raise FolderError(f"{path}: is not empty", fix=fix)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -234,7 +235,7 @@ def _execute(
             log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")
             saved = max([number for number, _ in folder.checkpoints()], default=0)
             what = f"stopped at once: {step} steps are complete, {saved} of them saved"
-            raise Stopped(what, fix=f"strop resume {folder.path}") from None
+            raise Stopped(what, fix=f"continue with `strop resume {shlex.quote(str(folder.path))}`") from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -209,12 +210,16 @@ def _parse_messages(messages: Any) -> list[Message]:
 
 
 def _apply_settings(limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Return the limit and the sampling settings with other values. Raises TypeError for unknown names."""
+    """Return the limit and the sampling settings with other values. Raises InputError for unknown names and types."""
     names = {name: name for name in vars(sampling)} | {"max_tokens": "", "max_completion_tokens": ""}
     if unknown := [name for name in settings if name not in names]:
         near = suggest(unknown[0], ["max_new_tokens", "system", *names])
-        raise TypeError(f"unexpected argument {unknown[0]!r}{near}")
+        raise InputError(f"unknown argument {unknown[0]}{near}", fix="see `help(strop.Model.generate)`")
     limit = next((value for name, value in settings.items() if not names[name]), limit)
+    for name, value in {"max_new_tokens": limit, **settings}.items():
+        whole = name in ("max_new_tokens", "top_k", "seed") or not names[name]
+        if not isinstance(value, Integral if whole else Real) and not (name == "seed" and value is None):
+            raise InputError(f"{name}: {'an integer' if whole else 'a number'}, not {value!r}", fix="give a number")
     return limit, replace(sampling, **{name: value for name, value in settings.items() if names[name]})
 
 
