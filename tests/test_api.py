@@ -506,6 +506,23 @@ def test_sampling_settings_that_are_no_numbers_raise_input_errors(settings: dict
             answer("hi", **settings)
 
 
+def test_results_are_short_in_a_prompt_and_tables_when_printed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "run", **QUICK)
+    plan, model = strop.plan(model=tiny_folder, data=rows_file), strop.load(run)
+    assert all(len(repr(result)) < 400 and "\n" not in repr(result) for result in (run, plan, model))
+    assert repr(str(run.folder)) in repr(run) and "steps=3" in repr(run) and "fits=True" in repr(plan)
+    assert repr(model).startswith("Model(") and str(run.folder / "adapter") in repr(model)
+    evaluated = strop.evaluate(run, rows_file, max_new_tokens=2)
+    checked, compared = strop.check(model=tiny_folder, data=rows_file), strop.compare_methods(gpu="RTX 3060")
+    tables = (run, plan, evaluated, checked, compared)
+    texts = ("loss ", "peak memory in MiB", "tuned minus base", "24 rows read", "QLoRA (nf4)")
+    for result, text in zip(tables, texts, strict=True):
+        assert text in str(result) and "\x1b" not in str(result) and len(str(result).splitlines()) > 4
+    assert json.loads(json.dumps(evaluated)) == evaluated and json.loads(json.dumps(checked)) == checked
+
+
 def test_fields_are_accepted_by_short_name_and_by_their_last_part(tiny_folder: Path) -> None:
     forms: list[dict[str, Any]] = [
         {"train": {"learning_rate": 1e-3, "epochs": 2}, "lora": {"r": 4}},

@@ -167,8 +167,9 @@ def train(
         resume_existing: resume the run if `out` already contains it.
         progress: show the steps.
         **options: recipe fields by name, such as `model="demo"`, `data="rows.jsonl"`, `epochs=1`, `max_steps=10`,
-            `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows in memory: a pandas or polars DataFrame, a
-            `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop writes them to a file in its cache folder.
+            `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows
+            in memory: a pandas or polars DataFrame, a `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop
+            writes them to a file in its cache folder.
 
     Returns:
         The run, with `folder` and `report`.

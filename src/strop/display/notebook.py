@@ -127,9 +127,9 @@ class NotebookDisplay:
         return "".join(parts)
 
 
-def run_html(folder: Path, report: Mapping[str, Any]) -> str:
-    """Return a summary of a finished run; its loss curve is in the output of `train`."""
-    rows = [
+def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of a summary of a finished run; its loss curve is in the output of `train`."""
+    return [
         ("run", str(folder)),
         ("steps", f"{report['steps']}"),
         ("tokens", f"{report['tokens']:,} ({report['tokens_per_s']:.0f} tokens/s)"),
@@ -138,4 +138,3 @@ def run_html(folder: Path, report: Mapping[str, Any]) -> str:
         *([("eval loss", f"{report['eval_loss']:.4f}")] if report.get("eval_loss") is not None else []),
         ("adapter", str(report["adapter"])),
     ]
-    return html_table(("", ""), rows)

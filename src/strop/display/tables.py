@@ -64,6 +64,22 @@ def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -
     return f'<pre style="font-family:monospace;line-height:1.25;white-space:pre;overflow-x:auto">{text}</pre>'
 
 
+class Printed:
+    """A result that a notebook and `print` show as the table of the command line."""
+
+    def _print(self, out: SafeConsole) -> None:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return render_html(self._print)
+
+    def __str__(self) -> str:
+        out = PythonConsole(file=io.StringIO(), width=110, highlight=False, soft_wrap=True, force_jupyter=False)
+        with out.capture() as captured:
+            self._print(out)
+        return captured.get().rstrip()
+
+
 def print_json(value: dict[str, Any], enabled: bool) -> None:
     """Print one JSON object on stdout if enabled (`--json`); characters that stdout cannot encode are escaped."""
     if enabled:
@@ -150,10 +166,10 @@ def _format_value(name: str, value: Any) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
-class CheckReport(dict[str, Any]):
-    """The fields of `strop check --json`, which a notebook shows as the table of the command line."""
+class CheckReport(Printed, dict[str, Any]):
+    """The fields of `strop check --json`. `print` and a notebook show them as the table of the command line."""
 
-    def _repr_html_(self) -> str:
+    def _print(self, out: SafeConsole) -> None:
         from strop.data.check import print_report
 
-        return render_html(lambda out: print_report(self, out))
+        print_report(self, out)

@@ -14,7 +14,7 @@ import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
-from strop.display.notebook import run_html
+from strop.display.notebook import html_table, run_summary
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
@@ -45,7 +45,7 @@ from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -62,8 +62,14 @@ class Run:
         """Return the folder, so that a Run can be passed as a path: `strop.load(run)`."""
         return str(self.folder)
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, steps={self.report['steps']}, loss={self.report['loss']})"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:9} {text}" for name, text in run_summary(self.folder, self.report))
+
     def _repr_html_(self) -> str:
-        return run_html(self.folder, self.report)
+        return html_table(("", ""), run_summary(self.folder, self.report))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from strop.models.tokenizer import load_tokenizer
 LOG = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A loaded model, with or without adapters. It can be shared by threads, of which one generates at a time."""
 
@@ -59,6 +59,10 @@ class Model:
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f", adapter={str(self.adapter)!r}"
+        return f"Model({self.name!r}{adapter}, quantization={self.quantization!r}, dtype={self.dtype!r})"
 
     @property
     def sampling(self) -> Sampling:
