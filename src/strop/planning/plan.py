@@ -377,7 +377,9 @@ def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
     engine, _, why = plan.engine.partition(": ")
     step = f"{engine} step ({why})" if why else f"{engine} step"
     yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
-    yield "machine", f"{plan.device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
+    _, _, name = plan.rate.source.partition("data sheet of ")
+    device = f"{plan.device} ({name})" if name else plan.device
+    yield "machine", f"{device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
 
 
 def _describe_rows(plan: Plan) -> str:
