@@ -162,7 +162,8 @@ def train(
 
     Args:
         recipe: path of a recipe file. Options override its values.
-        callback: called with each event that is written to events.jsonl.
+        callback: called with each event that is written to events.jsonl, a dictionary with `event` (its kind, such as
+            "step", "eval" or "end"), `time`, and the fields of that kind.
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the run if `out` already contains it.
         progress: show the steps.
@@ -213,7 +214,8 @@ def resume(
 
     Args:
         run: the run folder.
-        callback: called with each event that is written to events.jsonl.
+        callback: called with each event that is written to events.jsonl, a dictionary with `event` (its kind, such as
+            "step", "eval" or "end"), `time`, and the fields of that kind.
         allow_changed: what may have changed since the run started: "lr", "schedule", "base", "data", "template",
             "versions", or a recipe field.
         memory: maximum memory to use, in bytes or as text such as "8GB".

@@ -53,10 +53,11 @@ class Location:
 class StropError(Exception):
     """Base class of all errors of strop.
 
-    Args:
+    Attributes:
         what: what is wrong, in one sentence.
         fix: what to do about it.
-        where: the locations in the user's input that are wrong.
+        where: the locations in the user's input that are wrong, each with `file`, `line` and `what`.
+        partial_result: results from before the failure, such as the folder of the run.
     """
 
     exit_code = 1
@@ -97,6 +98,7 @@ class StropError(Exception):
         return [*shown, *([self.what] if len(shown) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the error as a dictionary with `kind`, `message`, `fix` and `where`."""
         return {
             "kind": self.kind,
             "message": self.what,
