@@ -8,8 +8,10 @@ import inspect
 import io
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -410,6 +412,30 @@ def test_evaluate_and_merge_report_progress(adapter_folders: list[Path], rows_fi
     steps: list[str] = []
     strop.merge(adapter_folders[0], tmp_path / "merged", measure=False, progress=steps.append)
     assert any(str(tmp_path / "merged") in step for step in steps)
+
+
+def test_log_has_a_line_now_and_then_unless_progress_is_off(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("strop.display.progress.LOG_SECONDS", 0.1)
+    monkeypatch.setattr("strop.display.terminal.TICK_SECONDS", 0.1)
+    options: dict[str, Any] = {
+        "model": tiny_folder,
+        "data": rows_file,
+        "callback": lambda event: time.sleep(0.3),
+        **QUICK,
+    }
+    strop.train(out=tmp_path / "a", **options)
+    strop.evaluate(tmp_path / "a", rows_file, max_new_tokens=2)
+    log = capsys.readouterr().err
+    assert "still    preparing the run" in log and re.search(r"training: step 2 of 3, loss \d", log)
+    assert "still    loading the model" in log
+    strop.train(out=tmp_path / "b", progress=False, **options)
+    assert not capsys.readouterr().err
 
 
 def test_import_is_fast_and_needs_no_torch() -> None:

@@ -10,8 +10,9 @@ Functions that train or read data take recipe fields as keyword arguments (`**op
 A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
 Data may be a file, a list of files, or rows in memory: a DataFrame, a `datasets.Dataset`, or a list of dicts.
 
-Functions that take long have `progress`: by default they show a bar in a terminal, a table with the loss curve in a
-notebook, and nothing where stderr is not a terminal. `progress=False` shows nothing, `progress=True` always shows it.
+Functions that take long have `progress`: by default they show a bar in a terminal, the steps and the loss curve in a
+notebook, and a line every 30 s where stderr is a log. `progress=False` shows nothing. `progress=True` prints the lines
+of the command line where stderr is a log.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def train(
             "step", "eval" or "end"), `time`, and the fields of that kind.
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the run if `out` already contains it.
-        progress: show the steps.
+        progress: None shows the steps in a terminal or a notebook, and a line every 30 s in a log. True shows every
+            few seconds in a log too, False nothing.
         **options: recipe fields by name, such as `model="demo"`, `data="rows.jsonl"`, `epochs=1`, `max_steps=10`,
             `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows
             in memory: a pandas or polars DataFrame, a `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop
@@ -219,7 +221,8 @@ def resume(
         allow_changed: what may have changed since the run started: "lr", "schedule", "base", "data", "template",
             "versions", or a recipe field.
         memory: maximum memory to use, in bytes or as text such as "8GB".
-        progress: show the steps.
+        progress: None shows the steps in a terminal or a notebook, and a line every 30 s in a log. True shows every
+            few seconds in a log too, False nothing.
         **options: recipe fields with new values. `allow_changed` must list each of them.
 
     Returns:

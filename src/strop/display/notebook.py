@@ -83,7 +83,8 @@ class NotebookDisplay:
             self._rows.append(
                 (str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}")
             )
-            self.update("training", event["step"], event.get("steps", self._total))
+            total = event.get("steps", self._total)
+            self.update("saving" if event["step"] == total else "training", event["step"], total)
         elif kind == "eval" and event["loss"] is not None:
             self._evaluated[event["step"]] = event["loss"]
             self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
@@ -97,7 +98,7 @@ class NotebookDisplay:
             self.update("writing the report")
 
     def close(self, final: str) -> None:
-        """Draw once more, with a last line and without the table of steps."""
+        """Draw once more, with a last line and without the table of steps. final: "" shows nothing."""
         self._ended.set()
         self._thread.join()
         self.update(final)
@@ -116,6 +117,8 @@ class NotebookDisplay:
             self._handle.update(self._html(self._render()))
 
     def _render(self) -> str:
+        if not self._activity:
+            return ""
         seconds = time.monotonic() - self._start
         parts = [f"<div><b>{html.escape(self._activity)}</b> ({seconds:.0f} s)"]
         if self._total:
