@@ -532,6 +532,16 @@ def test_sampling_settings_that_are_no_numbers_raise_input_errors(settings: dict
             answer("hi", **settings)
 
 
+def test_missing_run_next_to_others_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    for name in ("recipe.yaml", "lock.json"):
+        Path("runs/mine", name).touch()
+    with pytest.raises(InputError, match=re.escape("(did you mean runs/mine?)")) as raised:
+        strop.load("runs/min")
+    assert "Hub" not in str(raised.value).partition("Fix")[0] and "OFFLINE" not in str(raised.value)
+
+
 def test_results_are_short_in_a_prompt_and_tables_when_printed(
     tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

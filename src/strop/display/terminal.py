@@ -59,8 +59,9 @@ def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
 class StatusLine:
     """Show the current activity and its elapsed time."""
 
-    def __init__(self, out: Console, activity: str, quiet_seconds: float = QUIET_SECONDS) -> None:
-        self._out, self._activity, self._quiet_seconds = out, activity, quiet_seconds
+    def __init__(self, out: Console, activity: str, quiet_seconds: float | None = None) -> None:
+        self._out, self._activity = out, activity
+        self._quiet_seconds = QUIET_SECONDS if quiet_seconds is None else quiet_seconds
         self._since = self._last_output = time.monotonic()
         self._status: Status | None = None
         self._stopped = threading.Event()
