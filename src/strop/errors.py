@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
@@ -79,12 +79,13 @@ class StropError(Exception):
         lines = self.lines()
         if all(self.what not in line for line in lines):
             lines.insert(len(self.where), self.what)
-        return "\n".join(map(in_python, lines))
+        return "\n".join(in_python(line, is_fix=line.startswith(FIX)) for line in lines)
 
     def use_python_names(self) -> None:
         """Write the attributes as for a caller in Python instead of the terminal."""
-        self.what, self.fix = in_python(self.what), in_python(self.fix)
-        self.where = tuple(replace(x, file=in_python(x.file), what=in_python(x.what)) for x in self.where)
+        name = partial(in_python, is_fix=False)
+        self.what, self.fix = name(self.what), in_python(self.fix)
+        self.where = tuple(replace(place, file=name(place.file), what=name(place.what)) for place in self.where)
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows in place of the traceback."""
@@ -195,16 +196,19 @@ class Stopped(StropError):
     exit_code = 130
 
 
-def in_python(text: str) -> str:
+def in_python(text: str, *, is_fix: bool = True) -> str:
     """Write options and commands of the terminal in Python: `--data.bad_rows drop` as `bad_rows="drop"`.
 
-    Commands without a function in Python, and those of other programs, stay as they are.
+    is_fix: False only names options (data.bad_rows drop), as in a text about what was given. Commands without a
+    function in Python, and those of other programs, stay as they are.
     """
 
     def translate(match: re.Match[str]) -> str:
         command, unchanged, option, value = match.groups()
         if command:
             return _call(command)
+        if value and not is_fix:
+            return f"{_argument(option, None)} {value}"
         return unchanged or _argument(option, value)
 
     return _OPTION.sub(translate, text)
@@ -226,10 +230,7 @@ def _argument(option: str, value: str | None) -> str:
 
 def _call(command: str) -> str:
     """Return the call of a function that does what `strop COMMAND` does."""
-    try:
-        name, *words = shlex.split(command)
-    except ValueError:  # a quote without its pair
-        name, words = "", []
+    name, *words = (word.strip("'") for word in re.findall(r"'[^']*'|\S+", command))
     if name not in _FUNCTIONS:
         return f"`strop {command}` in a terminal"
     function, arguments = f"strop.{_FUNCTIONS[name]}", list[str]()

@@ -62,17 +62,16 @@ def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Param
     """Raise InputError for an unknown keyword that probably means a parameter, or that the function does not take."""
     from strop.config.schema import option_fields
 
-    has_fields = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    fields = [field.rpartition(".")[2] for field, _ in option_fields()] + [
-        short.replace("-", "_") for short in SHORT_FORMS
-    ]
-    fields = [] if not has_fields else [*EVALUATION_FIELDS] if name == "evaluate" else fields
-    if option.rpartition(".")[2] in fields:
-        return
-    field, _, value = OTHER_NAMES.get(option, "").partition(" ")
     known = [text for text, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    hint = field.rpartition(".")[2] or closest(option, [*known, *fields]) or ""
-    if has_fields and name != "evaluate" and hint not in known:
-        return  # the recipe reports it
+    fields = (
+        [field.rpartition(".")[2] for field in (*dict(option_fields()), *SHORT_FORMS)]
+        if "options" in parameters
+        else []
+    )
+    fields = [*EVALUATION_FIELDS] if name == "evaluate" else [field.replace("-", "_") for field in fields]
+    field, _, value = OTHER_NAMES.get(option, "").partition(" ")
+    hint = field.rpartition(".")[2] or closest(option, [*known, *fields])
+    if option.rpartition(".")[2] in fields or (fields and name != "evaluate" and hint not in known):
+        return  # if the recipe has no such field, it says so
     suggestion = f" (did you mean {hint}{value and f'={value!r}'}?)" if hint in (*known, *fields) else ""
     raise InputError(f"{name}: unknown argument {option}{suggestion}", fix=f"see `help(strop.{name})`")

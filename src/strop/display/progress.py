@@ -15,6 +15,7 @@ LOG_SECONDS = 30.0  # between lines in a log
 
 if TYPE_CHECKING:
     from strop.display.notebook import NotebookDisplay
+    from strop.display.terminal import StatusLine
 
 
 def _mode(progress: bool | None, is_main: bool = True) -> str:
@@ -29,15 +30,15 @@ def _mode(progress: bool | None, is_main: bool = True) -> str:
 
 
 @contextmanager
-def _log(activity: str) -> Iterator[Callable[[str], None]]:
-    """Yield a function that sets the activity, which is printed with its time every LOG_SECONDS."""
+def _log(activity: str) -> Iterator[StatusLine]:
+    """Yield a line that is printed with the time of its activity every LOG_SECONDS."""
     from strop.display.tables import console
     from strop.display.terminal import StatusLine
 
     status = StatusLine(console, activity, quiet_seconds=LOG_SECONDS)
     status.start()
     try:
-        yield status.update
+        yield status
     finally:
         status.stop()
 
@@ -49,13 +50,13 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
     if mode == "off":
         yield None
     elif mode == "log":
-        with _log("preparing the run") as update:
+        with _log("preparing the run") as line:
 
             def log(event: Event) -> None:
                 if event["event"] == "start":
-                    update("computing the first step")
+                    line.update("computing the first step")
                 elif event["event"] == "step":
-                    update(f"training: step {event['step']} of {event['steps']}, loss {event['loss']:.4f}")
+                    line.update(f"training: step {event['step']} of {event['steps']}, loss {event['loss']:.4f}")
 
             yield log
     elif mode == "notebook":
@@ -85,8 +86,8 @@ def show_answers(
     elif (mode := _mode(progress, is_main)) == "off":
         yield None
     elif mode == "log":
-        with _log("loading the model") as update:
-            yield lambda label, done, total: update(f"generating answers: {label}, {done} of {total}")
+        with _log("loading the model") as line:
+            yield lambda label, done, total: line.update(f"generating answers: {label}, {done} of {total}")
     elif mode == "notebook":
         with _notebook("loading the model") as display:
             yield lambda label, done, total: display.update(f"generating answers: {label}", done, total)
@@ -104,11 +105,8 @@ def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> 
         yield progress
     elif (mode := _mode(progress)) == "off":
         yield lambda text: None
-    elif mode == "log":
-        with _log(activity) as update:
-            yield update
-    elif mode == "notebook":
-        with _notebook(activity) as display:
+    elif mode in ("notebook", "log"):
+        with _notebook(activity) if mode == "notebook" else _log(activity) as display:
             yield display.update
     else:
         from strop.display.terminal import status_line

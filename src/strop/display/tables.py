@@ -43,12 +43,8 @@ class PythonConsole(SafeConsole):
     """A console for results of the Python functions, which writes options as in Python."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*map(self._translate, objects), **options)
-
-    def _translate(self, value: Any) -> Any:
-        if isinstance(value, Text) and not value.spans:
-            return Text(in_python(value.plain), style=value.style)
-        return in_python(value) if isinstance(value, str) else value
+        texts = (Text(in_python(x.plain), x.style) if isinstance(x, Text) and not x.spans else x for x in objects)
+        super().print(*(in_python(x) if isinstance(x, str) else x for x in texts), **options)
 
 
 console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
