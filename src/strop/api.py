@@ -447,7 +447,8 @@ def merge(
         out: the model folder to write.
         dtype: "bf16", "fp16" or "fp32".
         data: rows to compare the models on, as a file or in memory. Default: the run's rows.
-        measure: compare the models. Use False if they are too large to run on this machine.
+        measure: compare the predictions of both models at up to 2,048 positions of the rows, which on a CPU can take
+            longer than the rest. Use False to skip it, for example if the models are too large for this machine.
         progress: show each step; or a function that is called with its description.
 
     Returns:
@@ -519,7 +520,8 @@ def export(
         type: "f32", "f16", "bf16" or "q8_0" (default); if llama.cpp is installed, also "q6_k", "q5_k_m" and "q4_k_m".
         adapter: write only the adapter, in f32 ("gguf" only).
         data: rows to compare the models on, as a file or in memory. Default: the run's rows.
-        measure: compare the models. Use False if they are too large to run on this machine.
+        measure: compare the predictions of both models at up to 2,048 positions of the rows, which on a CPU can take
+            longer than the rest. Use False to skip it, for example if the models are too large for this machine.
         progress: show each step; or a function that is called with its description.
 
     Returns:
