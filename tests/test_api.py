@@ -8,8 +8,10 @@ import inspect
 import io
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy
+import pandas
+import pyarrow
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -25,7 +31,9 @@ import strop
 from strop.cli.chat import Session
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError
+from strop.errors import InputError, MemoryLimitError, in_python
+from strop.machine.memory import MemoryWatch
+from strop.runs.events import Event
 from tests.support.runs import run
 from tests.support.tiny import write_rows
 
@@ -49,24 +57,112 @@ def test_invalid_arguments_raise_input_errors(tiny_folder: Path) -> None:
         strop.load(tiny_folder).generate(["hi"], max_new_tokens=0)
 
 
-def test_rows_in_memory_raise_an_input_error(tiny_folder: Path) -> None:
-    rows = [{"prompt": "hi", "completion": "yo"}]
-    for source in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # iterating a table gives its column names
+ROWS = [{"prompt": f"what is {number}", "completion": f"number {number}"} for number in range(12)]
+TABLES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "list": list,
+    "pandas": pandas.DataFrame,
+    "datasets": datasets.Dataset.from_list,
+    "pyarrow": pyarrow.Table.from_pylist,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_in_memory_are_read_as_their_file_would_be(table: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file, rows = tmp_path / "rows.jsonl", TABLES[table](ROWS)
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    reports = [strop.check(model=tiny_folder, data=data) for data in (file, rows)]
+    assert [[*report.pop("formats").values()] for report in reports] == [["prompt-completion"]] * 2
+    assert reports[0] == reports[1]
+    assert strop.check(model=tiny_folder, data=[file, rows])["rows"]["read"] == 24
+    assert strop.plan(model=tiny_folder, data={"train": rows}).data["rows"] == 12
+
+
+def test_frame_trains_and_evaluates_as_its_file_does(tiny_folder: Path, tmp_path: Path) -> None:
+    file, rows = tmp_path / "rows.jsonl", pandas.DataFrame(ROWS)
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    runs = [
+        strop.train(model=tiny_folder, data=data, eval=data, out=tmp_path / name, **QUICK)
+        for name, data in (("a", file), ("b", rows))
+    ]
+    assert runs[0].report["loss"] == runs[1].report["loss"]
+    assert strop.resume(runs[1], allow_changed="schedule").folder == runs[1].folder
+    scores = [strop.evaluate(runs[1], data, regression_data=data, max_new_tokens=2) for data in (file, rows)]
+    assert scores[0]["tuned"]["loss"] == scores[1]["tuned"]["loss"] and scores[1]["regression"]["rows"] == 12
+    assert strop.merge(runs[1], tmp_path / "merged", data=rows).parity is not None
+
+
+def test_interrupted_run_on_rows_in_memory_resumes(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = pandas.DataFrame(ROWS)
+    run = strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", **QUICK, max_time="0s")
+    assert run.report["steps"] < 3
+    del rows
+    assert strop.resume(run, allow_changed="max_time", max_time=None).report["steps"] == 3
+
+
+def test_missing_cells_dates_and_nan_in_memory(tiny_folder: Path) -> None:
+    day = pandas.Timestamp("2026-11-29")
+    texts = {"prompt": ["when", "what", "how"], "completion": [day, "b", None]}
+    frame = pandas.DataFrame(texts | {"score": [0.5, float("nan"), 1.0]})
+    report = strop.check(model=tiny_folder, data=frame)
+    assert report["rows"]["used"] == 2 and report["dropped"][0]["line"] == 3
+    listed = strop.check(model=tiny_folder, data=[{**ROWS[0], "score": float("nan")}, ROWS[1]])
+    assert listed["dropped"][0]["line"] == 1 and "NaN" in str(listed["dropped"])
+    messages = [{"role": role, "content": "hi", "name": None} for role in ("user", "assistant")]
+    nested = pandas.DataFrame({"messages": [numpy.array(messages)] * 2, "number": numpy.arange(2)})
+    assert strop.check(model=tiny_folder, data=nested)["rows"]["used"] == 2
+
+
+def test_memory_limit_below_the_weights_is_refused_before_they_load(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Event] = []
+    options: dict[str, Any] = {"model": tiny_folder, "data": rows_file, "out": tmp_path / "run", "device": "cpu"}
+    with pytest.raises(MemoryLimitError, match="memory: the weights of the base need"):
+        strop.train(**options, memory="10MB", callback=events.append)
+    words = ("--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", "--device", "cpu")
+    code, _, err = run("train", *words, "--memory", "10MB", capsys=capsys)
+    assert code == 1 and "--memory: the weights" in err and not events and not (tmp_path / "run").exists()
+
+
+def test_run_that_fails_before_its_first_step_leaves_its_folder_free(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"model": tiny_folder, "data": rows_file, "out": tmp_path / "run", **QUICK}
+
+    def fail(self: MemoryWatch) -> None:
+        raise MemoryError("out of memory: a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryWatch, "__call__", fail)
+        with pytest.raises(MemoryLimitError):
+            strop.train(**options)
+    assert not (tmp_path / "run").exists()
+    assert strop.train(**options).report["steps"] == 3
+
+
+def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> None:
+    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3, [["a"], 3]):
         for name in ("data", "eval"):
-            with pytest.raises(InputError, match=f"a list of files, not ({type(source).__name__}|dict)") as raised:
-                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: source})
-            assert "give its path" in raised.value.fix
-        with pytest.raises(InputError, match="data: a file or a list of files"):
+            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}|not int"):
+                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: [source]})
+        with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.evaluate(tiny_folder, source)
-        with pytest.raises(InputError, match="data: a file or a list of files"):
+        with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.merge(tiny_folder, "out", data=source)
+    for rows, what in (
+        ([{"prompt": "a", "completion": {1, 2}}], "data.train: row 1: a set has no form in JSON"),
+        ([ROWS[0], "rows.jsonl"], "row is a string"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "same name"),
+    ):
+        with pytest.raises(InputError, match=what):
+            strop.train(model=tiny_folder, data=rows)
 
 
 @pytest.mark.parametrize("given", [0.1, "0.1", ".25", 10])
 def test_share_without_percent_sign_raises(given: Any, tiny_folder: Path) -> None:
     with pytest.raises(InputError) as raised:
         strop.check(model=tiny_folder, data="rows.jsonl", eval=given)
-    assert raised.value.lines()[0].startswith("--data.eval: write a share with %")
+    assert raised.value.lines()[0].startswith("data.eval: write a share with %")
 
 
 def test_reward_function_object_raises(tiny_folder: Path) -> None:
@@ -79,7 +175,7 @@ def test_reward_function_object_raises(tiny_folder: Path) -> None:
 def test_empty_list_of_files_raises(name: str, tiny_folder: Path) -> None:
     with pytest.raises(InputError, match="options are not valid") as raised:
         strop.train(model=tiny_folder, data={"train": "rows.jsonl", name: []})
-    assert raised.value.lines()[0].startswith(f"--data.{name}: ")
+    assert raised.value.lines()[0].startswith(f"data.{name}: ")
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +389,7 @@ def test_duplicate_option_raises(tiny_folder: Path, rows_file: Path) -> None:
 
 def test_long_invalid_value_is_shortened(tiny_folder: Path) -> None:
     with pytest.raises(InputError) as caught:
-        strop.check(model=tiny_folder, data=[{"prompt": "a", "completion": "b"}] * 1000)
+        strop.check(model=tiny_folder, data="rows.jsonl", columns=[{"prompt": "a", "completion": "b"}] * 1000)
     assert len("".join(caught.value.lines())) < 400
 
 
@@ -318,6 +414,30 @@ def test_evaluate_and_merge_report_progress(adapter_folders: list[Path], rows_fi
     assert any(str(tmp_path / "merged") in step for step in steps)
 
 
+def test_log_has_a_line_now_and_then_unless_progress_is_off(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("strop.display.progress.LOG_SECONDS", 0.1)
+    monkeypatch.setattr("strop.display.terminal.TICK_SECONDS", 0.1)
+    options: dict[str, Any] = {
+        "model": tiny_folder,
+        "data": rows_file,
+        "callback": lambda event: time.sleep(0.3),
+        **QUICK,
+    }
+    strop.train(out=tmp_path / "a", **options)
+    strop.evaluate(tmp_path / "a", rows_file, max_new_tokens=2)
+    log = capsys.readouterr().err
+    assert "still    preparing the run" in log and re.search(r"training: step 2 of 3, loss \d", log)
+    assert "still    loading the model" in log
+    strop.train(out=tmp_path / "b", progress=False, **options)
+    assert not capsys.readouterr().err
+
+
 def test_import_is_fast_and_needs_no_torch() -> None:
     code = "import sys, time; start = time.perf_counter(); import strop; print(time.perf_counter() - start)"
     checks = "print('torch' in sys.modules or 'pydantic' in sys.modules)"
@@ -333,8 +453,124 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
         strop.train(model="demo", data=rows, out=tmp_path / "run", progress=False)
     assert f"{rows}:2" in str(raised.value)
     with pytest.raises(strop.InputError) as raised:
-        strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"rank": 3})
+        strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"ranks": 3})
     assert "did you mean lora.r?" in str(raised.value) and "strop schema" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("or leave such rows out with --data.bad_rows drop", 'or leave such rows out with bad_rows="drop"'),
+        ("resume it with `strop resume 'my runs/a'`, or", 'resume it with `strop.resume("my runs/a")`, or'),
+        ("see `strop runs`", "see `strop runs` in a terminal"),
+        ("see `strop resume --help`", "see `help(strop.resume)`"),
+        ("`strop export gguf X --type f16 --data ...`", '`strop.export("gguf", "X", type="f16", data=...)`'),
+        ("give it with --data rows.jsonl", 'give it with data="rows.jsonl"'),
+        (
+            "--data.columns 'prompt=a b,completion=c' (no header)",
+            'columns={"prompt": "a b", "completion": "c"} (no header)',
+        ),
+        ("--data.max_length 512, with --train.exact true", "max_length=512, with exact=True"),
+        ("give --out another folder, or leave --type out", "give out another folder, or leave type out"),
+        ("more memory, or --no-parity, which", "more memory, or measure=False, which"),
+        ("`pip install --force-reinstall torch`", "`pip install --force-reinstall torch`"),
+        ("--memory much: not a size", 'memory="much": not a size'),
+        ("--lora.lora_alpha", "lora.lora_alpha"),
+    ],
+)
+def test_messages_are_written_in_python(text: str, expected: str) -> None:
+    assert in_python(text) == in_python(expected) == expected
+
+
+def test_error_attributes_are_in_python_and_in_the_terminal_as_options(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data=rows, lora={"r": "x"})
+    assert raised.value.where[0].file == raised.value.as_json()["where"][0]["file"] == "lora.r"
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data=rows)
+    assert 'bad_rows="drop"' in raised.value.fix and "--" not in str(raised.value)
+    code, out, err = run("train", "--model", tiny_folder, "--data", rows, "--json", capsys=capsys)
+    assert code == 2 and "--data.bad_rows drop" in err and "--data.bad_rows drop" in json.loads(out)["error"]["fix"]
+    table = strop.check(model=tiny_folder, data=rows)._repr_html_()
+    assert "bad_rows=&quot;drop&quot;" in table and "--data" not in table
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: strop.evaluate(None, "rows.jsonl"), "run: a path or a name, not NoneType"),
+        (lambda: strop.evaluate([3], "rows.jsonl"), "run: a path or a name, not int"),
+        (lambda: strop.load(3), "name: a path or a name, not int"),
+        (lambda: strop.merge(3, "x"), "run: a path or a name, not int"),
+        (lambda: strop.load("demo", load_in_4bit=True), "load_in_4bit (did you mean quantization='nf4'?)"),
+        (lambda: strop.train("demo", "rows.jsonl"), "2 arguments by position"),
+        (lambda: strop.merge("runs/mine"), "missing a required argument: 'out'"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", metrics="exact"), "did you mean metric?"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", max_tokens=8), "did you mean max_new_tokens?"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", batch_size=8), "unknown argument batch_size"),
+        (lambda: strop.train(model="demo", data="rows.jsonl", callbacks=[print]), "did you mean callback?"),
+        (lambda: strop.train(model="demo", train_dataset="rows.jsonl"), "did you mean data.train?"),
+        (lambda: strop.train(model="demo", lora=8), 'lora: a dictionary such as {"r": 8}, not 8'),
+    ],
+)
+def test_arguments_that_do_not_fit_raise_input_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": "hot"}, {"max_new_tokens": 2.5}, {"top_k": None}, {"temprature": 1}]
+)
+def test_sampling_settings_that_are_no_numbers_raise_input_errors(settings: dict[str, Any], bold: Model) -> None:
+    for answer in (bold.generate, bold.chat):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            answer("hi", **settings)
+
+
+def test_missing_run_next_to_others_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    for name in ("recipe.yaml", "lock.json"):
+        Path("runs/mine", name).touch()
+    with pytest.raises(InputError, match=re.escape("(did you mean runs/mine?)")) as raised:
+        strop.load("runs/min")
+    assert "Hub" not in str(raised.value).partition("Fix")[0] and "OFFLINE" not in str(raised.value)
+
+
+def test_results_are_short_in_a_prompt_and_tables_when_printed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "run", **QUICK)
+    plan, model = strop.plan(model=tiny_folder, data=rows_file), strop.load(run)
+    assert all(len(repr(result)) < 400 and "\n" not in repr(result) for result in (run, plan, model))
+    assert repr(str(run.folder)) in repr(run) and "steps=3" in repr(run) and "fits=True" in repr(plan)
+    assert repr(model).startswith("Model(") and str(run.folder / "adapter") in repr(model)
+    evaluated = strop.evaluate(run, rows_file, max_new_tokens=2)
+    checked, compared = strop.check(model=tiny_folder, data=rows_file), strop.compare_methods(gpu="RTX 3060")
+    tables = (run, plan, evaluated, checked, compared)
+    texts = ("loss ", "peak memory in MiB", "tuned minus base", "24 rows read", "QLoRA (nf4)")
+    for result, text in zip(tables, texts, strict=True):
+        assert text in str(result) and "\x1b" not in str(result) and len(str(result).splitlines()) > 4
+    assert json.loads(json.dumps(evaluated)) == evaluated and json.loads(json.dumps(checked)) == checked
+
+
+def test_fields_are_accepted_by_short_name_and_by_their_last_part(tiny_folder: Path) -> None:
+    forms: list[dict[str, Any]] = [
+        {"train": {"learning_rate": 1e-3, "epochs": 2}, "lora": {"r": 4}},
+        {"train": {"lr": 1e-3, "epochs": 2}, "lora": {"rank": 4}},
+        {"lr": 1e-3, "epochs": 2, "r": 4},
+        {"learning_rate": 1e-3, "train.epochs": 2, "rank": 4},
+    ]
+    recipes = [strop.plan(model=tiny_folder, **form).resolved.recipe for form in forms]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert (recipes[0].train.learning_rate, recipes[0].train.epochs, recipes[0].lora.r) == (1e-3, 2, 4)
+    with pytest.raises(InputError, match="given twice"):
+        strop.plan(model=tiny_folder, lr=1, train={"learning_rate": 1})
 
 
 def test_examples_of_the_public_functions_run(

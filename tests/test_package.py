@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import strop
 from tests import ROOT
 
 PUBLIC = {
-    "InputError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export", "load",
-    "merge", "plan", "push", "resume", "train",
+    "InputError", "ParityError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export",
+    "load", "merge", "plan", "push", "resume", "train",
 }  # fmt: skip
 
 
@@ -59,6 +60,13 @@ def test_the_source_distribution_holds_every_file(built: Path) -> None:
 
 def test_public_names() -> None:
     """Scripts rely on these names; change them only on purpose."""
+    classes = {"Evaluation", "Model", "Plan", "Run", "Sampling"}  # not imported by `from strop import *`
+    assert {name for name in dir(strop) if not name.startswith("_")} == PUBLIC | classes
+    assert all(getattr(strop, name).__name__ == name for name in classes)
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = strop.Trainer
+    introduction = pydoc.render_doc(strop, renderer=pydoc.plaintext).partition("PACKAGE CONTENTS")[0]
+    assert all(name in introduction for name in dir(strop) if name[0] != "_" and not name.endswith("Error"))
     assert set(strop.__all__) == PUBLIC
     defined = {
         name for name, value in vars(strop).items()

@@ -6,14 +6,44 @@
     strop.evaluate(run, "held_out.jsonl", metric="exact_json")
     strop.load(run).chat("...")
 
+Functions:
+    check            show what a recipe trains on, row by row
+    plan             predict memory and time, and what to change if it does not fit
+    compare_methods  compare the memory of full fine-tuning, LoRA and QLoRA
+    train            fine-tune a model, and return a Run
+    resume           continue a run from its newest checkpoint
+    evaluate         compare base and tuned model on held-out rows, and return an Evaluation
+    load             load a run or a model, and return a Model with the methods generate and chat
+    merge            merge an adapter into its base
+    export           write a run for llama.cpp or Ollama
+    push             upload a run to the Hugging Face Hub
+
+`help(strop.train)` shows its arguments, which are recipe fields such as `model`, `data` and `lr`.
+
+Classes: Run, Model, Plan and Evaluation, which the functions return, and Sampling, an argument of `Model.generate`.
+Errors: StropError, and its subclasses InputError, RunError (such as ParityError) and Stopped.
+
+In signatures, a PathLike is a string, a pathlib.Path or a Run; Rows are a data file, a DataFrame, a datasets.Dataset
+or a list of dicts; an Event is a dictionary with `event` (its kind, such as "step"), `time` and the fields of that
+kind; a StepProgress or AnswerProgress is a bool, None (in a terminal or notebook only), or a function to call.
+
 Importing strop does not import torch. Each function imports what it needs when it is called.
 """
 
+import importlib
 import logging
 import warnings
+from typing import TYPE_CHECKING, Any
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
-from strop.errors import InputError, RunError, Stopped, StropError
+from strop.errors import InputError, ParityError, RunError, Stopped, StropError
+
+if TYPE_CHECKING:
+    from strop.engine.decode.model import Model as Model
+    from strop.engine.decode.sampling import Sampling as Sampling
+    from strop.evaluation.tables import Evaluation as Evaluation
+    from strop.planning.plan import Plan as Plan
+    from strop.training.run import Run as Run
 
 # bitsandbytes, which peft imports, recommends a package of kernels that strop does not use
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
@@ -23,6 +53,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 __version__ = "0.1.0"
 __all__ = [
     "InputError",
+    "ParityError",
     "RunError",
     "Stopped",
     "StropError",
@@ -37,3 +68,21 @@ __all__ = [
     "resume",
     "train",
 ]
+
+_CLASSES = {  # imported when they are used: their modules import torch
+    "Evaluation": "strop.evaluation.tables",
+    "Model": "strop.engine.decode.model",
+    "Plan": "strop.planning.plan",
+    "Run": "strop.training.run",
+    "Sampling": "strop.engine.decode.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
+    raise AttributeError(f"module 'strop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_CLASSES, "__doc__", "__name__", "__version__"])

@@ -2,24 +2,28 @@
 
 Functions that train or read data take recipe fields as keyword arguments (`**options`), in these forms:
 
-- a short name: `model`, `data`, `eval`, `out`, `preset`, `seed`
-- a section as a dict: `lora={"r": 8}`; `model` and `data` may be dicts too
+- the field's name: `learning_rate=1e-4`, `max_steps=10`, `r=8`, `out="runs/mine"`
+- a short name: `model`, `data`, `eval`, `lr`, `rank`, and the other short options of the command line
+- a section as a dict: `train={"learning_rate": 1e-4}`, `lora={"r": 8}`; `model` and `data` may be dicts too
 - a dotted name: `**{"train.epochs": 1}`
 
 A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
+Data may be a file, a list of files, or rows in memory: a DataFrame, a `datasets.Dataset`, or a list of dicts.
 
-Functions that take long have `progress`: by default they show a bar in a terminal, a table with the loss curve in a
-notebook, and nothing where stderr is not a terminal. `progress=False` shows nothing, `progress=True` always shows it.
+Functions that take long have `progress`: by default they show a bar in a terminal, the steps and the loss curve in a
+notebook, and a line every 30 s where stderr is a log. `progress=False` shows nothing. `progress=True` prints the lines
+of the command line where stderr is a log.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from strop.config.arguments import check_path, public
 from strop.display.progress import show_answers, show_run, show_steps
 from strop.errors import InputError, ModelError
 
@@ -40,10 +44,12 @@ if TYPE_CHECKING:
     from strop.training.run import Run
 
 PathLike = str | os.PathLike[str]
+Rows = Any  # a data file, or rows in memory: a DataFrame, a datasets.Dataset or a list of dicts
 StepProgress = bool | Callable[[str], None] | None
 AnswerProgress = bool | Callable[[str, int, int], None] | None
 
 
+@public
 def plan(
     recipe: PathLike | None = None,
     *,
@@ -94,6 +100,7 @@ def plan(
     return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 
 
+@public
 def compare_methods(
     recipe: PathLike | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
 ) -> Comparison:
@@ -140,6 +147,7 @@ def compare_methods(
     return Comparison(compare(resolved.model_copy(update={"model": section}), models, usable))
 
 
+@public
 def train(
     recipe: PathLike | None = None,
     *,
@@ -155,12 +163,16 @@ def train(
 
     Args:
         recipe: path of a recipe file. Options override its values.
-        callback: called with each event that is written to events.jsonl.
+        callback: called with each event that is written to events.jsonl, a dictionary with `event` (its kind, such as
+            "step", "eval" or "end"), `time`, and the fields of that kind.
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the run if `out` already contains it.
-        progress: show the steps.
-        **options: recipe fields, such as `model="demo"`, `data="rows.jsonl"`, `lora={"r": 8}` or
-            `**{"train.epochs": 1}`.
+        progress: None shows the steps in a terminal or a notebook, and a line every 30 s in a log. True shows every
+            few seconds in a log too, False nothing.
+        **options: recipe fields by name, such as `model="demo"`, `data="rows.jsonl"`, `epochs=1`, `max_steps=10`,
+            `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows
+            in memory: a pandas or polars DataFrame, a `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop
+            writes them to a file in its cache folder.
 
     Returns:
         The run, with `folder` and `report`.
@@ -190,6 +202,7 @@ def train(
             return run_training(resolved, listeners, memory=limit, devices=devices, resume_existing=resume_existing)
 
 
+@public
 def resume(
     run: PathLike,
     *,
@@ -203,11 +216,13 @@ def resume(
 
     Args:
         run: the run folder.
-        callback: called with each event that is written to events.jsonl.
+        callback: called with each event that is written to events.jsonl, a dictionary with `event` (its kind, such as
+            "step", "eval" or "end"), `time`, and the fields of that kind.
         allow_changed: what may have changed since the run started: "lr", "schedule", "base", "data", "template",
             "versions", or a recipe field.
         memory: maximum memory to use, in bytes or as text such as "8GB".
-        progress: show the steps.
+        progress: None shows the steps in a terminal or a notebook, and a line every 30 s in a log. True shows every
+            few seconds in a log too, False nothing.
         **options: recipe fields with new values. `allow_changed` must list each of them.
 
     Returns:
@@ -237,14 +252,15 @@ def resume(
             )
 
 
+@public
 def evaluate(
     run: PathLike | Sequence[PathLike],
-    data: PathLike | Sequence[PathLike],
+    data: Rows,
     *,
     metric: str = "exact",
     max_new_tokens: int | None = None,
     general: bool = False,
-    regression_data: PathLike | Sequence[PathLike] = (),
+    regression_data: Rows = (),
     regression_metric: str | None = None,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
@@ -260,12 +276,12 @@ def evaluate(
 
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
-        data: a data file, or a list of files.
+        data: a data file, a list of files, or rows in memory, as for `train`.
         metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
-        regression_data: further data files on which the model should not get worse.
+        regression_data: further rows on which the model should not get worse.
         regression_metric: metric for `regression_data`. Default: `metric`.
         tasks: tasks of lm-evaluation-harness, by name or .yaml file.
         task_limit: maximum number of documents per task.
@@ -276,7 +292,7 @@ def evaluate(
         force: load the adapter even if the base differs from the one it was trained on.
         progress: show how many answers are generated; or a function that is called with a label (such as
             "base and tuned"), the number of finished answers, and their total.
-        **options: `data.format`, `data.columns` or `data.encoding`. Default: the run's settings.
+        **options: `format`, `columns` or `encoding` of the data. Default: the run's settings.
 
     Returns:
         The fields of `strop eval --json`. For a list of runs: {"runs": [...], "leaderboard": [...]}.
@@ -291,7 +307,11 @@ def evaluate(
     """
     from strop.distributed.launch import join_devices
 
-    names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
+    is_list = isinstance(run, Iterable) and not isinstance(run, str | os.PathLike)
+    runs: Any = run if is_list else [run]
+    names = [check_path("run", name) for name in runs]
+    options = _flatten(options)
+    data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
     check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
@@ -305,7 +325,7 @@ def evaluate(
                 dtype=dtype,
                 force=force,
                 general=general,
-                regression_data=_data_files(regression_data, "regression_data"),
+                regression_data=regression_data,
                 regression_metric=regression_metric,
                 tasks=tasks,
                 task_limit=task_limit,
@@ -313,12 +333,10 @@ def evaluate(
                 judge_model=judge_model,
                 reading=options,
             )
-            results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
+            results = evaluate_models(names, data, chosen, advance=advance, devices=devices)
     from strop.evaluation.tables import Evaluation
 
-    if isinstance(run, str | os.PathLike):
-        return Evaluation(results[0])
-    return Evaluation({"runs": results, "leaderboard": rank_models(results)})
+    return Evaluation({"runs": results, "leaderboard": rank_models(results)} if is_list else results[0])
 
 
 @dataclass(frozen=True)
@@ -331,6 +349,7 @@ class CheckedRows:
     prepared: Prepared
 
 
+@public
 def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
@@ -370,6 +389,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 
+@public
 def load(
     name: PathLike,
     *,
@@ -410,12 +430,13 @@ def load(
             return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
+@public
 def merge(
     run: PathLike,
     out: PathLike,
     *,
     dtype: str = "bf16",
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Merged:
@@ -425,8 +446,9 @@ def merge(
         run: a run or adapter folder.
         out: the model folder to write.
         dtype: "bf16", "fp16" or "fp32".
-        data: file with rows to compare the models on. Default: the run's rows.
-        measure: compare the models. Use False if they are too large to run on this machine.
+        data: rows to compare the models on, as a file or in memory. Default: the run's rows.
+        measure: compare the predictions of both models at up to 2,048 positions of the rows, which on a CPU can take
+            longer than the rest. Use False to skip it, for example if the models are too large for this machine.
         progress: show each step; or a function that is called with its description.
 
     Returns:
@@ -439,7 +461,7 @@ def merge(
     Examples:
         >>> strop.merge("runs/mine", "mine-merged").parity
     """
-    rows = _data_file(data)
+    rows = None if data is None else _data_files(data, "data")
     check_inputs(adapters=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.merge import merge as merge_adapter
@@ -457,7 +479,7 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Exported: ...
@@ -471,12 +493,13 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> PreparedOllama: ...
 
 
+@public
 def export(
     target: Literal["gguf", "ollama"],
     run: PathLike,
@@ -484,7 +507,7 @@ def export(
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: PathLike | None = None,
+    data: Rows = None,
     measure: bool = True,
     progress: StepProgress = None,
 ) -> Exported | PreparedOllama:
@@ -496,8 +519,9 @@ def export(
         out: the file or folder to write.
         type: "f32", "f16", "bf16" or "q8_0" (default); if llama.cpp is installed, also "q6_k", "q5_k_m" and "q4_k_m".
         adapter: write only the adapter, in f32 ("gguf" only).
-        data: file with rows to compare the models on. Default: the run's rows.
-        measure: compare the models. Use False if they are too large to run on this machine.
+        data: rows to compare the models on, as a file or in memory. Default: the run's rows.
+        measure: compare the predictions of both models at up to 2,048 positions of the rows, which on a CPU can take
+            longer than the rest. Use False to skip it, for example if the models are too large for this machine.
         progress: show each step; or a function that is called with its description.
 
     Returns:
@@ -514,7 +538,7 @@ def export(
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
-    name, rows = os.fspath(run), _data_file(data)
+    name, rows = os.fspath(run), None if data is None else _data_files(data, "data")
     check_inputs(models=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.gguf import export_gguf
@@ -586,12 +610,13 @@ def check_inputs(
         find_adapter_folder(os.fspath(name))
     for spec in data:
         if spec:
-            sources.check_exists(_data_files(spec, "data"))
+            sources.check_exists(spec)
     for metric in metrics:
         if metric not in (None, "preference"):
             find_metric(metric)
 
 
+@public
 def push(
     run: PathLike,
     repo: str,
@@ -636,30 +661,38 @@ def _as_path(recipe: PathLike | None) -> Path | None:
     return Path(recipe) if recipe else None
 
 
-def _data_file(path: PathLike | None) -> str | None:
-    return None if path is None else str(_data_files(path, "data"))
+def _data_files(value: Any, name: str) -> Any:
+    """Convert paths of data files to text, and write rows in memory to a file in the cache. Raises InputError."""
+    from strop.data.reading.in_memory import find_rows, write_rows
 
-
-def _data_files(paths: Any, name: str) -> Any:
-    """Convert paths of data files to text. Raises InputError for rows in memory, which are not supported."""
-    for path in paths if isinstance(paths, list | tuple) else [paths]:
-        if not isinstance(path, str | os.PathLike):
-            what = f"{name}: a file or a list of files, not {type(path).__name__}"
-            raise InputError(what, fix="write rows that are in memory to a JSON Lines file, and give its path")
-    return _paths_to_text(paths)
+    if (rows := find_rows(value)) is not None:
+        return write_rows(name, rows)
+    if isinstance(value, list | tuple):
+        return [_data_files(part, name) for part in value]
+    if not isinstance(value, str | os.PathLike):
+        what = f"{name}: a file, a list of files, a DataFrame, a Dataset or a list of dicts, not {type(value).__name__}"
+        raise InputError(what, fix="convert the rows to a list of dicts")
+    return os.fspath(value)
 
 
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options by dotted name, with paths as text. Raises InputError for duplicates."""
     from strop.config.names import full_name
+    from strop.config.schema import option_fields
 
+    full_names = {field.rpartition(".")[2]: field for field, _ in option_fields()}
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
     for name, option in options.items():
+        if name in ("lora", "train") and not isinstance(option, Mapping):
+            example = '{"r": 8}' if name == "lora" else '{"epochs": 1}'
+            raise InputError(f"{name}: a dictionary such as {example}, not {option!r}", fix="give its fields by name")
         is_section = name in sections and isinstance(option, Mapping)
-        fields = {f"{name}.{field}": inner for field, inner in option.items()} if is_section else {name: option}
-        for field, value in fields.items():
-            dotted = full_name(field)
+        for field, value in (option if is_section else {name: option}).items():
+            dotted = full_name(field) if not is_section else f"{name}.{field}"
+            short = full_names.get(field) or full_name(field)
+            if dotted not in full_names.values() and (not is_section or short.startswith(f"{name}.")):
+                dotted = short
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
             if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):

@@ -7,9 +7,12 @@ code for PeerFailed.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -17,8 +20,23 @@ TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
 MAX_SHOWN_LOCATIONS = 10  # an error lists this many locations and counts the rest
 FIX = "Fix: "  # begins an error's last line
 
-_OPTION = re.compile(r"(`[^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)|(?<![\w'\"-])--([a-z][\w.-]*\w)")
+_END = r"(?=:?(?:\s|$)|[;,()\[\]`])"  # follows a value
+_VALUE = (
+    r"""('[^']*'|"[^"]*"|\w+=[^\s;,()`]+(?:,\w+=[^\s;,()`]+)*"""  # quoted, or a map
+    rf"|(?=[^\s;,()\[\]`]*[\dA-Z=./_])[^\s;,()\[\]`]+?{_END}"  # not a word of the sentence
+    r"|(?!(?:out|and|or|with)\b)[a-z-]+(?=:\s|[;,)`]|$| or | and ))"
+)
+_OPTION = re.compile(
+    rf"`strop ([^`]*)`(?! in a terminal)|(`[^-`][^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)"
+    rf"|(?<![\w'\"-])--([a-z][\w.-]*\w)(?: {_VALUE})?"
+)
 _PYTHON_NAMES = {"no-parity": "measure=False", "resume": "resume_existing"}  # where they differ from the option's name
+_PYTHON_FIELDS = {"model.name": "model", "data.train": "data"}  # other fields: the last part of the name
+_FUNCTIONS = {"eval": "evaluate"} | {
+    name: name for name in ("check", "export", "merge", "plan", "push", "resume", "train")
+}
+
+in_terminal = ContextVar("in_terminal", default=False)  # whether the command line calls the public functions
 
 
 @dataclass(frozen=True)
@@ -36,10 +54,11 @@ class Location:
 class StropError(Exception):
     """Base class of all errors of strop.
 
-    Args:
+    Attributes:
         what: what is wrong, in one sentence.
         fix: what to do about it.
-        where: the locations in the user's input that are wrong.
+        where: the locations in the user's input that are wrong, each with `file`, `line` and `what`.
+        partial_result: results from before the failure, such as the folder of the run.
     """
 
     exit_code = 1
@@ -61,7 +80,13 @@ class StropError(Exception):
         lines = self.lines()
         if all(self.what not in line for line in lines):
             lines.insert(len(self.where), self.what)
-        return "\n".join(map(_name_fields, lines))
+        return "\n".join(in_python(line, is_fix=line.startswith(FIX)) for line in lines)
+
+    def use_python_names(self) -> None:
+        """Write the attributes as for a caller in Python instead of the terminal."""
+        name = partial(in_python, is_fix=False)
+        self.what, self.fix = name(self.what), in_python(self.fix)
+        self.where = tuple(replace(place, file=name(place.file), what=name(place.what)) for place in self.where)
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows in place of the traceback."""
@@ -75,6 +100,7 @@ class StropError(Exception):
         return [*shown, *([self.what] if len(shown) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the error as a dictionary with `kind`, `message`, `fix` and `where`."""
         return {
             "kind": self.kind,
             "message": self.what,
@@ -171,9 +197,54 @@ class Stopped(StropError):
     exit_code = 130
 
 
-def _name_fields(text: str) -> str:
-    """Replace options by their names in Python (--data.train by data.train), except in commands for a shell."""
-    return _OPTION.sub(lambda match: match[1] or _PYTHON_NAMES.get(match[2]) or match[2].replace("-", "_"), text)
+def in_python(text: str, *, is_fix: bool = True) -> str:
+    """Write options and commands of the terminal in Python: `--data.bad_rows drop` as `bad_rows="drop"`.
+
+    is_fix: False only names options (data.bad_rows drop), as in a text about what was given. Commands without a
+    function in Python, and those of other programs, stay as they are.
+    """
+
+    def translate(match: re.Match[str]) -> str:
+        command, unchanged, option, value = match.groups()
+        if command:
+            return _call(command)
+        if value and not is_fix:
+            return f"{_argument(option, None)} {value}"
+        return unchanged or _argument(option, value)
+
+    return _OPTION.sub(translate, text)
+
+
+def _argument(option: str, value: str | None) -> str:
+    name = option.replace("-", "_")
+    if option in _PYTHON_NAMES or value is None:
+        return _PYTHON_NAMES.get(option, name) + (f" {value}" if value else "")
+    text, pairs = value, value.strip("'\"")
+    if re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", pairs):
+        text = json.dumps(dict(pair.split("=") for pair in pairs.split(",")), ensure_ascii=False)
+    elif value in ("true", "false"):
+        text = value.title()
+    elif not re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?|\.\.\.", value):
+        text = json.dumps(pairs, ensure_ascii=False)
+    return f"{_PYTHON_FIELDS.get(name, name.rpartition('.')[2])}={text}"
+
+
+def _call(command: str) -> str:
+    """Return the call of a function that does what `strop COMMAND` does."""
+    name, *words = (word.strip("'") for word in re.findall(r"'[^']*'|\S+", command))
+    if name not in _FUNCTIONS:
+        return f"`strop {command}` in a terminal"
+    function, arguments = f"strop.{_FUNCTIONS[name]}", list[str]()
+    if words == ["--help"]:
+        return f"`help({function})`"
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+            arguments.append(_argument(word[2:], value))
+        else:
+            arguments.append(json.dumps(word, ensure_ascii=False))
+    return f"`{function}({', '.join(arguments)})`" if arguments else f"`{function}`"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

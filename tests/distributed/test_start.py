@@ -123,7 +123,9 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     assert running.returncode == 130, stdout
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
-    assert stdout.count("error:") == 1 and "Fix: strop resume" in stdout.replace("python -m strop", "strop"), stdout
+    assert stdout.count("error:") == 1 and "Fix: continue with `strop resume" in stdout.replace(
+        "python -m strop", "strop"
+    ), stdout
 
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:

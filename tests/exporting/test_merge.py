@@ -430,7 +430,7 @@ def test_too_little_memory_is_reported_before_merging(
     monkeypatch.setattr(module, "probe", lambda: replace(probe(), free_bytes=1 << 20))
     with pytest.raises(MemoryLimitError, match="measuring takes") as raised:
         strop.merge(run, tmp_path / "merged")
-    assert "--no-parity" in raised.value.fix and not list(tmp_path.glob("merged*"))
+    assert "measure=False" in raised.value.fix and not list(tmp_path.glob("merged*"))
     merged = strop.merge(run, tmp_path / "merged", dtype="fp32", measure=False)
     assert merged.parity is None and merged.as_json()["parity"] is None and merged.base == "dequantized"
     ids = torch.arange(5, 25)[None]

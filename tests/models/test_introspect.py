@@ -49,7 +49,7 @@ def test_rows_beyond_learned_positions_are_refused(short: Path, tmp_path: Path) 
         file.write(json.dumps(LONG) + "\n")
     with pytest.raises(DataError, match=r"1 of 5 rows are longer than the 32 tokens ") as raised:
         strop.train(model=short, data=rows, out=tmp_path / "run")
-    assert "--data.max_length 32" in raised.value.lines()[-1]
+    assert "max_length=32" in raised.value.lines()[-1]
     cut = {"data": {"train": str(rows), "max_length": 32, "overlong": "drop"}, "train": {"max_steps": 2}}
     assert strop.train(model=short, out=tmp_path / "run", **cut).report["steps"] == 2
 

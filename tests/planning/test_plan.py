@@ -324,8 +324,17 @@ def test_gpus_are_found_by_name_and_by_driver_name() -> None:
     ):  # fmt: skip
         assert match_driver_name(driver_name) is None, driver_name
     assert find_spec("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
-    with pytest.raises(RecipeError, match="did you mean RTX 4090"):
-        find_spec("RTX 4091")
+    for name in ("RTX 4091", "RTX 409"):
+        with pytest.raises(RecipeError, match="did you mean RTX 40"):
+            find_spec(name)
+    assert "cuda (A100 40GB), 40.0 GiB" in str(strop.plan(model="demo", gpu="A100"))
+    assert (
+        "at most about 0.0 B" not in (small := str(strop.plan(model="demo", memory="100MB")))
+        and " M parameters" in small
+    )
+    for name in ("RTX", "A1", "RTX 9999"):
+        with pytest.raises(RecipeError, match="not in the table"):
+            find_spec(name)
 
 
 def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(

@@ -31,7 +31,7 @@ from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import CHAT_COMMANDS, add_recipe_options
 from strop.config.names import use_short_forms
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest
+from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest, in_terminal
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -149,6 +149,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 def main() -> None:
     """Run a command. An error prints one message, and exits with the code of its class (see errors.py)."""
     signals: list[int] = []
+    token = in_terminal.set(True)
 
     def interrupt(number: int, frame: object) -> None:
         signals.append(number)
@@ -194,6 +195,7 @@ def main() -> None:
         lines = [message, f"{FIX}this is a bug in strop: set STROP_DEBUG=1 to see the traceback, and please report it"]
         _exit_with_error(lines, {"kind": "InternalError", "message": message}, 1)
     finally:  # an interrupt during Python's exit would print a traceback
+        in_terminal.reset(token)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -311,7 +311,7 @@ _RecipeLoader.yaml_implicit_resolvers = {
 def _read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file as values by dotted name."""
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file", fix="give the path of a YAML file")
+        raise RecipeError(f"{path}: no such recipe file", fix=f"give the path of a YAML file, or --model {path}")
     if is_data_file(path.name):
         raise RecipeError(f"{path}: data, not a recipe file (YAML)", fix=f"give it with --data {path}")
     try:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strop.errors import in_python
 from strop.runs.events import Event
 
 if TYPE_CHECKING:
@@ -82,12 +83,13 @@ class NotebookDisplay:
             self._rows.append(
                 (str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}")
             )
-            self.update("training", event["step"], event.get("steps", self._total))
+            total = event.get("steps", self._total)
+            self.update("saving" if event["step"] == total else "training", event["step"], total)
         elif kind == "eval" and event["loss"] is not None:
             self._evaluated[event["step"]] = event["loss"]
             self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
         elif kind == "note":
-            self._notes.append(event["text"])
+            self._notes.append(in_python(event["text"]))
         elif kind == "stop":
             self._notes.append(f"stopped after step {event['step']}, saved: {event['why']}")
         elif kind in ("skip", "rollback", "shrink"):
@@ -96,7 +98,7 @@ class NotebookDisplay:
             self.update("writing the report")
 
     def close(self, final: str) -> None:
-        """Draw once more, with a last line and without the table of steps."""
+        """Draw once more, with a last line and without the table of steps. final: "" shows nothing."""
         self._ended.set()
         self._thread.join()
         self.update(final)
@@ -115,6 +117,8 @@ class NotebookDisplay:
             self._handle.update(self._html(self._render()))
 
     def _render(self) -> str:
+        if not self._activity:
+            return ""
         seconds = time.monotonic() - self._start
         parts = [f"<div><b>{html.escape(self._activity)}</b> ({seconds:.0f} s)"]
         if self._total:
@@ -126,9 +130,9 @@ class NotebookDisplay:
         return "".join(parts)
 
 
-def run_html(folder: Path, report: Mapping[str, Any]) -> str:
-    """Return a summary of a finished run; its loss curve is in the output of `train`."""
-    rows = [
+def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of a summary of a finished run; its loss curve is in the output of `train`."""
+    return [
         ("run", str(folder)),
         ("steps", f"{report['steps']}"),
         ("tokens", f"{report['tokens']:,} ({report['tokens_per_s']:.0f} tokens/s)"),
@@ -137,4 +141,3 @@ def run_html(folder: Path, report: Mapping[str, Any]) -> str:
         *([("eval loss", f"{report['eval_loss']:.4f}")] if report.get("eval_loss") is not None else []),
         ("adapter", str(report["adapter"])),
     ]
-    return html_table(("", ""), rows)

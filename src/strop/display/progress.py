@@ -1,4 +1,4 @@
-"""Show the progress of the Python functions: a bar in a terminal, a table in a notebook, and nothing elsewhere."""
+"""Show the progress of the Python functions: a bar in a terminal, the steps in a notebook, and lines in a log."""
 
 from __future__ import annotations
 
@@ -11,19 +11,36 @@ from typing import TYPE_CHECKING
 from strop.errors import Stopped
 from strop.runs.events import Event
 
+LOG_SECONDS = 30.0  # between lines in a log
+
 if TYPE_CHECKING:
     from strop.display.notebook import NotebookDisplay
+    from strop.display.terminal import StatusLine
 
 
 def _mode(progress: bool | None, is_main: bool = True) -> str:
-    """Return "notebook", "terminal" or "off". progress: None shows it in a notebook or a terminal, True always."""
+    """Return "notebook", "terminal" (or its lines in a log, with True), "log" or "off"."""
     if progress is False or not is_main:
         return "off"
     from strop.display.notebook import is_notebook
 
     if is_notebook():
         return "notebook"
-    return "terminal" if progress or sys.stderr.isatty() else "off"
+    return "terminal" if progress or sys.stderr.isatty() else "log"
+
+
+@contextmanager
+def _log(activity: str) -> Iterator[StatusLine]:
+    """Yield a line that is printed with the time of its activity every LOG_SECONDS."""
+    from strop.display.tables import console
+    from strop.display.terminal import StatusLine
+
+    status = StatusLine(console, activity, quiet_seconds=LOG_SECONDS)
+    status.start()
+    try:
+        yield status
+    finally:
+        status.stop()
 
 
 @contextmanager
@@ -32,8 +49,18 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
     mode = _mode(progress, is_main)
     if mode == "off":
         yield None
+    elif mode == "log":
+        with _log("preparing the run") as line:
+
+            def log(event: Event) -> None:
+                if event["event"] == "start":
+                    line.update("computing the first step")
+                elif event["event"] == "step":
+                    line.update(f"training: step {event['step']} of {event['steps']}, loss {event['loss']:.4f}")
+
+            yield log
     elif mode == "notebook":
-        with _notebook("loading the libraries") as display:
+        with _notebook("loading the libraries", keep=True) as display:
             yield display.on_event
     else:
         from strop.display.tables import console
@@ -58,6 +85,9 @@ def show_answers(
         yield progress if is_main else None
     elif (mode := _mode(progress, is_main)) == "off":
         yield None
+    elif mode == "log":
+        with _log("loading the model") as line:
+            yield lambda label, done, total: line.update(f"generating answers: {label}, {done} of {total}")
     elif mode == "notebook":
         with _notebook("loading the model") as display:
             yield lambda label, done, total: display.update(f"generating answers: {label}", done, total)
@@ -75,8 +105,8 @@ def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> 
         yield progress
     elif (mode := _mode(progress)) == "off":
         yield lambda text: None
-    elif mode == "notebook":
-        with _notebook(activity) as display:
+    elif mode in ("notebook", "log"):
+        with _notebook(activity) if mode == "notebook" else _log(activity) as display:
             yield display.update
     else:
         from strop.display.terminal import status_line
@@ -86,12 +116,12 @@ def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> 
 
 
 @contextmanager
-def _notebook(activity: str) -> Iterator[NotebookDisplay]:
-    """Yield a display in the notebook's cell."""
+def _notebook(activity: str, keep: bool = False) -> Iterator[NotebookDisplay]:
+    """Yield a display in the notebook's cell, which disappears after a success unless it is to be kept."""
     from strop.display.notebook import NotebookDisplay
     from strop.display.terminal import activity_messages
 
-    display, final = NotebookDisplay(activity), "done"
+    display, final = NotebookDisplay(activity), "done" if keep else ""
     try:
         with activity_messages(display.update):
             yield display

@@ -16,6 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
+from rich.text import Text
+
+from strop.errors import in_python
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -36,17 +39,41 @@ class SafeConsole(Console):
             yield segment if segment.control else segment._replace(text=escape_control(segment.text))
 
 
+class PythonConsole(SafeConsole):
+    """A console for results of the Python functions, which writes options as in Python."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        texts = (Text(in_python(x.plain), x.style) if isinstance(x, Text) and not x.spans else x for x in objects)
+        super().print(*(in_python(x) if isinstance(x, str) else x for x in texts), **options)
+
+
 console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -> str:
     """Return what a function prints to a console as HTML, in a monospaced block."""
-    console = SafeConsole(
+    console = PythonConsole(
         record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True, force_jupyter=False
     )
     print_result(console)
     text = console.export_html(inline_styles=True, code_format="{code}")
     return f'<pre style="font-family:monospace;line-height:1.25;white-space:pre;overflow-x:auto">{text}</pre>'
+
+
+class Printed:
+    """A result that a notebook and `print` show as the table of the command line."""
+
+    def _print(self, out: SafeConsole) -> None:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return render_html(self._print)
+
+    def __str__(self) -> str:
+        out = PythonConsole(file=io.StringIO(), width=110, highlight=False, soft_wrap=True, force_jupyter=False)
+        with out.capture() as captured:
+            self._print(out)
+        return captured.get().rstrip()
 
 
 def print_json(value: dict[str, Any], enabled: bool) -> None:
@@ -160,10 +187,10 @@ def _format_value(name: str, value: Any) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
-class CheckReport(dict[str, Any]):
-    """The fields of `strop check --json`, which a notebook shows as the table of the command line."""
+class CheckReport(Printed, dict[str, Any]):
+    """The fields of `strop check --json`. `print` and a notebook show them as the table of the command line."""
 
-    def _repr_html_(self) -> str:
+    def _print(self, out: SafeConsole) -> None:
         from strop.data.check import print_report
 
-        return render_html(lambda out: print_report(self, out))
+        print_report(self, out)

@@ -24,6 +24,7 @@ from rich.status import Status
 from rich.text import Text
 
 from strop.display.tables import abbreviate, console
+from strop.errors import in_python, in_terminal
 from strop.runs.events import Event
 
 TICK_SECONDS = 0.5  # time between updates of the status line
@@ -59,8 +60,9 @@ def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
 class StatusLine:
     """Show the current activity and its elapsed time."""
 
-    def __init__(self, out: Console, activity: str) -> None:
+    def __init__(self, out: Console, activity: str, quiet_seconds: float | None = None) -> None:
         self._out, self._activity = out, activity
+        self._quiet_seconds = QUIET_SECONDS if quiet_seconds is None else quiet_seconds
         self._since = self._last_output = time.monotonic()
         self._status: Status | None = None
         self._stopped = threading.Event()
@@ -100,7 +102,7 @@ class StatusLine:
         while not self._stopped.wait(TICK_SECONDS):
             if self._out.is_terminal:
                 self._draw()
-            elif time.monotonic() - self._last_output > QUIET_SECONDS:
+            elif time.monotonic() - self._last_output > self._quiet_seconds:
                 self.restart_quiet_time()
                 self._out.print(f"still    {self._text()}", markup=False)
 
@@ -164,7 +166,8 @@ class RunProgress:
         print_report(event["report"], self._out)
 
     def _on_note(self, event: Event) -> None:
-        self._out.print(f"[yellow]note[/]     {escape(event['text'])}")
+        text = event["text"] if in_terminal.get() else in_python(event["text"])
+        self._out.print(f"[yellow]note[/]     {escape(text)}")
 
     def _on_resume(self, event: Event) -> None:
         devices = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
@@ -200,7 +203,7 @@ class RunProgress:
         self._status.stop()
         columns = (
             TextColumn("[bold]step[/]    "), TimeElapsedColumn(), MofNCompleteColumn(), BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]}"),
         )  # fmt: skip
         self._bar = Progress(*columns, console=self._out)
         self._bar.add_task("", total=event["steps"], completed=event["step"], loss="-", speed="-", left="-")
@@ -215,14 +218,15 @@ class RunProgress:
             metrics += f"  accuracy {event['accuracy']:.0%}"
         if "reward" in event:
             metrics += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
-        speed, time_left = f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}"
+        speed = f"{event['tokens_per_s']:.0f}"
+        time_left = "saving" if is_last else f"{minutes}:{seconds:02d} left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=event["step"], loss=metrics, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
             self._first_step = self._first_step or event["time"]
             is_early = event["time"] - self._first_step < EARLY_SECONDS
             self._next_line = event["time"] + (EARLY_INTERVAL if is_early else LATE_INTERVAL)
-            self._out.print(f"step     {event['step']}  loss {metrics}  {speed} tokens/s  {time_left} left")
+            self._out.print(f"step     {event['step']}  loss {metrics}  {speed} tokens/s  {time_left}")
 
     def _on_end(self, event: Event) -> None:
         self.close()

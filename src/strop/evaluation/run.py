@@ -298,7 +298,7 @@ def choose_reading_options(names: Sequence[str], options: Mapping[str, Any]) -> 
     """Return the format, columns and encoding of the rows, by default from the runs' recipes, and notes about them."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         what = f"--{unknown[0]}: not an option of eval{suggest(unknown[0], READ_FIELDS)}"
-        raise RecipeError(what, fix=", ".join(READ_FIELDS))
+        raise RecipeError(what, fix=f"of the recipe's fields, give only {', '.join(READ_FIELDS)}")
     reading, notes = {option.removeprefix("data."): value for option, value in options.items()}, []
     sections = [recipe.data for recipe in map(find_recipe, names) if recipe is not None]
     for name in (option.removeprefix("data.") for option in READ_FIELDS if option not in options):

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from strop.config.load import read_resolved
-from strop.display.tables import abbreviate, command_name, console, print_notes, render_html
+from strop.display.tables import Printed, abbreviate, command_name, console, print_notes
 from strop.errors import Location
 from strop.evaluation.metrics import (
     describe_change,
@@ -26,17 +26,14 @@ from strop.evaluation.metrics import (
 _DECIMALS = {"loss": 3, "perplexity": 3, "tokens_per_answer": 1}  # of scores that are not percentages
 
 
-class Evaluation(dict[str, Any]):
-    """The fields of `strop eval --json`, which a notebook shows as the tables of the command line."""
+class Evaluation(Printed, dict[str, Any]):
+    """The fields of `strop eval --json`. `print` and a notebook show them as the tables of the command line."""
 
-    def _repr_html_(self) -> str:
-        def show(out: Console) -> None:
-            for evaluation in self.get("runs", [self]):
-                print_evaluation(evaluation, 3, out)
-            if "leaderboard" in self:
-                print_leaderboard(self["leaderboard"], self["runs"][0]["metric"], out)
-
-        return render_html(show)
+    def _print(self, out: Console) -> None:
+        for evaluation in self.get("runs", [self]):
+            print_evaluation(evaluation, 3, out)
+        if "leaderboard" in self:
+            print_leaderboard(self["leaderboard"], self["runs"][0]["metric"], out)
 
 
 def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = console) -> None:

@@ -66,9 +66,9 @@ def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabular
     tokens = entries["tokenizer.ggml.tokens"][0]
     if len(tokens) < len(tokenizer) or (copied and len(tokens) != size):
         what = f"{source.name}: {len(tokenizer)} tokens in the tokenizer, {len(tokens)} in its GGUF"
-        raise ModelError(what, fix="use strop merge")
+        raise ModelError(what, fix="use `strop merge`")
     if not renderer.stop_ids:
-        raise ModelError(f"{source.name}: its tokenizer has no token that ends a text", fix="use strop merge")
+        raise ModelError(f"{source.name}: its tokenizer has no token that ends a text", fix="use `strop merge`")
     # llama.cpp stops at eot, eos and eom. eot is the token that ends an answer in training.
     eot = renderer.stop_ids[0]
     eos = eot if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
@@ -104,15 +104,15 @@ def _build_entries(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, A
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"GGUF: {model['type']} tokenizers are not supported", fix="use strop merge")
+        raise ModelError(f"GGUF: {model['type']} tokenizers are not supported", fix="use `strop merge`")
     pieces = dict(model["vocab"])
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     is_sentencepiece = bool(model["byte_fallback"])
     if not is_sentencepiece and not merges:
-        raise ModelError("GGUF: llama.cpp has no byte-level tokenizer without merges", fix="use strop merge")
+        raise ModelError("GGUF: llama.cpp has no byte-level tokenizer without merges", fix="use `strop merge`")
     if is_sentencepiece and model.get("ignore_merges"):
         what = "GGUF: llama.cpp has no SentencePiece tokenizer that encodes a known word as one token (ignore_merges)"
-        raise ModelError(what, fix="use strop merge")
+        raise ModelError(what, fix="use `strop merge`")
     if is_sentencepiece:
         _check_sentencepiece(state)
     texts, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
@@ -185,7 +185,7 @@ def _pre_tokenizer_error(normalizer: Any, pre_tokenizer: Any) -> ModelError:
     details = json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)[:300]
     return ModelError(
         f"GGUF: unknown pre-tokenizer, which llama.cpp may not support: {details}",
-        fix="use strop merge, or please report the model's name",
+        fix="use `strop merge`, or please report the model's name",
     )
 
 

@@ -190,7 +190,7 @@ def _split_prompt(renderer: Renderer, messages: Sequence[Message]) -> list[str]:
 
 def _translation_error(reason: str) -> ModelError:
     what = f"Ollama: this chat template cannot be translated into Ollama's: {reason}"
-    return ModelError(what, fix="use strop export gguf: llama.cpp uses the template unchanged")
+    return ModelError(what, fix="use `strop export gguf`: llama.cpp uses the template unchanged")
 
 
 def strips_messages(renderer: Renderer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,9 @@ def adapter_folder(name: str) -> Path | None:
     if is_run(path):
         adapter = RunFolder(path).adapter
         if not (adapter / "adapter_config.json").is_file():
-            raise ModelError(f"{path}: this run has no adapter yet", fix=f"strop resume {path}")
+            raise ModelError(
+                f"{path}: this run has no adapter yet", fix=f"continue it with `strop resume {shlex.quote(str(path))}`"
+            )
         return adapter
     return path if (path / "adapter_config.json").is_file() else None
 

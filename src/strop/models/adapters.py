@@ -61,7 +61,7 @@ def check_adapter_kind(folder: Path, is_reward_model: bool) -> None:
     if is_reward_model:
         raise ModelError(f"{folder}: generates text and has no score", fix="give the adapter of a reward model")
     what = f"{folder}: a reward model's adapter, which scores texts and generates none"
-    raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
+    raise ModelError(what, fix="`strop eval RUN --data PAIRS`, or AutoModelForSequenceClassification of transformers")
 
 
 def read_base_name(folder: Path) -> str | None:

@@ -311,7 +311,8 @@ def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[S
                 return suggestions
     needed = budget.needed(changed)
     parameters = int(budget.parameters * budget.usable / max(1, needed))
-    what, time = f"a model of at most about {parameters / 1e9:.1f} B parameters", parameters / budget.parameters
+    size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+    what, time = f"a model of at most about {size} parameters", parameters / budget.parameters
     return [*suggestions, Suggestion(what, "what a larger model can do", dict(options), needed, False, time)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,7 +127,8 @@ def find_spec(name: str) -> DeviceSpec:
     specs = {_normalize(spec.name): spec for spec in SPECS}
     if key in specs:
         return specs[key]
-    if longer := [spec for longer_key, spec in specs.items() if key and longer_key.startswith(key)]:
+    words = _split(name)  # "A100" also means "A100 40GB", but "RTX 409" not "RTX 4090", and "RTX" no GPU
+    if re.search(r"\d", key) and (longer := [spec for spec in SPECS if _split(spec.name)[: len(words)] == words]):
         return min(longer, key=lambda spec: (len(spec.name), spec.memory_gb))
     if (matched := match_driver_name(name)) is not None:
         return matched
@@ -134,7 +136,7 @@ def find_spec(name: str) -> DeviceSpec:
     hint = f" (did you mean {specs[similar[0]].name}?)" if similar else ""
     names = ", ".join(spec.name for spec in SPECS)
     fix = f"choose one of {names}; or give --memory and --device"
-    raise RecipeError(f"--gpu {name}: not in the table{hint}", fix=fix)
+    raise RecipeError(f"--gpu {shlex.quote(name)}: not in the table{hint}", fix=fix)
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:
@@ -147,8 +149,16 @@ def match_driver_name(name: str) -> DeviceSpec | None:
 
 
 def _normalize(name: str) -> str:
-    text = re.sub(r"nvidia|geforce|amd|radeon|apple|tesla|instinct", "", name.lower())
-    return re.sub(r"[^a-z0-9]", "", text)
+    return re.sub(r"[^a-z0-9]", "", _without_vendor(name))
+
+
+def _without_vendor(name: str) -> str:
+    return re.sub(r"nvidia|geforce|amd|radeon|apple|tesla|instinct", "", name.lower())
+
+
+def _split(name: str) -> list[str]:
+    """Return the runs of letters and of digits in a name."""
+    return re.findall(r"[a-z]+|\d+", _without_vendor(name))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.table import Table
 from strop.config.load import Resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
-from strop.display.tables import render_html
+from strop.display.tables import Printed
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
 from strop.machine.rates import generation_dtype
@@ -65,9 +65,12 @@ _ALTERNATIVES = {
 _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a run; `as_json` gives the fields of `strop plan --json`."""
+@dataclass(frozen=True, repr=False)
+class Plan(Printed):
+    """The plan of a run, which `print` and a notebook show as a table.
+
+    `as_json` gives the fields of `strop plan --json`.
+    """
 
     fits: bool  # whether loading, sampling and training fit in memory
     refused: str | None  # why `strop train` would reject this model, or None
@@ -94,8 +97,12 @@ class Plan:
         later = ("evaluate", "serve", *(() if self.device == "cuda" else ("merge", "export")))
         return [name for name in later if self.phases[name].needed_bytes > self.usable_bytes]
 
-    def _repr_html_(self) -> str:
-        return render_html(lambda console: print_plan(self, console))
+    def _print(self, out: Console) -> None:
+        print_plan(self, out)
+
+    def __repr__(self) -> str:
+        peak = _format_gib(self.phases["train"].peak_bytes)
+        return f"Plan(fits={self.fits}, device={self.device!r}, peak={peak} GiB, seconds={self.seconds})"
 
     def as_json(self) -> dict[str, Any]:
         choices = [asdict(choice) for choice in self.resolved.choices.values() if choice.origin != "default"]
@@ -370,7 +377,9 @@ def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
     engine, _, why = plan.engine.partition(": ")
     step = f"{engine} step ({why})" if why else f"{engine} step"
     yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
-    yield "machine", f"{plan.device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
+    _, _, name = plan.rate.source.partition("data sheet of ")
+    device = f"{plan.device} ({name})" if name else plan.device
+    yield "machine", f"{device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
 
 
 def _describe_rows(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from strop.config.schema import Recipe
-from strop.display.tables import render_html
+from strop.display.tables import Printed
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.memory import framework_bytes, train_phase
@@ -101,11 +101,11 @@ def known_models() -> list[tuple[str, ModelShape, int]]:
     return [(name, shape := ModelShape.from_config(config), shape.parameters) for name, config in KNOWN.items()]
 
 
-class Comparison(list[Row]):
-    """Rows of `compare_methods`, which a notebook shows as a table."""
+class Comparison(Printed, list[Row]):
+    """Rows of `compare_methods`, which `print` and a notebook show as a table."""
 
-    def _repr_html_(self) -> str:
-        return render_html(lambda console: print_comparison(self, console))
+    def _print(self, out: Console) -> None:
+        print_comparison(self, out)
 
 
 def print_comparison(rows: Sequence[Row], out: Console) -> None:

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from strop.errors import DiskError, FolderError, suggest
+from strop.runs.events import read_events
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 _VALID_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
@@ -80,10 +82,13 @@ class RunFolder:
             raise FolderError(f"{self.lock}: damaged: {problem}", fix="restore the file, or start a new run")
         return dict(lock)
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder of a run that failed before its first event."""
-        if self.path.is_dir() and _is_unused(self.path):
+    def remove_if_unused(self, failed: bool) -> bool:
+        """Remove the folder of a run without events, or of one that failed before its first step; return whether."""
+        failed = failed and all(event["event"] not in ("step", "skip") for event in read_events(self.events))
+        unused = self.path.is_dir() and (_is_unused(self.path) or failed)
+        if unused:
             shutil.rmtree(self.path)
+        return unused
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -120,7 +125,9 @@ def check_new_run(path: Path) -> None:
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
     fix = "give --out a new folder"
     if is_run(path):
-        raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {fix}")
+        raise FolderError(
+            f"{path}: contains a run", fix=f"resume it with `strop resume {shlex.quote(str(path))}`, or {fix}"
+        )
     if path.is_dir() and not _is_unused(path):
         raise FolderError(f"{path}: is not empty", fix=fix)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -136,7 +137,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         if stopping:
             job.log.emit("stop", step=progress.step, why="signal")
             what = f"stopped after step {progress.step} of {stream.total_steps}"
-            raise Stopped(what, fix=f"strop resume {job.folder.path}")
+            raise Stopped(what, fix=f"continue with `strop resume {shlex.quote(str(job.folder.path))}`")
         if ended:
             break
     if ended != "steps":

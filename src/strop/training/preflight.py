@@ -27,6 +27,7 @@ from strop.errors import (
     FolderError,
     InputError,
     Location,
+    MemoryLimitError,
     ModelError,
     RecipeError,
 )
@@ -141,6 +142,8 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SIN
     machine = _probe_machine(resolved.recipe, memory, devices.local_world_size)
     facts = _complete_recipe(resolved, source, machine, devices.world_size)
     resolved, recipe, shape = facts.resolved, facts.resolved.recipe, facts.shape
+    if memory is not None:
+        _check_limit(facts, machine, memory, devices.world_size)
     check_vllm(recipe)
     start = find_start_adapter(recipe)
     # a start adapter may have its own tokens and chat template
@@ -169,6 +172,18 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SIN
         "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
     return Setup(**vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
+
+
+def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int) -> None:
+    """Raise MemoryLimitError if a run on a CPU cannot hold the weights of the base within a limit in bytes."""
+    recipe = facts.resolved.recipe
+    workload = Workload.from_recipe(recipe, facts.shape, parameters=facts.parameters, devices=devices)
+    needed = weight_bytes(workload) + constant_bytes(workload)
+    if recipe.model.device == "cpu" and needed > machine.free_bytes:
+        limit, free = memory / 2**20, machine.free_bytes / 2**20
+        left = f"{free:,.0f} of {limit:,.0f} MiB are left in this process"
+        what = f"--memory: the weights of the base need {needed / 2**20:,.0f} MiB, and {left}"
+        raise MemoryLimitError(what, fix="raise the limit, or use a smaller model or --model.quantization nf4")
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
-from strop.display.notebook import run_html
+from strop.display.notebook import html_table, run_summary
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
@@ -44,7 +45,7 @@ from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -61,8 +62,14 @@ class Run:
         """Return the folder, so that a Run can be passed as a path: `strop.load(run)`."""
         return str(self.folder)
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, steps={self.report['steps']}, loss={self.report['loss']})"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:9} {text}" for name, text in run_summary(self.folder, self.report))
+
     def _repr_html_(self) -> str:
-        return run_html(self.folder, self.report)
+        return html_table(("", ""), run_summary(self.folder, self.report))
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,10 @@ def train(
                 write_atomic(folder.recipe, setup.resolved.as_yaml())
                 write_json(folder.lock, setup.lock)
             return _execute(folder, setup, listeners, devices)
-        except BaseException:
-            if devices.is_main:
-                folder.remove_if_empty()
+        except BaseException as error:
+            failed = isinstance(error, StropError) and not isinstance(error, Stopped)
+            if devices.is_main and folder.remove_if_unused(failed) and isinstance(error, StropError):
+                error.partial_result.pop("run", None)
             raise
 
 
@@ -234,7 +242,8 @@ def _execute(
             saved = max([number for number, _ in folder.checkpoints()], default=0)
             what = f"stopped at once: {step} steps are complete, {saved} of them saved"
             again = "" if saved else ", which starts with step 1"
-            raise Stopped(what, fix=f"strop resume {folder.path}{again}") from None
+            fix = f"continue with `strop resume {shlex.quote(str(folder.path))}`{again}"
+            raise Stopped(what, fix=fix) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

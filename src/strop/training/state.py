@@ -9,6 +9,7 @@ each file.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def save_checkpoint(folder: RunFolder, state: TrainState) -> Path:
         what = (
             f"{folder.path}: no room for a checkpoint: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free"
         )
-        raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
+        raise DiskError(what, fix=f"free some space, then `strop resume {shlex.quote(str(folder.path))}`")
     with disk_errors(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
         metadata = {"optimizer": _optimizer_kind(state.optimizer)}

@@ -268,13 +268,13 @@ def read_parquet(name: str, path: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Row(name, number, {key: _without_nulls(value) for key, value in record.items()})
+                    yield Row(name, number, {key: without_nulls(value) for key, value in record.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a date out of range
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise file_error(name, f"Parquet cannot be read after row {number}: {what}") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -39,7 +40,7 @@ from strop.models.tokenizer import load_tokenizer
 LOG = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A loaded model, with or without adapters. It can be shared by threads, of which one generates at a time."""
 
@@ -58,6 +59,10 @@ class Model:
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f", adapter={str(self.adapter)!r}"
+        return f"Model({self.name!r}{adapter}, quantization={self.quantization!r}, dtype={self.dtype!r})"
 
     @property
     def sampling(self) -> Sampling:
@@ -209,12 +214,16 @@ def _parse_messages(messages: Any) -> list[Message]:
 
 
 def _apply_settings(limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Return the limit and the sampling settings with other values. Raises TypeError for unknown names."""
+    """Return the limit and the sampling settings with other values. Raises InputError for unknown names and types."""
     names = {name: name for name in vars(sampling)} | {"max_tokens": "", "max_completion_tokens": ""}
     if unknown := [name for name in settings if name not in names]:
         near = suggest(unknown[0], ["max_new_tokens", "system", *names])
-        raise TypeError(f"unexpected argument {unknown[0]!r}{near}")
+        raise InputError(f"unknown argument {unknown[0]}{near}", fix="see `help(strop.Model.generate)`")
     limit = next((value for name, value in settings.items() if not names[name]), limit)
+    for name, value in {"max_new_tokens": limit, **settings}.items():
+        whole = name in ("max_new_tokens", "top_k", "seed") or not names[name]
+        if not isinstance(value, Integral if whole else Real) and not (name == "seed" and value is None):
+            raise InputError(f"{name}: {'an integer' if whole else 'a number'}, not {value!r}", fix="give a number")
     return limit, replace(sampling, **{name: value for name, value in settings.items() if names[name]})
 
 

@@ -69,7 +69,7 @@ class GgufLayout:
     def __init__(self, config: Any) -> None:
         family = FAMILIES.get(str(config.model_type))
         if family is None or family.gguf is None:
-            raise ModelError(f"GGUF: no exporter for {config.model_type} models", fix="use strop merge")
+            raise ModelError(f"GGUF: no exporter for {config.model_type} models", fix="use `strop merge`")
         self.config = config
         self.family, self._format = family, family.gguf
         self.arch = self._format.arch
@@ -112,7 +112,7 @@ class GgufLayout:
 
     def _refuse(self, what: str, value: object) -> None:
         problem = f"GGUF: llama.cpp's {self.arch} does not support this model's {what} ({value})"
-        raise ModelError(problem, fix="use strop merge")
+        raise ModelError(problem, fix="use `strop merge`")
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         config = self.config

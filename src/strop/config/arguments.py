@@ -1,0 +1,77 @@
+"""Check the arguments of the public functions, and name options in their errors as in Python."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from strop.config.names import OTHER_NAMES, SHORT_FORMS
+from strop.errors import InputError, StropError, closest, in_terminal
+
+P = ParamSpec("P")
+R = TypeVar("R")
+EVALUATION_FIELDS = ("format", "columns", "encoding")  # recipe fields that `evaluate` accepts
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Raise InputError for arguments that do not fit the signature, and write errors for a caller in Python."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            _check_arguments(function.__name__, signature, args, kwargs)
+            return function(*args, **kwargs)
+        except StropError as error:
+            if not in_terminal.get():
+                error.use_python_names()
+            raise
+
+    return checked
+
+
+def check_path(name: str, value: Any) -> str:
+    """Return a path, or the name of a model, as text. Raises InputError for other types."""
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name}: a path or a name, not {type(value).__name__}", fix="give a string, a Path or a Run")
+    return str(os.fspath(value))
+
+
+def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]) -> None:
+    parameters = signature.parameters
+    positional = [text for text, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(positional):
+        what = f"{name}: {len(args)} arguments by position, where only {', '.join(positional)} can be given so"
+        raise InputError(what, fix='give the others by name, such as model="demo", data="rows.jsonl"')
+    for option in kwargs.keys() - parameters.keys():
+        _check_option(name, option, parameters)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:  # an argument is missing, or given twice
+        raise InputError(f"{name}: {error}", fix=f"see `help(strop.{name})`") from None
+    for text, value in bound.items():
+        kind = str(parameters[text].annotation)
+        if kind.startswith("PathLike") and "Sequence" not in kind and not (value is None and "None" in kind):
+            check_path(text, value)
+
+
+def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raise InputError for an unknown keyword that probably means a parameter, or that the function does not take."""
+    from strop.config.schema import option_fields
+
+    known = [text for text, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    fields = (
+        [field.rpartition(".")[2] for field in (*dict(option_fields()), *SHORT_FORMS)]
+        if "options" in parameters
+        else []
+    )
+    fields = [*EVALUATION_FIELDS] if name == "evaluate" else [field.replace("-", "_") for field in fields]
+    field, _, value = OTHER_NAMES.get(option, "").partition(" ")
+    hint = field.rpartition(".")[2] or closest(option, [*known, *fields])
+    if option.rpartition(".")[2] in fields or (fields and name != "evaluate" and hint not in known):
+        return  # if the recipe has no such field, it says so
+    suggestion = f" (did you mean {hint}{value and f'={value!r}'}?)" if hint in (*known, *fields) else ""
+    raise InputError(f"{name}: unknown argument {option}{suggestion}", fix=f"see `help(strop.{name})`")

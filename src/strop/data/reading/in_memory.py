@@ -1,0 +1,70 @@
+"""Write rows in memory (a DataFrame, a Dataset, a list of dicts) to a JSON Lines file, which is read as any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from strop.data.reading.tables import without_nulls
+from strop.errors import DataError, first_line
+from strop.runs.folder import cache_folder
+
+
+def find_rows(value: Any) -> Iterable[Any] | None:
+    """Return the rows of a table or a list of dicts, or None for other values.
+
+    Missing cells of a DataFrame (NaN, NaT) are null. Raises DataError for columns with equal names.
+    """
+    if isinstance(value, list | tuple):
+        return value if any(isinstance(row, Mapping) for row in value) else None
+    if hasattr(value, "iterrows"):  # pandas.DataFrame
+        if not value.columns.is_unique:
+            raise DataError("two columns of the DataFrame have the same name", fix="rename one")
+        records = value.astype(object).where(value.notna(), None).to_dict("records")
+    elif hasattr(value, "with_format") and hasattr(value, "features"):  # datasets.Dataset and IterableDataset
+        records = value.with_format(None)
+    elif hasattr(value, "to_pylist") or hasattr(value, "to_dicts"):  # pyarrow.Table, polars.DataFrame
+        records = value.to_pylist() if hasattr(value, "to_pylist") else value.to_dicts()
+    else:
+        return None
+    return ({key: without_nulls(cell) for key, cell in row.items()} for row in records)
+
+
+def write_rows(name: str, rows: Iterable[Any]) -> str:
+    """Write rows to the cache, in a file named after their content, and return its path.
+
+    Dates become ISO 8601 text, arrays lists. Raises DataError for a value that JSON cannot represent; NaN is refused
+    when the file is read.
+    """
+    folder, digest = cache_folder() / "rows", hashlib.sha256()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temp = tempfile.mkstemp(prefix=".", dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            for number, row in enumerate(rows, 1):
+                try:
+                    line = json.dumps(row, default=_to_json).encode() + b"\n"
+                except (TypeError, ValueError, RecursionError) as error:
+                    what = f"{name}: row {number}: {first_line(error)}"
+                    raise DataError(what, fix="convert it to text, a number, a list or a dict") from None
+                digest.update(line)
+                file.write(line)
+        path = folder / f"rows-{digest.hexdigest()[:12]}.jsonl"
+        os.replace(temp, path)
+    finally:
+        Path(temp).unlink(missing_ok=True)
+    return str(path)
+
+
+def _to_json(value: Any) -> Any:
+    """Convert dates to text, and arrays and scalars of NumPy and torch to lists and numbers."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return without_nulls(value.tolist())
+    raise TypeError(f"a {type(value).__name__} has no form in JSON")
