@@ -667,7 +667,7 @@ def add_job(root: Path, kind: str, run: str, pid: int, log: str = "") -> Path:
     """Add a running job of the page, and return the file of its output."""
     job = root / ".dash" / "jobs" / f"20260101-000000-{kind}-abcdef"
     job.mkdir(parents=True)
-    about = {"id": job.name, "kind": kind, "run": run, "words": [kind], "started": 1.0, "pid": pid}
+    about = {"id": job.name, "kind": kind, "run": run, "words": [kind], "started": time.time(), "pid": pid}
     (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(pid).create_time()}))
     (job / "out").touch()
     (job / "log").write_text(log)

@@ -80,7 +80,8 @@ class Dashboard:
     def _with_resume(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row as that of a running run, if a process that resumes it has not yet claimed its folder."""
         jobs = [] if row["pid"] is not None else self.jobs.running("resume")
-        job = next((job for job in jobs if job["run"] == row["name"]), None)
+        # a process that ends has written events since it started
+        job = next((job for job in jobs if job["run"] == row["name"] and job["started"] > row["heartbeat"]), None)
         if job is None:
             return row
         return {**row, "state": "running", "why": "", "phase": "preparing", "pid": job["pid"], "can": []}
