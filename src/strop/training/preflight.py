@@ -183,7 +183,10 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
         limit, free = memory / 2**20, machine.free_bytes / 2**20
         left = f"{free:,.0f} of {limit:,.0f} MiB are left in this process"
         what = f"--memory: the weights of the base need {needed / 2**20:,.0f} MiB, and {left}"
-        raise MemoryLimitError(what, fix="raise the limit, or use a smaller model or --model.quantization nf4")
+        smaller = (
+            "a smaller model or --model.quantization nf4" if recipe.model.quantization == "none" else "a smaller model"
+        )
+        raise MemoryLimitError(what, fix=f"raise the limit, or use {smaller}")
 
 
 def check_trackers(names: Sequence[str]) -> None:
