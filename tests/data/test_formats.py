@@ -370,8 +370,9 @@ def test_row_numbers_of_pandas_are_ignored(tmp_path: Path) -> None:
 def test_header_is_suggested_for_the_numbers_that_were_given(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("answer,question\nyo,hi\n")
-    with pytest.raises(DataError, match=r"data\.columns prompt=question,completion=answer"):
+    with pytest.raises(DataError, match="looks like a header") as raised:
         list(read_rows(str(file), columns={"prompt": "2", "completion": "1"}, errors=[]))
+    assert raised.value.fix == "--data.columns prompt=question,completion=answer"
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
@@ -484,3 +485,18 @@ def test_a_broken_line_is_named_before_the_formats(tmp_path: Path, tiny_folder: 
         strop.check(model=tiny_folder, data=file)
     assert str(raised.value).startswith(f"{file}:3: column 15: not valid JSON")
     assert "rows of two formats" in str(raised.value)
+
+
+def test_columns_of_one_file_are_not_a_reason_to_drop_another(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "other.csv").write_text("Question;Answer\nx;y\n")
+    data = [str(tmp_path / "good.jsonl"), str(tmp_path / "other.csv")]
+    with pytest.raises(DataError) as raised:
+        strop.train(model="demo", data=data, columns={"prompt": "Question", "completion": "Answer"})
+    assert "apply to every file" in raised.value.fix and "drop" not in raised.value.fix
+
+
+def test_a_column_may_be_a_number(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("Wo?;Hier, da\n")
+    checked = strop.check(model="demo", data=str(tmp_path / "rows.csv"), columns={"prompt": 1, "completion": 2})
+    assert checked["rows"]["used"] == 1

@@ -22,7 +22,7 @@ from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
-from strop.errors import DataError, RecipeError
+from strop.errors import DataError, InputError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import EvalOptions, evaluate_models, find_train_rows, rank_models, read_conversations
@@ -228,7 +228,10 @@ def test_rows_are_read_with_the_options_of_the_run(
     assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
     options = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
     assert strop.evaluate(run_folders[1], str(table), max_new_tokens=2, **options)["rows"] == 4
-    with pytest.raises(RecipeError, match=r"data\.column: .*did you mean data\.columns"):
+    assert strop.evaluate(run_folders[0], str(usual), max_new_tokens=2, columns="none")["rows"] == 12
+    with pytest.raises(RecipeError, match=r"data\.columns"):
+        strop.evaluate(run_folders[0], str(usual), columns="prompt=prompt")
+    with pytest.raises(InputError, match=r"data\.column \(did you mean columns"):
         strop.evaluate(run_folders[1], str(table), **{"data.column": {}})
 
 

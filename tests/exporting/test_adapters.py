@@ -237,3 +237,23 @@ def test_adapters_of_models_with_different_sizes_have_no_cosine(runs: tuple[Path
     strop.train(model=str(base), data=str(rows), out=tmp_path / "c", train={"max_steps": 1}, **{"model.dtype": "fp32"})
     result = compare(str(runs[0]), str(tmp_path / "c"))
     assert result["same_base"] is False and result["cosine"] is None
+
+
+def test_cosine_of_adapters_on_other_modules_counts_them_as_unchanged(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    options = {"train.max_steps": 3, "model.dtype": "fp32", "train.learning_rate": 0.02}
+    targets = {"a": ["q_proj", "v_proj"], "b": ["v_proj", "up_proj"]}
+    for name, modules in targets.items():
+        strop.train(
+            model=str(tiny_folder),
+            data=str(rows_file),
+            out=tmp_path / name,
+            **{"lora.target_modules": modules},
+            **options,
+        )
+    a, b = (delta(tmp_path / name) for name in targets)
+    inner = sum(float((a[name] * b[name]).sum()) for name in a.keys() & b.keys())
+    expected = inner / (frobenius(tmp_path / "a") * frobenius(tmp_path / "b"))
+    result = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert result["cosine"] == pytest.approx(expected, abs=1e-5) and list(result["modules"]) == ["v_proj"]

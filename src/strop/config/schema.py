@@ -45,6 +45,10 @@ def is_bracketed(text: str, bracket: Literal["[", "{"]) -> bool:
     return text.strip().startswith(bracket) and text.strip().endswith({"[": "]", "{": "}"}[bracket])
 
 
+def _number_to_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
 def _bool_to_on_off(value: Any) -> Any:
     """Convert booleans back to on and off, which YAML reads as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -117,7 +121,7 @@ class DataSection(Section):
         None, description="evaluation data: a file, or a share of the training rows such as 5%"
     )
     format: str = Field("auto", description="row format; auto detects it from all rows")
-    columns: dict[str, str] | None = Field(
+    columns: dict[str, Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
         None, description="columns to read, such as prompt=question,completion=answer"
     )
     max_length: int = Field(1024, ge=2, description="maximum length of a row in tokens")

@@ -301,7 +301,9 @@ def _why_refused(
             f"correct them, or write the other rows to a file: `{command}`" if role == "training" else "correct them"
         )
         advice = [FIXES[code] for code in codes if code in FIXES] or [correct]
-        fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
+        fix = "; ".join(sorted(advice))
+        if codes != {"missing-column"}:  # otherwise whole files would be left out
+            fix += "; or leave such rows out with --data.bad_rows drop"
         return DataError(
             f"{len(invalid)} of {num_read} {role} rows cannot be used",
             fix=f"{fix}; and {long_message}: {long_fix}" if refuse_long else fix,

@@ -245,7 +245,9 @@ class ConversationReader:
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
             if name not in value:
-                raise InvalidRow("missing-column", f"no column {name!r}{suggest(name, value)}")
+                raise InvalidRow(
+                    "missing-column", f"no column {name!r}, which data.columns names{suggest(name, value)}"
+                )
         if self._columns:
             self.unused.update(set(value) - set(self._columns.values()))
             return {key: value[name] for key, name in self._columns.items()}

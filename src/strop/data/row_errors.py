@@ -75,6 +75,7 @@ REASONS: dict[str, str] = {
     "contradiction": "another row ranks the same answers the other way round, or labels the same answer differently",
 }
 FIXES: dict[str, str] = {
+    "missing-column": "rename the columns, because --data.columns and --data.format apply to every file",
     "system-unsupported": "move the system text into the first user message, or choose data.template",
     "tools-unsupported": "choose --data.template chatml, or a model whose template supports tools",
     "prompt-not-prefix": "choose --data.reasoning empty, or another data.template",

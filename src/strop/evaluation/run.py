@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from strop.config.load import read_resolved
+from strop.config.load import read_resolved, resolve
 from strop.config.schema import DataSection, Recipe
 from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.prepare import prepare
 from strop.data.reading.sources import read_rows
-from strop.data.row_errors import RowError
+from strop.data.row_errors import FIXES, RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
@@ -288,7 +288,8 @@ def read_conversations(
         raise DataError(what, fix="give rows with right answers, or pairs")
     if errors:
         where = [error.where for error in errors]
-        raise DataError(f"{len(errors)} rows are wrong", fix="fix or remove them", where=where)
+        fixes = sorted({FIXES.get(error.code, "fix or remove them") for error in errors})
+        raise DataError(f"{len(errors)} rows are wrong", fix="; ".join(fixes), where=where)
     if "pairs" in kinds and len(kinds) > 1:
         raise DataError("pairs and other rows in one evaluation", fix="evaluate them in two commands")
     return parsed
@@ -299,7 +300,9 @@ def choose_reading_options(names: Sequence[str], options: Mapping[str, Any]) -> 
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         what = f"--{unknown[0]}: not an option of eval{suggest(unknown[0], READ_FIELDS)}"
         raise RecipeError(what, fix=f"of the recipe's fields, give only {', '.join(READ_FIELDS)}")
-    reading, notes = {option.removeprefix("data."): value for option, value in options.items()}, []
+    given = {option: None if value == "none" else value for option, value in options.items()}
+    section = resolve(None, {"model.name": "demo", "data.train": "-", **given}).recipe.data  # checks the values
+    reading, notes = {name: getattr(section, name) for name in (option.removeprefix("data.") for option in given)}, []
     sections = [recipe.data for recipe in map(find_recipe, names) if recipe is not None]
     for name in (option.removeprefix("data.") for option in READ_FIELDS if option not in options):
         values = [getattr(section, name) for section in sections]

@@ -88,8 +88,9 @@ def compare(first: str, second: str) -> dict[str, Any]:
     """Compare two adapters.
 
     `settings` of the result has [first, second] for each setting that differs. `cosine` is the cosine similarity of the
-    changes to the base weights, or None if the adapters have different modules or one changes nothing. `modules` has
-    the similarity by the last part of the module names, such as q_proj. See `why_not_measured` for `not_measured`.
+    changes to all base weights (0 where an adapter has no module), or None if the bases' shapes differ or one changes
+    nothing. `modules` has the similarity by the last part of the names of the modules that both have, such as q_proj.
+    See `why_not_measured` for `not_measured`.
     """
     folders = [find_adapter_folder(name) for name in (first, second)]
     configs, identities = list(map(read_adapter_config, folders)), list(map(read_identity, folders))
@@ -102,7 +103,8 @@ def compare(first: str, second: str) -> dict[str, Any]:
             last_name = next(part for part in reversed(module.split(".")) if not part.isdigit())
             by_last_name.setdefault(last_name, []).append(module)
         cosines = {name: _compute_cosine(a, b, modules) for name, modules in by_last_name.items()}
-        cosine = _compute_cosine(a, b, shared) if len(shared) == len(a.scales) == len(b.scales) else None
+        if a.scales.keys() & b.scales.keys() == set(shared) and (norms := a.norm * b.norm):
+            cosine = a.inner_product(b, shared) / norms
     fingerprints = [identity.get("base", {}).get("fingerprint") for identity in identities]
     return {
         "same_base": fingerprints[0] == fingerprints[1] if all(fingerprints) else None,

@@ -306,7 +306,8 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_file_with_only_a_header_is_refused(tmp_path: Path) -> None:
-    assert "0 rows in" in refusal(write(tmp_path / "d.csv", "prompt,completion\n"))
+    assert "or a header" in refusal(write(tmp_path / "d.csv", "prompt,completion\n"))
+    assert values(write(tmp_path / "e.csv", "SEP=|\nprompt|completion\na|b\n")) == [{"prompt": "a", "completion": "b"}]
 
 
 @pytest.mark.parametrize(

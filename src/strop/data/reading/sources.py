@@ -314,7 +314,9 @@ def read_rows(
             is_empty = False
             yield from _repeat(row, source, left_out)
         if is_empty and len(errors) == num_errors:
-            raise file_error(source.path, f"0 rows in {source.path}", "the file is empty, or has only blank lines")
+            raise file_error(
+                source.path, f"0 rows in {source.path}", "the file is empty, or has only blank lines or a header"
+            )
 
 
 def _repeat(row: Row, source: Source, left_out: Counter[str] | None) -> Iterator[Row]:

@@ -90,7 +90,7 @@ def _detect_separator(
     first = next(lines, None)
     if first is None:
         return lines, separator
-    if declared := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
+    if declared := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1], re.IGNORECASE):
         return lines, declared[1]
     names, cells = set(columns.values()), _split_cells(first[1], separator)
     if len(cells) == 1 and not (names and names <= {cells[0].strip(), "1"}):

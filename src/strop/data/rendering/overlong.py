@@ -18,7 +18,11 @@ def allowed_overlong(data_kind: DataKind) -> str:
     """Return the values of data.overlong other than refuse that an objective allows, as a phrase."""
     if data_kind == "prompts":
         return "drop"
-    return "drop or truncate-start" if data_kind in PREFERENCE_KINDS else "drop, truncate-start or split"
+    return (
+        "drop or truncate-start"
+        if data_kind in PREFERENCE_KINDS
+        else "drop, truncate-start, or split (between turns, or anywhere in texts)"
+    )
 
 
 def is_too_long(examples: Sequence[Example], limit: int) -> bool:
