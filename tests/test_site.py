@@ -100,7 +100,16 @@ def _appears(page: Any) -> bool:
     return True
 
 
-def test_search_works_on_pages_opened_as_files(site: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("bitsandbytes", "quantization.html"),
+        ("overlong", "recipe.html"),
+        ("early_stopping", "recipe.html"),
+        ("bad_rows", "recipe.html"),
+    ],
+)
+def test_search_works_on_pages_opened_as_files(site: Path, words: str, found: str) -> None:
     with open_browser() as browser:
         page, requested, errors = browser.new_page(), [], []
         page.on("request", lambda request: requested.append(request.url))
@@ -108,12 +117,16 @@ def test_search_works_on_pages_opened_as_files(site: Path) -> None:
         page.goto((site / "tutorial.html").as_uri())
         for _ in range(6):  # text typed before the search is ready is lost
             page.fill("input[name=query]", "")
-            page.locator("input[name=query]").press_sequentially("bitsandbytes")
+            page.locator("input[name=query]").press_sequentially(words)
             if _appears(page):
                 break
         result = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
-    assert any("quantization.html" in link for link in result) and not errors
+    assert any(found in link for link in result) and not any("/log/" in link for link in result) and not errors
     assert not [url for url in requested if not url.startswith(("file:", "data:", "about:", "blob:"))]
+
+
+def test_no_page_shows_an_escape_of_a_table(pages: dict[Path, str]) -> None:
+    assert not [page.name for page, content in pages.items() if "\\|" in content and "log" not in page.parts]
 
 
 def test_reference_lists_every_command_and_public_name(pages: dict[Path, str]) -> None:

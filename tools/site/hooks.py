@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
+_EXAMPLES = re.compile(r"^[\b]?\n?(Examples|Start with):\n((?:  .*\n)+)", re.M)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
 
 
@@ -29,7 +31,8 @@ def command_reference() -> str:
 
     command = typer.main.get_command(build([*COMMANDS]))
     context = command.make_context("strop", [], resilient_parsing=True)
-    return get_docs_for_click(obj=command, ctx=context, name="strop", title="Commands")
+    page = get_docs_for_click(obj=command, ctx=context, name="strop", title="Commands")
+    return _EXAMPLES.sub(lambda match: f"**{match[1]}**:\n\n```console\n{dedent(match[2])}```\n\n", page)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -49,6 +52,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn links to files outside of docs/ into text, remove the marks of blocks, and render Markdown in <details>."""
+    if page.file.src_path.startswith("log/"):
+        page.meta["search"] = {"exclude": True}  # a third of all words
     folder = Path(config["docs_dir"]) / Path(page.file.src_path).parent
     docs = Path(config["docs_dir"]).resolve()
 

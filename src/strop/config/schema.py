@@ -355,7 +355,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     track: list[Tracker] = Field(default_factory=list, description="experiment trackers: tensorboard, wandb, trackio")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
-    out: str | None = Field(None, description="run folder; default: runs/<data>-N")
+    out: str | None = Field(None, description="run folder; default: runs/DATA-N")
     preset: Literal["auto", "low-memory", "balanced", "max-quality"] = Field(
         "auto", description="set of defaults; auto chooses what fits this machine"
     )

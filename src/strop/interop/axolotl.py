@@ -225,7 +225,7 @@ def _read_training(draft: Draft, keys: Keys) -> None:
     _read_plugins(draft, keys)
     draft.put_intervals_and_output(keys)
     if draft.get("out") is None:
-        draft.add_difference("output_dir", "./model-out in axolotl; runs/<data>-N in strop")
+        draft.add_difference("output_dir", "./model-out in axolotl; runs/DATA-N in strop")
 
 
 def _read_schedule(draft: Draft, keys: Keys) -> None:
