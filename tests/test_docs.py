@@ -25,7 +25,7 @@ from tests.support.scripts import script
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FIELDS = {name for name, _ in option_fields()}
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+TARGETS = set(re.findall(r"^([a-z]+(?:-%)?):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 OTHERS = (
     "sbatch",
     "ray",
@@ -56,7 +56,11 @@ def shell_faults(block: Block) -> list[str]:
         if first == "strop":
             results.append(find_error(words[1:]))
         elif first == "make":
-            results += [f"no target {word}" for word in words[1:] if "=" not in word and word not in TARGETS]
+            results += [
+                f"no target {word}"
+                for word in words[1:]
+                if "=" not in word and re.sub(r"-.*", "-%", word) not in TARGETS
+            ]
         elif first in ("python", "python3"):
             results.append(python_fault(words[1:]))
         elif first not in OTHERS:
