@@ -29,7 +29,8 @@ def test_gemma_is_trained_evaluated_merged_and_exported(tmp_path: Path) -> None:
     gemma = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]["gemma"]
     assert gemma["check"]["rows"]["used"] == 693
     assert gemma["train"]["loss"]["last"] < 0.5 * gemma["train"]["loss"]["first"]
-    assert abs(gemma["train"]["error"]) < 0.12 and gemma["plan"]["train_bytes"] == gemma["train"]["predicted_bytes"]
+    assert abs(gemma["train"]["error"]) < 0.12
+    assert gemma["plan"]["train_bytes"] == pytest.approx(gemma["train"]["predicted_bytes"], rel=0.01)
     assert gemma["eval"]["tuned"]["loss"] < gemma["eval"]["base"]["loss"]
     assert gemma["merge"]["same_answers_in_transformers"] >= 0.8
     assert gemma["gguf"]["parity"]["passed"]

@@ -455,7 +455,7 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             enter("Epochs", "many")
             enter("Rank, exact", "-3")
             tab.page.wait_for_selector(f"{summary}:text-is('Fix: Rank, Epochs')")
-            assert "valid number" in problem("Epochs") and "greater than" in problem("Rank, exact")
+            assert "must be a number" in problem("Epochs") and "must be" in problem("Rank, exact")
             assert not tab.page.locator(".bars, .command").first.is_visible()  # a plan of other values
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
             tab.axe(f"errors at {size['width']}")

@@ -253,7 +253,8 @@ def test_merged_folder_has_config_and_tokenizer(
     with caplog.at_level("INFO", "strop"):
         merged = merge(str(run), out)
     messages = [record.getMessage() for record in caplog.records]
-    assert [text.split()[0] for text in messages][-4:] == ["loading", "measuring"] * 2
+    steps = [text.split()[0] for text in messages]
+    assert steps[-1] == "measuring" and steps.count("loading") == 2
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
     assert not {"strop.json", "adapter_config.json", "merge.json"} & names

@@ -472,7 +472,7 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
         (["--train.objective", "dpq"], "objective"),
         (["--train.objective", "dpo", "--data.overlong", "split"], "data.overlong"),
         (["--train.objective", "dpo", "--data.loss", "all"], "data.loss"),
-        ([], "--train.objective dpo"),
+        ([], "objective dpo"),
     ],
 )
 def test_invalid_policy_options_are_refused_before_loading(

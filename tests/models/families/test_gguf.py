@@ -214,7 +214,7 @@ def test_missing_template_is_reported_before_the_tokenizer_loads(
     options = {"model": str(model), "data": rows, **({"out": str(tmp_path / "run")} if command == "train" else {})}
     with pytest.raises(ModelError, match="chat template") as raised:
         getattr(strop, command)(**options)
-    assert "data.template" in raised.value.fix
+    assert 'template="chatml"' in raised.value.fix
 
 
 def test_base_without_template_trains_on_texts(tmp_path: Path) -> None:
