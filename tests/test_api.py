@@ -127,6 +127,7 @@ def test_memory_limit_below_the_weights_is_refused_before_they_load(
 def test_run_that_fails_before_its_first_step_leaves_its_folder_free(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))  # where a run stores what memory it needed
     options: dict[str, Any] = {"model": tiny_folder, "data": rows_file, "out": tmp_path / "run", **QUICK}
 
     def fail(self: MemoryWatch) -> None:
