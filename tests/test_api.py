@@ -589,3 +589,17 @@ def test_examples_of_the_public_functions_run(
         for example in examples:
             exec(example.source.replace('"demo"', repr(str(tiny_folder))), namespace)
     assert Path("mine-merged/config.json").is_file() and Path("mine.gguf").is_file()
+
+
+def test_first_rows_are_checked_once_a_command(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr("strop.data.prepare.has_bad_rows", lambda data, data_kind: bool(checked.append(data.train)))
+    words = ("--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", "--max-steps", 1)
+    code, _, err = run("train", *words, capsys=capsys)
+    assert code == 0 and checked == [str(rows_file)], err

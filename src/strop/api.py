@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -555,9 +556,6 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
     """Check the inputs of a new run; see `check_inputs`."""
     from strop.data.reading.sources import read_eval_share
     from strop.distributed.devices import find_ranks
-    from strop.models.source import is_on_disk, locate
-    from strop.models.tokenizer import check_template, load_tokenizer
-    from strop.objectives.table import data_kind_of
     from strop.runs.folder import check_new_run, is_run
 
     if find_ranks() is not None:  # the processes of a launcher have to fail together
@@ -570,14 +568,27 @@ def check_recipe_inputs(recipe: Recipe, resume_existing: bool = False) -> None:
         models=[recipe.model.name], revision=recipe.model.revision, data=[recipe.data.train, evaluated],
         adapters=[recipe.model.adapter] if recipe.model.adapter else (),
     )  # fmt: skip
-    if is_on_disk(recipe.model.name) and not recipe.model.adapter:  # an adapter has a template of its own
-        source, data_kind = locate(recipe.model.name, recipe.model.revision), data_kind_of(recipe.train)
-        check_template(source, recipe.data, data_kind)
+    _check_first_rows(recipe.model_dump_json())
 
-        from strop.data.prepare import has_bad_rows, prepare  # after the checks above, because it takes a second
 
-        if recipe.data.bad_rows == "refuse" and has_bad_rows(recipe.data, data_kind):  # raises the error of the run
-            prepare(recipe.data, load_tokenizer(source), data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
+@cache  # `strop train` checks its rows before the libraries load, and the function that it calls checks them again
+def _check_first_rows(recipe_json: str) -> None:
+    """Raise the error of a run on a local model whose template is missing or whose first rows are invalid."""
+    from strop.config.schema import Recipe
+    from strop.models.source import is_on_disk, locate
+    from strop.models.tokenizer import check_template, load_tokenizer
+    from strop.objectives.table import data_kind_of
+
+    recipe = Recipe.model_validate_json(recipe_json)
+    if not is_on_disk(recipe.model.name) or recipe.model.adapter:  # an adapter has a template of its own
+        return
+    source, data_kind = locate(recipe.model.name, recipe.model.revision), data_kind_of(recipe.train)
+    check_template(source, recipe.data, data_kind)
+
+    from strop.data.prepare import has_bad_rows, prepare  # after the checks above, because it takes a second
+
+    if recipe.data.bad_rows == "refuse" and has_bad_rows(recipe.data, data_kind):
+        prepare(recipe.data, load_tokenizer(source), data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
 
 
 def check_inputs(

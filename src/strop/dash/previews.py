@@ -28,7 +28,7 @@ from strop.data.types import Indices
 from strop.errors import InputError, StropError
 from strop.machine.memory import parse_memory
 from strop.models.families.shape import ModelInfo
-from strop.models.source import locate
+from strop.models.source import is_on_disk, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.planning.machines import TargetMachine, find_target
@@ -184,7 +184,7 @@ def _file_stamps(recipe: Recipe) -> list[Any]:
 def _downloads(facts: ModelInfo, parameters: int) -> list[dict[str, Any]]:
     """Return the download of a run: for a Hub model that is not cached, about 2 bytes per parameter."""
     name = facts.name
-    if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
+    if is_on_disk(name) or Path(name).expanduser().exists():
         return []
     from huggingface_hub import try_to_load_from_cache
 

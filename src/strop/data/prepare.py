@@ -42,7 +42,7 @@ from strop.data.store import (
     dump_conversation,
     load_store,
 )
-from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Indices, Mask
+from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Indices, Mask, Row
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
@@ -110,7 +110,8 @@ def prepare(
 def need_template(data: DataSection, data_kind: DataKind) -> bool:
     """Return whether the first row is a conversation, which needs a chat template. Errors are left to `prepare`."""
     with contextlib.suppress(DataError):
-        return any(conversation.text is None for conversation in islice(_parse_rows(data, data_kind, []), 1))
+        _, conversations = _open_rows(data.train, data, data_kind, [], [])
+        return any(conversation.text is None for conversation in islice(conversations, 1))
     return False
 
 
@@ -119,21 +120,22 @@ def has_bad_rows(data: DataSection, data_kind: DataKind) -> bool:
     errors: list[RowError] = []
     files = [data.train] if isinstance(data.train, str) else data.train
     if not any(map(sources.needs_download, files)):
-        for _ in islice(_parse_rows(data, data_kind, errors), EARLY_ROWS):
-            pass
+        _, conversations = _open_rows(data.train, data, data_kind, errors, errors)
+        deque(islice(conversations, EARLY_ROWS), maxlen=0)
     return bool(errors)
 
 
-def _parse_rows(data: DataSection, data_kind: DataKind, errors: list[RowError]) -> formats.ConversationReader:
+def _open_rows(
+    spec: str | Sequence[str], data: DataSection, data_kind: DataKind, unreadable: list[RowError],
+    invalid: list[RowError], left_out: Counter[str] | None = None,
+) -> tuple[Iterator[Row], formats.ConversationReader]:  # fmt: skip
+    """Return the rows of a spec, and the reader that converts them. unreadable, invalid: receive the errors of rows."""
     rows = sources.read_rows(
-        data.train,
-        encoding=data.encoding,
-        columns=data.columns,
-        errors=errors,
+        spec, encoding=data.encoding, columns=data.columns, errors=unreadable, left_out=left_out,
         documents=data.format == formats.DOCUMENT,
-    )
-    return formats.ConversationReader(
-        rows, format=data.format, columns=data.columns, errors=errors, answerless=data_kind == "prompts"
+    )  # fmt: skip
+    return rows, formats.ConversationReader(
+        rows, format=data.format, columns=data.columns, errors=invalid, answerless=data_kind == "prompts"
     )
 
 
@@ -272,14 +274,7 @@ class _Reader:
         self.unreadable: list[RowError] = []
         self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
-        self._rows = sources.read_rows(
-            spec, encoding=data.encoding, columns=data.columns, errors=self.unreadable, left_out=self.left_out,
-            documents=data.format == formats.DOCUMENT,
-        )  # fmt: skip
-        self.conversations = formats.ConversationReader(
-            self._rows, format=data.format, columns=data.columns, errors=self.invalid,
-            answerless=data_kind == "prompts",
-        )  # fmt: skip
+        self._rows, self.conversations = _open_rows(spec, data, data_kind, self.unreadable, self.invalid, self.left_out)
         self.row_numbers: deque[int] = deque()  # of conversations read but not yet rendered
 
     def __iter__(self) -> Iterator[Conversation]:

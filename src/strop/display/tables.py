@@ -64,7 +64,7 @@ class Printed:
     """A result that a notebook and `print` show as the table of the command line."""
 
     def _print(self, out: SafeConsole) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each result prints its own table
 
     def _repr_html_(self) -> str:
         return render_html(self._print)

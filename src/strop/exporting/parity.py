@@ -257,9 +257,8 @@ def _compute_ratio(parts: Any, wholes: Any) -> tuple[float, float]:
 def compute_in_fp32(model: Any) -> Any:
     """Make a model compute in fp32. To save memory, linear weights keep their type and are cast for each matmul."""
     for module in model.modules():
-        if isinstance(
-            module, (ModulesToSaveWrapper, TrainableTokensWrapper)
-        ):  # they are trained, or use weights without a matmul
+        # They are trained in full, or their weights are used without a matmul.
+        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             module.float()
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.float32:

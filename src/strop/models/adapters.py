@@ -129,10 +129,8 @@ def attach_adapter(
     devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
     shared = isinstance(base, peft.PeftModel)
-    with (
-        peft_load_errors(folder, source.name, shared),
-        ignore_peft_warnings("Found missing adapter keys"),
-    ):  # checked below
+    missing_keys = ignore_peft_warnings("Found missing adapter keys")  # checked below
+    with peft_load_errors(folder, source.name, shared), missing_keys:
         if isinstance(base, peft.PeftModel):
             model = base
             model.load_adapter(str(folder), adapter_name=name, **options)

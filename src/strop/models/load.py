@@ -24,7 +24,15 @@ from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import dequantization_growth, dequantize_experts
 from strop.models.families.gguf import read_gguf_tensors
 from strop.models.quantize import FOUR_BIT, dequantize_layers
-from strop.models.source import Source, fingerprint, prequantized, quantization_method, read_config, read_headers
+from strop.models.source import (
+    Source,
+    fingerprint,
+    is_demo,
+    prequantized,
+    quantization_method,
+    read_config,
+    read_headers,
+)
 from strop.models.tensor_files import (
     CheckpointLayout,
     CheckpointTensors,
@@ -94,7 +102,7 @@ def load_base(
     # dtype: of unquantized weights. device: cpu, cuda, cuda:N or mps. quantization: none, nf4, fp4 or int8. double:
     # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
     # dequantize permanently; None: all, or on a GPU as many as leave enough memory for generation.
-    LOG.info("loading the weights of %s", "demo" if source.name.startswith("demo:") else source.name)
+    LOG.info("loading the weights of %s", "demo" if is_demo(source.name) else source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
     if has_generation_config:  # check it: transformers ignores a damaged file, and its stop tokens would be missing
         read_config(source.path, "generation_config.json")

@@ -2,8 +2,8 @@
 
 Compilation takes 15 to 30 s, once per machine and weight dtype. If numba's cache lacks kernels, `load` starts a
 `Compiler` process, which imports its libraries while the command imports its own. `compile_once` then makes it run tiny
-models (warmup_models.py), which compiles the kernels. This module imports only the standard library, so that commands
-start quickly.
+models (warmup_models.py), which compiles the kernels. This module and what it imports need only the standard library,
+so that commands start quickly.
 
 Kernels are compiled in another process because a process that compiles a parallel kernel runs different machine code
 than a process that loads it from the cache: it calls the loop body as compiled alone, while the cached version was
