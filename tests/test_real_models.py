@@ -30,7 +30,9 @@ def test_gemma_is_trained_evaluated_merged_and_exported(tmp_path: Path) -> None:
     assert gemma["check"]["rows"]["used"] == 693
     assert gemma["train"]["loss"]["last"] < 0.5 * gemma["train"]["loss"]["first"]
     assert abs(gemma["train"]["error"]) < 0.12
+    # equal on as many threads as cores; the tests' workers have fewer, which the plan cannot know (1 MiB)
     assert gemma["plan"]["train_bytes"] == pytest.approx(gemma["train"]["predicted_bytes"], rel=0.01)
     assert gemma["eval"]["tuned"]["loss"] < gemma["eval"]["base"]["loss"]
-    assert gemma["merge"]["parity"]["passed"]
-    assert gemma["gguf"]["bytes"] > 500e6  # the command fails if the file is not the same model
+    assert gemma["merge"]["parity"]["passed"] and gemma["merge"]["same_answers_in_transformers"] >= 0.8
+    parity = gemma["gguf"]["parity"]  # None where llama.cpp is not installed
+    assert gemma["gguf"]["bytes"] > 500e6 and (parity is None or parity["passed"])
