@@ -28,7 +28,8 @@ class LLM:
     def generate(self, prompts, options, lora_request, use_tqdm):
         assert lora_request.number not in self.seen, "an adapter of this number is known"
         self.seen.add(lora_request.number)
-        if os.path.exists(os.environ["STAND_IN_FAILS"]):
+        fails = os.environ["STAND_IN_FAILS"]
+        if os.path.exists(fails) and len(self.seen) == int(open(fails).read()):
             raise SystemExit("the GPU failed")
         model = peft.PeftModel.from_pretrained(self.model, lora_request.path).eval()
         outputs = [self.complete(model, *request) for request in zip(prompts, options, strict=True)]
@@ -68,7 +69,7 @@ ModelRegistry = SimpleNamespace(get_supported_archs=lambda: list(_KNOWN), models
 
 
 def vllm_python(folder: Path) -> Path:
-    """Return a Python with the stand-in. If the file `folder/fails` exists, the next request ends its process."""
+    """Return a Python with the stand-in. The request whose number is in the file `folder/fails` ends its process."""
     for name, text in _MODULES.items():
         (folder / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "lib" / name).write_text(text, encoding="utf-8")

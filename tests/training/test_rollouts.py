@@ -371,7 +371,7 @@ def test_metric_rewards_need_gold_answers(
     code, _, err = run(*words, "--train.rewards", "exact", capsys=capsys)
     assert code == 2 and "rows.jsonl:1" in err and "file.py:function" in err
     code, _, err = run(*words[: -len(GROUPS)], *QUICK, capsys=capsys)
-    assert code == 2 and "--train.objective grpo" in err
+    assert code == 2 and "--objective grpo" in err
 
 
 def test_changed_reward_function_refuses_resume(

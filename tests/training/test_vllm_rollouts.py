@@ -45,14 +45,18 @@ def test_run_fails_when_vllm_ends_and_can_be_resumed(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python = vllm_python(tmp_path / "vllm")
-    (tmp_path / "vllm" / "fails").touch()
+    fails = tmp_path / "vllm" / "fails"
     rows, out = write_prompts(tmp_path / "rows.jsonl", 16), tmp_path / "run"
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *OPTIONS, "--train.vllm_python", python]
-    code, _, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
-    assert code == 1 and "vLLM ended: the GPU failed" in err, err
-    (tmp_path / "vllm" / "fails").unlink()
+    words += ["--train.rewards", write_reward(tmp_path / "own.py")]
+    for steps in (0, 1):  # no folder is left after a failure in the first step
+        fails.write_text(f"{steps + 1}")
+        code, _, err = run(*words, capsys=capsys)
+        assert code == 1 and "vLLM ended: the GPU failed" in err, err
+        assert out.exists() == (steps > 0) and len(events(out, "step") if steps else []) == steps
+    fails.unlink()
     code, _, err = run("resume", out, capsys=capsys)
-    assert code == 0 and len(events(out, "step")) == 4, err
+    assert code == 0 and events(out, "step")[-1]["step"] == 4, err
 
 
 @pytest.mark.parametrize(
