@@ -207,6 +207,12 @@ def test_wrong_block_is_reported(language: str, text: str, expected: str) -> Non
     assert result and expected in " ".join(result)
 
 
+def test_tables_are_those_of_the_code() -> None:
+    for page, text in script(ROOT / "tools" / "reference.py").pages().items():
+        assert page.read_text(encoding="utf-8") == text, "run python tools/reference.py"
+        assert text.count("\n| ") > 50 and "|  |" not in text
+
+
 def test_the_site_reads_blocks_and_folded_parts_as_github_does() -> None:
     hooks = script(ROOT / "tools" / "site" / "hooks.py")
     place = SimpleNamespace(file=SimpleNamespace(src_path="a.md"))

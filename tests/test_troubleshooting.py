@@ -225,3 +225,11 @@ def test_doctor_reports_a_check_that_crashes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(calibrate, "_four_bit_update", crash)
     result = calibrate.check_four_bit_step()
     assert result.level == "error" and "no kernel image" in result.what
+
+
+def test_other_messages_of_the_page_are_those_of_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "strop").rglob("*.py"))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Other messages\n")
+    messages = [text for row in re.findall(r"^\| (`.*?) \|", section, re.M) for text in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) >= 10 and all(message in code for message in messages)

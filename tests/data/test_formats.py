@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 import strop
 from strop.data.converters import ROLES
-from strop.data.formats import FORMATS, ConversationReader, detect_format, tables
+from strop.data.formats import FORMATS, ConversationReader, detect_format
 from strop.data.reading import files
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import FORMAT_REASONS, READING_REASONS, REASONS, RENDERING_REASONS, RowError
 from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
-from tests import ROOT
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 TURNS = (Message("user", "hi"), Message("assistant", "yo"))
@@ -471,10 +470,6 @@ def test_every_reason_is_raised_somewhere() -> None:
     code = "".join(path.read_text() for path in Path(files.__file__).parent.parent.rglob("*.py"))
     for name in READING_REASONS | FORMAT_REASONS | RENDERING_REASONS:
         assert code.count(f'"{name}"') > 1, name
-
-
-def test_tables_of_the_docs_match_the_code() -> None:
-    assert tables() in (ROOT / "docs" / "data.md").read_text()
 
 
 def test_a_broken_line_is_named_before_the_formats(tmp_path: Path, tiny_folder: Path) -> None:

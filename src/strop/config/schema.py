@@ -1,4 +1,4 @@
-"""The options of a run. Command-line options, the JSON schema and a table in the docs are generated from them."""
+"""The options of a run. Command-line options, the JSON schema and tables in the docs are generated from them."""
 
 from __future__ import annotations
 
@@ -420,14 +420,3 @@ def option_fields() -> list[tuple[str, Any]]:
         else:
             fields.append((name, field))
     return fields
-
-
-def options_table() -> str:
-    """Return the options as a Markdown table, for docs/recipe.md."""
-    lines = ["| option | default | meaning |", "|---|---|---|"]
-    for name, info in option_fields():
-        default = "required" if info.is_required() else f"`{info.get_default(call_default_factory=True)}`"
-        choices = map(str, get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
-        meaning = ": ".join(filter(None, (info.description, ", ".join(choices))))
-        lines.append(f"| `{name}` | {default} | {meaning} |")
-    return "\n".join(lines) + "\n"

@@ -5,7 +5,6 @@ A new format is one entry of FORMATS, and a function in converters.py if no exis
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import Counter
@@ -16,9 +15,8 @@ from typing import Any
 
 from strop.data import converters
 from strop.data.converters import MEDIA, METADATA, SYSTEM, Keys, ParsedRow, RowValue
-from strop.data.reading.files import TYPES
 from strop.data.reading.tables import describe_mapping, is_row_number, suggest_mapping
-from strop.data.row_errors import REASONS, InvalidRow, RowError, file_error
+from strop.data.row_errors import InvalidRow, RowError, file_error
 from strop.data.types import Conversation, Row
 from strop.errors import DataError, Location, suggest
 
@@ -327,25 +325,3 @@ def _suggest_options(value: RowValue) -> str:
 def find_placeholders(text: str) -> list[str]:
     """Return the unfilled `{{name}}` in a text, in order."""
     return re.findall(r"\{\{\s*[A-Za-z_][\w.-]*\s*\}\}", text)
-
-
-def tables() -> str:
-    """Return the Markdown tables of docs/data.md: formats, file types, reasons, roles."""
-    call = "assistant; its content is the call, as JSON"
-    roles = {**converters.ROLES, **dict.fromkeys(converters.CALL_ROLES, call)}
-    blocks: list[tuple[str, list[tuple[str, ...]]]] = [
-        ("| format | columns | what | example |", [_table_row(entry) for entry in FORMATS.values()]),
-        ("| file type | what |", [(f"`{suffix}`", what) for suffix, (_, what) in TYPES.items()]),
-        ("| reason | why the row is not used |", [(f"`{code}`", what) for code, what in REASONS.items()]),
-        ("| role in the file | role |", [(f"`{name}`", role) for name, role in roles.items()]),
-    ]
-    return "\n\n".join(
-        "\n".join([head, "|" + "---|" * (head.count("|") - 1), *("| " + " | ".join(cells) + " |" for cells in rows)])
-        for head, rows in blocks
-    )
-
-
-def _table_row(entry: Format) -> tuple[str, ...]:
-    columns = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys in entry.keys)
-    optional = f"; optional {', '.join(f'`{key}`' for key in entry.optional)}" if entry.optional else ""
-    return f"`{entry.name}`", columns + optional, entry.description, f"`{json.dumps(entry.example)}`"

@@ -21,7 +21,7 @@ TYPES: dict[str, tuple[str, str]] = {
     ".csv": (
         "csv",
         "comma separated, quotes as in RFC 4180; with a header, or columns by number; separated by semicolons, "
-        "tabs or `|` if the first line has them and no comma, or as in a first line `sep=:`",
+        "tabs or vertical bars if the first line has them and no comma, or as in a first line `sep=:`",
     ),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
