@@ -107,6 +107,8 @@ def _appears(page: Any) -> bool:
         ("overlong", "recipe.html"),
         ("early_stopping", "recipe.html"),
         ("bad_rows", "recipe.html"),
+        ("longer than data.max_length", "troubleshooting.html"),
+        ("no chat template", "troubleshooting.html"),
     ],
 )
 def test_search_works_on_pages_opened_as_files(site: Path, words: str, found: str) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[2]
+# pages that answer a search best, and pages that name everything
+BOOSTS = {"troubleshooting.md": 4, "recipe.md": 2, "howto.md": 2, "comparison.md": 0.2, "api.md": 0.5}
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
 _EXAMPLES = re.compile(r"^[\b]?\n?(Examples|Start with):\n((?:  .*\n)+)", re.M)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
@@ -54,6 +56,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Turn links to files outside of docs/ into text, remove the marks of blocks, and render Markdown in <details>."""
     if page.file.src_path.startswith("log/"):
         page.meta["search"] = {"exclude": True}  # a third of all words
+    elif boost := BOOSTS.get(page.file.src_path):
+        page.meta["search"] = {"boost": boost}
     folder = Path(config["docs_dir"]) / Path(page.file.src_path).parent
     docs = Path(config["docs_dir"]).resolve()
 
