@@ -65,6 +65,14 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert len(rows) == 60 and (tmp_path / "expenses-model" / "README.md").is_file()
 
 
+def test_the_table_of_methods_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("plan", "--compare", "--memory", "8GB", capsys=capsys)
+    printed = re.sub(r"[ │┃]+", " ", out + err)
+    shown = next(block for block in BLOCKS if "QLoRA (nf4)" in block.text).text.strip().splitlines()
+    lines = [re.sub(r" +", " ", line) for line in shown]
+    assert code == 0 and len(lines) == 5 and all(line in printed for line in lines), printed
+
+
 def test_every_section_has_all_parts() -> None:
     sections = re.split(r"^## ", TEXT, flags=re.M)[1:]
     assert [int(section.partition(".")[0]) for section in sections] == list(range(1, 16))
