@@ -530,7 +530,8 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/import.md": ["data.eval: 10%"],
     "docs/install.md": ["about 3 GB of disk space"],
     "docs/learning_rate.md": [r"\| within 5 % \|", r"\*Within 5 %\*", "at most 5 % above", "8\\)\\^0.2: 1.3 times"],
-    "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 6.9 GiB, which is 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py runs
+    # a plan, which tests/test_lesson.py runs
+    "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 6.9 GiB, which is 7.4 GB", "the base 0 %"],
     "docs/performance.md": [
         "shared, 24 GiB", r"\(\+3 %",
         "939 GFLOP/s", "1,719 GFLOP/s", "405 GFLOP/s",  # gemm_flops of the files of the tables
