@@ -234,7 +234,9 @@ function sample(row) {
     h(
       "div",
       { class: "line" },
-      h("span", { class: "soft" }, row.place ? row.place : `row ${count((row.row ?? 0) + 1)}`),
+      row.place
+        ? h("span", { class: "soft", title: row.place }, row.place.split("/").pop())
+        : h("span", { class: "soft" }, `row ${count((row.row ?? 0) + 1)}`),
       kind ? h("span", { class: `tag ${kind}` }, row.kind) : null,
     ),
     h("p", { class: "prompt" }, row.prompt),
