@@ -495,3 +495,24 @@ def test_a_column_may_be_a_number(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("Wo?;Hier, da\n")
     checked = strop.check(model="demo", data=str(tmp_path / "rows.csv"), columns={"prompt": 1, "completion": 2})
     assert checked["rows"]["used"] == 1
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+@pytest.mark.parametrize(
+    ("columns", "filled", "option"),
+    [
+        ({"question": "q", "answer": "a"}, {"context": "Oslo is in Norway."}, "--data.format question-answer"),
+        ({"prompt": "p", "completion": "c"}, {"notes": "fine"}, "--data.format prompt-completion"),
+        ({"text": "t"}, {"summary": "s"}, "--data.columns prompt=text,completion=summary"),
+        ({"instruction": "i", "output": "o"}, {"question": "q"}, "--data.format alpaca"),
+    ],
+)
+@pytest.mark.parametrize("empty", [None, ""])
+def test_column_with_content_is_ambiguous_in_any_order_of_rows(
+    columns: dict[str, str], filled: dict[str, str], option: str, empty: str | None, order: slice
+) -> None:
+    values = [columns | dict.fromkeys(filled, empty), columns | filled, columns | filled]
+    rows = [Row("f.jsonl", line + 1, value) for line, value in enumerate(values[order])]
+    with pytest.raises(DataError) as caught:
+        list(ConversationReader(rows, errors=[]))
+    assert option in caught.value.fix and "no format has the columns" in str(caught.value)

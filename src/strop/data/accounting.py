@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from strop.config.schema import DataSection
-from strop.data.batching import pack
 from strop.data.converters import LABELS
 from strop.data.formats import PAIRED, find_placeholders
 from strop.data.rendering.overlong import allowed_overlong
@@ -25,7 +24,6 @@ from strop.errors import DataError, Location
 
 MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
 PADDED_ROWS = 8  # batch size of the padding statistics
-PACKED_ROWS = 200_000  # maximum number of rows in the padding statistics
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class DataReport:
     # within: rows that repeat an earlier row; across: evaluation rows that are also training rows; prompts: evaluation
     # rows whose prompt is also in the training rows
     duplicates: dict[str, int]
-    padding: dict[str, float]  # share of padding in batches of 8 rows in file order, and in packs of max_length tokens
+    padding: dict[str, float]  # share of padding in batches of 8 rows in file order; strop's fast step has none
     formats: dict[str, str]  # {file: format}
     warnings: list[str]  # about unusual rows
     template: list[str]  # how the chat template is used
@@ -137,7 +135,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         tokens=TokenCounts.of(examples.lengths, examples.supervised),
         stop_token={"rows": num_stops, "share": num_stops / num_used if num_used else 0.0},
         duplicates={"within": repeated, "across": 0},
-        padding=_padding(examples.lengths, data.max_length),
+        padding=_padding(examples.lengths),
         formats=facts["formats"],
         warnings=warnings,
         template=[*renderer.chat.describe(num_with_reasoning, num_conversations)] if num_conversations else [],
@@ -196,20 +194,15 @@ def _mean(lengths: Indices) -> float:
     return float(lengths.mean()) if len(lengths) else 0.0
 
 
-def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
-    """Return the share of padding in batches in file order and in packs, and their difference."""
-    lengths = lengths[:PACKED_ROWS]
+def _padding(lengths: Indices) -> dict[str, float]:
+    """Return the share of padding in batches of 8 rows in file order."""
     if not len(lengths):
-        return {"batched": 0.0, "packed": 0.0, "saved": 0.0}
-    tokens = int(lengths.sum())
+        return {"batched": 0.0}
     num_missing = -len(lengths) % PADDED_ROWS  # rows missing in the last batch
     batches = np.concatenate([lengths, np.zeros(num_missing, lengths.dtype)]).reshape(-1, PADDED_ROWS)
     batch_rows = np.full(len(batches), PADDED_ROWS)
     batch_rows[-1] -= num_missing
-    batched = 1 - tokens / int((batches.max(axis=1) * batch_rows).sum())
-    packs = pack(lengths.tolist(), max(max_length, int(lengths.max())))
-    packed = 1 - tokens / (len(packs) * max(int(lengths[group].sum()) for group in packs))
-    return {"batched": batched, "packed": packed, "saved": max(0.0, batched - packed)}
+    return {"batched": 1 - int(lengths.sum()) / int((batches.max(axis=1) * batch_rows).sum())}
 
 
 def find_row_warnings(
@@ -290,8 +283,9 @@ def _why_refused(
     too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
-    choices = allowed_overlong(selection.data_kind)
-    long_fix = f"--data.max_length {facts['longest']}, or choose --data.overlong {choices}"
+    others = [name for name in allowed_overlong(selection.data_kind) if name != data.overlong]
+    other_choices = f"--data.overlong {' or '.join(others)}"
+    long_fix = f"--data.max_length {facts['longest']}, or choose {other_choices}"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
@@ -315,7 +309,7 @@ def _why_refused(
     if too_long and data.overlong != "drop" and too_many and data.bad_rows == "refuse":
         return DataError(
             f"{len(too_long)} of {num_read} {role} rows cannot be shortened to data.max_length {data.max_length}",
-            fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
+            fix=f"raise --data.max_length, or choose {other_choices}" if others else "raise --data.max_length",
             where=too_long,
         )
     if not len(selection.rows):
@@ -357,11 +351,11 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
         return None
     what = names.get(kind, f"{kind} rows")
     if data_kind == "turns":
-        objectives = "--train.objective dpo (ipo, orpo, simpo, kto)"
         fix = {
-            "pairs": objectives
+            # kto labels an answer as good or bad, and an answer in the middle of a ranking would be both
+            "pairs": "--train.objective dpo (ipo, orpo, simpo)"
             if facts["formats"][file] == "ranking"
-            else f"{objectives}, or only the better answers: "
+            else "--train.objective dpo (ipo, orpo, simpo, kto), or only the better answers: "
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
             "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
             + _ignore_label(data, facts),

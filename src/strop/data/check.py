@@ -51,13 +51,15 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
     grid.add_row("length", f"median {tokens['p50']:,}, 95th percentile {tokens['p95']:,}, longest {tokens['max']:,}")
     if "prompts" not in report["answers"]:
-        grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
+        stops = int(report["stop_token"]["rows"])
+        unit = "rows" if stops <= rows["read"] else "conversations"  # a row may have several
+        grid.add_row("stop", f"{stops:,} {unit} end with a supervised stop token")
     for i, sentence in enumerate(report["template"]):
         grid.add_row("" if i else "template", Text(sentence))
     if answers := report["answers"]:
         grid.add_row("answers", _describe_answers(answers))
-    padding = report["padding"]
-    grid.add_row("padding", f"{padding['batched']:.0%} in batches of 8 in file order, {padding['packed']:.0%} packed")
+    padding = f"{report['padding']['batched']:.0%} in batches of 8 in file order; strop's fast step has none"
+    grid.add_row("padding", padding)
     console.print(grid, highlight=False)
     for row in report["dropped"][:MAX_SHOWN_LOCATIONS]:
         location = f"{row['file']}:{row['line']}" if row["line"] else row["file"]

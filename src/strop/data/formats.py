@@ -149,14 +149,19 @@ def detect_format(value: RowValue) -> str | None:
         keys = entry.matching_keys(_present_columns(value))
         if keys is None or (entry.matches is not None and not entry.matches(value, keys)):
             continue
-        unread = _unread_columns(value, entry)
-        if not (unread if entry.exact else entry.name == "alpaca" and _QUESTIONS.intersection(unread)):
+        if not _ambiguous_columns(value, entry):
             return entry.name
     return None
 
 
 def _present_columns(value: RowValue) -> list[str]:
     return [key for key, item in value.items() if item is not None]
+
+
+def _ambiguous_columns(value: RowValue, entry: Format) -> list[str]:
+    """Return the columns because of which a row with the columns of this format may be of another one."""
+    unread = _unread_columns(value, entry)
+    return unread if entry.exact else [name for name in unread if entry.name == "alpaca" and name in _QUESTIONS]
 
 
 def _unread_columns(value: RowValue, entry: Format) -> list[str]:
@@ -253,6 +258,13 @@ class ConversationReader:
 
     def _find_format(self, row: Row) -> Format:
         detected = detect_format(row.value)
+        present = _present_columns(row.value)
+        candidates = FORMATS.values() if self._first_known is None else [FORMATS[self.formats[row.file]]]
+        if detected is None and any(
+            entry.matching_keys(present) and _ambiguous_columns(row.value, entry) for entry in candidates
+        ):  # also if this column is empty in other rows
+            what = f"no format has the columns {_list_columns(row.value)}"
+            raise file_error(row.file, what, _suggest_options(row.value), row.line)
         if self._first_known is None:
             if detected is None:
                 self._first_unknown = self._first_unknown or row

@@ -247,7 +247,8 @@ def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
     if not shape.learned or not (text := shape.too_long_message(_row_lengths(data), completion_tokens)):
         return
-    fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
+    choices = " or ".join(allowed_overlong(data_kind_of(recipe.train)))
+    fix = f"--data.max_length {shape.positions}, with --data.overlong {choices}"
     if completion_tokens:
         fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
     raise DataError(f"{text}: it has learned embeddings for these positions only", fix=fix)

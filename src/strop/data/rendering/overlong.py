@@ -14,15 +14,11 @@ from strop.data.row_errors import RenderError
 from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Message, shared_prefix_length
 
 
-def allowed_overlong(data_kind: DataKind) -> str:
-    """Return the values of data.overlong other than refuse that an objective allows, as a phrase."""
+def allowed_overlong(data_kind: DataKind) -> list[str]:
+    """Return the values of data.overlong other than refuse that an objective allows."""
     if data_kind == "prompts":
-        return "drop"
-    return (
-        "drop or truncate-start"
-        if data_kind in PREFERENCE_KINDS
-        else "drop, truncate-start, or split (between turns, or anywhere in texts)"
-    )
+        return ["drop"]
+    return ["drop", "truncate-start", *([] if data_kind in PREFERENCE_KINDS else ["split"])]
 
 
 def is_too_long(examples: Sequence[Example], limit: int) -> bool:

@@ -57,11 +57,17 @@ class LinearKind:
 
 
 def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
-    """Return the leaf names for PEFT to adapt. Raises ModelError for a target that matches nothing."""
+    """Return the leaf names for PEFT to adapt. Raises ModelError for a target that matches nothing.
+
+    A target is a set, the end of a name as in PEFT (c_proj of attn.c_proj), or a path.
+    """
     names: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
-        leaf = target.rpartition(".")[2]
-        matching = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
+        matching = [
+            kind.name
+            for kind in kinds
+            if target in kind.sets or f".{kind.name}".endswith(f".{target}") or f".{target}".endswith(f".{kind.name}")
+        ]
         if not matching:
             known = list(dict.fromkeys(kind.name for kind in kinds))
             what = f"lora.target_modules: {target} matches no linear layer{suggest(target, known)}"

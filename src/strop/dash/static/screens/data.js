@@ -150,10 +150,7 @@ export async function show(container, { query, signal }) {
         fact("end with a stop token", percent(report.stop_token?.share, 0)),
         fact("duplicates", count(report.duplicates?.within)),
         report.padding
-          ? fact(
-              "padding, batched / packed",
-              `${percent(report.padding.batched, 0)} / ${percent(report.padding.packed, 0)}`,
-            )
+          ? fact("padding in batches of 8", percent(report.padding.batched, 0))
           : null,
         page.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(page.sharing.prefix_saves, 0)) : null,
       ),
