@@ -216,3 +216,15 @@ def test_every_option_has_help_and_a_schema() -> None:
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]
+
+
+def test_run_as_model_means_its_base_and_its_adapter(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = resolve(None, {**MINIMAL, "model.name": "owner/base", "model.revision": "v1"})
+    (run / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+    (run / "lock.json").write_text("{}", encoding="utf-8")
+    model = resolve(None, {**MINIMAL, "model": str(run)}).recipe.model
+    assert (model.name, model.revision, model.adapter) == ("owner/base", "v1", str(run))
+    assert resolve(None, {**MINIMAL, "model": str(run), "adapter": "a"}).recipe.model.adapter == "a"
+    assert resolve(run / "recipe.yaml", {"train.epochs": 4}).recipe.model.adapter is None  # a resumed run

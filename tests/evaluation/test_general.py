@@ -88,7 +88,7 @@ def test_model_that_answers_only_in_json_loses_plain_text() -> None:
     kind = result["kinds"]["plain text"]
     assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (20, 1.0, 0.0, -1.0)
     assert result["answers"] == {"max_tokens": 48, "references_cut": 0, "base_cut": 126, "tuned_cut": 0}
-    assert describe_cut(result) == ["126 of 126 base answers were cut at 48 tokens"]
+    assert describe_cut(result) == ["126 of 126 base answers were cut at 48 tokens or the model's context"]
     assert result["difference"]["high"] < 0 and len(result["lost"]) >= 20
 
 

@@ -540,3 +540,23 @@ def test_broken_llama_cpp_is_reported(tuned: Path, rows: str, tmp_path: Path, mo
     with pytest.raises(InputError, match="cannot be imported: no shared library"):
         export_gguf(str(tuned), tmp_path / "m.gguf", data=rows)
     assert not list(tmp_path.glob("*m.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "folder", "name"),
+    [
+        ("phi3", "Phi-4-mini", "phi-3 Phi-4-mini"),
+        ("phi3", "my-phi-3-copy", "my-phi-3-copy"),
+        ("qwen2", "Phi-4-mini", "Phi-4-mini"),
+        ("qwen2", "my-phi-3-copy", "my-phi 3-copy"),
+    ],
+)
+def test_llama_cpp_recognizes_phi_3_by_name_only_with_its_tokens(
+    tokenizer: str, folder: str, name: str, tmp_path: Path
+) -> None:
+    """For a name with phi-3 it looks up </s>, and does not load the file if it is missing."""
+    base = gguf_models.save("phi3", tmp_path / folder)
+    if tokenizer != "phi3":
+        gguf_models.TOKENIZERS[tokenizer]().save_pretrained(base)
+    export_gguf(str(base), tmp_path / "m.gguf", kind="f16", measure=False)
+    assert fields(tmp_path / "m.gguf")["general.name"] == name

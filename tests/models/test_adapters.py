@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import strop
 from strop.data.types import Message
@@ -81,3 +81,21 @@ def test_server_answers_with_base_and_adapter_biases(biased: Path, rows_file: Pa
             body = {"model": name, "messages": messages, "max_tokens": 6, "temperature": 0}
             reply = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
             assert reply == expected[name]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_gpt2_are_trained_in_fp32_on_a_bf16_base(rows_file: Path, tmp_path: Path, bias: str) -> None:
+    base = tiny.save_tiny(tmp_path / "gpt2")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=tiny.config().vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    ).save_pretrained(base)
+    options: dict[str, Any] = {"lora": {"r": 2, "bias": bias}, "train": {"max_steps": 8, "learning_rate": 0.1}}
+    losses = {}
+    for dtype in ("bf16", "fp32"):
+        model = {"name": str(base), "dtype": dtype}
+        run = strop.train(model=model, data=rows_file, out=tmp_path / dtype, **options)
+        losses[dtype] = run.report["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    parity = strop.merge(tmp_path / "bf16", tmp_path / "merged", dtype="fp32").parity
+    assert parity is not None and parity.kl_mean < 1e-6

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLinear
-from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from strop.config.schema import LoraSection
 from strop.engine.train.fast import FastLoss
@@ -234,3 +245,30 @@ def test_directly_read_layers_get_no_adapter_and_stay_in_16_bit(family: str, lea
     assert paths and not any(f"{path}.weight" in quantizable_linears(model) for path in paths)
     (kind,) = (kind for kind in linear_kinds(model) if kind.name.endswith(leaf))
     assert not kind.sets and kind.why_16_bit == "read by the model itself"
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+        (["mlp.c_proj"], ["mlp.c_proj"]),
+        (["transformer.h.0.attn.c_proj", "c_attn"], ["attn.c_proj", "c_attn"]),
+    ],
+)
+def test_targets_are_ends_of_names_as_in_peft(targets: list[str], expected: list[str]) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100))
+    assert target_names(linear_kinds(model), targets) == expected
+
+
+def test_new_tokens_on_a_head_with_a_bias_are_refused() -> None:
+    """TrainableTokensLayer of peft 0.21 leaves the bias out."""
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=len(tokenizer("chatml")), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )  # fmt: skip
+    assert check_lora(model, section())
+    with pytest.raises(ModelError, match="leaves out the bias"):
+        check_lora(model, section(new_tokens=["<A>"]))

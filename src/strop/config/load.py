@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from strop.config.names import ALWAYS, OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
 from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
+from strop.runs.folder import is_run
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
@@ -91,7 +92,10 @@ class Resolved:
 
 
 def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None = None) -> Resolved:
-    """Combine defaults, preset, recipe file and options (dotted names or short forms). Raises RecipeError."""
+    """Combine defaults, preset, recipe file and options (dotted names or short forms). Raises RecipeError.
+
+    A run as model.name means its tuned model, as for all commands: its base with model.adapter, unless one is given.
+    """
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
@@ -104,7 +108,14 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     if is_overridden and given["preset"][1] == "option":
         what = f"--preset {preset}: has no effect, because {recipe_file} sets every value of the preset"
         raise RecipeError(what, fix=f"give the values as options: {', '.join(preset_values)}")
-    return _build({**preset_values, **given})
+    resolved = _build({**preset_values, **given})
+    model, run = resolved.recipe.model, Path(resolved.recipe.model.name).expanduser()
+    is_resumed = recipe_file is not None and is_run(recipe_file.parent)
+    if model.adapter or is_resumed or not is_run(run):
+        return resolved
+    base = read_resolved(run / "recipe.yaml").recipe.model
+    values = {"model.name": base.name, "model.revision": base.revision, "model.adapter": model.name}
+    return resolved.decide(Choice(name, value, "option", f"the run {model.name}") for name, value in values.items())
 
 
 def read_resolved(path: Path) -> Resolved:

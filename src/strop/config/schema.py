@@ -89,7 +89,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = Field(description="Hub id, local folder, .gguf file, run folder, or the word demo")
+    name: str = Field(description="Hub id, local folder, .gguf file, run (to train it further), or the word demo")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     adapter: str | None = Field(None, description="adapter or run folder to start training from")
     quantization: Literal["none", "nf4", "fp4", "int8", "auto"] = Field(

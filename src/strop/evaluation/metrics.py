@@ -316,7 +316,7 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
         texts.append(f"{answers['references_cut']:,} of {result['rows']:,} reference answers are longer than {limit}")
     if cut:
         counts = " and ".join(f"{count:,} of {result['rows']:,} {side} answers" for side, count in cut.items())
-        texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens")
+        texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens or the model's context")
     return texts
 
 

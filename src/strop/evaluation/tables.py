@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from strop.config.load import read_resolved
 from strop.display.tables import Printed, abbreviate, command_name, console, print_notes
@@ -150,7 +150,7 @@ def _print_tasks(tasks: Mapping[str, Any], out: Console) -> None:
 
 def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out: Console = console) -> None:
     """Print models by score, best first, with the difference from the best on the same rows."""
-    table = Table("", escape(metric), "95 % interval", "loss", "gap to the best")
+    table = Table(Column(overflow="fold"), escape(metric), "95 % interval", "loss", "gap to the best")
     for entry in leaderboard:
         low, value, high = (100 * entry["behind"][name] for name in ("low", "value", "high"))
         unclear = ": no clear difference" if entry["verdict"] == "unclear" else ""

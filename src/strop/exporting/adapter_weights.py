@@ -19,7 +19,7 @@ from strop.errors import ModelError
 from strop.models.adapter_config import WEIGHTS_FILE, check_adapter_fits, peft_load_errors, read_adapter_config
 from strop.models.experts import split_by_expert
 from strop.models.load import load_without_weights
-from strop.models.lora import embedding_paths, extend_rows, ignore_peft_warnings
+from strop.models.lora import check_head_bias, embedding_paths, extend_rows, ignore_peft_warnings
 from strop.models.source import Source, read_safetensors_header
 from strop.models.tokenizer import trained_token_rows
 
@@ -51,6 +51,8 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
     if rows and not any(name.endswith(TOKEN_ROWS) for name in saved):
         what = f"{folder}: its config lists trained embedding rows, but its file has none"
         raise ModelError(what, fix="use another adapter of the run")
+    if rows:
+        check_head_bias(meta_model)
     embedding_names = embedding_paths(meta_model)
     vocabulary_size = 1 + max((row for indices in rows.values() for row in indices), default=-1)
 

@@ -7,6 +7,7 @@ checked in f16, because only the limit for f16 is tight enough to detect a missi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -196,8 +197,13 @@ class _ModelWriter:
         self, tuned: TunedModel, layout: GgufLayout, vocabulary: Vocabulary, name: str, stack: ExitStack
     ) -> None:
         self.tuned, self.layout, self.vocabulary = tuned, layout, vocabulary
-        # llama.cpp recognizes Phi 3 by the model name in the file.
-        self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"
+        self._name = name
+        if layout.arch == "phi3":
+            # By a name with phi-3, llama.cpp recognizes the tokenizer of Phi 3, and looks for its tokens.
+            if "</s>" not in vocabulary.entries["tokenizer.ggml.tokens"][0]:
+                self._name = re.sub("(?i)phi-?3", "phi 3", name)
+            elif "phi-3" not in name.lower():
+                self._name = f"phi-3 {name}"
         self._stack = stack
         self._tensors = CheckpointTensors(weights_folder(tuned.source))
         self._merge = tuned.load_merger()

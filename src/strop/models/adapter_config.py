@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.models.source import read_safetensors_header
 from strop.models.tokenizer import trained_token_texts
 from strop.runs.folder import RunFolder, is_run, suggest_path
@@ -86,7 +86,7 @@ def peft_load_errors(folder: Path, base: str, shared: bool = False) -> Iterator[
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
         if shared:
-            what = f"{folder}: cannot share a base with another adapter: one trains a module that the other adapts"
+            what = f"{folder}: PEFT cannot load it on a base with another adapter: {first_line(error)}"
             raise ModelError(what, fix="load each by itself") from None
         raise ModelError(f"{folder}: does not fit {base}: {' '.join(str(error).split()[:40])}") from None
 

@@ -17,7 +17,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
 from strop.data.prepare import add_tokens
@@ -52,6 +54,8 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
     check_modules_to_save(model, section.modules_to_save)
+    if section.new_tokens:
+        check_head_bias(model)
     adapted = _adapted_paths(model, names, section.modules_to_save)
     if section.modules_to_save and not adapted:
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
@@ -180,12 +184,22 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
         if weight.requires_grad:
             weight.data = weight.data.float()
     for module in model.modules():
+        if isinstance(module, Conv1D | nn.LayerNorm) and module.bias is not None and module.bias.requires_grad:
+            module.__dict__["forward"] = partial(_forward_with_cast_bias, module)
         if isinstance(module, ModulesToSaveWrapper):
             dtype = next(module.original_module.parameters()).dtype
             for trained in module.modules_to_save.values():
                 trained.register_forward_pre_hook(_cast_inputs)
                 trained.register_forward_hook(lambda _, __, output, dtype=dtype: output.to(dtype))
     return model
+
+
+def _forward_with_cast_bias(module: Conv1D | nn.LayerNorm, x: Tensor) -> Tensor:
+    """Return the output of a layer whose bias is trained in fp32, in the dtype of its input."""
+    bias = module.bias.to(x.dtype)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, module.weight, bias, module.eps)
+    return torch.addmm(bias, x.flatten(0, -2), module.weight).view(*x.shape[:-1], -1)  # weight: (in, out)
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -268,6 +282,14 @@ def embedding_paths(model: Any) -> list[str]:
     tables = [model.get_input_embeddings()]
     tables += [] if has_tied_embeddings(model) else [model.get_output_embeddings()]
     return [path for path, module in model.named_modules() if any(module is table for table in tables)]
+
+
+def check_head_bias(model: Any) -> None:
+    """Raise ModelError if trained embedding rows would make PEFT leave out the bias of the output head."""
+    # TrainableTokensLayer of peft 0.21 computes x W^T without it, so the model would lose what the bias contributes.
+    if getattr(model.get_output_embeddings(), "bias", None) is not None and not has_tied_embeddings(model):
+        what = "lora.new_tokens: PEFT leaves out the bias of this model's output head if rows of it are trained"
+        raise ModelError(what, fix="train without new tokens, or on another base")
 
 
 def check_score_head(config: Any) -> None:

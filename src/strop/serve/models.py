@@ -117,7 +117,7 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         assert folder is not None and first.source is not None
         tokenizer = load_tokenizer(locate_tokenizer(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
-            raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
+            raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it by itself")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         renderer = make_renderer(tokenizer, identity)
