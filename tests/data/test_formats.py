@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -495,6 +496,17 @@ def test_a_column_may_be_a_number(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("Wo?;Hier, da\n")
     checked = strop.check(model="demo", data=str(tmp_path / "rows.csv"), columns={"prompt": 1, "completion": 2})
     assert checked["rows"]["used"] == 1
+
+
+def test_messages_in_a_table_are_json(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": 'say "hi", please'}, {"role": "assistant", "content": "hi"}]
+    file = tmp_path / "chats.csv"
+    with file.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([["messages"], [json.dumps(turns)], [str(turns)]])
+    errors: list[RowError] = []
+    (conversation,) = ConversationReader(read_rows(str(file), errors=errors), errors=errors)
+    assert [(turn.role, turn.content) for turn in conversation.messages] == [tuple(turn.values()) for turn in turns]
+    assert [error.code for error in errors] == ["bad-messages"] and "the string is not JSON" in errors[0].where.what
 
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])

@@ -77,7 +77,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "messages", (("messages",),), (*SYSTEM, "tools"), converters.convert_messages,
             "messages with role and content (a string, or parts of type text, reasoning, tool_call), optionally "
-            "tool_calls, reasoning_content, and a weight (weight, loss_weight or train)",
+            "tool_calls, reasoning_content, and a weight (weight, loss_weight or train); or their JSON",
             {"messages": _HI},
         ),
         Format(
