@@ -244,7 +244,8 @@ def resume(
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
-        names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
+        texts = [allow_changed] if isinstance(allow_changed, str) else allow_changed
+        names = [name.strip() for text in texts for name in text.split(",")]
         limit = parse_memory(memory)
         listeners = [listener for listener in (callback, shown) if listener is not None]
         with isolated_torch_state():

@@ -12,13 +12,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import strop
 from strop.errors import InputError
 from strop.exporting.script import export_script
 from strop.runs.events import read_events
-from tests.support import tiny_families
+from tests.support import tiny, tiny_families
 from tests.support.preferences import write_pairs
 from tests.support.tiny import write_rows
 
@@ -86,6 +86,20 @@ def test_dpo_has_the_same_losses(tiny_folder: Path, tmp_path: Path, capsys: pyte
     assert written.encoded and written.rows == 12
     theirs = losses(tmp_path / "script", capsys)
     assert ours[0] - ours[-1] > 0.05 and theirs == pytest.approx(ours, abs=1e-3)
+
+
+def test_dpo_on_a_4_bit_base_has_the_same_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In eval mode, bitsandbytes repacks 4-bit weights on CPUs with AVX512 BF16, and the outputs change."""
+    base = tiny.save_tiny(tmp_path / "base")
+    torch.manual_seed(0)
+    config = tiny.config(hidden_size=64, intermediate_size=128)  # rows of whole blocks
+    LlamaForCausalLM(config).save_pretrained(base)
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    options = {"train.objective": "dpo", "train.batch_size": 12, "model.quantization": "nf4"}
+    ours = train(tmp_path / "run", model=str(base), data=str(data), **options)
+    export_script(tmp_path / "run", tmp_path / "script")
+    theirs = losses(tmp_path / "script", capsys)
+    assert ours[0] - ours[-1] > 0.02 and theirs == pytest.approx(ours, abs=1e-4)
 
 
 def test_rows_that_the_template_cannot_encode_are_stored_as_tokens(

@@ -130,6 +130,9 @@ def test_changed_value_survives_a_kill_before_the_next_save(
     assert same(adapter(out), adapter(whole))
     newest = json.loads((out / "checkpoints" / "step-000012" / "state.json").read_text())
     assert newest["recompute"] is (field == "train.gradient_checkpointing")
+    notes = [event["text"] for event in read_events(whole / "events.jsonl") if event["event"] == "note"]
+    counted = [note for note in notes if note.startswith("steps have other rows than before: 4 steps were 0.7 epochs")]
+    assert len(counted) == (field == "train.batch_size") and all(note.endswith("count as 1.0") for note in counted)
 
 
 def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(

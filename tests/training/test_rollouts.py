@@ -386,4 +386,4 @@ def test_changed_reward_function_refuses_resume(
     write_reward(tmp_path / "own.py", "return len(answer)")
     code, _, err = run("resume", out, capsys=capsys)
     assert code == 2 and "--allow-changed rewards" in err
-    assert run("resume", out, "--allow-changed", "rewards", capsys=capsys)[0] == 0
+    assert run("resume", out, "--allow-changed", "rewards,lr", capsys=capsys)[0] == 0

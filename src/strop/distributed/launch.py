@@ -82,7 +82,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"{AGENT_PREFIX}{uuid.uuid4()}", max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", monitor_interval=0.1,
     )  # fmt: skip
-    resume = "resume from the last checkpoint with `strop resume`"
+    resume = "continue with `strop resume RUN`, or give the command again if no step was saved"
     try:
         elastic_launch(config, sys.executable)("-m", "strop.cli", *_without_devices(arguments))
     except ChildFailedError as error:

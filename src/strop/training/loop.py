@@ -302,7 +302,14 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
     restore_checkpoint(checkpoint, job.state, note)
     progress = job.state.progress
     # recomputed, because the number of rows or the batch size may have changed
-    progress.position = batch_stream(job.recipe, len(job.train)).position_of(progress.step)
+    before, stream = progress.position, batch_stream(job.recipe, len(job.train))
+    progress.position = stream.position_of(progress.step)
+    if before and (before["rows"], before["batch_size"]) != (stream.num_rows, stream.batch_size):
+        was, now = (
+            progress.step / math.ceil(rows / batch_size)
+            for rows, batch_size in ((before["rows"], before["batch_size"]), (stream.num_rows, stream.batch_size))
+        )
+        note(f"steps have other rows than before: {progress.step} steps were {was:.1f} epochs, and count as {now:.1f}")
     reset_lost_best(job)
     return checkpoint
 
