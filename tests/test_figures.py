@@ -513,6 +513,7 @@ ELSEWHERE = {
 }  # fmt: skip
 # Text on other pages that looks like a measurement but is not one.
 NOT_MEASURED: dict[str, list[str]] = {
+    "README.md": ["3 GB of disk"],  # PyTorch and the other packages, as on docs/install.md
     "docs/after.md": [
         "95 % intervals", "between 2 and 8 %",  # tests/evaluation/test_metrics.py
         "At least 99.5 %", "It must be 100 %, give or take 2 %",  # limits of exporting.parity

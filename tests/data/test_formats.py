@@ -528,3 +528,16 @@ def test_column_with_content_is_ambiguous_in_any_order_of_rows(
     with pytest.raises(DataError) as caught:
         list(ConversationReader(rows, errors=[]))
     assert option in caught.value.fix and "no format has the columns" in str(caught.value)
+
+
+@pytest.mark.parametrize("answers", [{"prompt": "completion"}, {"prompt": "response"}, {"question": "answer"}])
+def test_row_without_its_answer_is_one_bad_row(answers: dict[str, str]) -> None:
+    ((prompt, answer),) = answers.items()
+    rows = [Row("f.jsonl", line, {prompt: "p", answer: "a"}) for line in (1, 3)]
+    rows.insert(1, Row("f.jsonl", 2, {prompt: "p"}))
+    errors: list[RowError] = []
+    assert len(list(ConversationReader(rows, errors=errors))) == 2
+    assert [(error.where.line, error.code) for error in errors] == [
+        (2, "no-content" if prompt == "prompt" else "unknown-shape")
+    ]
+    assert prompt != "prompt" or errors[0].where.what.startswith("no ")

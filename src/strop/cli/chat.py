@@ -142,6 +142,10 @@ def chat_in_terminal(
                 session.answer(line, _write)
             elif not session.run_command(line):
                 return
+        except KeyboardInterrupt:  # ends the answer, and the chat where nobody could go on
+            if not interactive:
+                raise
+            console.print("\n(stopped; Ctrl-C again ends the chat)", style="dim")
         except StropError as error:  # an interactive chat continues after an error
             if not interactive:
                 raise
@@ -152,7 +156,13 @@ def _read_lines(interactive: bool) -> Iterator[str]:
     while True:
         if interactive:
             console.print("> ", end="")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+            return
         text = line.rstrip("\r\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         if not line or (interactive and not text):
             return

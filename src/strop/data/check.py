@@ -53,13 +53,12 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     if "prompts" not in report["answers"]:
         stops = int(report["stop_token"]["rows"])
         unit = "rows" if stops <= rows["read"] else "conversations"  # a row may have several
-        grid.add_row("stop", f"{stops:,} {unit} end with a supervised stop token")
+        grid.add_row("stop", f"{stops:,} {unit} end with a stop token that is trained on")
     for i, sentence in enumerate(report["template"]):
         grid.add_row("" if i else "template", Text(sentence))
     if answers := report["answers"]:
         grid.add_row("answers", _describe_answers(answers))
-    padding = f"{report['padding']['batched']:.0%} in batches of 8 in file order; strop's fast step has none"
-    grid.add_row("padding", padding)
+    grid.add_row("padding", f"{report['padding']['batched']:.0%} in batches of 8, which packing avoids")
     console.print(grid, highlight=False)
     for row in report["dropped"][:MAX_SHOWN_LOCATIONS]:
         location = f"{row['file']}:{row['line']}" if row["line"] else row["file"]
@@ -157,11 +156,14 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
             raise FolderError(f"{path} exists", fix="choose another name; nothing is overwritten")
     renderer = renderer_for(data, tokenizer)
     changes: list[Change] = []
-    temp = out.with_name(f".{out.name}.tmp")
+    temp, num_rows = out.with_name(f".{out.name}.tmp"), 0
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
             for line in _clean_rows(data, renderer, changes, data_kind):
                 file.write(line + "\n")
+                num_rows += 1
+        if not num_rows:
+            raise DataError(f"no row is usable, so {out} was not written", fix="correct the rows that are listed")
         changes.sort(key=lambda change: (change.file, change.line or 0))
         log.write_text("".join(json.dumps(vars(change), ensure_ascii=False) + "\n" for change in changes), "utf-8")
         temp.replace(out)

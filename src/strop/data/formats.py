@@ -275,6 +275,10 @@ class ConversationReader:
         if detected is None and not expected.matching_keys(row.value):  # with null values, it is a row of the format
             what = f"not {expected.name}, nor another format: columns {_list_columns(row.value)}"
             raise InvalidRow("unknown-shape", what)
+        if detected == "prompt" and "prompt" in present and not self._answerless:
+            missing = " or ".join(sorted({key for keys in expected.keys if keys[0] == "prompt" for key in keys[1:]}))
+            if missing:
+                raise InvalidRow("no-content", f"no {missing}, which other rows of the file have")
         if detected not in (None, expected.name):
             rows = [(self._first_known.line, expected.name), (row.line, detected)]
             raise DataError(

@@ -141,13 +141,13 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}
     evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
     files = [] if read_eval_share(values.get("data.eval")) else evaluated
-    commands = [["chat", run]] if report.get("objective", {}).get("name") != "reward" else []
-    commands += [["eval", run, *(word for file in files for word in ("--data", file))]] if files else []
-    print_next(*commands)
+    measure = [["eval", run, *(word for file in files for word in ("--data", file))]] if files else []
+    chat = [["chat", run]] if report.get("objective", {}).get("name") != "reward" else []
+    print_next(*measure, *chat, ["dash", run])
     if not files:
         advice = "" if evaluated else "; --eval 5% keeps some back in the next run"
-        lead = "         " if commands else "next     "
-        console.print(f"{lead}measure with `strop eval`, on rows that it was not trained on{advice}", markup=False)
+        command = f"{command_name()} eval {shlex.quote(run)} --data ROWS.jsonl"
+        console.print(f"measure  {command}, on rows that it was not trained on{advice}", markup=False)
     hidden = ("recipe", "lock", "machine", "data_report")
     print_json({key: value for key, value in report.items() if key not in hidden}, as_json)
 

@@ -26,3 +26,13 @@ def test_fix_refuses_existing_paths(tiny_folder: Path, tmp_path: Path, capsys: p
     for out in (Path("."), tmp_path, rows):
         code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", out, capsys=capsys)
         assert code == 2 and f"error: {out}" in err
+
+
+def test_copy_without_rows_is_not_written(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 3, encoding="utf-8")
+    code, _, err = run("check", "--model", tiny_folder, "--data", "rows.jsonl", "--fix", "clean.jsonl", capsys=capsys)
+    assert code == 2 and "no row is usable, so clean.jsonl was not written" in err and "next" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

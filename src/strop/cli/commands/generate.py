@@ -75,6 +75,7 @@ def evaluate(
     if not is_main:
         return
     from strop.evaluation.run import why_incomplete
+    from strop.runs.folder import is_run
 
     evaluations = result["runs"] if len(names) > 1 else [result]
     for evaluation in evaluations:
@@ -89,6 +90,8 @@ def evaluate(
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
         delivery = [["merge", name, "--out", f"{label}-merged"], ["export", "gguf", name, "--out", f"{label}.gguf"]]
+        if is_run(Path(name)):
+            console.print(f"answers  {name}/report.html, or strop dash {name}", markup=False)
         print_next(["chat", name], *(delivery if "tuned" in result else []), ["serve", name])
     print_json(result, as_json)
 
