@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from strop.cli import app
 from strop.errors import suggest
 from tests.support.runs import QUICK, run
 
@@ -272,3 +274,15 @@ def test_chat_with_a_model_without_a_template_is_refused_before_it_loads(
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     code, _, err = run("chat", base, capsys=capsys)
     assert code == 2 and "the model has no chat template" in err and "Fix: " in err
+
+
+def test_retries_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_retries", [])
+    texts = [
+        "'[Errno -2]' thrown while requesting HEAD https://hub",
+        "Retrying in 1s [Retry 1/5].",
+        "a token is invalid",
+    ]
+    records = [logging.makeLogRecord({"msg": text}) for text in texts * 2]
+    shown = [record.getMessage() for record in records if app._shorten_retries(record)]
+    assert shown == ["the Hub does not answer; trying again for up to half a minute", texts[2], texts[2]]

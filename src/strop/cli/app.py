@@ -164,6 +164,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns if parts are missing
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_shorten_retries)
     try:
         arguments = sys.argv[1:]
         command = COMMANDS.get(arguments[0]) if arguments and arguments[0] not in RECIPE_FIELDS else None
@@ -256,6 +257,21 @@ class _Command(_HideFlagTypes, typer.core.TyperCommand): ...
 
 
 class _Group(_HideFlagTypes, typer.core.TyperGroup): ...
+
+
+_retries: list[logging.LogRecord] = []  # of this process
+
+
+def _shorten_retries(record: logging.LogRecord) -> bool:
+    """Leave one readable line of the ten that huggingface_hub logs while it tries again."""
+    text = record.getMessage()
+    if text.startswith("Retrying in"):
+        return False
+    if "thrown while requesting" in text:
+        record.msg, record.args = "the Hub does not answer; trying again for up to half a minute", ()
+        _retries.append(record)
+        return len(_retries) == 1
+    return True
 
 
 def _shorten_exit() -> None:

@@ -335,7 +335,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             raise translated from None
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise
-        reason, fix = f"and {constants.ENDPOINT} cannot be reached", "check the connection, HF_ENDPOINT"
+        reason, fix = f"and {constants.ENDPOINT} cannot be reached", "check the name, the connection, and HF_ENDPOINT"
         if constants.HF_HUB_OFFLINE:
             reason, fix = "while offline", "check the name, or go online (unset HF_HUB_OFFLINE)"
         part = "only in part" if hasattr(error, "snapshot_path") else "not"
