@@ -390,6 +390,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("README.md", "merge_rounding.json", merged_apart),
     ("README.md", "train_step_amx_2026-11-25.json",
      lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth's CPU mode on two machines"),
+    ("README.md", "whole_commands_fp32.json", lambda it: f"{it['ratio']:.2f} times on one without"),
     ("docs/lesson.md", "young_adapters.json",
      lambda it: young(it, "peft's loss is {}, in fp32 {}, in strop's bf16 {}")),
     (PERFORMANCE, "young_adapters.json", young_rows),

@@ -109,6 +109,8 @@ def _appears(page: Any) -> bool:
         ("bad_rows", "recipe.html"),
         ("longer than data.max_length", "troubleshooting.html"),
         ("no chat template", "troubleshooting.html"),
+        ("--max-length", "recipe.html"),
+        ("No space left on device", "troubleshooting.html"),
     ],
 )
 def test_search_works_on_pages_opened_as_files(site: Path, words: str, found: str) -> None:

@@ -50,7 +50,7 @@ REFERENCE = re.compile(rf"{TROUBLESHOOTING_PAGE}#(\w+)")
 
 
 def headings() -> set[str]:
-    return set(re.findall(r"^## (\w+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    return set(re.findall(r'^<a id="(\w+)"></a>\n\n## ', PAGE.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def classes(kind: type[StropError]) -> list[type[StropError]]:

@@ -47,7 +47,7 @@ def on_files(files: Files, config: Any) -> Files:
     }
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
-    for asset in ("iframe-worker.js", "extra.css"):
+    for asset in ("iframe-worker.js", "extra.css", "search.js"):
         files.append(File.generated(config, f"assets/{asset}", abs_src_path=str(ROOT / "tools" / "site" / asset)))
     return files
 

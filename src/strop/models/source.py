@@ -98,7 +98,7 @@ def _check_on_hub(name: str, revision: str | None) -> None:
 def _is_local(name: str) -> bool:
     """Return whether a name that is not a folder can only be the demo model, a GGUF file or a missing folder."""
     is_path = os.sep in name and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1)
-    is_path = is_path or ("/" in name and bool(find_runs(Path(name).parent)))
+    is_path = is_path or name.startswith("runs/") or ("/" in name and bool(find_runs(Path(name).parent)))
     return is_demo(name) or name.startswith("gguf:") or name.endswith(".gguf") or is_path
 
 
