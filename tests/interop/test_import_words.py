@@ -186,6 +186,62 @@ def test_unreadable_values_are_listed_with_their_line(tmp_path: Path) -> None:
     assert recipe.missing == ["model.name"] and "# name: set it, or use --model" in recipe.to_yaml()
 
 
+def test_dict_items_set_later_are_imported(tmp_path: Path) -> None:
+    before = """
+kw = dict(num_train_epochs=1, seed=1)
+kw["num_train_epochs"] = 5
+kw.update(weight_decay=0.2, **{"seed": 3})
+kw.update({"logging_steps": 7})
+options = {"dtype": "float32"}
+options["revision"] = "r1"
+"""
+    draft = trl(tmp_path, "model_init_kwargs=options, **kw", before=before, after="kw2 = {}\nkw2['seed'] = 9")
+    got = [draft.get(name) for name in ("train.epochs", "train.weight_decay", "seed", "train.log_steps")]
+    assert got == [5, 0.2, 3, 7] and not draft.unsupported
+    assert (draft.get("model.dtype"), draft.get("model.revision")) == ("fp32", "r1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["kw[key] = 3", "kw.update(f())", "kw.pop('seed')", "del kw['seed']", "kw['seed'] += 1", "kw.update(kw)",
+     "if f():\n    kw['seed'] = 3", "for n in '12':\n    kw.update(seed=n)"],
+)  # fmt: skip
+def test_dict_changes_that_cannot_be_read_are_listed(change: str, tmp_path: Path) -> None:
+    draft = trl(tmp_path, "**kw", before=f"kw = dict(seed=1)\n{change}")
+    (note,) = draft.unsupported
+    assert note.key == "SFTConfig(**...)" and note.line == 6 + change.count("\n")
+
+
+def test_changed_list_is_listed_as_not_read(tmp_path: Path) -> None:
+    before = "names = ['tensorboard']\nnames.append('wandb')\noptions = {'a': []}\noptions['a'].append(1)"
+    draft = trl(tmp_path, "report_to=names, model_init_kwargs=options", before=before)
+    assert draft.get("track") is None
+    assert set(find_row_warnings(draft.unsupported)) == {"SFTConfig.report_to", "SFTConfig.model_init_kwargs"}
+
+
+def test_positional_arguments_are_imported_or_listed(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    for kind, reference in (("SFT", ""), ("DPO", "None, ")):
+        text = f"held = load_dataset('b.jsonl')\ncfg = {kind}Config('runs/x', 3)\n"
+        call = (
+            f"{kind}Trainer('demo', {reference}cfg, collate, load_dataset('a.jsonl'), held, peft_config=LoraConfig())\n"
+        )
+        file.write_text(text + call, encoding="utf-8")
+        draft = import_config("trl", file).draft
+        assert (draft.get("out"), draft.get("data.train"), draft.get("data.eval")) == ("runs/x", "a.jsonl", "b.jsonl")
+        assert set(find_row_warnings(draft.unsupported)) == {f"{kind}Config", f"{kind}Trainer.data_collator"}
+    file.write_text(
+        "model, tokenizer = FastLanguageModel.from_pretrained('demo', 512, None, False)\n"
+        "model = FastLanguageModel.get_peft_model(model, 32, ['q_proj'], 64, 0.1)\n"
+        "SFTTrainer(model, SFTConfig())\n",
+        encoding="utf-8",
+    )
+    draft = import_config("unsloth", file).draft
+    got = {name: draft.get(f"lora.{name}") for name in ("r", "alpha", "dropout", "target_modules")}
+    assert got == {"r": 32, "alpha": 64, "dropout": 0.1, "target_modules": ["q_proj"]}
+    assert (draft.get("data.max_length"), draft.get("model.quantization")) == (512, "none")
+
+
 def test_argparse_defaults_are_imported_and_noted(tmp_path: Path) -> None:
     before = """
 import argparse
@@ -274,6 +330,13 @@ def test_early_stopping_is_imported_and_other_callbacks_are_listed(
     others = [note.text.partition(":")[0] for note in draft.unsupported if note.key == "callbacks"]
     assert others == (["Printer()", "Watch()"] if callbacks else ["Watch()"])
     assert ("early_stopping_threshold" in find_row_warnings(draft.unsupported)) == ("0.01" in written)
+
+
+def test_callbacks_appended_to_a_list_are_read(tmp_path: Path) -> None:
+    before = "todo = []\ntodo.append(EarlyStoppingCallback(3))\ntodo.append(Printer())"
+    draft = trl(tmp_path, before=before, model='"demo", callbacks=todo, eval_dataset=load_dataset("b.jsonl")')
+    assert draft.get("train.early_stopping") == 3
+    assert [note.text.partition(":")[0] for note in draft.unsupported] == ["Printer()"]
 
 
 @pytest.mark.parametrize("given", ["callbacks=None", "callbacks=[]", ""])

@@ -31,6 +31,8 @@ EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
 )  # fmt: skip
+# order of the trainers' arguments after `model`, and `ref_model` if they have one
+TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
 # arguments of the trainer in older versions of TRL, and of its config in newer ones
 MOVED_ARGUMENTS = ("dataset_num_proc", "dataset_text_field", "max_length", "max_seq_length", "packing")
 LOSS_ON_ALL_NOTE = (
@@ -63,7 +65,7 @@ def read(draft: Draft) -> None:
     start_seed = _read_adapter(draft, script)
     moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
     config = replace(configs[0], keywords={**moved, **configs[0].keywords})
-    keys, objective = read_arguments(draft, script, config), CONFIGS[config.name]
+    keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
     _read_config(draft, keys, objective)
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
@@ -89,7 +91,9 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], fl
         draft.add_unsupported("trainer", "no trainer is created; data and model are read from the rest of the script")
         return {}, float("inf")
     call = trainers[0]
-    arguments = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
+    base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
+    names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *TRAINER_POSITIONS)
+    arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
     for key, node in arguments.items():
         if key in (*TRAINER_ARGUMENTS, *MOVED_ARGUMENTS):
@@ -289,7 +293,8 @@ def _read_model(draft: Draft, script: Script, model_argument: ast.expr | None, t
 def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
     is_unsloth = draft.tool == "unsloth"
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
-    positional = ("model_name" if is_unsloth else "pretrained_model_name_or_path",)
+    unsloth_positions = ("model_name", "max_seq_length", "dtype", "load_in_4bit")
+    positional = unsloth_positions if is_unsloth else ("pretrained_model_name_or_path",)
     keys = read_arguments(draft, script, replace(call, keywords=nodes, assigned_to=""), positional)
     names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
     draft.put_fields(keys, names, str)
@@ -358,7 +363,8 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     else:
         for other in adapters[1:]:
             draft.add_unsupported(other.name, "another one; only the first is imported", other.line)
-    keys = read_arguments(draft, script, call, ("r",))
+    positional = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias") if is_unsloth else ()
+    keys = read_arguments(draft, script, call, positional)
     if "target_modules" not in keys and is_unsloth:
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         draft.put("lora.target_modules", modules, "unsloth's default")
