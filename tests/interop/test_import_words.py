@@ -575,3 +575,57 @@ def test_second_seed_is_noted_if_it_differs(seed: int, differs: bool, tmp_path: 
     assert not {"random_state", "data_seed"} & find_row_warnings(draft.ignored).keys()
     assert not differs or notes["random_state"].startswith("7: strop has one seed, here 3407")
     assert ("data_seed" in find_row_warnings(axolotl(tmp_path, f"seed: 3407\ndata_seed: {seed}\n").differs)) is differs
+
+
+UNSLOTH = """
+from unsloth import FastLanguageModel
+from trl import {kind}Config, {kind}Trainer
+model, tokenizer = FastLanguageModel.from_pretrained("demo"{length})
+model = FastLanguageModel.get_peft_model(model)
+trainer = {kind}Trainer(model=model, args={config}({arguments}), train_dataset=load_dataset("a.jsonl"))
+"""
+
+
+def unsloth(folder: Path, arguments: str = "", kind: str = "SFT", config: str = "", length: str = "") -> Draft:
+    words = {"kind": kind, "config": config or f"{kind}Config", "arguments": arguments, "length": length}
+    (folder / "train.py").write_text(UNSLOTH.format(**words), encoding="utf-8")
+    return import_config("unsloth", folder / "train.py").draft
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "Reward"])
+def test_unsloth_replaces_the_defaults_of_trl(kind: str, tmp_path: Path) -> None:
+    fields = unsloth(tmp_path, kind=kind).fields
+    expected = {
+        "train.micro_batch": 4, "train.batch_size": 8, "train.learning_rate": 5e-5, "train.warmup": 0.1,
+        "train.optimizer": "adamw_8bit", "train.weight_decay": 0.001, "seed": 3407,
+    }  # fmt: skip
+    assert {name: fields[name][0] for name in expected} == expected
+    assert {fields[name][1] for name in expected} == {"unsloth's default"}
+    given = unsloth(tmp_path, "warmup_steps=0, seed=1, optim='adamw_torch', weight_decay=0", kind=kind)
+    got = [given.get(name) for name in ("train.warmup", "seed", "train.optimizer", "train.weight_decay")]
+    assert got == [0, 1, "adamw", 0]
+
+
+def test_unsloth_keeps_the_defaults_of_training_arguments(tmp_path: Path) -> None:
+    draft = unsloth(tmp_path, config="TrainingArguments")
+    names = ("train.batch_size", "train.learning_rate", "train.warmup", "train.optimizer", "train.weight_decay", "seed")
+    assert [draft.get(name) for name in names] == [8, 5e-5, 0, "adamw", 0.0, 42]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_length", "trainer_length", "used"),
+    [("SFT", "", "", 2048), ("SFT", 512, "", 512), ("SFT", 512, 256, 256), ("SFT", 512, 4096, 512),
+     ("DPO", "", "", 1024), ("DPO", 512, "", 512), ("DPO", "", 4096, 2048), ("DPO", "", None, 2048)],
+)  # fmt: skip
+def test_unsloth_limits_the_trainers_length_to_the_models(
+    kind: str, model_length: Any, trainer_length: Any, used: int, tmp_path: Path
+) -> None:
+    length = f", max_seq_length={model_length}" if model_length else ""
+    draft = unsloth(tmp_path, "" if trainer_length == "" else f"max_length={trainer_length}", kind, length=length)
+    assert draft.get("data.max_length") == used
+
+
+def test_adafactor_has_no_difference(tmp_path: Path) -> None:
+    """transformers switches its scaling by the norm of the weights off (scale_parameter=False)."""
+    draft = trl(tmp_path, "optim='adafactor'")
+    assert draft.get("train.optimizer") == "adafactor" and "optim" not in find_row_warnings(draft.differs)

@@ -199,11 +199,11 @@ class Draft:
             self.put("train.objective", objectives[value], key)
         return objectives[value]
 
-    def put_batch_size(self, micro_batch: Any, accumulation_steps: Any, key: str) -> None:
+    def put_batch_size(self, micro_batch: Any, accumulation_steps: Any, key: str, source: str = "") -> None:
         """Set the effective batch size and the micro-batch size from those of one device."""
         rows = as_int(key, micro_batch)
-        self.put("train.batch_size", rows * as_int(key, accumulation_steps), key)
-        self.put("train.micro_batch", rows, key)
+        self.put("train.batch_size", rows * as_int(key, accumulation_steps), source or key)
+        self.put("train.micro_batch", rows, source or key)
         self.add_difference(key, "per device in the other tool; strop's batch_size is that of all devices together")
 
     def put_int8(self, key: str) -> None:
@@ -226,16 +226,14 @@ class Draft:
         else:
             self.add_unsupported(key, f"{share}: a row count; set data.eval to a file or a share such as 5%")
 
-    def put_optimizer(self, key: str, name: Any) -> None:
+    def put_optimizer(self, key: str, name: Any, source: str = "") -> None:
         optimizer = OPTIMIZERS.get(str(name).lower())
         if optimizer is None:
             self.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
             return
-        self.put("train.optimizer", optimizer, key)
+        self.put("train.optimizer", optimizer, source or key)
         if "paged" in str(name) and "paged" not in optimizer:
             self.add_difference(key, f"{name}: strop uses {optimizer}, not paged; the results are the same")
-        if optimizer == "adafactor":
-            self.add_difference(key, "strop does not scale the learning rate by the norm of the weights")
 
     def check_adam_betas(self, keys: Keys) -> None:
         """Report AdamW's betas and epsilon, which are constants in strop, if they differ from strop's."""
@@ -250,8 +248,8 @@ class Draft:
             text = f"{dropout}: the other tool disables dropout for preference objectives"
             self.add_difference("lora_dropout", text)
 
-    def put_schedule(self, key: str, name: Any) -> None:
-        schedule, source = SCHEDULES.get(str(name).lower()), key
+    def put_schedule(self, key: str, name: Any, source: str = "") -> None:
+        schedule, source = SCHEDULES.get(str(name).lower()), source or key
         if schedule is None:
             schedule, source = "cosine", f"{key} has no equivalent"
             self.add_unsupported(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is used")
@@ -270,19 +268,18 @@ class Draft:
         elif enabled is not None:
             self.put("train.gradient_checkpointing", "on" if enabled else "off", key)
 
-    def put_training_arguments(self, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
-        """Import the fields of transformers' TrainingArguments. defaults: by key; tool: whose defaults these are."""
+    def put_training_arguments(self, keys: Keys, defaults: dict[str, Any]) -> None:
+        """Import the fields of transformers' TrainingArguments. defaults: the tool's defaults by key."""
 
         def take(key: str) -> tuple[Any, str]:
             """Return the value or its default, and where it came from."""
             value = keys.take(key)
             if value is not None:
                 return value, key
-            return defaults.get(key), keys.default_source(key, f"{tool}'s default")
+            return defaults.get(key), keys.default_source(key, f"{self.tool}'s default")
 
         micro_batch, source = take("per_device_train_batch_size")
-        source = "per_device_train_batch_size" if source == f"{tool}'s default" else source
-        self.put_batch_size(micro_batch, take("gradient_accumulation_steps")[0], source)
+        self.put_batch_size(micro_batch, take("gradient_accumulation_steps")[0], "per_device_train_batch_size", source)
         for key, name in (
             ("learning_rate", "train.learning_rate"), ("num_train_epochs", "train.epochs"),
             ("weight_decay", "train.weight_decay"), ("max_grad_norm", "train.max_grad_norm"), ("seed", "seed"),
@@ -291,10 +288,10 @@ class Draft:
             if value is not None:
                 self.put(name, as_number(value), source)
         self.note_seed("data_seed", keys.take("data_seed"))
-        schedule, _ = take("lr_scheduler_type")
-        self._put_warmup(keys, is_constant=schedule == "constant")
-        self.put_schedule("lr_scheduler_type", schedule)
-        self.put_optimizer("optim", take("optim")[0])
+        schedule, source = take("lr_scheduler_type")
+        self._put_warmup(keys, is_constant=schedule == "constant", default=defaults.get("warmup_steps", 0))
+        self.put_schedule("lr_scheduler_type", schedule, source)
+        self.put_optimizer("optim", *take("optim"))
         self.check_adam_betas(keys)
         self.put_dtype_flags(keys)
         for key in ("gradient_checkpointing", "activation_checkpointing"):  # renamed in transformers 5.24
@@ -308,11 +305,14 @@ class Draft:
                 key, f"{value}: strop has one seed, here {seed}, for row order, LoRA's start and dropout"
             )
 
-    def _put_warmup(self, keys: Keys, *, is_constant: bool) -> None:
+    def _put_warmup(self, keys: Keys, *, is_constant: bool, default: float) -> None:
         """Import the warmup, which transformers ignores for the schedule `constant`."""
         steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
-        value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-        self.put("train.warmup", as_number(value or 0), key if value else "no warmup")
+        value, key = (steps, "warmup_steps") if steps or ratio is None else (ratio, "warmup_ratio")
+        source = key
+        if value is None:
+            value, source = default, keys.default_source(key, f"{self.tool}'s default")
+        self.put("train.warmup", as_number(value), source if value else "no warmup")
         if value and is_constant:
             self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
         elif value:

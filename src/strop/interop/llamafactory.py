@@ -47,7 +47,7 @@ def read(draft: Draft) -> None:
         objective = draft.put_objective("stage", stage, STAGES)
     _read_model(draft, keys)
     _read_data(draft, keys, stage)
-    draft.put_training_arguments(keys, DEFAULTS, tool="llamafactory")
+    draft.put_training_arguments(keys, DEFAULTS)
     draft.put_int(keys, "early_stopping_steps", "train.early_stopping")
     _read_objective(draft, keys, objective)
     keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))

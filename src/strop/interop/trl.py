@@ -1,4 +1,4 @@
-"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth of August 2026."""
+"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth 2026.10.9."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo"}
 DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
+}  # fmt: skip
+# Unsloth replaces these defaults of TRL's configs (unsloth/models/rl.py), but not those of TrainingArguments
+UNSLOTH_DEFAULTS = {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5, "warmup_steps": 0.1,
+    "optim": "adamw_8bit", "weight_decay": 0.001, "seed": 3407,
 }  # fmt: skip
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
@@ -66,7 +71,7 @@ def read(draft: Draft) -> None:
     moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
     config = replace(configs[0], keywords={**moved, **configs[0].keywords})
     keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
-    _read_config(draft, keys, objective)
+    _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
@@ -134,8 +139,8 @@ def _masks_prompts(script: Script) -> bool:
     return any(call.name in names for call in script.calls)
 
 
-def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
-    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask."""
+def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False) -> None:
+    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask. is_plain: it is a TrainingArguments."""
     loss = keys.take("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
     what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
@@ -149,10 +154,9 @@ def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
         raise RecipeError(what, fix="remove it from the config")
     if objective != "sft":
         draft.put("train.objective", objective, "the config's class")
-    is_unsloth_sft = objective == "sft" and draft.tool == "unsloth"
-    learning_rate = 5e-5 if is_unsloth_sft else LEARNING_RATES.get(objective, 1e-6)
-    tool = "trl" if draft.tool == "trl" else "transformers"
-    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate}, tool=tool)
+    learning_rate = 5e-5 if is_plain else LEARNING_RATES.get(objective, 1e-6)
+    changed = UNSLOTH_DEFAULTS if draft.tool == "unsloth" and not is_plain else {}
+    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate, **changed})
     for key, objectives in (
         ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
         ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
@@ -171,11 +175,12 @@ def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
         if (revision := model_keys.take("revision")) is not None:
             draft.put("model.revision", str(revision), "model_init_kwargs.revision")
         model_keys.report_rest(draft, IGNORED_MODEL_KEYS)
-    length = keys.take("max_length", keys.take("max_seq_length"))
-    if length is not None:
-        draft.put("data.max_length", as_int("max_length", length), "max_length")
-    elif draft.get("data.max_length") is None and "max_length" not in keys.null_keys:
-        draft.put("data.max_length", 1024, "trl's default")
+    length, source = keys.take("max_length", keys.take("max_seq_length")), "max_length"
+    model_length = draft.get("data.max_length")  # set by Unsloth's from_pretrained
+    if length is None and "max_length" not in keys.null_keys and (model_length is None or objective != "sft"):
+        length, source = 1024, keys.default_source("max_length", "trl's default")
+    if length is not None and (model_length is None or as_int("max_length", length) < model_length):
+        draft.put("data.max_length", as_int("max_length", length), source)
     draft.note_max_length("max_length")
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
@@ -299,8 +304,9 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
     names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
     draft.put_fields(keys, names, str)
     _put_dtype(draft, keys)
-    draft.put_int(keys, "max_seq_length", "data.max_length")
     if is_unsloth:
+        draft.put("data.max_length", 2048, keys.default_source("max_seq_length", "unsloth's default"))
+        draft.put_int(keys, "max_seq_length", "data.max_length")
         in_4_bit, in_8_bit, in_16_bit = (keys.take(f"load_in_{bits}bit") for bits in (4, 8, 16))
         if keys.take("full_finetuning"):
             raise draft.not_lora_error("full_finetuning", "give a script that trains an adapter")
