@@ -75,7 +75,7 @@ def read(draft: Draft) -> None:
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
-    _read_callbacks(draft, script, trainer_arguments.get("callbacks"), keys.peek("metric_for_best_model"))
+    _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
     keys.report_rest(draft, IGNORED_KEYS)
     for call in script.calls:
         node = call.keywords.get("resume_from_checkpoint")
@@ -112,7 +112,7 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], fl
     return arguments, call.line
 
 
-def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None, best_model_metric: Any) -> None:
+def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None) -> None:
     """Import transformers' EarlyStoppingCallback, and report other callbacks. node: the trainer's `callbacks`."""
     callbacks = script.read_list_items(node) if node is not None and script.value(node) is not None else []
     callbacks += [argument for call in script.calls if call.name == "add_callback" for argument in call.arguments]
@@ -129,8 +129,6 @@ def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None, best_mo
             draft.put("train.early_stopping", patience, keys.default_source("early_stopping_patience", EARLY_STOPPING))
             if threshold := keys.take("early_stopping_threshold"):
                 draft.add_unsupported("early_stopping_threshold", f"{threshold}: strop has no threshold", call.line)
-            if best_model_metric not in (None, "loss", "eval_loss"):
-                draft.add_difference(EARLY_STOPPING, f"{best_model_metric}: strop monitors the loss", call.line)
 
 
 def _masks_prompts(script: Script) -> bool:
@@ -141,8 +139,7 @@ def _masks_prompts(script: Script) -> bool:
 
 def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False) -> None:
     """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask. is_plain: it is a TrainingArguments."""
-    loss = keys.take("loss_type")
-    loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    loss = draft.put_sft_loss(keys, "loss_type", keys.take("loss_type"), "loss_weights")
     what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
     if objective in ("dpo", "simpo") and loss is not None:
         if not isinstance(loss, str) or loss not in LOSSES:
@@ -157,14 +154,9 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
     learning_rate = 5e-5 if is_plain else LEARNING_RATES.get(objective, 1e-6)
     changed = UNSLOTH_DEFAULTS if draft.tool == "unsloth" and not is_plain else {}
     draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate, **changed})
-    for key, objectives in (
-        ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
-        ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
-    ):  # fmt: skip
-        if objective in objectives:
-            draft.put_fields(keys, {key: f"train.{key}"})
-        elif value := keys.take(key):
-            draft.add_unsupported(key, f"{format_value(value)}: not used by {objective}")
+    draft.read_trl_loss(keys, "label_smoothing", "ORPOConfig")
+    options = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
+    draft.put_options(keys, dict(zip(options, options, strict=True)))
     if objective == "simpo":
         draft.put_simpo(keys)
     elif gamma := keys.take("simpo_gamma"):
@@ -196,6 +188,8 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
 
 def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
     assistant_only, completion_only = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
+    if not assistant_only and not masked_by_collator and draft.get("data.columns") is None:
+        draft.note_string_rows("prompt")
     if objective != "sft" or assistant_only or completion_only or masked_by_collator:
         return
     if completion_only is False:
@@ -215,7 +209,7 @@ def _read_yaml(draft: Draft) -> None:
     draft.put_fields(keys, names, str)
     _put_dtype(draft, keys)
     if "lora_target_modules" not in keys:
-        draft.add_difference("lora_target_modules", DEFAULT_TARGETS_NOTE)
+        draft.put_default_targets("lora_target_modules")
     defaults = {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05}
     draft.put_lora(keys, "lora_r", "lora_target_modules", defaults)
     if keys.take("load_in_4bit"):
@@ -242,10 +236,6 @@ IGNORED_MODEL_KEYS = (
     "attn_implementation", "device_map", "low_cpu_mem_usage", "token", "trust_remote_code", "use_cache",
     "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
 )  # fmt: skip
-DEFAULT_TARGETS_NOTE = (
-    "not given: PEFT uses a default by model family (q_proj and v_proj for Llama, Qwen and others); "
-    "strop uses all linear layers"
-)
 # calls that create a model, tokenizer or trainer, whose attributes a script may set later
 _CREATING_CALLS = (
     "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
@@ -361,6 +351,8 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     is_unsloth = draft.tool == "unsloth"
     function = "get_peft_model" if is_unsloth else "LoraConfig"
     adapters = [call for call in script.calls if call.name == function]
+    if not adapters and draft.get("model.adapter") is not None:
+        return None  # the adapter has its own settings
     if not adapters:
         raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
     call, default_rank = adapters[0], 8
@@ -375,7 +367,7 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         draft.put("lora.target_modules", modules, "unsloth's default")
     elif "target_modules" not in keys:
-        draft.add_difference("target_modules", DEFAULT_TARGETS_NOTE)
+        draft.put_default_targets("target_modules")
     defaults = {"lora.r": default_rank, "lora.alpha": default_rank, "lora.dropout": 0.0}
     draft.put_lora(keys, "r", "target_modules", defaults)
     names = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
