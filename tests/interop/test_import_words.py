@@ -694,6 +694,9 @@ def test_torchtune_output_and_warmup_are_read(tmp_path: Path) -> None:
     )
     draft = import_config("torchtune", file).draft
     assert draft.get("out") == "runs/b" and "lr_scheduler" in find_row_warnings(draft.differs)
+    data = "torchtune.datasets.chat_dataset, source: json, data_files: b.jsonl"
+    file.write_text(f"{start}}}\ndataset_val: {{_component_: {data}}}\n", "utf-8")
+    assert "last weights" in find_row_warnings(import_config("torchtune", file).draft.differs)["dataset_val"]
 
 
 # --- llamafactory, torchtune and unsloth -----------------------------------------------------------------------------

@@ -173,8 +173,9 @@ class Draft:
         if self.get("data.eval") is None:
             return
         if not self.loads_best and self.get("train.early_stopping") is None:
-            text = "off: the other tool keeps the last weights; strop those of the evaluation with the lowest loss"
-            self.add_difference("load_best_model_at_end", text)
+            key = "dataset_val" if self.tool == "torchtune" else "load_best_model_at_end"
+            text = "the other tool keeps the last weights; strop keeps those of the evaluation with the lowest loss"
+            self.add_difference(key, text)
         elif self.best_metric not in (None, "loss", "eval_loss"):
             self.add_difference("metric_for_best_model", f"{self.best_metric}: strop compares evaluations by loss")
 
