@@ -61,6 +61,8 @@ def test_messages_name_the_command_that_works_here(monkeypatch: pytest.MonkeyPat
     assert command_name() == ".venv/bin/strop"
     expected = "use `.venv/bin/strop resume runs/a`, not strop's"
     assert with_command_name("use `strop resume runs/a`, not strop's") == expected
+    assert with_command_name("for example: strop runs") == "for example: .venv/bin/strop runs"
+    assert with_command_name("strop trains adapters, as strop does") == "strop trains adapters, as strop does"
     monkeypatch.setenv("PATH", str(folder))
     assert command_name() == "strop" and with_command_name("strop runs") == "strop runs"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "strop" / "__main__.py")])

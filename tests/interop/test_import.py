@@ -179,7 +179,7 @@ def test_keys_with_another_meaning_are_listed(tmp_path: Path, tiny_folder: Path)
     }
     assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= expected
     expected = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
-    assert {"max_length", "target_modules", "warmup_steps"} <= expected
+    assert {"max_length", "load_best_model_at_end", "warmup_steps"} <= expected
 
 
 def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:

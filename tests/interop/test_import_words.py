@@ -43,6 +43,12 @@ def trl(
     return import_config("trl", file).draft
 
 
+def llamafactory(folder: Path, more: str = "") -> Draft:
+    file = folder / "factory.yaml"
+    file.write_text(f"model_name_or_path: demo\n{more}", encoding="utf-8")
+    return import_config("llamafactory", file).draft
+
+
 def find_row_warnings(notes: Any) -> dict[str, str]:
     return {note.key: note.text for note in notes}
 
@@ -186,6 +192,62 @@ def test_unreadable_values_are_listed_with_their_line(tmp_path: Path) -> None:
     assert recipe.missing == ["model.name"] and "# name: set it, or use --model" in recipe.to_yaml()
 
 
+def test_dict_items_set_later_are_imported(tmp_path: Path) -> None:
+    before = """
+kw = dict(num_train_epochs=1, seed=1)
+kw["num_train_epochs"] = 5
+kw.update(weight_decay=0.2, **{"seed": 3})
+kw.update({"logging_steps": 7})
+options = {"dtype": "float32"}
+options["revision"] = "r1"
+"""
+    draft = trl(tmp_path, "model_init_kwargs=options, **kw", before=before, after="kw2 = {}\nkw2['seed'] = 9")
+    got = [draft.get(name) for name in ("train.epochs", "train.weight_decay", "seed", "train.log_steps")]
+    assert got == [5, 0.2, 3, 7] and not draft.unsupported
+    assert (draft.get("model.dtype"), draft.get("model.revision")) == ("fp32", "r1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["kw[key] = 3", "kw.update(f())", "kw.pop('seed')", "del kw['seed']", "kw['seed'] += 1", "kw.update(kw)",
+     "if f():\n    kw['seed'] = 3", "for n in '12':\n    kw.update(seed=n)"],
+)  # fmt: skip
+def test_dict_changes_that_cannot_be_read_are_listed(change: str, tmp_path: Path) -> None:
+    draft = trl(tmp_path, "**kw", before=f"kw = dict(seed=1)\n{change}")
+    (note,) = draft.unsupported
+    assert note.key == "SFTConfig(**...)" and note.line == 6 + change.count("\n")
+
+
+def test_changed_list_is_listed_as_not_read(tmp_path: Path) -> None:
+    before = "names = ['tensorboard']\nnames.append('wandb')\noptions = {'a': []}\noptions['a'].append(1)"
+    draft = trl(tmp_path, "report_to=names, model_init_kwargs=options", before=before)
+    assert draft.get("track") is None
+    assert set(find_row_warnings(draft.unsupported)) == {"SFTConfig.report_to", "SFTConfig.model_init_kwargs"}
+
+
+def test_positional_arguments_are_imported_or_listed(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    for kind, reference in (("SFT", ""), ("DPO", "None, ")):
+        text = f"held = load_dataset('b.jsonl')\ncfg = {kind}Config('runs/x', 3)\n"
+        call = (
+            f"{kind}Trainer('demo', {reference}cfg, collate, load_dataset('a.jsonl'), held, peft_config=LoraConfig())\n"
+        )
+        file.write_text(text + call, encoding="utf-8")
+        draft = import_config("trl", file).draft
+        assert (draft.get("out"), draft.get("data.train"), draft.get("data.eval")) == ("runs/x", "a.jsonl", "b.jsonl")
+        assert set(find_row_warnings(draft.unsupported)) == {f"{kind}Config", f"{kind}Trainer.data_collator"}
+    file.write_text(
+        "model, tokenizer = FastLanguageModel.from_pretrained('demo', 512, None, False)\n"
+        "model = FastLanguageModel.get_peft_model(model, 32, ['q_proj'], 64, 0.1)\n"
+        "SFTTrainer(model, SFTConfig())\n",
+        encoding="utf-8",
+    )
+    draft = import_config("unsloth", file).draft
+    got = {name: draft.get(f"lora.{name}") for name in ("r", "alpha", "dropout", "target_modules")}
+    assert got == {"r": 32, "alpha": 64, "dropout": 0.1, "target_modules": ["q_proj"]}
+    assert (draft.get("data.max_length"), draft.get("model.quantization")) == (512, "none")
+
+
 def test_argparse_defaults_are_imported_and_noted(tmp_path: Path) -> None:
     before = """
 import argparse
@@ -274,6 +336,13 @@ def test_early_stopping_is_imported_and_other_callbacks_are_listed(
     others = [note.text.partition(":")[0] for note in draft.unsupported if note.key == "callbacks"]
     assert others == (["Printer()", "Watch()"] if callbacks else ["Watch()"])
     assert ("early_stopping_threshold" in find_row_warnings(draft.unsupported)) == ("0.01" in written)
+
+
+def test_callbacks_appended_to_a_list_are_read(tmp_path: Path) -> None:
+    before = "todo = []\ntodo.append(EarlyStoppingCallback(3))\ntodo.append(Printer())"
+    draft = trl(tmp_path, before=before, model='"demo", callbacks=todo, eval_dataset=load_dataset("b.jsonl")')
+    assert draft.get("train.early_stopping") == 3
+    assert [note.text.partition(":")[0] for note in draft.unsupported] == ["Printer()"]
 
 
 @pytest.mark.parametrize("given", ["callbacks=None", "callbacks=[]", ""])
@@ -456,9 +525,178 @@ def test_train_test_split_becomes_an_eval_share(given: str, tmp_path: Path) -> N
     assert import_config("trl", file).draft.get("data.eval") == "10%"
 
 
-def test_several_losses_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="sigmoid, sft"):
-        trl(tmp_path, "loss_type=['sigmoid', 'sft']", kind="DPO")
+@pytest.mark.parametrize("losses", [["sigmoid", "hinge"], ["sft"], ["sigmoid", "ipo", "sft"], ["hinge", "sft"]])
+def test_several_losses_are_refused(losses: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=losses[-1]):
+        trl(tmp_path, f"loss_type={losses}", kind="DPO")
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "objective", "share"),
+    [(["sigmoid", "sft"], None, "dpo", 1), (["sft", "ipo"], [0.5, 1], "ipo", 0.5),
+     (["sigmoid", "sft"], [2, 1], "dpo", 0.5)],
+)  # fmt: skip
+def test_sft_loss_becomes_sft_weight(losses: Any, weights: Any, objective: str, share: float, tmp_path: Path) -> None:
+    given = f"dpo_loss_type: {losses}\n" + (f"dpo_loss_weights: {weights}\n" if weights else "")
+    for draft, prefix in (
+        (trl(tmp_path, f"loss_type={losses}, loss_weights={weights}", kind="DPO"), ""),
+        (axolotl(tmp_path, f"rl: dpo\n{given}"), "dpo_"),
+    ):
+        assert (draft.get("train.objective"), draft.get("train.sft_weight")) == (objective, share)
+        notes = find_row_warnings(draft.differs)
+        assert "averages" in notes[f"{prefix}loss_type"] and (f"{prefix}loss_weights" in notes) == (weights == [2, 1])
+        assert not draft.unsupported
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_label_smoothing_without_effect_is_left_out(loss: str, tmp_path: Path) -> None:
+    """TRL's losses sigmoid and ipo do not read it; LLaMA-Factory's own DPO and TRL's SimPO do."""
+    draft = trl(tmp_path, f"label_smoothing=0.1, loss_type='{loss}'", kind="DPO")
+    assert draft.get("train.label_smoothing") is None and not draft.unsupported
+    assert find_row_warnings(draft.ignored)["label_smoothing"] == f"no effect in TRL's {loss} loss"
+    draft = axolotl(tmp_path, f"rl: {'dpo' if loss == 'sigmoid' else 'ipo'}\ndpo_label_smoothing: 0.1\n")
+    assert draft.get("train.label_smoothing") is None and not draft.unsupported
+    assert find_row_warnings(draft.ignored)["dpo_label_smoothing"] == f"no effect in TRL's {loss} loss"
+    assert trl(tmp_path, "label_smoothing=0.1, loss_type='simpo'", kind="CPO").get("train.label_smoothing") == 0.1
+    draft = llamafactory(tmp_path, "stage: dpo\ndpo_label_smoothing: 0.1\n")
+    assert draft.get("train.label_smoothing") == 0.1
+
+
+def test_options_that_an_objective_lacks_are_listed(tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, "stage: dpo\npref_ftx: 0.5\nkto_chosen_weight: 2.0\n")
+    assert draft.get("train.sft_weight") == 0.5 and "pref_ftx" not in find_row_warnings(draft.differs)
+    assert set(find_row_warnings(draft.unsupported)) == {"kto_chosen_weight"}
+    draft = llamafactory(tmp_path, "stage: dpo\npref_loss: orpo\npref_ftx: 0.5\n")
+    assert find_row_warnings(draft.unsupported) == {"pref_ftx": "0.5: orpo has no sft_weight in strop"}
+    draft = axolotl(tmp_path, "rl_beta: 0.5\n")
+    assert find_row_warnings(draft.unsupported) == {"rl_beta": "0.5: sft has no beta in strop"}
+
+
+def test_orpo_loss_of_trl_is_noted(tmp_path: Path) -> None:
+    assert "prompt and answer" in find_row_warnings(trl(tmp_path, kind="ORPO").differs)["ORPOConfig"]
+    assert "prompt and answer" in find_row_warnings(axolotl(tmp_path, "rl: orpo\n").differs)["rl"]
+    draft = llamafactory(tmp_path, "stage: dpo\npref_loss: orpo\n")  # its own loss is that of strop
+    assert not any("prompt and answer" in note.text for note in draft.differs)
+
+
+def test_kept_weights_are_noted_if_they_are_the_last(tmp_path: Path) -> None:
+    split = 'load_dataset("json", data_files="b.jsonl", split="train")'
+    model = f'"demo", eval_dataset={split}'
+    key = "load_best_model_at_end"
+    assert "last weights" in find_row_warnings(trl(tmp_path, model=model).differs)[key]
+    assert key not in find_row_warnings(trl(tmp_path).differs)
+    assert key not in find_row_warnings(trl(tmp_path, f"{key}=True", model=model).differs)
+    draft = trl(tmp_path, f"{key}=True, metric_for_best_model='accuracy'", model=model)
+    assert find_row_warnings(draft.differs)["metric_for_best_model"].startswith("accuracy: ")
+    for read in (axolotl, llamafactory):
+        size = "val_set_size: 0.1\n" if read is axolotl else "val_size: 0.1\n"
+        assert key in find_row_warnings(read(tmp_path, size).differs)
+        assert key not in find_row_warnings(read(tmp_path, f"{size}{key}: true\n").differs)
+    assert key not in find_row_warnings(axolotl(tmp_path, "val_set_size: 0.1\nearly_stopping_patience: 2\n").differs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "noted"),
+    [
+        ("SFT", {"prompt": "a", "completion": "b"}, True),
+        ("SFT", {"messages": [{"role": "user", "content": "a"}]}, False),
+        ("SFT", {"prompt": [{}], "completion": [{}]}, False),
+        ("SFT", {"text": "a"}, False),
+        ("SFT", None, True),
+        ("DPO", {"prompt": "a", "chosen": "b", "rejected": "c"}, True),
+        ("DPO", {"chosen": [{}], "rejected": [{}]}, False),
+        ("KTO", {"prompt": "a", "completion": "b", "label": True}, True),
+    ],
+)
+def test_rows_of_strings_are_noted(
+    kind: str, row: Any, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if row is not None:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    text = find_row_warnings(trl(tmp_path, kind=kind).differs).get("prompt", "")
+    assert ("without a chat template" in text) is noted
+    if kind == "SFT":
+        assert "prompt" not in find_row_warnings(trl(tmp_path, "assistant_only_loss=True").differs)
+    if kind == "DPO":  # Axolotl leaves rows without a type to TRL
+        assert (
+            "datasets" in find_row_warnings(axolotl(tmp_path, "rl: dpo\n", "datasets: [a.jsonl]\n").differs)
+        ) is noted
+        assert "datasets" not in find_row_warnings(axolotl(tmp_path, "rl: dpo\n").differs)
+
+
+def test_score_head_is_not_a_module_to_save(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    for modules, left in ((["score"], []), (["score", "embed_tokens"], ["embed_tokens"])):
+        file.write_text(
+            f"RewardTrainer('demo', args=RewardConfig(), peft_config=LoraConfig(modules_to_save={modules}))\n", "utf-8"
+        )
+        draft = import_config("trl", file).draft
+        assert (
+            draft.get("lora.modules_to_save") == left
+            and "score head" in find_row_warnings(draft.ignored)["modules_to_save"]
+        )
+        draft = axolotl(tmp_path, f"reward_model: true\nlora_modules_to_save: {modules}\n")
+        assert draft.get("lora.modules_to_save") == left
+        draft = llamafactory(tmp_path, f"stage: rm\nadditional_target: {','.join(modules)}\n")
+        assert draft.get("lora.modules_to_save") == left
+
+
+def test_trained_adapter_without_lora_config_is_imported(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    text = (
+        "model = AutoModelForCausalLM.from_pretrained('demo')\n"
+        "model = PeftModel.from_pretrained(model, 'old', is_trainable=True)\n"
+        "{0}Trainer(model, args={0}Config())\n"
+    )
+    for kind, dropout in (("SFT", None), ("DPO", 0.0)):
+        file.write_text(text.format(kind), encoding="utf-8")
+        draft = import_config("trl", file).draft
+        fields = {name: draft.get(name) for name in draft.fields if name.startswith(("lora.", "model."))}
+        expected = {"model.name": "demo", "model.adapter": "old", "model.quantization": "none"}
+        assert fields == expected | ({} if dropout is None else {"lora.dropout": dropout}) and not draft.unsupported
+    file.write_text(text.format("SFT").replace("PeftModel", "Other"), encoding="utf-8")
+    with pytest.raises(InputError, match="LoraConfig is not called: strop trains LoRA adapters only"):
+        import_config("trl", file)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "modules"), [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"]), ("new", None), ("gemma4", None)]
+)
+def test_default_targets_are_those_of_peft(model_type: str, modules: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    draft = trl(tmp_path, model=repr(str(tmp_path)))
+    assert draft.get("lora.target_modules") == modules
+    assert ("target_modules" in find_row_warnings(draft.differs)) is (modules is None)
+    file = tmp_path / "sft.yaml"
+    file.write_text(f"model_name_or_path: {tmp_path}\nuse_peft: true\n", encoding="utf-8")
+    assert import_config("trl", file).draft.get("lora.target_modules") == modules
+
+
+def test_unread_targets_are_not_called_missing(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text("SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(target_modules=f()))\n", "utf-8")
+    draft = import_config("trl", file).draft
+    assert "target_modules" not in find_row_warnings(draft.differs)
+    assert "LoraConfig.target_modules" in find_row_warnings(draft.unsupported)
+
+
+def test_torchtune_output_and_warmup_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    model = "model: {_component_: torchtune.models.qwen3.lora_qwen3_8b, lora_attn_modules: [q_proj]}\n"
+    start = model + "output_dir: runs/a\ncheckpointer: {checkpoint_dir: demo"
+    file.write_text(start + "}\n", encoding="utf-8")
+    draft = import_config("torchtune", file).draft
+    assert draft.get("out") == "runs/a" and "lr_scheduler" not in find_row_warnings(draft.differs)
+    scheduler = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
+    file.write_text(
+        f"{start}, output_dir: runs/b}}\nlr_scheduler: {{_component_: {scheduler}, num_warmup_steps: 5}}\n", "utf-8"
+    )
+    draft = import_config("torchtune", file).draft
+    assert draft.get("out") == "runs/b" and "lr_scheduler" in find_row_warnings(draft.differs)
+    data = "torchtune.datasets.chat_dataset, source: json, data_files: b.jsonl"
+    file.write_text(f"{start}}}\ndataset_val: {{_component_: {data}}}\n", "utf-8")
+    assert "last weights" in find_row_warnings(import_config("torchtune", file).draft.differs)["dataset_val"]
 
 
 # --- llamafactory, torchtune and unsloth -----------------------------------------------------------------------------
@@ -512,3 +750,63 @@ def test_second_seed_is_noted_if_it_differs(seed: int, differs: bool, tmp_path: 
     assert not {"random_state", "data_seed"} & find_row_warnings(draft.ignored).keys()
     assert not differs or notes["random_state"].startswith("7: strop has one seed, here 3407")
     assert ("data_seed" in find_row_warnings(axolotl(tmp_path, f"seed: 3407\ndata_seed: {seed}\n").differs)) is differs
+
+
+UNSLOTH = """
+from unsloth import FastLanguageModel
+from trl import {kind}Config, {kind}Trainer
+model, tokenizer = FastLanguageModel.from_pretrained("demo"{length})
+model = FastLanguageModel.get_peft_model(model)
+trainer = {kind}Trainer(model=model, args={config}({arguments}), train_dataset=load_dataset("a.jsonl"))
+"""
+
+
+def unsloth(folder: Path, arguments: str = "", kind: str = "SFT", config: str = "", length: str = "") -> Draft:
+    words = {"kind": kind, "config": config or f"{kind}Config", "arguments": arguments, "length": length}
+    (folder / "train.py").write_text(UNSLOTH.format(**words), encoding="utf-8")
+    return import_config("unsloth", folder / "train.py").draft
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "Reward"])
+def test_unsloth_replaces_the_defaults_of_trl(kind: str, tmp_path: Path) -> None:
+    fields = unsloth(tmp_path, kind=kind).fields
+    expected = {
+        "train.micro_batch": 4, "train.batch_size": 8, "train.learning_rate": 5e-5, "train.warmup": 0.1,
+        "train.optimizer": "adamw_8bit", "train.weight_decay": 0.001, "seed": 3407,
+    }  # fmt: skip
+    assert {name: fields[name][0] for name in expected} == expected
+    assert {fields[name][1] for name in expected} == {"unsloth's default"}
+    given = unsloth(tmp_path, "warmup_steps=0, seed=1, optim='adamw_torch', weight_decay=0", kind=kind)
+    got = [given.get(name) for name in ("train.warmup", "seed", "train.optimizer", "train.weight_decay")]
+    assert got == [0, 1, "adamw", 0]
+
+
+def test_unsloth_keeps_the_defaults_of_training_arguments(tmp_path: Path) -> None:
+    draft = unsloth(tmp_path, config="TrainingArguments")
+    names = ("train.batch_size", "train.learning_rate", "train.warmup", "train.optimizer", "train.weight_decay", "seed")
+    assert [draft.get(name) for name in names] == [8, 5e-5, 0, "adamw", 0.0, 42]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_length", "trainer_length", "used"),
+    [("SFT", "", "", 2048), ("SFT", 512, "", 512), ("SFT", 512, 256, 256), ("SFT", 512, 4096, 512),
+     ("DPO", "", "", 1024), ("DPO", 512, "", 512), ("DPO", "", 4096, 2048), ("DPO", "", None, 2048)],
+)  # fmt: skip
+def test_unsloth_limits_the_trainers_length_to_the_models(
+    kind: str, model_length: Any, trainer_length: Any, used: int, tmp_path: Path
+) -> None:
+    length = f", max_seq_length={model_length}" if model_length else ""
+    draft = unsloth(tmp_path, "" if trainer_length == "" else f"max_length={trainer_length}", kind, length=length)
+    assert draft.get("data.max_length") == used
+
+
+def test_adafactor_has_no_difference(tmp_path: Path) -> None:
+    """transformers switches its scaling by the norm of the weights off (scale_parameter=False)."""
+    draft = trl(tmp_path, "optim='adafactor'")
+    assert draft.get("train.optimizer") == "adafactor" and "optim" not in find_row_warnings(draft.differs)
+
+
+@pytest.mark.parametrize("weights", ["0.5", "[1.0]", "[0, 1]"])
+def test_loss_weights_that_strop_cannot_express_are_refused(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="sigmoid, sft"):
+        trl(tmp_path, f"loss_type=['sigmoid', 'sft'], loss_weights={weights}", kind="DPO")

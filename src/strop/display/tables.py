@@ -114,7 +114,7 @@ def command_name() -> str:
 def with_command_name(text: str) -> str:
     """Replace `strop` with `command_name()` in the commands that a message contains."""
     name = command_name()
-    return text if name == "strop" else re.sub(r"(?<![\w/.-])strop (?=[a-z])", f"{name} ", text)
+    return text if name == "strop" else re.sub(r"(?<=`)strop (?=[a-z])|(?<=example: )strop ", f"{name} ", text)
 
 
 def print_next(*commands: Sequence[str]) -> None:

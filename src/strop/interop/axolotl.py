@@ -103,6 +103,7 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     sources: dict[str, list[str]] = {"data.train": [], "data.eval": []}
     column_maps: list[dict[str, str]] = []
     are_texts: list[bool] = []
+    has_untyped = False
     train_keys = [key for key in ("datasets", "pretraining_dataset") if key in keys]
     for key in (*train_keys, "test_datasets"):
         entries = keys.take(key, [])
@@ -112,11 +113,14 @@ def _read_data(draft: Draft, keys: Keys) -> None:
                 entry.setdefault("type", "pretrain")
             if key != "test_datasets":
                 are_texts.append(entry.get("type") in _TEXT_TYPES)
+                has_untyped = has_untyped or not entry.get("type")
             field = "data.eval" if key == "test_datasets" else "data.train"
             sources[field] += _read_sources(draft, f"{key}[{i}]", entry)
             column_maps.append(_read_columns(draft, f"{key}[{i}]", entry))
     if train_keys:
         draft.put_sources("data.train", sources["data.train"], train_keys[0])
+    if has_untyped and draft.get("train.objective") not in (None, "reward"):  # axolotl leaves these rows to TRL
+        draft.note_string_rows("datasets")
     if are_texts and all(are_texts):  # in a mix of formats, strop detects text rows by their only column
         draft.put("data.format", "text", f"{train_keys[0]}[0].type")
         draft.put("data.loss", "all", f"{train_keys[0]}[0].type")
@@ -212,6 +216,7 @@ def _read_training(draft: Draft, keys: Keys) -> None:
     _read_schedule(draft, keys)
     draft.put_optimizer("optimizer", keys.take("optimizer", "adamw_torch_fused"))
     draft.check_adam_betas(keys)
+    draft.read_kept_weights(keys)
     if keys.peek("bf16") in ("auto", "full"):
         draft.add_ignored("bf16", f"{keys.take('bf16')}: strop chooses model.dtype for the machine")
     draft.put_dtype_flags(keys)
@@ -269,13 +274,15 @@ def _read_plugins(draft: Draft, keys: Keys) -> None:
 def _read_objective(draft: Draft, keys: Keys) -> None:
     """Import the settings of preference objectives."""
     draft.disable_dropout_for_preferences()
-    loss_types = keys.peek("dpo_loss_type")
-    if loss_types in (["ipo"], ["sigmoid"]) and draft.get("train.objective") == "dpo":
-        keys.take("dpo_loss_type")
-        draft.put("train.objective", "ipo" if loss_types == ["ipo"] else "dpo", "dpo_loss_type")
-    draft.put_fields(keys, {
-        "rl_beta": "train.beta", "orpo_alpha": "train.beta", "dpo_label_smoothing": "train.label_smoothing",
-        "kto_desirable_weight": "train.desirable_weight", "kto_undesirable_weight": "train.undesirable_weight",
+    if draft.get("train.objective") == "dpo":
+        loss = draft.put_sft_loss(keys, "dpo_loss_type", keys.peek("dpo_loss_type"), "dpo_loss_weights")
+        if loss in ("ipo", "sigmoid"):
+            keys.take("dpo_loss_type")
+            draft.put("train.objective", "ipo" if loss == "ipo" else "dpo", "dpo_loss_type")
+    draft.read_trl_loss(keys, "dpo_label_smoothing", "rl")
+    draft.put_options(keys, {
+        "rl_beta": "beta", "orpo_alpha": "beta", "kto_desirable_weight": "desirable_weight",
+        "kto_undesirable_weight": "undesirable_weight",
     })  # fmt: skip
     if draft.get("train.objective") == "simpo":
         draft.put_simpo(keys)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,9 +40,9 @@ IGNORED_KEYS = (
     "eval_packing", "eval_strategy", "eval_use_gather_object", "evaluation_strategy", "fp16_full_eval",
     "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length", "hub_always_push",
     "hub_private_repo", "hub_revision", "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen",
-    "include_tokens_per_second", "label_names", "length_column_name", "liger_kernel_config", "load_best_model_at_end",
+    "include_tokens_per_second", "label_names", "length_column_name", "liger_kernel_config",
     "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "logging_strategy", "metric_for_best_model", "optim_args", "overwrite_output_dir",
+    "logging_nan_inf_filter", "logging_strategy", "optim_args", "overwrite_output_dir",
     "packing_strategy", "pad_to_multiple_of", "pad_token", "padding_free", "per_device_eval_batch_size",
     "precompute_ref_batch_size", "precompute_ref_log_probs", "prediction_loss_only", "remove_unused_columns",
     "report_to", "restore_callback_states_from_checkpoint", "run_name", "save_on_each_node", "save_only_model",
@@ -58,6 +60,22 @@ TRUNCATION_NOTE = (
 )
 NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
 WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
+OBJECTIVE_OPTIONS = {  # objectives that have an option
+    "beta": ("dpo", "ipo", "kto", "orpo", "simpo"), "label_smoothing": ("dpo", "simpo"),
+    "sft_weight": ("dpo", "ipo", "simpo"), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
+}  # fmt: skip
+_ORPO_NOTE = (
+    "TRL's cross entropy is over prompt and answer, averaged over the tokens of a batch; strop's is over the answer, "
+    "averaged per pair"
+)
+_STRING_ROWS_NOTE = (
+    "TRL joins prompts and answers that are strings, and ends with the stop token, without a chat template; strop uses "
+    "the model's: for TRL's tokens, set data.template to a file that only joins them (docs/import.md)"
+)
+_TARGETS_NOTE = (
+    "not given: PEFT uses a default by model family (q_proj and v_proj for Llama, Qwen and others); "
+    "strop uses all linear layers"
+)
 PARALLELISM_KEYS = (
     "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
     "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
@@ -112,6 +130,8 @@ class Draft:
     differs: list[Note] = field(default_factory=list)  # keys that are imported, but have another meaning in strop
     unsupported: list[Note] = field(default_factory=list)  # keys without an equivalent
     ignored: list[Note] = field(default_factory=list)  # keys that do not affect the trained weights
+    loads_best: bool = False  # the other tool keeps the weights of the best evaluation, not the last ones
+    best_metric: Any = None  # by which the best evaluation is chosen, if not the loss
     model_unreadable: bool = False  # a script gives the model as an expression that cannot be evaluated
 
     def put(self, name: str, value: Any, source: str) -> None:
@@ -136,12 +156,28 @@ class Draft:
         if self.get("data.eval") is None and "train.early_stopping" in self.fields:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
+        self._note_kept_weights()
+        modules, key = self.fields.get("lora.modules_to_save", ([], ""))
+        modules = [modules] if isinstance(modules, str) else modules
+        if self.get("train.objective") == "reward" and "score" in modules:
+            self.put("lora.modules_to_save", [module for module in modules if module != "score"], key)
+            self.add_ignored(key, "score: strop always trains the score head")
         values = {name: value for name, (value, _) in self.fields.items()}
         if "model.name" not in values and not self.model_unreadable:
             raise RecipeError(f"{self.file}: no model is given", fix="check that it is a training config of this tool")
         missing = [name for name in REQUIRED_OPTIONS if name not in values]
         resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
         return Imported(self, resolved, missing)
+
+    def _note_kept_weights(self) -> None:
+        if self.get("data.eval") is None:
+            return
+        if not self.loads_best and self.get("train.early_stopping") is None:
+            key = "dataset_val" if self.tool == "torchtune" else "load_best_model_at_end"
+            text = "the other tool keeps the last weights; strop keeps those of the evaluation with the lowest loss"
+            self.add_difference(key, text)
+        elif self.best_metric not in (None, "loss", "eval_loss"):
+            self.add_difference("metric_for_best_model", f"{self.best_metric}: strop compares evaluations by loss")
 
     def not_lora_error(self, setting: str, fix: str) -> InputError:
         return InputError(f"{self.file}: {setting}: strop trains LoRA adapters only", fix=fix)
@@ -199,11 +235,77 @@ class Draft:
             self.put("train.objective", objectives[value], key)
         return objectives[value]
 
-    def put_batch_size(self, micro_batch: Any, accumulation_steps: Any, key: str) -> None:
+    def put_options(self, keys: Keys, options: Mapping[str, str]) -> None:
+        """Import options of the objective, and report those that it does not have. options: names in strop, by key."""
+        objective = self.get("train.objective") or "sft"
+        for key, option in options.items():
+            value = as_number(keys.take(key))
+            if value is not None and objective in OBJECTIVE_OPTIONS[option]:
+                self.put(f"train.{option}", value, key)
+            elif value:
+                text = f"{format_value(value)}: {objective} has no {option} in strop"
+                self.add_unsupported(key, text, keys.line(key))
+
+    def read_trl_loss(self, keys: Keys, smoothing_key: str, objective_key: str) -> None:
+        """Report what differs in TRL's loss of the objective."""
+        objective = self.get("train.objective")
+        if objective in ("dpo", "ipo") and keys.take(smoothing_key):
+            self.add_ignored(smoothing_key, f"no effect in TRL's {'sigmoid' if objective == 'dpo' else 'ipo'} loss")
+        elif objective == "orpo":
+            self.add_difference(objective_key, f"orpo: {_ORPO_NOTE}")
+
+    def note_string_rows(self, key: str) -> None:
+        """Report that TRL trains on strings without a chat template, unless the rows are read and have no strings."""
+        columns = ("completion",) if self.get("train.objective") in (None, "kto") else ("chosen", "rejected")
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
+            source = self.get("data.train")
+            with open(source if isinstance(source, str) else source[0], encoding="utf-8") as rows:
+                row = json.loads(rows.readline(1 << 20))
+            if not any(isinstance(row.get(column), str) for column in columns):
+                return
+        self.add_difference(key, _STRING_ROWS_NOTE)
+
+    def put_default_targets(self, key: str) -> None:
+        """Set PEFT's default for the type of the model, if it is on this machine; otherwise report the difference."""
+        from huggingface_hub import errors, try_to_load_from_cache
+
+        name, modules, model_type = self.get("model.name"), None, ""
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, errors.HFValidationError):
+            file = Path(name) / "config.json"
+            if not file.is_file():
+                file = Path(str(try_to_load_from_cache(name, file.name, revision=self.get("model.revision"))))
+            model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+            from peft.utils import constants  # takes seconds: it imports torch
+
+            modules = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
+        if isinstance(modules, list):
+            self.put("lora.target_modules", modules, f"PEFT's default for {model_type}")
+        else:
+            self.add_difference(key, _TARGETS_NOTE)
+
+    def put_sft_loss(self, keys: Keys, key: str, losses: Any, weights_key: str) -> Any:
+        """Import TRL's loss `sft` next to another one. Return the other loss, or `losses` if this is not possible."""
+        if not isinstance(losses, list) or len(losses) == 1:
+            return losses[0] if isinstance(losses, list) else losses
+        given = keys.peek(weights_key, [1.0] * len(losses))
+        weights = dict(zip(map(str, losses), given, strict=False)) if isinstance(given, list) else {}
+        other = next((loss for loss in weights if loss in ("sigmoid", "ipo") and weights[loss]), "")
+        if set(weights) != {other, "sft"}:
+            return losses
+        scale, weight = (as_float(weights_key, weights[loss]) for loss in (other, "sft"))
+        keys.take(weights_key)
+        self.put("train.sft_weight", weight / scale, key)
+        self.add_difference(key, "TRL averages sft over the tokens of a batch; strop averages it per answer")
+        if scale != 1:
+            text = f"{scale:g} for {other}: 1 in strop, so the whole loss and its gradients are divided by {scale:g}"
+            self.add_difference(weights_key, text)
+        return other
+
+    def put_batch_size(self, micro_batch: Any, accumulation_steps: Any, key: str, source: str = "") -> None:
         """Set the effective batch size and the micro-batch size from those of one device."""
         rows = as_int(key, micro_batch)
-        self.put("train.batch_size", rows * as_int(key, accumulation_steps), key)
-        self.put("train.micro_batch", rows, key)
+        self.put("train.batch_size", rows * as_int(key, accumulation_steps), source or key)
+        self.put("train.micro_batch", rows, source or key)
         self.add_difference(key, "per device in the other tool; strop's batch_size is that of all devices together")
 
     def put_int8(self, key: str) -> None:
@@ -226,16 +328,14 @@ class Draft:
         else:
             self.add_unsupported(key, f"{share}: a row count; set data.eval to a file or a share such as 5%")
 
-    def put_optimizer(self, key: str, name: Any) -> None:
+    def put_optimizer(self, key: str, name: Any, source: str = "") -> None:
         optimizer = OPTIMIZERS.get(str(name).lower())
         if optimizer is None:
             self.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
             return
-        self.put("train.optimizer", optimizer, key)
+        self.put("train.optimizer", optimizer, source or key)
         if "paged" in str(name) and "paged" not in optimizer:
             self.add_difference(key, f"{name}: strop uses {optimizer}, not paged; the results are the same")
-        if optimizer == "adafactor":
-            self.add_difference(key, "strop does not scale the learning rate by the norm of the weights")
 
     def check_adam_betas(self, keys: Keys) -> None:
         """Report AdamW's betas and epsilon, which are constants in strop, if they differ from strop's."""
@@ -245,13 +345,15 @@ class Draft:
 
     def disable_dropout_for_preferences(self) -> None:
         """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
-        if self.get("train.objective") is not None and (dropout := self.get("lora.dropout")):
+        is_preference, dropout = self.get("train.objective") is not None, self.get("lora.dropout")
+        if is_preference and (dropout or "lora.dropout" not in self.fields):
             self.put("lora.dropout", 0.0, "disable_dropout")
+        if is_preference and dropout:
             text = f"{dropout}: the other tool disables dropout for preference objectives"
             self.add_difference("lora_dropout", text)
 
-    def put_schedule(self, key: str, name: Any) -> None:
-        schedule, source = SCHEDULES.get(str(name).lower()), key
+    def put_schedule(self, key: str, name: Any, source: str = "") -> None:
+        schedule, source = SCHEDULES.get(str(name).lower()), source or key
         if schedule is None:
             schedule, source = "cosine", f"{key} has no equivalent"
             self.add_unsupported(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is used")
@@ -270,19 +372,18 @@ class Draft:
         elif enabled is not None:
             self.put("train.gradient_checkpointing", "on" if enabled else "off", key)
 
-    def put_training_arguments(self, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
-        """Import the fields of transformers' TrainingArguments. defaults: by key; tool: whose defaults these are."""
+    def put_training_arguments(self, keys: Keys, defaults: dict[str, Any]) -> None:
+        """Import the fields of transformers' TrainingArguments. defaults: the tool's defaults by key."""
 
         def take(key: str) -> tuple[Any, str]:
             """Return the value or its default, and where it came from."""
             value = keys.take(key)
             if value is not None:
                 return value, key
-            return defaults.get(key), keys.default_source(key, f"{tool}'s default")
+            return defaults.get(key), keys.default_source(key, f"{self.tool}'s default")
 
         micro_batch, source = take("per_device_train_batch_size")
-        source = "per_device_train_batch_size" if source == f"{tool}'s default" else source
-        self.put_batch_size(micro_batch, take("gradient_accumulation_steps")[0], source)
+        self.put_batch_size(micro_batch, take("gradient_accumulation_steps")[0], "per_device_train_batch_size", source)
         for key, name in (
             ("learning_rate", "train.learning_rate"), ("num_train_epochs", "train.epochs"),
             ("weight_decay", "train.weight_decay"), ("max_grad_norm", "train.max_grad_norm"), ("seed", "seed"),
@@ -291,15 +392,20 @@ class Draft:
             if value is not None:
                 self.put(name, as_number(value), source)
         self.note_seed("data_seed", keys.take("data_seed"))
-        schedule, _ = take("lr_scheduler_type")
-        self._put_warmup(keys, is_constant=schedule == "constant")
-        self.put_schedule("lr_scheduler_type", schedule)
-        self.put_optimizer("optim", take("optim")[0])
+        schedule, source = take("lr_scheduler_type")
+        self._put_warmup(keys, is_constant=schedule == "constant", default=defaults.get("warmup_steps", 0))
+        self.put_schedule("lr_scheduler_type", schedule, source)
+        self.put_optimizer("optim", *take("optim"))
         self.check_adam_betas(keys)
+        self.read_kept_weights(keys)
         self.put_dtype_flags(keys)
         for key in ("gradient_checkpointing", "activation_checkpointing"):  # renamed in transformers 5.24
             self.put_checkpointing(key, keys.take(key))
         self.put_intervals_and_output(keys)
+
+    def read_kept_weights(self, keys: Keys) -> None:
+        self.loads_best = bool(keys.take("load_best_model_at_end"))
+        self.best_metric = keys.take("metric_for_best_model")
 
     def note_seed(self, key: str, value: Any) -> None:
         """Report a second seed, which determines the order of rows or LoRA's start, if it differs from `seed`."""
@@ -308,11 +414,14 @@ class Draft:
                 key, f"{value}: strop has one seed, here {seed}, for row order, LoRA's start and dropout"
             )
 
-    def _put_warmup(self, keys: Keys, *, is_constant: bool) -> None:
+    def _put_warmup(self, keys: Keys, *, is_constant: bool, default: float) -> None:
         """Import the warmup, which transformers ignores for the schedule `constant`."""
         steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
-        value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-        self.put("train.warmup", as_number(value or 0), key if value else "no warmup")
+        value, key = (steps, "warmup_steps") if steps or ratio is None else (ratio, "warmup_ratio")
+        source = key
+        if value is None:
+            value, source = default, keys.default_source(key, f"{self.tool}'s default")
+        self.put("train.warmup", as_number(value), source if value else "no warmup")
         if value and is_constant:
             self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
         elif value:
@@ -471,7 +580,7 @@ class Keys:
         self._remaining = {str(key): value for key, value in values.items() if value is not None and value != ""}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._remaining
+        return key in self._remaining or key in self._unreadable
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._remaining))

@@ -47,7 +47,7 @@ def read(draft: Draft) -> None:
         objective = draft.put_objective("stage", stage, STAGES)
     _read_model(draft, keys)
     _read_data(draft, keys, stage)
-    draft.put_training_arguments(keys, DEFAULTS, tool="llamafactory")
+    draft.put_training_arguments(keys, DEFAULTS)
     draft.put_int(keys, "early_stopping_steps", "train.early_stopping")
     _read_objective(draft, keys, objective)
     keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))
@@ -173,11 +173,7 @@ def _read_objective(draft: Draft, keys: Keys, objective: str) -> None:
             draft.put("train.gamma", as_number(gamma), "simpo_gamma")
     elif keys.take("pref_beta") is not None:
         draft.add_ignored("pref_beta", "not used in this stage")
-    for key, name in (
-        ("pref_ftx", "train.sft_weight"), ("dpo_label_smoothing", "train.label_smoothing"),
-        ("kto_chosen_weight", "train.desirable_weight"), ("kto_rejected_weight", "train.undesirable_weight"),
-    ):  # fmt: skip
-        if value := keys.take(key):
-            draft.put(name, as_number(value), key)
-            if key == "pref_ftx":
-                draft.add_difference(key, "strop averages over the tokens of the chosen answer")
+    draft.put_options(keys, {
+        "pref_ftx": "sft_weight", "dpo_label_smoothing": "label_smoothing", "kto_chosen_weight": "desirable_weight",
+        "kto_rejected_weight": "undesirable_weight",
+    })  # fmt: skip

@@ -20,6 +20,8 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }  # fmt: skip
+# methods that change a dict or a list
+_CHANGING_METHODS = ("append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
 _DTYPES = ("bfloat16", "float16", "float32", "half", "float")  # attributes of torch
 
 
@@ -31,7 +33,7 @@ class Call:
     arguments: list[ast.expr]
     keywords: dict[str, ast.expr]
     assigned_to: str  # the name that the result is assigned to, or ""
-    unpacked: list[ast.expr]  # ** arguments that are not literal dicts
+    unpacked: list[ast.expr | ast.stmt]  # ** arguments that are not literal dicts, and changes that cannot be read
 
 
 class Script:
@@ -52,6 +54,7 @@ class Script:
         except ValueError as error:
             raise InputError(f"{path}: not a notebook: {error}", fix="give a .py or .ipynb file") from None
         self._constants = dict(self._find_single_assignments())
+        self._changes = list(self._find_changes())
         self._options = dict(self._find_argparse_defaults())
         self.used_defaults: dict[str, tuple[Any, int]] = {}  # argparse options read by `value`: default and line
         self.calls = list(self._find_calls())
@@ -77,6 +80,46 @@ class Script:
             for name, assigned in pairs:
                 if isinstance(name, ast.Name) and counts[name.id] == 1:
                     yield name.id, assigned
+
+    def _find_changes(self) -> Iterator[tuple[str, ast.expr | ast.stmt, bool]]:
+        """Yield changes of dicts and lists as (name, `name[key] = 1` or `name.update(...)`, is unconditional)."""
+        unconditional = {id(node) for node in _find_unconditional_statements(self._tree.body)}
+        for node in ast.walk(self._tree):
+            targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [getattr(node, "target", None)]
+            for target in targets:
+                if isinstance(target, ast.Subscript) and isinstance(node, ast.stmt):
+                    yield self.find_root_name(target), node, id(node) in unconditional
+            call = node.value if isinstance(node, ast.Expr | ast.Assign) else None
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in _CHANGING_METHODS:
+                yield self.find_root_name(call), call, id(node) in unconditional
+
+    def _read_changes(self, name: ast.Name) -> tuple[dict[str, ast.expr], list[ast.expr | ast.stmt]]:
+        """Return the items that are set in a dict before this use of its name, and the changes that cannot be read."""
+        items: dict[str, ast.expr] = {}
+        unread: list[ast.expr | ast.stmt] = []
+        for changed, node, unconditional in self._changes:
+            if changed == name.id:
+                is_readable = unconditional and node.lineno < name.lineno
+                added = self._read_set_items(node) if is_readable else None
+                items |= added or {}
+                unread += [node] if added is None else []
+        return items, unread
+
+    def _read_set_items(self, change: ast.expr | ast.stmt) -> dict[str, ast.expr] | None:
+        """Return the items that `name["key"] = value` or `name.update(...)` sets, or None for other changes."""
+        if isinstance(change, ast.Assign) and len(change.targets) == 1:
+            target = change.targets[0]
+            key = self.value(target.slice) if isinstance(target, ast.Subscript) else UNREADABLE
+            is_name = isinstance(getattr(target, "value", None), ast.Name)
+            return {key: change.value} if is_name and isinstance(key, str) else None
+        if isinstance(change, ast.Call) and isinstance(change.func, ast.Attribute) and change.func.attr == "update":
+            dicts = [*change.args, *(keyword.value for keyword in change.keywords if keyword.arg is None)]
+            read = [self._read_dict_items(node) for node in dicts]
+            unread = [node for node in dicts if isinstance(node, ast.Name) and self._read_changes(node)[1]]
+            if isinstance(change.func.value, ast.Name) and None not in read and not unread:
+                named = {keyword.arg: keyword.value for keyword in change.keywords if keyword.arg}
+                return {key: value for part in (*read, named) for key, value in (part or {}).items()}
+        return None
 
     def _find_argparse_defaults(self) -> Iterator[tuple[str, ast.expr]]:
         """Yield (attribute of the parsed arguments, default) of argparse options."""
@@ -131,12 +174,14 @@ class Script:
             elif isinstance(node.func, ast.Name):
                 name = node.func.id
             keywords: dict[str, ast.expr] = {}
-            unpacked: list[ast.expr] = []
+            unpacked: list[ast.expr | ast.stmt] = []
             for keyword in node.keywords:
                 if keyword.arg is not None:
                     keywords[keyword.arg] = keyword.value
                 elif (items := self._read_dict_items(keyword.value)) is not None:
                     keywords |= items
+                    if isinstance(keyword.value, ast.Name):
+                        unpacked += self._read_changes(keyword.value)[1]
                 else:
                     unpacked.append(keyword.value)
             yield Call(name, owner, node.lineno, node.args, keywords, assigned_to.get(id(node), ""), unpacked)
@@ -144,7 +189,8 @@ class Script:
     def _read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
         """Return the items of {...} or dict(...) with string keys, or of a variable that is assigned one, else None."""
         if isinstance(node, ast.Name) and node.id in self._constants and depth <= 8:
-            return self._read_dict_items(self._constants[node.id], depth + 1)
+            items = self._read_dict_items(self._constants[node.id], depth + 1)
+            return items if items is None else {**items, **self._read_changes(node)[0]}
         if isinstance(node, ast.Dict):
             pairs = {key.value: value for key, value in zip(node.keys, node.values, strict=True)
                      if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # fmt: skip
@@ -160,9 +206,12 @@ class Script:
         return node if assigned is None else self.resolve_name(assigned, depth + 1)
 
     def read_list_items(self, node: ast.expr) -> list[ast.expr]:
-        """Return the items of a list, or of a variable that is assigned one; else the expression itself."""
+        """Return the items of a list, or of a variable that is assigned one, also those added later; else the node."""
         resolved = self.resolve_name(node)
-        return list(resolved.elts) if isinstance(resolved, ast.List | ast.Tuple) else [resolved]
+        if not isinstance(resolved, ast.List | ast.Tuple):
+            return [resolved]
+        changes = [change for name, change, _ in self._changes if name == getattr(node, "id", "")]
+        return [*resolved.elts, *(item for call in changes if isinstance(call, ast.Call) for item in call.args)]
 
     def value(self, node: ast.expr) -> Any:
         """Return the value of a literal, arithmetic, f-string, dtype, constant or argparse default, or UNREADABLE."""
@@ -176,7 +225,15 @@ class Script:
         if depth > 8:
             raise RecursionError
         if isinstance(node, ast.Name):
-            return self._evaluate(self._constants[node.id], depth + 1)
+            changes, unread = self._read_changes(node)
+            if unread:
+                raise LookupError(node.id)
+            value = self._evaluate(self._constants[node.id], depth + 1)
+            return (
+                {**value, **{key: self._evaluate(item, depth + 1) for key, item in changes.items()}}
+                if changes
+                else value
+            )
         if isinstance(node, ast.Attribute) and self._is_argparse_option(node):
             value = self._evaluate(self._options[node.attr], depth + 1)
             self.used_defaults[node.attr] = (value, node.lineno)
@@ -236,6 +293,8 @@ def read_arguments(draft: Draft, script: Script, call: Call, positional: tuple[s
             arguments[key], lines[key] = node, line
         else:
             report_expression(draft, f"{call.assigned_to}.{key}", node, "set in a branch or loop, which is not read")
+    for node in call.arguments[len(positional) :]:
+        report_expression(draft, call.name, node, "not read: a positional argument; give its name")
     values: dict[str, Any] = {}
     for key, node in arguments.items():
         value = script.value(node)
@@ -249,10 +308,10 @@ def read_arguments(draft: Draft, script: Script, call: Call, positional: tuple[s
 
 def report_unpacked(draft: Draft, call: Call) -> None:
     for node in call.unpacked:
-        report_expression(draft, f"{call.name}(**...)", node, "not a literal dict, and scripts are not executed")
+        report_expression(draft, f"{call.name}(**...)", node, "not read: not literal, and scripts are not executed")
 
 
-def report_expression(draft: Draft, key: str, node: ast.expr, reason: str) -> None:
+def report_expression(draft: Draft, key: str, node: ast.expr | ast.stmt, reason: str) -> None:
     """Report an expression as unsupported."""
     source = ast.unparse(node)
     source = source if len(source) <= 60 else f"{source[:57]}..."

@@ -15,7 +15,7 @@ IGNORED_KEYS = (
     "checkpointer.keep_last_n_checkpoints", "checkpointer.model_type", "checkpointer.safe_serialization", "compile",
     "cudnn_deterministic_mode", "custom_sharded_layers", "dataset_val_steps", "device", "enable_activation_offloading",
     "fsdp_cpu_offload", "log_every_n_steps", "log_level", "log_peak_memory_stats", "loss.num_output_chunks",
-    "low_cpu_ram", "metric_logger", "optimizer.fused", "optimizer_in_bwd", "output_dir", "profiler",
+    "low_cpu_ram", "metric_logger", "optimizer.fused", "optimizer_in_bwd", "profiler",
     "save_adapter_weights_only", "shuffle", "tokenizer._component_", "tokenizer.merges_file", "tokenizer.path",
 )  # fmt: skip
 ATTENTION_MODULES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
@@ -80,7 +80,8 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     builder = _take_component(keys, "model")
     if not builder.startswith(("lora_", "qlora_")):
         raise draft.not_lora_error(f"model._component_: {builder}", "give the config of a lora_ or qlora_ model")
-    draft.put_fields(keys, {"checkpointer.checkpoint_dir": "model.name", "checkpointer.output_dir": "out"}, str)
+    names = {"checkpointer.checkpoint_dir": "model.name", "output_dir": "out", "checkpointer.output_dir": "out"}
+    draft.put_fields(keys, names, str)
     if keys.take("resume_from_checkpoint"):
         draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`")
     is_4_bit = bool(keys.take("model.quantize_base", builder.startswith("qlora_")))
@@ -183,7 +184,8 @@ def _read_training(draft: Draft, keys: Keys) -> None:
         draft.put("train.lr_scheduler", "cosine" if scheduler else "constant", source)
         draft.put("train.warmup", 0, "no lr_scheduler.num_warmup_steps")
         draft.put_int(keys, "lr_scheduler.num_warmup_steps", "train.warmup")
-        draft.add_difference("lr_scheduler", WARMUP_NOTE)
+        if draft.get("train.warmup"):
+            draft.add_difference("lr_scheduler", WARMUP_NOTE)
     else:
         draft.add_unsupported("lr_scheduler._component_", f"{scheduler}: cosine is used; linear is supported too")
     max_norm = keys.take("clip_grad_norm")

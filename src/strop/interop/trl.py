@@ -1,4 +1,4 @@
-"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth of August 2026."""
+"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth 2026.10.9."""
 
 from __future__ import annotations
 
@@ -27,10 +27,17 @@ DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
+# Unsloth replaces these defaults of TRL's configs (unsloth/models/rl.py), but not those of TrainingArguments
+UNSLOTH_DEFAULTS = {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5, "warmup_steps": 0.1,
+    "optim": "adamw_8bit", "weight_decay": 0.001, "seed": 3407,
+}  # fmt: skip
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
 )  # fmt: skip
+# order of the trainers' arguments after `model`, and `ref_model` if they have one
+TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
 # arguments of the trainer in older versions of TRL, and of its config in newer ones
 MOVED_ARGUMENTS = ("dataset_num_proc", "dataset_text_field", "max_length", "max_seq_length", "packing")
 LOSS_ON_ALL_NOTE = (
@@ -63,12 +70,12 @@ def read(draft: Draft) -> None:
     start_seed = _read_adapter(draft, script)
     moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
     config = replace(configs[0], keywords={**moved, **configs[0].keywords})
-    keys, objective = read_arguments(draft, script, config), CONFIGS[config.name]
-    _read_config(draft, keys, objective)
+    keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
+    _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
-    _read_callbacks(draft, script, trainer_arguments.get("callbacks"), keys.peek("metric_for_best_model"))
+    _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
     keys.report_rest(draft, IGNORED_KEYS)
     for call in script.calls:
         node = call.keywords.get("resume_from_checkpoint")
@@ -89,7 +96,9 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], fl
         draft.add_unsupported("trainer", "no trainer is created; data and model are read from the rest of the script")
         return {}, float("inf")
     call = trainers[0]
-    arguments = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
+    base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
+    names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *TRAINER_POSITIONS)
+    arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
     for key, node in arguments.items():
         if key in (*TRAINER_ARGUMENTS, *MOVED_ARGUMENTS):
@@ -103,7 +112,7 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], fl
     return arguments, call.line
 
 
-def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None, best_model_metric: Any) -> None:
+def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None) -> None:
     """Import transformers' EarlyStoppingCallback, and report other callbacks. node: the trainer's `callbacks`."""
     callbacks = script.read_list_items(node) if node is not None and script.value(node) is not None else []
     callbacks += [argument for call in script.calls if call.name == "add_callback" for argument in call.arguments]
@@ -120,8 +129,6 @@ def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None, best_mo
             draft.put("train.early_stopping", patience, keys.default_source("early_stopping_patience", EARLY_STOPPING))
             if threshold := keys.take("early_stopping_threshold"):
                 draft.add_unsupported("early_stopping_threshold", f"{threshold}: strop has no threshold", call.line)
-            if best_model_metric not in (None, "loss", "eval_loss"):
-                draft.add_difference(EARLY_STOPPING, f"{best_model_metric}: strop monitors the loss", call.line)
 
 
 def _masks_prompts(script: Script) -> bool:
@@ -130,10 +137,9 @@ def _masks_prompts(script: Script) -> bool:
     return any(call.name in names for call in script.calls)
 
 
-def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
-    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask."""
-    loss = keys.take("loss_type")
-    loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False) -> None:
+    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask. is_plain: it is a TrainingArguments."""
+    loss = draft.put_sft_loss(keys, "loss_type", keys.take("loss_type"), "loss_weights")
     what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
     if objective in ("dpo", "simpo") and loss is not None:
         if not isinstance(loss, str) or loss not in LOSSES:
@@ -145,18 +151,12 @@ def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
         raise RecipeError(what, fix="remove it from the config")
     if objective != "sft":
         draft.put("train.objective", objective, "the config's class")
-    is_unsloth_sft = objective == "sft" and draft.tool == "unsloth"
-    learning_rate = 5e-5 if is_unsloth_sft else LEARNING_RATES.get(objective, 1e-6)
-    tool = "trl" if draft.tool == "trl" else "transformers"
-    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate}, tool=tool)
-    for key, objectives in (
-        ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
-        ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
-    ):  # fmt: skip
-        if objective in objectives:
-            draft.put_fields(keys, {key: f"train.{key}"})
-        elif value := keys.take(key):
-            draft.add_unsupported(key, f"{format_value(value)}: not used by {objective}")
+    learning_rate = 5e-5 if is_plain else LEARNING_RATES.get(objective, 1e-6)
+    changed = UNSLOTH_DEFAULTS if draft.tool == "unsloth" and not is_plain else {}
+    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate, **changed})
+    draft.read_trl_loss(keys, "label_smoothing", "ORPOConfig")
+    options = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
+    draft.put_options(keys, dict(zip(options, options, strict=True)))
     if objective == "simpo":
         draft.put_simpo(keys)
     elif gamma := keys.take("simpo_gamma"):
@@ -167,11 +167,12 @@ def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
         if (revision := model_keys.take("revision")) is not None:
             draft.put("model.revision", str(revision), "model_init_kwargs.revision")
         model_keys.report_rest(draft, IGNORED_MODEL_KEYS)
-    length = keys.take("max_length", keys.take("max_seq_length"))
-    if length is not None:
-        draft.put("data.max_length", as_int("max_length", length), "max_length")
-    elif draft.get("data.max_length") is None and "max_length" not in keys.null_keys:
-        draft.put("data.max_length", 1024, "trl's default")
+    length, source = keys.take("max_length", keys.take("max_seq_length")), "max_length"
+    model_length = draft.get("data.max_length")  # set by Unsloth's from_pretrained
+    if length is None and "max_length" not in keys.null_keys and (model_length is None or objective != "sft"):
+        length, source = 1024, keys.default_source("max_length", "trl's default")
+    if length is not None and (model_length is None or as_int("max_length", length) < model_length):
+        draft.put("data.max_length", as_int("max_length", length), source)
     draft.note_max_length("max_length")
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
@@ -187,6 +188,8 @@ def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
 
 def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
     assistant_only, completion_only = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
+    if not assistant_only and not masked_by_collator and draft.get("data.columns") is None:
+        draft.note_string_rows("prompt")
     if objective != "sft" or assistant_only or completion_only or masked_by_collator:
         return
     if completion_only is False:
@@ -206,7 +209,7 @@ def _read_yaml(draft: Draft) -> None:
     draft.put_fields(keys, names, str)
     _put_dtype(draft, keys)
     if "lora_target_modules" not in keys:
-        draft.add_difference("lora_target_modules", DEFAULT_TARGETS_NOTE)
+        draft.put_default_targets("lora_target_modules")
     defaults = {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05}
     draft.put_lora(keys, "lora_r", "lora_target_modules", defaults)
     if keys.take("load_in_4bit"):
@@ -233,10 +236,6 @@ IGNORED_MODEL_KEYS = (
     "attn_implementation", "device_map", "low_cpu_mem_usage", "token", "trust_remote_code", "use_cache",
     "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
 )  # fmt: skip
-DEFAULT_TARGETS_NOTE = (
-    "not given: PEFT uses a default by model family (q_proj and v_proj for Llama, Qwen and others); "
-    "strop uses all linear layers"
-)
 # calls that create a model, tokenizer or trainer, whose attributes a script may set later
 _CREATING_CALLS = (
     "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
@@ -289,13 +288,15 @@ def _read_model(draft: Draft, script: Script, model_argument: ast.expr | None, t
 def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
     is_unsloth = draft.tool == "unsloth"
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
-    positional = ("model_name" if is_unsloth else "pretrained_model_name_or_path",)
+    unsloth_positions = ("model_name", "max_seq_length", "dtype", "load_in_4bit")
+    positional = unsloth_positions if is_unsloth else ("pretrained_model_name_or_path",)
     keys = read_arguments(draft, script, replace(call, keywords=nodes, assigned_to=""), positional)
     names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
     draft.put_fields(keys, names, str)
     _put_dtype(draft, keys)
-    draft.put_int(keys, "max_seq_length", "data.max_length")
     if is_unsloth:
+        draft.put("data.max_length", 2048, keys.default_source("max_seq_length", "unsloth's default"))
+        draft.put_int(keys, "max_seq_length", "data.max_length")
         in_4_bit, in_8_bit, in_16_bit = (keys.take(f"load_in_{bits}bit") for bits in (4, 8, 16))
         if keys.take("full_finetuning"):
             raise draft.not_lora_error("full_finetuning", "give a script that trains an adapter")
@@ -350,6 +351,8 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     is_unsloth = draft.tool == "unsloth"
     function = "get_peft_model" if is_unsloth else "LoraConfig"
     adapters = [call for call in script.calls if call.name == function]
+    if not adapters and draft.get("model.adapter") is not None:
+        return None  # the adapter has its own settings
     if not adapters:
         raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
     call, default_rank = adapters[0], 8
@@ -358,12 +361,13 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     else:
         for other in adapters[1:]:
             draft.add_unsupported(other.name, "another one; only the first is imported", other.line)
-    keys = read_arguments(draft, script, call, ("r",))
+    positional = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias") if is_unsloth else ()
+    keys = read_arguments(draft, script, call, positional)
     if "target_modules" not in keys and is_unsloth:
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         draft.put("lora.target_modules", modules, "unsloth's default")
     elif "target_modules" not in keys:
-        draft.add_difference("target_modules", DEFAULT_TARGETS_NOTE)
+        draft.put_default_targets("target_modules")
     defaults = {"lora.r": default_rank, "lora.alpha": default_rank, "lora.dropout": 0.0}
     draft.put_lora(keys, "r", "target_modules", defaults)
     names = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
