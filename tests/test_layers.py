@@ -21,7 +21,8 @@ SOURCE = ROOT / "src" / "strop"
 # From the bottom up: a folder may import itself and the folders in the rows above it.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"config", "runs"},
+    {"runs"},
+    {"config"},
     {"data", "machine"},
     {"models", "display"},
     {"engine"},
