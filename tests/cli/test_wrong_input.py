@@ -206,7 +206,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
         ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
         ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
-        ("chat a b", "error: got unexpected extra argument(s) (b)\nFix: for example: strop chat runs/mine"),
+        ("chat a b", "error: got unexpected extra argument(s) (b)\nFix: give the prompt through a pipe: echo b | strop chat a"),
         ("finetune", "error: finetune: no such command (did you mean train?)\nFix: for example: strop train --model"),
         ("compare a b", "compare: no such command (did you mean eval?)\nFix: for example: strop eval runs/mine"),
         ("gguf runs/a", "(did you mean export gguf?)\nFix: for example: strop export gguf runs/mine --out mine.gguf"),
@@ -286,3 +286,43 @@ def test_retries_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     records = [logging.makeLogRecord({"msg": text}) for text in texts * 2]
     shown = [record.getMessage() for record in records if app._shorten_retries(record)]
     assert shown == ["the Hub does not answer; trying again for up to half a minute", texts[2], texts[2]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("chat runs/mine --temp 0", "did you mean --temperature?"),
+        ("chat runs/mine hello", "echo hello | strop chat runs/mine"),
+        ("train --resume_from_checkpoint x", "did you mean strop resume RUN?"),
+        ("train --gpus 2", "did you mean --devices?"),
+        ("train --wandb", "did you mean --track wandb?"),
+        ("train --dpo", "did you mean --objective dpo?"),
+        ("serve --model x", "the run or model without an option"),
+        ("export gguf x --quantize q8_0", "did you mean --type?"),
+        ("ps", "did you mean runs?"),
+    ],
+)
+def test_words_of_other_tools_are_explained(words: str, expected: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "strop", *words.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert process.returncode == 2 and expected in " ".join(process.stderr.split()), process.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("help", "Usage: strop"), ("help plan", "Usage: strop plan"), ("version", "strop 0."), ("-V", "strop 0.")],
+)
+def test_help_and_version_are_words_too(words: str, expected: str) -> None:
+    process = subprocess.run([sys.executable, "-m", "strop", *words.split()], capture_output=True, text=True)
+    assert process.returncode == 0 and expected in process.stdout
+
+
+def test_recipe_of_another_tool_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "ax.yml"
+    recipe.write_text("base_model: x\nadapter: lora\ndatasets: []\nsequence_len: 8\n", encoding="utf-8")
+    code, _, err = run("train", recipe, capsys=capsys)
+    assert code == 2 and f"strop import TOOL {recipe} --out recipe.yaml" in err

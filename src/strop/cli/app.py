@@ -76,12 +76,18 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "export-script": "Write a run as a plain transformers and peft script.",
     },
 }
+# names of options in other tools -> option of the commands that are not about a recipe, or what to do
+MEANT_OPTIONS: Mapping[str, str] = {
+    "temp": "--temperature", "gpus": "--devices", "num-gpus": "--devices", "quantize": "--type", "quant": "--type",
+    "resume-from-checkpoint": "strop resume RUN", "model": "the run or model without an option",
+    "run": "the run without an option", "prompt": "the prompt through a pipe: echo PROMPT | strop chat RUN",
+}  # fmt: skip
 # other words for commands
 MEANT: Mapping[str, str] = {
     **dict.fromkeys(("finetune", "fine-tune", "sft", "dpo", "grpo", "fit", "tune", "lora", "qlora"), "train"),
     **dict.fromkeys(("compare", "evaluate", "test", "benchmark", "score"), "eval"),
     **dict.fromkeys(("infer", "inference", "generate", "run", "ask", "complete", "predict"), "chat"),
-    **dict.fromkeys(("convert", "quantize"), "export gguf"), **dict.fromkeys(("list", "ls"), "runs"),
+    **dict.fromkeys(("convert", "quantize"), "export gguf"), **dict.fromkeys(("list", "ls", "ps"), "runs"),
     **dict.fromkeys(("ui", "web", "dashboard"), "dash"), **dict.fromkeys(("estimate", "memory"), "plan"),
     **dict.fromkeys(("validate", "data", "inspect"), "check"), **dict.fromkeys(("info", "env"), "doctor"),
     "fuse": "merge", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
@@ -167,6 +173,10 @@ def main() -> None:
     logging.getLogger("huggingface_hub.utils._http").addFilter(_shorten_retries)
     try:
         arguments = sys.argv[1:]
+        if arguments[:1] == ["help"]:
+            sys.argv[1:] = arguments = [*arguments[1:], "--help"]
+        elif arguments in (["version"], ["-V"]):
+            sys.argv[1:] = arguments = ["--version"]
         command = COMMANDS.get(arguments[0]) if arguments and arguments[0] not in RECIPE_FIELDS else None
         if command is None or "options" not in inspect.signature(command).parameters:  # --help shows all options
             sys.argv[1:] = arguments = ["--help" if word == "--help-all" else word for word in arguments]
@@ -333,12 +343,17 @@ def _explain_usage(error: Any) -> InputError:
         has_fields = "options" in inspect.signature(COMMANDS.get(path, main)).parameters and path not in RECIPE_FIELDS
         known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
         hint = explain_name(option.lstrip("-"), "--", " ") if has_fields else ""
+        name = option.lstrip("-").replace("_", "-")
+        if (meant := MEANT_OPTIONS.get(name)) and (not meant.startswith("--") or meant in known):
+            hint = f" (did you mean {meant}?)"
         near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
         hint = hint or (f" (did you mean --{near}?)" if near else "")
         return InputError(f"{option}: no such option{hint}", fix=f"see `strop {path} --help`".replace("  ", " "))
     if unknown := re.match(r"No such command '(.*?)'", message):
         return _explain_command(unknown[1], path)
     parameter = getattr(error, "param", None)
+    if path == "chat" and message.startswith("Got unexpected extra"):
+        fix = f"give the prompt through a pipe: echo {shlex.quote(words[-1])} | strop chat {shlex.quote(words[1])}"
     if parameter is None:
         return InputError(f"{message[:1].lower()}{message[1:].rstrip('.')}" if words else message, fix=fix)
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.metavar or parameter.name)

@@ -105,13 +105,14 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
     words: the command line; without any, only `--help-all` is added, because the options take 0.1 s to generate.
     only: add only these fields, whose default is the value of an existing run.
     """
+    defaults = "the run's" if only or command.__name__ == "resume" else None
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     added, fields = [], {}
     for field, name, short, panel, info in _declare_options(words, only) if words else ():
         parameter = field.replace(".", "__") if name == field else f"short__{field.replace('.', '__')}"
         fields[parameter] = field
         kind = list[str] if _is_repeatable(info) else str
-        text = escape(_help_text(info, "the run's" if only else None))  # Rich would drop [words] as markup
+        text = escape(_help_text(info, defaults))  # Rich would drop [words] as markup
         text += f" Short form: --{short}." if short else ""
         option = typer.Option(
             f"--{name}",

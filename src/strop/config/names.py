@@ -33,7 +33,9 @@ OTHER_NAMES = {
     "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup", "optim": "train.optimizer",
     "logging_steps": "train.log_steps", "save_total_limit": "train.keep_checkpoints", "dpo_beta": "train.beta",
     "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
-    "output": "out", "output_dir": "out", "train_dataset": "data.train",
+    "output": "out", "output_dir": "out", "train_dataset": "data.train", "wandb": "track wandb",
+    "tensorboard": "track tensorboard", "dpo": "train.objective dpo", "kto": "train.objective kto",
+    "orpo": "train.objective orpo", "grpo": "train.objective grpo",
 }  # fmt: skip
 # options of other tools that strop has no option for, because it always does this
 ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")

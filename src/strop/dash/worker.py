@@ -93,6 +93,7 @@ class Worker:
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "strop.dash.worker", stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, limit=MAX_LINE_BYTES, env={**inherited, **safe_path_env()},
+            start_new_session=True,  # Ctrl-C in the terminal is for the server, which ends the worker
         )  # fmt: skip
 
     def stop(self) -> None:

@@ -164,7 +164,8 @@ def resume(
 def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices: Devices) -> Run:
     if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
         what = f"{folder.path} is finished, so options no longer change it"
-        raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {folder.path}")
+        command = f"strop train --model {shlex.quote(str(folder.path))} --data ROWS.jsonl"
+        raise InputError(what, fix=f"train it further in a new run: `{command}`")
     paths = {"run": str(folder.path), "adapter": str(folder.adapter)}  # the folder may have been moved or copied
     report = folder.read_report() | paths
     if devices.is_main and not folder.page.is_file():  # the process was killed before it wrote report.html
