@@ -206,7 +206,10 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
         ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
         ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
-        ("chat a b", "error: got unexpected extra argument(s) (b)\nFix: give the prompt through a pipe: echo b | strop chat a"),
+        (
+            "chat a b",
+            "error: got unexpected extra argument(s) (b)\nFix: give the prompt through a pipe: echo b | strop chat a",
+        ),
         ("finetune", "error: finetune: no such command (did you mean train?)\nFix: for example: strop train --model"),
         ("compare a b", "compare: no such command (did you mean eval?)\nFix: for example: strop eval runs/mine"),
         ("gguf runs/a", "(did you mean export gguf?)\nFix: for example: strop export gguf runs/mine --out mine.gguf"),

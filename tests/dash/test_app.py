@@ -290,6 +290,7 @@ def test_ctrl_c_ends_open_streams_without_an_error(root: Path, capfd: pytest.Cap
     with run_dash(root, root.parent) as own:
         streams = [own.get(path, stream=True) for path in ("/api/runs/stream", "/api/runs/two/stream")]
         assert all(next(stream.iter_lines()) for stream in streams)
+        assert own.get("/api/schema").ok  # starts a worker
         assert own.stop() == 130
     shown = capfd.readouterr().err
     assert "stopped" in shown

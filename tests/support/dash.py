@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 TOKEN = "a-token-of-the-tests"
@@ -57,7 +58,11 @@ class Dash:
                     yield name, json.loads(line[6:])
 
     def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+        """Send SIGINT to the server and its children of the same process group, as a terminal does for Ctrl-C."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        for pid in (self.process.pid, *(child.pid for child in children)):
+            if os.getpgid(pid) == os.getpgid(self.process.pid):
+                os.kill(pid, signal.SIGINT)
         return self.process.wait(30)
 
 
