@@ -43,6 +43,8 @@ def planned_and_actual(family: str, options: dict[str, Any], **changes: Any) -> 
 @pytest.mark.parametrize("options", LORA_OPTIONS.values(), ids=LORA_OPTIONS)
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_plan_and_training_choose_the_same_step(family: str, options: dict[str, Any]) -> None:
+    if family == "phi" and "lora.new_tokens" in options:
+        pytest.skip("new tokens are refused on a head with a bias")
     planned, actual = planned_and_actual(family, options)
     assert (planned is None) == (actual is None), (planned, actual)
 

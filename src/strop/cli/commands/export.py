@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import DEFAULT_FOLDER, AdapterName, Data, Json, NoParity, check_folder, parse_numbers
-from strop.display.tables import console, print_adapters, print_fields, print_json, print_notes
+from strop.display.tables import console, print_adapters, print_fields, print_json, print_next, print_notes
 from strop.display.terminal import StatusLine, status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
@@ -84,6 +84,7 @@ def merge(
     _print_base_losses(merged.base_losses, merged.base)
     _print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
+    print_next(["chat", str(merged.out)], ["serve", str(merged.out)])
     print_json(merged.as_json(), as_json)
 
 
@@ -123,6 +124,8 @@ def gguf(
     _print_exported(exported)
     print_notes(exported.notes)
     console.print(f"[bold]exported[/] {escape(str(exported.out))}")
+    if not adapter:
+        print_next(["chat", str(exported.out)])
     print_json(exported.as_json(), as_json)
 
 
