@@ -624,7 +624,9 @@ def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, d
             tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
             tab.page.get_by_role("button", name="Use the 20% of rows that were held out").click()
             tab.page.wait_for_selector("#notice:has-text('rows to data/one-held-out')")
-            path = tab.page.get_by_label("File of held-out rows", exact=True).input_value()
+            field = tab.page.get_by_label("File of held-out rows", exact=True)
+            tab.page.wait_for_function("field => field.value", arg=field.element_handle())
+            path = field.input_value()
             copied = (folder / path).read_text(encoding="utf-8").splitlines()
             data = {"options": {**recipe, "data.bad_rows": "drop"}, "part": "eval", "count": 100}
             expected = [row["line"] for row in own.post("/api/data", data).json()["rows"]]

@@ -213,7 +213,7 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     for name in [name for name in given if name not in known]:
         locations.append(Location(given[name][2] or f"--{name}", None, f"unknown key {name}{explain_name(name)}"))
     if locations:
-        fix = "see docs/recipe.md for all keys"
+        fix = "see docs/recipe.md or `strop train --help-all` for all keys"
         if len(locations) > 2 and (file := locations[0].file) in {name for _, _, name in given.values()}:
             fix = f"convert a file of another tool with `strop import TOOL {file} --out recipe.yaml`; {fix}"
         raise RecipeError("unknown recipe key", fix=fix, where=locations)
