@@ -279,15 +279,15 @@ def test_chat_with_a_model_without_a_template_is_refused_before_it_loads(
     assert code == 2 and "the model has no chat template" in err and "Fix: " in err
 
 
-def test_retries_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "_retries", [])
+def test_retries_of_the_hub_are_one_line() -> None:
     texts = [
         "'[Errno -2]' thrown while requesting HEAD https://hub",
         "Retrying in 1s [Retry 1/5].",
         "a token is invalid",
     ]
+    shorten = app._ShortRetries()
     records = [logging.makeLogRecord({"msg": text}) for text in texts * 2]
-    shown = [record.getMessage() for record in records if app._shorten_retries(record)]
+    shown = [record.getMessage() for record in records if shorten.filter(record)]
     assert shown == ["the Hub does not answer; trying again for up to half a minute", texts[2], texts[2]]
 
 

@@ -170,7 +170,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns if parts are missing
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_shorten_retries)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_ShortRetries())
     try:
         arguments = sys.argv[1:]
         if arguments[:1] == ["help"]:
@@ -269,19 +269,18 @@ class _Command(_HideFlagTypes, typer.core.TyperCommand): ...
 class _Group(_HideFlagTypes, typer.core.TyperGroup): ...
 
 
-_retries: list[logging.LogRecord] = []  # of this process
-
-
-def _shorten_retries(record: logging.LogRecord) -> bool:
+class _ShortRetries(logging.Filter):
     """Leave one readable line of the ten that huggingface_hub logs while it tries again."""
-    text = record.getMessage()
-    if text.startswith("Retrying in"):
-        return False
-    if "thrown while requesting" in text:
+
+    is_first = True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "thrown while requesting" not in text:
+            return not text.startswith("Retrying in")
         record.msg, record.args = "the Hub does not answer; trying again for up to half a minute", ()
-        _retries.append(record)
-        return len(_retries) == 1
-    return True
+        is_first, self.is_first = self.is_first, False
+        return is_first
 
 
 def _shorten_exit() -> None:
@@ -343,8 +342,8 @@ def _explain_usage(error: Any) -> InputError:
         has_fields = "options" in inspect.signature(COMMANDS.get(path, main)).parameters and path not in RECIPE_FIELDS
         known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
         hint = explain_name(option.lstrip("-"), "--", " ") if has_fields else ""
-        name = option.lstrip("-").replace("_", "-")
-        if (meant := MEANT_OPTIONS.get(name)) and (not meant.startswith("--") or meant in known):
+        meant = MEANT_OPTIONS.get(option.lstrip("-").replace("_", "-"))
+        if meant and (not meant.startswith("--") or meant in known):
             hint = f" (did you mean {meant}?)"
         near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
         hint = hint or (f" (did you mean --{near}?)" if near else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 
 # `strop train --model X` means `strop train --model.name X`
 SHORT_FORMS = {
@@ -39,6 +40,11 @@ OTHER_NAMES = {
 }  # fmt: skip
 # options of other tools that strop has no option for, because it always does this
 ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")
+
+
+def data_options(spec: str | Sequence[str]) -> list[str]:
+    """Return the words with which data.train is given in a terminal."""
+    return [word for file in ([spec] if isinstance(spec, str) else spec) for word in ("--data", file)]
 
 
 def full_name(name: str) -> str:

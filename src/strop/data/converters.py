@@ -46,8 +46,9 @@ class ParsedRow:
 
 def convert_messages(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert a column with a list of messages, or of objects such as {"human": ..., "assistant": ...}, or its JSON."""
-    turns = _parse_json(row[keys[0]], "bad-messages", keys[0])  # a cell of a table
-    row = {**row, keys[0]: turns}
+    if isinstance(row[keys[0]], str):  # a cell of a table
+        row = {**row, keys[0]: _parse_json(row[keys[0]], "bad-messages", keys[0])}
+    turns = row[keys[0]]
     without_role = isinstance(turns, list) and all(isinstance(t, dict) and not {"role", "from"} & set(t) for t in turns)
     if without_role and turns:
         turns = [turn for i, exchange in enumerate(turns) for turn in _parse_exchange(exchange, f"{keys[0]}[{i}]")]

@@ -214,9 +214,8 @@ class ConversationReader:
                 self.num_used += 1
                 for parsed in parsed_rows:
                     yield Conversation(row.file, row.line, **vars(parsed))
-            if (unknown := self._first_unknown) and not self._first_known:  # no row of the file has a known format
-                what = f"no format has the columns {_list_columns(unknown.value)}"
-                raise file_error(unknown.file, what, _suggest_options(unknown.value), unknown.line)
+            if self._first_unknown and not self._first_known:  # no row of the file has a known format
+                raise _unknown_format(self._first_unknown)
 
     def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._rename_columns(row.value)
@@ -258,13 +257,11 @@ class ConversationReader:
 
     def _find_format(self, row: Row) -> Format:
         detected = detect_format(row.value)
-        present = _present_columns(row.value)
-        candidates = FORMATS.values() if self._first_known is None else [FORMATS[self.formats[row.file]]]
-        if detected is None and any(
-            entry.matching_keys(present) and _ambiguous_columns(row.value, entry) for entry in candidates
-        ):  # also if this column is empty in other rows
-            what = f"no format has the columns {_list_columns(row.value)}"
-            raise file_error(row.file, what, _suggest_options(row.value), row.line)
+        if detected is None:
+            present = _present_columns(row.value)
+            candidates = FORMATS.values() if self._first_known is None else [FORMATS[self.formats[row.file]]]
+            if any(entry.matching_keys(present) and _ambiguous_columns(row.value, entry) for entry in candidates):
+                raise _unknown_format(row)  # also if this column is empty in other rows
         if self._first_known is None:
             if detected is None:
                 self._first_unknown = self._first_unknown or row
@@ -275,7 +272,7 @@ class ConversationReader:
         if detected is None and not expected.matching_keys(row.value):  # with null values, it is a row of the format
             what = f"not {expected.name}, nor another format: columns {_list_columns(row.value)}"
             raise InvalidRow("unknown-shape", what)
-        if detected == "prompt" and "prompt" in present and not self._answerless:
+        if detected == "prompt" and not self._answerless:
             missing = " or ".join(sorted({key for keys in expected.keys if keys[0] == "prompt" for key in keys[1:]}))
             if missing:
                 raise InvalidRow("no-content", f"no {missing}, which other rows of the file have")
@@ -308,6 +305,11 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
             return entry
     what = f"--data.columns names {', '.join(columns)}: no format has these columns"
     raise DataError(what, fix="give two columns, for example prompt=A,completion=B")
+
+
+def _unknown_format(row: Row) -> DataError:
+    what = f"no format has the columns {_list_columns(row.value)}"
+    return file_error(row.file, what, _suggest_options(row.value), row.line)
 
 
 def _list_columns(value: RowValue) -> str:

@@ -27,6 +27,7 @@ _LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 )
 DEFAULT_PORT = "29500"  # torchrun's default
+RESUME = "continue with `strop resume RUN`, or give the command again if no step was saved"  # after a rank has ended
 AGENT_PREFIX = "strop-"  # run ids of torchrun agents that `--devices` starts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
-from strop.distributed.devices import AGENT_PREFIX, SINGLE_PROCESS, Devices, find_ranks
+from strop.distributed.devices import AGENT_PREFIX, RESUME, SINGLE_PROCESS, Devices, find_ranks
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import available_cores
 from strop.runs.child_env import safe_path_env
@@ -82,19 +82,18 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"{AGENT_PREFIX}{uuid.uuid4()}", max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", monitor_interval=0.1,
     )  # fmt: skip
-    resume = "continue with `strop resume RUN`, or give the command again if no step was saved"
     try:
         elastic_launch(config, sys.executable)("-m", "strop.cli", *_without_devices(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
-            raise RunError(what, fix=resume) from None
+            raise RunError(what, fix=RESUME) from None
         raise PeerFailed(failure.exitcode) from None
     except SignalException as error:
         if error.sigval in (signal.SIGINT, signal.SIGTERM):
             raise PeerFailed(Stopped.exit_code) from None
-        raise RunError(f"ended by {error.sigval.name}; nothing was saved", fix=resume) from None
+        raise RunError(f"ended by {error.sigval.name}; nothing was saved", fix=RESUME) from None
 
 
 def _without_devices(arguments: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, Devices, RankInfo, threads_requested
+from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, RESUME, Devices, RankInfo, threads_requested
 from strop.errors import PeerFailed, RunError, StropError, first_line
 from strop.machine.memory import is_out_of_memory
 from strop.machine.probe import available_cores
@@ -38,7 +38,6 @@ MAX_FLAGS = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
 SHARED = "known_to_all_ranks"  # attribute of an error that has been exchanged
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
-RESUME = "continue with `strop resume RUN`, or give the command again if no step was saved"
 
 # `all_gather_into_tensor` is the name up to torch 2.12
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

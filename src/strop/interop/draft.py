@@ -15,6 +15,7 @@ import yaml
 
 from strop.config.load import Resolved, resolve
 from strop.errors import InputError, RecipeError, suggest
+from strop.objectives.table import OBJECTIVES
 
 IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
 # required fields that a config may lack: option of `strop train`, and a placeholder used to validate the recipe
@@ -60,10 +61,6 @@ TRUNCATION_NOTE = (
 )
 NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
 WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
-OBJECTIVE_OPTIONS = {  # objectives that have an option
-    "beta": ("dpo", "ipo", "kto", "orpo", "simpo"), "label_smoothing": ("dpo", "simpo"),
-    "sft_weight": ("dpo", "ipo", "simpo"), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
-}  # fmt: skip
 _ORPO_NOTE = (
     "TRL's cross entropy is over prompt and answer, averaged over the tokens of a batch; strop's is over the answer, "
     "averaged per pair"
@@ -238,9 +235,10 @@ class Draft:
     def put_options(self, keys: Keys, options: Mapping[str, str]) -> None:
         """Import options of the objective, and report those that it does not have. options: names in strop, by key."""
         objective = self.get("train.objective") or "sft"
+        known = OBJECTIVES[objective].options if objective in OBJECTIVES else {}
         for key, option in options.items():
             value = as_number(keys.take(key))
-            if value is not None and objective in OBJECTIVE_OPTIONS[option]:
+            if value is not None and option in known:
                 self.put(f"train.{option}", value, key)
             elif value:
                 text = f"{format_value(value)}: {objective} has no {option} in strop"

@@ -229,11 +229,8 @@ class Script:
             if unread:
                 raise LookupError(node.id)
             value = self._evaluate(self._constants[node.id], depth + 1)
-            return (
-                {**value, **{key: self._evaluate(item, depth + 1) for key, item in changes.items()}}
-                if changes
-                else value
-            )
+            added = {key: self._evaluate(item, depth + 1) for key, item in changes.items()}
+            return {**value, **added} if added else value
         if isinstance(node, ast.Attribute) and self._is_argparse_option(node):
             value = self._evaluate(self._options[node.attr], depth + 1)
             self.used_defaults[node.attr] = (value, node.lineno)

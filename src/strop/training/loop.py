@@ -306,8 +306,8 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
     progress.position = stream.position_of(progress.step)
     if before and (before["rows"], before["batch_size"]) != (stream.num_rows, stream.batch_size):
         was, now = (
-            progress.step / math.ceil(rows / batch_size)
-            for rows, batch_size in ((before["rows"], before["batch_size"]), (stream.num_rows, stream.batch_size))
+            progress.step / math.ceil(before["rows"] / before["batch_size"]),
+            progress.step / stream.steps_per_epoch,
         )
         note(f"steps have other rows than before: {progress.step} steps were {was:.1f} epochs, and count as {now:.1f}")
     reset_lost_best(job)

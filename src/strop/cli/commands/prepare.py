@@ -10,7 +10,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.config.names import full_name
+from strop.config.names import data_options, full_name
 from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
@@ -159,11 +159,9 @@ def check(
         words += ["--objective", objective] if objective != "sft" and not recipe_file else []
         print_next(["train", *words, "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
-    train, given = checked.recipe.data.train, {full_name(name) for name in options}
-    is_plain = given <= {"model.name", "data.train"} and not recipe_file and not checked.recipe.model.adapter
-    if is_plain and not refusal and fix is None:
-        files = [word for file in ([train] if isinstance(train, str) else train) for word in ("--data", file)]
-        words = ["--model", checked.recipe.model.name, *files]
+    is_plain = {full_name(name) for name in options} <= {"model.name", "data.train"} and not recipe_file
+    if is_plain and not checked.recipe.model.adapter and not refusal and fix is None:
+        words = ["--model", checked.recipe.model.name, *data_options(checked.recipe.data.train)]
         print_next(["plan", *words], ["train", *words])
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
