@@ -84,8 +84,17 @@ def merge(
     _print_base_losses(merged.base_losses, merged.base)
     _print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
-    print_next(["chat", str(merged.out)], ["serve", str(merged.out)])
+    _print_uses(merged.out)
     print_json(merged.as_json(), as_json)
+
+
+def _print_uses(model: Path) -> None:
+    """Print commands that use a new model; one without a chat template cannot chat."""
+    from strop.models.source import locate
+    from strop.models.tokenizer import has_template
+
+    chat = [["chat", str(model)]] if has_template(locate(str(model))) else []
+    print_next(*chat, ["serve", str(model)])
 
 
 @contextmanager
@@ -125,7 +134,7 @@ def gguf(
     print_notes(exported.notes)
     console.print(f"[bold]exported[/] {escape(str(exported.out))}")
     if not adapter:
-        print_next(["chat", str(exported.out)])
+        _print_uses(exported.out)
     print_json(exported.as_json(), as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
-from strop.display.tables import console, print_json, print_next, print_notes
+from strop.display.tables import command_name, console, print_json, print_next, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -91,7 +92,8 @@ def evaluate(
         name, label = names[0], Path(names[0]).name
         delivery = [["merge", name, "--out", f"{label}-merged"], ["export", "gguf", name, "--out", f"{label}.gguf"]]
         if is_run(Path(name)):
-            console.print(f"answers  {name}/report.html, or strop dash {name}", markup=False)
+            page = f"{command_name()} dash {shlex.quote(name)}"
+            console.print(f"answers  {name}/report.html, or {page}", markup=False)
         print_next(["chat", name], *(delivery if "tuned" in result else []), ["serve", name])
     print_json(result, as_json)
 
