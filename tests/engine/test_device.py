@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPa
     assert dtype == "fp32" and "no bf16" in why
 
 
-def test_disturbed_measurement_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs shared the CPU once, and every later run was trained in fp32, at half the speed."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     slow = Precision("fp32", "bf16 13 GFLOP/s, fp32 15 GFLOP/s measured", 13e9, 15e9)
     monkeypatch.setattr(device, "measure", lambda name: slow)
     machine = replace(probe(), vector=("avx512_bf16",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
 from strop.machine.rates import Rates, load_rates, save_precision, save_rates
 from strop.models.families.shape import ModelShape, read_model_info
+from strop.planning import calibrate
 from strop.planning.activations import MicroBatch
 from strop.planning.machines import SPECS, TargetMachine, find_spec, match_driver_name
 from strop.planning.microbatch import mean_micro_batch
@@ -517,7 +519,7 @@ def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(doctor, "examine", lambda *_: doctor.DoctorReport(machine, [Finding("ok", "a")], None))
     code, _, err = run("doctor", capsys=capsys)
     assert code == 0 and [line.split() for line in err.splitlines()] == [
-        ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
+        ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"], ["next", "strop", "demo"]
     ]  # fmt: skip
     assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to fix\n")
 
@@ -552,3 +554,52 @@ def test_plan_says_when_the_rates_were_measured_on_a_busy_machine(
         save_rates(probe(), "cpu", replace(RATES, busy=busy))
         _, _, err = run("plan", tiny_folder, "--data", rows_file, "--device", "cpu", capsys=capsys)
         assert shown in err
+
+
+@pytest.mark.parametrize("load,disturbed", [(8.0, False), (0.0, True)])
+def test_doctor_keeps_rates_while_other_programs_use_the_cores(
+    load: float, disturbed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another program shows in the load, or only in the time that the measurement got."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    slow = replace(RATES, bf16_flops=RATES.bf16_flops / 4, busy=disturbed)
+    monkeypatch.setattr(calibrate, "measure_rates", lambda: slow)
+    monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
+    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    assert f"bf16 {slow.bf16_flops / 1e9:,.0f} GFLOP/s" in shown and "the measured rates are too low" in shown
+    assert load_rates(probe(), "cpu") == replace(slow, busy=True)
+    save_rates(probe(), "cpu", RATES)
+    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    assert (
+        f"bf16 {RATES.bf16_flops / 1e9:,.0f} GFLOP/s" in shown
+        and "showing the rates that were measured before" in shown
+    )
+    assert load_rates(probe(), "cpu") == RATES
+    monkeypatch.setattr(calibrate.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(calibrate, "measure_rates", lambda: replace(slow, busy=False))
+    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    assert "other programs" not in shown and load_rates(probe(), "cpu") == replace(slow, busy=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        """--epochs 2 --lora.target_modules '["q_proj", "v_proj"]' --train.exact true""",
+        """--eval 25% --lora.rank_pattern '{"q_proj": 2}' --data.columns prompt=prompt,completion=completion""",
+    ],
+)
+def test_plan_ends_with_the_command_that_trains(
+    options: str, rows_file: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", rows_file, "--device", "cpu", "--model.dtype", "fp32", *shlex.split(options)]
+    _, _, err = run("plan", tiny_folder, *given, capsys=capsys)
+    suggested = shlex.split(err.rpartition("next ")[2])
+    words = suggested[suggested.index("train") :]
+    out = ["--out", tmp_path / "run"]
+    _, shown, _ = run(*words, "--print-recipe", *out, capsys=capsys)
+    _, expected, _ = run("train", "--model", tiny_folder, *given, "--print-recipe", *out, capsys=capsys)
+    values = [[line.partition("  #")[0] for line in recipe.splitlines()] for recipe in (shown, expected)]
+    assert values[0] == values[1] and "target_modules" in shown
+    _, _, err = run("plan", tiny_folder, "--data", rows_file, "--memory", "8GB", "--device", "cpu", capsys=capsys)
+    assert "next " not in err  # another machine's plan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 # `strop train --model X` means `strop train --model.name X`
 SHORT_FORMS = {
@@ -42,9 +43,13 @@ OTHER_NAMES = {
 ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")
 
 
-def data_options(spec: str | Sequence[str]) -> list[str]:
-    """Return the words with which data.train is given in a terminal."""
-    return [word for file in ([spec] if isinstance(spec, str) else spec) for word in ("--data", file)]
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Return the words with which values of fields are given in a terminal; a list is given as repeated options."""
+    short_forms = {field: short for short, field in SHORT_FORMS.items()}
+    pairs = [
+        (name, item) for name, value in options.items() for item in (value if isinstance(value, list) else [value])
+    ]
+    return [word for name, item in pairs for word in (f"--{short_forms.get(name, name)}", str(item))]
 
 
 def full_name(name: str) -> str:

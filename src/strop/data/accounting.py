@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from strop.config.names import data_options
+from strop.config.names import option_words
 from strop.config.schema import DataSection
 from strop.data.converters import LABELS
 from strop.data.formats import PAIRED, find_placeholders
@@ -290,7 +290,7 @@ def _why_refused(
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
-        command = f"strop check {shlex.join(data_options(data.train))} --fix clean.jsonl"
+        command = f"strop check {shlex.join(option_words({'data.train': data.train}))} --fix clean.jsonl"
         correct = (
             f"correct them, or write the other rows to a file: `{command}`" if role == "training" else "correct them"
         )

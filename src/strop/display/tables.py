@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from strop.config.names import data_options
+from strop.config.names import option_words
 from strop.errors import in_python
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -142,7 +142,7 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}
     evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
     files = [] if read_eval_share(values.get("data.eval")) else evaluated
-    measure = [["eval", run, *data_options(files)]] if files else []
+    measure = [["eval", run, *option_words({"data.train": files})]] if files else []
     chat = [["chat", run]] if report.get("objective", {}).get("name") != "reward" else []
     print_next(*measure, *chat, ["dash", run])
     if not files:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from strop.engine.kernels.cpu.precision import measure as measure
+from strop.engine.kernels.cpu.precision import Precision, measure
 from strop.errors import DeviceError
 from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import MAX_TILED_RANK, probe
@@ -94,14 +94,25 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if cached is not None:
         return cached
     LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
-    cpu_start, start = time.process_time(), time.perf_counter()
-    measured = measure(device)
-    cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - start) / threads
-    if cpu_share < MIN_CPU_SHARE:  # the two rates say nothing, and storing them would slow down all later runs
+    measured, disturbed = measure_precision()
+    if disturbed:
         dtype = machine.expected_dtype
         return dtype, f"by the CPU's instructions, because other programs disturbed the measurement ({measured.why})"
-    save_precision(machine, threads, measured.dtype, measured.why)
     return measured.dtype, measured.why
+
+
+def measure_precision() -> tuple[Precision, bool]:
+    """Measure and store which dtype is faster on this CPU.
+
+    The second result is True if other programs used the cores meanwhile. Then nothing is stored, because wrong rates
+    would slow down all later runs.
+    """
+    threads, cpu_start, start = torch.get_num_threads(), time.process_time(), time.perf_counter()
+    measured = measure("cpu")
+    disturbed = (time.process_time() - cpu_start) / (time.perf_counter() - start) < MIN_CPU_SHARE * threads
+    if not disturbed:
+        save_precision(probe(), threads, measured.dtype, measured.why)
+    return measured, disturbed
 
 
 def pick_generation_dtype(device: str, trained: str | None) -> tuple[str, list[str]]:

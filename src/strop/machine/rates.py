@@ -26,11 +26,6 @@ class Rates:
     integers: dict[str, float]  # FLOP/s with train.int8_matmul, by quantization scheme; empty if unsupported
     busy: bool = False  # other programs were using the machine, so the rates are too low
 
-    @property
-    def dtype(self) -> str:
-        """The dtype to use: bf16 if it is at least 20 % faster than fp32, which is more precise."""
-        return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
-
 
 def save_rates(machine: Machine, device: str, rates: Rates) -> None:
     file = _rates_file(machine, device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
-from strop.engine.device import measure, pick_dtype, prepare_process
+from strop.engine.device import measure_precision, pick_dtype, prepare_process
 from strop.engine.kernels.dispatch import backend_for, measure_frozen_flops, measure_int8_flops, why_no_triton
 from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
@@ -30,7 +30,7 @@ from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
 from strop.machine.probe import MAX_TILED_RANK, Machine, probe
-from strop.machine.rates import Rates, save_rates
+from strop.machine.rates import Rates, load_rates, save_rates
 from strop.models.families.shape import ModelShape
 from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
@@ -55,27 +55,35 @@ assert SMALL["hidden_size"] == COMPILE_HIDDEN and RANK <= MAX_TILED_RANK < WIDE_
 
 
 def examine(machine: Machine) -> tuple[list[Finding], Rates]:
-    """Run all checks and measurements. The CPU's rates are also stored for `strop plan`."""
-    load_findings = _check_load(machine)
-    rates = replace(measure_rates(), busy=bool(load_findings))
-    save_rates(machine, "cpu", rates)
+    """Run all checks, and measure the CPU's rates, which are stored for `strop plan`."""
+    rates, warnings = _measure_or_keep(machine)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
-    what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
+    what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {pick_dtype('cpu')[0]} here"
     findings = [Finding("ok", what)]
     if rates.integers:
         both = " and ".join(f"{rates.integers[name] / 1e9:,.0f}" for name in ("none", "int8"))
         what = f"8-bit integers {both} GFLOP/s on a base in 16 bit and in int8: --train.int8_matmul true"
         findings.append(Finding("ok", what))
-    return [*check_gpus(machine), *load_findings, *findings, check_four_bit_step()], rates
+    return [*check_gpus(machine), *warnings, *findings, check_four_bit_step()], rates
 
 
-def _check_load(machine: Machine) -> list[Finding]:
+def _measure_or_keep(machine: Machine) -> tuple[Rates, list[Finding]]:
+    """Return the CPU's rates. If other programs use the cores, they are those measured before, if there are any."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load < BUSY_SHARE * machine.cores:
-        return []
-    what = f"other programs are using {load:.1f} of {machine.cores} cores, so the measured rates are too low"
-    why = "`strop plan` predicts the time of runs from these rates"
-    return [Finding("warning", what, why, "# run strop doctor again when the machine is idle")]
+    quiet, before = load < BUSY_SHARE * machine.cores, load_rates(machine, "cpu")
+    kept = None if before is None or before.busy else before
+    what = f"other programs are using the cores (load {load:.1f}, {machine.cores} cores)"
+    fix = "# run strop doctor again when the machine is idle"
+    if quiet or kept is None:
+        rates = measure_rates()
+        rates = replace(rates, busy=rates.busy or not quiet)
+        if kept is None or not rates.busy:
+            save_rates(machine, "cpu", rates)
+            why = "`strop plan` predicts the time of runs from these rates"
+            too_low = Finding("warning", f"{what}, so the measured rates are too low", why, fix)
+            return rates, [too_low] if rates.busy else []
+    why = "rates that are measured now would be too low"
+    return kept, [Finding("warning", f"{what}: showing the rates that were measured before", why, fix)]
 
 
 def check_gpus(machine: Machine) -> Iterator[Finding]:
@@ -106,7 +114,7 @@ def measure_rates() -> Rates:
     """Measure matmuls in both dtypes, memory bandwidth, the output head, and the costs of a step, on the CPU."""
     prepare_process(rank=WIDE_RANK)  # sets the largest cache of matmul shapes that a run uses
     LOG.info("measuring matmuls and memory of this CPU")
-    precision = measure("cpu")
+    precision, disturbed = measure_precision()
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     y = torch.empty_like(x)
     bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
@@ -119,7 +127,7 @@ def measure_rates() -> Rates:
     schemes = ("nf4", "int8") if is_installed("bitsandbytes") else ()
     unpacked = {scheme: measure_dequantization(scheme) for scheme in schemes}
     integers = measure_int8_flops() if precision.dtype == "fp32" else {}
-    return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
+    return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers, disturbed)
 
 
 def _measure_head(dtype: torch.dtype, bandwidth: float) -> float:

@@ -192,8 +192,7 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         rate = Rate(CORE_FP32 * 30, 200e9, "a guess: like a typical Apple GPU in the table")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
     guess = machine.expected_dtype, f"guessed from {GUESS}"
-    dtype = precision or (guess if rates is None else (rates.dtype, "measured by strop doctor"))
-    return TargetMachine(machine, "cpu", dtype, partial(Rate.of_cpu, machine, rates))
+    return TargetMachine(machine, "cpu", precision or guess, partial(Rate.of_cpu, machine, rates))
 
 
 def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> TargetMachine:

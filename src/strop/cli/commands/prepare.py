@@ -10,7 +10,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.config.names import data_options, full_name
+from strop.config.names import full_name, option_words
 from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
@@ -50,6 +50,8 @@ def doctor(
             console.print("no command fixes the findings: see `strop doctor`" if has_problems else "nothing to fix")
     else:
         print_findings(examination, console)
+        if not errors:
+            print_next(["demo"])
         result = examination.as_json()
     if errors:
         first = errors[0]
@@ -116,6 +118,8 @@ def plan(
         return
     planned = api.plan(file, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **options)
     print_plan(planned, console)
+    if planned.fits and planned.resolved.recipe.data.train and not (memory or gpu or devices * nodes > 1):
+        print_next(["train", *([str(file)] if file else []), *option_words(options)])
     result = planned.as_json()
     if not planned.fits:
         fixes = "; ".join(suggestion.what for suggestion in planned.suggestions)
@@ -161,7 +165,7 @@ def check(
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     is_plain = {full_name(name) for name in options} <= {"model.name", "data.train"} and not recipe_file
     if is_plain and not checked.recipe.model.adapter and not refusal and fix is None:
-        words = ["--model", checked.recipe.model.name, *data_options(checked.recipe.data.train)]
+        words = option_words({"model.name": checked.recipe.model.name, **options})
         print_next(["plan", *words], ["train", *words])
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
