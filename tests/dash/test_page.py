@@ -888,7 +888,7 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
         assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
-        curve = tab.page.locator(".plot:has(.title:text-is('memory of the process'))")
+        curve = tab.page.locator(".plot:has(.title:text-is('memory of the process after each step'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
         assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
@@ -896,7 +896,12 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
         with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(step(3, resident_bytes=300 * mib)) + "\n")
         tab.page.unroute("**/stream*")
-        open_at(tab, own, "/run/one", ".plot:has(.title:text-is('memory of the process')) b:text-is('300 MiB')")
+        open_at(
+            tab,
+            own,
+            "/run/one",
+            ".plot:has(.title:text-is('memory of the process after each step')) b:text-is('300 MiB')",
+        )
         tab.page.set_viewport_size(PHONE)
         tab.check("memory")
 

@@ -49,6 +49,10 @@ MIN_SIMILARITY = 0.6  # differences are marked only between answers that are at 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 T_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # the same of Student's t distribution, for 1 to 4 degrees of freedom
 MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosses; from 3 rows on, in 3 to 7 %
+SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
+    "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
+    "preference_sum": "preference, summed", "margin": "margin of rewards",
+}  # fmt: skip
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
 
@@ -318,6 +322,11 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
         counts = " and ".join(f"{count:,} of {result['rows']:,} {side} answers" for side, count in cut.items())
         texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens or the model's context")
     return texts
+
+
+def score_name(name: str, metric: str | None) -> str:
+    """Return the name to show for a score; the metric keeps the name that --metric takes."""
+    return SCORE_NAMES.get(name, name if name == metric else name.replace("_", " "))
 
 
 def rows_label(result: Mapping[str, Any]) -> str:

@@ -31,14 +31,9 @@ STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "accuracy": "answers ranked correctly", "margin": "margin of rewards", "reward": "reward of completions",
     "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
-    "rejected_nats": "rejected, log-probability per token", "resident_bytes": "memory of the process, GiB",
+    "rejected_nats": "rejected, log-probability per token",
+    "resident_bytes": "memory of the process after each step, GiB",
     "allocated_bytes": "GPU memory, allocated after each step, GiB",
-}  # fmt: skip
-
-
-SCORE_NAMES = {  # field of base and tuned -> its name; a metric keeps the name that --metric takes
-    "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
-    "preference_sum": "preference, summed", "margin": "margin of rewards",
 }  # fmt: skip
 
 
@@ -170,7 +165,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
                 low, high = (100 * float(end) for end in intervals[side])
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
             cells.append(cell)
-        yield {"name": SCORE_NAMES.get(name, name.replace("_", " ") if name != metric else name), "sides": cells}
+        yield {"name": metrics.score_name(name, metric), "sides": cells}
 
 
 def _format_general(general: Mapping[str, Any]) -> dict[str, Any] | None:

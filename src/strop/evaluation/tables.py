@@ -21,6 +21,7 @@ from strop.evaluation.metrics import (
     format_points,
     format_task_scores,
     rows_label,
+    score_name,
 )
 
 _DECIMALS = {"loss": 3, "perplexity": 3, "tokens_per_answer": 1}  # of scores that are not percentages
@@ -70,7 +71,7 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
                 low, high = result["intervals"][side]
                 cell += f"  ({low:.1%} to {high:.1%})"
             cells.append(cell)
-        table.add_row(escape(name if name == result["metric"] else name.replace("_", " ")), *cells)
+        table.add_row(escape(score_name(name, result["metric"])), *cells)
     out.print(table)
     if speed := result[sides[-1]].get("tokens_per_s"):
         together = " in one batch" if len(sides) > 1 else ""
