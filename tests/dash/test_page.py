@@ -887,8 +887,8 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             row.locator("span").first.inner_text(): row.locator(".sum").inner_text()
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
-        assert memory == {"plan, peak": "719 MiB", "now": "496 MiB"}
-        curve = tab.page.locator(".plot:has(.title:text-is('memory of the process after each step'))")
+        assert memory == {"planned": "719 MiB", "now": "496 MiB"}
+        curve = tab.page.locator(".plot:has(.title:text-is('process memory after each step'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
         assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
@@ -900,7 +900,7 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             tab,
             own,
             "/run/one",
-            ".plot:has(.title:text-is('memory of the process after each step')) b:text-is('300 MiB')",
+            ".plot:has(.title:text-is('process memory after each step')) b:text-is('300 MiB')",
         )
         tab.page.set_viewport_size(PHONE)
         tab.check("memory")

@@ -230,7 +230,7 @@ def test_normal_events_and_empty_facts_are_left_out() -> None:
 def test_memory_of_the_steps_is_plotted_in_gib() -> None:
     events = [{**event, "resident_bytes": 3 << 30} for event in steps(60)]
     drawing = next(
-        text for text in drawings(render(full(), events)) if "memory of the process after each step, GiB" in text
+        text for text in drawings(render(full(), events)) if "process memory after each step, GiB" in text
     )
     labels = re.findall(r">([\d.]+)</text>", drawing)
     assert {"3", "3.0"} & set(labels), labels

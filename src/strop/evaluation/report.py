@@ -32,7 +32,7 @@ STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
     "rejected_nats": "rejected, log-probability per token",
-    "resident_bytes": "memory of the process after each step, GiB",
+    "resident_bytes": "process memory after each step, GiB",
     "allocated_bytes": "GPU memory, allocated after each step, GiB",
 }  # fmt: skip
 

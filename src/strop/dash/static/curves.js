@@ -23,7 +23,7 @@ export const TITLES = {
   learning_rate: "learning rate",
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
-  resident_bytes: "memory of the process after each step",
+  resident_bytes: "process memory after each step",
   allocated_bytes: "GPU memory, allocated after each step",
   accuracy: "answers ranked right",
   margin: "reward margin",

@@ -335,10 +335,10 @@ export async function show(container, { run, query, signal, draw }) {
         "section",
         { class: "card" },
         h("h3", {}, "Training memory"),
-        bar("plan, peak", m.predicted_peak_bytes, ""),
+        bar("planned", m.predicted_peak_bytes, ""),
         bar("dry run", m.dry_run_bytes, "tuned"),
         bar("now", now, "tuned"),
-        bar("measured peak", m.measured_peak_bytes, "tuned"),
+        bar("measured", m.measured_peak_bytes, "tuned"),
         h(
           "p",
           { class: "soft" },
