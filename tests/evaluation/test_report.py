@@ -229,9 +229,7 @@ def test_normal_events_and_empty_facts_are_left_out() -> None:
 
 def test_memory_of_the_steps_is_plotted_in_gib() -> None:
     events = [{**event, "resident_bytes": 3 << 30} for event in steps(60)]
-    drawing = next(
-        text for text in drawings(render(full(), events)) if "process memory after each step, GiB" in text
-    )
+    drawing = next(text for text in drawings(render(full(), events)) if "process memory after each step, GiB" in text)
     labels = re.findall(r">([\d.]+)</text>", drawing)
     assert {"3", "3.0"} & set(labels), labels
     ticks = [label for label in labels if label in ("10", "20", "40")]

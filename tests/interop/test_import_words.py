@@ -810,3 +810,172 @@ def test_adafactor_has_no_difference(tmp_path: Path) -> None:
 def test_loss_weights_that_strop_cannot_express_are_refused(weights: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sigmoid, sft"):
         trl(tmp_path, f"loss_type=['sigmoid', 'sft'], loss_weights={weights}", kind="DPO")
+
+
+# --- differences that once were not named ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        *((f"ds = ds.{method}", True) for method in ("take(10)", "skip(3)", "repeat(3)", "to_pandas().head(5)")),
+        ("ds = ds[:10]", True),
+        ("ds = Dataset.from_list(list(ds)[:10])", True),
+        ("ds = subsample(ds)", True),
+        ("ds, other = ds, None", False),
+        ("ds = ds.train_test_split(0.9)['test']", True),
+        ("ds = ds.train_test_split(0.9)['train']", True),
+        ("other = ds[:10]", False),
+        ("ds = DatasetDict(train=ds)['train']", True),
+        ("ds = ds.shuffle(seed=1)", False),
+    ],
+)
+def test_changed_rows_are_named(change: str, named: bool, tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        f"ds = load_dataset('json', data_files='a.jsonl', split='train')\n{change}\n"
+        "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=ds)\n"
+        "ds = ds.take(1)\n",
+        encoding="utf-8",
+    )
+    draft = import_config("trl", file).draft
+    notes = [note for note in draft.unsupported if note.key == "train_dataset"]
+    assert [note.line for note in notes] == [2] * named and draft.get("data.train") == "a.jsonl"
+    assert all("dataset.to_json" in note.text for note in notes)
+
+
+def test_last_assignment_of_a_data_set_counts(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "ds = load_dataset('json', data_files='a.jsonl')\nds = load_dataset('json', data_files='b.jsonl')\n"
+        "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=ds)\n",
+        encoding="utf-8",
+    )
+    assert import_config("trl", file).draft.get("data.train") == "b.jsonl"
+
+
+def test_data_set_from_other_code_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "def main(rows):\n    SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=rows)\n",
+        encoding="utf-8",
+    )
+    assert "train_dataset" in find_row_warnings(import_config("trl", file).draft.unsupported)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ("dataloader_drop_last=True", "dataloader_drop_last"),
+        ("group_by_length=True", "group_by_length"),
+        ("packing=True, packing_strategy='wrapped'", "packing_strategy"),
+        ("packing=True, packing_strategy='bfd_split'", "packing_strategy"),
+        ("dataset_kwargs={'skip_prepare_dataset': True}", "dataset_kwargs"),
+        ("optim_args='a=1'", "optim_args"),
+        ("accelerator_config={'split_batches': True}", "accelerator_config"),
+    ],
+)
+def test_arguments_that_change_training_are_named(arguments: str, key: str, tmp_path: Path) -> None:
+    draft = trl(tmp_path, arguments)
+    named = {**find_row_warnings(draft.differs), **find_row_warnings(draft.unsupported)}
+    assert key in named and key not in find_row_warnings(draft.ignored)
+    plain = trl(tmp_path, "packing=True, packing_strategy='bfd', dataloader_drop_last=False")
+    assert not {"packing_strategy", "dataloader_drop_last"} & {
+        note.key for note in (*plain.differs, *plain.unsupported)
+    }
+
+
+def test_parameters_trained_by_code_are_named(tmp_path: Path) -> None:
+    loop = "for name, p in model.named_parameters():\n    p.requires_grad = {}"
+    for value, named in (("True", True), ("'norm' in name", True), ("False", False)):
+        draft = trl(tmp_path, before=loop.format(value))
+        assert ("requires_grad" in find_row_warnings(draft.unsupported)) is named
+    draft = trl(tmp_path, before="model.lm_head.requires_grad_(True)\nset_seed(77)")
+    assert "requires_grad_" in find_row_warnings(draft.unsupported)
+    assert "77" in find_row_warnings(draft.differs)["set_seed"]
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward"])
+def test_line_break_after_the_stop_token_is_named(kind: str, tmp_path: Path) -> None:
+    assert "line break" in find_row_warnings(trl(tmp_path, kind=kind).differs)["stop token"]
+
+
+def test_unsloth_trains_embeddings_in_full_and_obeys_its_flags(tmp_path: Path) -> None:
+    text = UNSLOTH.format(kind="SFT", config="SFTConfig", arguments="", length="")
+    targets = "target_modules=['q_proj', 'up_proj', 'lm_head', 'embed_tokens'], finetune_mlp_modules=False"
+    file = tmp_path / "train.py"
+    file.write_text(text.replace("get_peft_model(model)", f"get_peft_model(model, {targets})"), encoding="utf-8")
+    draft = import_config("unsloth", file).draft
+    assert draft.get("lora.target_modules") == ["q_proj"]
+    assert draft.get("lora.modules_to_save") == ["lm_head", "embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "overlong"),
+    [
+        ("datasets: [{path: a.txt, type: completion}]", "split"),
+        ("pretraining_dataset: [{path: a.txt}]", "split"),
+        ("datasets: [{path: a.txt, type: completion}, {path: b.jsonl, type: chat_template}]", "drop"),
+    ],
+)
+def test_axolotl_cuts_long_texts(rows: str, overlong: str, tmp_path: Path) -> None:
+    draft = axolotl(tmp_path, "sequence_len: 64\n", f"{rows}\n")
+    assert draft.get("data.overlong") == overlong
+    notes = {**find_row_warnings(draft.differs), **find_row_warnings(draft.unsupported)}
+    assert "pieces" in notes["sequence_len"]
+
+
+def test_axolotl_keys_that_change_training_are_named(tmp_path: Path) -> None:
+    more = "train_on_inputs: true\nloss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3\nsample_packing: true\n"
+    more += "tokens: ['<A>']\nlora_modules_to_save: [embed_tokens, lm_head]\n"
+    draft = axolotl(tmp_path, more)
+    notes = find_row_warnings(draft.differs)
+    assert "between them" in notes["train_on_inputs"] and "5.0" in notes["loss_watchdog_threshold"]
+    assert "last, smaller batch" in notes["sample_packing"] and "embed_tokens" in notes["lora_modules_to_save"]
+    assert draft.get("lora.new_tokens") == ["<A>"] and draft.get("lora.modules_to_save") == []
+
+
+@pytest.mark.parametrize(
+    ("packing", "overlong"), [("", "split"), ("packing: true\n", "split"), ("packing: false\n", None)]
+)
+def test_llamafactory_packs_texts_by_default(packing: str, overlong: str | None, tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, f"stage: pt\n{packing}")
+    assert draft.get("data.overlong") == overlong
+    assert ("packing" in find_row_warnings(draft.differs)) is (overlong == "split")
+
+
+@pytest.mark.parametrize("tool", ["llamafactory", "axolotl"])
+def test_columns_that_only_strop_would_read_are_left_out(tool: str, tmp_path: Path) -> None:
+    row = {"instruction": "a", "input": "", "output": "b"}
+    rows = tmp_path / "a.json"
+
+    def columns() -> Any:
+        if tool == "axolotl":
+            return axolotl(tmp_path, "", f"datasets: [{{path: {rows}, type: alpaca}}]\n").get("data.columns")
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}), encoding="utf-8")
+        return llamafactory(tmp_path, f"dataset: a\ndataset_dir: {tmp_path}\n").get("data.columns")
+
+    rows.write_text(json.dumps([row, row]), encoding="utf-8")
+    assert columns() is None
+    rows.write_text(json.dumps([row, {**row, "system": "s", "history": []}]), encoding="utf-8")
+    assert columns() == {name: name for name in row}
+
+
+def test_settings_of_an_adapter_to_start_from_are_its_own(tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, "stage: dpo\nadapter_name_or_path: old,newer\nlora_rank: 4\nlora_dropout: 0.1\n")
+    assert (
+        draft.get("model.adapter") == "newer" and "old" in find_row_warnings(draft.unsupported)["adapter_name_or_path"]
+    )
+    assert {name for name in draft.fields if name.startswith("lora.")} == {"lora.dropout"}
+    assert draft.get("lora.dropout") == 0.0 and "4" in find_row_warnings(draft.ignored)["lora_rank"]
+    assert "reference" in find_row_warnings(draft.differs)["adapter_name_or_path"]
+
+
+def test_torchtune_drops_the_last_batch(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(
+        "model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}\n"
+        "checkpointer: {checkpoint_dir: demo}\n",
+        encoding="utf-8",
+    )
+    assert "last, smaller batch" in find_row_warnings(import_config("torchtune", file).draft.differs)["batch_size"]

@@ -26,7 +26,7 @@ from transformers import (
 from strop.config.schema import LoraSection
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
-from strop.errors import InputError, ModelError
+from strop.errors import InputError, ModelError, RecipeError
 from strop.models.families.shape import target_names
 from strop.models.introspect import count_path_kinds, find_modules_to_save, linear_kinds
 from strop.models.load import load_base
@@ -127,7 +127,11 @@ def test_bias_all_trains_biases() -> None:
 def test_training_tied_embeddings_in_full_is_refused() -> None:
     with pytest.raises(ModelError, match="shares its weights"):
         check_lora(tiny.model(), section(modules_to_save=["lm_head"]))
-    check_lora(tiny.model(tie_word_embeddings=False), section(modules_to_save=["lm_head"]))
+    untied = tiny.model(tie_word_embeddings=False)
+    check_lora(untied, section(modules_to_save=["lm_head"]))
+    for name in ("lm_head", "embed_tokens"):  # PEFT fails for both
+        with pytest.raises(RecipeError, match=f"{name} is trained in full, and lora.new_tokens"):
+            check_lora(untied, section(modules_to_save=[name], new_tokens=["<A>"]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ MORE_IGNORED_KEYS = (
     "flash_attn_rms_norm", "flash_optimum", "flex_attention", "gc_collect_steps", "gc_steps", "gpu_memory_limit",
     "include_tkps", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
     "is_qwen_derived_model", "lora_embedding_kernel", "lora_fan_in_fan_out", "lora_mlp_kernel", "lora_o_kernel",
-    "lora_on_cpu", "lora_qkv_kernel", "loss_watchdog_patience", "loss_watchdog_threshold", "low_cpu_mem_usage",
+    "lora_on_cpu", "lora_qkv_kernel", "low_cpu_mem_usage",
     "max_memory", "mean_resizing_embeddings", "model_type", "pad_to_sequence_len", "profiler_steps",
     "profiler_steps_start", "sage_attention", "sample_packing_bin_size", "sample_packing_group_size", "save_first_step",
     "sdp_attention", "strict", "tokenizer_type", "tokenizer_use_fast", "use_kernels", "use_wandb", "wandb_log_model",
@@ -87,6 +87,11 @@ def _read_model(draft: Draft, keys: Keys) -> None:
         "lora_modules_to_save": "lora.modules_to_save", "lora_rank_pattern": "lora.rank_pattern",
         "lora_alpha_pattern": "lora.alpha_pattern", "loraplus_lr_ratio": "train.lora_plus_ratio",
     })  # fmt: skip
+    saved = draft.get("lora.modules_to_save") or []
+    if "lora.new_tokens" in draft.fields and (embeddings := [x for x in saved if x in ("embed_tokens", "lm_head")]):
+        draft.put("lora.modules_to_save", [x for x in saved if x not in embeddings], "lora_modules_to_save")
+        text = f"{', '.join(embeddings)}: all rows are trained in axolotl; strop trains the rows of the new tokens"
+        draft.add_difference("lora_modules_to_save", text)
     peft = keys.peek("peft")
     if isinstance(peft, dict) and set(peft) == {"loftq_config"}:
         keys.take("peft")
@@ -115,8 +120,9 @@ def _read_data(draft: Draft, keys: Keys) -> None:
                 are_texts.append(entry.get("type") in _TEXT_TYPES)
                 has_untyped = has_untyped or not entry.get("type")
             field = "data.eval" if key == "test_datasets" else "data.train"
-            sources[field] += _read_sources(draft, f"{key}[{i}]", entry)
-            column_maps.append(_read_columns(draft, f"{key}[{i}]", entry))
+            files = _read_sources(draft, f"{key}[{i}]", entry)
+            sources[field] += files
+            column_maps.append(_read_columns(draft, f"{key}[{i}]", entry, files))
     if train_keys:
         draft.put_sources("data.train", sources["data.train"], train_keys[0])
     if has_untyped and draft.get("train.objective") not in (None, "reward"):  # axolotl leaves these rows to TRL
@@ -132,8 +138,17 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     if strategy == "truncate":
         draft.add_unsupported("excess_length_strategy", "truncate: strop drops longer rows instead")
     draft.put("data.overlong", "refuse" if strategy == "raise" else "drop", f"excess_length_strategy {strategy}")
+    if are_texts and all(are_texts):
+        draft.put("data.overlong", "split", f"{train_keys[0]}[0].type")
+        text = "axolotl cuts long texts into pieces, as strop does; with pretraining_dataset it also joins short ones"
+        draft.add_difference("sequence_len", text)
+    elif any(are_texts):
+        text = "axolotl cuts long texts of type completion into pieces; strop drops them: split them in the file"
+        draft.add_unsupported("sequence_len", text)
     if keys.take("train_on_inputs"):
         draft.put("data.loss", "all", "train_on_inputs")
+        text = "axolotl trains on the contents and stop tokens of all turns of type chat_template; strop also on the "
+        draft.add_difference("train_on_inputs", f"{text}template's tokens between them")
     draft.put_eval_share("val_set_size", keys.take("val_set_size"))
     template = keys.take("chat_template")
     if template == "chatml":
@@ -148,7 +163,7 @@ def _read_data(draft: Draft, keys: Keys) -> None:
         else:
             draft.add_unsupported("chat_template_jinja", "an inline template: save it to a file and set data.template")
     if keys.take("sample_packing"):
-        draft.note_packing("sample_packing")
+        draft.note_packing("sample_packing", "; axolotl drops the last, smaller batch of an epoch")
     if keys.take("shuffle_merged_datasets") is False:
         draft.add_unsupported("shuffle_merged_datasets", "false: strop shuffles rows with the seed")
 
@@ -167,7 +182,7 @@ def _read_sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
     return [f"{path}@{revision}" if revision else str(path)] if path is not None else []
 
 
-def _read_columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
+def _read_columns(draft: Draft, key: str, entry: dict[str, Any], files: list[str]) -> dict[str, str]:
     """Return the columns of a data set unless strop detects them, and report the rest of its entry."""
     row_type = entry.pop("type", None)
     columns: dict[str, str] = {}
@@ -188,6 +203,7 @@ def _read_columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, st
                 draft.add_unsupported(f"{key}.type.{field}", f"{format_value(column)}: strop uses the chat template")
     elif row_type and str(row_type).startswith("alpaca"):
         draft.add_difference(f"{key}.type", f"{row_type}: {_ALPACA_NOTE}")
+        columns = draft.columns_to_read(f"{key}.type", files, ("instruction", "input", "output"), ("system", "history"))
     elif row_type and row_type not in _TEXT_TYPES and not str(row_type).startswith("chat_template"):
         draft.add_difference(f"{key}.type", f"{row_type}: strop detects the format and uses the chat template")
     for field, value in entry.items():
@@ -213,6 +229,11 @@ def _read_training(draft: Draft, keys: Keys) -> None:
         draft.put(name, value, "axolotl's default")
         draft.put_fields(keys, {name.removeprefix("train."): name})
     draft.note_seed("data_seed", keys.take("data_seed"))
+    draft.note_batches(keys)
+    if (threshold := keys.take("loss_watchdog_threshold")) is not None:
+        text = f"{threshold}: axolotl ends the run above this loss; strop skips bad steps, or returns to a checkpoint"
+        draft.add_difference("loss_watchdog_threshold", text)
+        keys.take("loss_watchdog_patience")
     _read_schedule(draft, keys)
     draft.put_optimizer("optimizer", keys.take("optimizer", "adamw_torch_fused"))
     draft.check_adam_betas(keys)

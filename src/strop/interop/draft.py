@@ -6,15 +6,16 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from strop.config.load import Resolved, resolve
-from strop.errors import InputError, RecipeError, suggest
+from strop.errors import InputError, RecipeError, StropError, suggest
 from strop.objectives.table import OBJECTIVES
 
 IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
@@ -31,20 +32,20 @@ OPTIMIZERS: dict[str, str] = {
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 # keys that affect speed, logging and storage, but not the trained weights
 IGNORED_KEYS = (
-    "accelerator_config", "activation_checkpointing_kwargs", "activation_offloading", "auto_find_batch_size",
-    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_drop_last",
+    "activation_checkpointing_kwargs", "activation_offloading", "auto_find_batch_size",
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
     "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
-    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_kwargs",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataset_num_proc", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
     "ddp_static_graph", "ddp_timeout", "debug", "disable_tqdm", "do_eval", "do_predict", "do_train",
     "enable_jit_checkpoint", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start",
     "eval_packing", "eval_strategy", "eval_use_gather_object", "evaluation_strategy", "fp16_full_eval",
-    "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length", "hub_always_push",
+    "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "hub_always_push",
     "hub_private_repo", "hub_revision", "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen",
     "include_tokens_per_second", "label_names", "length_column_name", "liger_kernel_config",
     "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "logging_strategy", "optim_args", "overwrite_output_dir",
-    "packing_strategy", "pad_to_multiple_of", "pad_token", "padding_free", "per_device_eval_batch_size",
+    "logging_nan_inf_filter", "logging_strategy", "overwrite_output_dir",
+    "pad_to_multiple_of", "pad_token", "padding_free", "per_device_eval_batch_size",
     "precompute_ref_batch_size", "precompute_ref_log_probs", "prediction_loss_only", "remove_unused_columns",
     "report_to", "restore_callback_states_from_checkpoint", "run_name", "save_on_each_node", "save_only_model",
     "save_safetensors", "save_strategy", "shuffle_dataset", "skip_memory_metrics", "tf32", "torch_compile",
@@ -53,6 +54,7 @@ IGNORED_KEYS = (
 )  # fmt: skip
 # transformers uses these step counts only if the strategy is "steps"
 STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
+MAX_READ_ROWS = 1000  # of a data file, to see which columns it has
 LAYER_NAME = re.compile(r"[\w.\- ]*$")  # does not match regular expressions
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # of strop and of all imported tools
 TRUNCATION_NOTE = (
@@ -60,7 +62,12 @@ TRUNCATION_NOTE = (
     "raise data.max_length, or choose data.overlong"
 )
 NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
+LAST_BATCH_NOTE = "strop also trains on the last, smaller batch of an epoch, which the other tool drops"
 WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
+LINE_BREAK_NOTE = (
+    "with a template that has a line break after the stop token (such as ChatML), TRL trains on it too; in strop the "
+    "stop token is the last"
+)
 _ORPO_NOTE = (
     "TRL's cross entropy is over prompt and answer, averaged over the tokens of a batch; strop's is over the answer, "
     "averaged per pair"
@@ -154,6 +161,7 @@ class Draft:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         self._note_kept_weights()
+        self._leave_out_adapter_settings()
         modules, key = self.fields.get("lora.modules_to_save", ([], ""))
         modules = [modules] if isinstance(modules, str) else modules
         if self.get("train.objective") == "reward" and "score" in modules:
@@ -175,6 +183,20 @@ class Draft:
             self.add_difference(key, text)
         elif self.best_metric not in (None, "loss", "eval_loss"):
             self.add_difference("metric_for_best_model", f"{self.best_metric}: strop compares evaluations by loss")
+
+    def _leave_out_adapter_settings(self) -> None:
+        """Leave out the LoRA settings if training starts from an adapter, whose own settings apply."""
+        if self.get("model.adapter") is None:
+            return
+        for name in [name for name in self.fields if name.startswith("lora.")]:
+            value, key = self.fields[name]
+            if (name, value) != ("lora.dropout", 0.0):
+                del self.fields[name]
+                if "default" not in key:
+                    self.add_ignored(key, f"{format_value(value)}: the adapter to start from has its own {name[5:]}")
+        if self.tool == "llamafactory" and self.get("train.objective") in ("dpo", "ipo", "kto"):
+            text = "the reference is the base without the adapter in the other tool, and with it in strop"
+            self.add_difference("adapter_name_or_path", text)
 
     def not_lora_error(self, setting: str, fix: str) -> InputError:
         return InputError(f"{self.file}: {setting}: strop trains LoRA adapters only", fix=fix)
@@ -255,13 +277,10 @@ class Draft:
     def note_string_rows(self, key: str) -> None:
         """Report that TRL trains on strings without a chat template, unless the rows are read and have no strings."""
         columns = ("completion",) if self.get("train.objective") in (None, "kto") else ("chosen", "rejected")
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
-            source = self.get("data.train")
-            with open(source if isinstance(source, str) else source[0], encoding="utf-8") as rows:
-                row = json.loads(rows.readline(1 << 20))
-            if not any(isinstance(row.get(column), str) for column in columns):
-                return
-        self.add_difference(key, _STRING_ROWS_NOTE)
+        sources = self.get("data.train")
+        rows = self._read_rows([sources] if isinstance(sources, str) else sources or [])
+        if rows is None or any(isinstance(row.get(column), str) for row in rows for column in columns):
+            self.add_difference(key, _STRING_ROWS_NOTE)
 
     def put_default_targets(self, key: str) -> None:
         """Set PEFT's default for the type of the model, if it is on this machine; otherwise report the difference."""
@@ -313,9 +332,43 @@ class Draft:
     def note_max_length(self, key: str) -> None:
         self.add_difference(key, NO_LIMIT_NOTE if self.get("data.max_length") is None else TRUNCATION_NOTE)
 
-    def note_packing(self, key: str) -> None:
+    def note_packing(self, key: str, more: str = "") -> None:
         text = "the other tool's batch counts packed sequences; strop counts rows and packs automatically: multiply "
-        self.add_difference(key, f"{text}train.batch_size by the number of rows that fit into one sequence")
+        self.add_difference(key, f"{text}train.batch_size by the number of rows that fit into one sequence{more}")
+
+    def note_batches(self, keys: Keys) -> None:
+        """Report settings of transformers that determine which rows are in a batch."""
+        if keys.take("dataloader_drop_last"):
+            self.add_difference("dataloader_drop_last", LAST_BATCH_NOTE)
+        if keys.take("group_by_length"):
+            text = "a batch has rows of similar lengths in the other tool; strop shuffles rows with the seed"
+            self.add_difference("group_by_length", text)
+
+    def columns_to_read(
+        self, key: str, sources: list[str], read: Sequence[str], unread: Sequence[str]
+    ) -> dict[str, str]:
+        """Return data.columns if rows have columns that strop reads, but the other tool does not.
+
+        read: the columns that the other tool reads. unread: those that only strop reads.
+        """
+        rows = self._read_rows(sources)
+        if rows is None:
+            text = f"{', '.join(unread)}: columns that the other tool does not read, and strop does, if they are there"
+            self.add_difference(key, text)
+            return {}
+        columns = {name for row in rows for name in row}
+        return {name: name for name in read if name in columns} if columns & set(unread) else {}
+
+    def _read_rows(self, sources: list[str]) -> list[Mapping[str, Any]] | None:
+        """Return the first rows of files, or None if they cannot be read without a download."""
+        from strop.data.reading.sources import needs_download, read_rows
+
+        try:
+            if not sources or any(map(needs_download, sources)):
+                return None
+            return [row.value for row in islice(read_rows(sources, errors=[]), MAX_READ_ROWS)]
+        except StropError:
+            return None
 
     def put_eval_share(self, key: str, share: Any) -> None:
         if not share:
@@ -390,6 +443,7 @@ class Draft:
             if value is not None:
                 self.put(name, as_number(value), source)
         self.note_seed("data_seed", keys.take("data_seed"))
+        self.note_batches(keys)
         schedule, source = take("lr_scheduler_type")
         self._put_warmup(keys, is_constant=schedule == "constant", default=defaults.get("warmup_steps", 0))
         self.put_schedule("lr_scheduler_type", schedule, source)

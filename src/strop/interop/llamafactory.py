@@ -1,4 +1,4 @@
-"""Import LLaMA-Factory's YAML. Names and defaults are those of 0.9.6 (src/llamafactory/hparams/)."""
+"""Import LLaMA-Factory's YAML. Names and defaults are those of 0.9.6.dev0 (src/llamafactory/hparams/)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULTS = {
 MORE_IGNORED_KEYS = (
     "cache_dir", "data_shared_file_system", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage", "media_dir",
     "overwrite_cache", "plot_loss", "preprocessing_batch_size", "preprocessing_num_workers", "print_param_status",
-    "quantization_device_map", "tokenized_path", "upcast_layernorm", "use_fast_tokenizer", "use_reentrant_gc",
+    "quantization_device_map", "upcast_layernorm", "use_fast_tokenizer", "use_reentrant_gc",
     "use_unsloth", "use_unsloth_gc",
 )  # fmt: skip
 # strop's column names by the names in dataset_info.json
@@ -55,6 +55,11 @@ def read(draft: Draft) -> None:
 
 def _read_model(draft: Draft, keys: Keys) -> None:
     draft.put_fields(keys, {"model_name_or_path": "model.name", "adapter_name_or_path": "model.adapter"}, str)
+    adapters = str(draft.get("model.adapter") or "").split(",")
+    if len(adapters) > 1:
+        draft.put("model.adapter", adapters[-1].strip(), "adapter_name_or_path")
+        text = f"{', '.join(adapters[:-1])}: merged into the base first in the other tool: use `strop merge`"
+        draft.add_unsupported("adapter_name_or_path", text)
     draft.put_fields(keys, {"loraplus_lr_ratio": "train.lora_plus_ratio"})
     if (revision := keys.take("model_revision", "main")) != "main":
         draft.put("model.revision", revision, "model_revision")
@@ -89,7 +94,15 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
             draft.add_unsupported(key, f"{', '.join(names)}: {folder}/dataset_info.json does not exist")
     draft.put("data.max_length", 2048, "llamafactory's default")
     draft.put_int(keys, "cutoff_len", "data.max_length")
-    draft.note_max_length("cutoff_len")
+    packing = bool(keys.take("packing", stage == "pt")) or bool(keys.take("neat_packing"))
+    if packing:
+        draft.note_packing("packing", "; stage pt packs by default" * (stage == "pt"))
+    if stage == "pt" and packing:
+        draft.put("data.overlong", "split", "packing, the default of stage pt")
+        text = "the other tool joins all texts, and cuts them into pieces of cutoff_len; strop cuts the longer texts"
+        draft.add_difference("cutoff_len", text)
+    else:
+        draft.note_max_length("cutoff_len")
     if stage == "pt":
         draft.put("data.format", "text", "stage: pt")
     if keys.take("train_on_prompt") or stage == "pt":
@@ -100,9 +113,6 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
         draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
     draft.put_eval_share("val_size", keys.take("val_size"))
-    if keys.take("packing") or keys.take("neat_packing"):
-        draft.note_packing("packing")
-        keys.take("neat_packing")
 
 
 def _find_dataset_info(config: Path, folder: str) -> Path | None:
@@ -126,12 +136,12 @@ def _read_data_sets(draft: Draft, key: str, field: str, info_file: Path, names: 
         else:
             file, hub_id = entry.pop("file_name", None), entry.pop("hf_hub_url", None)
             sources.append(str(info_file.parent / file) if file else str(hub_id))
-        column_maps.append(_read_columns(draft, name, entry, stage))
+        column_maps.append(_read_columns(draft, name, entry, stage, sources[-1:] if name in entries else []))
     draft.put_sources(field, sources, key)
     draft.put_columns(column_maps, key)
 
 
-def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str) -> dict[str, str]:
+def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str, files: list[str]) -> dict[str, str]:
     """Return the columns of a data set unless strop detects them, and report the rest of its entry."""
     is_alpaca = entry.pop("formatting", "alpaca") == "alpaca"
     known_columns = {**(_ALPACA_COLUMNS if is_alpaca else _SHAREGPT_COLUMNS), **_PREFERENCE_COLUMNS}
@@ -152,6 +162,10 @@ def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str) ->
         column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()
     ):
         columns = {}
+    if stage == "sft" and not given and files:
+        alpaca = ("instruction", "input", "output"), ("system", "history")
+        read, unread = alpaca if is_alpaca else (("conversations",), ("system", "tools"))
+        columns = draft.columns_to_read(f"{name}.columns", files, read, unread)
     tags = entry.pop("tags", None) or {}
     if not set(map(str, tags.values())) <= _USUAL_TAGS:
         draft.add_unsupported(f"{name}.tags", f"{format_value(tags)}: strop recognises the usual role names only")

@@ -153,6 +153,26 @@ class Script:
                         value = node.value if isinstance(node, ast.Assign) else target
                         yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in unconditional
 
+    def assigned_values(self, name: str, before: float) -> list[ast.expr]:
+        """Return the expressions that are assigned to a name, or to a tuple with it, up to a line."""
+        values = []
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.lineno <= before:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    items = target.elts if isinstance(target, ast.Tuple) else [target]
+                    assigned = node.value.elts if isinstance(node.value, ast.Tuple) and len(items) > 1 else []
+                    for i, item in enumerate(items):
+                        if isinstance(item, ast.Name) and item.id == name and node.value is not None:
+                            values.append(assigned[i] if len(assigned) == len(items) else node.value)
+        return values
+
+    def find_assigned_attributes(self, attribute: str) -> Iterator[ast.Assign]:
+        """Yield assignments such as `x.requires_grad = True`."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Assign) and any(getattr(x, "attr", "") == attribute for x in node.targets):
+                yield node
+
     def find_subclasses(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
         """Return (class, base, line) of each class derived from one of `names`."""
         classes = [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)]

@@ -1,4 +1,4 @@
-"""Import torchtune's YAML. Names and defaults are those of 0.7 (recipes/configs/, torchtune/datasets/)."""
+"""Import torchtune's YAML. Names and defaults are those of 0.6.1 (recipes/configs/, torchtune/datasets/)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import WARMUP_NOTE, Draft, Keys, as_int, as_number, format_value, join_files
+from strop.interop.draft import LAST_BATCH_NOTE, WARMUP_NOTE, Draft, Keys, as_int, as_number, format_value, join_files
 
 # sections whose keys are read as "section.key"
 SECTIONS = ("model", "checkpointer", "loss", "tokenizer", "optimizer", "lr_scheduler")
@@ -163,6 +163,7 @@ def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
 def _read_training(draft: Draft, keys: Keys) -> None:
     micro_batch, accumulation_steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
     draft.put_batch_size(micro_batch, accumulation_steps, "batch_size x gradient_accumulation_steps")
+    draft.add_difference("batch_size", LAST_BATCH_NOTE)
     epochs, max_steps = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", as_number(epochs), "epochs")
     if max_steps is not None:

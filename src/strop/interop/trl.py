@@ -7,7 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import FILE_FORMATS, IGNORED_KEYS, Draft, Keys, as_int, format_value, grpo_error, join_files
+from strop.interop.draft import (
+    FILE_FORMATS,
+    IGNORED_KEYS,
+    LINE_BREAK_NOTE,
+    Draft,
+    Keys,
+    as_int,
+    format_value,
+    grpo_error,
+    join_files,
+)
 from strop.interop.script_parser import UNREADABLE, Call, Script, read_arguments, report_expression, report_unpacked
 
 CONFIGS = {
@@ -42,7 +52,8 @@ TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
 MOVED_ARGUMENTS = ("dataset_num_proc", "dataset_text_field", "max_length", "max_seq_length", "packing")
 LOSS_ON_ALL_NOTE = (
     "without assistant_only_loss, TRL trains on all tokens of `messages` and `text` rows, and on the completion of "
-    "prompt-completion rows; strop trains on assistant turns: set data.loss all to train on everything"
+    "prompt-completion rows, with a line break that the template has after its stop token; strop trains on assistant "
+    "turns up to their stop token: set data.loss all to train on everything"
 )
 
 
@@ -73,7 +84,7 @@ def read(draft: Draft) -> None:
     keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
     _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
     draft.note_seed("random_state", start_seed)
-    _read_rows(draft, script, trainer_arguments)
+    _read_rows(draft, script, trainer_arguments, trainer_line)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
     _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
     keys.report_rest(draft, IGNORED_KEYS)
@@ -151,6 +162,7 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         raise RecipeError(what, fix="remove it from the config")
     if objective != "sft":
         draft.put("train.objective", objective, "the config's class")
+        draft.add_difference("stop token", LINE_BREAK_NOTE)
     learning_rate = 5e-5 if is_plain else LEARNING_RATES.get(objective, 1e-6)
     changed = UNSLOTH_DEFAULTS if draft.tool == "unsloth" and not is_plain else {}
     draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate, **changed})
@@ -177,8 +189,12 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
         draft.disable_dropout_for_preferences()
+    strategy = keys.take("packing_strategy", "bfd")
     if keys.take("packing"):
         draft.note_packing("packing")
+        if strategy != "bfd":
+            cuts = "TRL cuts rows at the end of a sequence" + ", and they attend to others" * (strategy == "wrapped")
+            draft.add_unsupported("packing_strategy", f"{strategy}: {cuts}; strop keeps rows whole and apart")
     column = str(keys.take("dataset_text_field", "text"))
     if column not in ("text", "messages"):  # strop detects these
         draft.put("data.columns", {"text": column}, "dataset_text_field")
@@ -245,12 +261,15 @@ _HARMLESS_ATTRIBUTES = (
     "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
 )  # fmt: skip
 _HARMLESS_CALLS = ("gradient_checkpointing_enable", "enable_input_require_grads", "prepare_model_for_kbit_training")
+_TRAINED_PARAMETERS = "parameters are trained by code: for whole modules, set lora.modules_to_save"
 _NEW_TOKENS = "adds tokens to the vocabulary: set lora.new_tokens"
 _MODEL_CHANGES = {
     "setup_chat_format": "ChatML template with new tokens: set data.template chatml and lora.new_tokens",
     "add_tokens": _NEW_TOKENS,
     "add_special_tokens": f"{_NEW_TOKENS} (not needed for a pad token alone)",
     "resize_token_embeddings": _NEW_TOKENS,
+    "merge_and_unload": "merges an adapter into the base first: use `strop merge`, and set model.name",
+    **dict.fromkeys(("add_adapter", "load_adapter"), "an adapter is added by code: set model.adapter"),
 }
 
 
@@ -320,8 +339,13 @@ def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> 
     for call in script.calls:
         if call.name in _HARMLESS_CALLS:
             draft.add_ignored(call.name, "", call.line)
-        elif call.name in _MODEL_CHANGES:
+        elif call.name in _MODEL_CHANGES and call.line < trainer_line:
             draft.add_unsupported(call.name, _MODEL_CHANGES[call.name], call.line)
+        elif call.name == "requires_grad_" and [script.value(node) for node in call.arguments] != [False]:
+            draft.add_unsupported(call.name, _TRAINED_PARAMETERS, call.line)
+    for assignment in script.find_assigned_attributes("requires_grad"):
+        if script.value(assignment.value) is not False:
+            draft.add_unsupported("requires_grad", _TRAINED_PARAMETERS, assignment.lineno)
 
 
 def _put_dtype(draft: Draft, keys: Keys) -> None:
@@ -372,6 +396,8 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     draft.put_lora(keys, "r", "target_modules", defaults)
     names = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
     draft.put_fields(keys, {name: f"lora.{name}" for name in names})
+    if is_unsloth:
+        _read_unsloth_targets(draft, keys)
     draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
@@ -382,16 +408,39 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     return start_seed
 
 
+def _read_unsloth_targets(draft: Draft, keys: Keys) -> None:
+    """Import what Unsloth does with target_modules: embeddings are trained in full, and flags leave out layers."""
+    modules = list(draft.get("lora.target_modules") or [])
+    if isinstance(draft.get("lora.target_modules"), list):
+        left_out = [name for flag, names in _UNSLOTH_FLAGS.items() if keys.take(flag) is False for name in names]
+        whole = [name for name in modules if name in ("embed_tokens", "lm_head")]
+        kept = [name for name in modules if name not in (*left_out, *whole)]
+        if kept != modules:
+            draft.put("lora.target_modules", kept, "target_modules, without what unsloth leaves out")
+        if whole:
+            saved = draft.get("lora.modules_to_save") or []
+            text = "target_modules: unsloth trains these in full"
+            draft.put("lora.modules_to_save", list(dict.fromkeys([*saved, *whole])), text)
+
+
+_UNSLOTH_FLAGS = {
+    "finetune_attention_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "finetune_mlp_modules": ("gate_proj", "up_proj", "down_proj"),
+}
 DATASET_TRANSFORMS = (
     "map", "filter", "select", "shuffle", "remove_columns", "rename_column", "train_test_split", "concatenate_datasets",
-    "standardize_sharegpt", "standardize_data_formats", "to_sharegpt", "cast_column",
+    "standardize_sharegpt", "standardize_data_formats", "to_sharegpt", "cast_column", "set_transform",
+    "with_transform",
 )  # fmt: skip
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
 
 
-def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr]) -> None:
+LOADERS = ("load_dataset", "from_json", "from_csv", "from_parquet")
+
+
+def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr], trainer_line: float) -> None:
     """Import the data sets that the script loads."""
-    loads = [call for call in script.calls if call.name in ("load_dataset", "from_json", "from_csv", "from_parquet")]
+    loads = [call for call in script.calls if call.name in LOADERS]
     eval_argument = trainer_arguments.get("eval_dataset")
     if eval_argument is not None and (split := _read_split_files(script, loads, eval_argument)):
         draft.put("data.eval", *split)
@@ -407,13 +456,53 @@ def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.ex
             draft.add_unsupported("load_dataset", f"{format_value(source)}: another data set", call.line)
     if eval_argument is not None and script.find_root_name(eval_argument) and draft.get("data.eval") is None:
         _read_eval_split(draft, script, eval_argument)
+    for key in ("train_dataset", "eval_dataset"):
+        if key in trainer_arguments:
+            _report_row_changes(draft, script, key, trainer_arguments[key], trainer_line)
     for call in script.calls:
         if call.name == "get_chat_template":
             draft.add_difference(call.name, "strop uses the model's chat template, or data.template")
         if call.name == "shuffle":
             draft.add_ignored(call.name, "strop shuffles rows with the seed", call.line)
+        elif call.name in ("set_seed", "manual_seed", "seed_everything") and call.arguments:
+            draft.note_seed(call.name, script.value(call.arguments[0]))
         elif call.name in DATASET_TRANSFORMS and call.name != "train_test_split":
             draft.add_unsupported(call.name, f"rows are changed by code: {SAVE_ROWS_FIX}", call.line)
+
+
+def _report_row_changes(draft: Draft, script: Script, key: str, argument: ast.expr, before: float) -> None:
+    """Report what the script does to the rows between loading them and the trainer's argument, if it is not known."""
+    pending, seen = [argument], set[str]()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Name):
+            values = [] if node.id in seen else script.assigned_values(node.id, before)
+            if not values and node.id not in seen:
+                report_expression(draft, key, node, f"rows are made by code: {SAVE_ROWS_FIX}")
+            seen.add(node.id)
+            pending += values
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant | ast.Name):
+            pending.append(node.value)
+            made_by = [node.value, *(script.assigned_values(getattr(node.value, "id", ""), before))]
+            is_split = any(
+                isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "train_test_split" for x in made_by
+            )
+            is_whole = script.value(node.slice) == "train" and draft.get("data.eval") is not None
+            if is_split and key == "train_dataset" and not is_whole:
+                report_expression(draft, key, node, f"a part of the rows; strop trains on all: {SAVE_ROWS_FIX}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            *LOADERS,
+            *DATASET_TRANSFORMS,
+        ):
+            if ast.unparse(node.func).rpartition(".")[2] not in LOADERS:
+                is_method = isinstance(node.func, ast.Attribute) and node.func.attr != "concatenate_datasets"
+                pending += [node.func.value] if is_method and isinstance(node.func, ast.Attribute) else node.args[:1]
+        elif isinstance(node, ast.List | ast.Tuple):
+            pending += node.elts
+        elif isinstance(node, ast.Dict):
+            pending += node.values
+        elif not isinstance(node, ast.Constant):
+            report_expression(draft, key, node, f"rows are changed or made by code: {SAVE_ROWS_FIX}")
 
 
 def _read_eval_split(draft: Draft, script: Script, eval_argument: ast.expr) -> None:
@@ -448,7 +537,7 @@ def _find_loading_calls(script: Script, loads: list[Call], node: ast.expr | None
         argument_lists = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []
         inner_calls = [call for call in loads if any(call.arguments is arguments for arguments in argument_lists)]
         name = script.find_root_name(node) if node is not None else ""
-        calls = inner_calls or [call for call in loads if name and call.assigned_to == name]
+        calls = inner_calls or [call for call in loads if name and call.assigned_to == name][-1:]
         if calls:
             return calls
         node = script.resolve_name(ast.Name(name))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from strop.config.schema import LoraSection
 from strop.errors import ModelError, RecipeError
 from strop.models.experts import expert_parameters, expert_sizes, is_standard_experts, parameter_adapter_leaves
 from strop.models.families.shape import (
@@ -98,8 +99,11 @@ def embedding_kinds(model: nn.Module) -> list[LinearKind]:
     ]
 
 
-def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise an error if a name in `lora.modules_to_save` matches no module, tied weights, or one without weights."""
+def check_modules_to_save(model: nn.Module, names: Sequence[str], new_tokens: Sequence[str] = ()) -> None:
+    """Raise an error if a name in `lora.modules_to_save` matches no module, tied weights, or one without weights.
+
+    new_tokens: `lora.new_tokens`, with which embeddings cannot be trained in full too.
+    """
     for name in names:
         modules = find_modules_to_save(model, name)
         if not name or not any(has_suffix(path, [name]) for path in modules):
@@ -112,6 +116,9 @@ def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
             what = f"lora.modules_to_save: {name} shares its weights with another module in this model"
             fix = "list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied"
             raise ModelError(what, fix=fix)
+        if new_tokens and any(path.rpartition(".")[2] in EMBEDDINGS for path in modules):
+            what = f"lora.modules_to_save: {name} is trained in full, and lora.new_tokens trains only its new rows"
+            raise RecipeError(what, fix="give one of the two")
 
 
 def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -192,9 +199,9 @@ def why_not_causal(config: Any) -> str | None:
     return None if is_causal else f"{model_type}: {NOT_CAUSAL}"
 
 
-def refine_with_model(info: ModelInfo, *, modules_to_save: Sequence[str] = (), is_causal: bool = True) -> ModelInfo:
+def refine_with_model(info: ModelInfo, *, lora: LoraSection | None = None, is_causal: bool = True) -> ModelInfo:
     """Return the info with exact sizes, from the model that transformers builds of the config on the meta device."""
-    # modules_to_save: names to check. is_causal: whether a model must be causal to be trained.
+    # lora: its modules_to_save are checked. is_causal: whether a model must be causal to be trained.
     config = info.config
     if config is None:
         return info
@@ -205,7 +212,8 @@ def refine_with_model(info: ModelInfo, *, modules_to_save: Sequence[str] = (), i
         meta_model = model_without_weights(full_config)
     except ModelError as error:  # transformers has no such language model: keep the sizes in the config
         return replace(info, refused=error.lines()[0])
-    check_modules_to_save(meta_model, modules_to_save)
+    if lora is not None:
+        check_modules_to_save(meta_model, lora.modules_to_save, lora.new_tokens)
     if is_causal and (reason := why_not_causal(meta_model.config)):
         info = replace(info, refused=reason)
     if info.shape.known:

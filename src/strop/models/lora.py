@@ -53,7 +53,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
-    check_modules_to_save(model, section.modules_to_save)
+    check_modules_to_save(model, section.modules_to_save, section.new_tokens)
     if section.new_tokens:
         check_head_bias(model)
     adapted = _adapted_paths(model, names, section.modules_to_save)

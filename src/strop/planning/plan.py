@@ -258,14 +258,13 @@ def read_model_facts(recipe: Recipe) -> ModelInfo:
     """Return the model's sizes, from its config and the headers of its weight files."""
     # If torch is installed, unknown families and recipes with modules_to_save are read from a model without weights.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
-    whole_modules = recipe.lora.modules_to_save
-    if (facts.shape.known and not whole_modules) or not is_installed("torch"):
+    if (facts.shape.known and not recipe.lora.modules_to_save) or not is_installed("torch"):
         return facts
     from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
     is_causal = objective is None or not objective.scored
-    return refine_with_model(facts, modules_to_save=whole_modules, is_causal=is_causal)
+    return refine_with_model(facts, lora=recipe.lora, is_causal=is_causal)
 
 
 def _check_weight_files(facts: ModelInfo) -> ModelInfo:
