@@ -66,7 +66,9 @@ def test_messages_name_the_command_that_works_here(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(folder))
     assert command_name() == "strop" and with_command_name("strop runs") == "strop runs"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "strop" / "__main__.py")])
-    assert command_name().endswith(" -m strop")
+    assert command_name() == f"{sys.executable} -m strop"  # `python` is not on the PATH, or another one
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert command_name() == f"{Path(sys.executable).name} -m strop"
 
 
 def test_exit_skips_garbage_collection() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -106,6 +108,10 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, start
     assert stderr["error"]["kind"] == "Stopped" and stderr["steps"] >= 1
     assert stdout.count("error:") == 1 and "closing signal" not in stdout, stdout
     assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{stderr['steps']}"))
+    suggested = re.search(r"continue with `(.*)`", stdout)
+    assert suggested is not None and suggested[1].endswith(f" -m strop resume {tmp_path / 'run'} --devices 2"), stdout
+    again = subprocess.run([*shlex.split(suggested[1]), "--help"], capture_output=True)
+    assert again.returncode == 0
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
@@ -123,9 +129,7 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     assert running.returncode == 130, stdout
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
-    assert stdout.count("error:") == 1 and "Fix: continue with `strop resume" in stdout.replace(
-        "python -m strop", "strop"
-    ), stdout
+    assert stdout.count("error:") == 1 and re.search("Fix: continue with `.* -m strop resume", stdout), stdout
 
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
@@ -137,6 +141,7 @@ def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, start
     out, stdout = running.communicate(timeout=120)
     assert running.returncode == 1 and stdout.count("error:") == 1, stdout
     assert json.loads(out)["error"]["message"].startswith("ended by SIGHUP")
+    assert f"strop resume {tmp_path / 'run'} --devices 2`" in stdout
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,6 +22,8 @@ from rich.text import Text
 from strop.config.names import option_words
 from strop.errors import in_python
 
+# environment variables of the processes that --devices starts: the command that the user gave, and their number
+STARTED_AS, STARTED_DEVICES = "STROP_STARTED_AS", "STROP_STARTED_DEVICES"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -100,20 +103,26 @@ def abbreviate(rows: Sequence[str]) -> str:
 
 def command_name() -> str:
     """Return the command that runs strop: `strop` if it is on the PATH, otherwise a path or `python -m strop`."""
+    if name := os.environ.get(STARTED_AS):
+        return name
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
-        return f"{Path(sys.executable).name} -m strop"
-    on_path = shutil.which(program.name)
-    if program.name != "strop" or (on_path is not None and Path(on_path).resolve() == program.resolve()):
-        return "strop"
-    try:
-        return str(program.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(program)
+        return f"{_shortest_path(Path(sys.executable))} -m strop"
+    return _shortest_path(program) if program.name == "strop" else "strop"
+
+
+def _shortest_path(program: Path) -> str:
+    """Return the name of a program that is found by its name, else its path, relative to this folder if it is in it."""
+    on_path, program = shutil.which(program.name), program.absolute()
+    if on_path is not None and Path(on_path).absolute() == program:
+        return program.name
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def with_command_name(text: str) -> str:
-    """Replace `strop` with `command_name()` in the commands that a message contains."""
+    """Replace `strop` with `command_name()` in the commands that a message contains, and add --devices to `resume`."""
+    if devices := os.environ.get(STARTED_DEVICES):
+        text = re.sub(r"(?<=`)strop resume [^`]+(?=`)", rf"\g<0> --devices {devices}", text)
     name = command_name()
     return text if name == "strop" else re.sub(r"(?<=`)strop (?=[a-z])|(?<=example: )strop ", f"{name} ", text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import uuid
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
+from strop.display.tables import STARTED_AS, STARTED_DEVICES, command_name
 from strop.distributed.devices import AGENT_PREFIX, RESUME, SINGLE_PROCESS, Devices, find_ranks
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import available_cores
@@ -72,7 +74,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT_S)
-    os.environ.update(safe_path_env())
+    os.environ.update({**safe_path_env(), STARTED_AS: command_name(), STARTED_DEVICES: str(count)})
     if not os.environ.get("STROP_DEBUG"):  # the ranks report their errors themselves
         for module in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
@@ -88,12 +90,19 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
-            raise RunError(what, fix=RESUME) from None
+            raise RunError(what, fix=_resume_fix(arguments)) from None
         raise PeerFailed(failure.exitcode) from None
     except SignalException as error:
         if error.sigval in (signal.SIGINT, signal.SIGTERM):
             raise PeerFailed(Stopped.exit_code) from None
-        raise RunError(f"ended by {error.sigval.name}; nothing was saved", fix=RESUME) from None
+        raise RunError(f"ended by {error.sigval.name}; nothing was saved", fix=_resume_fix(arguments)) from None
+
+
+def _resume_fix(arguments: Sequence[str]) -> str:
+    """Return RESUME with the run's folder, if the command's arguments name it."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
+    named = [after for word, after in pairwise(words) if word in ("resume", "--out")]
+    return RESUME.replace("RUN", shlex.quote(named[0])) if named else RESUME
 
 
 def _without_devices(arguments: Sequence[str]) -> list[str]:
