@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from strop.config.load import resolve
@@ -287,6 +287,33 @@ def test_families_with_model_code_save_about_the_predicted_bytes(family: str) ->
     assert result.compute.step == chosen.name == "fast", chosen.why
     more = by_formula(result, 4, 128) - by_formula(result, 2, 128)
     loss = chosen
+    assert saved_bytes(loss, model, 4, 128) - saved_bytes(loss, model, 2, 128) == pytest.approx(more, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=128, n_embd=128, n_layer=2, n_head=4, n_positions=256),
+        GPT2Config(vocab_size=128, n_embd=128, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0),
+        OPTConfig(
+            vocab_size=128, hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=256,
+        ),
+    ],
+    ids=["gpt2", "gpt2 without attention dropout", "opt"],
+)  # fmt: skip
+def test_plain_step_saves_about_the_predicted_bytes(config: Any) -> None:
+    """MLPs without a gate, activations that PyTorch computes in several operations, and dropout of attention."""
+    with torch.device("cpu"):
+        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    shape = shape_from_model(config.to_dict(), config.to_dict(), base)
+    options = {"model": "m", "data": "d", "lora.r": 4, "lora.alpha": 8, "model.device": "cpu", "model.dtype": "fp32"}
+    recipe = resolve(None, options).recipe
+    model = add_lora(base, recipe.lora, tokenizer("chatml")).train()
+    result = Workload.from_recipe(recipe, shape)
+    assert result.compute.step == step_for(model).name == "plain"
+    more = by_formula(result, 4, 128) - by_formula(result, 2, 128)
+    loss = step_for(model)
     assert saved_bytes(loss, model, 4, 128) - saved_bytes(loss, model, 2, 128) == pytest.approx(more, rel=0.15)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.machine.memory import HEAP_BLOCK_BYTES
-from strop.models.families.shape import LinearShape
+from strop.models.families.shape import LinearShape, ModelShape
 from strop.models.families.table import Family
 from strop.planning.workload import Workload
 
@@ -18,6 +18,9 @@ BLOCK = 256  # queries per matmul, as in engine.train.attention
 MAX_SAVED_KEYS = 512  # probabilities of documents with more keys are recomputed, as in engine.train.attention
 MIN_PREFIX = 8  # minimum length of a shared prefix in tokens, as in engine.train.packing
 TILE_ROWS, GAP = 64, 256  # rows of an attention tile, and padding values after a buffer, as in engine.kernels.cpu
+# values of the MLP's size that a plain step saves without a gate: 1 + those that autograd saves for the activation
+ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")  # fields of configs
+UNGATED_VALUES = {"relu": 1, "gelu_new": 5, "gelu_fast": 5, "quick_gelu": 3}  # others: 2
 EAGER_BYTES = 40  # bytes of fp32 copies per value of the MLP in the backward pass, with PyTorch operations
 # Bytes that a mixer saves per input (of out_proj) or output (of in_proj) of a linear layer: (constant, factor of b,
 # layer). Measured with saved-tensor hooks on the code of transformers.
@@ -231,8 +234,21 @@ def _plain_layer_bytes(workload: Workload, batch: MicroBatch) -> int:
     shape, b = workload.shape, workload.compute.dtype_bytes
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     norms = 8 * h if b < 4 else 4 * h
-    other_bytes = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
-    return batch.tokens * (norms + _adapter_copies(workload, shape.linears) + other_bytes)
+    other_bytes = b * (4 * h + 4 * q + 2 * kv + _plain_mlp_values(shape) * inner) + 4 * shape.heads
+    saved = batch.tokens * (norms + _adapter_copies(workload, shape.linears) + other_bytes)
+    if workload.compute.device == "cpu" and any(shape.text_config.get(key) for key in ATTENTION_DROPOUT):
+        # PyTorch then computes the attention by its definition: scaled q and k, probabilities, the mask, and masked
+        # probabilities. Outputs of attention and MLP have masks too.
+        pairs = sum(number * queries * keys for number, queries, keys in batch.documents)
+        saved += shape.heads * pairs * (2 * b + 1) + batch.tokens * ((q + kv) * b + 2 * h)
+    return saved
+
+
+def _plain_mlp_values(shape: ModelShape) -> int:
+    """Return how many values of the MLP's size a plain layer saves for each token."""
+    inner = shape.intermediate
+    is_gated = sum(x.outputs for x in shape.linears if x.outputs in (inner, 2 * inner)) >= 2 * inner
+    return 4 if is_gated else UNGATED_VALUES.get(shape.activation, 2)
 
 
 def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = None) -> int:
@@ -243,7 +259,8 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_buffers(workload, rows))
     if compute.step == "plain":
-        return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
+        copies = EAGER_BYTES if _plain_mlp_values(shape) > 2 else EAGER_BYTES // 2
+        return max(mlp + rows * copies * inner, tokens * (5 * q + 6 * kv + h) * b)
     if compute.device != "cpu":
         mlp += 0 if compute.device == "cuda" else rows * EAGER_BYTES * inner
         # Gradients of the output, of q (in bf16 and fp32), and of k and v for each query head; recomputed q and k; the

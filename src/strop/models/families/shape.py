@@ -28,6 +28,7 @@ from strop.models.source import (
 )
 from strop.runs.folder import is_run
 
+ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")
 MAX_SIZE, MAX_LAYERS = 1 << 28, 10_000  # larger values in a config are errors
 MIN_QUANTIZED_SIZE = 512  # smaller weights stay in 16 bit, as quantization constants would take more memory than saved
 TARGET_SETS = ("all-linear", "attention", "gate", "experts")
@@ -263,7 +264,7 @@ class ModelShape:
             vocabulary=get("vocab_size", "n_words"), tied=defaults.tied if tied is None else bool(tied),
             linears=linears, norm_weights=len(family.norms) * hidden + (2 * head_size if defaults.head_norms else 0),
             known=family_defaults is not None and text is config,
-            activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
+            activation=next((str(text[key]) for key in ACTIVATION_KEYS if text.get(key)), "silu"),
             softcap=bool(text.get("attn_logit_softcapping")), rope=_rope_type(text),
             prequantized=prequantized(config), experts=experts,
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
