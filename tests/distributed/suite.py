@@ -271,7 +271,7 @@ def evaluation(lab: Lab, general: bool = True) -> None:
             assert len(lines) == 1
             result.append(without_speed(json.loads(lines[0])))
         assert result[0] == result[1], words
-        assert "--general" not in words or result[0]["general"]["rows"] == 126
+        assert "--general" not in words or result[0]["general"]["rows"] == 340
 
 
 def without_speed(result: Any) -> Any:

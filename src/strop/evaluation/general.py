@@ -1,8 +1,8 @@
 """Detect abilities that training made worse, on a small general set and on tasks of lm-evaluation-harness.
 
-The general set (general.jsonl) has 126 questions of six kinds: arithmetic, copying, facts, instructions, answering in
-plain text, and memory of earlier turns. It is large enough to show a lost ability, but not a loss of two points. Scores
-of the harness are comparable with published ones.
+The general set (general.jsonl) has 340 questions of ten kinds: arithmetic, copying, facts, instructions, languages,
+memory of earlier turns, plain text, reading, refusal and system prompts. It is large enough to show a lost ability, but
+not a loss of two points. Scores of the harness are comparable with published ones.
 """
 
 from __future__ import annotations
