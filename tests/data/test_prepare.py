@@ -126,6 +126,9 @@ def test_invalid_rows_are_refused_with_all_places_or_dropped(tmp_path: Path) -> 
     assert "--data.bad_rows drop" in caught.value.fix
     report = account(run(path, bad_rows="drop"))
     assert report["rows"]["dropped"] == 5 and not report["would_refuse"]
+    with pytest.raises(DataError) as caught:
+        run(write(tmp_path / "b.jsonl", BAD))
+    assert "bad_rows" not in caught.value.fix and "--fix" not in caught.value.fix  # no row would be left
 
 
 def test_row_that_the_template_refuses_has_a_fix(tmp_path: Path) -> None:
@@ -153,8 +156,9 @@ def test_rows_that_cannot_be_shortened_are_refused_above_a_share(tmp_path: Path)
     assert len(rows) * MAX_LOST_SHARE == 1  # one row of 100 may be dropped
     assert account(run(path, max_length=50, overlong="truncate-start"))["rows"]["dropped"] == 1
     path = write(tmp_path / "b.jsonl", rows[50:])
-    with pytest.raises(DataError, match="cannot be shortened"):
+    with pytest.raises(DataError, match="cannot be shortened") as caught:
         run(path, max_length=50, overlong="truncate-start")
+    assert caught.value.fix == "--data.max_length 412, or choose --data.overlong drop"  # `split` does not help either
 
 
 def decode(ids: Any) -> str:

@@ -45,7 +45,10 @@ def test_judge_that_prefers_a_position_gives_ties() -> None:
     assert always["order_decided"] == 2  # equal answers are ties without a request
     half = iter([1, 0] * 3)
     once = compare_by_judge(lambda *_: next(half), "f", make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
-    assert once["wins"] == 3  # better in one order and a tie in the other
+    assert (once["ties"], once["order_decided"]) == (3, 3)  # better in one order and a tie in the other
+    unsaid = iter([1, None] * 3)
+    once = compare_by_judge(lambda *_: next(unsaid), "f", make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
+    assert (once["ties"], once["order_decided"], once["unsaid"]) == (3, 0, 3)
 
 
 def test_replies_without_a_verdict_are_ties_and_counted() -> None:
@@ -61,10 +64,17 @@ def test_replies_without_a_verdict_are_ties_and_counted() -> None:
         ("**Tie**", 0),
         ("The first is short, so: second", -1),
         ("I cannot say", None),
+        ("**Verdict:** first", 1),
+        ('{"verdict": "second"}', -1),
+        ("The first is too long.\nThe second answer is better.", -1),
+        ("The first answer is better than the second.", None),
+        ("first\n\n(Chosen because the second one is wrong.)", None),
+        ("<think>\nOkay, first I need to look at", None),
+        ("It is not the first", None),
         ("", None),
     ],
 )
-def test_verdict_is_the_last_verdict_word(reply: str, verdict: int | None) -> None:
+def test_verdict_is_at_the_end_of_a_reply(reply: str, verdict: int | None) -> None:
     assert parse_verdict(reply) == verdict
 
 
@@ -135,7 +145,7 @@ def judge_server(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_server_is_asked_in_both_orders_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     monkeypatch.setenv(judge.KEY, "secret")
-    with judge_server("first", 503, "second", "tie", "first") as (url, seen):
+    with judge_server("first", 503, "second", "second", "first") as (url, seen):
         result = compare_by_judge(make_judge(url), url, make_questions(2), ["old", "old"], ["new", "new"], None)
     assert (result["wins"], result["ties"], result["losses"]) == (1, 0, 1)
     assert {request["model"] for request in seen} == {"one"} and {request["key"] for request in seen} == {

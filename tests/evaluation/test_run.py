@@ -354,7 +354,7 @@ def test_regression_rows_and_general_set_are_in_report_and_card(
     assert report["regression"]["difference"] == result["regression"]["difference"]
     after = card.read_text()
     assert "was not evaluated on held-out rows" not in after and "was not measured" not in after
-    assert "12 rows: choice" in after and "2 rows: contains" in after and "126 rows" in after
+    assert "12 rows: choice" in after and "2 rows: contains" in after and "340 rows" in after
     assert "should not get worse" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
     assert code == 2 and "no adapter" in err
@@ -384,6 +384,51 @@ def test_harness_tasks_are_compared(runs: list[Path], tmp_path: Path, capsys: py
     assert "colours" in err and "colours" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", runs[1], "--data", data, "--tasks", "no_such_task", capsys=capsys)
     assert code == 2 and "no such task" in err
+
+
+FILTERED_TASK = """
+task: filtered
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{completion}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
+filter_list:
+  - {{name: nothing, filter: [{{function: regex, regex_pattern: "(never)"}}, {{function: take_first}}]}}
+  - {{name: anything, filter: [{{function: regex, regex_pattern: "(.*)"}}, {{function: take_first}}]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+PERPLEXITY_TASK = """
+task: perplexity
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}} {{{{completion}}}}"
+metric_list: [{{metric: byte_perplexity}}]
+"""
+
+
+def test_harness_filters_documents_and_groups(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One metric with two filters has two rows; documents are counted where samples have no scores, and in groups."""
+    pytest.importorskip("lm_eval")
+    data, files = tmp_path / "colours.jsonl", {"filtered": FILTERED_TASK, "perplexity": PERPLEXITY_TASK}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text.format(file=data), encoding="utf-8")
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [filtered, perplexity]\n", encoding="utf-8")
+    words = ["eval", runs[1], "--data", data, "--metric", "choice", "--tasks", tmp_path / "filtered.yaml"]
+    code, out, _ = run(*words, "--tasks", tmp_path / "perplexity.yaml", "--json", capsys=capsys)
+    tasks = json.loads(out)["tasks"]
+    assert code == 0 and set(tasks["filtered"]) == {"exact_match,nothing", "exact_match,anything"}
+    assert tasks["filtered"]["exact_match,nothing"]["tuned"] == 0
+    assert {name: value["documents"] for name, value in tasks["perplexity"].items()} == {"byte_perplexity": 12}
+    code, _, err = run(*words, "--tasks", tmp_path / "group.yaml", capsys=capsys)
+    assert code == 2 and "a task or a group that has it, not both" in err
 
 
 def test_missing_harness_is_an_error_with_its_install_command(

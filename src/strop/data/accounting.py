@@ -284,19 +284,22 @@ def _why_refused(
     too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
-    others = [name for name in allowed_overlong(selection.data_kind) if name != data.overlong]
-    other_choices = f"--data.overlong {' or '.join(others)}"
-    long_fix = f"--data.max_length {facts['longest']}, or choose {other_choices}"
+    # only `drop` helps with rows that cannot be shortened
+    choices = allowed_overlong(selection.data_kind) if data.overlong == "refuse" else ["drop"]
+    long_fix = f"--data.max_length {facts['longest']}, or choose --data.overlong {' or '.join(choices)}"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
         command = f"strop check {shlex.join(option_words({'data.train': data.train}))} --fix clean.jsonl"
+        some_are_valid = len(errors) < num_read
         correct = (
-            f"correct them, or write the other rows to a file: `{command}`" if role == "training" else "correct them"
+            f"correct them, or write the other rows to a file: `{command}`"
+            if role == "training" and some_are_valid
+            else "correct them"
         )
         advice = [FIXES[code] for code in codes if code in FIXES] or [correct]
         fix = "; ".join(sorted(advice))
-        if codes != {"missing-column"}:  # otherwise whole files would be left out
+        if some_are_valid and codes != {"missing-column"}:  # otherwise whole files would be left out
             fix += "; or leave such rows out with --data.bad_rows drop"
         return DataError(
             f"{len(invalid)} of {num_read} {role} rows cannot be used",
@@ -309,7 +312,7 @@ def _why_refused(
     if too_long and data.overlong != "drop" and too_many and data.bad_rows == "refuse":
         return DataError(
             f"{len(too_long)} of {num_read} {role} rows cannot be shortened to data.max_length {data.max_length}",
-            fix=f"raise --data.max_length, or choose {other_choices}" if others else "raise --data.max_length",
+            fix=long_fix,
             where=too_long,
         )
     if not len(selection.rows):

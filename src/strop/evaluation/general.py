@@ -115,24 +115,39 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
     for side in ("base", "tuned") if model.adapter else ("base",):
         with model.base() if model.adapter and side == "base" else nullcontext():
             wrapped = HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=8)
-            outputs[side] = simple_evaluate(
-                wrapped, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
-            )
+            try:
+                outputs[side] = simple_evaluate(
+                    wrapped, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+                )
+            except ValueError as error:
+                if "Duplicate task" not in str(error):
+                    raise
+                raise RecipeError(f"--tasks: {error}", fix="give a task or a group that has it, not both") from None
     result: dict[str, Any] = {}
     for task, task_scores in outputs["base"]["results"].items():
         result[task] = {}
         for key, value in task_scores.items():
             if not isinstance(value, (int, float)) or "_stderr" in key or "," not in key:
                 continue
-            metric = key.partition(",")[0]
+            metric, _, filter_name = key.partition(",")
+            filters = {other.partition(",")[2] for other in task_scores if other.startswith(f"{metric},")}
+            name = metric if filters == {filter_name} else key
             scores = {side: _scores_by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
-            base, tuned = scores["base"], scores.get("tuned")
+            base, tuned = scores["base"], scores.get("tuned")  # none for groups, and for perplexities of documents
             difference = None
             if tuned is not None and len(base) > 1:
                 difference = _compare_scores(list(base.values()), [tuned[document] for document in base])
-            result[task][metric] = {**values, "documents": len(base), "difference": difference}
+            documents = len(base) or _count_documents(outputs["base"], task)
+            result[task][name] = {**values, "documents": documents, "difference": difference}
     return result
+
+
+def _count_documents(output: dict[str, Any], task: str) -> int:
+    """Return the number of documents of a task, or of the tasks of a group."""
+    if task in output.get("n-samples", {}):
+        return int(output["n-samples"][task]["effective"])
+    return sum(_count_documents(output, part) for part in output.get("group_subtasks", {}).get(task, []))
 
 
 def _compare_scores(base: Sequence[float], tuned: Sequence[float]) -> dict[str, float]:
@@ -154,9 +169,10 @@ def _scores_by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any
 
 
 def _read_task_name(file: Path) -> str:
-    """Return the name of the task that a file defines. Other lines may have YAML tags that only the harness knows."""
-    line = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")), "")
-    name = yaml.safe_load(line or "{}").get("task")
+    """Return the name of the task or group in a file. Other lines may have YAML tags that only the harness knows."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [line for key in ("group:", "task:") for line in lines if line.startswith(key)]
+    name = next(iter(yaml.safe_load(found[0]).values())) if found else None
     if not isinstance(name, str):
         raise RecipeError(f"--tasks {file}: names no task", fix="add a line `task: NAME`")
     return name

@@ -9,6 +9,7 @@ import http.client
 import json
 import math
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -37,6 +38,8 @@ PROMPT = """Two assistants have answered the same conversation. Which answer is 
 
 Judge what is said, not its length or its place. End with one word: "first", "second" or "tie"."""
 VERDICTS = {"first": 1, "second": -1, "tie": 0}
+# words that may stand next to a verdict; a sentence with others may mean the opposite
+FILLERS = ("a", "answer", "assistant", "better", "best", "final", "is", "it", "my", "one", "the", "verdict", "winner")
 TRIES, TIMEOUT_S = 3, 300
 KEY = "STROP_JUDGE_KEY"  # environment variable with the server's API key
 ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # positional arguments of a function
@@ -76,21 +79,24 @@ def compare_by_judge(
 ) -> dict[str, Any]:
     """Measure how often the tuned model's answer is better than the base's, with 95 % intervals.
 
-    `win_rate` counts a tie as half a win. `order_decided` counts rows whose verdict changed with the order, `unsaid`
-    replies without a verdict, which count as ties. `lost` lists the rows that the tuned model lost.
+    `win_rate` counts a tie as half a win. `order_decided` counts rows whose verdict changed with the order, which are
+    ties. `unsaid` counts replies without a verdict; their rows are ties too. `lost` lists rows that the tuned model
+    lost.
     """
-    outcomes, order_decided, unsaid = [], 0, 0
+    outcomes: list[int] = []
+    order_decided = unsaid = 0
     for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base, tuned, strict=True), 1):
-        verdicts = [0, 0]
+        outcome = 0
         if base_answer != tuned_answer:
             messages = question.conversation.messages[:-1]
             context = "\n\n".join(f"{message.role}: {message.content}" for message in messages), question.gold
             replies = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
             unsaid += replies.count(None)
-            verdicts = [replies[0] or 0, -(replies[1] or 0)]
-        order_decided += verdicts[0] * verdicts[1] < 0
-        total = sum(verdicts)
-        outcomes.append((total > 0) - (total < 0))
+            verdicts = [replies[0], None if replies[1] is None else -replies[1]]
+            if None not in verdicts:
+                order_decided += verdicts[0] != verdicts[1]
+                outcome = (verdicts[0] or 0) if verdicts[0] == verdicts[1] else 0
+        outcomes.append(outcome)
         if advance is not None:
             advance("judge", number, len(questions))
     difference = paired_difference([outcome < 0 for outcome in outcomes], [outcome > 0 for outcome in outcomes])
@@ -143,8 +149,10 @@ class _ServerJudge:
     def __call__(self, conversation: str, gold: str, first: str, second: str) -> int | None:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        reply = self.request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
-        return parse_verdict(reply if isinstance(reply, str) else "")
+        choice = self.request("/chat/completions", _first_choice, body)
+        reply = choice["message"].get("content")
+        is_whole = isinstance(reply, str) and choice.get("finish_reason") != "length"
+        return parse_verdict(reply) if is_whole else None
 
     def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -173,7 +181,16 @@ class _ServerJudge:
         raise AssertionError("the last try returns or raises")
 
 
+def _first_choice(data: Any) -> dict[str, Any]:
+    """Return the choice of a response, after checking that it has a message."""
+    choice: dict[str, Any] = data["choices"][0]
+    choice["message"].get("content")
+    return choice
+
+
 def parse_verdict(reply: str) -> int | None:
-    """Return the last verdict in a reply (one of the words first, second and tie), or None."""
-    words = "".join(character if character.isalpha() else " " for character in reply.casefold()).split()
-    return next((VERDICTS[word] for word in reversed(words) if word in VERDICTS), None)
+    """Return the verdict at the end of a reply, such as "first" or "The answer is: second", or None."""
+    parts = [re.findall(r"[^\W\d_]+", part) for part in re.split(r"[.:;!?\n]", reply.casefold())]
+    words = next((part for part in reversed(parts) if part), [])
+    verdicts = [VERDICTS[word] for word in words if word in VERDICTS]
+    return verdicts[0] if len(verdicts) == 1 and {*words} <= {*VERDICTS, *FILLERS} else None

@@ -74,8 +74,9 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         table.add_row(escape(score_name(name, result["metric"])), *cells)
     out.print(table)
     if speed := result[sides[-1]].get("tokens_per_s"):
-        together = " in one batch" if len(sides) > 1 else ""
-        out.print(f"answers of {' and '.join(sides)} generated{together} at {speed:,.0f} tokens/s")
+        answered = [side for side in sides if result[side].get("tokens_per_s") == speed]  # others: in an earlier run
+        together = " in one batch" if len(answered) > 1 else ""
+        out.print(f"answers of {' and '.join(answered)} generated{together} at {speed:,.0f} tokens/s")
     if result.get("left_out"):
         rows = [str(Location(**location)) for location in result["left_out"]]
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
