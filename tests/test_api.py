@@ -174,9 +174,50 @@ def test_reward_function_object_raises(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_empty_list_of_files_raises(name: str, tiny_folder: Path) -> None:
-    with pytest.raises(InputError, match="options are not valid") as raised:
+    with pytest.raises(InputError, match=f"data.{name}: the list has no rows and no files"):
         strop.train(model=tiny_folder, data={"train": "rows.jsonl", name: []})
-    assert raised.value.lines()[0].startswith(f"data.{name}: ")
+
+
+def test_wrong_arguments_are_refused_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    columns = {"prompt": ["a"], "completion": ["b"]}
+    for options, message in (
+        ({"callback": 3, "data": "rows.jsonl"}, "callback is 3"),
+        ({"progress": "yes", "data": "rows.jsonl"}, "progress is 'yes'"),
+        ({"data": columns}, "a dictionary of columns \\(prompt, completion\\), not rows"),
+        ({"data": []}, "no rows and no files"),
+    ):
+        with pytest.raises(InputError, match=message):
+            strop.train(model=tiny_folder, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="no rows and no files"):
+        strop.evaluate(tiny_folder, [])
+
+
+def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: bold.generate(3), "a prompt must be a string"),  # type: ignore[arg-type]
+        (lambda: bold.use("nope"), "nope: not loaded"),
+        (lambda: bold.chat("hi", temperature=-1), "temperature -1: below 0"),
+        (lambda: bold.chat(" "), "the message is empty"),
+        (lambda: bold.chat("hi", stream=True), "chat: unknown argument stream .did you mean on_text"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_unknown_keys_name_a_command_that_exists(tiny_folder: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data="rows.jsonl", nonsense=1)
+    assert raised.value.fix.endswith("`strop train --help-all` in a terminal for all keys")
+
+
+def test_check_writes_a_cleaned_copy(tmp_path: Path) -> None:
+    """Errors about rows suggest this call."""
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
+    report = strop.check(data=rows, fix=tmp_path / "clean.jsonl")
+    assert report["rows"]["dropped"] == 1 and "dropped" in repr(report) and "{" not in repr(report)
+    assert strop.check(data=tmp_path / "clean.jsonl")["rows"] == {**report["rows"], "read": 1, "dropped": 0}
 
 
 @pytest.fixture(scope="module")

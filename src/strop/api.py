@@ -352,11 +352,12 @@ class CheckedRows:
 
 
 @public
-def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
+def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **options: Any) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
     Args:
         recipe: path of a recipe file.
+        fix: a new file (.jsonl) for a cleaned copy of the rows; `fix` with `.changes.jsonl` lists what was changed.
         **options: recipe fields, as for `train`. Without `recipe` and `model`, the demo model's tokenizer is used.
 
     Returns:
@@ -370,7 +371,12 @@ def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
     """
     from strop.display.tables import CheckReport
 
-    return CheckReport(check_rows(recipe, options).prepared.report.as_json())
+    checked = check_rows(recipe, options)
+    if fix is not None:
+        from strop.data.check import write_cleaned_copy
+
+        write_cleaned_copy(checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind)
+    return CheckReport(checked.prepared.report.as_json())
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:
@@ -679,6 +685,8 @@ def _data_files(value: Any, name: str) -> Any:
 
     if (rows := find_rows(value)) is not None:
         return write_rows(name, rows)
+    if value == [] and name != "regression_data":
+        raise InputError(f"{name}: the list has no rows and no files", fix="give rows as dicts, or paths")
     if isinstance(value, list | tuple):
         return [_data_files(part, name) for part in value]
     if not isinstance(value, str | os.PathLike):
@@ -700,6 +708,9 @@ def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
             example = '{"r": 8}' if name == "lora" else '{"epochs": 1}'
             raise InputError(f"{name}: a dictionary such as {example}, not {option!r}", fix="give its fields by name")
         is_section = name in sections and isinstance(option, Mapping)
+        if name == "data" and is_section and not any(f"data.{key}" in full_names.values() for key in option):
+            what = f"data: a dictionary of columns ({', '.join(map(str, option))}), not rows"
+            raise InputError(what, fix='give a list of rows such as [{"prompt": "hi", "completion": "yo"}]')
         for field, value in (option if is_section else {name: option}).items():
             dotted = full_name(field) if not is_section else f"{name}.{field}"
             short = full_names.get(field) or full_name(field)

@@ -232,7 +232,7 @@ def _argument(option: str, value: str | None) -> str:
 def _call(command: str) -> str:
     """Return the call of a function that does what `strop COMMAND` does."""
     name, *words = (word.strip("'") for word in re.findall(r"'[^']*'|\S+", command))
-    if name not in _FUNCTIONS:
+    if name not in _FUNCTIONS or "--help-all" in words:
         return f"`strop {command}` in a terminal"
     function, arguments = f"strop.{_FUNCTIONS[name]}", list[str]()
     if words == ["--help"]:

@@ -73,6 +73,9 @@ class Printed:
     def _repr_html_(self) -> str:
         return render_html(self._print)
 
+    def __repr__(self) -> str:  # of dictionaries and lists; the others have one line
+        return str(self)
+
     def __str__(self) -> str:
         out = PythonConsole(file=io.StringIO(), width=110, highlight=False, soft_wrap=True, force_jupyter=False)
         with out.capture() as captured:

@@ -191,6 +191,6 @@ def _first_choice(data: Any) -> dict[str, Any]:
 def parse_verdict(reply: str) -> int | None:
     """Return the verdict at the end of a reply, such as "first" or "The answer is: second", or None."""
     parts = [re.findall(r"[^\W\d_]+", part) for part in re.split(r"[.:;!?\n]", reply.casefold())]
-    words = next((part for part in reversed(parts) if part), [])
+    words = next((part for part in reversed(parts) if part), list[str]())
     verdicts = [VERDICTS[word] for word in words if word in VERDICTS]
     return verdicts[0] if len(verdicts) == 1 and {*words} <= {*VERDICTS, *FILLERS} else None

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ FILE_TYPES = {
     "q8_0": (TensorType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 NOT_INSTALLED = f"not measured: llama.cpp is not installed ({llama_cpp.INSTALL})"
-DISABLED = "not measured: --no-parity"
+DISABLED = "not measured, as asked"
 Checker = Callable[[Path, str, "Path | None"], FileCheck]  # (file, type, adapter file) -> result
 CheckerContext = AbstractContextManager["Checker | None"]
 
@@ -58,7 +58,7 @@ class Exported:
     base_losses: dict[str, float]
     check: FileCheck | None  # result of the comparison in llama.cpp
     unmeasured: str | None  # reason if there was no comparison
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary = field(repr=False)  # hundreds of thousands of characters
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:

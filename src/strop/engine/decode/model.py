@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -101,13 +101,22 @@ class Model:
         self._settings[name] = make_renderer(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Switch to an adapter, its template and its system prompt. name: the model's name, or an added adapter."""
+        """Switch to an adapter, its template and its system prompt. name: the model's name, or an added adapter.
+
+        Raises InputError for another name.
+        """
+        if name not in (self.name, *self.others):
+            raise InputError(f"{name}: not loaded", fix=f"use {', '.join((self.name, *self.others))}, or `add` it")
         self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Disable the adapter inside the block. Other threads wait."""
+        """Disable the adapter inside the block. Other threads wait.
+
+        `chat` continues its conversation, with the tuned model's answers in it: compare the two with `generate`, or
+        after `history.clear()`.
+        """
         assert self.adapter is not None
         with self._lock, adapter_disabled(self.module):
             yield
@@ -135,8 +144,8 @@ class Model:
             sampling: None for greedy decoding.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
         """
-        max_new_tokens, sampling = _apply_settings(max_new_tokens, sampling or Sampling(), settings)
-        texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        max_new_tokens, sampling = _apply_settings("generate", max_new_tokens, sampling or Sampling(), settings)
+        texts = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
         ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
@@ -168,8 +177,10 @@ class Model:
         Raises:
             InputError: if a message is invalid, or the conversation has more tokens than the model supports.
         """
-        max_new_tokens, sampling = _apply_settings(max_new_tokens, sampling or self.sampling, settings)
+        max_new_tokens, sampling = _apply_settings("chat", max_new_tokens, sampling or self.sampling, settings)
         if isinstance(text, str):
+            if not text.strip():
+                raise InputError("chat: the message is empty", fix="give a text")
             history = self._system_messages(system) if system is not None or not self.history else self.history
             messages = [*history, Message("user", text)]
         else:
@@ -213,17 +224,21 @@ def _parse_messages(messages: Any) -> list[Message]:
         raise InputError(f"chat: {error.what}", fix=fix) from None
 
 
-def _apply_settings(limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Return the limit and the sampling settings with other values. Raises InputError for unknown names and types."""
+def _apply_settings(function: str, limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
+    """Return the limit and the sampling settings with other values. Raises InputError for invalid names and values."""
     names = {name: name for name in vars(sampling)} | {"max_tokens": "", "max_completion_tokens": ""}
     if unknown := [name for name in settings if name not in names]:
-        near = suggest(unknown[0], ["max_new_tokens", "system", *names])
-        raise InputError(f"unknown argument {unknown[0]}{near}", fix="see `help(strop.Model.generate)`")
+        known = ["max_new_tokens", "system", *(["on_text"] if function == "chat" else []), *names]
+        streams = unknown[0] == "stream" and function == "chat"
+        near = " (did you mean on_text?)" if streams else suggest(unknown[0], known)
+        raise InputError(f"{function}: unknown argument {unknown[0]}{near}", fix=f"see `help(strop.Model.{function})`")
     limit = next((value for name, value in settings.items() if not names[name]), limit)
     for name, value in {"max_new_tokens": limit, **settings}.items():
         whole = name in ("max_new_tokens", "top_k", "seed") or not names[name]
         if not isinstance(value, Integral if whole else Real) and not (name == "seed" and value is None):
             raise InputError(f"{name}: {'an integer' if whole else 'a number'}, not {value!r}", fix="give a number")
+        if name != "seed" and float(value or 0) < 0:
+            raise InputError(f"{name} {value}: below 0", fix="give 0 or more")
     return limit, replace(sampling, **{name: value for name, value in settings.items() if names[name]})
 
 
