@@ -524,7 +524,7 @@ def test_no_parity_skips_measuring(tuned: Path, rows: str, tmp_path: Path, monke
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     monkeypatch.setattr(llama_cpp, "check_import", lambda: None)
     result = strop.export("gguf", tuned, tmp_path / "m.gguf", measure=False).as_json()
-    assert result["parity"] is None and "--no-parity" in result["not_measured"]
+    assert result["parity"] is None and "as asked" in result["not_measured"]
     with pytest.raises(RecipeError, match="measures nothing"):
         export_gguf(str(tuned), tmp_path / "n.gguf", data=rows, measure=False)
     monkeypatch.setattr("strop.exporting.merge.probe", lambda: type("Machine", (), {"free_bytes": 1 << 20})())
