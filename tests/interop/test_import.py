@@ -25,7 +25,7 @@ UNSUPPORTED = {
     "axolotl-completion.yaml": {"optimizer", "lr_scheduler", "cosine_min_lr_ratio", "neftune_noise_alpha"},
     "axolotl-kto.yaml": set(),
     "llamafactory-sft.yaml": {"max_samples"},
-    "llamafactory-qlora.yaml": {"mask_history"},
+    "llamafactory-qlora.yaml": {"mask_history", "packing"},
     "llamafactory-dpo.yaml": set(),
     "llamafactory-kto.yaml": set(),
     "llamafactory-pretrain.yaml": {"streaming", "neftune_noise_alpha", "lr_scheduler_type"},

@@ -979,3 +979,73 @@ def test_torchtune_drops_the_last_batch(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert "last, smaller batch" in find_row_warnings(import_config("torchtune", file).draft.differs)["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("packing: true", "packing"),
+        ("add_tokens: '<A>'", "add_tokens"),
+        ("create_new_adapter: true\nadapter_name_or_path: old", "adapter_name_or_path"),
+        ("stage: dpo", "stop token"),
+    ],
+)
+def test_llamafactory_differences_are_named(more: str, key: str, tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, f"{more}\n")
+    assert key in {**find_row_warnings(draft.differs), **find_row_warnings(draft.unsupported)}
+    assert draft.get("model.adapter") is None
+    neat = llamafactory(tmp_path, "packing: true\nneat_packing: true\n")
+    assert not {"packing", "neat_packing"} & set(find_row_warnings(neat.unsupported))
+
+
+@pytest.mark.parametrize(
+    ("code", "key"),
+    [
+        ("tokenizer = AutoTokenizer.from_pretrained('other')", "AutoTokenizer"),
+        ("tokenizer = AutoTokenizer.from_pretrained('demo', add_eos_token=True)", "AutoTokenizer.add_eos_token"),
+        ("add_new_tokens(model, tokenizer, new_tokens=['<a>'])", "add_new_tokens"),
+        ("DataCollatorForCompletionOnlyLM('answer')", "DataCollatorForCompletionOnlyLM"),
+        ("train_on_responses_only(1, last_response_only=True)", "last_response_only"),
+        ("config.set_optimizer(learning_rate=1)", "set_optimizer"),
+    ],
+)
+def test_code_that_changes_training_is_named(code: str, key: str, tmp_path: Path) -> None:
+    draft = trl(tmp_path, before=f"model = AutoModelForCausalLM.from_pretrained('demo')\n{code}", model="model")
+    assert key in {**find_row_warnings(draft.differs), **find_row_warnings(draft.unsupported)}
+
+
+def test_adapter_that_is_merged_first_is_not_continued(tmp_path: Path) -> None:
+    before = "model = AutoModelForCausalLM.from_pretrained('demo')\nmodel = PeftModel.from_pretrained(model, 'old')\n"
+    draft = trl(tmp_path, before=f"{before}model = model.merge_and_unload()", model="model")
+    assert draft.get("model.adapter") is None and draft.get("lora.r") == 4
+    assert "strop merge" in find_row_warnings(draft.unsupported)["merge_and_unload"]
+
+
+def test_axolotl_trains_to_the_end_with_rl_and_reads_every_beta(tmp_path: Path) -> None:
+    rows = "rl: orpo\ndatasets: [{path: a.jsonl, type: chat_template.default}]\nval_set_size: 0.1\n"
+    draft = axolotl(tmp_path, "early_stopping_patience: 2\nrl_beta: 0.7\norpo_alpha: 0.3\n", rows)
+    assert draft.get("train.early_stopping") is None and draft.get("train.beta") == 0.7
+    assert "last weights" in find_row_warnings(draft.differs)["load_best_model_at_end"]
+    assert axolotl(tmp_path, "rl_beta: 0.7\ntrl: {beta: 0.2}\n", rows).get("train.beta") == 0.2
+    with pytest.raises(RecipeError, match="special_tokens: x: not a mapping"):
+        axolotl(tmp_path, "special_tokens: x\n", rows)
+
+
+@pytest.mark.parametrize(
+    ("keys", "objective"),
+    [
+        ("loss_type: kto\n", "kto"),
+        ("desirable_weight: 2\n", "kto"),
+        ("lora_task_type: SEQ_CLS\n", "reward"),
+        ("", None),
+    ],
+)
+def test_trl_yaml_is_read_as_its_command(keys: str, objective: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: demo\nuse_peft: true\n{keys}", encoding="utf-8")
+    assert import_config("trl", file).draft.get("train.objective") == objective
+
+
+def test_rows_of_text_files_are_named(tmp_path: Path) -> None:
+    draft = axolotl(tmp_path, "", "datasets: [{path: a.txt, type: completion}]\n")
+    assert "paragraph" in find_row_warnings(draft.differs)["data"]

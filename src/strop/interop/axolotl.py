@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from strop.errors import RecipeError
 from strop.interop.draft import IGNORED_KEYS, WARMUP_NOTE, Draft, Keys, as_float, format_value, join_files
 
 OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
@@ -97,7 +98,11 @@ def _read_model(draft: Draft, keys: Keys) -> None:
         keys.take("peft")
         draft.put("lora.init", "loftq", "peft.loftq_config")
         draft.add_difference("peft.loftq_config", "strop does one iteration, starting from the quantized base")
-    for key, token in (keys.take("special_tokens") or {}).items():
+    special_tokens = keys.take("special_tokens") or {}
+    if not isinstance(special_tokens, dict):
+        what = f"{draft.file}: special_tokens: {format_value(special_tokens)}: not a mapping"
+        raise RecipeError(what, fix='write it as {pad_token: "<pad>"}')
+    for key, token in special_tokens.items():
         if key == "pad_token":
             draft.add_ignored("special_tokens.pad_token", "no trained token is padded")
         else:
@@ -247,6 +252,10 @@ def _read_training(draft: Draft, keys: Keys) -> None:
         if count and count != 1:
             draft.add_unsupported(key, f"{count}: strop's default is once per epoch; set {field} to a number of steps")
     draft.put_int(keys, "early_stopping_patience", "train.early_stopping")
+    if draft.get("train.objective") not in (None, "reward"):  # the trainers for `rl` run to their end
+        draft.loads_best = False
+        if draft.fields.pop("train.early_stopping", None) is not None:
+            draft.add_ignored("early_stopping_patience", "axolotl does not use it with rl")
     _read_tracking(draft, keys)
     _read_plugins(draft, keys)
     draft.put_intervals_and_output(keys)
@@ -300,11 +309,15 @@ def _read_objective(draft: Draft, keys: Keys) -> None:
         if loss in ("ipo", "sigmoid"):
             keys.take("dpo_loss_type")
             draft.put("train.objective", "ipo" if loss == "ipo" else "dpo", "dpo_loss_type")
-    draft.read_trl_loss(keys, "dpo_label_smoothing", "rl")
-    draft.put_options(keys, {
-        "rl_beta": "beta", "orpo_alpha": "beta", "kto_desirable_weight": "desirable_weight",
+    if keys.peek("dpo_loss_type") is None:  # other losses are reported, and use label smoothing
+        draft.read_trl_loss(keys, "dpo_label_smoothing", "rl")
+    draft.put_options(keys, {  # of several betas the last counts, and then trl.beta
+        "orpo_alpha": "beta", "dpo_beta": "beta", "rl_beta": "beta", "kto_desirable_weight": "desirable_weight",
         "kto_undesirable_weight": "undesirable_weight",
     })  # fmt: skip
+    trl = keys.peek("trl")
+    if isinstance(trl, dict) and set(trl) == {"beta"}:
+        draft.put_options(Keys({"trl.beta": keys.take("trl")["beta"]}), {"trl.beta": "beta"})
     if draft.get("train.objective") == "simpo":
         draft.put_simpo(keys)
     if draft.get("train.objective") == "ipo" and draft.get("train.beta") is not None:

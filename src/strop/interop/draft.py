@@ -65,8 +65,8 @@ NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_leng
 LAST_BATCH_NOTE = "strop also trains on the last, smaller batch of an epoch, which the other tool drops"
 WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
 LINE_BREAK_NOTE = (
-    "with a template that has a line break after the stop token (such as ChatML), TRL trains on it too; in strop the "
-    "stop token is the last"
+    "with a template that has a line break after the stop token (such as ChatML), the other tool trains on it too; in "
+    "strop the stop token is the last"
 )
 _ORPO_NOTE = (
     "TRL's cross entropy is over prompt and answer, averaged over the tokens of a batch; strop's is over the answer, "
@@ -161,6 +161,9 @@ class Draft:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         self._note_kept_weights()
+        sources = self.get("data.train") or []
+        if any(str(source).endswith(".txt") for source in ([sources] if isinstance(sources, str) else sources)):
+            self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
         modules, key = self.fields.get("lora.modules_to_save", ([], ""))
         modules = [modules] if isinstance(modules, str) else modules

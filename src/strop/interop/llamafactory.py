@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import IGNORED_KEYS, Draft, Keys, as_int, as_number, format_value
+from strop.interop.draft import IGNORED_KEYS, LINE_BREAK_NOTE, Draft, Keys, as_int, as_number, format_value
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -56,9 +56,12 @@ def read(draft: Draft) -> None:
 def _read_model(draft: Draft, keys: Keys) -> None:
     draft.put_fields(keys, {"model_name_or_path": "model.name", "adapter_name_or_path": "model.adapter"}, str)
     adapters = str(draft.get("model.adapter") or "").split(",")
-    if len(adapters) > 1:
-        draft.put("model.adapter", adapters[-1].strip(), "adapter_name_or_path")
-        text = f"{', '.join(adapters[:-1])}: merged into the base first in the other tool: use `strop merge`"
+    merged = adapters if keys.take("create_new_adapter") and any(adapters) else adapters[:-1]
+    if merged:
+        draft.fields.pop("model.adapter")
+        if len(merged) < len(adapters):
+            draft.put("model.adapter", adapters[-1].strip(), "adapter_name_or_path")
+        text = f"{', '.join(merged)}: merged into the base first: use `strop merge`, and set model.name"
         draft.add_unsupported("adapter_name_or_path", text)
     draft.put_fields(keys, {"loraplus_lr_ratio": "train.lora_plus_ratio"})
     if (revision := keys.take("model_revision", "main")) != "main":
@@ -80,6 +83,9 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     draft.put_lora(keys, "lora_rank", "lora_target", {"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0})
     lists = {"additional_target": "lora.modules_to_save", "add_tokens": "lora.new_tokens"}
     draft.put_fields(keys, lists, lambda value: [part.strip() for part in str(value).split(",")])
+    if "lora.new_tokens" in draft.fields:
+        text = "the embeddings and the head are trained in full there; strop trains the rows of the new tokens"
+        draft.add_difference("add_tokens", text)
 
 
 def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
@@ -94,7 +100,12 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
             draft.add_unsupported(key, f"{', '.join(names)}: {folder}/dataset_info.json does not exist")
     draft.put("data.max_length", 2048, "llamafactory's default")
     draft.put_int(keys, "cutoff_len", "data.max_length")
-    packing = bool(keys.take("packing", stage == "pt")) or bool(keys.take("neat_packing"))
+    is_neat, packing = bool(keys.take("neat_packing")), bool(keys.take("packing", stage == "pt"))
+    packing = packing or is_neat
+    if packing and not is_neat and stage != "pt":
+        draft.add_unsupported(
+            "packing", "packed rows attend to each other there; strop keeps them apart (neat_packing)"
+        )
     if packing:
         draft.note_packing("packing", "; stage pt packs by default" * (stage == "pt"))
     if stage == "pt" and packing:
@@ -113,6 +124,8 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
         draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
     draft.put_eval_share("val_size", keys.take("val_size"))
+    if stage != "pt":
+        draft.add_difference("stop token", LINE_BREAK_NOTE)
 
 
 def _find_dataset_info(config: Path, folder: str) -> Path | None:

@@ -16,7 +16,7 @@ IGNORED_KEYS = (
     "cudnn_deterministic_mode", "custom_sharded_layers", "dataset_val_steps", "device", "enable_activation_offloading",
     "fsdp_cpu_offload", "log_every_n_steps", "log_level", "log_peak_memory_stats", "loss.num_output_chunks",
     "low_cpu_ram", "metric_logger", "optimizer.fused", "optimizer_in_bwd", "profiler",
-    "save_adapter_weights_only", "shuffle", "tokenizer._component_", "tokenizer.merges_file", "tokenizer.path",
+    "save_adapter_weights_only", "tokenizer._component_", "tokenizer.merges_file", "tokenizer.path",
 )  # fmt: skip
 ATTENTION_MODULES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 MLP_MODULES = ["gate_proj", "up_proj", "down_proj"]
@@ -32,7 +32,7 @@ BUILT_IN_DATA_SETS = {
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
 # data sets that have their own prompts, and train on them by default
-TRAIN_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
+TRAIN_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")
 
 
 def read(draft: Draft) -> None:
@@ -111,6 +111,11 @@ def _read_loss(draft: Draft, keys: Keys) -> None:
 def _read_data(draft: Draft, keys: Keys) -> None:
     draft.put_int(keys, "tokenizer.max_seq_len", "data.max_length")
     draft.note_max_length("tokenizer.max_seq_len")
+    if keys.take("shuffle", True) is False:
+        draft.add_difference("shuffle", "false: strop shuffles rows with the seed")
+    losses = {bool(entry.get("train_on_input")) for entry in keys.peek("dataset") or [] if isinstance(entry, dict)}
+    if isinstance(keys.peek("dataset"), list) and len(losses) > 1:
+        draft.add_unsupported("dataset.train_on_input", "differs between the data sets; data.loss applies to all files")
     for key, field in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         entries = keys.take(key)
         entries = entries if isinstance(entries, list) else [entries] if entries else []
@@ -146,6 +151,14 @@ def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
         draft.put("data.loss", "all", source_key)
     if builder in TRAIN_ON_PROMPTS:
         draft.add_difference(f"{key}._component_", f"{builder}: torchtune uses its own prompt, strop a chat template")
+    if (
+        is_train
+        and not train_on_input
+        and builder != "text_completion_dataset"
+        and draft.get("train.objective") is None
+    ):
+        text = "torchtune also trains on the header of an answer, and on a line break after its stop token"
+        draft.add_difference(f"{key}._component_", text)
     if (system := entry.pop("new_system_prompt", None)) is not None:
         draft.add_unsupported(f"{key}.new_system_prompt", f"{format_value(system)}: add it to the rows")
     for name, value in entry.items():

@@ -86,6 +86,13 @@ def read(draft: Draft) -> None:
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments, trainer_line)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
+    _report_masks(draft, script)
+    _report_tokenizer(draft, script)
+    for call in script.calls:
+        if call.name in _CONFIG_METHODS:
+            draft.add_unsupported(
+                call.name, "arguments that a method sets are not read: give them to the config", call.line
+            )
     _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
     keys.report_rest(draft, IGNORED_KEYS)
     for call in script.calls:
@@ -94,6 +101,24 @@ def read(draft: Draft) -> None:
             draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`", call.line)
     for name, (value, line) in script.used_defaults.items():
         draft.add_difference(name, f"{value}: the default of a script option; if you pass another value, set it", line)
+
+
+# methods of TrainingArguments
+_CONFIG_METHODS = (
+    "set_dataloader", "set_optimizer", "set_lr_scheduler", "set_training", "set_evaluate", "set_save", "set_testing",
+)  # fmt: skip
+
+
+def _report_tokenizer(draft: Draft, script: Script) -> None:
+    """Report a tokenizer that is not the model's, or has options."""
+    for call in script.calls:
+        if call.name == "from_pretrained" and "Tokenizer" in call.owner:
+            name = script.value(call.arguments[0]) if call.arguments else None
+            if isinstance(name, str) and name != draft.get("model.name") and draft.get("model.name"):
+                draft.add_unsupported(call.owner, f"{name}: strop uses the model's tokenizer and template", call.line)
+            for key in ("add_eos_token", "add_bos_token", "chat_template"):
+                if key in call.keywords:
+                    report_expression(draft, f"{call.owner}.{key}", call.keywords[key], "not supported")
 
 
 def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
@@ -142,10 +167,27 @@ def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None) -> None
                 draft.add_unsupported("early_stopping_threshold", f"{threshold}: strop has no threshold", call.line)
 
 
+_MASKS = ("DataCollatorForCompletionOnlyLM", "train_on_responses_only")
+
+
 def _masks_prompts(script: Script) -> bool:
     """Return whether the script limits the loss to assistant turns."""
-    names = ("DataCollatorForCompletionOnlyLM", "train_on_responses_only")
-    return any(call.name in names for call in script.calls)
+    return any(call.name in _MASKS for call in script.calls)
+
+
+def _report_masks(draft: Draft, script: Script) -> None:
+    """Report where a mask of assistant turns differs from strop's."""
+    for call in script.calls:
+        if call.name == _MASKS[0] and "instruction_template" not in call.keywords and len(call.arguments) < 2:
+            text = "without instruction_template only the last answer of a row is trained on; strop trains on all"
+            draft.add_difference(call.name, text, call.line)
+        for key in ("last_response_only", "mask_out_tokens") if call.name == _MASKS[1] else ():
+            if key in call.keywords and script.value(call.keywords[key]) not in (False, None):
+                report_expression(
+                    draft, key, call.keywords[key], "strop trains on all answers, up to their stop tokens"
+                )
+        if call.name == _MASKS[1]:
+            draft.add_difference("stop token", f"unless it is the tokenizer's eos_token: {LINE_BREAK_NOTE}", call.line)
 
 
 def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False) -> None:
@@ -242,7 +284,11 @@ def _read_yaml(draft: Draft) -> None:
         draft.add_unsupported("dataset_test_split", f"{split}: set data.eval to its file, or to a share such as 5%")
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"
-    draft.add_difference("the command", f"the config is for `trl sft` or `trl dpo`; read as {objective}")
+    if loss == "kto" or "desirable_weight" in keys or "undesirable_weight" in keys:
+        objective = "kto"
+    elif "center_rewards_coefficient" in keys or keys.peek("lora_task_type") == "SEQ_CLS":
+        objective = "reward"
+    draft.add_difference("the command", f"the config is for `trl sft`, `dpo`, `kto` or `reward`; read as {objective}")
     _read_config(draft, keys, objective)
     _read_loss_mask(draft, keys, objective)
     keys.report_rest(draft, (*IGNORED_KEYS, *IGNORED_MODEL_KEYS, "dataset_test_split", "lora_task_type"))
@@ -268,6 +314,7 @@ _MODEL_CHANGES = {
     "add_tokens": _NEW_TOKENS,
     "add_special_tokens": f"{_NEW_TOKENS} (not needed for a pad token alone)",
     "resize_token_embeddings": _NEW_TOKENS,
+    "add_new_tokens": _NEW_TOKENS,
     "merge_and_unload": "merges an adapter into the base first: use `strop merge`, and set model.name",
     **dict.fromkeys(("add_adapter", "load_adapter"), "an adapter is added by code: set model.adapter"),
 }
@@ -377,6 +424,8 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
     adapters = [call for call in script.calls if call.name == function]
     if not adapters and draft.get("model.adapter") is not None:
         return None  # the adapter has its own settings
+    if adapters and any(call.name == "merge_and_unload" for call in script.calls):
+        draft.fields.pop("model.adapter", None)  # it is merged into the base, and a new one is trained
     if not adapters:
         raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
     call, default_rank = adapters[0], 8
@@ -561,8 +610,9 @@ def _read_source(draft: Draft, script: Script, call: Call) -> Any:
         draft.add_difference("load_dataset.split", f"{split}: give the file of the split: {path}/...")
     if len(call.arguments) > 1 or "name" in call.keywords:
         draft.add_unsupported("load_dataset.name", f"give the path of the configuration: {path}/...", call.line)
+    revision = script.value(call.keywords["revision"]) if "revision" in call.keywords else None
     if files is None:
-        return path
+        return f"{path}@{revision}" if isinstance(revision, str) else path
     if isinstance(files, dict):
         files = files.get(str(split), next(iter(files.values())))
     paths = join_files(path, files)
