@@ -82,13 +82,24 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class SoftLabels:
+    """Distributions over k token ids that replace the labels of an example of n tokens.
+
+    ids, probs: (n, k). The ids of a supervised token contain its label, and their probabilities sum to 1.
+    """
+
+    ids: Ids
+    probs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A training sequence.
 
     ids: token ids, shape (n,). weights: loss weight of each token as a *label*, shape (n,); tokens of weight 0 are not
     supervised. Position 0 is never supervised, because no token predicts it. encoded_separately: the prompt and the
     answer were tokenized separately, because otherwise one token would cover the end of the prompt and the start of
-    the answer.
+    the answer. soft: distributions that replace the labels in the loss.
     """
 
     ids: Ids
@@ -96,6 +107,7 @@ class Example:
     file: str
     line: int
     encoded_separately: bool = False
+    soft: SoftLabels | None = None
 
     @property
     def supervised(self) -> int:

@@ -370,7 +370,7 @@ class FastLoss:
         output = OutputHead(
             head.weight, model.softcap, self._ops, head.bias, rows, ids, tuple(active.parts), active.scales,
             dropout_spec(active.dropouts, token_keys), self._dropout_ops, head.weight.requires_grad,
-            head.bias is not None and head.bias.requires_grad, self._head_matmul,
+            head.bias is not None and head.bias.requires_grad, self._head_matmul, batch.soft,
         )  # fmt: skip
         return output, *(output.trained if torch.is_grad_enabled() else [])
 

@@ -19,6 +19,7 @@ from strop.engine.kernels.protocols import FrozenMatmul, Ops
 from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
+from strop.engine.train.packing import SoftTargets
 
 CHUNK_BYTES = 24 * 2**20  # size of the logits of a chunk: 256 rows of a vocabulary of 49,152 in bf16
 GPU_CHUNK_BYTES = 256 * 2**20  # larger on a GPU, because each chunk reads the whole head twice
@@ -35,6 +36,7 @@ class OutputHead:
         new_rows: trained rows (n, h) that replace the rows `new_ids` (n,) of W.
         adapters: the LoRA factors A_1, B_1, A_2, ..., with `scales`.
         dropped: the dropout of x before the adapters.
+        soft: the labels that are distributions.
     """
 
     weight: Tensor
@@ -50,6 +52,7 @@ class OutputHead:
     weight_trained: bool = False
     bias_trained: bool = False
     matmul: FrozenMatmul = lora.frozen_matmul
+    soft: SoftTargets | None = None
 
     @property
     def trained(self) -> list[Tensor]:
@@ -231,6 +234,38 @@ class _HeadAdapters:
         return grads
 
 
+class _SoftRows:
+    """The rows of a chunk with soft labels, and their logits before the cross entropy overwrites them."""
+
+    def __init__(self, rows: Tensor, ids: Tensor, probs: Tensor, logits: Tensor, softcap: float) -> None:
+        self.rows, self.ids, self.probs, self.softcap = rows, ids, probs, softcap
+        picked = logits[rows[:, None], ids].to(_wide_dtype(logits))
+        self.capped = softcap * torch.tanh(picked / softcap) if softcap else picked
+
+    @staticmethod
+    def of(output: OutputHead, begin: int, end: int, logits: Tensor) -> _SoftRows | None:
+        soft = output.soft
+        assert soft is not None
+        first, last = torch.searchsorted(soft.rows, torch.tensor([begin, end])).tolist()
+        if first == last:
+            return None
+        rows = (soft.rows[first:last] - begin).to(logits.device)
+        return _SoftRows(rows, soft.ids[first:last], soft.probs[first:last], logits, output.softcap)
+
+    def correct_(self, losses: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor) -> None:
+        """Replace the losses of labels by those of distributions, and the gradient at the ids."""
+        weight = weights[self.rows].to(losses.dtype)
+        is_label = self.ids == labels[self.rows, None]
+        label_logits = (self.capped * is_label).sum(1)
+        log_sum = losses[self.rows] / weight + label_logits
+        losses[self.rows] = weight * (log_sum - (self.probs * self.capped).sum(1))
+        if grad is not None:
+            slope = weight[:, None] * (torch.exp(self.capped - log_sum[:, None]) - self.probs)
+            if self.softcap:
+                slope *= 1 - (self.capped / self.softcap).square()
+            grad[self.rows[:, None], self.ids] = slope.to(grad.dtype)
+
+
 def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -269,7 +304,11 @@ def _compute_chunk_losses(
             logits[:, output.new_ids] = x[rows] @ new_rows.t()
         if output.bias is not None:
             logits += output.bias.detach()
-        yield output.ops.cross_entropy_(logits, labels[rows], weights[rows], output.softcap, grads is not None)
+        soft = None if output.soft is None else _SoftRows.of(output, begin, begin + len(logits), logits)
+        losses = output.ops.cross_entropy_(logits, labels[rows], weights[rows], output.softcap, grads is not None)
+        if soft is not None:
+            soft.correct_(losses, logits if grads is not None else None, labels[rows], weights[rows])
+        yield losses
         if grads is not None:
             grads.add(rows, x[rows], logits, weight, new_rows)
         del logits  # before the next chunk is allocated

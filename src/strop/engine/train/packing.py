@@ -173,6 +173,20 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """Distributions over k token ids that replace S of the labels of a batch.
+
+    Attributes:
+        rows: the labels that are replaced, ascending, (S,), int64, on the CPU.
+        ids, probs: different token ids, among them the label, and their probabilities, (S, k).
+    """
+
+    rows: Tensor
+    ids: Tensor
+    probs: Tensor
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A packed micro-batch of T tokens with M labels. Integers are int64.
 
@@ -182,6 +196,7 @@ class PackedBatch:
         label_rows: the index into `rows` of each label, (M,).
         labels, weights: the token id and the loss weight of each label, (M,).
         label_examples: the example of each label, (M,); None if labels of several examples are merged.
+        soft: the soft labels; None if there are none, or with `label_examples`.
         ends: (example, packed row of its last token) of each example.
     """
 
@@ -194,6 +209,7 @@ class PackedBatch:
     labels: Tensor
     weights: Tensor
     label_examples: Tensor | None = None
+    soft: SoftTargets | None = None
     ends: tuple[tuple[int, int], ...] = ()
 
 
@@ -264,6 +280,7 @@ class _Packer:
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
         self.labels: list[tuple[Any, Any, Any, Any]] = []  # arrays: predicting rows, labels, weights, examples
+        self.soft: list[tuple[int, Any, Any]] = []  # index of the first label, ids and probabilities of its labels
         self.ends: list[tuple[int, int]] = []  # as in PackedBatch
 
     def add_labels(self, rows: Any, labels: Any, weights: Any, example: int) -> None:
@@ -285,6 +302,9 @@ class _Packer:
             positions = np.arange(max(prefix, 1) if skip_prefix_labels else 1, length)
             predicting = positions - 1
             rows = np.where(predicting < prefix, base + predicting, start + predicting - prefix)
+            if example.soft is not None:
+                first = sum(len(part[0]) for part in self.labels)
+                self.soft.append((first, example.soft.ids[positions], example.soft.probs[positions]))
             self.add_labels(rows, example.ids[positions], example.weights[positions], i)
         if prefix:
             spans.append((base, prefix, 0))
@@ -310,8 +330,18 @@ class _Packer:
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
         return PackedBatch(
             ids, positions, keys, documents, rows, label_rows, labels, label_weights,
-            label_examples[0] if with_examples else None, tuple(self.ends),
+            label_examples[0] if with_examples else None, None if with_examples else self._soft_targets(used, device),
+            tuple(self.ends),
         )  # fmt: skip
+
+    def _soft_targets(self, used: Any, device: torch.device) -> SoftTargets | None:
+        if not self.soft:
+            return None
+        labels = np.concatenate([np.arange(first, first + len(ids)) for first, ids, _ in self.soft])
+        ids, probs = (np.concatenate(parts) for parts in zip(*(part[1:] for part in self.soft), strict=True))
+        kept, index = used[labels], np.cumsum(used) - 1  # of all labels, and among those that are used
+        on_device = copy_to_device([_int64(ids[kept]), np.ascontiguousarray(probs[kept])], device)
+        return SoftTargets(torch.from_numpy(_int64(index[labels[kept]])), *on_device)
 
 
 def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, number: int) -> Tensor:
@@ -327,6 +357,8 @@ def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, n
 def shared_prefix_length(examples: Sequence[Example]) -> int:
     """Return the length of the common prefix if sharing it is worthwhile, else 0. It excludes each last token."""
     length = min(len(example) for example in examples) - 1
+    # soft labels cannot be merged
+    length = min([length, *(example.prompt_length for example in examples if example.soft is not None)])
     for example in examples[1:]:
         differs = np.flatnonzero(example.ids[:length] != examples[0].ids[:length])
         length = int(differs[0]) if len(differs) else length

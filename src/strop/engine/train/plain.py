@@ -123,6 +123,7 @@ class PlainLoss:
         labels, weights, rows, predicting = copy_to_device(arrays, device)
         output = self._forward(padded, lambda hidden: hidden[rows, predicting], (rows, predicting))
         losses = apply(CrossEntropy, output.logits, labels)
+        losses = _with_soft_labels(losses, output.logits, labels, examples, indices)
         uses_balance = self._balance and self.model.training
         return losses, weights, rows, self._balance * output.aux_loss.to(device) if uses_balance else None
 
@@ -151,6 +152,25 @@ class PlainLoss:
 
         with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
             return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
+
+
+def _with_soft_labels(
+    losses: Tensor, logits: Tensor, labels: Tensor, examples: Sequence[Example], indices: tuple[Any, ...]
+) -> Tensor:
+    """Return the losses (M,), with those of soft labels for the examples that have them. indices: as of the labels."""
+    chosen = [(label, example, token) for label, (example, token) in enumerate(zip(*indices, strict=True))
+              if examples[example].soft is not None]  # fmt: skip
+    if not chosen:
+        return losses
+    soft = [(examples[example].soft, token) for _, example, token in chosen]
+    arrays = [np.stack([getattr(x, name)[token] for x, token in soft]) for name in ("ids", "probs")]
+    ids, probs, rows = copy_to_device(
+        [arrays[0].astype(np.int64), arrays[1], np.array([label for label, _, _ in chosen])], losses.device
+    )
+    picked = logits[rows].to(losses.dtype)
+    # The cross entropy is log(sum(exp(logits))) minus the logit of the label, or minus the mean of the logits.
+    difference = picked.gather(1, labels[rows, None]).squeeze(1) - (probs * picked.gather(1, ids)).sum(1)
+    return losses.index_add(0, rows, difference)
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:

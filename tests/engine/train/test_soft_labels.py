@@ -1,0 +1,93 @@
+"""Labels that are distributions, in both training steps, compared with the definition of the cross entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from strop.data.types import Example, SoftLabels
+from strop.engine.step import step_for
+from strop.engine.train.plain import PlainLoss
+from tests.support.random_models import tiny_of
+
+K = 6
+
+
+def make_example(random: np.random.Generator, length: int, *, soft: bool) -> Example:
+    ids = random.integers(1, 60, length).astype(np.int32)
+    weights = np.where(np.arange(length) < 3, 0, 2.0).astype(np.float32)
+    if not soft:
+        return Example(ids, weights, "", 0)
+    others = [random.permutation([x for x in range(60) if x != label])[: K - 1] for label in ids]
+    soft_ids = np.column_stack([ids, others]).astype(np.int32)
+    probs = random.random((length, K)).astype(np.float32)
+    return Example(ids, weights, "", 0, soft=SoftLabels(soft_ids, probs / probs.sum(1, keepdims=True)))
+
+
+def by_definition(model: Any, examples: list[Example]) -> torch.Tensor:
+    total = torch.zeros(())
+    for example in examples:
+        logits = model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None]).logits[0]
+        log_probs = torch.log_softmax(logits, -1)
+        for token in np.flatnonzero(example.weights):
+            target = torch.zeros(logits.shape[1])
+            if example.soft is None:
+                target[int(example.ids[token])] = 1
+            else:
+                target[torch.from_numpy(example.soft.ids[token]).long()] = torch.from_numpy(example.soft.probs[token])
+            total = total - float(example.weights[token]) * (target * log_probs[token - 1]).sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["fast", "plain"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 has a soft cap on its logits
+def test_soft_labels_have_the_loss_and_gradients_of_the_definition(family: str, kind: str) -> None:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_of(family).float(), config).train()
+    step = step_for(model) if kind == "fast" else PlainLoss(model)
+    assert step.name == kind
+    random = np.random.default_rng(0)
+    examples = [
+        make_example(random, length, soft=soft) for length, soft in ((9, False), (12, True), (7, False), (10, True))
+    ]
+    results = []
+    for loss in (step.token_loss(examples), by_definition(model, examples)):
+        loss.backward()
+        results.append((float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for ours, expected in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+
+
+def test_unchanged_model_has_no_gradient_at_its_own_distribution() -> None:
+    """With all token ids in the distribution, the gradient of the logits is 0."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_of("llama").float(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    random = np.random.default_rng(0)
+    ids = random.integers(1, 60, 12).astype(np.int32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    probs = torch.softmax(logits, -1).numpy()
+    vocabulary = np.tile(np.arange(probs.shape[1], dtype=np.int32), (12, 1))
+    soft = SoftLabels(vocabulary, np.concatenate([probs[:1], probs[:-1]]))
+    weights = (np.arange(12) > 2).astype(np.float32)
+    step_for(model.train()).token_loss([Example(ids, weights, "", 0, soft=soft)]).backward()
+    hard = [float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None]
+    assert max(hard) < 1e-5
+
+
+def test_equal_rows_keep_their_soft_labels() -> None:
+    """Rows share their common prefix, but not its soft labels."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_of("llama").float(), peft.LoraConfig(r=4, target_modules="all-linear")).train()
+    step, example = step_for(model), make_example(np.random.default_rng(0), 60, soft=True)
+    one, two = (float(step.token_loss([example] * number).detach()) for number in (1, 2))
+    assert one == pytest.approx(float(by_definition(model, [example]).detach()), rel=1e-5) and two == pytest.approx(
+        2 * one
+    )
