@@ -217,6 +217,7 @@ class LoraSection(Section):
         return tokens
 
 
+KEEP_AUTO = 0.15  # train.keep auto
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
@@ -275,6 +276,11 @@ class TrainSection(Section):
     )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
+    )
+    keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
+        None,
+        description="share of the supervised tokens that are the model's own answers to general prompts, so that it "
+        f"keeps what it knows (sft); auto: {KEEP_AUTO}",
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
@@ -386,6 +392,7 @@ class Recipe(Section):
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
             ),
+            f"train.keep: {objective} does not support it": train.keep is not None and train.objective != "sft",
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
             f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,
@@ -407,6 +414,11 @@ class Recipe(Section):
             "model.placement sharded, which does not keep all weights in memory": model.placement == "sharded",
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def keep_share(train: TrainSection) -> float:
+    """Return train.keep as a share of the supervised tokens, 0 without it."""
+    return KEEP_AUTO if train.keep == "auto" else train.keep or 0.0
 
 
 def option_fields() -> list[tuple[str, Any]]:

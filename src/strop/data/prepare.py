@@ -35,6 +35,7 @@ from strop.data.store import (
     Conversations,
     ExampleGroups,
     Examples,
+    JoinedExamples,
     Prompts,
     Store,
     Writer,
@@ -64,7 +65,8 @@ class Prepared:
     report: DataReport
     hash: str  # hash of the rows used, their order and lengths, and the template
     renderer: Renderer  # for prompts at inference after training on these rows
-    train_items: ExampleGroups | Prompts | None = None  # None for supervised fine-tuning
+    # None for supervised fine-tuning without train.keep
+    train_items: ExampleGroups | Prompts | JoinedExamples | None = None
     eval_items: ExampleGroups | Prompts | None = None
 
     @property

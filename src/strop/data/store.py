@@ -215,6 +215,24 @@ class Examples(LazySequence[Example]):
         return self._store.example(int(self._indices[i]))
 
 
+class JoinedExamples(LazySequence[Example]):
+    """Examples, followed by those of another sequence that `chosen` names, possibly repeated."""
+
+    def __init__(self, examples: Examples, more: Sequence[Example], chosen: Indices) -> None:
+        self._examples, self._more, self._chosen = examples, more, chosen
+        added = [more[int(i)] for i in chosen]
+        self.lengths = np.concatenate([examples.lengths, [len(example) for example in added]])
+        self.supervised = np.concatenate([examples.supervised, [example.supervised for example in added]])
+        self.labels = np.concatenate([examples.labels, np.full(len(added), -1)])
+
+    def __len__(self) -> int:
+        return len(self._examples) + len(self._chosen)
+
+    def item(self, i: int) -> Example:
+        offset = i - len(self._examples)
+        return self._examples[i] if offset < 0 else self._more[int(self._chosen[offset])]
+
+
 class Conversations(LazySequence[Conversation]):
     """Rows of a store as conversations, read on access.
 

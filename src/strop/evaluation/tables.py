@@ -129,13 +129,12 @@ def _print_remedies(run: str, out: Console) -> None:
     recipe = read_resolved(recipe_file).recipe
     out.print("the tuned model lost general abilities: train again in one of these ways, and compare", style="yellow")
     start = f"{command_name()} train {shlex.quote(str(recipe_file))} --out {shlex.quote(f'{run}-2')}"
-    files = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
-    mixed = " ".join(f"--data {shlex.quote(file)}" for file in [*files, "GENERAL.jsonl"])
+    can_keep = recipe.train.objective == "sft" and recipe.train.keep is None
     remedies = {
+        "with the base's answers to general prompts": "--train.keep auto" if can_keep else "",
         "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",
         "a lower rate": f"--lr {recipe.train.learning_rate / 3:.2g}" if recipe.train.learning_rate else "",
         "a lower rank": f"--rank {recipe.lora.r // 2} --alpha none" if recipe.lora.r > 1 else "",
-        "general rows mixed in": mixed,
     }
     for what, options in remedies.items():
         if options:

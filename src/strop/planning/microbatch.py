@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from strop.config.names import full_name
-from strop.config.schema import Recipe
+from strop.config.schema import Recipe, keep_share
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
@@ -25,6 +25,9 @@ TIMED_STEPS = 32  # number of steps from which the time of a run is predicted
 MAX_STEPS = 20_000  # maximum number of steps in which the largest micro-batch is searched
 MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over several epochs if there are fewer
 NO_DATA = "-"  # data.train of a plan without data
+
+
+KEPT_ROW = (60, 30)  # tokens and supervised tokens of a row of train.keep
 
 
 class Rows(list[tuple[int, int]]):
@@ -62,6 +65,10 @@ def measure_rows(recipe: Recipe) -> Rows:
     for example in rows:
         sizes.append((len(example), example.supervised))
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
+    if share := keep_share(recipe.train):  # the answers are not known before the run
+        tokens = sum(supervised for _, supervised in sizes) * share / (1 - share)
+        sizes += [KEPT_ROW] * round(tokens / KEPT_ROW[1])
+        prefix = None
     sizes.prefix = 0 if prefix is None else len(prefix)
     return sizes
 

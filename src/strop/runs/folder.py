@@ -40,6 +40,7 @@ class RunFolder:
         self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
         self.report = path / "report.json"
         self.page = path / "report.html"
+        self.kept = path / "kept.jsonl"  # the rows of train.keep
         self.answers = path / "answers.json"  # completions of base and tuned model in the last evaluation
 
     @property
@@ -147,7 +148,7 @@ def create_run_folder(path: Path) -> RunFolder:
 def _is_unused(path: Path) -> bool:
     """Return whether a folder contains only files that a run writes before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return names <= {_CLAIM_FILE, _CLAIM_LOCK, "recipe.yaml", "lock.json"}
+    return names <= {_CLAIM_FILE, _CLAIM_LOCK, "recipe.yaml", "lock.json", "kept.jsonl", "kept.safetensors"}
 
 
 def free_bytes(path: Path) -> int:
@@ -226,12 +227,12 @@ def _find_claim_holder(file: Path) -> int | None:
     return process.pid if is_running and process.pid != os.getpid() else None
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically: after a crash it has either the old or the new content."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: after a crash it has either the old or the new content. Text is written in UTF-8."""
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temp.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temp.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temp.replace(path)

@@ -18,7 +18,8 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
-from strop.distributed.devices import SINGLE_PROCESS, Devices, threads_requested
+from strop.data.store import JoinedExamples
+from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
     TROUBLESHOOTING_PAGE,
@@ -55,6 +56,7 @@ from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_byt
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
+from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
 
@@ -107,7 +109,7 @@ def set_up_on_all(
     for current_round in range(3 if devices.world_size > 1 else 1):
         with devices.all_or_none():
             if current_round == rank_round:
-                setup = set_up(resolved, memory, devices)
+                setup = set_up(resolved, memory, devices, folder.kept)
                 if devices.rank == 0:
                     check_space(folder, setup)
         resolved = devices.gather(resolved if setup is None else setup.resolved)[0]
@@ -132,8 +134,8 @@ def _get_values(resolved: Resolved) -> dict[str, Any]:
     return {field: choice.value for field, choice in resolved.choices.items()}
 
 
-def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SINGLE_PROCESS) -> Setup:
-    """Check a run and prepare its rows. Raises InputError."""
+def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path) -> Setup:
+    """Check a run and prepare its rows. kept: the file for the rows of train.keep. Raises InputError."""
     lora = resolved.recipe.lora
     max_rank = max([lora.r, *lora.rank_pattern.values()])
     prepare_process(deterministic=resolved.recipe.train.deterministic, rank=max_rank)  # before a GPU is used
@@ -151,6 +153,8 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SIN
     LOG.info("reading and checking the rows")
     cache, data_kind = cache_folder() / "data", data_kind_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache, data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
+    if recipe.train.keep is not None:
+        data = add_kept_rows(data, recipe, source, kept)
     _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
@@ -320,7 +324,17 @@ def startup_notes(setup: Setup) -> list[str]:
     """Return notes to log before training, such as unused options and hardware."""
     values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
     notes = [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
-    return [*notes, *_list_cut_references(setup)]
+    return [*notes, *_list_cut_references(setup), *filter(None, [_kept_note(setup)])]
+
+
+def _kept_note(setup: Setup) -> str | None:
+    rows, items = setup.data.train, setup.data.train_items
+    if not isinstance(items, JoinedExamples):
+        return None
+    share = 1 - rows.supervised.sum() / items.supervised.sum()
+    return (
+        f"train.keep: {len(items) - len(rows):,} rows of general prompts, {100 * share:.0f}% of the supervised tokens"
+    )
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

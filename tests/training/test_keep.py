@@ -1,0 +1,171 @@
+"""Rows of train.keep: the model's own answers to general prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import strop
+from strop.errors import ModelError, RecipeError
+from strop.evaluation.general import load_questions
+from strop.runs.events import read_events
+from strop.training import keep
+from strop.training.keep import _choose
+from tests.support import tiny
+from tests.support.runs import run
+
+QUICK: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.micro_batch_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model that ends its answers."""
+    folder = tmp_path_factory.mktemp("talker")
+    rows = [{"prompt": text, "completion": "yes"} for text in ("who?", "Where is it?", "Say: a", "1 + 2", "List it.")]
+    options: dict[str, Any] = {"train.max_steps": 60, "train.learning_rate": 0.02, "model.dtype": "fp32"}
+    tuned = strop.train(model=tiny.save_tiny(folder / "tiny"), data=rows, out=folder / "run", **options)
+    strop.merge(tuned.folder, folder / "model", dtype="fp32", measure=False)
+    return folder / "model"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [json.dumps({"prompt": f"count to {n}", "completion": f"{n} and {n + 1}"}) + "\n" for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return tmp_path / "rows.jsonl"
+
+
+def read(file: Path) -> list[list[dict[str, Any]]]:
+    return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_before_training_are_mixed_in(talker: Path, rows: Path, tmp_path: Path) -> None:
+    model = strop.load(talker)
+    events: list[dict[str, Any]] = []
+    done = strop.train(
+        model=talker, data=rows, out=tmp_path / "run", callback=events.append, **{**QUICK, "train.keep": 0.5}
+    )
+    kept = read(done.folder / "kept.jsonl")
+    assert len(kept) >= keep.MIN_ROWS
+    single = [turns for turns in kept if len(turns) == 2][:8]
+    assert model.generate([turns[0]["content"] for turns in single], max_new_tokens=64) == [
+        turns[1]["content"] for turns in single
+    ]
+    for *_, answer in kept:
+        assert answer["role"] == "assistant" and "weight" not in answer
+    assert all(turn.get("weight") == 0 for turns in kept for turn in turns[:-1] if turn["role"] == "assistant")
+    (note,) = [event["text"] for event in events if event["event"] == "note" and "train.keep" in event["text"]]
+    assert "general prompts, 5" in note and note.endswith("% of the supervised tokens")  # 50 to 59 %
+
+
+def test_resumed_run_has_the_same_rows_without_its_cache(
+    talker: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "train.keep": "auto", "train.save_steps": 2}
+    whole = strop.train(model=talker, data=rows, out=tmp_path / "whole", **options)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=talker, data=rows, out=tmp_path / "cut", callback=stop, **options)
+    monkeypatch.setattr(keep, "_load", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "empty"))
+    resumed = strop.resume(tmp_path / "cut")
+    assert resumed.report["steps"] == whole.report["steps"] == 4
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+
+
+def test_second_run_reads_the_answers_of_the_first(
+    talker: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    options = {**QUICK, "train.keep": "auto"}
+    first = strop.train(model=talker, data=rows, out=tmp_path / "first", **options)
+    monkeypatch.setattr(keep, "_load", lambda *_: pytest.fail("loaded again"))
+    second = strop.train(model=talker, data=rows, out=tmp_path / "second", **options)
+    for name in ("kept.jsonl", "kept.safetensors"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+def test_steps_count_the_kept_rows(talker: Path, rows: Path, tmp_path: Path) -> None:
+    options = {"model.dtype": "fp32", "train.epochs": 1, "train.keep": 0.5}
+    done = strop.train(model=talker, data=rows, out=tmp_path / "run", **options)
+    (start,) = [event for event in read_events(done.folder / "events.jsonl") if event["event"] == "start"]
+    assert done.report["steps"] == start["steps"] > 24 / 8
+
+
+def test_plan_counts_kept_rows(talker: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = []
+    for more in ([], ["--train.keep", "0.5"]):
+        code, out, err = run("plan", "--model", talker, "--data", rows, *more, "--json", capsys=capsys)
+        assert code == 0, err
+        planned.append(json.loads(out)["data"]["rows"])
+    assert planned[0] == 24 < planned[1]
+
+
+def test_kept_rows_are_refused_where_they_cannot_help(
+    tiny_folder: Path, talker: Path, rows: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"train.keep: objective dpo"):
+        strop.train(model=talker, data=rows, **{"train.keep": "auto", "train.objective": "dpo"})
+    with pytest.raises(ModelError, match="ended 0 answers to general prompts"):
+        strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", **{**QUICK, "train.keep": "auto"})
+    assert not (tmp_path / "run").exists()
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "once upon a time"}\n' * 8, encoding="utf-8")
+    bare = tmp_path / "bare"
+    tiny.save_tiny(bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(RecipeError, match="need a chat template"):
+        strop.train(model=bare, data=text, out=tmp_path / "run", **{**QUICK, "train.keep": "auto"})
+
+
+@pytest.mark.parametrize(("tokens", "share", "rows"), [(90, 0.1, 1), (90, 0.5, 9), (200, 0.5, 20), (10, 0.01, 1)])
+def test_rows_are_chosen_by_their_tokens(tokens: int, share: float, rows: int) -> None:
+    chosen = _choose(np.full(10, 10), tokens, share)
+    assert len(chosen) == rows and chosen.tolist() == [i % 10 for i in range(rows)]
+
+
+def test_no_prompt_resembles_a_general_question() -> None:
+    """No prompt shares four words in a row with a question, or 60 % of the words of both."""
+
+    def words(text: str) -> list[str]:
+        return [re.sub("s$", "", word) for word in re.findall(r"\w+", text.lower())]
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        return {tuple(words(text)[i : i + 4]) for i in range(len(words(text)) - 3)}
+
+    prompts = (Path(keep.__file__).parent / "general_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line)["messages"][-1]["content"] for line in prompts]
+    assert len(asked) > 250
+    for question in load_questions():
+        text = question.messages[-1].content
+        for prompt in asked:
+            common, both = set(words(text)) & set(words(prompt)), set(words(text)) | set(words(prompt))
+            assert not grams(text) & grams(prompt) and len(common) < 0.6 * len(both), (text, prompt)
+
+
+def test_labels_are_the_probabilities_before_training(talker: Path, rows: Path, tmp_path: Path) -> None:
+    """The answers are greedy, so the answer's token has the largest probability of the ids."""
+    done = strop.train(model=talker, data=rows, out=tmp_path / "run", **{**QUICK, "train.keep": 0.5})
+    saved = load_file(done.folder / "kept.safetensors")
+    ids, probs = saved["ids"], saved["probs"]
+    assert ids.shape == probs.shape and ids.shape[1] == keep.TOP_K
+    assert (np.diff(probs, axis=1) <= 0).all() and (probs.sum(1) < 1.001).all()
+    module, tokenizer = strop.load(talker, dtype="fp32").module, strop.load(talker).tokenizer
+    first = json.loads((done.folder / "kept.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"]
+    prompt = tokenizer.apply_chat_template(first[:-1], add_generation_prompt=True, return_tensors="pt")
+    prompt = getattr(prompt, "input_ids", prompt)
+    with torch.no_grad():
+        expected = torch.softmax(module(input_ids=prompt).logits[0, -1].float(), -1)
+    np.testing.assert_allclose(probs[0], expected[torch.from_numpy(ids[0]).long()].numpy(), rtol=1e-3)
