@@ -116,10 +116,14 @@ def command_name() -> str:
 
 def _shortest_path(program: Path) -> str:
     """Return the name of a program that is found by its name, else its path, relative to this folder if it is in it."""
+    try:
+        folder = Path.cwd()
+    except OSError:  # it was deleted
+        return str(program)
     on_path, program = shutil.which(program.name), program.absolute()
     if on_path is not None and Path(on_path).absolute() == program:
         return program.name
-    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
+    return str(program.relative_to(folder)) if program.is_relative_to(folder) else str(program)
 
 
 def with_command_name(text: str) -> str:
