@@ -62,7 +62,7 @@ def test_answers_before_training_are_mixed_in(talker: Path, rows: Path, tmp_path
         assert answer["role"] == "assistant" and "weight" not in answer
     assert all(turn.get("weight") == 0 for turns in kept for turn in turns[:-1] if turn["role"] == "assistant")
     (note,) = [event["text"] for event in events if event["event"] == "note" and "train.keep" in event["text"]]
-    assert "general prompts, 5" in note and note.endswith("% of the supervised tokens")  # 50 to 59 %
+    assert "general prompts, 5" in note and note.endswith("% of the tokens")  # 50 to 59 %
 
 
 def test_resumed_run_has_the_same_rows_without_its_cache(

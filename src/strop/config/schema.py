@@ -279,7 +279,7 @@ class TrainSection(Section):
     )
     keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
         None,
-        description="share of the supervised tokens that are the model's own answers to general prompts, so that it "
+        description="share of the tokens in rows with the model's own answers to general prompts, so that it "
         f"keeps what it knows (sft); auto: {KEEP_AUTO}",
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
@@ -417,7 +417,7 @@ class Recipe(Section):
 
 
 def keep_share(train: TrainSection) -> float:
-    """Return train.keep as a share of the supervised tokens, 0 without it."""
+    """Return train.keep as a share of all tokens, 0 without it."""
     return KEEP_AUTO if train.keep == "auto" else train.keep or 0.0
 
 

@@ -66,8 +66,8 @@ def measure_rows(recipe: Recipe) -> Rows:
         sizes.append((len(example), example.supervised))
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
     if share := keep_share(recipe.train):  # the answers are not known before the run
-        tokens = sum(supervised for _, supervised in sizes) * share / (1 - share)
-        sizes += [KEPT_ROW] * round(tokens / KEPT_ROW[1])
+        tokens = sum(length for length, _ in sizes) * share / (1 - share)
+        sizes += [KEPT_ROW] * round(tokens / KEPT_ROW[0])
         prefix = None
     sizes.prefix = 0 if prefix is None else len(prefix)
     return sizes

@@ -72,7 +72,7 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
             write_atomic(cached, save(_find_distributions(rows, recipe)))
         write_atomic(distributions, cached.read_bytes())
     kept = _with_soft_labels(rows, load_file(distributions))
-    chosen = _choose(rows.supervised, data.report.tokens.supervised, keep_share(recipe.train))
+    chosen = _choose(rows.lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
     checksum = sha256_text(f"{data.hash} {sha256_file(file)} {sha256_file(distributions)} {len(chosen)}")
     return replace(data, train_items=JoinedExamples(data.train, kept, chosen), hash=checksum)
 
@@ -112,12 +112,12 @@ def _with_soft_labels(rows: Sequence[Example], distributions: dict[str, npt.NDAr
     return softened
 
 
-def _choose(supervised: Indices, tokens: int, share: float) -> Indices:
+def _choose(lengths: Indices, tokens: int, share: float) -> Indices:
     """Return indices of rows whose tokens are `share` of all, together with `tokens`; in order, repeated if needed."""
     target = tokens * share / (1 - share)
-    whole, rest = divmod(target, int(supervised.sum()))
-    count = int(np.searchsorted(np.cumsum(supervised), rest)) + (whole == 0)
-    order = np.arange(len(supervised))
+    whole, rest = divmod(target, int(lengths.sum()))
+    count = int(np.searchsorted(np.cumsum(lengths), rest)) + (whole == 0)
+    order = np.arange(len(lengths))
     return np.concatenate([*[order] * int(whole), order[:count]])
 
 

@@ -331,10 +331,8 @@ def _kept_note(setup: Setup) -> str | None:
     rows, items = setup.data.train, setup.data.train_items
     if not isinstance(items, JoinedExamples):
         return None
-    share = 1 - rows.supervised.sum() / items.supervised.sum()
-    return (
-        f"train.keep: {len(items) - len(rows):,} rows of general prompts, {100 * share:.0f}% of the supervised tokens"
-    )
+    share = 1 - rows.lengths.sum() / items.lengths.sum()
+    return f"train.keep: {len(items) - len(rows):,} rows of general prompts, {100 * share:.0f}% of the tokens"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:
