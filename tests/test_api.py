@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import numpy
+import numpy as np
 import pandas
 import pyarrow
 import pytest
@@ -185,6 +186,7 @@ def test_wrong_arguments_are_refused_at_once(tiny_folder: Path, tmp_path: Path) 
         ({"progress": "yes", "data": "rows.jsonl"}, "progress is 'yes'"),
         ({"data": columns}, "a dictionary of columns \\(prompt, completion\\), not rows"),
         ({"data": []}, "no rows and no files"),
+        ({"data": np.array(["rows.jsonl"])}, "a file, a list of files, a DataFrame"),
     ):
         with pytest.raises(InputError, match=message):
             strop.train(model=tiny_folder, out=tmp_path / "run", **options)

@@ -685,7 +685,7 @@ def _data_files(value: Any, name: str) -> Any:
 
     if (rows := find_rows(value)) is not None:
         return write_rows(name, rows)
-    if value == [] and name != "regression_data":
+    if isinstance(value, list) and not value:
         raise InputError(f"{name}: the list has no rows and no files", fix="give rows as dicts, or paths")
     if isinstance(value, list | tuple):
         return [_data_files(part, name) for part in value]

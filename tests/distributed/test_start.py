@@ -20,7 +20,7 @@ from torch.distributed.launcher import api
 
 import strop
 from strop.distributed.devices import RankInfo, find_ranks
-from strop.distributed.launch import count_processes, launch_processes
+from strop.distributed.launch import _resume_fix, count_processes, launch_processes
 from strop.errors import InputError, RecipeError
 from tests import ROOT
 from tests.support import tiny
@@ -130,6 +130,14 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
     assert stdout.count("error:") == 1 and re.search("Fix: continue with `.* -m strop resume", stdout), stdout
+
+
+def test_fix_names_the_run_if_the_command_does() -> None:
+    for words, folder in (
+        (["resume", "runs/a b", "--devices", "2"], "'runs/a b'"), (["train", "r.yaml", "--out=runs/a"], "runs/a"),
+        (["resume", "--memory", "8GB", "runs/a"], "RUN"), (["train", "r.yaml"], "RUN"),
+    ):  # fmt: skip
+        assert f"`strop resume {folder}`" in _resume_fix(words)
 
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:

@@ -101,7 +101,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
 def _resume_fix(arguments: Sequence[str]) -> str:
     """Return RESUME with the run's folder, if the command's arguments name it."""
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
-    named = [after for word, after in pairwise(words) if word in ("resume", "--out")]
+    named = [after for word, after in pairwise(words) if word in ("resume", "--out") and not after.startswith("-")]
     return RESUME.replace("RUN", shlex.quote(named[0])) if named else RESUME
 
 

@@ -113,14 +113,19 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     draft.note_max_length("tokenizer.max_seq_len")
     if keys.take("shuffle", True) is False:
         draft.add_difference("shuffle", "false: strop shuffles rows with the seed")
-    losses = {bool(entry.get("train_on_input")) for entry in keys.peek("dataset") or [] if isinstance(entry, dict)}
-    if isinstance(keys.peek("dataset"), list) and len(losses) > 1:
+    data_sets = keys.peek("dataset")
+    if isinstance(data_sets, list) and len({_trains_on_prompts(entry) for entry in data_sets}) > 1:
         draft.add_unsupported("dataset.train_on_input", "differs between the data sets; data.loss applies to all files")
     for key, field in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         entries = keys.take(key)
         entries = entries if isinstance(entries, list) else [entries] if entries else []
         sources = [source for entry in entries for source in _read_data_set(draft, key, dict(entry))]
         draft.put_sources(field, sources, key)
+
+
+def _trains_on_prompts(entry: dict[str, Any]) -> bool:
+    builder = str(entry.get("_component_", "")).rpartition(".")[2]
+    return bool(entry.get("train_on_input", builder in TRAIN_ON_PROMPTS))
 
 
 def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
@@ -143,7 +148,8 @@ def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
         columns = {"text": column} if column != "text" else {}
     if builder == "instruct_dataset" and set(columns) == {"input", "output"}:
         columns = {"prompt": columns["input"], "completion": columns["output"]}
-    train_on_input = entry.pop("train_on_input", builder in TRAIN_ON_PROMPTS)
+    train_on_input = _trains_on_prompts({"_component_": builder, **entry})
+    entry.pop("train_on_input", None)
     if is_train and builder == "text_completion_dataset":
         draft.put("data.format", "text", f"{key}._component_")
     if is_train and (train_on_input or builder == "text_completion_dataset"):
