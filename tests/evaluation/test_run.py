@@ -360,17 +360,21 @@ def test_regression_rows_and_general_set_are_in_report_and_card(
     assert code == 2 and "no adapter" in err
 
 
-TASK = """
-task: colours
+HARNESS_DATA = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+"""
+TASK = (
+    HARNESS_DATA
+    + """task: colours
 output_type: multiple_choice
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{completion}}}}"
 doc_to_choice: ["red", "green", "blue"]
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+)
 
 
 def test_harness_tasks_are_compared(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,11 +390,9 @@ def test_harness_tasks_are_compared(runs: list[Path], tmp_path: Path, capsys: py
     assert code == 2 and "no such task" in err
 
 
-FILTERED_TASK = """
-task: filtered
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
+FILTERED_TASK = (
+    HARNESS_DATA
+    + """task: filtered
 output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{completion}}}}"
@@ -400,16 +402,16 @@ filter_list:
   - {{name: anything, filter: [{{function: regex, regex_pattern: "(.*)"}}, {{function: take_first}}]}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
-PERPLEXITY_TASK = """
-task: perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
+)
+PERPLEXITY_TASK = (
+    HARNESS_DATA
+    + """task: perplexity
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{prompt}}}} {{{{completion}}}}"
 metric_list: [{{metric: byte_perplexity}}]
 """
+)
 
 
 def test_harness_filters_documents_and_groups(

@@ -49,6 +49,12 @@ def llamafactory(folder: Path, more: str = "") -> Draft:
     return import_config("llamafactory", file).draft
 
 
+def read_script(folder: Path, text: str, tool: str = "trl") -> Draft:
+    file = folder / "train.py"
+    file.write_text(text, encoding="utf-8")
+    return import_config(tool, file).draft
+
+
 def find_row_warnings(notes: Any) -> dict[str, str]:
     return {note.key: note.text for note in notes}
 
@@ -831,36 +837,29 @@ def test_loss_weights_that_strop_cannot_express_are_refused(weights: str, tmp_pa
     ],
 )
 def test_changed_rows_are_named(change: str, named: bool, tmp_path: Path) -> None:
-    file = tmp_path / "train.py"
-    file.write_text(
+    draft = read_script(
+        tmp_path,
         f"ds = load_dataset('json', data_files='a.jsonl', split='train')\n{change}\n"
         "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=ds)\n"
         "ds = ds.take(1)\n",
-        encoding="utf-8",
     )
-    draft = import_config("trl", file).draft
     notes = [note for note in draft.unsupported if note.key == "train_dataset"]
     assert [note.line for note in notes] == [2] * named and draft.get("data.train") == "a.jsonl"
     assert all("dataset.to_json" in note.text for note in notes)
 
 
 def test_last_assignment_of_a_data_set_counts(tmp_path: Path) -> None:
-    file = tmp_path / "train.py"
-    file.write_text(
+    draft = read_script(
+        tmp_path,
         "ds = load_dataset('json', data_files='a.jsonl')\nds = load_dataset('json', data_files='b.jsonl')\n"
         "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=ds)\n",
-        encoding="utf-8",
     )
-    assert import_config("trl", file).draft.get("data.train") == "b.jsonl"
+    assert draft.get("data.train") == "b.jsonl"
 
 
 def test_data_set_from_other_code_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "train.py"
-    file.write_text(
-        "def main(rows):\n    SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=rows)\n",
-        encoding="utf-8",
-    )
-    assert "train_dataset" in find_row_warnings(import_config("trl", file).draft.unsupported)
+    trainer = "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=rows)\n"
+    assert "train_dataset" in find_row_warnings(read_script(tmp_path, f"def main(rows):\n    {trainer}").unsupported)
 
 
 @pytest.mark.parametrize(
@@ -903,9 +902,7 @@ def test_line_break_after_the_stop_token_is_named(kind: str, tmp_path: Path) -> 
 def test_unsloth_trains_embeddings_in_full_and_obeys_its_flags(tmp_path: Path) -> None:
     text = UNSLOTH.format(kind="SFT", config="SFTConfig", arguments="", length="")
     targets = "target_modules=['q_proj', 'up_proj', 'lm_head', 'embed_tokens'], finetune_mlp_modules=False"
-    file = tmp_path / "train.py"
-    file.write_text(text.replace("get_peft_model(model)", f"get_peft_model(model, {targets})"), encoding="utf-8")
-    draft = import_config("unsloth", file).draft
+    draft = read_script(tmp_path, text.replace("get_peft_model(model)", f"get_peft_model(model, {targets})"), "unsloth")
     assert draft.get("lora.target_modules") == ["q_proj"]
     assert draft.get("lora.modules_to_save") == ["lm_head", "embed_tokens"]
 
@@ -979,6 +976,22 @@ def test_torchtune_drops_the_last_batch(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert "last, smaller batch" in find_row_warnings(import_config("torchtune", file).draft.differs)["batch_size"]
+
+
+@pytest.mark.parametrize(("second", "differs"), [("alpaca_cleaned_dataset", False), ("chat_dataset", True)])
+def test_torchtune_data_sets_with_other_losses_are_named(second: str, differs: bool, tmp_path: Path) -> None:
+    """Alpaca's data sets train on prompts by default."""
+    file = tmp_path / "tune.yaml"
+    names = ("alpaca_dataset", second)
+    sets = ", ".join(f"{{_component_: torchtune.datasets.{name}, source: a}}" for name in names)
+    file.write_text(
+        "model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}\n"
+        f"checkpointer: {{checkpoint_dir: demo}}\ndataset: [{sets}]\n",
+        encoding="utf-8",
+    )
+    assert (
+        "dataset.train_on_input" in find_row_warnings(import_config("torchtune", file).draft.unsupported)
+    ) is differs
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from strop.errors import InputError, StropError, closest, in_terminal
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# what parameters for displays take
+TAKEN = {"callback": "a function", "progress": "True, False, None, or for some functions a function"}
 EVALUATION_FIELDS = ("format", "columns", "encoding")  # recipe fields that `evaluate` accepts
 
 
@@ -56,9 +58,8 @@ def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs:
         kind = str(parameters[text].annotation)
         if kind.startswith("PathLike") and "Sequence" not in kind and not (value is None and "None" in kind):
             check_path(text, value)
-        takes = {"callback": "a function", "progress": "True, False, None, or for some functions a function"}
-        if text in takes and not (value is None or callable(value) or (text == "progress" and isinstance(value, bool))):
-            raise InputError(f"{name}: {text} is {value!r}", fix=f"give {takes[text]}")
+        if text in TAKEN and not (value is None or callable(value) or (text == "progress" and isinstance(value, bool))):
+            raise InputError(f"{name}: {text} is {value!r}", fix=f"give {TAKEN[text]}")
 
 
 def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Parameter]) -> None:

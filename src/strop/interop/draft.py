@@ -161,8 +161,7 @@ class Draft:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         self._note_kept_weights()
-        sources = self.get("data.train") or []
-        if any(str(source).endswith(".txt") for source in ([sources] if isinstance(sources, str) else sources)):
+        if any(source.endswith(".txt") for source in self._train_files()):
             self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
         modules, key = self.fields.get("lora.modules_to_save", ([], ""))
@@ -280,8 +279,7 @@ class Draft:
     def note_string_rows(self, key: str) -> None:
         """Report that TRL trains on strings without a chat template, unless the rows are read and have no strings."""
         columns = ("completion",) if self.get("train.objective") in (None, "kto") else ("chosen", "rejected")
-        sources = self.get("data.train")
-        rows = self._read_rows([sources] if isinstance(sources, str) else sources or [])
+        rows = self._first_rows(self._train_files())
         if rows is None or any(isinstance(row.get(column), str) for row in rows for column in columns):
             self.add_difference(key, _STRING_ROWS_NOTE)
 
@@ -354,7 +352,7 @@ class Draft:
 
         read: the columns that the other tool reads. unread: those that only strop reads.
         """
-        rows = self._read_rows(sources)
+        rows = self._first_rows(sources)
         if rows is None:
             text = f"{', '.join(unread)}: columns that the other tool does not read, and strop does, if they are there"
             self.add_difference(key, text)
@@ -362,7 +360,11 @@ class Draft:
         columns = {name for row in rows for name in row}
         return {name: name for name in read if name in columns} if columns & set(unread) else {}
 
-    def _read_rows(self, sources: list[str]) -> list[Mapping[str, Any]] | None:
+    def _train_files(self) -> list[str]:
+        sources = self.get("data.train") or []
+        return [sources] if isinstance(sources, str) else [str(source) for source in sources]
+
+    def _first_rows(self, sources: list[str]) -> list[Mapping[str, Any]] | None:
         """Return the first rows of files, or None if they cannot be read without a download."""
         from strop.data.reading.sources import needs_download, read_rows
 

@@ -88,11 +88,6 @@ def read(draft: Draft) -> None:
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
     _report_masks(draft, script)
     _report_tokenizer(draft, script)
-    for call in script.calls:
-        if call.name in _CONFIG_METHODS:
-            draft.add_unsupported(
-                call.name, "arguments that a method sets are not read: give them to the config", call.line
-            )
     _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
     keys.report_rest(draft, IGNORED_KEYS)
     for call in script.calls:
@@ -101,12 +96,6 @@ def read(draft: Draft) -> None:
             draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`", call.line)
     for name, (value, line) in script.used_defaults.items():
         draft.add_difference(name, f"{value}: the default of a script option; if you pass another value, set it", line)
-
-
-# methods of TrainingArguments
-_CONFIG_METHODS = (
-    "set_dataloader", "set_optimizer", "set_lr_scheduler", "set_training", "set_evaluate", "set_save", "set_testing",
-)  # fmt: skip
 
 
 def _report_tokenizer(draft: Draft, script: Script) -> None:
@@ -307,6 +296,9 @@ _HARMLESS_ATTRIBUTES = (
     "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
 )  # fmt: skip
 _HARMLESS_CALLS = ("gradient_checkpointing_enable", "enable_input_require_grads", "prepare_model_for_kbit_training")
+_CONFIG_METHODS = (  # of TrainingArguments
+    "set_dataloader", "set_optimizer", "set_lr_scheduler", "set_training", "set_evaluate", "set_save", "set_testing",
+)  # fmt: skip
 _TRAINED_PARAMETERS = "parameters are trained by code: for whole modules, set lora.modules_to_save"
 _NEW_TOKENS = "adds tokens to the vocabulary: set lora.new_tokens"
 _MODEL_CHANGES = {
@@ -388,6 +380,9 @@ def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> 
             draft.add_ignored(call.name, "", call.line)
         elif call.name in _MODEL_CHANGES and call.line < trainer_line:
             draft.add_unsupported(call.name, _MODEL_CHANGES[call.name], call.line)
+        elif call.name in _CONFIG_METHODS:
+            text = "arguments that a method sets are not read: give them to the config"
+            draft.add_unsupported(call.name, text, call.line)
         elif call.name == "requires_grad_" and [script.value(node) for node in call.arguments] != [False]:
             draft.add_unsupported(call.name, _TRAINED_PARAMETERS, call.line)
     for assignment in script.find_assigned_attributes("requires_grad"):
@@ -482,8 +477,6 @@ DATASET_TRANSFORMS = (
     "with_transform",
 )  # fmt: skip
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
-
-
 LOADERS = ("load_dataset", "from_json", "from_csv", "from_parquet")
 
 
@@ -524,6 +517,9 @@ def _report_row_changes(draft: Draft, script: Script, key: str, argument: ast.ex
     pending, seen = [argument], set[str]()
     while pending:
         node = pending.pop()
+        function = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Constant) or function in LOADERS:
+            continue
         if isinstance(node, ast.Name):
             values = [] if node.id in seen else script.assigned_values(node.id, before)
             if not values and node.id not in seen:
@@ -532,25 +528,19 @@ def _report_row_changes(draft: Draft, script: Script, key: str, argument: ast.ex
             pending += values
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant | ast.Name):
             pending.append(node.value)
-            made_by = [node.value, *(script.assigned_values(getattr(node.value, "id", ""), before))]
-            is_split = any(
-                isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "train_test_split" for x in made_by
-            )
+            made_by = [node.value, *script.assigned_values(getattr(node.value, "id", ""), before)]
+            functions = [getattr(value.func, "attr", "") for value in made_by if isinstance(value, ast.Call)]
             is_whole = script.value(node.slice) == "train" and draft.get("data.eval") is not None
-            if is_split and key == "train_dataset" and not is_whole:
+            if "train_test_split" in functions and key == "train_dataset" and not is_whole:
                 report_expression(draft, key, node, f"a part of the rows; strop trains on all: {SAVE_ROWS_FIX}")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
-            *LOADERS,
-            *DATASET_TRANSFORMS,
-        ):
-            if ast.unparse(node.func).rpartition(".")[2] not in LOADERS:
-                is_method = isinstance(node.func, ast.Attribute) and node.func.attr != "concatenate_datasets"
-                pending += [node.func.value] if is_method and isinstance(node.func, ast.Attribute) else node.args[:1]
+        elif isinstance(node, ast.Call) and function in DATASET_TRANSFORMS:  # of an object, or of its first argument
+            is_method = isinstance(node.func, ast.Attribute) and function != "concatenate_datasets"
+            pending += [node.func.value] if is_method else node.args[:1]  # type: ignore[attr-defined]
         elif isinstance(node, ast.List | ast.Tuple):
             pending += node.elts
         elif isinstance(node, ast.Dict):
             pending += node.values
-        elif not isinstance(node, ast.Constant):
+        else:
             report_expression(draft, key, node, f"rows are changed or made by code: {SAVE_ROWS_FIX}")
 
 

@@ -18,8 +18,8 @@ BLOCK = 256  # queries per matmul, as in engine.train.attention
 MAX_SAVED_KEYS = 512  # probabilities of documents with more keys are recomputed, as in engine.train.attention
 MIN_PREFIX = 8  # minimum length of a shared prefix in tokens, as in engine.train.packing
 TILE_ROWS, GAP = 64, 256  # rows of an attention tile, and padding values after a buffer, as in engine.kernels.cpu
-# values of the MLP's size that a plain step saves without a gate: 1 + those that autograd saves for the activation
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")  # fields of configs
+# values of the MLP's size that a plain step saves without a gate: 1 + those that autograd saves for the activation
 UNGATED_VALUES = {"relu": 1, "gelu_new": 5, "gelu_fast": 5, "quick_gelu": 3}  # others: 2
 EAGER_BYTES = 40  # bytes of fp32 copies per value of the MLP in the backward pass, with PyTorch operations
 # Bytes that a mixer saves per input (of out_proj) or output (of in_proj) of a linear layer: (constant, factor of b,

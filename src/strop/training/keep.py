@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,9 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     if data.renderer.template is None:
         fix = "leave it out, or give --data.template"
         raise RecipeError("train.keep: its prompts need a chat template, and these rows are plain text", fix=fix)
+    load_once = lru_cache(lambda: _load(recipe))
     if not file.is_file():
-        text = _answered_prompts(recipe, source, data.renderer)
+        text = _answered_prompts(load_once, _key(recipe, source), data.renderer)
         if (number := text.count("\n")) < MIN_ROWS:
             what = f"train.keep: the model ended {number} answers to general prompts within {MAX_NEW_TOKENS} tokens"
             raise ModelError(what, fix="leave it out: the model does not answer questions")
@@ -69,7 +71,7 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
         cached = cache_folder() / "keep" / f"{sha256_text(f'{prepared.hash} {_key(recipe, source)}')[:32]}.safetensors"
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, save(_find_distributions(rows, recipe)))
+            write_atomic(cached, save(_find_distributions(rows, load_once().module)))
         write_atomic(distributions, cached.read_bytes())
     kept = _with_soft_labels(rows, load_file(distributions))
     chosen = _choose(rows.lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
@@ -77,12 +79,11 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     return replace(data, train_items=JoinedExamples(data.train, kept, chosen), hash=checksum)
 
 
-def _find_distributions(rows: Sequence[Example], recipe: Recipe) -> dict[str, npt.NDArray[Any]]:
+def _find_distributions(rows: Sequence[Example], module: Any) -> dict[str, npt.NDArray[Any]]:
     """Return the most likely token ids and their probabilities, (S, TOP_K), for the supervised tokens of all rows."""
     import torch
 
     LOG.info("computing the model's probabilities for train.keep")
-    module = _load(recipe).module
     ids, probs = [], []
     for row in rows:
         with torch.inference_mode():
@@ -121,15 +122,15 @@ def _choose(lengths: Indices, tokens: int, share: float) -> Indices:
     return np.concatenate([*[order] * int(whole), order[:count]])
 
 
-def _answered_prompts(recipe: Recipe, source: Source, renderer: Renderer) -> str:
+def _answered_prompts(load_once: Callable[[], Model], model_key: str, renderer: Renderer) -> str:
     """Return the prompts with the answers of the model before training, as JSON Lines, cached."""
     prompts = (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
-    key = sha256_text(f"{_key(recipe, source)} {renderer.template_hash} {MAX_NEW_TOKENS} {prompts}")
+    key = sha256_text(f"{model_key} {renderer.template_hash} {MAX_NEW_TOKENS} {prompts}")
     cached = cache_folder() / "keep" / f"{key[:32]}.jsonl"
     if not cached.is_file():
         rows = [json.loads(line)["messages"] for line in prompts.splitlines()]
         text = "".join(
-            json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in _answer(rows, recipe, renderer)
+            json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in _answer(rows, load_once(), renderer)
         )
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cached, text)
@@ -149,12 +150,11 @@ def _load(recipe: Recipe) -> Model:
     return load(model.adapter or model.name, device=model.device, dtype=model.dtype, quantization=model.quantization)
 
 
-def _answer(rows: Sequence[list[dict[str, Any]]], recipe: Recipe, renderer: Renderer) -> list[list[dict[str, Any]]]:
+def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Renderer) -> list[list[dict[str, Any]]]:
     """Return the rows whose answer the model ends, with that answer; earlier answers are not trained on."""
     from strop.engine.decode.generate import generate
 
     LOG.info("answering general prompts for train.keep")
-    loaded = _load(recipe)
     prompts, answerable = [], []
     for row in rows:
         messages = [Message(**turn) for turn in row]
@@ -164,7 +164,7 @@ def _answer(rows: Sequence[list[dict[str, Any]]], recipe: Recipe, renderer: Rend
             continue
         answerable.append([{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row])
     answers = generate(
-        loaded.module, renderer.tokenizer, prompts, stop_ids=renderer.end_ids, max_new_tokens=MAX_NEW_TOKENS
+        model.module, renderer.tokenizer, prompts, stop_ids=renderer.end_ids, max_new_tokens=MAX_NEW_TOKENS
     )
     return [
         [*row, message_json(Message("assistant", answer.text))]

@@ -243,14 +243,12 @@ class _SoftRows:
         self.capped = softcap * torch.tanh(picked / softcap) if softcap else picked
 
     @staticmethod
-    def of(output: OutputHead, begin: int, end: int, logits: Tensor) -> _SoftRows | None:
-        soft = output.soft
-        assert soft is not None
+    def of(soft: SoftTargets, begin: int, end: int, logits: Tensor, softcap: float) -> _SoftRows | None:
         first, last = torch.searchsorted(soft.rows, torch.tensor([begin, end])).tolist()
         if first == last:
             return None
         rows = (soft.rows[first:last] - begin).to(logits.device)
-        return _SoftRows(rows, soft.ids[first:last], soft.probs[first:last], logits, output.softcap)
+        return _SoftRows(rows, soft.ids[first:last], soft.probs[first:last], logits, softcap)
 
     def correct_(self, losses: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor) -> None:
         """Replace the losses of labels by those of distributions, and the gradient at the ids."""
@@ -304,7 +302,9 @@ def _compute_chunk_losses(
             logits[:, output.new_ids] = x[rows] @ new_rows.t()
         if output.bias is not None:
             logits += output.bias.detach()
-        soft = None if output.soft is None else _SoftRows.of(output, begin, begin + len(logits), logits)
+        soft = None
+        if output.soft is not None:
+            soft = _SoftRows.of(output.soft, begin, begin + len(logits), logits, output.softcap)
         losses = output.ops.cross_entropy_(logits, labels[rows], weights[rows], output.softcap, grads is not None)
         if soft is not None:
             soft.correct_(losses, logits if grads is not None else None, labels[rows], weights[rows])

@@ -280,7 +280,7 @@ class _Packer:
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
         self.labels: list[tuple[Any, Any, Any, Any]] = []  # arrays: predicting rows, labels, weights, examples
-        self.soft: list[tuple[int, Any, Any]] = []  # index of the first label, ids and probabilities of its labels
+        self.soft: list[tuple[int, Any, Any]] = []  # index in `labels`, ids and probabilities
         self.ends: list[tuple[int, int]] = []  # as in PackedBatch
 
     def add_labels(self, rows: Any, labels: Any, weights: Any, example: int) -> None:
@@ -303,8 +303,7 @@ class _Packer:
             predicting = positions - 1
             rows = np.where(predicting < prefix, base + predicting, start + predicting - prefix)
             if example.soft is not None:
-                first = sum(len(part[0]) for part in self.labels)
-                self.soft.append((first, example.soft.ids[positions], example.soft.probs[positions]))
+                self.soft.append((len(self.labels), example.soft.ids[positions], example.soft.probs[positions]))
             self.add_labels(rows, example.ids[positions], example.weights[positions], i)
         if prefix:
             spans.append((base, prefix, 0))
@@ -337,7 +336,8 @@ class _Packer:
     def _soft_targets(self, used: Any, device: torch.device) -> SoftTargets | None:
         if not self.soft:
             return None
-        labels = np.concatenate([np.arange(first, first + len(ids)) for first, ids, _ in self.soft])
+        starts = np.cumsum([0, *(len(rows) for rows, *_ in self.labels)])
+        labels = np.concatenate([starts[part] + np.arange(len(ids)) for part, ids, _ in self.soft])
         ids, probs = (np.concatenate(parts) for parts in zip(*(part[1:] for part in self.soft), strict=True))
         kept, index = used[labels], np.cumsum(used) - 1  # of all labels, and among those that are used
         on_device = copy_to_device([_int64(ids[kept]), np.ascontiguousarray(probs[kept])], device)
