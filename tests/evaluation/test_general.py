@@ -68,7 +68,8 @@ def test_general_set_is_compared_and_stored_in_the_report(
     assert result["rows"] == len(load_questions()) == sum(kind["rows"] for kind in result["kinds"].values())
     assert result["difference"]["value"] == pytest.approx(result["tuned"] - result["base"])
     assert json.loads((trained.folder / "report.json").read_text())["general"] == result
-    assert "General abilities" in (trained.folder / "report.html").read_text()
+    page = (trained.folder / "report.html").read_text()
+    assert "General abilities" in page and "exact over the general set, before and after" in page
     code, _, err = run("eval", tiny_folder, "--data", held_out, "--general", capsys=capsys)
     assert code == 2 and "nothing to compare" in err
 

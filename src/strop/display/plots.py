@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 Series = dict[float, float]  # value by step
+Interval = tuple[float, float, float]  # low end, value, high end
+Point = tuple[str, Interval, Interval]  # name, x, y
 # The smoothed training loss averages this many steps on each side, but at most a twentieth of the run.
 MAX_SMOOTHING_RADIUS = 10
 # Placeholder colours, which are replaced by CSS colours that depend on light or dark mode.
@@ -48,6 +51,21 @@ def plot_metric(series: Series, title: str) -> Markup:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
     axes.yaxis.get_offset_text().set_color(INK)
     return _to_svg(figure, f"{title} by step")
+
+
+def plot_frontier(points: Sequence[Point], task: str) -> Markup:
+    """Plot scores (percent, with intervals) on the task over those on the general set, with an arrow between them."""
+    figure, axes = _make_figure(4.2, 2.8, f"{task}, over the general set (%)")
+    for (name, x, y), colour in zip(points, (BEFORE, AFTER), strict=True):
+        (left, x_value, right), (low, y_value, high) = x, y
+        errors = [[x_value - left], [right - x_value]], [[y_value - low], [high - y_value]]
+        axes.errorbar(x_value, y_value, errors[1], errors[0], fmt="o", color=colour, linewidth=1.5)
+        axes.annotate(name, (x_value, y_value), (5, 5), textcoords="offset points", color=INK)
+    ends = [(x[1], y[1]) for _, x, y in points]
+    arrow = {"arrowstyle": "->", "color": INK, "alpha": 0.5, "shrinkA": 6, "shrinkB": 6}
+    axes.annotate("", ends[1], ends[0], arrowprops=arrow)
+    axes.set(xlim=(0, 100), ylim=(-3, 103), xlabel="general set")
+    return _to_svg(figure, f"{task} over the general set, before and after")
 
 
 def _smooth(series: Series) -> Series:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from strop.display.plots import Series, plot_loss, plot_metric
+from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.evaluation import metrics
 from strop.runs.folder import read_json, write_atomic
 
@@ -53,6 +53,7 @@ def render(
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
     interval = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced samples are representative
+    intervals = evaluation.get("intervals") or report.get("intervals") or {}
     recipe, regression = report.get("recipe") or [], _describe_change(report.get("regression") or {})
     train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
@@ -63,7 +64,7 @@ def render(
         note=(notes or {}).get("note") or "",
         verdict=_describe_change(evaluation),
         facts=list(_list_key_numbers(report)),
-        scores=list(_format_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
+        scores=list(_format_scores(evaluation, intervals)),
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
         loss_plot=plot_loss(train, evaluated, 10.4),
@@ -82,7 +83,7 @@ def render(
             if report.get(name)
         ],
         recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
-        general=_format_general(report.get("general") or {}),
+        general=_format_general(report.get("general") or {}, evaluation, intervals),
         tasks=list(metrics.format_task_scores(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
         findings=[str(finding) for finding in report.get("diagnosis") or []],
@@ -168,8 +169,13 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
         yield {"name": metrics.score_name(name, metric), "sides": cells}
 
 
-def _format_general(general: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return {verdict, rows} for the general set; a row is (kind, number of questions, base, tuned, change)."""
+def _format_general(
+    general: Mapping[str, Any], evaluation: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return {verdict, rows, plot} for the general set; a row is (kind, number of questions, base, tuned, change).
+
+    The plot has the score of the evaluation over that of the general set, if both models have both.
+    """
     if not general:
         return None
     rows = []
@@ -177,7 +183,19 @@ def _format_general(general: Mapping[str, Any]) -> dict[str, Any] | None:
         rates = (_format_percent(values["base"]), _format_percent(values["tuned"]))
         rows.append((kind, str(values["rows"]), *rates, metrics.format_points(values["difference"])))
     text = metrics.describe_general(general)
-    return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows}
+    metric, general_intervals = evaluation.get("metric"), general.get("intervals") or {}
+    points: list[Point] = [
+        (side, _percents(general[side], general_intervals[side]), _percents(evaluation[side][metric], intervals[side]))
+        for side in ("base", "tuned")
+        if side in general_intervals and side in intervals and metric in evaluation.get(side, ())
+    ]
+    plot = plot_frontier(points, str(metric)) if len(points) == 2 else None
+    return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows, "plot": plot}
+
+
+def _percents(share: float, interval: Sequence[float]) -> Interval:
+    low, high = interval
+    return 100 * low, 100 * share, 100 * high
 
 
 def _format_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
