@@ -30,6 +30,9 @@ from transformers import GenerationConfig
 
 import strop
 from strop.cli.chat import Session
+from strop.config.names import SHORT_FORMS
+from strop.config.options import Options
+from strop.config.schema import option_fields
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, MemoryLimitError, in_python
@@ -48,6 +51,19 @@ def test_runs_paths_and_sizes_are_accepted_in_all_forms(tiny_folder: Path, rows_
     assert rows == [24, 24, 24]
     planned = [strop.plan(model=tiny_folder, data=rows_file, memory=size).memory_bytes for size in ("8GB", 8 * 10**9)]
     assert planned[0] == planned[1] == 8 * 10**9
+
+
+def test_options_are_completed() -> None:
+    """Type checkers know each field by its last name, and a shell completes the common ones."""
+    from IPython.core.completer import IPCompleter, provisionalcompleter
+
+    fields = {field.rpartition(".")[2] for field, _ in option_fields()} | {"model", "data", "lora", "train"}
+    assert set(Options.__annotations__) == fields | {name.replace("-", "_") for name in SHORT_FORMS}
+    completer = IPCompleter(namespace={"strop": strop}, use_jedi=False)
+    for function in ("train", "plan", "check", "compare_methods"):
+        with provisionalcompleter():
+            found = completer.completions(text := f"strop.{function}(ep", len(text))
+            assert "epochs=" in {completion.text for completion in found}
 
 
 def test_invalid_arguments_raise_input_errors(tiny_folder: Path) -> None:

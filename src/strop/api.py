@@ -24,7 +24,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from typing_extensions import Unpack
+
 from strop.config.arguments import check_path, public
+from strop.config.options import Options
 from strop.display.progress import show_answers, show_run, show_steps
 from strop.errors import InputError, ModelError
 
@@ -58,7 +61,7 @@ def plan(
     gpu: str | None = None,
     devices: int = 1,
     nodes: int = 1,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Plan:
     """Predict whether a recipe fits in memory, how long training takes, and what to change if it does not fit.
 
@@ -103,7 +106,11 @@ def plan(
 
 @public
 def compare_methods(
-    recipe: PathLike | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
+    recipe: PathLike | None = None,
+    *,
+    memory: int | str | None = None,
+    gpu: str | None = None,
+    **options: Unpack[Options],
 ) -> Comparison:
     """Compare the peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes.
 
@@ -156,7 +163,7 @@ def train(
     memory: int | str | None = None,
     resume_existing: bool = False,
     progress: bool | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Run:
     """Fine-tune a model and write a run folder.
 
@@ -211,7 +218,7 @@ def resume(
     allow_changed: str | Sequence[str] = (),
     memory: int | str | None = None,
     progress: bool | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Run:
     """Resume a run from its newest complete checkpoint. A finished run is returned unchanged.
 
@@ -352,7 +359,7 @@ class CheckedRows:
 
 
 @public
-def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **options: Any) -> CheckReport:
+def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **options: Unpack[Options]) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
     Args:

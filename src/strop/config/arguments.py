@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from strop.config.names import OTHER_NAMES, SHORT_FORMS
+from strop.config.options import COMMON
 from strop.errors import InputError, StropError, closest, in_terminal
 
 P = ParamSpec("P")
@@ -32,7 +33,17 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 error.use_python_names()
             raise
 
+    checked.__signature__ = _add_common_options(signature)  # type: ignore[attr-defined]
     return checked
+
+
+def _add_common_options(signature: inspect.Signature) -> inspect.Signature:
+    """Return the signature with the common recipe fields, which an interactive shell then completes."""
+    if "options" not in signature.parameters or "Unpack" not in str(signature.parameters["options"].annotation):
+        return signature
+    first, *others = signature.parameters.values()
+    common = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=...) for name in COMMON]
+    return signature.replace(parameters=[first, *common, *others])
 
 
 def check_path(name: str, value: Any) -> str:

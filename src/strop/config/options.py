@@ -1,0 +1,113 @@
+"""The recipe's fields as keyword arguments of the Python functions, for completion and type checkers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from typing_extensions import TypedDict
+
+Numbers: TypeAlias = Mapping[str, float]
+Names: TypeAlias = str | Sequence[str]
+
+
+class Options(TypedDict, total=False):
+    """Fields by their last name or their short name, and sections. Meanings and defaults: docs/recipe.md."""
+
+    # sections, each also as a dictionary of its fields; `model` and `data` are also short names
+    model: Any
+    data: Any
+    lora: Mapping[str, Any]
+    train: Any
+    # short names
+    eval: Any
+    rank: int
+    lr: float | None
+    # model
+    name: Any
+    revision: str | None
+    adapter: Any
+    quantization: Literal["none", "nf4", "fp4", "int8", "auto"]
+    double_quantization: bool
+    resident_layers: int | None
+    placement: Literal["auto", "replicated", "sharded"]
+    dtype: Literal["auto", "bf16", "fp32", "fp16"]
+    device: str
+    # data
+    format: str
+    columns: Mapping[str, str] | None
+    max_length: int
+    overlong: Literal["refuse", "drop", "truncate-start", "split"]
+    bad_rows: Literal["refuse", "drop"]
+    loss: Literal["assistant", "all"]
+    template: Any
+    template_options: Mapping[str, Any]
+    reasoning: Literal["auto", "as-is", "empty", "drop", "refuse"]
+    encoding: str
+    # lora
+    r: int
+    alpha: float | None
+    dropout: float
+    target_modules: Names
+    bias: Literal["none", "all", "lora_only"]
+    use_rslora: bool
+    use_dora: bool
+    init: Literal["default", "gaussian", "loftq"]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Numbers
+    modules_to_save: Sequence[str]
+    new_tokens: Sequence[str]
+    # train
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"]
+    beta: float | None
+    gamma: float | None
+    label_smoothing: float | None
+    sft_weight: float | None
+    length_normalized: bool | None
+    desirable_weight: float | None
+    undesirable_weight: float | None
+    rewards: Names | None
+    group: int | None
+    answer_tokens: int | None
+    group_loss: Literal["dapo", "grpo", "dr_grpo"] | None
+    clip_low: float | None
+    clip_high: float | None
+    updates: int | None
+    vllm_python: Any
+    keep: float | Literal["auto"] | None
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    micro_batch: int | None
+    micro_batch_tokens: int | None
+    learning_rate: float | None
+    lora_plus_ratio: float
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd"]
+    gradient_checkpointing: int | Literal["auto", "off", "on", "offload"]
+    eval_steps: int | None
+    early_stopping: int | None
+    samples: int
+    save_steps: int | None
+    keep_checkpoints: int
+    log_steps: int
+    exact: bool
+    deterministic: bool
+    int8_matmul: bool
+    timeout: str
+    max_time: str | None
+    # the rest
+    track: Names
+    seed: int
+    out: Any
+    preset: Literal["auto", "low-memory", "balanced", "max-quality"]
+
+
+# those that an interactive shell completes
+COMMON = (
+    "model", "data", "eval", "out", "epochs", "max_steps", "lr", "batch_size", "rank", "alpha", "quantization",
+    "max_length", "objective", "adapter", "device", "max_time", "seed", "lora", "train",
+)  # fmt: skip
