@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 import strop
-from strop.errors import ModelError, RecipeError
+from strop.errors import RecipeError
 from strop.evaluation.general import load_questions
 from strop.runs.events import read_events
 from strop.training import keep
@@ -55,7 +56,7 @@ def test_answers_before_training_are_mixed_in(talker: Path, rows: Path, tmp_path
     kept = read(done.folder / "kept.jsonl")
     assert len(kept) >= keep.MIN_ROWS
     single = [turns for turns in kept if len(turns) == 2][:8]
-    assert model.generate([turns[0]["content"] for turns in single], max_new_tokens=64) == [
+    assert model.generate([turns[0]["content"] for turns in single], max_new_tokens=keep.MAX_NEW_TOKENS) == [
         turns[1]["content"] for turns in single
     ]
     for *_, answer in kept:
@@ -118,8 +119,9 @@ def test_kept_rows_are_refused_where_they_cannot_help(
 ) -> None:
     with pytest.raises(RecipeError, match=r"train.keep: objective dpo"):
         strop.train(model=talker, data=rows, **{"train.keep": "auto", "train.objective": "dpo"})
-    with pytest.raises(ModelError, match="ended 0 answers to general prompts"):
-        strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", **{**QUICK, "train.keep": "auto"})
+    short = [{"prompt": "a", "completion": "b"}] * 8
+    with pytest.raises(RecipeError, match="1 can be rows of this recipe"):
+        strop.train(model=talker, data=short, out=tmp_path / "run", max_length=16, **{**QUICK, "train.keep": "auto"})
     assert not (tmp_path / "run").exists()
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "once upon a time"}\n' * 8, encoding="utf-8")
@@ -128,6 +130,71 @@ def test_kept_rows_are_refused_where_they_cannot_help(
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(RecipeError, match="need a chat template"):
         strop.train(model=bare, data=text, out=tmp_path / "run", **{**QUICK, "train.keep": "auto"})
+
+
+def test_loss_is_that_of_the_own_rows(talker: Path, rows: Path, tmp_path: Path) -> None:
+    """Kept rows do not change the shown loss, and do not look like steps that went wrong."""
+    options = {"model.dtype": "fp32", "train.epochs": 2, "train.batch_size": 1}
+    steps = {}
+    for share in (None, 0.5):
+        done = strop.train(model=talker, data=rows, out=tmp_path / str(share), **options, **{"train.keep": share})
+        events = list(read_events(done.folder / "events.jsonl"))
+        steps[share] = [event for event in events if event["event"] == "step"]
+        assert not [event for event in events if event["event"] in ("rollback", "suspect", "skip")]
+    only_kept = [event for event in steps[0.5] if event.get("kept") == event["loss"]]
+    assert only_kept and all(0 <= event["kept"] < 1 for event in only_kept)
+    own = next(event for event in steps[0.5] if "kept" not in event)
+    assert own["loss"] == pytest.approx(steps[None][0]["loss"], abs=2)
+    options = {**QUICK, "train.max_steps": 1, "train.batch_size": 500}  # all rows in one step
+    losses = [
+        strop.train(model=talker, data=rows, out=tmp_path / f"all-{share}", **options, **{"train.keep": share}).report[
+            "loss"
+        ]["first"]
+        for share in (None, 0.5)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_prompts_with_new_tokens_are_left_out(talker: Path, rows: Path, tmp_path: Path) -> None:
+    """The model has no probabilities of a token that is added."""
+    options = {**QUICK, "train.keep": 0.5}
+    done = strop.train(model=talker, data=rows, out=tmp_path / "run", new_tokens=["What"], **options)
+    assert done.report["steps"] == 4
+    with pytest.raises(RecipeError, match="0 can be rows of this recipe"):  # each answer has an "s"
+        strop.train(model=talker, data=rows, out=tmp_path / "none", new_tokens=["es"], **options)
+
+
+def test_rows_of_training_are_recognised(talker: Path, rows: Path, tmp_path: Path) -> None:
+    done = strop.train(model=talker, data=rows, out=tmp_path / "run", **{**QUICK, "train.keep": 0.5})
+    assert strop.evaluate(done, rows, max_new_tokens=2)["train_rows"] == 24
+
+
+def test_answers_are_of_the_adapter_that_training_starts_from(talker: Path, rows: Path, tmp_path: Path) -> None:
+    """Another adapter at the same path has other probabilities."""
+    start = tmp_path / "start"
+    for seed in (1, 2):
+        shutil.rmtree(start, ignore_errors=True)
+        strop.train(model=talker, data=rows, out=start, seed=seed, **QUICK)
+        options = {**QUICK, "train.keep": 0.5, "adapter": start}
+        strop.train(model=talker, data=rows, out=tmp_path / f"{seed}", **options)
+    files = [(tmp_path / name / "kept.safetensors").read_bytes() for name in ("1", "2")]
+    assert files[0] != files[1]
+
+
+def test_damaged_probabilities_are_computed_again(talker: Path, rows: Path, tmp_path: Path) -> None:
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    options = {**QUICK, "train.keep": 0.5, "train.save_steps": 2}
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=talker, data=rows, out=tmp_path / "run", callback=stop, **options)
+    file = tmp_path / "run" / "kept.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert strop.resume(tmp_path / "run").report["steps"] == 4
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(("tokens", "share", "rows"), [(90, 0.1, 1), (90, 0.5, 9), (200, 0.5, 20), (10, 0.01, 1)])

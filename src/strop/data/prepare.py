@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -63,11 +63,12 @@ class Prepared:
     eval: Examples | None
     eval_conversations: Conversations | None
     report: DataReport
-    hash: str  # hash of the rows used, their order and lengths, and the template
+    hash: str  # hash of the rows used, their order and lengths, and the template; without rows of train.keep
     renderer: Renderer  # for prompts at inference after training on these rows
     # None for supervised fine-tuning without train.keep
     train_items: ExampleGroups | Prompts | JoinedExamples | None = None
     eval_items: ExampleGroups | Prompts | None = None
+    kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
 
     @property
     def refusal(self) -> DataError | None:

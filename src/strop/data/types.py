@@ -85,7 +85,8 @@ class Conversation:
 class SoftLabels:
     """Distributions over k token ids that replace the labels of an example of n tokens.
 
-    ids, probs: (n, k). The ids of a supervised token contain its label, and their probabilities sum to 1.
+    ids, probs: (n, k). The ids of a supervised token contain its label, and their probabilities sum to at most 1. All
+    other ids have the rest together. The loss is the Kullback-Leibler divergence from them.
     """
 
     ids: Ids

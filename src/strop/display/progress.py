@@ -33,12 +33,13 @@ def _mode(progress: bool | None, is_main: bool = True) -> str:
 def _log(activity: str) -> Iterator[StatusLine]:
     """Yield a line that is printed with the time of its activity every LOG_SECONDS."""
     from strop.display.tables import console
-    from strop.display.terminal import StatusLine
+    from strop.display.terminal import StatusLine, activity_messages
 
     status = StatusLine(console, activity, quiet_seconds=LOG_SECONDS)
     status.start()
     try:
-        yield status
+        with activity_messages(status.update):
+            yield status
     finally:
         status.stop()
 

@@ -25,6 +25,7 @@ class Step(Protocol):
         masks: the dropout masks. Call their `begin` at each training step.
         packed: whether rows are packed without padding, so that lengths in a micro-batch may differ.
         prefix_sharing: whether the shared prefix of rows is computed only once.
+        soft_loss: the part of the last `token_loss` that is of soft labels, without a gradient.
         why_no_triton: the reason why a GPU does not use the Triton kernels, or an empty string.
     """
 
@@ -33,6 +34,7 @@ class Step(Protocol):
     masks: Masks
     packed: bool
     prefix_sharing: bool
+    soft_loss: Tensor
     why_no_triton: str
 
     @property
@@ -47,6 +49,9 @@ class Step(Protocol):
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
         """Return the log-probabilities of the supervised tokens of all examples, (M,), differentiable."""
+
+    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+        """Return the k most likely ids and their probabilities (M, k), for the supervised tokens of all examples."""
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """Return the normalized hidden state of the last token of each example, (N, h), differentiable."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,17 @@ from strop.objectives.table import objective_of
 R = TypeVar("R")
 Metrics = dict[str, Tensor]  # a value of each metric per row that has it
 Split = Callable[[Sequence[Item]], list[list[int]]]  # splits rows into micro-batches of indices
+KEPT = "kept"  # metric: divergence of the rows of train.keep from the model before training, in nats per token
 BLOCK = 64  # number of rows that are split into micro-batches together, outside of training steps
 
 
 class Criterion(ABC):
     """The objective that training minimizes."""
 
-    has_metrics: ClassVar[bool] = True  # whether `loss` returns metrics
+    @property
+    def has_metrics(self) -> bool:
+        """Whether `loss` returns metrics."""
+        return True
 
     @property
     def updates(self) -> int:
@@ -68,16 +72,31 @@ class Criterion(ABC):
 
 @dataclass(frozen=True)
 class SupervisedCriterion(Criterion):
-    """Cross entropy of supervised tokens, divided by their total weight."""
+    """Cross entropy of supervised tokens, divided by their total weight. keeps: there are rows of train.keep."""
 
     devices: Devices = SINGLE_PROCESS
-    has_metrics: ClassVar[bool] = False
+    keeps: bool = False
+
+    @property
+    def has_metrics(self) -> bool:
+        return self.keeps
 
     def divisor(self, items: Sequence[Item]) -> float:
         return sum(float(example.weights.sum()) for example in _as_examples(items))
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
-        return step.token_loss(_as_examples(items)), {}
+        total = step.token_loss(_as_examples(items))
+        if not self.keeps:
+            return total, {}
+        number = len(_kept_rows(items))
+        return total, {KEPT: (step.soft_loss / max(1, number)).expand(number)}
+
+    def separate(self, items: Sequence[Item], loss: float, metrics: Mapping[str, float]) -> tuple[float | None, float]:
+        """Return the mean loss of the recipe's rows, if there are any, and that of the rows of train.keep."""
+        kept = _kept_rows(items)
+        total, weight = metrics[KEPT] * len(kept), self.divisor(kept)
+        own = self.divisor(items) - weight
+        return (loss * (own + weight) - total) / own if own else None, total / weight
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
         return {"loss": mean_loss(step.token_loss, _as_examples(items), split, devices=self.devices)}
@@ -194,7 +213,7 @@ def make_criterion(train: TrainSection, model: nn.Module | None = None, devices:
     """Return the criterion of supervised fine-tuning or a preference objective. model: needed for a reward model."""
     objective = objective_of(train)
     if objective is None:
-        return SupervisedCriterion(devices)
+        return SupervisedCriterion(devices, train.keep is not None)
     assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
     head = find_score_head(model) if objective.scored and model is not None else None
     return PreferenceCriterion(objective, train, head, devices)
@@ -229,6 +248,10 @@ def _count_tokens(groups: Sequence[ExampleGroup], side: int, like: Tensor) -> Te
 
 def _reference_logprobs(groups: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
     return like.new_tensor([group.reference_logprobs[column] if group.reference_logprobs else 0.0 for group in groups])
+
+
+def _kept_rows(items: Sequence[Item]) -> list[Example]:
+    return [example for example in _as_examples(items) if example.soft is not None]
 
 
 def _as_examples(items: Sequence[Item]) -> Sequence[Example]:

@@ -46,10 +46,12 @@ class Diverged(Exception):
         self.finite = finite
 
 
-def judge_step(progress: Progress, loss: float, grad_norm: float) -> Verdict:
-    """Judge a step before its update, and record the result in `progress`."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+def judge_step(progress: Progress, loss: float | None, grad_norm: float) -> Verdict:
+    """Judge a step before its update, and record the result in `progress`. loss: None for a step without own rows."""
+    if not (math.isfinite(loss or 0.0) and math.isfinite(grad_norm)):
         verdict = Verdict.NOT_FINITE
+    elif loss is None:
+        return Verdict.GOOD
     else:
         median, distance = _loss_bound(progress.recent)
         if loss <= median + distance:

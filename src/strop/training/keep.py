@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from strop.config.schema import Recipe, keep_share
+from strop.data.batching import group_by_length, pack
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.store import JoinedExamples, message_json
 from strop.data.types import Example, Indices, Message, SoftLabels
-from strop.errors import ModelError, RecipeError
+from strop.engine.step import step_for
+from strop.errors import RecipeError
+from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder
 from strop.models.source import Source, fingerprint
 from strop.runs.folder import cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
@@ -40,6 +44,7 @@ MAX_NEW_TOKENS = 32  # longer answers are cut: soft labels need no stop token
 TOP_K = 32
 WEIGHT = 3.0  # of the loss of a kept token, relative to a token of the recipe's rows
 MIN_ROWS = 16
+BATCH_TOKENS = 1024  # of a batch whose probabilities are computed together
 
 LOG = logging.getLogger(__name__)
 
@@ -48,52 +53,66 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     """Return the data with the rows that train.keep asks for. Their training rows come after those of the recipe.
 
     file: where the answered prompts of the run are, or are written; their probabilities are in a file next to it.
-    Raises RecipeError without a chat template, and ModelError if the model does not answer.
+    Raises RecipeError without a chat template, or with too few answers.
     """
     if data.renderer.template is None:
         fix = "leave it out, or give --data.template"
         raise RecipeError("train.keep: its prompts need a chat template, and these rows are plain text", fix=fix)
     load_once = lru_cache(lambda: _load(recipe))
     if not file.is_file():
-        text = _answered_prompts(load_once, _key(recipe, source), data.renderer)
-        if (number := text.count("\n")) < MIN_ROWS:
-            what = f"train.keep: the model ended {number} answers to general prompts within {MAX_NEW_TOKENS} tokens"
-            raise ModelError(what, fix="leave it out: the model does not answer questions")
-        write_atomic(file, text)
+        write_atomic(file, _answered_prompts(load_once, _key(recipe, source), data.renderer))
     changes = {
         "train": str(file), "eval": None, "format": "messages", "columns": None, "encoding": "utf-8",
-        "loss": "assistant", "overlong": "drop",
+        "loss": "assistant", "overlong": "drop", "bad_rows": "drop",
     }  # fmt: skip
     section, tokenizer = recipe.data.model_copy(update=changes), data.renderer.tokenizer
-    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", new_tokens=recipe.lora.new_tokens)
-    rows, distributions = prepared.train, file.with_suffix(".safetensors")
-    if not distributions.is_file():
-        cached = cache_folder() / "keep" / f"{sha256_text(f'{prepared.hash} {_key(recipe, source)}')[:32]}.safetensors"
-        if not cached.is_file():
+    prepared = prepare(
+        section, tokenizer, cache=cache_folder() / "data", new_tokens=recipe.lora.new_tokens, strict=False
+    )
+    new = [tokenizer.convert_tokens_to_ids(token) for token in recipe.lora.new_tokens]
+    rows = [row for row in prepared.train if not np.isin(row.ids, new).any()]  # the model has no probabilities of them
+    if len(rows) < MIN_ROWS:
+        what = f"train.keep: of the model's answers to general prompts, {len(rows)} can be rows of this recipe"
+        raise RecipeError(what, fix="leave it out, or raise --data.max_length")
+    distributions = file.with_suffix(".safetensors")
+    tensors = _read_tensors(distributions)
+    if tensors is None:
+        key = sha256_text(f"{prepared.hash} {_key(recipe, source)} {new}")
+        cached = cache_folder() / "keep" / f"{key[:32]}.safetensors"
+        if (tensors := _read_tensors(cached)) is None:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, save(_find_distributions(rows, load_once().module)))
+            tensors = _find_distributions(rows, load_once().module)
+            write_atomic(cached, save(tensors))
         write_atomic(distributions, cached.read_bytes())
-    kept = _with_soft_labels(rows, load_file(distributions))
-    chosen = _choose(rows.lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
-    checksum = sha256_text(f"{data.hash} {sha256_file(file)} {sha256_file(distributions)} {len(chosen)}")
-    return replace(data, train_items=JoinedExamples(data.train, kept, chosen), hash=checksum)
+    kept, lengths = _with_soft_labels(rows, tensors), np.array([len(row) for row in rows])
+    chosen = _choose(lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
+    checksum = sha256_text(f"{sha256_file(file)} {sha256_file(distributions)} {len(chosen)}")
+    return replace(data, train_items=JoinedExamples(data.train, kept, chosen), kept_hash=checksum)
+
+
+def _read_tensors(file: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the tensors of a file, or None if it does not exist or is damaged."""
+    try:
+        return load_file(file) if file.is_file() else None
+    except SafetensorError:
+        return None
 
 
 def _find_distributions(rows: Sequence[Example], module: Any) -> dict[str, npt.NDArray[Any]]:
     """Return the most likely token ids and their probabilities, (S, TOP_K), for the supervised tokens of all rows."""
-    import torch
-
-    LOG.info("computing the model's probabilities for train.keep")
-    ids, probs = [], []
-    for row in rows:
-        with torch.inference_mode():
-            inputs = torch.from_numpy(row.ids.astype(np.int64))[None].to(module.device)
-            logits = module(input_ids=inputs, use_cache=False).logits[0, :-1]
-            logits = logits[torch.from_numpy(row.weights[1:] > 0).to(logits.device)].float()
-            top = torch.log_softmax(logits, -1).topk(min(TOP_K, logits.shape[1]))
-        ids.append(top.indices.cpu().numpy().astype(np.int32))
-        probs.append(top.values.exp().cpu().numpy().astype(np.float32))
-    return {"ids": np.concatenate(ids), "probs": np.concatenate(probs)}
+    step, found, done = step_for(module), dict[int, tuple[Any, Any]](), 0
+    lengths = [len(row) for row in rows]
+    packed = step.packed and pack(lengths, max(BATCH_TOKENS, *lengths))
+    for batch in packed or group_by_length(lengths, tokens=BATCH_TOKENS):
+        LOG.info("computing the model's probabilities for train.keep: %d of %d rows", done, len(rows))
+        ids, probs = step.top_probs([rows[row] for row in batch], TOP_K)
+        ends = np.cumsum([rows[row].supervised for row in batch])[:-1]
+        parts = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
+        found |= dict(zip(batch, zip(*parts, strict=True), strict=True))
+        done += len(batch)
+    return {
+        name: np.concatenate([found[row][i] for row in range(len(rows))]) for i, name in enumerate(("ids", "probs"))
+    }
 
 
 def _with_soft_labels(rows: Sequence[Example], distributions: dict[str, npt.NDArray[Any]]) -> list[Example]:
@@ -108,7 +127,7 @@ def _with_soft_labels(rows: Sequence[Example], distributions: dict[str, npt.NDAr
         ids[missing, -1], probs[missing, -1] = labels[missing, 0], 0
         shape = len(row), ids.shape[1]
         soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        soft.ids[supervised], soft.probs[supervised] = ids, probs / probs.sum(1, keepdims=True)
+        soft.ids[supervised], soft.probs[supervised] = ids, probs / np.maximum(1, probs.sum(1, keepdims=True))
         softened.append(replace(row, soft=soft, weights=row.weights * np.float32(WEIGHT)))
     return softened
 
@@ -140,7 +159,9 @@ def _answered_prompts(load_once: Callable[[], Model], model_key: str, renderer: 
 def _key(recipe: Recipe, source: Source) -> str:
     """Return a key of the model before training, as it answers."""
     model = recipe.model
-    return json.dumps([fingerprint(source), model.adapter, model.quantization, model.dtype, model.device, TOP_K])
+    start = adapter_folder(model.adapter) if model.adapter else None
+    adapter = start and [sha256_file(start / name) for name in (WEIGHTS_FILE, "adapter_config.json")]
+    return json.dumps([fingerprint(source), adapter, model.quantization, model.dtype, model.device, TOP_K])
 
 
 def _load(recipe: Recipe) -> Model:
@@ -151,10 +172,11 @@ def _load(recipe: Recipe) -> Model:
 
 
 def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Renderer) -> list[list[dict[str, Any]]]:
-    """Return the rows whose answer the model ends, with that answer; earlier answers are not trained on."""
+    """Return the rows with the model's answers; earlier answers are not trained on."""
     from strop.engine.decode.generate import generate
 
-    LOG.info("answering general prompts for train.keep")
+    message = "answering general prompts for train.keep: %d of %d"
+    LOG.info(message, 0, len(rows))
     prompts, answerable = [], []
     for row in rows:
         messages = [Message(**turn) for turn in row]
@@ -164,10 +186,11 @@ def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Render
             continue
         answerable.append([{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row])
     answers = generate(
-        model.module, renderer.tokenizer, prompts, stop_ids=renderer.end_ids, max_new_tokens=MAX_NEW_TOKENS
-    )
+        model.module, renderer.tokenizer, prompts, stop_ids=renderer.end_ids, max_new_tokens=MAX_NEW_TOKENS,
+        advance=lambda done: LOG.info(message, done, len(prompts)),
+    )  # fmt: skip
     return [
-        [*row, message_json(Message("assistant", answer.text))]
+        [*row, message_json(Message("assistant", text))]
         for row, answer in zip(answerable, answers, strict=True)
-        if answer.text.strip()
+        if (text := answer.text.rstrip("\ufffd")).strip()  # a cut answer may end within a character
     ]

@@ -25,6 +25,7 @@ from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.machine.memory import memory_in_use
 from strop.training import guard
+from strop.training.criteria import KEPT, SupervisedCriterion
 from strop.training.gradients import (
     LocalGradient,
     TotalGradient,
@@ -215,11 +216,17 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
     else:  # the policy has changed since the completions were sampled
         metrics = {**metrics, "off": first.metrics["off"]}
         tokens, supervised = tokens + first.tokens, supervised + first.supervised_tokens
-    verdict = guard.judge_step(job.state.progress, loss, grad_norm)
+    judged: float | None = loss
+    if KEPT in metrics:
+        assert isinstance(job.criterion, SupervisedCriterion)
+        judged, kept = job.criterion.separate(items, loss, metrics)
+        loss, metrics = kept if judged is None else judged, {**metrics, KEPT: kept}
+    verdict = guard.judge_step(job.state.progress, judged, grad_norm)
     result = StepResult(loss, grad_norm, tokens, supervised, verdict, metrics, total)
     if result.applied:
         set_rate(job.state.optimizer, rate)
-        enabled, zero_expected = bool(total.metrics) and first is None, metrics.get("equal_groups") == 1
+        is_first, zero_expected = first is None, metrics.get("equal_groups") == 1
+        enabled = is_first and bool(total.metrics.keys() - {KEPT})
         with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)

@@ -164,6 +164,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
     lock = {
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
+        "kept": data.kept_hash,
         "template": data.renderer.template_hash,
         "rewards": hash_rewards(parse_rewards(recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),

@@ -25,21 +25,27 @@ def make_example(random: np.random.Generator, length: int, *, soft: bool) -> Exa
     others = [random.permutation([x for x in range(60) if x != label])[: K - 1] for label in ids]
     soft_ids = np.column_stack([ids, others]).astype(np.int32)
     probs = random.random((length, K)).astype(np.float32)
-    return Example(ids, weights, "", 0, soft=SoftLabels(soft_ids, probs / probs.sum(1, keepdims=True)))
+    return Example(
+        ids, weights, "", 0, soft=SoftLabels(soft_ids, np.float32(0.8) * probs / probs.sum(1, keepdims=True))
+    )
 
 
 def by_definition(model: Any, examples: list[Example]) -> torch.Tensor:
+    """Cross entropy, or the divergence from K ids and one that stands for all others."""
     total = torch.zeros(())
     for example in examples:
         logits = model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None]).logits[0]
         log_probs = torch.log_softmax(logits, -1)
         for token in np.flatnonzero(example.weights):
-            target = torch.zeros(logits.shape[1])
+            row, weight = log_probs[token - 1], float(example.weights[token])
             if example.soft is None:
-                target[int(example.ids[token])] = 1
-            else:
-                target[torch.from_numpy(example.soft.ids[token]).long()] = torch.from_numpy(example.soft.probs[token])
-            total = total - float(example.weights[token]) * (target * log_probs[token - 1]).sum()
+                total = total - weight * row[int(example.ids[token])]
+                continue
+            ids, probs = torch.from_numpy(example.soft.ids[token]).long(), torch.from_numpy(example.soft.probs[token])
+            others = torch.ones_like(row, dtype=torch.bool).index_fill(0, ids, False)
+            model_probs = torch.cat([row[ids], row[others].logsumexp(0)[None]])
+            target = torch.cat([probs, 1 - probs.sum(0, keepdim=True)])
+            total = total + weight * torch.nn.functional.kl_div(model_probs, target, reduction="sum")
     return total
 
 
@@ -65,21 +71,28 @@ def test_soft_labels_have_the_loss_and_gradients_of_the_definition(family: str, 
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-7)
 
 
-def test_unchanged_model_has_no_gradient_at_its_own_distribution() -> None:
-    """With all token ids in the distribution, the gradient of the logits is 0."""
+@pytest.mark.parametrize("kind", ["fast", "plain"])
+@pytest.mark.parametrize("k", [8, 60])
+def test_unchanged_model_has_no_loss_and_no_gradient(k: int, kind: str) -> None:
     torch.manual_seed(0)
     model = peft.get_peft_model(tiny_of("llama").float(), peft.LoraConfig(r=4, target_modules="all-linear"))
     random = np.random.default_rng(0)
     ids = random.integers(1, 60, 12).astype(np.int32)
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
-    probs = torch.softmax(logits, -1).numpy()
-    vocabulary = np.tile(np.arange(probs.shape[1], dtype=np.int32), (12, 1))
-    soft = SoftLabels(vocabulary, np.concatenate([probs[:1], probs[:-1]]))
+    probs = torch.softmax(logits, -1)
+    labels = probs[torch.arange(11), torch.from_numpy(ids[1:]).long()]
+    order = (
+        probs[:-1].index_put((torch.arange(11), torch.from_numpy(ids[1:]).long()), labels + 1).argsort(descending=True)
+    )
+    chosen = torch.cat([order[:1], order])[:, :k]  # the label first
+    soft = SoftLabels(chosen.numpy().astype(np.int32), torch.cat([probs[:1], probs[:-1]]).gather(1, chosen).numpy())
     weights = (np.arange(12) > 2).astype(np.float32)
-    step_for(model.train()).token_loss([Example(ids, weights, "", 0, soft=soft)]).backward()
-    hard = [float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None]
-    assert max(hard) < 1e-5
+    step = step_for(model.train()) if kind == "fast" else PlainLoss(model)
+    loss = step.token_loss([Example(ids, weights, "", 0, soft=soft)])
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-5
+    assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e-5
 
 
 def test_equal_rows_keep_their_soft_labels() -> None:

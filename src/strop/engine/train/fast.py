@@ -24,7 +24,7 @@ from strop.engine.train.attention import Heads, apply_trained_head_norms
 from strop.engine.train.buffers import Arena, allocate_from_heap
 from strop.engine.train.dropout import DropoutOps, Masks, install_dropout
 from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
-from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, find_top_probs
 from strop.engine.train.linear import Activation, CompiledActivation, FusedLinear, Glu, Prologue, Workspace
 from strop.engine.train.norms import LayerNorm, Norm, normalize
 from strop.engine.train.packing import PackedBatch, pack, pack_last_tokens, pack_separately, sum_by_example
@@ -312,7 +312,9 @@ class FastLoss:
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = self._compute_hidden(batch)
-        return apply(SupervisedLoss, hidden, batch.labels, batch.weights, *self._build_output_head(batch))
+        loss: Tensor = apply(SupervisedLoss, hidden, batch.labels, batch.weights, *self._build_output_head(batch))
+        self.soft_loss = torch.stack(batch.soft.losses).sum() if batch.soft is not None else loss.new_zeros(())
+        return loss
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
         log_probs, weights, label_examples = self._compute_label_log_probs(examples)
@@ -321,6 +323,14 @@ class FastLoss:
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
         log_probs, _, label_examples = self._compute_label_log_probs(examples)
         return log_probs[torch.argsort(label_examples, stable=True)]  # stable: keeps the order within an example
+
+    @torch.no_grad()
+    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+        batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        assert batch.label_examples is not None
+        order = torch.argsort(batch.label_examples, stable=True)  # stable: keeps the order within an example
+        ids, probs = find_top_probs(self._compute_hidden(batch), self._build_output_head(batch)[0], k)
+        return ids[order], probs[order]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         batch = pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device)

@@ -251,17 +251,38 @@ class _SoftRows:
         return _SoftRows(rows, soft.ids[first:last], soft.probs[first:last], logits, softcap)
 
     def correct_(self, losses: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor) -> None:
-        """Replace the losses of labels by those of distributions, and the gradient at the ids."""
+        """Replace the losses and gradients of labels by those of distributions."""
         weight = weights[self.rows].to(losses.dtype)
         is_label = self.ids == labels[self.rows, None]
-        label_logits = (self.capped * is_label).sum(1)
-        log_sum = losses[self.rows] / weight + label_logits
-        losses[self.rows] = weight * (log_sum - (self.probs * self.capped).sum(1))
+        log_sum = losses[self.rows] / weight + (self.capped * is_label).sum(1)
+        log_probs = self.capped - log_sum[:, None]
+        losses[self.rows] = weight * divergence(self.probs, log_probs)
         if grad is not None:
-            slope = weight[:, None] * (torch.exp(self.capped - log_sum[:, None]) - self.probs)
+            rest = (1 - self.probs.sum(1)).clamp(min=0) / rest_prob(
+                log_probs
+            )  # the gradient of other ids is q (1 - rest)
+            grad[self.rows] *= (1 - rest)[:, None].to(grad.dtype)
+            slope = weight[:, None] * (torch.exp(log_probs) - self.probs)
             if self.softcap:
                 slope *= 1 - (self.capped / self.softcap).square()
             grad[self.rows[:, None], self.ids] = slope.to(grad.dtype)
+
+
+def divergence(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence (N,) of probabilities p from those of the model, both (N, k).
+
+    All ids but the k count as one, with the rest of the probability.
+    """
+    rest = (1 - probs.sum(1)).clamp(min=0)
+    crossed: Tensor = (probs * log_probs).sum(1) + rest * rest_prob(log_probs).log()
+    entropy: Tensor = torch.special.entr(probs).sum(1) + torch.special.entr(rest)
+    return -crossed - entropy
+
+
+def rest_prob(log_probs: Tensor) -> Tensor:
+    """Return the probability (N,) of all ids but those given by `log_probs` (N, k)."""
+    total: Tensor = torch.exp(log_probs).sum(1)
+    return (1 - total).clamp(min=1e-6)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
@@ -284,6 +305,36 @@ def _add_matmul(total: Tensor, grad: Tensor, x: Tensor) -> None:
         total[rows] += grad[:, rows].t() @ x
 
 
+@torch.no_grad()
+def find_top_probs(x: Tensor, output: OutputHead, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest probabilities of each row of x (N, h): token ids (N, k), and probabilities, fp32."""
+    weight, adapters = output.weight.to(x.dtype), _HeadAdapters(x, output) if output.adapters else None
+    new_rows = None if output.new_rows is None else output.new_rows.to(x.dtype)
+    ids, probs = list[Tensor](), list[Tensor]()
+    for rows in _split_rows(weight.t(), len(x)):
+        logits = _compute_logits(x, rows, output, weight, new_rows, adapters).float()
+        if output.softcap:
+            logits = output.softcap * torch.tanh(logits / output.softcap)
+        top = logits.topk(min(k, logits.shape[1]))
+        ids.append(top.indices)
+        probs.append(torch.exp(top.values - logits.logsumexp(-1, keepdim=True)))
+    return torch.cat(ids), torch.cat(probs)
+
+
+def _compute_logits(
+    x: Tensor, rows: slice, output: OutputHead, weight: Tensor, new_rows: Tensor | None, adapters: _HeadAdapters | None
+) -> Tensor:
+    """Return the logits of some rows of x, before the soft cap. weight, new_rows: those of the head in x's dtype."""
+    added = None if adapters is None else Product(adapters.za[rows], adapters.b.t())
+    logits = x.new_empty(len(x[rows]), len(weight))
+    output.matmul(x[rows], weight, True, logits, added)
+    if new_rows is not None:
+        logits[:, output.new_ids] = x[rows] @ new_rows.t()
+    if output.bias is not None:
+        logits += output.bias.detach()
+    return logits
+
+
 def _compute_chunk_losses(
     x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, grads: _HeadGradients | None
 ) -> Iterator[Tensor]:
@@ -295,19 +346,14 @@ def _compute_chunk_losses(
     adapters = grads.adapters if grads is not None else _HeadAdapters(x, output) if output.adapters else None
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
-        added = None if adapters is None else Product(adapters.za[rows], adapters.b.t())
-        logits = x.new_empty(len(x[rows]), len(weight))
-        output.matmul(x[rows], weight, True, logits, added)
-        if new_rows is not None:
-            logits[:, output.new_ids] = x[rows] @ new_rows.t()
-        if output.bias is not None:
-            logits += output.bias.detach()
+        logits = _compute_logits(x, rows, output, weight, new_rows, adapters)
         soft = None
         if output.soft is not None:
             soft = _SoftRows.of(output.soft, begin, begin + len(logits), logits, output.softcap)
         losses = output.ops.cross_entropy_(logits, labels[rows], weights[rows], output.softcap, grads is not None)
-        if soft is not None:
+        if soft is not None and output.soft is not None:
             soft.correct_(losses, logits if grads is not None else None, labels[rows], weights[rows])
+            output.soft.losses.append(losses[soft.rows].sum())
         yield losses
         if grads is not None:
             grads.add(rows, x[rows], logits, weight, new_rows)

@@ -178,12 +178,13 @@ class SoftTargets:
 
     Attributes:
         rows: the labels that are replaced, ascending, (S,), int64, on the CPU.
-        ids, probs: different token ids, among them the label, and their probabilities, (S, k).
+        ids, probs: different token ids, among them the label, and their probabilities, (S, k), as in SoftLabels.
     """
 
     rows: Tensor
     ids: Tensor
     probs: Tensor
+    losses: list[Tensor] = field(default_factory=list)  # their sums in each chunk of the output head
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class _Packer:
         ids, probs = (np.concatenate(parts) for parts in zip(*(part[1:] for part in self.soft), strict=True))
         kept, index = used[labels], np.cumsum(used) - 1  # of all labels, and among those that are used
         on_device = copy_to_device([_int64(ids[kept]), np.ascontiguousarray(probs[kept])], device)
-        return SoftTargets(torch.from_numpy(_int64(index[labels[kept]])), *on_device)
+        return SoftTargets(torch.from_numpy(_int64(index[labels[kept]])), on_device[0], on_device[1])
 
 
 def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, number: int) -> Tensor:

@@ -15,7 +15,7 @@ from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import install_dropout, token_keys
-from strop.engine.train.head import CrossEntropy
+from strop.engine.train.head import CrossEntropy, divergence
 from strop.engine.train.packing import sum_by_example
 from strop.errors import ModelError
 from strop.models.families.layers import load_balancing_coefficient
@@ -57,6 +57,7 @@ class PlainLoss:
     prefix_sharing = False
     why_no_triton = ""
     can_offload = False
+    soft_loss: Tensor
 
     def __init__(self, model: Any, why: str = "") -> None:
         self.model, self.why = model, why
@@ -65,8 +66,10 @@ class PlainLoss:
         self._balance = load_balancing_coefficient(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
-        losses, weights, _, balance = self._supervised_losses(examples)
+        losses, weights, rows, balance = self._supervised_losses(examples)
         total = (losses * weights).sum()
+        is_soft = torch.tensor([example.soft is not None for example in examples], device=rows.device)[rows]
+        self.soft_loss = (losses * weights).detach()[is_soft].sum()
         return total if balance is None else total + balance * weights.sum()  # balance is for a mean, total is a sum
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
@@ -87,6 +90,14 @@ class PlainLoss:
 
         self._forward(_PaddedBatch.of(examples), pick_last)
         return picked[0]
+
+    @torch.no_grad()
+    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+        padded = _PaddedBatch.of(examples)
+        rows, columns = padded.weights.nonzero()
+        logits = self._forward(padded, lambda hidden: hidden[rows, columns - 1]).logits.float()
+        top = logits.topk(min(k, logits.shape[1]))
+        return top.indices, torch.exp(top.values - logits.logsumexp(-1, keepdim=True))
 
     def checkpoint(self, layers: int | None = None) -> None:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""
@@ -167,10 +178,9 @@ def _with_soft_labels(
     ids, probs, rows = copy_to_device(
         [arrays[0].astype(np.int64), arrays[1], np.array([label for label, _, _ in chosen])], losses.device
     )
-    picked = logits[rows].to(losses.dtype)
-    # The cross entropy is log(sum(exp(logits))) minus the logit of the label, or minus the mean of the logits.
-    difference = picked.gather(1, labels[rows, None]).squeeze(1) - (probs * picked.gather(1, ids)).sum(1)
-    return losses.index_add(0, rows, difference)
+    picked, hard = logits[rows].to(losses.dtype), losses[rows]
+    log_sum = hard + picked.gather(1, labels[rows, None]).squeeze(1)  # the cross entropy is log_sum minus the logit
+    return losses.index_add(0, rows, divergence(probs, picked.gather(1, ids) - log_sum[:, None]) - hard)
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:
