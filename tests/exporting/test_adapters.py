@@ -105,6 +105,9 @@ def test_weighted_sum_adds_the_changes(
     a, b, mixed = delta(runs[0]), delta(runs[1]), delta(tmp_path / "sum")
     for name, weight in mixed.items():
         torch.testing.assert_close(weight, 0.7 * a[name] + 0.3 * b[name], rtol=1e-4, atol=1e-6)
+    combine([str(runs[0])], [0.5], tmp_path / "half")
+    for name, weight in delta(tmp_path / "half").items():
+        torch.testing.assert_close(weight, 0.5 * a[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(RecipeError, match="2 adapters, 1 weights"):
         combine(list(map(str, runs)), [1.0], tmp_path / "other")
     with pytest.raises(FolderError):

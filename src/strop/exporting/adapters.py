@@ -128,8 +128,9 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
     Uses peft's combination type `cat`, whose rank is the sum of the ranks. `linear` sums A and B separately, so the
     product B A would not be the sum. Raises ModelError for adapters of different bases.
     """
-    if len(names) != len(weights) or len(names) < 2:
-        raise RecipeError(f"{len(names)} adapters, {len(weights)} weights", fix="--weights 0.7,0.3 for two adapters")
+    if len(names) != len(weights):
+        what, fix = f"{len(names)} adapters, {len(weights)} weights", "give one for each, such as --weights 0.7,0.3"
+        raise RecipeError(what, fix=fix)
     if not all(map(math.isfinite, weights)):
         raise RecipeError(f"weights {', '.join(map(str, weights))}: not all are finite", fix="--weights 0.7,0.3")
     check_new_output(out)

@@ -27,7 +27,7 @@ MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over severa
 NO_DATA = "-"  # data.train of a plan without data
 
 
-KEPT_ROW = (60, 30)  # tokens and supervised tokens of a row of train.keep
+KEPT_ROW = (67, 26)  # tokens and supervised tokens of a row of train.keep
 
 
 class Rows(list[tuple[int, int]]):
