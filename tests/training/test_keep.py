@@ -14,6 +14,8 @@ import torch
 from safetensors.numpy import load_file
 
 import strop
+from strop.data.store import JoinedExamples
+from strop.data.types import Example
 from strop.errors import RecipeError
 from strop.evaluation.general import load_questions
 from strop.runs.events import read_events
@@ -140,7 +142,7 @@ def test_loss_is_that_of_the_own_rows(talker: Path, rows: Path, tmp_path: Path) 
         done = strop.train(model=talker, data=rows, out=tmp_path / str(share), **options, **{"train.keep": share})
         events = list(read_events(done.folder / "events.jsonl"))
         steps[share] = [event for event in events if event["event"] == "step"]
-        assert not [event for event in events if event["event"] in ("rollback", "suspect", "skip")]
+        assert not [event for event in events if event["event"] in ("rollback", "doubt", "skip")]
     only_kept = [event for event in steps[0.5] if event.get("kept") == event["loss"]]
     assert only_kept and all(0 <= event["kept"] < 1 for event in only_kept)
     own = next(event for event in steps[0.5] if "kept" not in event)
@@ -201,6 +203,17 @@ def test_damaged_probabilities_are_computed_again(talker: Path, rows: Path, tmp_
 def test_rows_are_chosen_by_their_tokens(tokens: int, share: float, rows: int) -> None:
     chosen = _choose(np.full(10, 10), tokens, share)
     assert len(chosen) == rows and chosen.tolist() == [i % 10 for i in range(rows)]
+
+
+def test_each_epoch_has_the_next_rows() -> None:
+    examples = [Example(np.array([n, n]), np.array([0, 1], np.float32), "", n) for n in range(7)]
+
+    class Own(list[Example]):
+        lengths = supervised = labels = np.ones(1, np.int64)
+
+    joined = JoinedExamples(Own(examples[:1]), examples, np.arange(3))  # type: ignore[arg-type]
+    lines = [[joined.item(i, epoch).line for i in range(len(joined))] for epoch in range(3)]
+    assert lines == [[0, 0, 1, 2], [0, 3, 4, 5], [0, 6, 0, 1]]
 
 
 def test_no_prompt_resembles_a_general_question() -> None:

@@ -71,7 +71,10 @@ class BatchStream:
             yield Batch(self._rows(order, step), epoch, step, self.position)
 
     def rows(self, step: int) -> tuple[int, ...]:
-        return self._rows(self.order(step // self.steps_per_epoch), step)
+        return self._rows(self.order(self.epoch_of(step)), step)
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
 
     def position_of(self, step: int) -> dict[str, int]:
         """Return the position of this stream after `step` batches."""

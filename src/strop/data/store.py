@@ -216,7 +216,10 @@ class Examples(LazySequence[Example]):
 
 
 class JoinedExamples(LazySequence[Example]):
-    """Examples, followed by those of another sequence that `chosen` names, possibly repeated."""
+    """Examples, followed by those of another sequence that `chosen` names, possibly repeated.
+
+    Each epoch has the next examples of the other sequence. Array attributes are of the first epoch.
+    """
 
     def __init__(self, examples: Examples, more: Sequence[Example], chosen: Indices) -> None:
         self._examples, self._more, self._chosen = examples, more, chosen
@@ -228,9 +231,11 @@ class JoinedExamples(LazySequence[Example]):
     def __len__(self) -> int:
         return len(self._examples) + len(self._chosen)
 
-    def item(self, i: int) -> Example:
+    def item(self, i: int, epoch: int = 0) -> Example:
         offset = i - len(self._examples)
-        return self._examples[i] if offset < 0 else self._more[int(self._chosen[offset])]
+        if offset < 0:
+            return self._examples[i]
+        return self._more[(int(self._chosen[offset]) + epoch * len(self._chosen)) % len(self._more)]
 
 
 class Conversations(LazySequence[Conversation]):

@@ -21,6 +21,7 @@ from types import FrameType
 import torch
 
 from strop.data.batching import Batch, BatchStream
+from strop.data.store import JoinedExamples
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.machine.memory import memory_in_use
@@ -178,7 +179,7 @@ def rate_at(job: Job, index: int, total: int) -> float:
 
 def train_step(job: Job, batch: Batch, rate: float) -> StepResult:
     """Train on an effective batch. A rejected step leaves the weights unchanged."""
-    rows = [job.train[row] for row in batch.rows]
+    rows = [row_of(job, batch.epoch, row) for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
 
     def prepare() -> list[Item]:
@@ -347,7 +348,10 @@ def _roll_back(job: Job, diverged: Diverged) -> None:
     progress.rate_scale = before.rate_scale * guard.RATE_CUT
     for name in KEPT_BY_ROLLBACK:
         setattr(progress, name, getattr(before, name))
-    skipped = [{"step": index + 1, "rows": _row_locations(job, stream.rows(index))} for index in progress.passed]
+    skipped = [
+        {"step": index + 1, "rows": _row_locations(job, stream.epoch_of(index), stream.rows(index))}
+        for index in progress.passed
+    ]
     job.log.emit(
         "rollback", step=before.step, to=progress.step, checkpoint=checkpoint.name, why=diverged.why, passed=skipped,
         rate_scale=progress.rate_scale,
@@ -359,7 +363,11 @@ def _divergence_error(job: Job, diverged: Diverged, stream: BatchStream) -> Dive
     rate = rate_at(job, progress.step, stream.total_steps)
     advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), diverged)
     newest = job.folder.checkpoints()[-1][1]
-    rows = [location for index in progress.streak for location in _row_locations(job, stream.rows(index))]
+    rows = [
+        location
+        for index in progress.streak
+        for location in _row_locations(job, stream.epoch_of(index), stream.rows(index))
+    ]
     job.log.emit("stop", step=progress.step, why=diverged.why, rows=rows, advice=advice)
     what = f"step {progress.step + 1}: {diverged.why}, again after a rollback with a lower learning rate"
     error_class = DivergedError if diverged.finite else NonFiniteError
@@ -419,14 +427,18 @@ def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
     kind = "doubt" if result.applied else "skip"
     rows, bad_ranks = batch.rows, result.total.bad_ranks
     if bad_ranks:
-        items = [job.train[row] for row in rows]
+        items = [row_of(job, batch.epoch, row) for row in rows]
         rows = tuple(rows[index] for rank in bad_ranks for index in rows_of_rank(job, items, rank))
     fields = {"ranks": list(bad_ranks)} if bad_ranks and job.devices.world_size > 1 else {}
-    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_row_locations(job, rows), **fields)
+    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_row_locations(job, batch.epoch, rows), **fields)
 
 
-def _row_locations(job: Job, rows: Sequence[int]) -> list[str]:
-    return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]
+def row_of(job: Job, epoch: int, row: int) -> Item:
+    return job.train.item(row, epoch) if isinstance(job.train, JoinedExamples) else job.train[row]
+
+
+def _row_locations(job: Job, epoch: int, rows: Sequence[int]) -> list[str]:
+    return [f"{item.file}:{item.line}" for item in (row_of(job, epoch, row) for row in rows)]
 
 
 def parse_seconds(text: str) -> float:

@@ -31,7 +31,9 @@ def adapters(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a weighted sum of the adapters to this folder.")] = None,
-    weights: Annotated[str, typer.Option(help="Weights of the sum, one per adapter, such as 0.7,0.3. For one adapter: how much of it.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="Weights of the sum, one per adapter, such as 0.7,0.3. For one adapter: how much of it.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """List adapters, show one, compare two, or write a weighted sum of several."""
