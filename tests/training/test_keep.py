@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 import strop
-from strop.data.store import JoinedExamples
+from strop.data.store import JoinedItems
 from strop.data.types import Example
 from strop.errors import RecipeError
 from strop.evaluation.general import load_questions
@@ -119,8 +119,8 @@ def test_plan_counts_kept_rows(talker: Path, rows: Path, capsys: pytest.CaptureF
 def test_kept_rows_are_refused_where_they_cannot_help(
     tiny_folder: Path, talker: Path, rows: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"train.keep: objective dpo"):
-        strop.train(model=talker, data=rows, **{"train.keep": "auto", "train.objective": "dpo"})
+    with pytest.raises(RecipeError, match=r"train.keep: objective reward"):
+        strop.train(model=talker, data=rows, **{"train.keep": "auto", "train.objective": "reward"})
     short = [{"prompt": "a", "completion": "b"}] * 8
     with pytest.raises(RecipeError, match="1 can be rows of this recipe"):
         strop.train(model=talker, data=short, out=tmp_path / "run", max_length=16, **{**QUICK, "train.keep": "auto"})
@@ -155,6 +155,42 @@ def test_loss_is_that_of_the_own_rows(talker: Path, rows: Path, tmp_path: Path) 
         for share in (None, 0.5)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_preferences_keep_too(talker: Path, tmp_path: Path, objective: str) -> None:
+    """The loss is that of the pairs, and a model that has not changed has no divergence."""
+    pairs = [
+        {"prompt": f"count to {n}", "chosen": f"{n} and {n + 1}", "rejected": f"no {n} and {2 * n + 3}"}
+        for n in range(8)
+    ]
+    options = {"objective": objective, "max_steps": 3, "batch_size": 100, "save_steps": 1, "lr": 0.01}
+    results = {}
+    for share in (None, 0.3):
+        out = tmp_path / str(share)
+        done = strop.train(model=talker, data=pairs, out=out, dtype="fp32", **options, **{"train.keep": share})
+        results[share] = [event for event in read_events(done.folder / "events.jsonl") if event["event"] == "step"]
+    plain, kept = results[None][0], results[0.3][0]
+    assert kept["loss"] == pytest.approx(plain["loss"], rel=1e-5) and abs(kept["kept"]) < 1e-5
+    assert kept["accuracy"] == plain["accuracy"] and results[0.3][2]["kept"] > 1e-5
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(
+            model=talker,
+            data=pairs,
+            out=tmp_path / "cut",
+            dtype="fp32",
+            callback=stop,
+            **options,
+            **{"train.keep": 0.3},
+        )
+    strop.resume(tmp_path / "cut")
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("0.3", "cut")]
+    assert adapters[0] == adapters[1]
 
 
 def test_prompts_with_new_tokens_are_left_out(talker: Path, rows: Path, tmp_path: Path) -> None:
@@ -211,7 +247,7 @@ def test_each_epoch_has_the_next_rows() -> None:
     class Own(list[Example]):
         lengths = supervised = labels = np.ones(1, np.int64)
 
-    joined = JoinedExamples(Own(examples[:1]), examples, np.arange(3))  # type: ignore[arg-type]
+    joined = JoinedItems(Own(examples[:1]), examples, np.arange(3))  # type: ignore[arg-type]
     lines = [[joined.item(i, epoch).line for i in range(len(joined))] for epoch in range(3)]
     assert lines == [[0, 0, 1, 2], [0, 3, 4, 5], [0, 6, 0, 1]]
 

@@ -280,7 +280,7 @@ class TrainSection(Section):
     keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
         None,
         description="share of the tokens in rows with the model's own answers to general prompts, so that it "
-        f"keeps what it knows (sft); auto: {KEEP_AUTO}",
+        f"keeps what it knows (not for reward and grpo); auto: {KEEP_AUTO}",
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
@@ -392,7 +392,9 @@ class Recipe(Section):
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
             ),
-            f"train.keep: {objective} does not support it": train.keep is not None and train.objective != "sft",
+            f"train.keep: {objective} does not support it": (
+                train.keep is not None and train.objective in ("reward", "grpo")
+            ),
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
             f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,

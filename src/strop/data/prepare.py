@@ -35,7 +35,7 @@ from strop.data.store import (
     Conversations,
     ExampleGroups,
     Examples,
-    JoinedExamples,
+    JoinedItems,
     Prompts,
     Store,
     Writer,
@@ -66,7 +66,7 @@ class Prepared:
     hash: str  # hash of the rows used, their order and lengths, and the template; without rows of train.keep
     renderer: Renderer  # for prompts at inference after training on these rows
     # None for supervised fine-tuning without train.keep
-    train_items: ExampleGroups | Prompts | JoinedExamples | None = None
+    train_items: ExampleGroups | Prompts | JoinedItems | None = None
     eval_items: ExampleGroups | Prompts | None = None
     kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Mask, Message, Prompt
+from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Item, Mask, Message, Prompt
 
 if TYPE_CHECKING:
     from strop.data.rendering.render import Renderer
@@ -215,27 +215,27 @@ class Examples(LazySequence[Example]):
         return self._store.example(int(self._indices[i]))
 
 
-class JoinedExamples(LazySequence[Example]):
-    """Examples, followed by those of another sequence that `chosen` names, possibly repeated.
+class JoinedItems(LazySequence[Item]):
+    """The recipe's rows, followed by those of train.keep that `chosen` names, possibly repeated.
 
-    Each epoch has the next examples of the other sequence. Array attributes are of the first epoch.
+    Each epoch has the next rows of train.keep.
     """
 
-    def __init__(self, examples: Examples, more: Sequence[Example], chosen: Indices) -> None:
-        self._examples, self._more, self._chosen = examples, more, chosen
-        added = [more[int(i)] for i in chosen]
-        self.lengths = np.concatenate([examples.lengths, [len(example) for example in added]])
-        self.supervised = np.concatenate([examples.supervised, [example.supervised for example in added]])
-        self.labels = np.concatenate([examples.labels, np.full(len(added), -1)])
+    def __init__(self, own: Sequence[Item], kept: Sequence[Example], chosen: Indices) -> None:
+        self.own, self._kept, self._chosen = own, kept, chosen
+        self.kept_tokens = sum(len(kept[int(i)]) for i in chosen)  # in the first epoch
 
     def __len__(self) -> int:
-        return len(self._examples) + len(self._chosen)
+        return len(self.own) + len(self._chosen)
 
-    def item(self, i: int, epoch: int = 0) -> Example:
-        offset = i - len(self._examples)
+    def item(self, i: int, epoch: int = 0) -> Item:
+        offset = i - len(self.own)
         if offset < 0:
-            return self._examples[i]
-        return self._more[(int(self._chosen[offset]) + epoch * len(self._chosen)) % len(self._more)]
+            return self.own[i]
+        return self._kept[(int(self._chosen[offset]) + epoch * len(self._chosen)) % len(self._kept)]
+
+    def with_own(self, own: Sequence[Item]) -> JoinedItems:
+        return JoinedItems(own, self._kept, self._chosen)
 
 
 class Conversations(LazySequence[Conversation]):

@@ -129,7 +129,7 @@ def _print_remedies(run: str, out: Console) -> None:
     recipe = read_resolved(recipe_file).recipe
     out.print("the tuned model lost general abilities: train again in one of these ways, and compare", style="yellow")
     start = f"{command_name()} train {shlex.quote(str(recipe_file))} --out {shlex.quote(f'{run}-2')}"
-    can_keep = recipe.train.objective == "sft" and recipe.train.keep is None
+    can_keep = recipe.train.objective not in ("reward", "grpo") and recipe.train.keep is None
     remedies = {
         "with the base's answers to general prompts": "--train.keep auto" if can_keep else "",
         "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",

@@ -67,7 +67,8 @@ def measure_rows(recipe: Recipe) -> Rows:
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
     if share := keep_share(recipe.train):  # the answers are not known before the run
         tokens = sum(length for length, _ in sizes) * share / (1 - share)
-        sizes += [KEPT_ROW] * round(tokens / KEPT_ROW[0])
+        parts = sequences_per_row(recipe.train)
+        sizes += [(KEPT_ROW[0] // parts, KEPT_ROW[1] // parts)] * (parts * round(tokens / KEPT_ROW[0]))
         prefix = None
     sizes.prefix = 0 if prefix is None else len(prefix)
     return sizes

@@ -57,6 +57,14 @@ class Criterion(ABC):
         """Return a statistic of the whole effective batch that the loss of each micro-batch needs."""
         return 0.0
 
+    def separate(self, items: Sequence[Item], loss: float, metrics: Mapping[str, float]) -> tuple[float | None, float]:
+        """Return the mean loss of the recipe's rows, if there are any, and the divergence of kept tokens, in nats."""
+        kept = kept_rows(items)
+        total, weight = metrics[KEPT] * len(kept), self.divisor(kept)
+        own = self.divisor(items) - weight
+        mean = (loss * (own + weight) - total) / own if len(kept) < len(items) else None
+        return mean, total / sum(float(example.weights.sum()) for example in kept)
+
     @abstractmethod
     def divisor(self, items: Sequence[Item]) -> float:
         """Return the divisor of the loss sum of an effective batch."""
@@ -86,17 +94,8 @@ class SupervisedCriterion(Criterion):
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         total = step.token_loss(_as_examples(items))
-        if not self.keeps:
-            return total, {}
-        number = len(_kept_rows(items))
-        return total, {KEPT: (step.soft_loss / max(1, number)).expand(number)}
-
-    def separate(self, items: Sequence[Item], loss: float, metrics: Mapping[str, float]) -> tuple[float | None, float]:
-        """Return the mean loss of the recipe's rows, if there are any, and that of the rows of train.keep."""
-        kept = _kept_rows(items)
-        total, weight = metrics[KEPT] * len(kept), self.divisor(kept)
-        own = self.divisor(items) - weight
-        return (loss * (own + weight) - total) / own if own else None, total / weight
+        number = len(kept_rows(items))
+        return total, {KEPT: (step.soft_loss / number).expand(number)} if number else {}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
         return {"loss": mean_loss(step.token_loss, _as_examples(items), split, devices=self.devices)}
@@ -104,7 +103,7 @@ class SupervisedCriterion(Criterion):
 
 @dataclass(frozen=True)
 class PreferenceCriterion(Criterion):
-    """A preference objective, divided by the number of rows."""
+    """A preference objective, and the divergence of rows of train.keep, divided by the number of rows."""
 
     objective: PreferenceLoss
     options: TrainSection
@@ -120,7 +119,7 @@ class PreferenceCriterion(Criterion):
             return 0.0
 
         def log_ratios(rows: Sequence[int]) -> list[float]:
-            groups = [group for group in _as_groups([items[row] for row in rows]) if group.kl_examples]
+            groups = [group for group in _as_groups(own_rows([items[row] for row in rows])) if group.kl_examples]
             if not groups:
                 return []
             sums = mismatched_logprobs(step, groups)
@@ -136,6 +135,10 @@ class PreferenceCriterion(Criterion):
         return self.devices.map(batches, compute, lambda rows: sum(len(items[row]) for row in rows))
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
+        if kept := kept_rows(items):
+            assert len(kept) == len(items), "rows of train.keep have their own micro-batches"
+            divergence = step.token_loss(kept)
+            return divergence, {KEPT: (divergence.detach() / len(kept)).expand(len(kept))}
         groups = _as_groups(items)
         return self.loss_of_sums(self.sums(step, groups), groups, statistic)
 
@@ -250,8 +253,14 @@ def _reference_logprobs(groups: Sequence[ExampleGroup], column: int, like: Tenso
     return like.new_tensor([group.reference_logprobs[column] if group.reference_logprobs else 0.0 for group in groups])
 
 
-def _kept_rows(items: Sequence[Item]) -> list[Example]:
-    return [example for example in _as_examples(items) if example.soft is not None]
+def kept_rows(items: Sequence[Item]) -> list[Example]:
+    """Return the rows of train.keep."""
+    return [item for item in items if isinstance(item, Example) and item.soft is not None]
+
+
+def own_rows(items: Sequence[Item]) -> list[Item]:
+    """Return the rows of the recipe."""
+    return [item for item in items if not isinstance(item, Example) or item.soft is None]
 
 
 def _as_examples(items: Sequence[Item]) -> Sequence[Example]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.data.batching import group_by_length, pack
-from strop.data.types import Item
+from strop.data.types import Example, Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
 from strop.errors import MemoryLimitError, first_line
 from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
@@ -174,11 +174,21 @@ def _sum_in_order(job: Job, items: Sequence[Item], buffers: Sequence[Tensor], si
 
 def _mean_metrics(metrics: Sequence[tuple[int, Metrics]]) -> dict[str, Tensor]:
     parts = [columns for _, columns in sorted(metrics, key=lambda indexed: indexed[0])]
-    return {name: torch.cat([part[name] for part in parts]).mean() for name in (parts[0] if parts else ())}
+    names = dict.fromkeys(name for part in parts for name in part)  # a micro-batch may lack some
+    return {name: torch.cat([part[name] for part in parts if name in part]).mean() for name in names}
 
 
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
-    """Return the rows of each micro-batch: packed up to a number of tokens, or grouped by length if the step pads."""
+    """Return the rows of each micro-batch: packed up to a number of tokens, or grouped by length if the step pads.
+
+    Preferences and rows of train.keep are computed differently, and are in different micro-batches.
+    """
+    parts = [[row for row, item in enumerate(items) if isinstance(item, Example) is kept] for kept in (False, True)]
+    batches = ((part, _split_batch(job, [items[row] for row in part])) for part in parts if part)
+    return [[part[i] for i in batch] for part, part_batches in batches for batch in part_batches]
+
+
+def _split_batch(job: Job, items: Sequence[Item]) -> list[list[int]]:
     lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _micro_batch_size(job)
     if train.exact:

@@ -28,7 +28,7 @@ from strop.data.batching import group_by_length, pack
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
-from strop.data.store import JoinedExamples, message_json
+from strop.data.store import JoinedItems, message_json
 from strop.data.types import Example, Indices, Message, SoftLabels
 from strop.engine.step import step_for
 from strop.errors import RecipeError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 32  # longer answers are cut: soft labels need no stop token
 TOP_K = 32
-WEIGHT = 3.0  # of the loss of a kept token, relative to a token of the recipe's rows
+WEIGHT = 3.0  # of a kept token's loss, relative to a token of the recipe's rows, or of a kept row to a preference
 MIN_ROWS = 16
 BATCH_TOKENS = 1024  # of a batch whose probabilities are computed together
 
@@ -84,10 +84,11 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
             tensors = _find_distributions(rows, load_once().module)
             write_atomic(cached, save(tensors))
         write_atomic(distributions, cached.read_bytes())
-    kept, lengths = _with_soft_labels(rows, tensors), np.array([len(row) for row in rows])
+    kept = _with_soft_labels(rows, tensors, by_row=data.train_items is not None)
+    lengths = np.array([len(row) for row in rows])
     chosen = _choose(lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
     checksum = sha256_text(f"{sha256_file(file)} {sha256_file(distributions)} {len(chosen)}")
-    return replace(data, train_items=JoinedExamples(data.train, kept, chosen), kept_hash=checksum)
+    return replace(data, train_items=JoinedItems(data.train_items or data.train, kept, chosen), kept_hash=checksum)
 
 
 def _read_tensors(file: Path) -> dict[str, npt.NDArray[Any]] | None:
@@ -115,8 +116,10 @@ def _find_distributions(rows: Sequence[Example], module: Any) -> dict[str, npt.N
     }
 
 
-def _with_soft_labels(rows: Sequence[Example], distributions: dict[str, npt.NDArray[Any]]) -> list[Example]:
-    """Return the rows with distributions as labels, and with the weight of kept tokens."""
+def _with_soft_labels(
+    rows: Sequence[Example], distributions: dict[str, npt.NDArray[Any]], *, by_row: bool
+) -> list[Example]:
+    """Return the rows with distributions as labels, and with WEIGHT for each token, or by_row for all of a row."""
     softened, begin = [], 0
     for row in rows:
         supervised = row.weights > 0
@@ -128,7 +131,8 @@ def _with_soft_labels(rows: Sequence[Example], distributions: dict[str, npt.NDAr
         shape = len(row), ids.shape[1]
         soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         soft.ids[supervised], soft.probs[supervised] = ids, probs / np.maximum(1, probs.sum(1, keepdims=True))
-        softened.append(replace(row, soft=soft, weights=row.weights * np.float32(WEIGHT)))
+        weight = WEIGHT / row.supervised if by_row else WEIGHT
+        softened.append(replace(row, soft=soft, weights=row.weights * np.float32(weight)))
     return softened
 
 

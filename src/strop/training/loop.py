@@ -21,12 +21,12 @@ from types import FrameType
 import torch
 
 from strop.data.batching import Batch, BatchStream
-from strop.data.store import JoinedExamples
+from strop.data.store import JoinedItems
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.machine.memory import memory_in_use
 from strop.training import guard
-from strop.training.criteria import KEPT, SupervisedCriterion
+from strop.training.criteria import KEPT
 from strop.training.gradients import (
     LocalGradient,
     TotalGradient,
@@ -219,7 +219,6 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
         tokens, supervised = tokens + first.tokens, supervised + first.supervised_tokens
     judged: float | None = loss
     if KEPT in metrics:
-        assert isinstance(job.criterion, SupervisedCriterion)
         judged, kept = job.criterion.separate(items, loss, metrics)
         loss, metrics = kept if judged is None else judged, {**metrics, KEPT: kept}
     verdict = guard.judge_step(job.state.progress, judged, grad_norm)
@@ -434,7 +433,7 @@ def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
 
 
 def row_of(job: Job, epoch: int, row: int) -> Item:
-    return job.train.item(row, epoch) if isinstance(job.train, JoinedExamples) else job.train[row]
+    return job.train.item(row, epoch) if isinstance(job.train, JoinedItems) else job.train[row]
 
 
 def _row_locations(job: Job, epoch: int, rows: Sequence[int]) -> list[str]:

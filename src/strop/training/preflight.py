@@ -18,7 +18,7 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
-from strop.data.store import JoinedExamples
+from strop.data.store import JoinedItems
 from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
@@ -330,10 +330,10 @@ def startup_notes(setup: Setup) -> list[str]:
 
 def _kept_note(setup: Setup) -> str | None:
     rows, items = setup.data.train, setup.data.train_items
-    if not isinstance(items, JoinedExamples):
+    if not isinstance(items, JoinedItems):
         return None
-    share = 1 - rows.lengths.sum() / items.lengths.sum()
-    return f"train.keep: {len(items) - len(rows):,} rows of general prompts, {100 * share:.0f}% of the tokens"
+    share = items.kept_tokens / (items.kept_tokens + rows.lengths.sum())
+    return f"train.keep: {len(items) - len(items.own):,} rows of general prompts, {100 * share:.0f}% of the tokens"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.data.store import LazySequence
+from strop.data.store import JoinedItems, LazySequence
 from strop.data.types import ExampleGroup
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import apply_umask, disk_errors, fsync_folder
@@ -67,7 +67,7 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
         return replace(job, criterion=replace(criterion, start=start))
     if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return job
-    sets = {"train": cast("Sequence[ExampleGroup]", job.train), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
+    sets = {"train": _own_groups(job), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
     values, start = _load_reference(job, key, sets)
     started = time.perf_counter()
     LOG.info("computing reference log-probabilities")
@@ -80,7 +80,8 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
             if job.devices.is_main:
                 _save_reference(job, key, values, start)
         job.log.emit("reference", rows=computed, seconds=round(time.perf_counter() - started, 3))
-    train, held_out = (WithReference(groups, values[name]) for name, groups in sets.items())
+    own, held_out = (WithReference(groups, values[name]) for name, groups in sets.items())
+    train = job.train.with_own(own) if isinstance(job.train, JoinedItems) else own
     job = replace(job, train=train, eval=held_out if job.eval else None)
     check_reference(job, key)
     return job
@@ -94,7 +95,8 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
     criterion = job.criterion
     if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return
-    groups = [cast(ExampleGroup, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
+    own = _own_groups(job)
+    groups = [own[row] for row in batch_stream(job.recipe, len(job.train)).rows(0) if row < len(own)] or [own[0]]
     at_start = job.state.progress.step == 0
     start = {} if at_start else _load_reference(job, key, {})[1]  # at the start, the model is the reference
     stored = torch.tensor([group.reference_logprobs for group in groups], dtype=torch.float64)
@@ -119,6 +121,11 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
     job.log.emit("reference-check", step=progress.step, rows=len(groups), off=max_difference, **fields)
 
 
+def _own_groups(job: Job) -> Sequence[ExampleGroup]:
+    """Return the training rows without those of train.keep."""
+    return cast("Sequence[ExampleGroup]", job.train.own if isinstance(job.train, JoinedItems) else job.train)
+
+
 def _mean_loss(criterion: PreferenceCriterion, groups: Sequence[ExampleGroup], values: Tensor) -> float:
     """Return the mean loss of an effective batch. values: its log-probabilities, shape (N, K)."""
     sums = values[:, : len(groups[0].examples)].flatten().view(len(groups), -1).unbind(1)
@@ -128,16 +135,16 @@ def _mean_loss(criterion: PreferenceCriterion, groups: Sequence[ExampleGroup], v
 def _split_sets(job: Job) -> dict[str, Iterator[list[int]]]:
     """Return batches of the rows of each set: the steps of the first epoch, and the blocks of an evaluation."""
     stream, held_out = batch_stream(job.recipe, len(job.train)), range(len(job.eval or ()))
-    steps = range(min(stream.total_steps, stream.steps_per_epoch))
+    steps, number = range(min(stream.total_steps, stream.steps_per_epoch)), len(_own_groups(job))
     return {
-        "train": (list(stream.rows(step)) for step in steps),
+        "train": ([row for row in stream.rows(step) if row < number] for step in steps),
         "eval": (list(held_out[begin : begin + BLOCK]) for begin in held_out[::BLOCK]),
     }
 
 
 def _compute_missing(job: Job, groups: Sequence[ExampleGroup], values: Tensor, batches: Iterator[list[int]]) -> int:
     """Compute the missing values, with one batch per device at a time, and return the number of rows computed."""
-    missing = [rows for rows in batches if values[rows].isnan().all(1).any()]
+    missing = [rows for rows in batches if rows and values[rows].isnan().all(1).any()]
     for begin in range(0, len(missing), job.devices.world_size):
         rows_by_rank = missing[begin : begin + job.devices.world_size]
         rank_rows = rows_by_rank[job.devices.rank] if job.devices.rank < len(rows_by_rank) else []
