@@ -115,7 +115,7 @@ def call_faults(function: Any, node: ast.Call) -> list[str]:
     results = []
     for keyword in node.keywords:
         name = keyword.arg
-        if name is None or name in signature.parameters:
+        if name is None or (name in signature.parameters and name not in ("model", "data", "lora", "train")):
             continue
         if not free:
             results.append(f"{function.__name__} takes no {name}")

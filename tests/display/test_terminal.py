@@ -160,3 +160,23 @@ def test_markup_in_a_status_line_on_a_terminal_is_printed_literally() -> None:
     with status_line(f"merging into {MARKUP}", Console(file=out, force_terminal=True, width=200)) as status:
         status.update(f"reading {MARKUP}")
     assert MARKUP in out.getvalue()
+
+
+@pytest.mark.parametrize(("level", "expected"), [(logging.WARNING, ["w"]), (logging.DEBUG, ["i", "w", "d"])])
+def test_messages_reach_other_handlers_as_without_a_display(level: int, expected: list[str]) -> None:
+    messages: list[str] = []
+    handler, root, logger = logging.Handler(), logging.getLogger(), logging.getLogger("strop.x")
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    before, shown = root.level, list[str]()
+    root.addHandler(handler)
+    root.setLevel(level)
+    try:
+        with progress.activity_messages(shown.append), progress.activity_messages(shown.append):
+            logger.info("i")
+            logger.warning("w")
+            logger.debug("d")
+        logger.info("later")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+    assert messages == expected + ["later"] * (level == logging.DEBUG) and shown == ["i", "i"]

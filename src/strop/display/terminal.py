@@ -37,23 +37,26 @@ GENERATION_INTERVAL = 4.0  # seconds between lines of generation progress
 
 @contextmanager
 def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
-    """Call `show` with each INFO message of the "strop" logger inside the block. Warnings go to stderr as outside."""
+    """Call `show` with each INFO message of the "strop" logger inside the block. Other handlers get what they got."""
+    logger = logging.getLogger("strop")
+    level, effective_level, propagates = logger.level, logger.getEffectiveLevel(), logger.propagate
 
-    def show_info(record: logging.LogRecord) -> None:
+    def emit(record: logging.LogRecord) -> None:
         if record.levelno == logging.INFO:
             show(record.getMessage())
-        elif logging.lastResort is not None and not logging.getLogger().handlers:
-            logging.lastResort.handle(record)
+        if propagates and record.levelno >= effective_level:
+            logging.getLogger().handle(record)
 
-    handler, logger = logging.Handler(logging.INFO), logging.getLogger("strop")
-    handler.emit = show_info  # type: ignore[method-assign]
-    level = logger.level
-    logger.setLevel(logging.INFO)
+    handler = logging.Handler()
+    handler.emit = emit  # type: ignore[method-assign]
+    logger.setLevel(min(effective_level, logging.INFO))
+    logger.propagate = False
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.propagate = propagates
         logger.setLevel(level)
 
 
