@@ -37,6 +37,7 @@ def _is_numeric(hint: Any) -> bool:
 def allows_type(hint: Any, kind: type) -> bool:
     """Return whether a type hint allows `kind`, such as str, list, dict or NoneType."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    members = [type(get_args(part)[0]) if get_origin(part) is Literal else part for part in members]
     return any((get_origin(member) or member) is kind for member in members)
 
 
@@ -222,14 +223,15 @@ OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
     *("rewards", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
+    *("labels", "class_weights"),
 )  # fields of `train` that only some objectives read
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
         "sft",
         description="training objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers "
-        "(kto), a reward model (reward) or sampled completions (grpo)",
+        "(kto), a reward model (reward), sampled completions (grpo) or the class of a text (classify)",
     )
     beta: Finite | None = Field(
         None,
@@ -273,6 +275,14 @@ class TrainSection(Section):
     )
     updates: int | None = Field(
         None, ge=1, description="optimizer steps for each batch of completions (grpo); default: 1"
+    )
+    labels: list[Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
+        None, min_length=2, description="names and order of the classes (classify); default: those of the training rows"
+    )
+    class_weights: dict[str, Annotated[Finite, Field(ge=0)]] | Literal["none", "balanced"] | None = Field(
+        None,
+        description="weight of each class in the loss (classify): none, balanced (rare classes count as much as "
+        "frequent ones) or a map from label to weight; default: none",
     )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
@@ -392,6 +402,7 @@ class Recipe(Section):
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
             ),
+            "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
             f"train.keep: {objective} does not support it": train.keep is not None and train.objective != "sft",
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,

@@ -31,11 +31,16 @@ from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder, find_adapter_folder, read_adapter_config
+from strop.models.adapter_config import (
+    WEIGHTS_FILE,
+    adapter_folder,
+    check_adapter_kind,
+    find_adapter_folder,
+    read_adapter_config,
+)
 from strop.models.adapters import (
     attach_adapter,
     check_adapter_base,
-    check_adapter_kind,
     check_adapter_weights,
     locate_base,
     locate_tokenizer,
@@ -218,7 +223,7 @@ class TunedModel:
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
             return TunedModel(name, source)
-        check_adapter_kind(folder, is_reward_model=False)
+        check_adapter_kind(folder, "text")
         check_adapter_base(folder, source)
         check_adapter_weights(folder)
         storage = BaseStorage.read(folder)

@@ -1,0 +1,103 @@
+"""Classification in the training loop, compared with transformers' and peft's own sequence classifiers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, pipeline
+
+from strop.data.types import LabelledText
+from strop.engine.decode.model import load
+from strop.engine.step import step_for
+from strop.engine.train.plain import PlainLoss
+from strop.models.lora import add_lora, find_score_head, trainable_parameters
+from strop.runs.events import read_events
+from strop.training.criteria import ClassCriterion
+from tests.support import texts, tiny
+from tests.support.families import tokenizer
+from tests.support.random_models import tiny_of
+from tests.support.runs import QUICK, run
+
+CLASSES = 3
+
+
+def make_base(family: str) -> Any:
+    sizes = {"vocab_size": len(tokenizer("chatml")), "pad_token_id": 0}
+    if family != "gpt2":
+        return tiny_of(family, **sizes)
+    off: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, **off, **sizes))
+
+
+def adapted(family: str, folder: Path) -> tuple[Any, Any]:
+    """Return a model with adapters and a score head, and transformers' classifier with the same weights."""
+    base = make_base(family).float().requires_grad_(False)
+    base.save_pretrained(folder)
+    torch.manual_seed(0)
+    ours = add_lora(base, tiny.recipe().recipe.lora, None, outputs=CLASSES)
+    with torch.no_grad():
+        for name, weight in trainable_parameters(ours).items():
+            if "lora_B" in name or "score" in name:
+                weight.normal_(0, 0.3)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=CLASSES)
+    theirs = peft.get_peft_model(theirs, copy.deepcopy(ours.peft_config["default"]))
+    peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours, save_embedding_layers=False))
+    return ours, theirs.train()
+
+
+def their_loss(model: Any, rows: list[LabelledText], several: bool, weights: torch.Tensor) -> torch.Tensor:
+    """Return the loss of transformers' classifier on a padded batch, with torch's own loss functions."""
+    examples = [row.examples[0] for row in rows]
+    ids = torch.zeros(len(rows), max(map(len, examples)), dtype=torch.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
+    logits = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+    targets = torch.zeros(len(rows), CLASSES)
+    for row, text in enumerate(rows):
+        targets[row, list(text.classes)] = 1
+    if not several:
+        return functional.cross_entropy(logits, targets.argmax(1), weight=weights)
+    losses = functional.binary_cross_entropy_with_logits(logits, targets, weight=weights, reduction="sum")
+    return losses / (len(rows) * weights.sum())
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 1.0)])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("family", "plain"), [("llama", False), ("llama", True), ("gpt_neox", False), ("qwen2", False), ("gpt2", True)]
+)
+def test_loss_and_gradients_equal_those_of_transformers(
+    family: str, plain: bool, several: bool, weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    ours, theirs = adapted(family, tmp_path)
+    rows = texts.texts(9, several=several)
+    step = PlainLoss(ours.train(), "asked for by the test") if plain else step_for(ours.train())
+    assert step.name == ("plain" if plain else "fast")
+    head = find_score_head(ours)
+    assert head is not None
+    criterion = ClassCriterion(head, weights, several)
+    total = 0.0
+    for part in (rows[:4], rows[4:]):  # micro-batches of one step
+        loss, _ = criterion.loss(step, part, 0.0)
+        loss = loss / criterion.divisor(rows)
+        loss.backward()
+        total += float(loss.detach())
+    expected = their_loss(theirs, rows, several, torch.tensor(weights))
+    expected.backward()
+    assert total == pytest.approx(float(expected.detach()), abs=1e-5)
+    theirs_by_name = dict(theirs.named_parameters())
+    compared = trainable_parameters(ours)
+    assert any("score" in name for name in compared) and len(compared) > 4
+    for name, weight in compared.items():
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, theirs_by_name[name].grad, atol=1e-5, rtol=1e-4, msg=name)
