@@ -33,7 +33,7 @@ def texts(number: int, seed: int = 0, several: bool = False, longest: int = 24) 
 def rows(number: int, several: bool = False) -> list[dict[str, Any]]:
     """Return rows of three classes whose texts are all different."""
     return [
-        {"text": f"{WORDS[n % 3][n % 2]} the {n} of {n * 7}", "label": [NAMES[n % 3], *NAMES[: n % 2]][: 1 + n % 2]}
+        {"text": f"{WORDS[n % 3][n % 2]} the {n} of {n * 7}", "label": sorted({NAMES[n % 3], NAMES[n % 2]})[: n % 4]}
         if several
         else {"text": f"{WORDS[n % 3][n % 2]} the {n} of {n * 7}", "label": NAMES[n % 3]}
         for n in range(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from strop.engine.decode.model import load
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import add_lora, find_score_head, trainable_parameters
-from strop.runs.events import read_events
 from strop.training.criteria import ClassCriterion
 from tests.support import texts, tiny
 from tests.support.families import tokenizer
@@ -101,3 +100,61 @@ def test_loss_and_gradients_equal_those_of_transformers(
     for name, weight in compared.items():
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad, theirs_by_name[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def train(folder: Path, rows: list[dict[str, Any]], out: Path, *words: str, capsys: Any) -> str:
+    """Run `strop train` with a tiny model and return its standard error."""
+    data = texts.write(out.parent / f"{out.name}.jsonl", rows)
+    command = ["train", "--model", folder, "--data", data, "--out", out, *QUICK, "--train.objective", "classify"]
+    code, _, err = run(*command, "--train.learning_rate", "0.02", *words, capsys=capsys)
+    assert code == 0, err
+    return err
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_classifier_from_the_command_line_to_plain_transformers(
+    several: bool, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, rows = tmp_path / "run", texts.rows(36, several)
+    err = train(tiny_folder, rows, out, "--eval", "25%", "--train.class_weights", "balanced", capsys=capsys)
+    assert "3 classes" in err and "ranked" not in err
+    report = json.loads((out / "report.json").read_text())
+    assert report["objective"]["options"] == {"labels": sorted(texts.NAMES), "class_weights": "balanced"}
+    assert {"accuracy", "accuracy_interval", "macro_f1"} <= report["objective"]["held_out"].keys()
+    new = texts.write(tmp_path / "new.jsonl", texts.rows(60, several)[36:])
+    code, stdout, err = run("eval", out, "--data", new, "--json", capsys=capsys)
+    assert code == 0, err
+    result = json.loads(stdout)
+    assert result["rows"] == 24 and result["train_rows"] == 0 and len(result["classes"]) == 3
+    assert ("confusion" in result) is not several and ("micro_f1" in result["tuned"]) is several
+
+    model = load(out, dtype="fp32")
+    queries = ["play the 3 of 21", "rain", "a seat for dinner and then a song that is much longer than the others"]
+    ours = [row["probabilities"] for row in model.classify(queries)]
+    card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "accuracy" in card and "was not evaluated" not in card
+    snippet = re.findall(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    snippet = snippet.replace('"BASE"', repr(str(tiny_folder))).replace("THIS_FOLDER", str(out / "adapter"))
+    shown: list[Any] = []
+    for query in queries:
+        exec(snippet, {"text": query, "print": shown.append})
+    check_probabilities([row[0] if isinstance(row[0], list) else row for row in shown], ours)
+
+    merged = tmp_path / "merged"
+    code, stdout, err = run("merge", out, "--out", merged, "--dtype", "fp32", "--json", capsys=capsys)
+    assert code == 0, err
+    assert json.loads(stdout)["parity"]["passed"]
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["pad_token_id"] is not None
+    assert config["label2id"] == {name: i for i, name in enumerate(sorted(texts.NAMES))}
+    classify = pipeline("text-classification", model=str(merged), top_k=None)
+    check_probabilities(classify(queries, batch_size=3), ours)  # padded
+    code, _, err = run("chat", merged, capsys=capsys)
+    assert code == 2 and "generates no text" in err
+
+
+def check_probabilities(theirs: list[list[dict[str, Any]]], ours: list[dict[str, float]]) -> None:
+    assert len(theirs) == len(ours)
+    for answer, expected in zip(theirs, ours, strict=True):
+        assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(expected, abs=1e-3)
+        assert max(expected.values()) > 0.4

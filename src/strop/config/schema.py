@@ -36,8 +36,8 @@ def _is_numeric(hint: Any) -> bool:
 
 def allows_type(hint: Any, kind: type) -> bool:
     """Return whether a type hint allows `kind`, such as str, list, dict or NoneType."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    members = [type(get_args(part)[0]) if get_origin(part) is Literal else part for part in members]
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    members = (type(get_args(part)[0]) if get_origin(part) is Literal else part for part in parts)
     return any((get_origin(member) or member) is kind for member in members)
 
 
