@@ -17,7 +17,7 @@ from typing import Any
 from strop.data.converters import convert_prompt
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
-from strop.data.types import Classes, Conversation, Ids, Message
+from strop.data.types import Classes, Conversation, Example, Ids, Message
 from strop.engine.decode.classify import Classifier
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
@@ -135,23 +135,26 @@ class Model:
             InputError: if a text is empty, or has more tokens than the model supports.
             ModelError: if the model is not a classifier.
         """
-        classifier, limit = self.classifier, max_positions(self.module) or sys.maxsize
-        examples = []
-        for number, text in enumerate([texts] if isinstance(texts, str) else texts, 1):
-            conversation = (
-                Conversation("text", number, (), text=text, label="")
-                if isinstance(text, str)
-                else (Conversation("text", number, tuple(_parse_messages(text)), label=""))
-            )
-            [example] = self.renderer.render(conversation)
-            if len(example) > limit:
-                what = f"text {number} has {len(example):,} tokens, and the model supports {limit:,}"
-                raise InputError(what, fix="shorten it")
-            examples.append(example)
+        classifier, examples = self.classifier, self.encode_texts([texts] if isinstance(texts, str) else texts)
         with self._lock, default_torch_state():
             rows = classifier.probabilities(examples).tolist()
         assert self.classes is not None
         return [describe_classes(self.classes, row) for row in rows]
+
+    def encode_texts(self, texts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[Example]:
+        """Encode texts or conversations to classify, as in training. Raises InputError."""
+        limit, examples = max_positions(self.module) or sys.maxsize, []
+        for number, text in enumerate(texts, 1):
+            if isinstance(text, str) and not text.strip():
+                raise InputError(f"classify: text {number} is empty", fix="give a text")
+            messages = () if isinstance(text, str) else tuple(_parse_messages(text))
+            row = Conversation("text", number, messages, text=text if isinstance(text, str) else None, label="")
+            [example] = self.renderer.render(row)
+            if len(example) > limit:
+                what = f"classify: text {number} has {len(example):,} tokens, and the model supports {limit:,}"
+                raise InputError(what, fix="shorten it")
+            examples.append(example)
+        return examples
 
     @contextmanager
     def base(self) -> Iterator[None]:
