@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -196,11 +197,12 @@ def has_baseline() -> bool:
 def _predict_baseline(
     train_rows: Sequence[Conversation], rows: Sequence[Conversation], classes: Classes
 ) -> Probabilities:
-    """Return the probabilities of logistic regression on TF-IDF of words and pairs of words, (N, C)."""
+    """Return the probabilities of logistic regression on TF-IDF of words, (N, C)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
+    has_words = any(re.search(r"\w", text_of(row)) for row in train_rows)
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+" if has_words else r"\S+")
     features = vectorizer.fit_transform([text_of(row) for row in train_rows])
     others, targets = vectorizer.transform([text_of(row) for row in rows]), _make_targets(train_rows, classes)
     probabilities = np.zeros((len(rows), len(classes.names)))
