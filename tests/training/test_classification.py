@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,21 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, pipeline
 
+from strop.cli import app
 from strop.data.types import LabelledText
 from strop.engine.decode.model import load
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import add_lora, find_score_head, trainable_parameters
 from strop.training.criteria import ClassCriterion
+from tests import ROOT
 from tests.support import texts, tiny
 from tests.support.families import tokenizer
+from tests.support.pages import SHELL, blocks, commands
 from tests.support.random_models import tiny_of
 from tests.support.runs import QUICK, run
 
@@ -158,3 +165,87 @@ def check_probabilities(theirs: list[list[dict[str, Any]]], ours: list[dict[str,
     for answer, expected in zip(theirs, ours, strict=True):
         assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(expected, abs=1e-3)
         assert max(expected.values()) > 0.4
+
+
+def test_resumed_classifier_equals_the_uninterrupted_one(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, words = texts.rows(30), ("--train.save_steps", "2", "--model.quantization", "nf4", "--lora.dropout", "0.1")
+    for name in ("whole", "cut"):
+        train(tiny_folder, rows, tmp_path / name, *words, capsys=capsys)
+    cut = tmp_path / "cut"
+    for file in ("report.json", "report.html"):
+        (cut / file).unlink()
+    for checkpoint in sorted((cut / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    code, _, err = run("resume", cut, capsys=capsys)
+    assert code == 0, err
+    assert "labels: [music, table, weather]" in (cut / "recipe.yaml").read_text()
+    whole, again = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == again.keys() and any("score" in name for name in whole)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_classifier_is_trained_further_and_refused_elsewhere(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_folder, texts.rows(24), out, capsys=capsys)
+    train(tiny_folder, texts.rows(30), tmp_path / "more", "--model.adapter", str(out), capsys=capsys)
+    other = [{**row, "label": row["label"][:-1]} for row in texts.rows(24)]
+    data = texts.write(tmp_path / "other.jsonl", other)
+    classify = ["--train.objective", "classify"]
+    commands: list[tuple[list[str | Path], str]] = [
+        (["export", "gguf", out, "--out", tmp_path / "m.gguf"], "classifies texts"),
+        (["export", "ollama", out, "--out", tmp_path / "ollama"], "classifies texts"),
+        (["export-script", out, "--out", tmp_path / "script"], "train.objective classify"),
+        (["train", "--model", out, "--data", data, "--out", tmp_path / "x", *classify], "it has the classes music"),
+        (["train", "--model", out, "--data", data, "--out", tmp_path / "x"], "classify"),
+        (["eval", out, "--data", data], "unknown label 'musi' (did you mean music?); known are music, table, weather"),
+        (["eval", out, "--data", data, "--metric", "contains"], "--metric accuracy"),
+        (["chat", out, "--base"], "takes no --base"),
+        (
+            ["train", "--model", tiny_folder, "--data", data, "--train.class_weights", "musi=2,x=1", *classify],
+            "no such label",
+        ),
+        (
+            ["train", "--model", tiny_folder, "--data", data, "--train.class_weights", "some", *classify],
+            "class_weights",
+        ),
+        (["train", "--model", tiny_folder, "--data", data, "--train.labels", "mu,mu", *classify], "given twice"),
+        (["train", "--model", tiny_folder, "--data", data, "--train.labels", "a,b"], "--objective classify"),
+    ]
+    for command, message in commands:
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2 and message in " ".join(err.split()), (command, err)
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/classify.md run in order, with a tiny model; tests/serve has a test of the server."""
+    monkeypatch.chdir(tmp_path)
+    texts.write(tmp_path / "texts.jsonl", texts.rows(60))
+    texts.write(tmp_path / "held-out.jsonl", texts.rows(90)[60:])
+    shown: list[Any] = []
+    for block in blocks(ROOT / "docs" / "classify.md"):
+        if block.language == "python":
+            exec(block.text, {"print": shown.append})
+        for words in commands(block.text) if block.language in SHELL else ():
+            if words[0] != "strop" or words[1] == "serve":
+                continue
+            words = [str(tiny_folder) if word == "demo" else word for word in words[1:]]
+            words += [*QUICK, "--train.learning_rate", "0.02"] if words[0] == "train" else []
+            monkeypatch.setattr(sys, "stdin", io.StringIO("put on a song\nis it windy\n"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["strop", *words])
+                with pytest.raises(SystemExit) as ended:
+                    app.main()
+            out, err = capsys.readouterr()
+            assert not ended.value.code, err
+            if words[0] == "chat":
+                assert len(out.splitlines()) == 2 and all(name in out for name in texts.NAMES)
+    ours, theirs = shown
+    for row, answer in zip(ours, theirs, strict=True):
+        found = {entry["label"]: entry["score"] for entry in answer}
+        assert found == pytest.approx(row["probabilities"], abs=0.02)  # merged into bf16
