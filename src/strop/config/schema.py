@@ -231,7 +231,7 @@ class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
         "sft",
         description="training objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers "
-        "(kto), a reward model (reward), sampled completions (grpo) or the class of a text (classify)",
+        "(kto), a reward model (reward), sampled completions (grpo) or classes (classify)",
     )
     beta: Finite | None = Field(
         None,

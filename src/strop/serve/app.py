@@ -112,6 +112,12 @@ def add_error_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> N
     app.add_exception_handler(HTTPException, _http_error_response)
 
 
+def add_metrics(router: APIRouter, metrics: Metrics) -> None:
+    @router.get("/metrics", include_in_schema=False)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 def make_counter(metrics: Metrics, paths: Collection[str]) -> Callable[[str, int], None]:
     """Return a function that counts a response. Other paths share a label, because labels stay in memory."""
 
@@ -183,10 +189,7 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
             raise ApiError(503, FAILURES["failed"][1])
         return {"status": "ok"}
 
-    @router.get("/metrics", include_in_schema=False)
-    async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    add_metrics(router, metrics)
     for path, (name, media_type) in ASSETS.items():
         router.add_api_route(path, _make_asset_handler(name, media_type), methods=["GET"], include_in_schema=False)
     app.include_router(router)

@@ -18,7 +18,16 @@ from strop.data.types import Example
 from strop.engine.decode.model import Model, describe_classes, load
 from strop.errors import InputError, ModelError
 from strop.models.introspect import max_positions
-from strop.serve.app import CHAT, COMPLETIONS, RESPONSES, StrictRoute, add_error_handlers, make_counter, new_app
+from strop.serve.app import (
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    StrictRoute,
+    add_error_handlers,
+    add_metrics,
+    make_counter,
+    new_app,
+)
 from strop.serve.engine import Metrics, create_engine_thread
 from strop.serve.models import check_names
 from strop.serve.protocol import StrictBody, TokenId, fail_with
@@ -111,8 +120,10 @@ def create_classifier_app(
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    add_metrics(router, metrics)
     app.include_router(router)
-    return Guard(app, rules, make_counter(metrics, {CLASSIFY, CHAT, COMPLETIONS, "/v1/models", "/health"}))
+    paths = {CLASSIFY, CHAT, COMPLETIONS, "/v1/models", "/health", "/metrics", "/openapi.json"}
+    return Guard(app, rules, make_counter(metrics, paths))
 
 
 def _classify(model: Model, model_id: str, body: ClassifyRequest) -> dict[str, Any]:
