@@ -35,6 +35,7 @@ class Rows(list[tuple[int, int]]):
     prefix = 0  # length of the prefix that all rows share
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
+    labels: Sequence[str] = ()  # of texts to classify
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def measure_rows(recipe: Recipe) -> Rows:
     prepared = prepare_rows(recipe, load_tokenizer(source), strict=False)
     rows, prefix = prepared.train, None
     sizes.refused = prepared.refusal
+    sizes.labels = prepared.classes.names if prepared.classes else ()
     if sampled := max_completion_tokens(recipe.train):
         lengths = [int(length) + sampled for length in rows.lengths]
         sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]

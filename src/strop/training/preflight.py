@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.config.load import Choice, Resolved, read_resolved
+from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe, TrainSection
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
@@ -59,7 +59,7 @@ from strop.models.source import Source, check_readable, fingerprint, locate, pre
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
-from strop.planning.choose import choose, find_stale_values, memory_key, why_no_int8
+from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -195,9 +195,7 @@ def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFact
     if (start := find_start_adapter(recipe)) is not None and (before := read_classes(start)) != classes:
         what = f"--model.adapter: it has the classes {', '.join(before.names)}" + ", several per text" * before.several
         raise RecipeError(what, fix="give rows with these labels, or train a new adapter")
-    if recipe.train.labels is None:
-        choice = Choice("train.labels", list(classes.names), "plan", "the labels of the training rows")
-        resolved = resolved.decide([choice])
+    resolved = choose_labels(resolved, classes.names)
     new_outputs = len(classes.names) - count_score_outputs(recipe.train)
     return replace(facts, resolved=resolved, num_weights=facts.num_weights + new_outputs * facts.shape.hidden)
 
