@@ -230,8 +230,8 @@ OBJECTIVE_OPTIONS = (
 class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
         "sft",
-        description="training objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers "
-        "(kto), a reward model (reward), sampled completions (grpo) or classes (classify)",
+        description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
+        "reward model (reward), rewards (grpo) or classes (classify)",
     )
     beta: Finite | None = Field(
         None,
