@@ -22,6 +22,7 @@ from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
+SHADE = 40  # percent of colour behind the number of all rows of a class, so that it stays readable
 NORMAL_EVENTS = {
     "machine", "recipe", "data", "reference", "rehearsal", "start", "step", "eval", "samples", "save",
     "reference-check", "end", "note",
@@ -195,13 +196,13 @@ def _list_classes(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _format_confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return {label, cells: [{count, share, right}]} for each row of a confusion matrix. share: percent of the row."""
+    """Return {label, cells: [{count, shade, right}]} for each row of a confusion matrix. shade: percent of colour."""
     rows = []
     names = [str(entry["label"]) for entry in evaluation.get("classes") or ()]
     for i, (name, counts) in enumerate(zip(names, evaluation.get("confusion") or [], strict=False)):
         total = max(1, sum(counts))
         cells = [
-            {"count": count, "share": round(100 * count / total), "right": i == j} for j, count in enumerate(counts)
+            {"count": count, "shade": round(SHADE * count / total), "right": i == j} for j, count in enumerate(counts)
         ]
         rows.append({"label": name, "cells": cells})
     return rows

@@ -36,6 +36,7 @@ const FILTERS = [
   ["neither", "neither right"],
 ];
 const PAGE = 25;
+const SHADE = 40; // percent of colour behind a number, so that it stays readable
 
 export async function show(container, { run, query, signal }) {
   if (query.get("blind")) {
@@ -206,7 +207,7 @@ function classTable({ classes }) {
   const heads = ["class", "rows", "precision", "recall", "F1"];
   return h(
     "section",
-    { class: "card", style: { "margin-top": ".8rem", "overflow-x": "auto" } },
+    { class: "card", tabindex: 0, style: { "margin-top": ".8rem", "overflow-x": "auto" } },
     h("h3", {}, "Classes"),
     h(
       "table",
@@ -236,7 +237,7 @@ function confusionMatrix({ classes, confusion }) {
   const shade = (share, right) => `color-mix(in srgb, var(--${right ? "good" : "bad"}) ${share}%, transparent)`;
   return h(
     "section",
-    { class: "card", style: { "margin-top": ".8rem", "overflow-x": "auto" } },
+    { class: "card", tabindex: 0, style: { "margin-top": ".8rem", "overflow-x": "auto" } },
     h("h3", {}, "Confusion matrix", h("small", {}, " rows: labels; columns: predicted classes, in the same order")),
     h(
       "table",
@@ -263,7 +264,7 @@ function confusionMatrix({ classes, confusion }) {
                 "td",
                 {
                   title: `${classes[i].label}, predicted as ${classes[j].label}: ${value}`,
-                  style: { background: shade(Math.round((100 * value) / total), i === j) },
+                  style: { background: shade(Math.round((SHADE * value) / total), i === j) },
                 },
                 value ? count(value) : "",
               ),
