@@ -127,6 +127,17 @@ def test_other_columns_tables_and_usual_names_are_read(tmp_path: Path) -> None:
     assert prepared.classes == Classes(("x", "y"))
 
 
+def test_columns_that_are_missing_or_not_read_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"text": "one", "label": "a", "system": "be brief", "split": "x"},
+        {"text": "two", "label": "b"},
+        {"words": "x"},
+    ]
+    report = read(tmp_path, rows).report
+    assert "needs one of text, sentence, content, query, utterance, messages" in report.dropped[0]["what"]
+    assert "columns not read: split (1 rows), system (1 rows)" in report.warnings
+
+
 def test_long_texts_keep_their_end_and_split_is_refused(tmp_path: Path) -> None:
     words, text = tokenizer("llama3"), "hello " * 40 + "the weather in Paris"
     file = write(tmp_path / "rows.jsonl", [GOOD[0], {"text": text, "label": "weather"}])

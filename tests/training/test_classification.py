@@ -129,7 +129,7 @@ def test_classifier_from_the_command_line_to_plain_transformers(
     assert report["objective"]["options"] == {"labels": sorted(texts.NAMES), "class_weights": "balanced"}
     assert {"accuracy", "accuracy_interval", "macro_f1"} <= report["objective"]["held_out"].keys()
     new = texts.write(tmp_path / "new.jsonl", texts.rows(60, several)[36:])
-    code, stdout, err = run("eval", out, "--data", new, "--json", capsys=capsys)
+    code, stdout, err = run("eval", out, "--data", new, "--metric", "accuracy", "--json", capsys=capsys)
     assert code == 0, err
     result = json.loads(stdout)
     assert result["rows"] == 24 and result["train_rows"] == 0 and len(result["classes"]) == 3

@@ -233,11 +233,16 @@ class ConversationReader:
         keys = entry.matching_keys(_present_columns(value)) or entry.matching_keys(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
+            if entry.name == "classification":
+                names = (", ".join(dict.fromkeys(columns)) for columns in zip(*entry.keys, strict=True))
+                needed = " and ".join(f"one of {listed}" for listed in names)
             what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
             raise InvalidRow("missing-column", what)
         if entry.name == "labelled":
             self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
         unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
+        if entry.name == "classification" and keys[0] not in converters.TURNS:  # a text is used alone
+            unread = {name for name in entry.optional if value.get(name)}
         self.unused.update(set(value) - {*keys, *entry.optional} | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"

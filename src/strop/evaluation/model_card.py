@@ -135,7 +135,8 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
-    front_matter = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    task = {"pipeline_tag": "text-classification"} if settings.get("train.objective") == "classify" else {}
+    front_matter = {"library_name": library, **task, **base_entry, "tags": ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
