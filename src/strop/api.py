@@ -286,7 +286,8 @@ def evaluate(
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, a list of files, or rows in memory, as for `train`.
-        metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
+        metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function"; "preference" for pairs,
+            and "accuracy" for a classifier, are used by default.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
@@ -382,25 +383,25 @@ def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **opti
     if fix is not None:
         from strop.data.check import write_cleaned_copy
 
-        write_cleaned_copy(checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind)
+        write_cleaned_copy(
+            checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind, checked.recipe.train.labels
+        )
     return CheckReport(checked.prepared.report.as_json())
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:
     """Prepare a recipe's rows for training; see `check` for the arguments and errors."""
     from strop.config.load import resolve
-    from strop.data.prepare import prepare
     from strop.models.source import locate
     from strop.models.tokenizer import check_template, load_tokenizer
-    from strop.objectives.table import data_kind_of
+    from strop.objectives.table import data_kind_of, prepare_rows
 
     values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
     resolved = resolve(_as_path(recipe), values).recipe
     source, data_kind = locate(resolved.model.name, resolved.model.revision), data_kind_of(resolved.train)
     check_template(source, resolved.data, data_kind)
     tokenizer = load_tokenizer(source)
-    new_tokens = resolved.lora.new_tokens
-    prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
+    prepared = prepare_rows(resolved, tokenizer, strict=False)
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 
@@ -591,7 +592,7 @@ def _check_first_rows(recipe_json: str) -> None:
     from strop.config.schema import Recipe
     from strop.models.source import is_on_disk, locate
     from strop.models.tokenizer import check_template, load_tokenizer
-    from strop.objectives.table import data_kind_of
+    from strop.objectives.table import data_kind_of, prepare_rows
 
     recipe = Recipe.model_validate_json(recipe_json)
     if not is_on_disk(recipe.model.name) or recipe.model.adapter:  # an adapter has a template of its own
@@ -599,10 +600,10 @@ def _check_first_rows(recipe_json: str) -> None:
     source, data_kind = locate(recipe.model.name, recipe.model.revision), data_kind_of(recipe.train)
     check_template(source, recipe.data, data_kind)
 
-    from strop.data.prepare import has_bad_rows, prepare  # after the checks above, because it takes a second
+    from strop.data.prepare import has_bad_rows  # after the checks above, because it takes a second
 
     if recipe.data.bad_rows == "refuse" and has_bad_rows(recipe.data, data_kind):
-        prepare(recipe.data, load_tokenizer(source), data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
+        prepare_rows(recipe, load_tokenizer(source))
 
 
 def check_inputs(
@@ -637,7 +638,7 @@ def check_inputs(
         if spec:
             sources.check_exists(spec)
     for metric in metrics:
-        if metric not in (None, "preference"):
+        if metric not in (None, "preference", "accuracy"):
             find_metric(metric)
 
 

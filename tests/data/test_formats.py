@@ -63,8 +63,10 @@ def refusal(*values: dict[str, Any], **options: Any) -> str:
 
 @pytest.mark.parametrize("entry", FORMATS.values(), ids=FORMATS.keys())
 def test_example_of_each_format_is_detected_as_it(entry: Any) -> None:
-    assert detect_format(entry.example) == entry.name
-    converted, bad, reader = convert(entry.example)
+    is_read_by_objective = entry.name == "classification"  # otherwise it would be an error: it trains on no answer
+    assert detect_format(entry.example) == (None if is_read_by_objective else entry.name)
+    options = {"data_kind": "classes"} if is_read_by_objective else {}
+    converted, bad, reader = convert(entry.example, **options)
     assert (len(converted), bad, reader.formats) == (1, [], {"d": entry.name})
 
 

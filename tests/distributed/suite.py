@@ -30,7 +30,7 @@ from strop.training.criteria import make_criterion
 from tests import ROOT
 from tests.distributed.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
-from tests.support import tiny, tiny_families
+from tests.support import texts, tiny, tiny_families
 
 NEAR = 1e-6
 STEPS = 12
@@ -237,6 +237,19 @@ def preference_objectives(lab: Lab) -> None:
             assert off == 0.0 if exact == "true" else off < NEAR, (objective, exact, off)
             shown = [[event["accuracy"] for event in events(out, "step")] for out in (one, several)]
             assert shown[0] == shown[1]
+
+
+def classification(lab: Lab) -> None:
+    """Texts are never split over ranks, and the loss with class weights does not depend on their number."""
+    rows = texts.write(lab.folder / "classes.jsonl", texts.rows(13))
+    for exact in ("false", "true"):
+        more = ["--data", str(rows), "--train.objective", "classify", "--train.exact", exact, "--data.eval", "20%"]
+        one, several = (lab.good(world, *more, "--train.class_weights", "music=3") for world in (1, 3))
+        off = apart(one, several)
+        assert off == 0.0 if exact == "true" else off < NEAR, (exact, off)
+        for kind in ("step", "eval"):
+            shown = [[event["accuracy"] for event in events(out, kind)] for out in (one, several)]
+            assert shown[0] == shown[1] and shown[0]
 
 
 def evaluation(lab: Lab, general: bool = True) -> None:

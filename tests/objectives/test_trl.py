@@ -62,7 +62,7 @@ def model(scored: bool = False) -> PeftModel:
 
     base = tiny.model(num_hidden_layers=1)
     torch.manual_seed(0)
-    return add_lora(base, tiny.recipe().recipe.lora, tokenizer("chatml"), scored=scored).train()
+    return add_lora(base, tiny.recipe().recipe.lora, tokenizer("chatml"), outputs=int(scored)).train()
 
 
 def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -74,7 +74,9 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     chosen = recipe(**{"model.device": "cpu", **options}).recipe
     base = model()
     torch.manual_seed(chosen.seed)
-    tuned = add_lora(base, chosen.lora, copy.deepcopy(tokenizer("chatml")), scored=chosen.train.objective == "reward")
+    tuned = add_lora(
+        base, chosen.lora, copy.deepcopy(tokenizer("chatml")), outputs=int(chosen.train.objective == "reward")
+    )
     weights = trainable_parameters(tuned)
     with torch.no_grad():
         for name, weight in weights.items():

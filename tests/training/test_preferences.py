@@ -23,6 +23,7 @@ from strop.engine.decode.model import load
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models.lora import find_score_head
+from strop.objectives.preferences import PreferenceLoss
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
@@ -39,8 +40,8 @@ from tests.support.steps import changed_step
 from tests.support.tiny import move_from_reference
 
 COMPARED = [
-    name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"
-]  # policy objectives: test_rollouts.py
+    name for name, one in OBJECTIVES.items() if isinstance(one, PreferenceLoss)
+]  # others: test_rollouts.py, test_classification.py
 
 
 def values(job: Job) -> dict[str, torch.Tensor]:

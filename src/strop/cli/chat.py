@@ -19,6 +19,7 @@ from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, suggest
 
+SHOWN_CLASSES = 7  # of a classifier, for each line
 SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
 
 
@@ -122,6 +123,12 @@ def chat_in_terminal(
         model = api.load(name, quantization=quantization, dtype=dtype, force=force, progress=status.update)
         for adapter in adapters:
             model.add(adapter, force=force)
+    if model.classes is not None:
+        if base or system is not None or adapters:
+            what = f"{name}: a classifier, which takes no --base, --system or --adapter"
+            raise InputError(what, fix="leave them out")
+        _classify_lines(model)
+        return
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave out --base")
@@ -150,6 +157,22 @@ def chat_in_terminal(
             if not interactive:
                 raise
             console.print("\n".join(error.lines()), style="red", markup=False)
+
+
+def _classify_lines(model: Model) -> None:
+    """Print the classes of each line of stdin with their probabilities, highest first."""
+    assert model.classes is not None
+    interactive = sys.stdin.isatty()
+    print_notes(model.notes)
+    if interactive:
+        what = f"{model.name}: {len(model.classes.names)} classes; an empty line or Ctrl-D ends"
+        console.print(what, style="dim", markup=False)
+    for line in _read_lines(interactive):
+        [result] = model.classify(line)
+        shares = [f"{name} {share:.1%}" for name, share in list(result["probabilities"].items())[:SHOWN_CLASSES]]
+        more = len(model.classes.names) - len(shares)
+        found = f"{', '.join(result['labels']) or '(none)'}: " if model.classes.several else ""
+        _write(found + ", ".join(shares) + (f", {more} more" if more else "") + "\n")
 
 
 def _read_lines(interactive: bool) -> Iterator[str]:

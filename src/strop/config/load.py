@@ -132,6 +132,8 @@ def parse_option(name: str, *texts: str) -> Any:
     if allows_type(hint, type(None)) and all(text.lower() in ("none", "null", "") for text in texts):
         return None
     if allows_type(hint, dict):
+        if allows_type(hint, str) and len(texts) == 1 and texts[0].isidentifier():  # such as balanced
+            return texts[0]
         return _make_map(name, [pair for text in texts for pair in _parse_map(name, text, hint).items()])
     if not allows_type(hint, list):
         return texts[-1]

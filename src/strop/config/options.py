@@ -58,7 +58,7 @@ class Options(TypedDict, total=False):
     modules_to_save: Sequence[str]
     new_tokens: Sequence[str]
     # train
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"]
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"]
     beta: float | None
     gamma: float | None
     label_smoothing: float | None
@@ -73,6 +73,8 @@ class Options(TypedDict, total=False):
     clip_low: float | None
     clip_high: float | None
     updates: int | None
+    labels: Sequence[str] | None
+    class_weights: Mapping[str, float] | Literal["none", "balanced"] | None
     vllm_python: Any
     keep: float | Literal["auto"] | None
     epochs: float

@@ -36,7 +36,8 @@ def _is_numeric(hint: Any) -> bool:
 
 def allows_type(hint: Any, kind: type) -> bool:
     """Return whether a type hint allows `kind`, such as str, list, dict or NoneType."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    members = (type(get_args(part)[0]) if get_origin(part) is Literal else part for part in parts)
     return any((get_origin(member) or member) is kind for member in members)
 
 
@@ -218,18 +219,20 @@ class LoraSection(Section):
 
 
 KEEP_AUTO = 0.15  # train.keep auto
+NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
     *("rewards", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
+    *("labels", "class_weights"),
 )  # fields of `train` that only some objectives read
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
         "sft",
-        description="training objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers "
-        "(kto), a reward model (reward) or sampled completions (grpo)",
+        description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
+        "reward model (reward), rewards (grpo) or classes (classify)",
     )
     beta: Finite | None = Field(
         None,
@@ -274,13 +277,21 @@ class TrainSection(Section):
     updates: int | None = Field(
         None, ge=1, description="optimizer steps for each batch of completions (grpo); default: 1"
     )
+    labels: list[Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
+        None, min_length=2, description="names and order of the classes (classify); default: those of the training rows"
+    )
+    class_weights: dict[str, Annotated[Finite, Field(ge=0)]] | Literal["none", "balanced"] | None = Field(
+        None,
+        description="weight of each class in the loss (classify): none, balanced (rare classes count as much as "
+        "frequent ones) or a map from label to weight; default: none",
+    )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
     )
     keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
         None,
         description="share of the tokens in rows with the model's own answers to general prompts, so that it "
-        f"keeps what it knows (not for reward and grpo); auto: {KEEP_AUTO}",
+        f"keeps what it knows (not for reward, grpo and classify); auto: {KEEP_AUTO}",
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
@@ -392,9 +403,8 @@ class Recipe(Section):
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
             ),
-            f"train.keep: {objective} does not support it": (
-                train.keep is not None and train.objective in ("reward", "grpo")
-            ),
+            "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
+            f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
             f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,

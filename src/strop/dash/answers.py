@@ -36,13 +36,15 @@ def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: fl
     all_rows, complete = _rows(folder, report)
     all_kinds = [row["kind"] for row in all_rows]
     counts = {kind: all_kinds.count(kind) for kind in ("gained", "lost", "both", "neither")}
-    groups = {"changed": ("gained", "lost"), "wrong": ("lost", "neither"), "right": ("gained", "both")}
+    groups = {
+        "changed": ("gained", "lost"), "wrong": ("lost", "neither", "wrong"), "right": ("gained", "both", "right")
+    }  # fmt: skip
     rows = [row for row in all_rows if filter_ == "all" or row["kind"] in groups.get(filter_, (filter_,))]
     if search:
         text = search.casefold()
         rows = [row for row in rows if any(text in str(row.get(key) or "").casefold() for key in _SEARCHED)]
     if order == "worst":
-        rank = {"lost": 0, "neither": 1, "gained": 2, "both": 3}
+        rank = {"lost": 0, "wrong": 0, "neither": 1, "gained": 2, "both": 3}
         rows.sort(key=lambda row: rank.get(row["kind"], 4))
     score, start = evaluation_score(report), max(0, int(offset))
     return {
@@ -69,6 +71,8 @@ def _rows(folder: RunFolder, report: dict[str, Any]) -> tuple[list[dict[str, Any
         base_hit, tuned_hit, kind = sample.get("base_hit"), sample.get("tuned_hit"), ""
         if isinstance(base_hit, bool) and isinstance(tuned_hit, bool):
             kind = ("both" if tuned_hit else "lost") if base_hit else "gained" if tuned_hit else "neither"
+        elif isinstance(tuned_hit, bool):  # of a classifier or reward model, which has no base
+            kind = "right" if tuned_hit else "wrong"
         rows.append({**sample, "row": index, "kind": kind})
     return rows, complete
 

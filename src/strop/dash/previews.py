@@ -21,7 +21,7 @@ from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
 from strop.dash.jobs import option_flags, shell_command
 from strop.data.check import split_tokens
-from strop.data.prepare import Prepared, prepare
+from strop.data.prepare import Prepared
 from strop.data.reading import sources
 from strop.data.store import Conversations, Examples, digest, dump_conversation
 from strop.data.types import Indices
@@ -30,7 +30,7 @@ from strop.machine.memory import parse_memory
 from strop.models.families.shape import ModelInfo
 from strop.models.source import is_on_disk, locate
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import data_kind_of
+from strop.objectives.table import data_kind_of, prepare_rows
 from strop.planning.machines import TargetMachine, find_target
 from strop.planning.microbatch import NO_DATA, Rows, measure_rows, plan_options
 from strop.planning.plan import make_plan, read_model_facts, start_adapter
@@ -238,13 +238,20 @@ class DataReader:
     def _prepare(self, recipe: Recipe) -> tuple[Prepared, dict[str, Any]]:
         data_kind = data_kind_of(recipe.train)
         new_tokens = recipe.lora.new_tokens
-        settings = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind, new_tokens]
+        settings = [
+            recipe.data.model_dump(),
+            recipe.model.name,
+            recipe.model.revision,
+            data_kind,
+            new_tokens,
+            recipe.train.labels,
+        ]
         key = json.dumps([settings, _source_stamps(recipe)], sort_keys=True)
         if key not in self._cache:
             while len(self._cache) > 1:
                 del self._cache[next(iter(self._cache))]
             tokenizer = load_tokenizer(locate(recipe.model.name, recipe.model.revision))
-            prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
+            prepared = prepare_rows(recipe, tokenizer, strict=False)
             self._cache[key] = (prepared, _summarize(prepared, recipe))
         return self._cache[key]
 

@@ -34,7 +34,8 @@ from strop.dash.files import (
 from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
 from strop.display.tables import describe_caveat
-from strop.evaluation.metrics import describe_change, describe_rows
+from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows
+from strop.models.adapter_config import SCORE_TASK
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
@@ -55,7 +56,7 @@ EMPTY: Mapping[str, Any] = {
         "step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens", "tokens_per_s", "score",
         "model", "data", "objective", "preset", "quantization", "rank", "started", "updated",
     )),
-    "sparkline": [], "bytes": 0, "has_adapter": False, "note": "", "tags": [],
+    "sparkline": [], "bytes": 0, "has_adapter": False, "generates": False, "note": "", "tags": [],
 }  # fmt: skip
 SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json", NOTES_FILE)
 Signature = tuple[tuple[int, int] | None, ...]  # modification time and size of each of these files
@@ -114,7 +115,7 @@ class RunTable:
         row |= {"state": status.state, "why": status.why, "phase": status.phase, "pid": holder}
         if status.state in ("finished", "stopped", "crashed"):
             row["seconds_left"] = None
-        row["can"] = _possible_actions(status.state, facts["has_adapter"])
+        row["can"] = _possible_actions(status.state, facts["has_adapter"], facts["generates"])
         cached.row = row
         return row
 
@@ -132,11 +133,11 @@ def with_heartbeat_age(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "heartbeat_age": round_significant(max(0.0, time.time() - row["heartbeat"]))}
 
 
-def _possible_actions(state: str, has_adapter: bool) -> list[str]:
+def _possible_actions(state: str, has_adapter: bool, generates: bool) -> list[str]:
     if state in ("running", "stalled"):
         return ["stop"]
     actions = ["duplicate", "delete"] if state == "finished" else ["resume", "duplicate", "delete"]
-    return [*actions, "evaluate", "export", "chat"] if has_adapter else actions
+    return [*actions, "evaluate", "export", *(["chat"] if generates else [])] if has_adapter else actions
 
 
 def _read_facts(folder: RunFolder) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
+        "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") != SCORE_TASK,
         **read_notes(folder.path),
     }  # fmt: skip
 
@@ -204,6 +206,8 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
         score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {text}."}
     except (KeyError, TypeError, ValueError):
         pass
+    if baseline := describe_baseline(evaluation):
+        score |= {"verdict": baseline[0], "words": f"{baseline[1][0].upper()}{baseline[1][1:]}."}
     return score
 
 

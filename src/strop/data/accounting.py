@@ -19,12 +19,14 @@ from strop.data.formats import PAIRED, find_placeholders
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
-from strop.data.store import Conversations, Examples, Store
-from strop.data.types import Conversation, DataKind, Example, Indices
+from strop.data.store import Conversations, Examples, Store, count_labels
+from strop.data.types import RENDERED_PROMPTS, Classes, Conversation, DataKind, Example, Indices
 from strop.errors import DataError, Location
 
 MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
 PADDED_ROWS = 8  # batch size of the padding statistics
+MIN_CLASS_ROWS = 5  # a class with fewer training rows gets a warning
+MAX_IMBALANCE = 20  # ratio of the numbers of rows of two classes above which class weights are suggested
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Selection:
     role: Literal["training", "evaluation"]
     data_kind: DataKind
     shares_store: bool = False
+    classes: Classes | None = None
 
     @property
     def records(self) -> npt.NDArray[Any]:
@@ -153,7 +156,7 @@ def ends_with_stop(example: Example, renderer: Renderer) -> bool:
 
 def _count_stops(selection: Selection, renderer: Renderer) -> int:
     """Count the rows that end with a supervised stop token. In pairs, both answers must."""
-    if selection.data_kind == "prompts":
+    if selection.data_kind in RENDERED_PROMPTS:
         return 0
     example_rows = selection.store.example_records["row"]
     starts, ends = (np.searchsorted(example_rows, selection.rows, side) for side in ("left", "right"))
@@ -165,13 +168,18 @@ def _count_stops(selection: Selection, renderer: Renderer) -> int:
 
 
 def _answer_statistics(selection: Selection) -> dict[str, Any]:
-    """Return statistics of prompts, labelled answers or pairs.
+    """Return statistics of prompts, texts to classify, labelled answers or pairs.
 
     length_accuracy: accuracy of always preferring the longer answer, or always the shorter one if that is higher.
     """
     supervised, labels = selection.examples.supervised, selection.examples.labels
     if selection.data_kind == "prompts":
         return {"prompts": len(selection.rows), "right_answers": int(selection.records["has_answer"].sum())}
+    if selection.classes is not None:
+        all_labels, names, several = selection.store.labels, selection.classes.names, selection.classes.several
+        without = [index for index, label in enumerate(all_labels) if not label]
+        statistics = {"classes": count_labels(selection.examples, all_labels, names), "several": several}
+        return statistics | {"without_label": int(np.isin(labels, without).sum())}
     if selection.data_kind == "labels":
         return {
             "desirable": int((labels == 1).sum()),
@@ -221,10 +229,11 @@ def find_row_warnings(
         codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
         yield "characters that the tokenizer drops or changes", f": {codes}"
     if any(renderer.control.occurs_in(text) for text in texts):
-        yield "control tokens in the text, encoded as plain text", ""
+        as_text = "plain text" if conversation.text is None or data_kind != "classes" else "control tokens"
+        yield f"control tokens in the text, encoded as {as_text}", ""
     if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
         yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""
-    if conversation.messages and conversation.messages[-1].role != "assistant" and data_kind != "prompts":
+    if conversation.messages and conversation.messages[-1].role != "assistant" and data_kind not in RENDERED_PROMPTS:
         yield "messages after the last answer, which are left out", ""
     if names := [*_null_names(conversation)]:
         yield "null arguments or properties of tools, which the datasets library adds for absent names", f": {names[0]}"
@@ -255,7 +264,9 @@ def _row_warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _label_warnings(selection: Selection) -> list[str]:
-    warnings = []
+    warnings = list[str]()
+    if selection.classes is not None and selection.role == "training":
+        warnings += _class_warnings(count_labels(selection.examples, selection.store.labels, selection.classes.names))
     if selection.role == "evaluation" and (what := _single_label(selection)):
         warnings.append(f"{what}: the evaluation does not measure the other label")
     if selection.data_kind == "labels" and len(np.unique(selection.records["group"])) == 1:
@@ -264,6 +275,20 @@ def _label_warnings(selection: Selection) -> list[str]:
             "measured on answers to other prompts"
         )
     return warnings
+
+
+def _class_warnings(counts: dict[str, int]) -> Iterator[str]:
+    if few := [f"{name} ({count})" for name, count in counts.items() if count < MIN_CLASS_ROWS]:
+        listed = ", ".join(few[:8]) + ", ..." * (len(few) > 8)
+        yield f"{len(few)} classes have fewer than {MIN_CLASS_ROWS} training rows: {listed}"
+    if not counts:
+        return
+    fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[most] > MAX_IMBALANCE * counts[fewest]:
+        yield (
+            f"{most} has {counts[most]:,} rows and {fewest} has {counts[fewest]:,}: "
+            "--train.class_weights balanced gives rare classes more weight"
+        )
 
 
 def _single_label(selection: Selection) -> str | None:
@@ -321,6 +346,12 @@ def _why_refused(
             fix = f"data.eval {data.eval} holds out {num_held_out} of them: {fix}, or a file to evaluate on"
         where = [error.where for error in errors]
         return DataError(f"0 of {num_read} {role} rows are left", fix=fix, where=where)
+    if role == "training" and selection.classes is not None:
+        counts = count_labels(selection.examples, selection.store.labels, selection.classes.names)
+        used = [name for name, count in counts.items() if count]
+        if len(used) < 2:
+            problem = f"all training rows have the label {used[0]!r}" if used else "no training row has a label"
+            return DataError(problem, fix="give rows of at least two classes")
     if role == "training" and (what := _single_label(selection)):  # KTO needs both labels
         fix = "give rows with both labels"
         if 1 in selection.examples.labels:
@@ -340,7 +371,10 @@ def _ignore_label(data: DataSection, facts: dict[str, Any]) -> str:
 
 def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
     """Return an error if the objective cannot be trained on rows of these formats, else None."""
-    names = {"pairs": "preference pairs", "labelled": "labelled answers", "prompt": "prompts without answers"}
+    names = {
+        "pairs": "preference pairs", "labelled": "labelled answers", "prompt": "prompts without answers",
+        "classification": "texts with a class",
+    }  # fmt: skip
     kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
     conversations = {*kinds.values()} - names.keys()
     usable = {
@@ -348,6 +382,7 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
         "pairs": {"pairs"},
         "labels": {"pairs", "labelled"},
         "prompts": (conversations | {"prompt"}) - {"text"},
+        "classes": {"classification"},
     }[data_kind]
     file, kind = next(((file, kind) for file, kind in kinds.items() if kind not in usable), ("", ""))
     if not kind:
@@ -363,14 +398,17 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
             "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
             + _ignore_label(data, facts),
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
+            "classification": "--train.objective classify",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
     needed = {
         "pairs": "pairs (chosen and rejected)",
         "labels": "answers with a label, or pairs",
         "prompts": "prompts, with reference answers or without",
+        "classes": "texts with a label: leave data.format out, or give classification",
     }[data_kind]
-    objective = {"labelled": "kto", "pairs": "dpo", "prompt": "grpo"}.get(kind, "sft, or other data")
+    objectives = {"labelled": "kto", "pairs": "dpo", "prompt": "grpo", "classification": "classify"}
+    objective = objectives.get(kind, "sft, or other data")
     fix = f"--train.objective {objective}"
     if data_kind == "labels" and "label" in facts["unused"]:
         fix = "--data.format labelled, if 1 in label is good and 0 is bad"

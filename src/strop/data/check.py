@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, repeat
 from pathlib import Path
@@ -17,12 +17,22 @@ from rich.text import Text
 from strop.config.names import use_short_forms
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
+from strop.data.prepare import (
+    JUDGED_KINDS,
+    RENDER,
+    Judgements,
+    LabelChecker,
+    Prepared,
+    decide_outcome,
+    find_contradiction,
+    renderer_for,
+    split_pair,
+)
 from strop.data.reading import sources
-from strop.data.rendering.render import Renderer, render_pairs, render_prompts
+from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Row
+from strop.data.types import Conversation, DataKind, Example, Row
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"  # styles of tokens
@@ -50,7 +60,7 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
     grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
     grid.add_row("length", f"median {tokens['p50']:,}, 95th percentile {tokens['p95']:,}, longest {tokens['max']:,}")
-    if "prompts" not in report["answers"]:
+    if not {"prompts", "classes"} & report["answers"].keys():
         stops = int(report["stop_token"]["rows"])
         unit = "rows" if stops <= rows["read"] else "conversations"  # a row may have several
         grid.add_row("stop", f"{stops:,} {unit} end with a stop token that is trained on")
@@ -60,6 +70,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
         grid.add_row("answers", _describe_answers(answers))
     grid.add_row("padding", f"{report['padding']['batched']:.0%} in batches of 8, which packing avoids")
     console.print(grid, highlight=False)
+    if classes := report["answers"].get("classes"):
+        _print_classes(classes, console)
     for row in report["dropped"][:MAX_SHOWN_LOCATIONS]:
         location = f"{row['file']}:{row['line']}" if row["line"] else row["file"]
         console.print(Text(f"  {location}: {_escape(row['what'])}", style="red"))
@@ -72,7 +84,18 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(text, style="bold red"))
 
 
+def _print_classes(counts: Mapping[str, int], console: Console) -> None:
+    table, total = Table("class", "rows", "share"), max(1, sum(counts.values()))
+    for name, count in counts.items():
+        table.add_row(Text(_escape(name)), f"{count:,}", f"{count / total:.1%}")
+    console.print(table)
+
+
 def _describe_answers(answers: Mapping[str, Any]) -> str:
+    if "classes" in answers:
+        several = ", several per text" if answers["several"] else ""
+        without = f", {answers['without_label']:,} texts without a label" if answers["without_label"] else ""
+        return f"{len(answers['classes'])} classes{several}{without}"
     if "prompts" in answers:
         return f"{answers['prompts']:,} prompts, {answers['right_answers']:,} of them with a reference answer"
     if "pairs" not in answers:
@@ -142,13 +165,15 @@ class Change:
     change: str
 
 
-def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: DataKind = "turns") -> list[Change]:
+def write_cleaned_copy(
+    data: DataSection, tokenizer: Any, out: Path, data_kind: DataKind = "turns", labels: Sequence[str] | None = None
+) -> list[Change]:
     """Write the usable rows of data.train to `out`, and the changes to OUT.changes.jsonl.
 
-    Rows are written in the formats `messages`, `text`, `preference`, `labelled` or `prompt`, with standard names of
-    roles and columns. Rows that are invalid, repeated, or too long for data.overlong are dropped. Returns the changes,
-    in order of file and line. Raises the errors of `prepare`, DataError also for rows of several formats, and
-    FolderError if `out` exists or cannot be written.
+    Rows are written in the formats `messages`, `text`, `classification`, `preference`, `labelled` or `prompt`, with
+    standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong are dropped.
+    Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for rows of several
+    formats, and FolderError if `out` exists or cannot be written.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
@@ -159,7 +184,7 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
     temp, num_rows = out.with_name(f".{out.name}.tmp"), 0
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
-            for line in _clean_rows(data, renderer, changes, data_kind):
+            for line in _clean_rows(data, renderer, changes, data_kind, LabelChecker(labels)):
                 file.write(line + "\n")
                 num_rows += 1
         if not num_rows:
@@ -174,7 +199,9 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
     return changes
 
 
-def _clean_rows(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
+def _clean_rows(
+    data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind, checker: LabelChecker
+) -> Iterator[str]:
     """Yield the rows of the copy as JSON, and append the changes to `changes`."""
     errors: list[RowError] = []
     current: list[Row] = []  # the row that was read last
@@ -186,9 +213,9 @@ def _clean_rows(data: DataSection, renderer: Renderer, changes: list[Change], da
     documents, columns = data.format == formats.DOCUMENT, data.columns
     rows = sources.read_rows(data.train, encoding=data.encoding, columns=columns, errors=errors, documents=documents)
     reader = formats.ConversationReader(
-        map(remember, rows), format=data.format, columns=columns, errors=errors, answerless=data_kind == "prompts"
+        map(remember, rows), format=data.format, columns=columns, errors=errors, data_kind=data_kind
     )
-    render = render_prompts if data_kind == "prompts" else render_pairs
+    render = RENDER.get(data_kind, render_pairs)
     judgements: Judgements = {}
     locations: dict[int, str] = {}  # hash of a conversation -> its first location
     columns_written: set[str] = set()
@@ -197,10 +224,11 @@ def _clean_rows(data: DataSection, renderer: Renderer, changes: list[Change], da
         [(_, rendered)] = render(renderer, [conversation])
         kind: DataKind = "pairs" if conversation.rejected else data_kind  # for labels, a pair is two labelled answers
         _, examples, error = decide_outcome(conversation, rendered, data, renderer, kind)
+        error = error or checker.check(conversation)
         if error is not None:
             changes.append(Change(file, line, f"dropped: {error.where.what}"))
             continue
-        if data_kind in PREFERENCE_KINDS:
+        if data_kind in JUDGED_KINDS:
             parts = split_pair(conversation) if data_kind == "labels" else (conversation,)
             part_examples = [examples] if len(parts) == 1 else [[example] for example in examples]
             checks = map(find_contradiction, parts, part_examples, repeat(judgements))
@@ -227,10 +255,11 @@ def _clean_rows(data: DataSection, renderer: Renderer, changes: list[Change], da
 
 
 def _to_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
+    label = {"label": conversation.label} if conversation.label is not None else {}
     if conversation.text is not None:
-        return {"text": conversation.text}
+        return {"text": conversation.text, **label}
     name = "prompt" if as_prompt else "chosen" if conversation.rejected else "messages"
-    value: dict[str, Any] = {name: [*map(message_json, conversation.messages)]}
+    value: dict[str, Any] = {name: [*map(message_json, conversation.messages)], **label}
     if conversation.rejected:
         value["rejected"] = [*map(message_json, conversation.rejected)]
     if conversation.desirable is not None:

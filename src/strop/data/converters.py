@@ -10,7 +10,7 @@ from typing import Any
 
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.row_errors import InvalidRow
-from strop.data.types import Message, Role, shared_prefix_length
+from strop.data.types import Label, Message, Role, shared_prefix_length
 from strop.errors import suggest
 
 RowValue = Mapping[str, Any]  # column -> value
@@ -28,6 +28,13 @@ METADATA = frozenset((
     "id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name", "date",
     "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author", "version",
 ))  # fmt: skip
+TURNS = ("messages", "conversations")  # columns with messages to classify
+CLASSIFIED: tuple[Keys, ...] = tuple(
+    product(
+        ("text", "sentence", "content", "query", "utterance", *TURNS),
+        ("label", "labels", "intent", "category", "class", "sentiment"),
+    )
+)
 SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
@@ -42,6 +49,7 @@ class ParsedRow:
     text: str | None = None
     rejected: tuple[Message, ...] = ()
     desirable: bool | None = None
+    label: Label | None = None
 
 
 def convert_messages(row: RowValue, keys: Keys) -> list[ParsedRow]:
@@ -304,10 +312,38 @@ def convert_prompt(row: RowValue, keys: Keys) -> list[ParsedRow]:
 
 
 def convert_text(row: RowValue, keys: Keys) -> list[ParsedRow]:
-    content = _require_text(row, "text")
+    content = _require_text(row, keys[0])
     if not content.strip():
         raise InvalidRow("empty-text", "the text is empty")
     return [ParsedRow(text=content)]
+
+
+def convert_classified(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert a text, or messages, with its label or a list of labels."""
+    content, column = keys
+    label = row[column]
+    if isinstance(label, str) and (label.strip() == "[]" or label.strip().startswith('["')):  # a cell of a table
+        label = _parse_json(label, "bad-label", column)
+    parsed: Label
+    if isinstance(label, list):
+        parsed = tuple(sorted(_parse_class(name, column) for name in label))
+        if len(set(parsed)) < len(parsed):
+            raise InvalidRow("bad-label", f"{column} has the same label twice")
+    else:
+        parsed = _parse_class(label, column)
+    convert = convert_prompt if content in TURNS else convert_text
+    if content in TURNS and isinstance(row[content], str):  # a cell of a table
+        row = {**row, content: _parse_json(row[content], "bad-messages", content)}
+    return [replace(converted, label=parsed) for converted in convert(row, (content,))]
+
+
+def _parse_class(value: Any, column: str) -> str:
+    """Return the name of a class, without surrounding white space. An integer is named by its digits."""
+    if value is None or str(value).strip() == "":
+        raise InvalidRow("no-label", f"{column} is {'null' if value is None else 'empty'}")
+    if not isinstance(value, str | int):
+        raise InvalidRow("bad-label", f"{column} is {type_name(value)}, not a string, an integer or a list of them")
+    return str(value).strip().lower() if isinstance(value, bool) else str(value).strip()
 
 
 def _require_text(row: RowValue, key: str) -> str:

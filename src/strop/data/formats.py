@@ -17,7 +17,7 @@ from strop.data import converters
 from strop.data.converters import MEDIA, METADATA, SYSTEM, Keys, ParsedRow, RowValue
 from strop.data.reading.tables import describe_mapping, is_row_number, suggest_mapping
 from strop.data.row_errors import InvalidRow, RowError, file_error
-from strop.data.types import Conversation, Row
+from strop.data.types import Conversation, DataKind, Row
 from strop.errors import DataError, Location, suggest
 
 
@@ -122,6 +122,13 @@ FORMATS: dict[str, Format] = {
             matches=lambda value, _: None not in value.values(),  # a null column may be a missing answer
         ),
         Format(
+            "classification", converters.CLASSIFIED, (*SYSTEM, "tools"), converters.convert_classified,
+            "a text or messages, with a label (a string or an integer) or a list of labels: "
+            "for `train.objective classify`",
+            {"text": "book a table for two", "label": "BookRestaurant"},
+            matches=lambda *_: False,  # read by data.format, or by the objective
+        ),
+        Format(
             "text", (("text",),), (), converters.convert_text,
             "raw text, trained on unchanged (continued pretraining)",
             {"text": "Once upon a time ..."},
@@ -179,7 +186,8 @@ class ConversationReader:
     """Iterate over the conversations of rows, in order. Self-instruct and ranking rows may have several.
 
     format: name of a format, or `auto`. columns: a format's column names -> names in the file; other columns are then
-    ignored. errors: receives the errors of single rows. answerless: treat conversations without an answer as prompts.
+    ignored. errors: receives the errors of single rows. data_kind: for "prompts", conversations without an answer are
+    prompts; for "classes", format `auto` means `classification`.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -187,15 +195,16 @@ class ConversationReader:
 
     def __init__(
         self, rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,
-        errors: list[RowError], answerless: bool = False,
+        errors: list[RowError], data_kind: DataKind = "turns",
     ) -> None:  # fmt: skip
         self.formats: dict[str, str] = {}  # file -> name of its format
         self.unlabelled: dict[str, str] = {}  # file with labelled answers -> name of the format without the label
         self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
         self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
         self._errors = errors
-        self._answerless = answerless
+        self._answerless = data_kind == "prompts"
         self._columns = columns or {}
+        format = "classification" if data_kind == "classes" and format == "auto" else format
         self._requested = _requested_format(format, self._columns)
         self._first_known: Row | None = None  # first row of the current file with a known format
         self._first_unknown: Row | None = None  # first row of the current file with an unknown format
@@ -224,11 +233,16 @@ class ConversationReader:
         keys = entry.matching_keys(_present_columns(value)) or entry.matching_keys(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
+            if entry.name == "classification":
+                names = (", ".join(dict.fromkeys(columns)) for columns in zip(*entry.keys, strict=True))
+                needed = " and ".join(f"one of {listed}" for listed in names)
             what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
             raise InvalidRow("missing-column", what)
         if entry.name == "labelled":
             self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
         unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
+        if entry.name == "classification" and keys[0] not in converters.TURNS:  # a text is used alone
+            unread = {name for name in entry.optional if value.get(name)}
         self.unused.update(set(value) - {*keys, *entry.optional} | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
@@ -327,6 +341,7 @@ def _suggest_options(value: RowValue) -> str:
     }
     if len(unread) > 1:
         unread.pop("prompt", None)  # the row has an answer
+    unread.pop("classification", None)
     options = [f"--data.format {name} (without {', '.join(columns)})" for name, columns in unread.items()]
     names = [key for key, item in value.items() if isinstance(item, str) and not is_row_number(key, item)]
     mapping = suggest_mapping(names)
@@ -337,6 +352,8 @@ def _suggest_options(value: RowValue) -> str:
         options.append(describe_mapping(contents if len(contents) > 1 else names))
     elif len(names) == 1 and not options:
         options.append(f"--data.columns {shlex.quote(f'text={names[0]}')}")
+    if FORMATS["classification"].matching_keys(present):
+        options.append("--train.objective classify, to train a classifier")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -28,7 +29,7 @@ from strop.data import formats
 from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
 from strop.data.reading import sources
 from strop.data.rendering import overlong
-from strop.data.rendering.render import Renderer, render_pairs, render_prompts
+from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts
 from strop.data.rendering.template_source import CHATML, template_source
 from strop.data.row_errors import TOO_LONG, RenderError, RowError
 from strop.data.store import (
@@ -36,6 +37,7 @@ from strop.data.store import (
     ExampleGroups,
     Examples,
     JoinedItems,
+    LabelledTexts,
     Prompts,
     Store,
     Writer,
@@ -43,13 +45,26 @@ from strop.data.store import (
     dump_conversation,
     load_store,
 )
-from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Indices, Mask, Row
+from strop.data.types import (
+    PREFERENCE_KINDS,
+    RENDERED_PROMPTS,
+    Classes,
+    Conversation,
+    DataKind,
+    Example,
+    Indices,
+    Mask,
+    Row,
+    label_names,
+)
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
 STORE_VERSION = 8  # increment it when prepared data changes for the same input
 EARLY_ROWS = 1000  # rows that are read before the libraries load
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
+JUDGED_KINDS = (*PREFERENCE_KINDS, "classes")  # kinds of data whose rows may contradict each other
+RENDER = {"pairs": render_pairs, "prompts": render_prompts, "classes": render_labelled}  # others: Renderer.render_many
 
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
 
@@ -66,8 +81,9 @@ class Prepared:
     hash: str  # hash of the rows used, their order and lengths, and the template; without rows of train.keep
     renderer: Renderer  # for prompts at inference after training on these rows
     # None for supervised fine-tuning without train.keep
-    train_items: ExampleGroups | Prompts | JoinedItems | None = None
-    eval_items: ExampleGroups | Prompts | None = None
+    train_items: ExampleGroups | Prompts | LabelledTexts | JoinedItems | None = None
+    eval_items: ExampleGroups | Prompts | LabelledTexts | None = None
+    classes: Classes | None = None  # of texts to classify
     kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
 
     @property
@@ -78,14 +94,14 @@ class Prepared:
 
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True,
-    data_kind: DataKind = "turns", new_tokens: Sequence[str] = (),
+    data_kind: DataKind = "turns", new_tokens: Sequence[str] = (), labels: Sequence[str] | None = None,
 ) -> Prepared:  # fmt: skip
     """Read, check, render and store the rows that a recipe names.
 
     tokenizer: a fast transformers tokenizer, to which `new_tokens` (lora.new_tokens) are added. cache: a folder where
     tokenized rows are kept and reused; by default, a temporary folder that is deleted with the result. strict: raise
-    the error that a run would raise instead of only reporting it. Raises DataError, and ModelError for an unusable
-    tokenizer or template.
+    the error that a run would raise instead of only reporting it. labels: the classes of texts (train.labels), by
+    default those of the training rows. Raises DataError, and ModelError for an unusable tokenizer or template.
     """
     add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
@@ -95,9 +111,12 @@ def prepare(
         build = partial(
             _build_store, data=data, renderer=renderer, folder=folder, data_kind=data_kind, use_cache=cache is not None
         )
-        train = build(data.train)
-        eval_store = train if share else build(data.eval) if data.eval is not None else None
-        prepared = _assemble(data, renderer, train, eval_store, share, data_kind)
+        checker = LabelChecker(labels) if data_kind == "classes" else None
+        train = build(data.train, checker=checker)
+        classes = None if checker is None else _find_classes(train, labels)
+        checker = None if classes is None else LabelChecker(classes.names, classes.several)
+        eval_store = train if share else build(data.eval, checker=checker) if data.eval is not None else None
+        prepared = _assemble(data, renderer, train, eval_store, share, data_kind, classes)
         prepared.report.warnings.extend(_find_unused_tokens(prepared.train, tokenizer, new_tokens))
     except BaseException:
         if cache is None:
@@ -138,7 +157,7 @@ def _open_rows(
         documents=data.format == formats.DOCUMENT,
     )  # fmt: skip
     return rows, formats.ConversationReader(
-        rows, format=data.format, columns=data.columns, errors=invalid, answerless=data_kind == "prompts"
+        rows, format=data.format, columns=data.columns, errors=invalid, data_kind=data_kind
     )
 
 
@@ -171,27 +190,29 @@ def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
 
 def _assemble(
     data: DataSection, renderer: Renderer, train: Store, eval_store: Store | None, share: float | None,
-    data_kind: DataKind,
+    data_kind: DataKind, classes: Classes | None,
 ) -> Prepared:  # fmt: skip
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.arange(len(eval_store.row_records) if eval_store else 0, dtype=np.int64)
     if share:
         is_held_out = _choose_held_out(train.row_records, share)
         rows, eval_rows = rows[~is_held_out], rows[is_held_out]
-    training = _select(train, rows, "training", data_kind)
+    training = _select(train, rows, "training", data_kind, classes)
     evaluation = None
     report = build_report(data, renderer, training)
     if eval_store is not None:
-        evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, shares_store=bool(share))
+        evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, classes, shares_store=bool(share))
         report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation)
     serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
     checksum = hashlib.sha256()
-    items: list[ExampleGroups | Prompts | None] = []
+    items: list[ExampleGroups | Prompts | LabelledTexts | None] = []
     for selection in (training, evaluation):
         if selection is None or data_kind == "turns" or report.would_refuse:
             items.append(None)
         elif data_kind == "prompts":
             items.append(Prompts(selection.examples, selection.conversations, serving_renderer))
+        elif classes is not None:
+            items.append(LabelledTexts(selection.examples, selection.store.labels, classes))
         else:
             items.append(ExampleGroups(selection.examples, data_kind, data.max_length))
         if selection is not None:
@@ -208,8 +229,20 @@ def _assemble(
         report,
         checksum.hexdigest(),
         serving_renderer,
-        *items,
+        items[0],
+        items[1],
+        classes,
     )
+
+
+def _find_classes(train: Store, labels: Sequence[str] | None) -> Classes:
+    """Return the given classes, or those of the training rows: integers by number, else in alphabetical order."""
+    several = any(not isinstance(label, str) for label in train.labels)
+    if labels is not None:
+        return Classes(tuple(labels), several)
+    names = {name for label in train.labels for name in label_names(label)}
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return Classes(tuple(sorted(names, key=int if are_numbers else str)), several)
 
 
 def _select(
@@ -217,11 +250,13 @@ def _select(
     rows: Indices,
     role: Literal["training", "evaluation"],
     data_kind: DataKind,
+    classes: Classes | None,
     *,
     shares_store: bool = False,
 ) -> Selection:
     indices = np.isin(store.example_records["row"], rows).nonzero()[0]
-    return Selection(store, Examples(store, indices), Conversations(store, rows), rows, role, data_kind, shares_store)
+    examples, conversations = Examples(store, indices), Conversations(store, rows)
+    return Selection(store, examples, conversations, rows, role, data_kind, shares_store, classes)
 
 
 def _add_evaluation(
@@ -295,12 +330,36 @@ class _Reader:
             raise
 
 
+class LabelChecker:
+    """Check the labels of texts to classify.
+
+    names: the known labels; None if all are. several: whether texts have lists of labels; by default as the first one.
+    """
+
+    def __init__(self, names: Sequence[str] | None, several: bool | None = None) -> None:
+        self.key = (None if names is None else list(names), several)
+        self._names = names
+        self._classes = None if several is None else Classes(tuple(names or ()), several)
+
+    def check(self, conversation: Conversation) -> RowError | None:
+        label = conversation.label
+        if label is None:  # of a file with other rows, which is refused
+            return None
+        if self._classes is None:
+            self._classes = Classes(tuple(self._names or ()), not isinstance(label, str))
+        known = self._classes if self._names is not None else replace(self._classes, names=label_names(label))
+        what = known.find_error(label)
+        code = "bad-label" if isinstance(label, str) == known.several else "unknown-label"
+        return None if what is None else _row_error(conversation, code, what)
+
+
 def _build_store(
     spec: str | Sequence[str], *, data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind,
-    use_cache: bool,
+    use_cache: bool, checker: LabelChecker | None = None,
 ) -> Store:  # fmt: skip
     """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
-    name = _cache_key(spec, data, renderer, data_kind) if use_cache else f"rows-{len(list(folder.iterdir()))}"
+    key = (data_kind, *([checker.key] if checker else []))
+    name = _cache_key(spec, data, renderer, key) if use_cache else f"rows-{len(list(folder.iterdir()))}"
     if use_cache and (store := load_store(folder / name)):
         if data.format != "auto" or data.columns or not store.facts["unused"].keys() & formats.NEWLY_READ:
             return store
@@ -310,14 +369,15 @@ def _build_store(
     writer = Writer(folder / name)
     try:
         reader = _Reader(spec, data, data_kind, renderer)
-        return writer.commit(_write_rows(writer, reader, data, renderer, data_kind))
+        return writer.commit(_write_rows(writer, reader, data, renderer, data_kind, checker))
     finally:
         writer.discard()
 
 
 def _write_rows(
-    writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, data_kind: DataKind
-) -> dict[str, Any]:
+    writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, data_kind: DataKind,
+    checker: LabelChecker | None,
+) -> dict[str, Any]:  # fmt: skip
     """Write every row with all its conversations, or record why it is dropped.
 
     Returns the content of facts.json: "read": number of rows; "outcomes": number of rows by outcome; "faults": errors
@@ -332,7 +392,7 @@ def _write_rows(
     shortened: list[tuple[str, str, int | None, str]] = []  # outcome, file, line, lengths
     stops = longest = chats = thinking = 0
     judgements: Judgements = {}
-    render = {"pairs": render_pairs, "prompts": render_prompts}.get(data_kind, Renderer.render_many)
+    render = RENDER.get(data_kind, Renderer.render_many)
     for _, row in groupby(render(renderer, reader), lambda _: reader.row_numbers.popleft()):
         results: list[tuple[str, Conversation, list[Example], int]] = []
         row_warnings: dict[str, str] = {}
@@ -347,7 +407,9 @@ def _write_rows(
             results.append((outcome, conversation, examples, sum(lengths)))
         warnings.update(row_warnings.keys())
         first_examples = {**row_warnings, **first_examples}
-        if row_error is None and data_kind in PREFERENCE_KINDS:
+        if row_error is None and checker is not None:
+            row_error = next(filter(None, (checker.check(conversation) for _, conversation, _, _ in results)), None)
+        if row_error is None and data_kind in JUDGED_KINDS:
             checks = (_check_contradiction(part, examples, judgements) for _, part, examples, _ in results)
             row_error = next(filter(None, checks), None)
         if row_error is not None:
@@ -361,11 +423,13 @@ def _write_rows(
                 what = f"{num_tokens} tokens, now {' + '.join(str(len(example)) for example in examples)}"
                 shortened.append((outcome, conversation.file, conversation.line, what))
             prompt = digest(dump_conversation(conversation.prompt))
-            group = writer.add(conversation, examples, prompt, prompt if data_kind in PREFERENCE_KINDS else group)
+            group = writer.add(conversation, examples, prompt, prompt if data_kind in JUDGED_KINDS else group)
             chats += conversation.text is None
             thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
             last_examples = examples if data_kind == "pairs" else examples[-1:]
-            stops += data_kind != "prompts" and all(ends_with_stop(example, renderer) for example in last_examples)
+            stops += data_kind not in RENDERED_PROMPTS and all(
+                ends_with_stop(example, renderer) for example in last_examples
+            )
     errors = [*reader.unreadable, *reader.invalid, *errors]
     outcomes["dropped"] += len(reader.unreadable) + len(reader.invalid)
     file_order = {name: i for i, name in enumerate(dict.fromkeys(error.where.file for error in errors))}
@@ -420,6 +484,13 @@ def find_contradiction(
 ) -> tuple[str, int] | None:
     """Return file and line of an opposite judgement of the same answers, or record this judgement if there is none."""
     ids = [example.ids.tobytes() for example in examples]
+    if conversation.label is not None:
+        text, labelled = digest(ids[0]), digest(ids[0] + repr(conversation.label).encode())
+        if text in judgements and labelled not in judgements:
+            return judgements[text]
+        for key in (text, labelled):
+            judgements.setdefault(key, (conversation.file, conversation.line))
+        return None
     if conversation.rejected:
         prompt = examples[0].prompt_length.to_bytes(8, "little")
         judgement, opposite = (prompt + b"<".join(sides) for sides in (ids, ids[::-1]))
@@ -455,13 +526,13 @@ def _row_error(conversation: Conversation, code: str, what: str) -> RowError:
     return RowError(code, Location(conversation.file, conversation.line, what))
 
 
-def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, data_kind: DataKind) -> str:
-    """Return a hash of everything that determines the store: rows, tokenizer, template and options."""
+def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, kind: Sequence[Any]) -> str:
+    """Return a hash of everything that determines the store: rows, tokenizer, template, options and kind of data."""
     key = hashlib.sha256()
     for source in sources.resolve(spec):
         key.update(json.dumps([source.path, source.weight, len(source.files)]).encode())
         for name in source.files:
             key.update(bytes.fromhex(sha256_file(Path(name))))
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
-    key.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, data_kind], sort_keys=True).encode())
+    key.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, *kind], sort_keys=True).encode())
     return key.hexdigest()[:32]

@@ -44,7 +44,9 @@ FORMAT_REASONS: dict[str, str] = {
     "prompts-differ": "an answer contains another prompt than the row, or chosen and rejected answer different prompts",
     "no-question": "a prompt whose last message is the assistant's: there is nothing to answer",
     "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in score",
-    "bad-label": "a label that is neither good nor bad",
+    "bad-label": "a label that is neither good nor bad; in classification one that is not a string, an integer or a "
+    "list of them, or a list if other rows have one label",
+    "no-label": "a label is null or empty",
     "media": "images, audio or video, which are not supported",
 }
 # Why a conversation cannot be rendered to an example.
@@ -65,6 +67,7 @@ RENDERING_REASONS: dict[str, str] = {
     "answer-in-parts": "the chat template splits one answer into several examples, which cannot be compared as one",
     "prompt-tokens-differ": "chosen and rejected do not begin with the same prompt tokens",
     "same-tokens": "chosen and rejected have the same tokens",
+    "no-tokens": "the text has no tokens",
 }
 TOO_LONG = "too-long"
 REASONS: dict[str, str] = {
@@ -72,7 +75,9 @@ REASONS: dict[str, str] = {
     **FORMAT_REASONS,
     **RENDERING_REASONS,
     TOO_LONG: "the row is longer than data.max_length",
-    "contradiction": "another row ranks the same answers the other way round, or labels the same answer differently",
+    "unknown-label": "a label that is not in train.labels, or that no training row has",
+    "contradiction": "another row ranks the same answers the other way round, or labels the same answer or text "
+    "differently",
 }
 FIXES: dict[str, str] = {
     "missing-column": "rename the columns, because --data.columns and --data.format apply to every file",

@@ -25,7 +25,21 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Item, Mask, Message, Prompt
+from strop.data.types import (
+    Classes,
+    Conversation,
+    DataKind,
+    Example,
+    ExampleGroup,
+    Indices,
+    Item,
+    Label,
+    LabelledText,
+    Mask,
+    Message,
+    Prompt,
+    label_names,
+)
 
 if TYPE_CHECKING:
     from strop.data.rendering.render import Renderer
@@ -34,8 +48,8 @@ if TYPE_CHECKING:
 # the index of its row.
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
 # A record of rows.bin: the end of the row's line in rows.jsonl; hashes of its content and its prompt; `group` (rows of
-# one group are held out together); file (index into facts["files"]) and line; label (1 good, 0 bad, -1 none); whether
-# it has an answer (1, 0).
+# one group are held out together); file (index into facts["files"]) and line; label (1 good, 0 bad, -1 none; of a text
+# to classify the index into facts["labels"]); whether it has an answer (1, 0).
 ROW = np.dtype([
     ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
     ("label", "<i4"), ("has_answer", "<i4"),
@@ -61,6 +75,7 @@ class Writer:
         self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_DTYPES, "rows.jsonl")}
         self._checksums = dict.fromkeys(self._out, 0)
         self._files: dict[str, int] = {}
+        self._labels: dict[Label, int] = {}
         self._num_tokens = self._num_bytes = self._num_rows = 0
 
     def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
@@ -73,6 +88,8 @@ class Writer:
         self._num_bytes += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
         label = -1 if conversation.desirable is None else int(conversation.desirable)
+        if conversation.label is not None:
+            label = self._labels.setdefault(conversation.label, len(self._labels))
         content = digest(text)
         group = content if group is None else group
         has_answer = conversation.answer is not None
@@ -95,7 +112,8 @@ class Writer:
         """Complete the store and return it, or the identical store that another process wrote first."""
         self._close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
-        facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._checksums}
+        names = {"files": list(self._files), "labels": list(self._labels)}
+        facts = {**facts, **names, "sizes": sizes, "sums": self._checksums}
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         self._unlock()
         try:
@@ -131,6 +149,11 @@ class Store:
         arrays = (_map(folder / name, dtype) for name, dtype in _DTYPES.items())
         self._ids, self._weights, self.example_records, self.row_records = arrays
         self._text = _map(folder / "rows.jsonl", np.dtype(np.uint8))
+
+    @property
+    def labels(self) -> list[Label]:
+        """The different labels of texts to classify, in the order of the rows."""
+        return [_read_label(label) for label in self.facts.get("labels", ())]
 
     def example(self, i: int) -> Example:
         record = self.example_records[i]
@@ -205,7 +228,7 @@ class Examples(LazySequence[Example]):
         records = store.example_records[indices]
         self.lengths: Indices = records["length"].astype(np.int64)  # in tokens
         self.supervised: Indices = records["supervised"].astype(np.int64)  # in tokens
-        # label of the answer: 1 good, 0 bad, -1 none
+        # label of the answer: 1 good, 0 bad, -1 none; of a text to classify, an index into Store.labels
         self.labels: Indices = store.row_records["label"][records["row"]].astype(np.int64)
 
     def __len__(self) -> int:
@@ -289,6 +312,31 @@ class ExampleGroups(LazySequence[ExampleGroup]):
         return ()
 
 
+class LabelledTexts(LazySequence[LabelledText]):
+    """Texts with their classes. labels: see Examples.labels."""
+
+    def __init__(self, examples: Examples, labels: Sequence[Label], classes: Classes) -> None:
+        self.classes = classes
+        self.counts = count_labels(examples, labels, classes.names)  # number of texts of each class
+        self._examples = examples
+        self._indices = [classes.indices(label) for label in labels]  # by label
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def item(self, i: int) -> LabelledText:
+        return LabelledText((self._examples[i],), classes=self._indices[self._examples.labels[i]])
+
+
+def count_labels(examples: Examples, labels: Sequence[Label], names: Sequence[str]) -> dict[str, int]:
+    """Return the number of examples with each label. labels: see Examples.labels."""
+    counts, known = dict.fromkeys(names, 0), examples.labels[examples.labels >= 0]
+    for label, number in zip(labels, np.bincount(known, minlength=len(labels)).tolist(), strict=True):
+        for name in label_names(label):
+            counts[name] += number
+    return counts
+
+
 class Prompts(LazySequence[Prompt]):
     """Prompts with their reference answers. examples: the tokens of the prompt of each conversation."""
 
@@ -317,6 +365,8 @@ def dump_conversation(conversation: Conversation) -> bytes:
         value["rejected"] = [*map(message_json, conversation.rejected)]
     if conversation.desirable is not None:
         value["desirable"] = conversation.desirable
+    if conversation.label is not None:
+        value["label"] = conversation.label
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -336,8 +386,12 @@ def message_json(message: Message) -> dict[str, Any]:
 def load_conversation(text: bytes, file: str, line: int) -> Conversation:
     value = json.loads(text)
     messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
-    tools, desirable = tuple(value.get("tools", ())), value.get("desirable")
-    return Conversation(file, line, messages, tools, value.get("text"), rejected, desirable)
+    tools, desirable, label = tuple(value.get("tools", ())), value.get("desirable"), value.get("label")
+    return Conversation(file, line, messages, tools, value.get("text"), rejected, desirable, _read_label(label))
+
+
+def _read_label(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:

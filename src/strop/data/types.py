@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from strop.errors import suggest
+
 Role = Literal["system", "user", "assistant", "tool"]
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
@@ -20,8 +22,10 @@ Mask = npt.NDArray[np.bool_]
 LogProbs = npt.NDArray[np.float64]
 
 # The data of an objective: conversations (their assistant turns are trained on), preference pairs, answers labelled
-# good or bad, or prompts for which the model samples completions.
-DataKind = Literal["turns", "pairs", "labels", "prompts"]
+# good or bad, prompts for which the model samples completions, or texts with their class.
+DataKind = Literal["turns", "pairs", "labels", "prompts", "classes"]
+RENDERED_PROMPTS: tuple[DataKind, ...] = ("prompts", "classes")  # without an answer, so without a stop token
+Label = str | tuple[str, ...]  # the class of a text, or all classes of a text that may have several
 PREFERENCE_KINDS: tuple[DataKind, ...] = ("pairs", "labels")
 
 
@@ -58,6 +62,7 @@ class Conversation:
     text: str | None = None  # raw text for continued pretraining; `messages` is then empty
     rejected: tuple[Message, ...] = ()  # the rejected conversation of a preference pair; `messages` is the chosen one
     desirable: bool | None = None  # whether a labelled answer is good
+    label: Label | None = None  # of a text to classify
 
     @property
     def answer(self) -> str | None:
@@ -70,7 +75,7 @@ class Conversation:
         """The turns before the first assistant turn with a nonzero weight."""
         turns = enumerate(self.messages)
         end = next((i for i, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
-        return replace(self, messages=self.messages[:end], rejected=(), desirable=None)
+        return replace(self, messages=self.messages[:end], rejected=(), desirable=None, label=None)
 
     @property
     def sides(self) -> tuple[Conversation, ...]:
@@ -79,6 +84,31 @@ class Conversation:
             return (self,)
         chosen = replace(self, rejected=())
         return chosen, replace(chosen, messages=self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes of a classifier: their names in the order of its outputs, and whether a text may have several."""
+
+    names: tuple[str, ...]
+    several: bool = False
+
+    def find_error(self, label: Label) -> str | None:
+        """Return why a label is not valid, or None."""
+        if isinstance(label, str) == self.several:
+            return f"{'one label' if self.several else 'a list of labels'}, unlike the first training row"
+        unknown = next((name for name in label_names(label) if name not in self.names), None)
+        known = ", ".join(self.names[:8]) + ", ..." * (len(self.names) > 8)
+        return (
+            None if unknown is None else f"unknown label {unknown!r}{suggest(unknown, self.names)}; known are {known}"
+        )
+
+    def indices(self, label: Label) -> tuple[int, ...]:
+        return tuple(self.names.index(name) for name in label_names(label))
+
+
+def label_names(label: Label) -> tuple[str, ...]:
+    return (label,) if isinstance(label, str) else label
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +198,13 @@ class ExampleGroup:
         if packed:
             return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt_length if share_prompt else 0)
         return len(self.examples) * max(map(len, self.examples))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText(ExampleGroup):
+    """A text with its classes, as indices of the classifier's outputs. Only its last token is supervised."""
+
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

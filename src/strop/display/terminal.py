@@ -243,7 +243,8 @@ class RunProgress:
                 metrics += " ({:.3f} to {:.3f})".format(*event["reward_interval"])
         elif "accuracy" in event:
             low, high = event["accuracy_interval"]
-            metrics += f", {event['accuracy']:.1%} ranked correctly ({low:.1%} to {high:.1%})"
+            what = "accuracy" if "macro_f1" in event else "ranked correctly"
+            metrics += f", {event['accuracy']:.1%} {what} ({low:.1%} to {high:.1%})"
         best = " (best so far)" if event["best"] else ""
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
 

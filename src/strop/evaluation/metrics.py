@@ -51,7 +51,8 @@ T_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # the same of Student's t distribution
 MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosses; from 3 rows on, in 3 to 7 %
 SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
-    "preference_sum": "preference, summed", "margin": "margin of rewards",
+    "preference_sum": "preference, summed", "margin": "margin of rewards", "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
 }  # fmt: skip
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
@@ -308,6 +309,14 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
     if not reasons:
         return kind, text
     return "unclear", f"not a test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+
+
+def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return as `describe_change` how a classifier compares with its baseline; None without one."""
+    if "baseline_difference" not in result:
+        return None
+    kind, text = describe_change({**result, "difference": result["baseline_difference"]})
+    return kind, f"compared with {result['baseline_name']}: {text}"
 
 
 def describe_cut(result: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,14 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import describe_change, describe_cut, describe_general, describe_rows, rows_label
+from strop.evaluation.metrics import (
+    describe_change,
+    describe_cut,
+    describe_general,
+    describe_rows,
+    format_points,
+    rows_label,
+)
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -33,6 +40,35 @@ base.config.get_text_config().pad_token_id = None  # otherwise a last token equa
 model = PeftModel.from_pretrained(base, "{location}").eval()
 text = tokenizer.apply_chat_template(messages, tokenize=False){end}  # the score is at the answer's last token
 print(model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits)  # one text at a time
+```"""
+CLASSIFIER_USAGE = """It gives the probability of each class of a text, and generates no text.
+
+```python
+import strop
+
+print(strop.load("{location}").classify("..."))
+```
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+labels = {labels}
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels=len(labels), id2label=dict(enumerate(labels)), problem_type="{problem}"
+)
+base.config.get_text_config().pad_token_id = None  # the last token is scored, so there is no padding
+model = PeftModel.from_pretrained(base, "{location}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{location}")
+classify = pipeline("text-classification", model=model.get_base_model(), tokenizer=tokenizer, top_k=None)
+print(classify(text))  # one text at a time; `strop merge` writes a folder that takes batches
+```"""
+
+MERGED_CLASSIFIER_USAGE = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{location}", top_k=None)
+print(classify(texts, batch_size=8))
 ```"""
 CHATML_END = {"cut": "\n", "add": ""}  # default for reports without `answer_end`
 
@@ -99,7 +135,8 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
-    front_matter = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    task = {"pipeline_tag": "text-classification"} if settings.get("train.objective") == "classify" else {}
+    front_matter = {"library_name": library, **task, **base_entry, "tags": ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
@@ -113,14 +150,18 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
         *_list_scores(report),
     ]
-    if merged is not None:
-        title, usage = f"{base_text} with a LoRA adapter merged into it", MERGED_USAGE
-    else:
-        title = f"A LoRA adapter for {base_text}"
-        usage = REWARD_USAGE if settings.get("train.objective") == "reward" else ADAPTER_USAGE
+    usages = {
+        "reward": (REWARD_USAGE, MERGED_USAGE),
+        "classify": (CLASSIFIER_USAGE, MERGED_CLASSIFIER_USAGE),
+    }
+    usage = usages.get(settings.get("train.objective", "sft"), (ADAPTER_USAGE, MERGED_USAGE))[merged is not None]
+    title = f"A LoRA adapter for {base_text}" if merged is None else f"{base_text} with a LoRA adapter merged into it"
+    several = (report.get("objective") or {}).get("several_labels")
     usage = usage.format(
-        location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report)
-    )
+        location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report),
+        labels=json.dumps(settings.get("train.labels"), ensure_ascii=False),
+        problem=f"{'multi' if several else 'single'}_label_classification",
+    )  # fmt: skip
     lines = [
         "---",
         yaml.safe_dump(front_matter, sort_keys=False, default_flow_style=None).strip(),
@@ -176,6 +217,14 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             metric = result["metric"]
             scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
             yield name, f"{describe_rows(result)}: {scores} ({describe_change(result)[1]})"
+    if evaluation and "classes" in evaluation:
+        tuned, baseline = evaluation["tuned"], evaluation.get("baseline")
+        scores = f"accuracy {tuned['accuracy']:.1%}, macro F1 {tuned['macro_f1']:.1%}"
+        scores += f", calibration error {tuned['calibration_error']:.1%}"
+        if baseline:
+            change = format_points(evaluation["baseline_difference"])
+            scores += f"; {evaluation['baseline_name']} {baseline['accuracy']:.1%} ({change} points)"
+        yield rows_label(evaluation), f"{describe_rows(evaluation)}: {scores}"
     if general := report.get("general"):
         scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
         yield "general set", f"{general['rows']} rows: {scores} ({describe_general(general)})"
@@ -187,19 +236,20 @@ def _has_both_sides(result: Any) -> bool:
 
 def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence per limitation of the model or of its evaluation."""
-    if not _has_both_sides(report.get("evaluation")):
+    is_classifier = settings.get("train.objective") == "classify"
+    if not _has_both_sides(report.get("evaluation")) and not (is_classifier and report.get("evaluation")):
         yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
     elif (train_rows := report["evaluation"].get("train_rows")) is None:
         yield "It is unknown whether it was trained on the rows that it was evaluated on."
     elif train_rows:
         yield f"{train_rows} of the {report['evaluation']['rows']} rows that it was evaluated on are also train rows."
     yield from (f"{text}." for text in describe_cut(report.get("evaluation") or {}))
-    if not report.get("general") and not _has_both_sides(report.get("regression")):
+    if not is_classifier and not report.get("general") and not _has_both_sides(report.get("regression")):
         yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:
         yield f"No row that it was trained on is longer than {longest:,} tokens."
-    if settings.get("train.objective") != "reward":
+    if settings.get("train.objective") not in ("reward", "classify"):
         yield "It answers prompts in the chat template saved with it; other templates were not tried."
     yield "It was not checked for safety, bias or truth."
     yield "The license and the terms of the base apply to it too."

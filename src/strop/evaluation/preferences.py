@@ -19,7 +19,7 @@ from strop.engine.step import step_for
 from strop.errors import DataError, Location
 from strop.evaluation.compare import Progress, check_positions
 from strop.evaluation.metrics import compare_hits, mean_interval, wilson_interval
-from strop.models.adapters import is_reward_adapter
+from strop.models.adapter_config import adapter_kind
 from strop.models.lora import find_score_head
 
 PREFERENCE = "preference"
@@ -51,7 +51,7 @@ def compare_preferences(
     if invalid:
         raise DataError(f"{len(invalid)} pairs cannot be compared", fix="fix or remove them", where=invalid)
     check_positions(model, (example for pair in pairs for example in pair))
-    if model.adapter is not None and is_reward_adapter(model.adapter):
+    if model.adapter is not None and adapter_kind(model.adapter) == "reward":
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}
     with model.base() if model.adapter else nullcontext():

@@ -22,13 +22,14 @@ from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
+SHADE = 40  # percent of colour behind the number of all rows of a class, so that it stays readable
 NORMAL_EVENTS = {
     "machine", "recipe", "data", "reference", "rehearsal", "start", "step", "eval", "samples", "save",
     "reference-check", "end", "note",
 }  # fmt: skip
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
-    "accuracy": "answers ranked correctly", "margin": "margin of rewards", "reward": "reward of completions",
+    "accuracy": "accuracy", "margin": "margin of rewards", "reward": "reward of completions",
     "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
     "rejected_nats": "rejected, log-probability per token",
@@ -62,7 +63,7 @@ def render(
         dates=_describe_dates(events),
         tags=tags if isinstance(tags := (notes or {}).get("tags"), list) else [],
         note=(notes or {}).get("note") or "",
-        verdict=_describe_change(evaluation),
+        verdict=_describe_change(evaluation) or _describe_baseline(evaluation),
         facts=list(_list_key_numbers(report)),
         scores=list(_format_scores(evaluation, intervals)),
         rows=evaluation.get("rows"),
@@ -84,6 +85,8 @@ def render(
         ],
         recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
         general=_format_general(report.get("general") or {}, evaluation, intervals),
+        classes=list(_list_classes(evaluation)),
+        confusion=_format_confusion(evaluation),
         tasks=list(metrics.format_task_scores(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
         findings=[str(finding) for finding in report.get("diagnosis") or []],
@@ -131,7 +134,8 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ranking = (report.get("objective") or {}).get("held_out") or {}
     if _is_number(ranking.get("accuracy")):
         low, high = (_format_percent(end) for end in ranking["accuracy_interval"])
-        yield "ranked correctly, held out", f"{_format_percent(ranking['accuracy'])} ({low} to {high})"
+        name = "accuracy, held out" if "macro_f1" in ranking else "ranked correctly, held out"
+        yield name, f"{_format_percent(ranking['accuracy'])} ({low} to {high})"
     if _is_number(ranking.get("reward")):
         low, high = ranking.get("reward_interval") or (ranking["reward"],) * 2
         yield "reward, held out", f"{ranking['reward']:.3f} ({low:.3f} to {high:.3f})"
@@ -150,11 +154,12 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield {name, sides: [{side, text, share, interval}]} for each score, starting with the evaluation's metric."""
     metric = evaluation.get("metric")
-    sides = [side for side in ("base", "tuned") if evaluation.get(side)]
+    sides = [side for side in ("base", "baseline", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
     names.pop("tokens_per_s", None)  # of the evaluation, which generates both answers at once
     for name in sorted(names, key=lambda name: name != metric):
-        is_rate = name in (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
+        rates = (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum", "macro_f1", "micro_f1")
+        is_rate = name in rates or name.endswith("_rate")
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
@@ -167,6 +172,41 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}
+
+
+def _describe_baseline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return (CSS class, sentence) on a classifier and its baseline, or None without one."""
+    verdict = metrics.describe_baseline(evaluation)
+    if verdict is None:
+        return None
+    tuned, baseline = (_format_percent(evaluation[side]["accuracy"]) for side in ("tuned", "baseline"))
+    kind, text = verdict
+    rows = metrics.describe_rows(evaluation)
+    return kind, f"{text[0].upper()}{text[1:]}: accuracy {tuned}, of the baseline {baseline}, on {rows}."
+
+
+def _list_classes(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield (label, rows, precision, recall, F1) of each class, with intervals."""
+    for entry in evaluation.get("classes") or ():
+        cells = [str(entry["label"]), f"{entry['rows']:,}"]
+        for name in ("precision", "recall"):
+            interval = entry[f"{name}_interval"]
+            ends = () if interval is None else map(_format_percent, interval)
+            cells.append("" if interval is None else "{} ({} to {})".format(_format_percent(entry[name]), *ends))
+        yield (*cells, "" if entry["f1"] is None else _format_percent(entry["f1"]))
+
+
+def _format_confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return {label, cells: [{count, shade, right}]} for each row of a confusion matrix. shade: percent of colour."""
+    rows = []
+    names = [str(entry["label"]) for entry in evaluation.get("classes") or ()]
+    for i, (name, counts) in enumerate(zip(names, evaluation.get("confusion") or [], strict=False)):
+        total = max(1, sum(counts))
+        cells = [
+            {"count": count, "shade": round(SHADE * count / total), "right": i == j} for j, count in enumerate(counts)
+        ]
+        rows.append({"label": name, "cells": cells})
+    return rows
 
 
 def _format_general(

@@ -14,7 +14,7 @@ import numpy as np
 from strop.config.load import read_resolved, resolve
 from strop.config.schema import DataSection, Recipe
 from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
-from strop.data.prepare import prepare
+from strop.data.prepare import Prepared
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import FIXES, RowError
 from strop.data.store import digest, dump_conversation
@@ -23,6 +23,7 @@ from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import DataError, InputError, Location, RecipeError, RunError, suggest
+from strop.evaluation.classes import ACCURACY, check_labels, compare_classes
 from strop.evaluation.compare import (
     EXTRA_SCORES,
     Progress,
@@ -46,10 +47,10 @@ from strop.evaluation.metrics import (
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapter_config import adapter_folder
-from strop.models.adapters import check_adapter_kind, is_reward_adapter, locate_base, locate_tokenizer, read_identity
+from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind
+from strop.models.adapters import locate_base, locate_tokenizer, read_classes, read_identity
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import data_kind_of
+from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
 
@@ -84,15 +85,19 @@ def evaluate_models(
 ) -> list[dict[str, Any]]:
     """Evaluate each model, with and without its adapter, on the rows of `data`.
 
-    Returns for each model the result of `compare` (or `compare_preferences`, if the rows are pairs) with `run`, `notes`
-    and `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked
-    before a model is loaded. If the judge fails, `partial_result` of the RunError has the other results.
+    Returns for each model the result of `compare` (of `compare_preferences` if the rows are pairs, and of
+    `compare_classes` for a classifier) with `run`, `notes` and `train_rows`, the number of rows that are also training
+    rows (None if unknown). Options and rows are checked before a model is loaded. If the judge fails, `partial_result`
+    of the RunError has the other results.
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, ...], Side] = {}
     results = []
     for name in names:
+        if request.are_classes:
+            results.append(_evaluate_classes(name, request))
+            continue
         if _is_paired(request.rows):
             results.append(_evaluate_pairs(name, request))
             continue
@@ -122,6 +127,7 @@ class _Request:
     task_manager: Any  # the harness's TaskManager
     advance: Progress | None
     devices: Devices
+    are_classes: bool  # whether the models are classifiers
 
 
 def _check_request(
@@ -140,6 +146,9 @@ def _check_request(
         raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
     judge = None if options.judge is None else make_judge(options.judge, options.judge_model)
     reading, notes = choose_reading_options(names, options.reading)
+    classifiers = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == "classifier"]
+    if classifiers:
+        return _check_class_request(names, classifiers, data, options, reading, notes, advance, devices)
     rows = _read_scorable_rows(names, reading, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
@@ -161,13 +170,58 @@ def _check_request(
     tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
     dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
     trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
+    return _Request(
+        options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices, False
+    )
+
+
+def _check_class_request(
+    names: Sequence[str], classifiers: Sequence[str], data: str | Sequence[str], options: EvalOptions,
+    reading: dict[str, Any], notes: list[str], advance: Progress | None, devices: Devices,
+) -> _Request:  # fmt: skip
+    """Read the rows of classifiers, and check the options."""
+    if len(classifiers) < len(names):
+        other = next(name for name in names if name not in classifiers)
+        raise RecipeError(
+            f"{other}: not a classifier, unlike {classifiers[0]}", fix="evaluate it in a separate command"
+        )
+    if options.metric not in ("exact", ACCURACY):  # exact is the default
+        raise RecipeError(f"--metric {options.metric}: a classifier gives no text", fix=f"--metric {ACCURACY}")
+    if options.general or options.regression_data or options.tasks or options.judge:
+        fix = "leave --general, --regression-data, --tasks and --judge out"
+        raise RecipeError("a classifier generates nothing, so nothing else can be evaluated", fix=fix)
+    rows = read_conversations(data, data_kind="classes", **reading)
+    if not rows:
+        raise DataError("no rows to evaluate on", fix="give rows with a text and a label")
+    for name in names:
+        folder = adapter_folder(name)
+        assert folder is not None
+        check_labels(rows, read_classes(folder))
+    devices.require_same(
+        {"the models": list(names), "the content of the rows": digest(b"\n".join(map(dump_conversation, rows)))}
+    )
+    return _Request(options, rows, [], None, notes, None, [], None, advance, devices, True)
+
+
+def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
+    train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
+    prepared = _prepare_train_rows(name)
+    model = _load(name, request)
+    train_texts = None if prepared is None else prepared.train_conversations
+    compared = compare_classes(model, request.rows, train_texts, request.advance, request.devices)
+    notes = compared.pop("notes")
+    result = _start_result(name, model, compared, request)
+    result["notes"] += notes
+    _add_row_notes(result, request.rows, train_rows)
+    if request.devices.is_main and is_run(Path(name)):
+        _store(RunFolder(Path(name)), result)
+    return result
 
 
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
     folder = adapter_folder(name)
-    model = _load(name, request, is_reward_model=folder is not None and is_reward_adapter(folder))
+    model = _load(name, request, scores=folder is not None and adapter_kind(folder) == "reward")
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = _start_result(name, model, compared, request)
     _add_row_notes(result, request.rows, train_rows)
@@ -182,8 +236,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     rows = [question.conversation for question in make_questions(request.rows)]
     train_rows = devices.run_on_main(partial(find_train_rows, name, rows))
     folder = adapter_folder(name)
-    if folder is not None and is_reward_adapter(folder):
-        check_adapter_kind(folder, is_reward_model=False)
+    if folder is not None:
+        check_adapter_kind(folder, "text")
     model = _load(name, request)
     base_key = (str(model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
@@ -238,13 +292,13 @@ def _start_result(name: str, model: Model, compared: dict[str, Any], request: _R
     return {"run": name, **compared, "quantization": model.quantization, "dtype": model.dtype, "notes": notes}
 
 
-def _load(name: str, request: _Request, *, is_reward_model: bool = False) -> Model:
+def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
     options, dtype = request.options, request.options.dtype
     with request.devices.all_or_none():
         if dtype == "auto" and adapter_folder(name) is None and request.trained_dtype is not None:
             prepare_process()
             dtype, _ = pick_generation_dtype(pick_device("auto"), request.trained_dtype)  # as the runs beside it
-        return load(name, dtype=dtype, quantization=options.quantization, force=options.force, scores=is_reward_model)
+        return load(name, dtype=dtype, quantization=options.quantization, force=options.force, scores=scores)
 
 
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -276,13 +330,16 @@ def read_conversations(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     encoding: str = "utf-8",
+    data_kind: DataKind = "turns",
 ) -> list[Conversation]:
     """Read all rows of the data as conversations. Raises DataError if only some are preference pairs."""
     errors: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, errors=errors, documents=format == DOCUMENT)
-    reader = ConversationReader(rows, format=format, columns=columns, errors=errors)
+    reader = ConversationReader(rows, format=format, columns=columns, errors=errors, data_kind=data_kind)
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
+    if "classification" in kinds and data_kind != "classes":
+        raise DataError("rows with the classes of texts", fix="give a run of --train.objective classify")
     if "labelled" in kinds:
         what = "rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
         raise DataError(what, fix="give rows with right answers, or pairs")
@@ -388,30 +445,38 @@ def find_train_rows(name: str, rows: Sequence[Conversation]) -> list[bool] | Non
 
     Returns None if that is unknown, because `name` is not a run, or its data is unreadable or has changed.
     """
-    try:
-        run, recipe = find_run(name), find_recipe(name)
-        if run is None or recipe is None:
-            return None
-        start, source = recipe.model.adapter, locate_base(run.adapter)
-        in_first_run = [False] * len(rows) if start is None else find_train_rows(start, rows)
-        folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
-        data_kind = data_kind_of(recipe.train)
-        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
-    except InputError:
+    recipe, data = find_recipe(name), _prepare_train_rows(name)
+    if recipe is None or data is None:
         return None
-    if in_first_run is None or data.hash != run.read_lock()["data"]:
+    start = recipe.model.adapter
+    in_first_run = [False] * len(rows) if start is None else find_train_rows(start, rows)
+    if in_first_run is None:
         return None
-    train_rows = data.train_conversations
+    train_rows, data_kind = data.train_conversations, data_kind_of(recipe.train)
     digests = train_rows.digests if data_kind == "turns" else [_hash_row(row, data_kind) for row in train_rows]
     in_this_run = np.isin([_hash_row(row, data_kind) for row in rows], digests)
     return [bool(first or this) for first, this in zip(in_first_run, in_this_run, strict=True)]
 
 
+def _prepare_train_rows(name: str) -> Prepared | None:
+    """Return the data of a run. Returns None if `name` is not a run, or its data is unreadable or has changed."""
+    try:
+        run, recipe = find_run(name), find_recipe(name)
+        if run is None or recipe is None:
+            return None
+        start, source = recipe.model.adapter, locate_base(run.adapter)
+        folder = None if start is None else adapter_folder(start)
+        tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
+        data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
+    except InputError:
+        return None
+    return data if data.hash == run.read_lock()["data"] else None
+
+
 def _hash_row(row: Conversation, data_kind: DataKind) -> int:
     """Hash a row without its label and rejected answer. For "prompts", the right answer is also excluded."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
-    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
+    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None, label=None)))
 
 
 def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:

@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from strop.config.load import read_resolved
+from strop.config.schema import NOT_KEEPING
 from strop.display.tables import Printed, abbreviate, command_name, console, print_notes
 from strop.errors import Location
 from strop.evaluation.metrics import (
+    describe_baseline,
     describe_change,
     describe_difference,
     describe_general,
@@ -24,6 +26,7 @@ from strop.evaluation.metrics import (
     score_name,
 )
 
+MAX_MATRIX = 15  # classes of a confusion matrix in a terminal
 _DECIMALS = {"loss": 3, "perplexity": 3, "tokens_per_answer": 1}  # of scores that are not percentages
 
 
@@ -49,12 +52,13 @@ def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = con
     if "regression" in result:
         print_scores(result["regression"], rows_name="rows that should not get worse", out=out)
     _print_tasks(result.get("tasks", {}), out)
+    _print_classes(result, out)
     print_scores(result, out=out)
 
 
 def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: Console = console) -> None:
     """Print the scores of base and tuned model in columns, with 95 % intervals."""
-    sides = [side for side in ("base", "tuned") if side in result]
+    sides = [side for side in ("base", "baseline", "tuned") if side in result]
     title = f"{result.get('run', '')}  {result['rows']} {rows_name or rows_label(result)}"
     table = Table(title=escape(title.strip()), title_justify="left")
     table.add_column("")
@@ -80,6 +84,8 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     if result.get("left_out"):
         rows = [str(Location(**location)) for location in result["left_out"]]
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
+    if baseline := describe_baseline(result):
+        out.print(baseline[1], markup=False)
     if "difference" in result:
         changed = result.get("changed", {"gained": [], "lost": []})
         if changed["lost"]:
@@ -89,6 +95,33 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
             f"{'' if verdict.startswith('not a test') else 'tuned minus base: '}{verdict} "
             f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
         )
+
+
+def _print_classes(result: Mapping[str, Any], out: Console) -> None:
+    """Print precision and recall of each class with intervals, and the confusion matrix of a few classes."""
+    if "classes" not in result:
+        return
+    table = Table("class", *(Column(name, justify="right") for name in ("rows", "precision", "recall", "F1")))
+    for entry in result["classes"]:
+        cells = []
+        for name in ("precision", "recall"):
+            interval = entry[f"{name}_interval"]
+            ends = [f"{100 * end:.0f}" for end in interval or ()]
+            cells.append(f"{entry[name]:.1%}  ({' to '.join(ends)})" if ends else "")
+        f1 = "" if entry["f1"] is None else f"{entry['f1']:.1%}"
+        table.add_row(escape(entry["label"]), f"{entry['rows']:,}", *cells, f1)
+    out.print(table)
+    confusion, names = result.get("confusion"), [entry["label"] for entry in result["classes"]]
+    if confusion is None or len(names) > MAX_MATRIX:
+        return
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    matrix = Table("label, and predicted as", *(Column(number, justify="right") for number in numbers))
+    for i, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+        cells = [
+            "" if not count else f"[bold]{count}[/]" if i == j else f"[red]{count}[/]" for j, count in enumerate(counts)
+        ]
+        matrix.add_row(f"{i + 1} {escape(name)}", *cells)
+    out.print(matrix)
 
 
 def _print_rewards(rewards: Mapping[str, Any], out: Console) -> None:
@@ -129,7 +162,7 @@ def _print_remedies(run: str, out: Console) -> None:
     recipe = read_resolved(recipe_file).recipe
     out.print("the tuned model lost general abilities: train again in one of these ways, and compare", style="yellow")
     start = f"{command_name()} train {shlex.quote(str(recipe_file))} --out {shlex.quote(f'{run}-2')}"
-    can_keep = recipe.train.objective not in ("reward", "grpo") and recipe.train.keep is None
+    can_keep = recipe.train.objective not in NOT_KEEPING and recipe.train.keep is None
     remedies = {
         "with the base's answers to general prompts": "--train.keep auto" if can_keep else "",
         "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",

@@ -16,10 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, check_adapter_fits, peft_load_errors, read_adapter_config
+from strop.models.adapter_config import (
+    SCORE_HEAD,
+    WEIGHTS_FILE,
+    check_adapter_fits,
+    count_outputs,
+    peft_load_errors,
+    read_adapter_config,
+)
 from strop.models.experts import split_by_expert
 from strop.models.load import load_without_weights
-from strop.models.lora import check_head_bias, embedding_paths, extend_rows, ignore_peft_warnings
+from strop.models.lora import add_score_head, check_head_bias, embedding_paths, extend_rows, ignore_peft_warnings
 from strop.models.source import Source, read_safetensors_header
 from strop.models.tokenizer import trained_token_rows
 
@@ -46,7 +53,7 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
             raise ModelError(what, fix="serve the adapter on its base, or train without it")
     mergeable = names | {f"{name.removesuffix('.weight')}.{TOKEN_ROWS}" for name in names}
     mergeable |= {f"{target.key}.{suffix}" for target in targets.values() for suffix in LORA_MATRICES + MAGNITUDES}
-    if unsupported := saved.keys() - mergeable:
+    if unsupported := saved.keys() - mergeable - {f"{SCORE_HEAD}.weight"}:
         raise ModelError(f"{folder}: {min(unsupported)} cannot be merged", fix="serve the adapter on its base")
     if rows and not any(name.endswith(TOKEN_ROWS) for name in saved):
         what = f"{folder}: its config lists trained embedding rows, but its file has none"
@@ -120,7 +127,10 @@ def find_targets(source: Source, folder: Path) -> dict[str, Target]:
     config.base_model_name_or_path = None  # otherwise peft warns that the model has another name
     config.trainable_token_indices = None  # the model without weights has no rows for new tokens
     with peft_load_errors(folder, source.name), ignore_peft_warnings():
-        adapted = peft.get_peft_model(load_without_weights(source), config)
+        bare = load_without_weights(source)
+        if outputs := count_outputs(folder):
+            add_score_head(bare, outputs)
+        adapted = peft.get_peft_model(bare, config)
     state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name, lora_only=True)
     targets = {}

@@ -23,29 +23,40 @@ from torch import Tensor
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
-from strop.data.types import DataKind, Example
+from strop.data.store import LabelledTexts
+from strop.data.types import Classes, DataKind, Example, LabelledText
 from strop.engine.step import step_for
 from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError, Stopped
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
+from strop.exporting.classifier import SCORE_WEIGHT, compare_classifiers, read_score_weight, set_classes
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder, find_adapter_folder, read_adapter_config
+from strop.models.adapter_config import (
+    WEIGHTS_FILE,
+    AdapterKind,
+    adapter_folder,
+    adapter_kind,
+    check_adapter_kind,
+    find_adapter_folder,
+    read_adapter_config,
+)
 from strop.models.adapters import (
     attach_adapter,
     check_adapter_base,
-    check_adapter_kind,
     check_adapter_weights,
     locate_base,
     locate_tokenizer,
     make_renderer,
+    read_classes,
     read_identity,
     restore_precision,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
 from strop.models.introspect import text_filter
 from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
+from strop.models.lora import embedding_paths
 from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.models.source import Source, fingerprint, locate, quantization_method
 from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
@@ -71,6 +82,7 @@ GENERATION_CONFIG = "generation_config.json"  # has the sampling settings and th
 COPIED_FILES = (
     GENERATION_CONFIG, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+SCORE_FILE = "model-score.safetensors"  # the score head of a classifier
 MAX_ROWS = 2000  # maximum number of rows for the comparison
 BASE_CHOICE_ROWS = 64  # number of rows to choose between the original and the dequantized base
 ROUNDING_CHUNK = 1 << 23  # values that are rounded to fp16 at once, which takes about 200 MB
@@ -105,18 +117,27 @@ def merge(
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     check_new_output(out)
-    tuned = TunedModel.open(name)
+    classes = read_classes(folder) if adapter_kind(folder) == "classifier" else None
+    tuned = TunedModel.open(name, "text" if classes is None else "classifier")
     check_data_option(data, measure)
+    texts: list[LabelledText] = []
     if measure:
         check_memory(tuned.source, DTYPES[dtype].itemsize, progress)
-        tuned = tuned.load_rows(data)
+        if classes is None:
+            tuned = tuned.load_rows(data)
+        else:
+            texts = _read_texts(name, tuned.load_tokenizer(), data, classes)
     with disk_errors(out.parent), exclusive_output(out), _resumable(out):
         progress(f"merging into {out}, shard by shard")
         merged_folder, parity = _write_merged(tuned, folder, out, dtype), None
         if measure:
             progress("measuring the merged model against the adapter on its base")
-            load_merged = partial(_load_merged, merged_folder, DTYPES[dtype])
-            parity = compare(tuned.load, load_merged, tuned.examples, LIMITS[dtype])
+            if classes is None:
+                load_merged = partial(_load_merged, merged_folder, DTYPES[dtype])
+                parity = compare(tuned.load, load_merged, tuned.examples, LIMITS[dtype])
+            else:
+                arguments = (tuned.load, merged_folder, DTYPES[dtype], texts, classes, LIMITS[dtype])
+                parity = compare_classifiers(*arguments)
             if not parity.passed:
                 shutil.rmtree(merged_folder)
             parity.check(str(out))
@@ -210,15 +231,18 @@ class TunedModel:
     examples: list[Example] = field(default_factory=list)
 
     @staticmethod
-    def open(name: str) -> TunedModel:
-        """Open a run folder, an adapter folder or a model. Raises InputError if it cannot be merged."""
+    def open(name: str, kind: AdapterKind = "text") -> TunedModel:
+        """Open a run folder, an adapter folder or a model. Raises InputError if it cannot be merged.
+
+        kind: of the adapter. Raises InputError for another one.
+        """
         folder = adapter_folder(name)
         source = locate(name) if folder is None else locate_base(folder)
         if quantization_method(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
             return TunedModel(name, source)
-        check_adapter_kind(folder, is_reward_model=False)
+        check_adapter_kind(folder, kind)
         check_adapter_base(folder, source)
         check_adapter_weights(folder)
         storage = BaseStorage.read(folder)
@@ -255,7 +279,7 @@ class TunedModel:
         base = load_base(
             self.source, dtype, "cpu", quantization=storage.scheme, double=storage.double, resident_layers=None
         )
-        tuned = attach_adapter(base, self.folder, self.source)[0].eval()
+        tuned = attach_adapter(base, self.folder, self.source, kind=adapter_kind(self.folder))[0].eval()
         tuned = compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
         return restore_precision(tuned, self.folder)
 
@@ -302,6 +326,21 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
     return [examples[row] for row in good[:MAX_ROWS]]
 
 
+def _read_texts(name: str, tokenizer: Any, data: str | None, classes: Classes) -> list[LabelledText]:
+    """Read the texts to compare classifiers on, as `_read_rows`."""
+    recipe = read_resolved(RunFolder(Path(name)).recipe).recipe if is_run(Path(name)) else None
+    if recipe is None and data is None:
+        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+    section = recipe.data if recipe is not None else DataSection(train=str(data))
+    if data is not None:
+        section = section.model_copy(update={"train": data, "eval": None})
+    options: Any = {"data_kind": "classes", "labels": classes.names}
+    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", **options)
+    items = prepared.eval_items or prepared.train_items
+    assert isinstance(items, LabelledTexts)
+    return items[:MAX_ROWS]
+
+
 def _load_merged(folder: Path, dtype: torch.dtype) -> Any:
     model = load_base(Source(str(folder), "folder", folder), dtype, "cpu")
     return compute_in_fp32(model if linears_may_stay_16bit(model) else model.float())
@@ -334,7 +373,14 @@ def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Pat
     index: dict[str, str] = {}
     tensors, meta_model = CheckpointTensors(weights_folder(source)), load_without_weights(source)
     layout, is_text_weight = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
-    for number, groups in enumerate(_split_into_shards(tensors, layout), 1):
+    is_classifier = adapter_kind(folder) == "classifier"
+    output_head = embedding_paths(meta_model)[1:] if is_classifier else []  # which a classifier does not have
+    for number, all_groups in enumerate(_split_into_shards(tensors, layout), 1):
+        groups = [
+            group
+            for group in all_groups
+            if not any(name.rpartition(".")[0] in output_head for name in layout.parameters(group))
+        ]
         shard_name = f"model-{number:05d}.safetensors"
         file = merged_folder / shard_name
         index |= {name: shard_name for group in groups for name in group.names}
@@ -356,6 +402,10 @@ def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Pat
         save_file(shard, file, {"format": "pt"})
         progress["shards"][shard_name] = sha256_file(file)
         write_json(progress_file, progress)
+    if is_classifier:
+        score = {SCORE_WEIGHT: read_score_weight(folder).to(DTYPES[dtype])}
+        save_file(score, merged_folder / SCORE_FILE, {"format": "pt"})
+        index[SCORE_WEIGHT] = SCORE_FILE
     size = sum((merged_folder / name).stat().st_size for name in set(index.values()))
     write_json(merged_folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     _write_configs(source, folder, merged_folder, dtype)
@@ -416,9 +466,14 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
         del config.quantization_config
     # Inference servers select the model class by this name, which a GGUF header does not have.
     config.architectures = config.architectures or [type(load_without_weights(source)).__name__]
-    config.save_pretrained(out)
     tokenizer = load_tokenizer(locate_tokenizer(folder, source))
+    is_classifier = adapter_kind(folder) == "classifier"
+    if is_classifier:
+        set_classes(config, tokenizer, read_classes(folder))
+    config.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if is_classifier:
+        return
     for name in COPIED_FILES:
         if (file := weights_folder(source) / name).is_file():
             shutil.copy2(file, out / name)

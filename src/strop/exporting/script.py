@@ -20,7 +20,7 @@ from strop import __version__
 from strop.config.load import read_resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
-from strop.data.prepare import Prepared, prepare
+from strop.data.prepare import Prepared
 from strop.data.types import Conversation, Example, Message
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
@@ -30,7 +30,7 @@ from strop.models.load import DTYPES, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import data_kind_of
+from strop.objectives.table import prepare_rows
 from strop.runs.folder import cache_folder, create_run_folder, open_run, write_atomic
 
 OPTIMIZERS = {
@@ -73,8 +73,7 @@ def export_script(run: Path, out: Path) -> ExportedScript:
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
     tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
-    data_kind = data_kind_of(recipe.train)
-    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
+    data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
     if data.hash != folder.read_lock()["data"]:
         raise InputError(f"{run}: its rows have changed since the training", fix="restore the data files")
     if data.renderer.template is not None:

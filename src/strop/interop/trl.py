@@ -42,6 +42,11 @@ UNSLOTH_DEFAULTS = {
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5, "warmup_steps": 0.1,
     "optim": "adamw_8bit", "weight_decay": 0.001, "seed": 3407,
 }  # fmt: skip
+CLASSIFIER = "ForSequenceClassification"  # in the name of a model's class
+CLASSIFIER_NOTE = (
+    "transformers keeps the start of a long text; strop refuses it, or keeps its end (data.overlong truncate-start). "
+    "The columns with text and label are those that strop detects, or set data.columns"
+)
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
@@ -82,6 +87,9 @@ def read(draft: Draft) -> None:
     moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
     config = replace(configs[0], keywords={**moved, **configs[0].keywords})
     keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
+    loads_classifier = any(CLASSIFIER in call.owner for call in script.calls if call.name == "from_pretrained")
+    if objective == "sft" and loads_classifier:
+        objective = "classify"
     _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments, trainer_line)
@@ -191,7 +199,10 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         raise RecipeError(f"{draft.file}: CPO: not an objective of strop", fix="use loss_type simpo, cpo_alpha 0")
     elif loss not in (None, "nll", "chunked_nll", "kto"):
         raise RecipeError(what, fix="remove it from the config")
-    if objective != "sft":
+    if objective == "classify":
+        draft.put("train.objective", objective, CLASSIFIER)
+        draft.add_difference("class of a text", CLASSIFIER_NOTE)
+    elif objective != "sft":
         draft.put("train.objective", objective, "the config's class")
         draft.add_difference("stop token", LINE_BREAK_NOTE)
     learning_rate = 5e-5 if is_plain else LEARNING_RATES.get(objective, 1e-6)
@@ -212,7 +223,8 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         model_keys.report_rest(draft, IGNORED_MODEL_KEYS)
     length, source = keys.take("max_length", keys.take("max_seq_length")), "max_length"
     model_length = draft.get("data.max_length")  # set by Unsloth's from_pretrained
-    if length is None and "max_length" not in keys.null_keys and (model_length is None or objective != "sft"):
+    has_default = objective != "classify" and (model_length is None or objective != "sft")
+    if length is None and "max_length" not in keys.null_keys and has_default:
         length, source = 1024, keys.default_source("max_length", "trl's default")
     if length is not None and (model_length is None or as_int("max_length", length) < model_length):
         draft.put("data.max_length", as_int("max_length", length), source)
@@ -352,6 +364,8 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
     names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
     draft.put_fields(keys, names, str)
     _put_dtype(draft, keys)
+    if CLASSIFIER in call.owner:
+        _read_labels(draft, keys)
     if is_unsloth:
         draft.put("data.max_length", 2048, keys.default_source("max_seq_length", "unsloth's default"))
         draft.put_int(keys, "max_seq_length", "data.max_length")
@@ -364,6 +378,20 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
     elif keys.peek("load_in_4bit") or keys.peek("load_in_8bit"):
         _read_bitsandbytes(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
     keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "load_in_4bit", "load_in_8bit"))
+
+
+def _read_labels(draft: Draft, keys: Keys) -> None:
+    """Import the names of the classes of AutoModelForSequenceClassification.from_pretrained."""
+    number, by_index, by_name = (keys.take(key) for key in ("num_labels", "id2label", "label2id"))
+    if not isinstance(by_index, dict) and isinstance(by_name, dict):
+        by_index = {index: name for name, index in by_name.items()}
+    if isinstance(by_index, dict) and number != 1:
+        labels = [str(name) for _, name in sorted(by_index.items(), key=lambda pair: int(pair[0]))]
+        draft.put("train.labels", labels, "id2label")
+        text = "rows must name the label; if theirs are numbers, remove train.labels"
+        draft.add_difference("id2label", text)
+    if keys.take("problem_type") == "regression":
+        draft.add_unsupported("problem_type", "regression: strop trains classes")
 
 
 def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> None:

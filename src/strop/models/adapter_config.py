@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from strop.errors import ModelError, first_line
 from strop.models.source import read_safetensors_header
@@ -16,7 +16,9 @@ from strop.models.tokenizer import trained_token_texts
 from strop.runs.folder import RunFolder, is_run, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-REWARD_TASK = "SEQ_CLS"  # PEFT's task type of a reward model
+SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier
+SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
+AdapterKind = Literal["text", "reward", "classifier"]  # generates text, scores answers, or classifies texts
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
 
@@ -64,6 +66,40 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         what = f"{folder}: an adapter that does not act on every token ({field} in its config)"
         raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
     return config
+
+
+def count_outputs(folder: Path) -> int:
+    """Return the number of outputs of an adapter's score head, 0 if it has none."""
+    if read_adapter_config(folder).get("task_type") != SCORE_TASK:
+        return 0
+    header = read_safetensors_header(folder / WEIGHTS_FILE)
+    return next((entry["shape"][0] for name, entry in header.items() if name.endswith(f".{SCORE_HEAD}.weight")), 0)
+
+
+def adapter_kind(folder: Path) -> AdapterKind:
+    outputs = count_outputs(folder)
+    return "text" if not outputs else "reward" if outputs == 1 else "classifier"
+
+
+def check_adapter_kind(folder: Path, kind: AdapterKind) -> None:
+    """Raise ModelError if an adapter is of another kind."""
+    actual = adapter_kind(folder)
+    if actual == kind:
+        return
+    kinds = {
+        "text": ("generates text and has no score head", ""),
+        "reward": (
+            "a reward model's adapter, which scores texts and generates none",
+            "`strop eval RUN --data PAIRS`, or AutoModelForSequenceClassification of transformers",
+        ),
+        "classifier": (
+            "a classifier's adapter, which classifies texts and generates none",
+            "`strop eval RUN --data ROWS`, `strop chat RUN`, `strop serve RUN` or `strop.load(run).classify(texts)`",
+        ),
+    }
+    what, fix = kinds[actual]
+    needed = "a reward model" if kind == "reward" else "a classifier"
+    raise ModelError(f"{folder}: {what}", fix=fix if kind == "text" else f"give the adapter of {needed}")
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:

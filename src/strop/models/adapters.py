@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from strop.data.rendering.render import Renderer
+from strop.data.types import Classes
 from strop.errors import ModelError
 from strop.models.adapter_config import (
-    REWARD_TASK,
     WEIGHTS_FILE,
+    AdapterKind,
     check_adapter_fits,
+    check_adapter_kind,
+    count_outputs,
     peft_load_errors,
     read_adapter_config,
     why_base_changed,
@@ -50,18 +53,11 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
 
-def is_reward_adapter(folder: Path) -> bool:
-    return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
-
-
-def check_adapter_kind(folder: Path, is_reward_model: bool) -> None:
-    """Raise ModelError unless the adapter is of a reward model or of a generative model, as expected."""
-    if is_reward_adapter(folder) == is_reward_model:
-        return
-    if is_reward_model:
-        raise ModelError(f"{folder}: generates text and has no score", fix="give the adapter of a reward model")
-    what = f"{folder}: a reward model's adapter, which scores texts and generates none"
-    raise ModelError(what, fix="`strop eval RUN --data PAIRS`, or AutoModelForSequenceClassification of transformers")
+def read_classes(folder: Path) -> Classes:
+    """Return the classes of a classifier's adapter; those of other tools are named as transformers does."""
+    identity = read_identity(folder)
+    names = identity.get("labels") or [f"LABEL_{i}" for i in range(count_outputs(folder))]
+    return Classes(tuple(names), bool(identity.get("several_labels")))
 
 
 def read_base_name(folder: Path) -> str | None:
@@ -105,18 +101,18 @@ def attach_adapter(
     trainable: bool = False,
     force: bool = False,
     name: str = "default",
-    is_reward_model: bool = False,
+    kind: AdapterKind = "text",
 ) -> tuple[peft.PeftModel, list[str]]:
     """Load an adapter onto its base (`source`), and return the model and warnings about mismatches."""
     # force: allow a base that it was not trained on, if names and shapes fit. Raises ModelError if the adapter does not
     # belong to the base, does not fit, was changed since it was saved, or has NaN.
     config = read_adapter_config(folder)
-    check_adapter_kind(folder, is_reward_model)
+    check_adapter_kind(folder, kind)
     mismatches = check_adapter_base(folder, source, force=force)
     check_adapter_weights(folder)
     if not isinstance(base, peft.PeftModel):
-        if is_reward_model:
-            add_score_head(base)
+        if outputs := count_outputs(folder):
+            add_score_head(base, outputs)
         last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
         grow_vocabulary(base, 1 + last_row)
     trains_biases = str(config.get("bias", "none")) != "none"

@@ -74,6 +74,10 @@ def load_config(source: Source) -> Any:
         message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {message}"
         raise ModelError(what) from None
+    architectures = config.architectures or []
+    if architectures and all(name.endswith("ForSequenceClassification") for name in architectures):
+        what = f"{source.name}: a classifier or reward model, which generates no text"
+        raise ModelError(what, fix="give the run that it was merged from, or use transformers' text-classification")
     for section in (config, config.get_text_config()):
         if section.dtype is not None and section.dtype.itemsize == 1:  # the storage dtype, not the compute dtype
             section.dtype = torch.bfloat16

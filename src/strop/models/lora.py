@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.schema import LoraSection
 from strop.data.prepare import add_tokens
 from strop.errors import ModelError, RecipeError, suggest
-from strop.models.adapter_config import REWARD_TASK
+from strop.models.adapter_config import SCORE_HEAD, SCORE_TASK
 from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
 from strop.models.families.shape import EXPERTS, LinearKind, matches_pattern, target_names
 from strop.models.introspect import (
@@ -41,7 +41,7 @@ from strop.models.source import Source, prequantized
 from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 
 NORM_ROWS = 4096  # rows of a weight that are converted to fp32 at once
-SCORE_HEAD, SCORE_HEAD_STD = "score", 0.02  # name and initialization in transformers' sequence classifiers
+SCORE_HEAD_STD = 0.02  # initialization in transformers' sequence classifiers
 # For torch.svd_lowrank: power iterations, and extra directions beyond the rank (arXiv:0909.4061).
 LOFTQ_ITERATIONS, LOFTQ_OVERSAMPLING = 8, 8
 
@@ -68,16 +68,17 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     return names
 
 
-def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: bool = False) -> peft.PeftModel:
+def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, outputs: int = 0) -> peft.PeftModel:
     """Add trainable fp32 adapters to a frozen base in place, and return the PEFT model."""
-    # `section.new_tokens` are added to `tokenizer`, and their embedding rows are trained. scored: add a score head.
+    # `section.new_tokens` are added to `tokenizer`, and their embedding rows are trained. outputs: of a score
+    # head, 0 for none.
     assert section.alpha is not None
     names = check_lora(model, section)
     token_rows = _add_tokens(model, section.new_tokens, tokenizer)
     placement, modules_to_save = _peft_placement(model, names), list(section.modules_to_save)
-    if scored:
+    if outputs:
         check_score_head(cast(Any, model).config)
-        add_score_head(model)
+        add_score_head(model, outputs)
         modules_to_save.append(SCORE_HEAD)
     config = peft.LoraConfig(
         **section.model_dump(include={"r", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}),
@@ -85,7 +86,7 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         lora_dropout=section.dropout,
         init_lora_weights=section.init if section.init == "gaussian" else True,  # for loftq see init_loftq
         modules_to_save=modules_to_save or None,
-        task_type=REWARD_TASK if scored else "CAUSAL_LM",
+        task_type=SCORE_TASK if outputs else "CAUSAL_LM",
         trainable_token_indices=token_rows or None,
         **placement,
     )
@@ -220,10 +221,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def count_trainable(meta_model: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
+def count_trainable(meta_model: nn.Module, section: LoraSection, *, outputs: int = 0) -> int:
     """Count the weights that `add_lora` makes trainable, by adding adapters to a model on the meta device."""
     without_tokens = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
-    adapted = add_lora(meta_model, without_tokens, None, scored=scored)
+    adapted = add_lora(meta_model, without_tokens, None, outputs=outputs)
     hidden_size = meta_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     token_weights = len(section.new_tokens) * hidden_size * len(embedding_paths(meta_model))
     return sum(weight.numel() for weight in trainable_parameters(adapted).values()) + int(token_weights)
@@ -296,13 +297,13 @@ def check_score_head(config: Any) -> None:
     """Raise ModelError if transformers has no sequence classifier of this family that could load a score head."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         what = f"{config.model_type}: transformers has no AutoModelForSequenceClassification of this family"
-        raise ModelError(what, fix="choose another base for a reward model")
+        raise ModelError(what, fix="choose another base")
 
 
-def add_score_head(model: nn.Module) -> None:
-    """Add a randomly initialized score head, a linear layer with one output, of which PEFT trains a copy."""
+def add_score_head(model: nn.Module, outputs: int) -> None:
+    """Add a randomly initialized score head, a linear layer without bias, of which PEFT trains a copy."""
     output = cast(Any, model).get_output_embeddings().weight
-    head = nn.Linear(output.shape[1], 1, bias=False, device=output.device, dtype=torch.float32)
+    head = nn.Linear(output.shape[1], outputs, bias=False, device=output.device, dtype=torch.float32)
     if not output.is_meta:
         nn.init.normal_(head.weight, std=SCORE_HEAD_STD)
     model.add_module(SCORE_HEAD, head.requires_grad_(False))

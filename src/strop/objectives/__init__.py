@@ -22,7 +22,7 @@ class Objective:
     options: Mapping[str, Any]  # fields of `train` that the objective reads, and their defaults
     learning_rate_factor: float  # factor of the default learning rate of supervised fine-tuning
     reference: bool  # whether it needs log-probabilities under the reference model
-    scored: bool = False  # whether it trains a score (reward model) instead of log-probabilities
+    scored: bool = False  # whether it trains a score head (reward model, classifier) instead of log-probabilities
 
 
 def require(value: float | None) -> float:

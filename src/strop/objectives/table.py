@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
+from strop.config.schema import OBJECTIVE_OPTIONS, Recipe, TrainSection
 from strop.data.types import DataKind
 from strop.errors import RecipeError
 from strop.objectives import Objective
+from strop.objectives.classification import CLASSIFY
 from strop.objectives.policy import GRPO, PolicyLoss
 from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
+if TYPE_CHECKING:
+    from strop.data.prepare import Prepared
+
 OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO)
+    objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO, CLASSIFY)
 }
 
 
@@ -26,6 +31,23 @@ def data_kind_of(train: TrainSection) -> DataKind:
     """Return the kind of data that the recipe's objective trains on."""
     objective = objective_of(train)
     return "turns" if objective is None else objective.data_kind
+
+
+def prepare_rows(recipe: Recipe, tokenizer: Any, *, cache: Path | None = None, strict: bool = True) -> Prepared:
+    """Prepare a recipe's rows as its objective needs them; see strop.data.prepare.prepare."""
+    from strop.data.prepare import prepare
+
+    train, new_tokens = recipe.train, recipe.lora.new_tokens
+    return prepare(
+        recipe.data, tokenizer, cache=cache, strict=strict, data_kind=data_kind_of(train), new_tokens=new_tokens,
+        labels=train.labels,
+    )  # fmt: skip
+
+
+def count_score_outputs(train: TrainSection) -> int:
+    """Return the outputs of the score head, 0 without one. Classes that are not known yet count as one."""
+    objective = objective_of(train)
+    return 0 if objective is None or not objective.scored else len(train.labels or ()) or 1
 
 
 def sequences_per_row(train: TrainSection) -> int:
@@ -67,5 +89,5 @@ def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
         if value is None and name == "rewards" and name in defaults:
             what = f"objective {train.objective} needs --train.rewards"
             raise RecipeError(what, fix="give --train.rewards exact, exact_json, contains, regex or file.py:function")
-        if value is None and name in defaults and objective is not None:
+        if value is None and objective is not None and defaults.get(name) is not None:
             yield f"train.{name}", defaults[name], f"usual for {objective.name} ({objective.source})"

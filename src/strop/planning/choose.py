@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -172,6 +172,13 @@ def _choose_from_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list
     if dropout and resolved.recipe.train.objective == "grpo":
         dropout, why = 0.0, f"objective grpo uses none; the adapter it starts from had {dropout:g}"
     return choices if "lora.dropout" in user else [*choices, Choice("lora.dropout", dropout, "plan", why)]
+
+
+def choose_labels(resolved: Resolved, names: Sequence[str]) -> Resolved:
+    """Set train.labels to the labels of the training rows, if the recipe does not set it."""
+    if resolved.recipe.train.labels is not None or not names:
+        return resolved
+    return resolved.decide([Choice("train.labels", list(names), "plan", "the labels of the training rows")])
 
 
 def learning_rate(parameters: int) -> float:

@@ -11,12 +11,11 @@ from typing import Any
 from strop.config.names import full_name
 from strop.config.schema import Recipe, keep_share
 from strop.data.batching import BatchStream, group_by_length, pack
-from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
 from strop.errors import StropError
 from strop.models.source import Source, is_on_disk, locate
 from strop.models.tokenizer import check_template, load_tokenizer
-from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
+from strop.objectives.table import data_kind_of, max_completion_tokens, prepare_rows, sequences_per_row
 from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
 from strop.planning.workload import Workload
 
@@ -36,6 +35,7 @@ class Rows(list[tuple[int, int]]):
     prefix = 0  # length of the prefix that all rows share
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
+    labels: Sequence[str] = ()  # of texts to classify
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def measure_rows(recipe: Recipe) -> Rows:
         return sizes
     data_kind = data_kind_of(recipe.train)
     check_template(source, recipe.data, data_kind)
-    tokenizer, new_tokens = load_tokenizer(source), recipe.lora.new_tokens
-    prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind, new_tokens=new_tokens)
+    prepared = prepare_rows(recipe, load_tokenizer(source), strict=False)
     rows, prefix = prepared.train, None
     sizes.refused = prepared.refusal
+    sizes.labels = prepared.classes.names if prepared.classes else ()
     if sampled := max_completion_tokens(recipe.train):
         lengths = [int(length) + sampled for length in rows.lengths]
         sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]

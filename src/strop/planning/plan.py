@@ -36,7 +36,7 @@ from strop.models.families.shape import (
 from strop.models.source import locate, quantization_method, read_headers
 from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
-from strop.planning.choose import choose, usable_bytes
+from strop.planning.choose import choose, choose_labels, usable_bytes
 from strop.planning.fit import MemoryBudget, Suggestion, list_suggestions
 from strop.planning.machines import TargetMachine
 from strop.planning.memory import (
@@ -133,6 +133,7 @@ def make_plan(
     """Plan a run. thorough: also compute `largest` and `suggestions`, which takes most of the time."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
+    resolved = choose_labels(resolved, rows.labels)
     recipe = resolved.recipe
     workload = Workload.from_recipe(
         recipe, shape, parameters=model.parameters, threads=machine.cores, devices=devices.count

@@ -13,6 +13,7 @@ from strop.errors import ModelError, suggest
 from strop.machine.probe import MAX_TILED_RANK, probe
 from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
 from strop.models.families.table import FAMILIES, Family
+from strop.objectives.table import count_score_outputs
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
@@ -306,7 +307,7 @@ def _count_extra_weights(
         total += x.total_outputs * sum(map(bool, ranks)) if lora.use_dora else 0
     total += len(lora.new_tokens) * shape.hidden
     total += shape.vocabulary if lora.use_dora and head_rank else 0
-    total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
+    total += shape.hidden * count_score_outputs(recipe.train)
     return total + _num_trained_biases(lora, shape)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from strop import __version__
@@ -81,7 +83,7 @@ class _StrictRequest(Request):
             raise ApiError(400, f"the body is not valid JSON: {error.what}") from None
 
 
-class _StrictRoute(APIRoute):
+class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
@@ -94,6 +96,35 @@ class _StrictRoute(APIRoute):
                 raise
 
         return strict
+
+
+def new_app(lifespan: Any = None) -> FastAPI:
+    return FastAPI(
+        title="strop serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        separate_input_output_schemas=False,
+    )  # fmt: skip
+
+
+def add_error_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
+    """Make errors OpenAI's objects. bodies: the schemas of the routes, to suggest names of parameters."""
+    app.add_exception_handler(ApiError, _api_error_response)
+    app.add_exception_handler(RequestValidationError, partial(_validation_error_response, bodies))
+    app.add_exception_handler(HTTPException, _http_error_response)
+
+
+def add_metrics(router: APIRouter, metrics: Metrics) -> None:
+    @router.get("/metrics", include_in_schema=False)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def make_counter(metrics: Metrics, paths: Collection[str]) -> Callable[[str, int], None]:
+    """Return a function that counts a response. Other paths share a label, because labels stay in memory."""
+
+    def count_response(path: str, status: int) -> None:
+        metrics.requests.labels(path if path in paths else "other", str(status)).inc()
+
+    return count_response
 
 
 def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guard:
@@ -112,14 +143,9 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
         await asyncio.to_thread(state.engine.close)
         renderers.shutdown(cancel_futures=True)
 
-    app = FastAPI(
-        title="strop serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        separate_input_output_schemas=False,
-    )  # fmt: skip
-    app.add_exception_handler(ApiError, _api_error_response)
-    app.add_exception_handler(RequestValidationError, _validation_error_response)
-    app.add_exception_handler(HTTPException, _http_error_response)
-    router = APIRouter(route_class=_StrictRoute)
+    app = new_app(lifespan)
+    add_error_handlers(app, BODIES)
+    router = APIRouter(route_class=StrictRoute)
 
     @router.post(CHAT, responses=RESPONSES, response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -163,20 +189,12 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
             raise ApiError(503, FAILURES["failed"][1])
         return {"status": "ok"}
 
-    @router.get("/metrics", include_in_schema=False)
-    async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    add_metrics(router, metrics)
     for path, (name, media_type) in ASSETS.items():
         router.add_api_route(path, _make_asset_handler(name, media_type), methods=["GET"], include_in_schema=False)
     app.include_router(router)
     paths = {*BODIES, "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
-
-    def count_response(path: str, status: int) -> None:
-        label = path if path in paths else "other"  # limits the number of labels, which stay in memory
-        metrics.requests.labels(label, str(status)).inc()
-
-    return Guard(app, rules, count_response)
+    return Guard(app, rules, make_counter(metrics, paths))
 
 
 def _make_asset_handler(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
@@ -312,14 +330,16 @@ async def _http_error_response(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
-async def _validation_error_response(request: Request, error: Exception) -> Response:
+async def _validation_error_response(
+    bodies: Mapping[str, type[BaseModel]], request: Request, error: Exception
+) -> Response:
     """Respond with the first error of a body that does not match the schema."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part != "body"]
     param = path[0] if path else None
     if first["type"] == "extra_forbidden":
-        known = BODIES[request.scope["path"]].model_fields if len(path) == 1 else ()
+        known = bodies[request.scope["path"]].model_fields if len(path) == 1 else ()
         message = f"unknown parameter: {'.'.join(path)}{suggest(path[-1], known)}"
     else:
         message = f"{'.'.join(path) or 'body'}: {first['msg']}"

@@ -17,7 +17,7 @@ from strop.engine.decode.sampling import Token
 from strop.models.tokenizer import TextStream, TokenBytes
 
 
-def _fail_with(message: str) -> WrapValidator:
+def fail_with(message: str) -> WrapValidator:
     """Replace every validation error of a field with this message."""
 
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
@@ -32,40 +32,40 @@ def _fail_with(message: str) -> WrapValidator:
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Stops = Annotated[
     Stop | Annotated[list[Stop], Field(max_length=16)] | None,
-    _fail_with("must be a string of 1 to 256 characters, or a list of at most 16 such strings"),
+    fail_with("must be a string of 1 to 256 characters, or a list of at most 16 such strings"),
 ]
-OnlyOne = Annotated[Literal[1] | None, _fail_with("only 1 is supported")]
-OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _fail_with("only 0 is supported")]
-OnlyFalse = Annotated[Literal[False] | None, _fail_with("only false is supported")]
+OnlyOne = Annotated[Literal[1] | None, fail_with("only 1 is supported")]
+OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, fail_with("only 0 is supported")]
+OnlyFalse = Annotated[Literal[False] | None, fail_with("only false is supported")]
 EmptyDict = Annotated[
-    Annotated[dict[str, float], Field(max_length=0)] | None, _fail_with("only an empty object is supported")
+    Annotated[dict[str, float], Field(max_length=0)] | None, fail_with("only an empty object is supported")
 ]
-OnlyAuto = Annotated[Literal["auto", "none"] | None, _fail_with('only "auto" and "none" are supported')]
+OnlyAuto = Annotated[Literal["auto", "none"] | None, fail_with('only "auto" and "none" are supported')]
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class _Strict(BaseModel):
+class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictBody):
     include_usage: bool = False
     include_obfuscation: OnlyFalse = None
 
 
-class JsonSchema(_Strict):
+class JsonSchema(StrictBody):
     name: str = ""
     description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None  # accepted, because the output always follows the schema
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(StrictBody):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class CommonRequest(_Strict):
+class CommonRequest(StrictBody):
     model: str = Field(description="An id from /v1/models.")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(
@@ -101,7 +101,7 @@ class ChatRequest(CommonRequest):
         None, description="Variables of the chat template, for example enable_thinking."
     )
     tool_choice: OnlyAuto = None
-    parallel_tool_calls: Annotated[Literal[True] | None, _fail_with("only true is supported")] = None
+    parallel_tool_calls: Annotated[Literal[True] | None, fail_with("only true is supported")] = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     store: OnlyFalse = None
@@ -110,12 +110,12 @@ class ChatRequest(CommonRequest):
 class CompletionRequest(CommonRequest):
     prompt: Annotated[
         str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)],
-        _fail_with("must be a string, a list of one string, or a list of token ids; send one prompt per request"),
+        fail_with("must be a string, a list of one string, or a list of token ids; send one prompt per request"),
     ]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: OnlyFalse = None
     best_of: OnlyOne = None
-    suffix: Annotated[None, _fail_with("only null is supported")] = None
+    suffix: Annotated[None, fail_with("only null is supported")] = None
 
 
 class ResponseWriter:

@@ -13,10 +13,12 @@ from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.decoder import CompiledDecoder, Decoder, kv_bytes_per_position, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError, RunError
+from strop.errors import InputError, ModelError, RunError
 from strop.machine.probe import probe
+from strop.models.adapter_config import adapter_folder, adapter_kind
 from strop.models.introspect import max_positions
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
+from strop.serve.classifier import serve_classifier
 from strop.serve.engine import Engine, Metrics, create_engine_thread
 from strop.serve.models import Grammars, LoadedModels, load_models
 from strop.serve.server import AccessRules, Address, Server
@@ -36,8 +38,15 @@ def serve(
     on_ready: called with the fields of `strop serve --json` when requests are accepted. Raises ModelError if the models
     cannot be served together, RunError if the engine failed.
     """
-    thread = create_engine_thread()  # loads the models and runs them
     options = {"device": device, "dtype": dtype, "quantization": quantization, "force": force}
+    classifier = next((name for name in names if (x := adapter_folder(name)) and adapter_kind(x) == "classifier"), None)
+    if classifier is not None:
+        if len(names) > 1:
+            raise ModelError(f"{classifier}: a classifier is served by itself", fix="give one run")
+        return serve_classifier(
+            classifier, address, queue=queue, max_body_bytes=max_body_bytes, options=options, on_ready=on_ready
+        )
+    thread = create_engine_thread()  # loads the models and runs them
     try:
         loaded, decoder, slots, context, notes = thread.submit(_prepare, names, slots, context, **options).result()
     except BaseException:

@@ -27,7 +27,6 @@ import torch
 from transformers import GenerationConfig
 
 from strop.config.load import read_resolved
-from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
 from strop.engine.decode.generate import generation_stop_ids
@@ -36,10 +35,9 @@ from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
 from strop.machine.processes import end_session
-from strop.models.adapter_config import adapter_folder, read_adapter_config
+from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_adapter_config
 from strop.models.adapters import (
     check_adapter_base,
-    check_adapter_kind,
     check_adapter_weights,
     locate_base,
     locate_tokenizer,
@@ -49,7 +47,7 @@ from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import config_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
-from strop.objectives.table import data_kind_of
+from strop.objectives.table import prepare_rows
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.models import BASE, check_names
 from strop.serve.run import DEFAULT_MAX_CONTEXT
@@ -188,7 +186,7 @@ def _check_adapter(folder: Path, source: Source) -> int:
     """Check that vLLM can serve an adapter on this base, and return the adapter's rank."""
     check_adapter_base(folder, source)
     check_adapter_weights(folder)
-    check_adapter_kind(folder, is_reward_model=False)
+    check_adapter_kind(folder, "text")
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
@@ -196,8 +194,7 @@ def _select_texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
     """Return the texts of the parity check: evaluation or training rows of a run, else questions of the general set."""
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
-        data_kind = data_kind_of(recipe.train)
-        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
+        prepared = prepare_rows(recipe, renderer.tokenizer, cache=cache_folder() / "data")
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
         return [rows[i].ids[:max_tokens] for i in range(min(len(rows), NUM_TEXTS))]
     return [renderer.prompt(row.messages)[:max_tokens] for row in load_questions()[:NUM_TEXTS]]

@@ -22,13 +22,13 @@ from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_
 from strop.models.sharding import load_sharded
 from strop.models.source import Source
 from strop.objectives.policy import PolicyLoss
-from strop.objectives.table import objective_of
+from strop.objectives.table import count_score_outputs, objective_of
 from strop.planning.choose import usable_bytes
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, write_json
 from strop.training.criteria import Criterion, make_criterion
 from strop.training.optim import make_optimizer
-from strop.training.preflight import Setup, find_start_adapter
+from strop.training.preflight import Setup, find_start_adapter, trained_kind
 from strop.training.rollouts import PolicyCriterion, disable_model_dropout
 from strop.training.samples import select_samples
 from strop.training.state import Job, Progress, TrainState, set_memory_options
@@ -40,14 +40,13 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     assert recipe.model.dtype != "auto"
     base = _load_base(setup.source, recipe.model, devices)
     torch.manual_seed(recipe.seed)  # for the adapters' initial values and for dropout
-    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
-    scored = objective is not None and objective.scored
+    start = find_start_adapter(recipe)
     if start is not None:
-        model, _ = attach_adapter(base, start, setup.source, trainable=True, is_reward_model=scored)
+        model, _ = attach_adapter(base, start, setup.source, trainable=True, kind=trained_kind(recipe.train))
         model = restore_precision(cast_trainable_to_fp32(model), start)
         set_dropout(model, recipe.lora.dropout)
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
+        model = add_lora(base, recipe.lora, setup.tokenizer, outputs=count_score_outputs(recipe.train))
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
     return model.train()
@@ -107,7 +106,7 @@ def build_job(
             weights, log, sampler=sampler,
         )  # fmt: skip
     else:
-        criterion = make_criterion(recipe.train, model, devices)
+        criterion = make_criterion(recipe.train, model, devices, data.train_items)
     usable = usable_bytes(setup.machine, section.device)
     # a sharded base would need all ranks for each pass
     samples = None if devices.base is not None else select_samples(recipe, data, setup.tokenizer)

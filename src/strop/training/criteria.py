@@ -1,4 +1,4 @@
-"""Training losses: cross entropy for supervised fine-tuning, and preference objectives (rollouts.py has GRPO).
+"""Training losses: supervised fine-tuning, preference objectives and classification (rollouts.py has GRPO).
 
 A row of a preference objective is an ExampleGroup. Its sides are the trained answers, such as chosen and rejected.
 """
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, ExampleGroup, Item
+from strop.data.store import LabelledTexts
+from strop.data.types import Example, ExampleGroup, Item, LabelledText
 from strop.distributed.devices import SINGLE_PROCESS, Devices
+from strop.engine.decode.classify import to_probabilities
 from strop.engine.step import Step
+from strop.evaluation.classes import ACCURACY, score_classes
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import mean_interval, wilson_interval
 from strop.models.lora import find_score_head
+from strop.objectives.classification import class_losses, class_weights
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
 
@@ -159,9 +163,8 @@ class PreferenceCriterion(Criterion):
         if not self.objective.scored:
             return answer_logprobs(step, groups)
         assert self.head is not None, "a reward model has a head"
-        hidden = step.last_hidden([example for group in groups for example in group.examples])
-        scores: Tensor = self.head(hidden.float())
-        return list(scores.double().view(len(groups), -1).unbind(1))
+        scores = compute_scores(step, self.head, [example for group in groups for example in group.examples])
+        return list(scores.view(len(groups), -1).unbind(1))
 
     def _compute_metrics(
         self, answers: Sequence[AnswerLogprobs], desirable: Tensor, result: PreferenceResult, divergence: float
@@ -212,19 +215,98 @@ class PreferenceCriterion(Criterion):
         return result
 
 
-def make_criterion(train: TrainSection, model: nn.Module | None = None, devices: Devices = SINGLE_PROCESS) -> Criterion:
-    """Return the criterion of supervised fine-tuning or a preference objective. model: needed for a reward model."""
+@dataclass(frozen=True)
+class ClassCriterion(Criterion):
+    """Cross entropy of the classes of texts, divided by the total weight: see `class_losses`."""
+
+    head: nn.Module
+    weights: Sequence[float]  # of the classes
+    several: bool  # whether a text may have several classes
+    devices: Devices = SINGLE_PROCESS
+
+    def divisor(self, items: Sequence[Item]) -> float:
+        if self.several:
+            return len(items) * sum(self.weights)
+        return sum(self.weights[text.classes[0]] for text in _as_texts(items))
+
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
+        scores = compute_scores(step, self.head, [text.examples[0] for text in _as_texts(items)])
+        targets = self._targets(items, scores)
+        losses, _ = class_losses(scores, targets, scores.new_tensor(self.weights), self.several)
+        return losses.sum(), {"accuracy": self._find_hits(scores.detach(), targets).double()}
+
+    def _targets(self, items: Sequence[Item], like: Tensor) -> Tensor:
+        targets = torch.zeros_like(like)
+        for row, text in enumerate(_as_texts(items)):
+            targets[row, list(text.classes)] = 1.0
+        return targets
+
+    def _find_hits(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return (
+            ((scores > 0) == (targets > 0)).all(1)
+            if self.several
+            else targets.gather(1, scores.argmax(1, True))[:, 0] > 0
+        )
+
+    def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
+        """Return loss, accuracy with its interval, and macro F1, or only a NaN loss if a score is not finite."""
+        batches = list(micro_batches_of(items, split))
+
+        def score(rows: Sequence[int]) -> list[list[float]]:
+            texts = _as_texts([items[row] for row in rows])
+            values: list[list[float]] = compute_scores(step, self.head, [text.examples[0] for text in texts]).tolist()
+            return values
+
+        with torch.no_grad():
+            parts = self.devices.map(batches, score, lambda rows: sum(len(items[row]) for row in rows))
+        by_row = {
+            row: values
+            for rows, part in zip(batches, parts, strict=True)
+            for row, values in zip(rows, part, strict=True)
+        }
+        scores = torch.tensor([by_row[row] for row in range(len(items))], dtype=torch.float64)
+        if not scores.isfinite().all():
+            return {"loss": math.nan}
+        targets = self._targets(items, scores)
+        losses, weights = class_losses(scores, targets, scores.new_tensor(self.weights), self.several)
+        probabilities = to_probabilities(scores, self.several).numpy()
+        figures = score_classes(probabilities, targets.numpy() > 0, self.several)
+        interval = wilson_interval(round(figures[ACCURACY] * len(items)), len(items))
+        return {
+            "loss": float(losses.sum() / weights.sum()), ACCURACY: figures[ACCURACY],
+            "accuracy_interval": list(interval), "macro_f1": figures["macro_f1"],
+        }  # fmt: skip
+
+
+def compute_scores(step: Step, head: nn.Module, examples: Sequence[Example]) -> Tensor:
+    """Return the outputs of a score head on the last token of each example, (N, outputs), fp64, differentiable."""
+    scores: Tensor = head(step.last_hidden(examples).float())
+    return scores.double()
+
+
+def make_criterion(
+    train: TrainSection, model: nn.Module | None = None, devices: Devices = SINGLE_PROCESS, texts: Any = None
+) -> Criterion:
+    """Return the criterion of an objective without rollouts.
+
+    model: needed for a score head. texts: the training rows of a classifier (LabelledTexts).
+    """
     objective = objective_of(train)
     if objective is None:
         return SupervisedCriterion(devices, train.keep is not None)
-    assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
     head = find_score_head(model) if objective.scored and model is not None else None
+    if isinstance(texts, LabelledTexts):
+        assert head is not None
+        return ClassCriterion(head, class_weights(train.class_weights, texts.counts), texts.classes.several, devices)
+    assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
     return PreferenceCriterion(objective, train, head, devices)
 
 
 def is_scored(criterion: Criterion) -> bool:
-    """Return whether the criterion trains the score of a reward model."""
-    return isinstance(criterion, PreferenceCriterion) and criterion.objective.scored
+    """Return whether the criterion trains a score head."""
+    if isinstance(criterion, PreferenceCriterion):
+        return criterion.objective.scored
+    return isinstance(criterion, ClassCriterion)
 
 
 def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:
@@ -265,6 +347,10 @@ def own_rows(items: Sequence[Item]) -> list[Item]:
 
 def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
     return cast("Sequence[Example]", items)
+
+
+def _as_texts(items: Sequence[Item]) -> Sequence[LabelledText]:
+    return cast("Sequence[LabelledText]", items)
 
 
 def _as_groups(items: Sequence[Item]) -> list[ExampleGroup]:

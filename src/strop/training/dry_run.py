@@ -19,7 +19,7 @@ from torch import Tensor
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.step import Step, step_for
-from strop.engine.train.packing import pack, pack_separately
+from strop.engine.train.packing import pack, pack_last_tokens, pack_separately
 from strop.errors import ModelError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
@@ -123,10 +123,10 @@ def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), step_continues)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
+    pack_examples = pack_last_tokens if is_scored(job.criterion) else pack_examples
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
-    num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
-    return MicroBatch(len(packed.ids), num_outputs, documents, step_continues)
+    return MicroBatch(len(packed.ids), len(packed.label_rows), documents, step_continues)
 
 
 def _find_largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
@@ -230,7 +230,7 @@ def _loss_and_gradient(job: Job, step: Step, rows: Sequence[Item]) -> tuple[floa
 
 def check_causal(job: Job, items: Sequence[Item]) -> None:
     """Raise ModelError if predictions depend on later tokens, as in a model that is not a decoder."""
-    # The fast step (FastLoss) is always causal, and a reward model does not predict tokens.
+    # The fast step (FastLoss) is always causal, and a score head does not predict tokens.
     if job.step.name != "plain" or is_scored(job.criterion):
         return
     config = cast(Any, job.model).config

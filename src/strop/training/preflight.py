@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 
 from strop.config.load import Resolved, read_resolved
-from strop.config.schema import Recipe
-from strop.data.prepare import Prepared, prepare
+from strop.config.schema import Recipe, TrainSection
+from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.store import JoinedItems
+from strop.data.types import Classes
 from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
@@ -34,8 +35,14 @@ from strop.errors import (
 )
 from strop.evaluation.metrics import check_rewards, hash_rewards, parse_rewards
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import expand_adapter_config, find_adapter_folder, read_adapter_config
-from strop.models.adapters import check_adapter_kind, locate_tokenizer, read_identity
+from strop.models.adapter_config import (
+    AdapterKind,
+    check_adapter_kind,
+    expand_adapter_config,
+    find_adapter_folder,
+    read_adapter_config,
+)
+from strop.models.adapters import locate_tokenizer, read_classes, read_identity
 from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing_coefficient
 from strop.models.families.shape import ModelShape
@@ -50,8 +57,9 @@ from strop.models.load import DTYPES, GGUF_NOTE, copies_needed, load_config, loa
 from strop.models.lora import check_lora, check_score_head, count_trainable
 from strop.models.source import Source, check_readable, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
-from strop.planning.choose import choose, find_stale_values, memory_key, why_no_int8
+from strop.objectives.classification import class_weights
+from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
+from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -151,8 +159,10 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
     # a start adapter may have its own tokens and chat template
     tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    cache, data_kind = cache_folder() / "data", data_kind_of(recipe.train)
-    data = prepare(recipe.data, tokenizer, cache=cache, data_kind=data_kind, new_tokens=recipe.lora.new_tokens)
+    data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
+    if data.classes is not None:
+        facts = _set_classes(facts, data.classes, data.train_items)
+        resolved, recipe = facts.resolved, facts.resolved.recipe
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, kept)
     _check_rewards(recipe, data)
@@ -177,6 +187,25 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
         "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
     return Setup(**vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
+
+
+def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFacts:
+    """Write the classes into the recipe. Raises RecipeError if the start adapter or the class weights have others."""
+    recipe, resolved = facts.resolved.recipe, facts.resolved
+    class_weights(recipe.train.class_weights, texts.counts)
+    if (start := find_start_adapter(recipe)) is not None and (before := read_classes(start)) != classes:
+        what = f"--model.adapter: it has the classes {', '.join(before.names)}" + ", several per text" * before.several
+        raise RecipeError(what, fix="give rows with these labels, or train a new adapter")
+    resolved = choose_labels(resolved, classes.names)
+    new_outputs = len(classes.names) - count_score_outputs(recipe.train)
+    return replace(facts, resolved=resolved, num_weights=facts.num_weights + new_outputs * facts.shape.hidden)
+
+
+def trained_kind(train: TrainSection) -> AdapterKind:
+    """Return the kind of adapter that an objective trains."""
+    if data_kind_of(train) == "classes":
+        return "classifier"
+    return "reward" if count_score_outputs(train) else "text"
 
 
 def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int) -> None:
@@ -206,12 +235,11 @@ def check_trackers(names: Sequence[str]) -> None:
 def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> RecipeFacts:
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
-    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
-    scored = objective is not None and objective.scored
+    start, outputs = find_start_adapter(recipe), count_score_outputs(recipe.train)
     if start is not None:
-        check_adapter_kind(start, scored)
+        check_adapter_kind(start, trained_kind(recipe.train))
     bare = load_without_weights(source)
-    if scored:
+    if outputs:
         check_score_head(bare.config)
     shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
@@ -225,7 +253,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return RecipeFacts(resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
+    return RecipeFacts(resolved, key, count_trainable(bare, resolved.recipe.lora, outputs=outputs), shape, parameters)
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:

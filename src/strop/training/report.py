@@ -104,6 +104,8 @@ def finish(
     identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
+    if (classes := setup.data.classes) is not None:
+        identity |= {"labels": list(classes.names), "several_labels": classes.several}
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()
@@ -146,11 +148,18 @@ def _describe_objective(job: Job, setup: Setup) -> dict[str, Any]:
     """
     train, progress = job.recipe.train, job.state.progress
     options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
-    facts = {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
+    facts: dict[str, Any] = {
+        "name": train.objective,
+        "options": options,
+        "last": progress.figures,
+        "held_out": progress.held_out,
+    }
     objective = objective_of(train)
-    if objective is not None and objective.scored:
+    if objective is not None and objective.scored and objective.data_kind == "pairs":
         ending = setup.data.renderer.chat.mode(setup.data.train_conversations[0].messages).ending
         facts["answer_end"] = {"cut": ending.removed, "add": ending.added}
+    if (classes := setup.data.classes) is not None:
+        facts["several_labels"] = classes.several
     return facts
 
 

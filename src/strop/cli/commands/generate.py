@@ -90,7 +90,8 @@ def evaluate(
         raise stopped
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
-        delivery = [["merge", name, "--out", f"{label}-merged"], ["export", "gguf", name, "--out", f"{label}.gguf"]]
+        delivery = [["merge", name, "--out", f"{label}-merged"]]
+        delivery += [] if "classes" in result else [["export", "gguf", name, "--out", f"{label}.gguf"]]
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"
             console.print(f"answers  {name}/report.html, or {page}", markup=False)

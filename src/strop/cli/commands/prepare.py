@@ -152,7 +152,9 @@ def check(
     if show:
         data_check.print_examples(checked.prepared, show, console, ids=ids)
     if fix is not None:
-        changes = data_check.write_cleaned_copy(checked.recipe.data, checked.tokenizer, fix, checked.data_kind)
+        changes = data_check.write_cleaned_copy(
+            checked.recipe.data, checked.tokenizer, fix, checked.data_kind, checked.recipe.train.labels
+        )
         dropped = sum(change.change.startswith("dropped") for change in changes)
         with fix.open("rb") as file:
             written = sum(1 for _ in file)

@@ -35,10 +35,11 @@ COMPRESSION = (".gz", ".zst")
 # Column names of the formats in formats.FORMATS. They distinguish a CSV header from a first record, and a JSON row from
 # an object that contains a list of rows.
 COLUMN_NAMES = frozenset((
-    "answer", "answers", "category", "chosen", "chosen_messages", "completion", "completions", "context",
-    "conversation", "conversations", "history", "input", "instances", "instruction", "kto_tag", "label", "messages",
-    "output", "prompt", "query", "question", "rejected", "rejected_messages", "rejected_response", "response",
-    "responses", "scores", "system", "system_message", "system_prompt", "text", "thumbs", "tools",
+    "answer", "answers", "category", "chosen", "chosen_messages", "class", "completion", "completions", "content",
+    "context", "conversation", "conversations", "history", "input", "instances", "instruction", "intent", "kto_tag",
+    "label", "labels", "messages", "output", "prompt", "query", "question", "rejected", "rejected_messages",
+    "rejected_response", "response", "responses", "scores", "sentence", "sentiment", "system", "system_message",
+    "system_prompt", "text", "thumbs", "tools", "utterance",
 ))  # fmt: skip
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (

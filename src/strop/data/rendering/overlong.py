@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from strop.data.rendering.render import Renderer, check_pair
 from strop.data.row_errors import RenderError
-from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Message, shared_prefix_length
+from strop.data.types import Conversation, DataKind, Example, Message, shared_prefix_length
 
 
 def allowed_overlong(data_kind: DataKind) -> list[str]:
     """Return the values of data.overlong other than refuse that an objective allows."""
     if data_kind == "prompts":
         return ["drop"]
-    return ["drop", "truncate-start", *([] if data_kind in PREFERENCE_KINDS else ["split"])]
+    return ["drop", "truncate-start", *(["split"] if data_kind == "turns" else [])]
 
 
 def is_too_long(examples: Sequence[Example], limit: int) -> bool:
@@ -30,7 +30,8 @@ def truncate_start(
 ) -> list[Example] | None:
     """Return the system turn and the last turns that fit in `limit` tokens. Raises RenderError.
 
-    If the last exchange is too long, only the end of its user turn is kept. Returns None if the answer is too long.
+    If the last exchange is too long, only the end of its user turn is kept. Of a raw text, the end is kept. Returns
+    None if the answer is too long.
     """
     if conversation.text is not None:
         [example] = examples
@@ -137,8 +138,9 @@ def _render_part(
     renderer: Renderer, conversation: Conversation, system_turns: list[Message], exchanges: list[list[Message]]
 ) -> list[Example]:
     """Render a part of a conversation. Returns no examples if all of its turns have weight 0."""
+    part = replace(conversation, messages=(*system_turns, *chain.from_iterable(exchanges)))
     try:
-        return renderer.render(replace(conversation, messages=(*system_turns, *chain.from_iterable(exchanges))))
+        return renderer.render(part)
     except RenderError as error:
         if error.code == "nothing-supervised":
             return []

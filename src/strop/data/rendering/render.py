@@ -134,7 +134,8 @@ class Renderer:
 
     def render(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation: one, or one per assistant turn. Raises RenderError, ModelError."""
-        [(_, rendered)] = self.render_many([conversation])
+        render = Renderer.render_many if conversation.label is None else render_labelled
+        [(_, rendered)] = render(self, [conversation])
         if isinstance(rendered, RenderError):
             rendered.where = (Location(conversation.file, conversation.line, rendered.what),)
             raise rendered
@@ -324,6 +325,33 @@ def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) ->
             yield conversation, error
         else:
             yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
+
+
+def render_labelled(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each text to classify with its example, of which the last token is supervised, or with the error, in order.
+
+    A text is encoded as `tokenizer(text)` does, as in transformers' text-classification pipeline, which writes no chat
+    template. Messages are rendered as a prompt.
+    """
+    source = iter(conversations)
+    while batch := list(islice(source, BATCH_ROWS)):
+        texts = [conversation.text for conversation in batch if conversation.text is not None]
+        encoded = iter(renderer.tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        for conversation in batch:
+            try:
+                if conversation.text is not None:
+                    ids = np.array(next(encoded), np.int32)
+                else:
+                    options = renderer.options_for(conversation.messages)
+                    ids = renderer.prompt(conversation.messages, conversation.tools, options=options)
+                if not len(ids):
+                    raise RenderError("no-tokens")
+            except RenderError as error:
+                yield conversation, error
+            else:
+                weights = np.zeros(len(ids), np.float32)
+                weights[-1] = 1.0
+                yield conversation, [Example(ids, weights, conversation.file, conversation.line)]
 
 
 def check_pair(*sides: list[Example] | RenderError) -> list[Example] | RenderError:

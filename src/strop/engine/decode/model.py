@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 from threading import RLock
@@ -16,13 +17,14 @@ from typing import Any
 from strop.data.converters import convert_prompt
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
-from strop.data.types import Ids, Message
+from strop.data.types import Classes, Conversation, Example, Ids, Message
+from strop.engine.decode.classify import Classifier
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
-from strop.models.adapter_config import adapter_folder
+from strop.models.adapter_config import adapter_folder, adapter_kind
 from strop.models.adapters import (
     adapter_disabled,
     attach_adapter,
@@ -30,6 +32,7 @@ from strop.models.adapters import (
     locate_base,
     locate_tokenizer,
     make_renderer,
+    read_classes,
     read_identity,
 )
 from strop.models.introspect import max_positions
@@ -54,6 +57,7 @@ class Model:
     source: Source | None = None  # of the base model
     quantization: str = "none"  # of the base model
     dtype: str = "bf16"  # of the weights that are not quantized
+    classes: Classes | None = None  # of a classifier, which generates no text
     history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
@@ -110,6 +114,48 @@ class Model:
         self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The classifier. Raises ModelError for a model that generates text."""
+        if self.classes is None:
+            raise ModelError(f"{self.name}: not a classifier", fix="give a run of --train.objective classify")
+        return Classifier(self.module, self.classes.several)
+
+    def classify(self, texts: str | Sequence[str | Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Classify texts with a run of `train.objective: classify`.
+
+        Args:
+            texts: one or several texts; or conversations, each a list of messages such as {"role": "user", ...}.
+
+        Returns:
+            For each text its `label` (`labels`, a list, if texts may have several) and `probabilities`, a dict from
+            label to probability, highest first.
+
+        Raises:
+            InputError: if a text is empty, or has more tokens than the model supports.
+            ModelError: if the model is not a classifier.
+        """
+        classifier, examples = self.classifier, self.encode_texts([texts] if isinstance(texts, str) else texts)
+        with self._lock, default_torch_state():
+            rows = classifier.probabilities(examples).tolist()
+        assert self.classes is not None
+        return [describe_classes(self.classes, row) for row in rows]
+
+    def encode_texts(self, texts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[Example]:
+        """Encode texts or conversations to classify, as in training. Raises InputError."""
+        limit, examples = max_positions(self.module) or sys.maxsize, []
+        for number, text in enumerate(texts, 1):
+            if isinstance(text, str) and not text.strip():
+                raise InputError(f"classify: text {number} is empty", fix="give a text")
+            messages = () if isinstance(text, str) else tuple(_parse_messages(text))
+            row = Conversation("text", number, messages, text=text if isinstance(text, str) else None, label="")
+            [example] = self.renderer.render(row)
+            if len(example) > limit:
+                what = f"classify: text {number} has {len(example):,} tokens, and the model supports {limit:,}"
+                raise InputError(what, fix="shorten it")
+            examples.append(example)
+        return examples
+
     @contextmanager
     def base(self) -> Iterator[None]:
         """Disable the adapter inside the block. Other threads wait.
@@ -123,6 +169,8 @@ class Model:
 
     def answer(self, prompts: Sequence[Ids], **options: Any) -> list[Completion]:
         """Return one completion for each prompt of token ids. options: keyword arguments of `generate`."""
+        if self.classes is not None:
+            raise ModelError(f"{self.name}: a classifier, which generates no text", fix="use `classify`")
         with self._lock, default_torch_state():
             return generate(self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, **options)
 
@@ -212,6 +260,14 @@ class Model:
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
+
+
+def describe_classes(classes: Classes, probabilities: Sequence[float]) -> dict[str, Any]:
+    """Return the result of `Model.classify` for one text."""
+    ranked = dict(sorted(zip(classes.names, probabilities, strict=True), key=lambda pair: -pair[1]))
+    if classes.several:
+        return {"labels": [name for name, value in ranked.items() if value > 0.5], "probabilities": ranked}
+    return {"label": next(iter(ranked)), "probabilities": ranked}
 
 
 def _parse_messages(messages: Any) -> list[Message]:
@@ -306,8 +362,10 @@ def load(
         return Model(
             name, base, renderer.tokenizer, renderer, None, notes=notes, source=source, quantization=scheme, dtype=dtype
         )
-    module, mismatches = attach_adapter(base, folder, source, force=force, is_reward_model=scores)
+    kind = adapter_kind(folder)
+    expected = kind if kind == "classifier" else "reward" if scores else "text"
+    module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],
-        source, scheme, dtype,
+        source, scheme, dtype, read_classes(folder) if kind == "classifier" else None,
     )  # fmt: skip

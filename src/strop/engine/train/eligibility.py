@@ -20,7 +20,7 @@ from strop.models.families.layers import layer_norms, linear_groups, model_compu
 from strop.models.families.table import FAMILIES, Family
 from strop.models.quantize import QuantizedLinear
 
-# Substrings of the names of parameters that the fast step can train; `score` is the head of a reward model.
+# Substrings of the names of parameters that the fast step can train; `score` is a score head.
 TRAINABLE = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.", ".score.modules_to_save.")
 ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # substrings of the names of adapter parameters
 

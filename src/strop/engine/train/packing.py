@@ -296,7 +296,8 @@ class _Packer:
             self._add_rows(examples[0], 0, prefix)
         for i, example in zip(indices, examples, strict=True):
             length, start = len(example), self.tokens
-            assert length > prefix and not example.weights[0], "no position predicts the token at position 0"
+            is_single = length == 1  # the last token of a text to classify
+            assert length > prefix and (is_single or not example.weights[0]), "no position predicts position 0"
             self._add_rows(example, prefix, length)
             spans.append((start, length - prefix, prefix))
             self.ends.append((i, self.tokens - 1))

@@ -36,6 +36,7 @@ const FILTERS = [
   ["neither", "neither right"],
 ];
 const PAGE = 25;
+const SHADE = 40; // percent of colour behind a number, so that it stays readable
 
 export async function show(container, { run, query, signal }) {
   if (query.get("blind")) {
@@ -176,15 +177,101 @@ function summary(response, run) {
       { class: "card", style: { "margin-top": ".8rem" } },
       h("h3", {}, name, h("small", {}, ` on ${count(evaluation.rows)} rows`)),
       rate("base"),
+      rate("baseline"),
       rate("tuned"),
-      h(
-        "p",
-        { class: "soft" },
-        `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
-      ),
+      evaluation.base
+        ? h(
+            "p",
+            { class: "soft" },
+            `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
+          )
+        : null,
       response.complete
         ? null
         : h("p", { class: "warn" }, "This evaluation stored only some of its rows. Evaluate again to see all."),
+    ),
+    evaluation.classes ? classTable(evaluation) : null,
+    evaluation.confusion ? confusionMatrix(evaluation) : null,
+  );
+}
+
+/** Return the precision and recall of each class of a classifier, with 95 % intervals. */
+function classTable({ classes }) {
+  const cell = (value, interval) =>
+    h(
+      "td",
+      {},
+      value === null ? "" : percent(value),
+      interval ? h("small", {}, ` ${percent(interval[0])} to ${percent(interval[1])}`) : null,
+    );
+  const heads = ["class", "rows", "precision", "recall", "F1"];
+  return h(
+    "section",
+    { class: "card", tabindex: 0, style: { "margin-top": ".8rem", "overflow-x": "auto" } },
+    h("h3", {}, "Classes"),
+    h(
+      "table",
+      { class: "classes" },
+      h("thead", {}, h("tr", {}, heads.map((name) => h("th", { scope: "col" }, name)))),
+      h(
+        "tbody",
+        {},
+        classes.map((row) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, row.label),
+            h("td", {}, count(row.rows)),
+            cell(row.precision, row.precision_interval),
+            cell(row.recall, row.recall_interval),
+            cell(row.f1),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+/** Return the number of rows by label and predicted class, shaded by the share of the label's rows. */
+function confusionMatrix({ classes, confusion }) {
+  const shade = (share, right) => `color-mix(in srgb, var(--${right ? "good" : "bad"}) ${share}%, transparent)`;
+  return h(
+    "section",
+    { class: "card", tabindex: 0, style: { "margin-top": ".8rem", "overflow-x": "auto" } },
+    h("h3", {}, "Confusion matrix", h("small", {}, " rows: labels; columns: predicted classes, in the same order")),
+    h(
+      "table",
+      { class: "confusion" },
+      h(
+        "thead",
+        {},
+        h("tr", {}, h("td"), classes.map((row, i) => h("th", { scope: "col", title: row.label }, String(i + 1)))),
+      ),
+      h(
+        "tbody",
+        {},
+        confusion.map((counts, i) => {
+          const total = Math.max(
+            1,
+            counts.reduce((sum, value) => sum + value, 0),
+          );
+          return h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, `${i + 1} ${classes[i].label}`),
+            counts.map((value, j) =>
+              h(
+                "td",
+                {
+                  title: `${classes[i].label}, predicted as ${classes[j].label}: ${value}`,
+                  style: { background: shade(Math.round((SHADE * value) / total), i === j) },
+                },
+                value ? count(value) : "",
+              ),
+            ),
+          );
+        }),
+      ),
     ),
   );
 }
