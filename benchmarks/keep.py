@@ -1,6 +1,6 @@
 """Measure what training on one job takes from the rest, and what helps: exact answers against the general set.
 
-    python benchmarks/keep.py --snips FOLDER [--tasks demo snips gemma] [--variants none auto] [--seeds 0 1] [--out FILE]
+    python benchmarks/keep.py --snips FOLDER [--tasks demo snips gemma] [--variants none auto] [--seeds 0] [--out FILE]
     python benchmarks/keep.py --out FILE --plot docs/pictures/keep.svg
 
 Tasks: `demo` is the demo's recipe; `snips` has 700 rows, 4 epochs and 210 held-out rows; `gemma` is `snips` on Gemma 3
