@@ -713,7 +713,11 @@ def test_torchtune_output_and_warmup_are_read(tmp_path: Path) -> None:
     [
         (None, None, True),
         ({"prompt": "p", "query": "q", "response": "r"}, {"instruction": "p", "input": "q", "output": "r"}, True),
-        ({"prompt": "instruction", "query": "input", "response": "output"}, None, True),
+        (
+            {"prompt": "instruction", "query": "input", "response": "output"},
+            {"instruction": "instruction", "input": "input", "output": "output"},
+            True,
+        ),
         ({"prompt": "p", "response": "r"}, {"instruction": "p", "output": "r"}, False),
         # without query, LLaMA-Factory does not read the column `input`, which strop would detect
         (
@@ -1062,3 +1066,100 @@ def test_trl_yaml_is_read_as_its_command(keys: str, objective: str | None, tmp_p
 def test_rows_of_text_files_are_named(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "", "datasets: [{path: a.txt, type: completion}]\n")
     assert "paragraph" in find_row_warnings(draft.differs)["data"]
+
+
+# --- rows that only one of the tools reads -----------------------------------------------------------------------
+
+CHAT_ROW = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+ALPACA_ROW = {"instruction": "a", "input": "", "output": "b"}
+MESSAGES_ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def factory_data(folder: Path, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], more: str) -> Draft:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    info = {name: {"file_name": "rows.jsonl", **entry} for name, entry in entries.items()}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return llamafactory(folder, f"dataset_dir: {folder}\n{more}\n")
+
+
+@pytest.mark.parametrize("stage", ["sft", "kto"])
+@pytest.mark.parametrize(
+    ("entry", "row", "unread", "columns"),
+    [
+        ({"formatting": "sharegpt", "columns": {"messages": "conversations"}}, CHAT_ROW, "system",
+         {"conversations": "conversations"}),
+        ({"formatting": "openai", "columns": {"messages": "messages"}}, MESSAGES_ROW, "tools",
+         {"conversations": "messages"}),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, ALPACA_ROW, "history",
+         {name: name for name in ALPACA_ROW}),
+        ({}, ALPACA_ROW, "messages", {name: name for name in ALPACA_ROW}),
+    ],
+)  # fmt: skip
+def test_llamafactory_reads_only_the_columns_it_names(
+    entry: dict[str, Any], row: dict[str, Any], unread: str, columns: dict[str, str], stage: str, tmp_path: Path
+) -> None:
+    plain = factory_data(tmp_path, {"a": entry}, [row, row], f"dataset: a\nstage: {stage}")
+    assert plain.get("data.columns") is None
+    rows = [row, {**row, unread: "x"}]  # only a later row has the column
+    draft = factory_data(tmp_path, {"a": entry}, rows, f"dataset: a\nstage: {stage}")
+    assert draft.get("data.columns") == columns
+
+
+def test_llamafactory_columns_of_evaluation_rows_do_not_apply_to_training_rows(tmp_path: Path) -> None:
+    entries = {"a": {"formatting": "sharegpt"}, "b": {"columns": {"prompt": "p", "response": "r"}}}
+    draft = factory_data(tmp_path, entries, [CHAT_ROW], "dataset: a\neval_dataset: b")
+    assert draft.get("data.columns") is None and "rename" in find_row_warnings(draft.unsupported)["dataset"]
+
+
+def test_torchtune_columns_of_several_data_sets_must_agree(tmp_path: Path) -> None:
+    sets = [
+        f"{{_component_: x.chat_dataset, source: json, data_files: {x}.jsonl, conversation_column: {x}}}" for x in "ab"
+    ]
+    text = "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n"
+    file = tmp_path / "c.yaml"
+    for data, columns in ((f"dataset: {sets[0]}", {"conversations": "a"}), (f"dataset: [{', '.join(sets)}]", None),
+                          (f"dataset: {sets[0]}\ndataset_val: {sets[1]}", None)):  # fmt: skip
+        file.write_text(text + data, encoding="utf-8")
+        draft = import_config("torchtune", file).draft
+        assert draft.get("data.columns") == columns
+        assert ("dataset" in find_row_warnings(draft.unsupported)) is (columns is None)
+
+
+def test_rows_that_llamafactory_skips_or_changes_are_noted(tmp_path: Path) -> None:
+    for formatting, changes in (("sharegpt", False), ("openai", True)):
+        draft = factory_data(tmp_path, {"a": {"formatting": formatting}}, [CHAT_ROW], "dataset: a")
+        note = find_row_warnings(draft.differs)["a.formatting"]
+        assert "skipped" in note and ("detailed thinking off" in note) is changes
+
+
+@pytest.mark.parametrize("thinking", ["true", "false"])
+def test_llamafactory_without_thinking_drops_reasoning(thinking: str, tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, f"enable_thinking: {thinking}\n")
+    assert draft.get("data.reasoning") == (None if thinking == "true" else "drop")
+
+
+def test_every_import_names_what_it_did_not_compare(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(
+        "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n",
+        encoding="utf-8",
+    )
+    drafts = [axolotl(tmp_path, ""), llamafactory(tmp_path), trl(tmp_path), unsloth(tmp_path)]
+    for draft in (*drafts, import_config("torchtune", file).draft):
+        note = find_row_warnings(draft.differs)["rows"]
+        assert all(word in note for word in ("template", "system texts", "weight", "skips"))
+
+
+def test_torchtune_step_limit_is_named_as_an_upper_limit(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    model = "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n"
+    file.write_text(f"{model}max_steps_per_epoch: 100\nepochs: 2\n", encoding="utf-8")
+    draft = import_config("torchtune", file).draft
+    assert draft.get("train.max_steps") == 200
+    assert "at most" in find_row_warnings(draft.differs)["max_steps_per_epoch"]
+
+
+def test_axolotl_truncation_does_not_apply_to_texts(tmp_path: Path) -> None:
+    for rows, noted in (("datasets: [{path: a.txt, type: completion}]\n", False), (ROWS, True)):
+        draft = axolotl(tmp_path, "excess_length_strategy: truncate\n", rows)
+        assert ("excess_length_strategy" in find_row_warnings(draft.unsupported)) is noted
