@@ -41,7 +41,7 @@ UNSUPPORTED = {
     "trl-config.yaml": set(),
     "unsloth-alpaca.py": {"map"},
     "unsloth-chat.py": {"SFTConfig.fp16", "finetune_vision_layers"},
-    "unsloth-dpo.py": {"DPOTrainer.max_prompt_length"},
+    "unsloth-dpo.py": {"max_prompt_length"},
     "unsloth-rslora.py": set(),
     "unsloth-text.py": {"embedding_learning_rate"},
 }

@@ -289,6 +289,7 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
         "tokenizer.chat_template",
         "add_tokens",
         "resume_from_checkpoint",
+        "train",
     }
     assert "tokenizer.pad_token" in find_row_warnings(draft.ignored)
 
@@ -713,7 +714,11 @@ def test_torchtune_output_and_warmup_are_read(tmp_path: Path) -> None:
     [
         (None, None, True),
         ({"prompt": "p", "query": "q", "response": "r"}, {"instruction": "p", "input": "q", "output": "r"}, True),
-        ({"prompt": "instruction", "query": "input", "response": "output"}, None, True),
+        (
+            {"prompt": "instruction", "query": "input", "response": "output"},
+            {"instruction": "instruction", "input": "input", "output": "output"},
+            True,
+        ),
         ({"prompt": "p", "response": "r"}, {"instruction": "p", "output": "r"}, False),
         # without query, LLaMA-Factory does not read the column `input`, which strop would detect
         (
@@ -1062,3 +1067,326 @@ def test_trl_yaml_is_read_as_its_command(keys: str, objective: str | None, tmp_p
 def test_rows_of_text_files_are_named(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "", "datasets: [{path: a.txt, type: completion}]\n")
     assert "paragraph" in find_row_warnings(draft.differs)["data"]
+
+
+# --- rows that only one of the tools reads -----------------------------------------------------------------------
+
+CHAT_ROW = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+ALPACA_ROW = {"instruction": "a", "input": "", "output": "b"}
+MESSAGES_ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def factory_data(folder: Path, entries: dict[str, dict[str, Any]], rows: list[dict[str, Any]], more: str) -> Draft:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    info = {name: {"file_name": "rows.jsonl", **entry} for name, entry in entries.items()}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return llamafactory(folder, f"dataset_dir: {folder}\n{more}\n")
+
+
+@pytest.mark.parametrize("stage", ["sft", "kto"])
+@pytest.mark.parametrize(
+    ("entry", "row", "unread", "columns"),
+    [
+        ({"formatting": "sharegpt", "columns": {"messages": "conversations"}}, CHAT_ROW, "system",
+         {"conversations": "conversations"}),
+        ({"formatting": "openai", "columns": {"messages": "messages"}}, MESSAGES_ROW, "tools",
+         {"conversations": "messages"}),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, ALPACA_ROW, "history",
+         {name: name for name in ALPACA_ROW}),
+        ({}, ALPACA_ROW, "messages", {name: name for name in ALPACA_ROW}),
+    ],
+)  # fmt: skip
+def test_llamafactory_reads_only_the_columns_it_names(
+    entry: dict[str, Any], row: dict[str, Any], unread: str, columns: dict[str, str], stage: str, tmp_path: Path
+) -> None:
+    plain = factory_data(tmp_path, {"a": entry}, [row, row], f"dataset: a\nstage: {stage}")
+    assert plain.get("data.columns") is None
+    rows = [row, {**row, unread: "x"}]  # only a later row has the column
+    draft = factory_data(tmp_path, {"a": entry}, rows, f"dataset: a\nstage: {stage}")
+    assert draft.get("data.columns") == columns
+
+
+def test_llamafactory_columns_of_evaluation_rows_do_not_apply_to_training_rows(tmp_path: Path) -> None:
+    entries = {"a": {"formatting": "sharegpt"}, "b": {"columns": {"prompt": "p", "response": "r"}}}
+    draft = factory_data(tmp_path, entries, [CHAT_ROW], "dataset: a\neval_dataset: b")
+    assert draft.get("data.columns") is None and "rename" in find_row_warnings(draft.unsupported)["dataset"]
+
+
+def test_torchtune_columns_of_several_data_sets_must_agree(tmp_path: Path) -> None:
+    sets = [
+        f"{{_component_: x.chat_dataset, source: json, data_files: {x}.jsonl, conversation_column: {x}}}" for x in "ab"
+    ]
+    text = "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n"
+    file = tmp_path / "c.yaml"
+    for data, columns in ((f"dataset: {sets[0]}", {"conversations": "a"}), (f"dataset: [{', '.join(sets)}]", None),
+                          (f"dataset: {sets[0]}\ndataset_val: {sets[1]}", None)):  # fmt: skip
+        file.write_text(text + data, encoding="utf-8")
+        draft = import_config("torchtune", file).draft
+        assert draft.get("data.columns") == columns
+        assert ("dataset" in find_row_warnings(draft.unsupported)) is (columns is None)
+
+
+def test_rows_that_llamafactory_skips_or_changes_are_noted(tmp_path: Path) -> None:
+    for formatting, changes in (("sharegpt", False), ("openai", True)):
+        draft = factory_data(tmp_path, {"a": {"formatting": formatting}}, [CHAT_ROW], "dataset: a")
+        note = find_row_warnings(draft.differs)["a.formatting"]
+        assert "skipped" in note and ("detailed thinking off" in note) is changes
+
+
+@pytest.mark.parametrize("thinking", ["true", "false"])
+def test_llamafactory_without_thinking_drops_reasoning(thinking: str, tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, f"enable_thinking: {thinking}\n")
+    assert draft.get("data.reasoning") == (None if thinking == "true" else "drop")
+
+
+def test_every_import_names_what_it_did_not_compare(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(
+        "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n",
+        encoding="utf-8",
+    )
+    drafts = [axolotl(tmp_path, ""), llamafactory(tmp_path), trl(tmp_path), unsloth(tmp_path)]
+    for draft in (*drafts, import_config("torchtune", file).draft):
+        note = find_row_warnings(draft.differs)["rows"]
+        assert all(word in note for word in ("template", "system texts", "weight", "skips"))
+
+
+@pytest.mark.parametrize(
+    ("row", "read_by_trl", "read_by_unsloth"),
+    [
+        ({"text": "t"}, False, False),
+        ({"text": "t", **ALPACA_ROW}, True, True),
+        ({"text": "t", "question": "a", "answer": "b"}, True, True),
+        ({"text": "t", **MESSAGES_ROW}, False, True),
+        ({"text": "t", **CHAT_ROW}, False, True),
+        ({"text": "t", "conversations": MESSAGES_ROW["messages"]}, True, True),
+        ({"text": "t", "prompt": "a", "completion": "b"}, False, False),
+        (ALPACA_ROW, False, False),
+    ],
+)
+def test_text_column_is_read_where_the_trainer_reads_it(
+    row: dict[str, Any], read_by_trl: bool, read_by_unsloth: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    script = UNSLOTH.replace("a.jsonl", "./a.jsonl").format(kind="SFT", config="SFTConfig", arguments="", length="")
+    drafts = trl(tmp_path), read_script(tmp_path, script, "unsloth")
+    columns = [draft.get("data.columns") for draft in drafts]
+    assert columns == [{"text": "text"} if is_read else None for is_read in (read_by_trl, read_by_unsloth)]
+    is_text = read_by_unsloth or set(row) == {"text"}
+    assert ("stop token" in find_row_warnings(drafts[1].differs).get("dataset_text_field", "")) is is_text
+    (tmp_path / "a.jsonl").write_text(json.dumps({"formatted": "t", **row}) + "\n", encoding="utf-8")
+    draft = trl(tmp_path, "dataset_text_field='formatted'")
+    expected = None if {"messages", "prompt"} & set(row) or row.get("conversations") == CHAT_ROW["conversations"] else 1
+    assert draft.get("data.columns") == (expected and {"text": "formatted"})
+
+
+# --- the argument that is passed counts --------------------------------------------------------------------------
+
+SPLIT = """
+data = load_dataset("json", data_files="a.jsonl", split="train")
+{0}
+SFTTrainer("demo", SFTConfig(), train_dataset={1}, eval_dataset={2}, peft_config=LoraConfig())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share", "is_part"),
+    [
+        ("", "25%", False),
+        ("0.1", "10%", False),
+        ("train_size=0.9, seed=42", "10%", False),
+        ("None, 0.8", "20%", False),
+        ("test_size=0.1, train_size=0.9", "10%", False),
+        ("0.1, 0.5", "10%", True),
+        ("train_size=50", None, False),
+        ("0.1, 50", "10%", True),
+        ("test_size=n", None, False),
+    ],
+)
+def test_split_sizes_are_those_of_datasets(arguments: str, share: str | None, is_part: bool, tmp_path: Path) -> None:
+    text = SPLIT.format(f"parts = data.train_test_split({arguments})", 'parts["train"]', 'parts["test"]')
+    draft = read_script(tmp_path, text)
+    assert draft.get("data.eval") == share
+    notes = find_row_warnings(draft.unsupported)
+    assert ("train_dataset" in notes) is is_part and ("train_test_split" in notes) is (share is None)
+
+
+TWO_SPLITS = 'a = data.train_test_split(0.2)\nb = a["{0}"].train_test_split(0.5)'
+
+
+@pytest.mark.parametrize(
+    ("code", "train", "evaluation"),
+    [
+        (TWO_SPLITS.format("train"), 'b["train"]', 'b["test"]'),
+        (TWO_SPLITS.format("test"), 'a["train"]', 'b["train"]'),
+        ("a = data.train_test_split(0.2)", 'a["test"]', 'a["train"]'),
+        ("a = data.train_test_split(0.2)", 'a["train"]', "None"),
+    ],
+)
+def test_other_parts_of_splits_are_named(code: str, train: str, evaluation: str, tmp_path: Path) -> None:
+    draft = read_script(tmp_path, SPLIT.format(code, train, evaluation))
+    notes = find_row_warnings(draft.unsupported)
+    assert draft.get("data.eval") is None and "strop trains on all rows" in notes["train_dataset"]
+    assert ("set data.eval" in str(draft.unsupported)) is (evaluation != "None")
+
+
+LOAD = 'model = AutoModelForCausalLM.from_pretrained("demo"{0})'
+QUANTIZED = LOAD.format(", quantization_config=bnb")
+
+
+@pytest.mark.parametrize(
+    ("code", "quantization", "noted"),
+    [
+        (QUANTIZED, "nf4", None),
+        (LOAD.format(", **{'quantization_config': bnb}"), "nf4", None),
+        ("def make():\n    return bnb\n" + LOAD.format(", quantization_config=make()"), "nf4", None),
+        (LOAD.format(""), "none", "BitsAndBytesConfig"),
+        (LOAD.format(", quantization_config=bnb if cli.use_4bit else None"), "nf4", "quantization_config"),
+        ("q = None\nif cli.q:\n    q = bnb\n" + LOAD.format(", quantization_config=q"), "nf4", "quantization_config"),
+        (f"if cli.use_4bit:\n    {QUANTIZED}\nelse:\n    {LOAD.format('')}", "nf4", "model"),
+        (LOAD.format(", quantization_config=f(cli)"), "nf4", "quantization_config"),
+    ],
+)  # fmt: skip
+def test_quantization_is_that_of_the_model_that_is_passed(
+    code: str, quantization: str, noted: str | None, tmp_path: Path
+) -> None:
+    bnb = 'bnb = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
+    draft = trl(tmp_path, before=f"{bnb}\n{code}", model="model")
+    assert draft.get("model.quantization") == quantization and draft.get("model.name") == "demo"
+    notes = {**find_row_warnings(draft.differs), **find_row_warnings(draft.unsupported)}
+    assert [key for key in ("quantization_config", "BitsAndBytesConfig", "model") if key in notes] == [noted] * bool(
+        noted
+    )
+
+
+def test_several_evaluation_data_sets_are_named(tmp_path: Path) -> None:
+    text = SPLIT.format('a = load_dataset("b.jsonl")', "data", '{"x": a, "y": load_dataset("c.jsonl")}')
+    assert "eval_dataset" in find_row_warnings(read_script(tmp_path, text).unsupported)
+
+
+def test_reference_model_is_not_the_trained_one(tmp_path: Path) -> None:
+    before = 'ref = AutoModelForCausalLM.from_pretrained("big")\n' + LOAD.format("")
+    draft = trl(tmp_path, before=before, model="get_peft_model(model, LoraConfig(r=2)).to(device)", kind="DPO")
+    assert draft.get("model.name") == "demo" and "from_pretrained" in find_row_warnings(draft.unsupported)
+
+
+@pytest.mark.parametrize(
+    ("passed", "rank", "noted"),
+    [
+        ("b", 2, {"LoraConfig"}),
+        ("b if cli.lora else None", 2, {"LoraConfig", "peft_config"}),
+        ("c", 1, {"LoraConfig", "peft_config"}),
+        ("IA3Config(target_modules=['q_proj'])", None, set()),
+    ],
+)
+def test_adapter_is_the_one_that_is_passed(passed: str, rank: int | None, noted: set[str], tmp_path: Path) -> None:
+    code = "a = LoraConfig(r=1)\nb = LoraConfig(r=2)\nif f():\n    c = b\nelse:\n    c = a\n"
+    script = f"{code}SFTTrainer('demo', SFTConfig(), peft_config={passed})\n"
+    if rank is None:
+        with pytest.raises(InputError, match="IA3Config"):
+            read_script(tmp_path, script)
+        return
+    draft = read_script(tmp_path, script)
+    assert draft.get("lora.r") == rank
+    assert noted == {"LoraConfig", "peft_config"} & {note.key for note in (*draft.differs, *draft.unsupported)}
+
+
+@pytest.mark.parametrize("tool", ["trl", "unsloth"])
+@pytest.mark.parametrize(
+    ("trainer", "objective", "more"),
+    [("DPOTrainer", "dpo", "beta=0.5, max_length=64"), ("RewardTrainer", "reward", "max_length=64"),
+     ("SFTTrainer", None, "max_seq_length=64"), ("Trainer", None, "")],
+)  # fmt: skip
+def test_objective_is_that_of_the_trainer(
+    trainer: str, objective: str | None, more: str, tool: str, tmp_path: Path
+) -> None:
+    script = UNSLOTH if tool == "unsloth" else "model = 'demo'\nLoraConfig(lora_dropout=0.1)\n"
+    script = (
+        script.partition("trainer =")[0]
+        .format(kind="DPO", length="")
+        .replace("model(model)", "model(model, lora_dropout=0.1)")
+    )
+    for args in ("args=TrainingArguments(),", ""):  # older scripts, and the quick start of TRL
+        text = f"{script}{trainer}(model=model, {args} {more})\n"
+        draft = read_script(tmp_path, text, tool)
+        assert draft.get("train.objective") == objective
+        assert draft.get("lora.dropout") == (0.1 if objective is None else 0.0)
+        assert draft.get("train.beta") == (0.5 if objective == "dpo" else None)
+        assert not more or draft.get("data.max_length") == 64
+        assert not draft.unsupported
+
+
+def test_defaults_without_a_config_are_those_of_trl(tmp_path: Path) -> None:
+    for kind, rate in (("SFT", 2e-5), ("DPO", 1e-6), ("Reward", 1e-4)):
+        draft = read_script(
+            tmp_path, f"{kind}Trainer('demo', peft_config=LoraConfig(), train_dataset=load_dataset('a.jsonl'))"
+        )
+        assert (draft.get("train.learning_rate"), draft.get("train.batch_size")) == (rate, 8)
+    with pytest.raises(InputError, match="SFTConfig"):
+        read_script(tmp_path, "SFTTrainer('demo', args=f(), peft_config=LoraConfig())")
+
+
+def test_config_is_the_one_that_is_passed(tmp_path: Path) -> None:
+    configs = "a = SFTConfig(seed=1)\nb = SFTConfig(seed=2)\n"
+    draft = read_script(
+        tmp_path, f"{configs}SFTTrainer('demo', args=b, peft_config=LoraConfig())\nDPOTrainer('demo')\n"
+    )
+    assert draft.get("seed") == 2 and set(find_row_warnings(draft.unsupported)) == {"SFTConfig", "DPOTrainer"}
+
+
+def test_settings_after_the_first_training_are_not_imported(tmp_path: Path) -> None:
+    before = LOAD.format("")
+    text = TRL.format(
+        config="SFTConfig", trainer="SFTTrainer", model="model", arguments="", before=before, after="pass"
+    )
+    text = text.replace("trainer.train()", "args.seed = 1\ntrainer.train()\nargs.seed = 2\nmodel.config.x = 1\n{0}")
+    for again in ("", "trainer.train()"):
+        draft = read_script(tmp_path, text.replace("{0}", again))
+        assert draft.get("seed") == 1 and set(find_row_warnings(draft.unsupported)) == ({"train"} if again else set())
+
+
+@pytest.mark.parametrize(
+    ("code", "key"),
+    [
+        ("setattr(args, 'seed', 1)", "setattr"),
+        ("trainer.optimizer.param_groups[0]['lr'] = 1", "trainer.optimizer.param_groups[0]['lr']"),
+        ("args.lr_scheduler_kwargs['x'] = 1", "lr_scheduler_kwargs['x']"),
+        ("for p in model.parameters():\n    p.requires_grad = False", "requires_grad"),
+        ("model.lm_head.requires_grad_(False)", "requires_grad_"),
+    ],
+)
+def test_what_code_sets_before_training_is_listed(code: str, key: str, tmp_path: Path) -> None:
+    before = f"{LOAD.format('')}\nmodel = get_peft_model(model, LoraConfig())"
+    text = TRL.format(config="SFTConfig", trainer="SFTTrainer", model="model", arguments="", before=before, after="")
+    first, last = ("", code) if code.startswith("trainer") else (code, "")
+    text = text.replace("trainer = ", f"{first}\ntrainer = ").replace("trainer.train()", f"{last}\ntrainer.train()")
+    assert key in find_row_warnings(read_script(tmp_path, text).unsupported)
+
+
+@pytest.mark.parametrize(
+    "line", ["files = !ls", "info, x = %env", "?SFTTrainer", "trainer.train??", "%%bash\nls -l | x"]
+)
+def test_lines_for_ipython_are_skipped(line: str, tmp_path: Path) -> None:
+    sources = [line, "SFTTrainer('demo', SFTConfig(seed=f()), peft_config=LoraConfig())"]
+    cells = [{"cell_type": "code", "source": source} for source in sources]
+    file = tmp_path / "n.ipynb"
+    file.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    draft = import_config("trl", file).draft
+    assert draft.get("model.name") == "demo"
+    assert [note.line for note in draft.unsupported] == [2 + line.count("\n")]
+
+
+def test_torchtune_step_limit_is_named_as_an_upper_limit(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    model = "model: {_component_: x.lora_llama3, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: demo}\n"
+    file.write_text(f"{model}max_steps_per_epoch: 100\nepochs: 2\n", encoding="utf-8")
+    draft = import_config("torchtune", file).draft
+    assert draft.get("train.max_steps") == 200
+    assert "at most" in find_row_warnings(draft.differs)["max_steps_per_epoch"]
+
+
+def test_axolotl_truncation_does_not_apply_to_texts(tmp_path: Path) -> None:
+    for rows, noted in (("datasets: [{path: a.txt, type: completion}]\n", False), (ROWS, True)):
+        draft = axolotl(tmp_path, "excess_length_strategy: truncate\n", rows)
+        assert ("excess_length_strategy" in find_row_warnings(draft.unsupported)) is noted

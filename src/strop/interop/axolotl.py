@@ -25,6 +25,7 @@ MORE_IGNORED_KEYS = (
 )  # fmt: skip
 _SPEED_PLUGINS = ("liger", "cut_cross_entropy")  # plugins that change speed, not results
 _TEXT_TYPES = ("completion", "pretrain")
+_ALPACA_COLUMNS = {name: name for name in ("instruction", "input", "output")}
 _DETECTED_COLUMNS = ("messages", "conversation", "conversations")
 # strop's column names by the keys of a custom prompt format (`type` as a mapping)
 _CUSTOM_COLUMNS = {
@@ -140,7 +141,7 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     draft.put("data.max_length", 512, "axolotl's default")
     draft.put_int(keys, "sequence_len", "data.max_length")
     strategy = keys.take("excess_length_strategy", "drop")
-    if strategy == "truncate":
+    if strategy == "truncate" and not (are_texts and all(are_texts)):
         draft.add_unsupported("excess_length_strategy", "truncate: strop drops longer rows instead")
     draft.put("data.overlong", "refuse" if strategy == "raise" else "drop", f"excess_length_strategy {strategy}")
     if are_texts and all(are_texts):
@@ -208,7 +209,7 @@ def _read_columns(draft: Draft, key: str, entry: dict[str, Any], files: list[str
                 draft.add_unsupported(f"{key}.type.{field}", f"{format_value(column)}: strop uses the chat template")
     elif row_type and str(row_type).startswith("alpaca"):
         draft.add_difference(f"{key}.type", f"{row_type}: {_ALPACA_NOTE}")
-        columns = draft.columns_to_read(f"{key}.type", files, ("instruction", "input", "output"), ("system", "history"))
+        columns = draft.columns_to_read(f"{key}.type", files, _ALPACA_COLUMNS)
     elif row_type and row_type not in _TEXT_TYPES and not str(row_type).startswith("chat_template"):
         draft.add_difference(f"{key}.type", f"{row_type}: strop detects the format and uses the chat template")
     for field, value in entry.items():

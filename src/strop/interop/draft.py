@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -68,6 +68,10 @@ LINE_BREAK_NOTE = (
     "with a template that has a line break after the stop token (such as ChatML), the other tool trains on it too; in "
     "strop the stop token is the last"
 )
+ROWS_NOTE = (
+    "not compared: the text that the other tool makes of a row (its template, system texts that it adds), weights of "
+    "messages (strop reads weight, loss_weight and train), and rows that it skips: see `strop check RECIPE --show 3`"
+)
 _ORPO_NOTE = (
     "TRL's cross entropy is over prompt and answer, averaged over the tokens of a batch; strop's is over the answer, "
     "averaged per pair"
@@ -80,6 +84,7 @@ _TARGETS_NOTE = (
     "not given: PEFT uses a default by model family (q_proj and v_proj for Llama, Qwen and others); "
     "strop uses all linear layers"
 )
+Columns = dict[str, str]  # data.columns
 PARALLELISM_KEYS = (
     "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
     "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
@@ -161,6 +166,7 @@ class Draft:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         self._note_kept_weights()
+        self.add_difference("rows", ROWS_NOTE)
         if any(source.endswith(".txt") for source in self._train_files()):
             self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
@@ -279,7 +285,7 @@ class Draft:
     def note_string_rows(self, key: str) -> None:
         """Report that TRL trains on strings without a chat template, unless the rows are read and have no strings."""
         columns = ("completion",) if self.get("train.objective") in (None, "kto") else ("chosen", "rejected")
-        rows = self._first_rows(self._train_files())
+        rows = self.read_first_rows()
         if rows is None or any(isinstance(row.get(column), str) for row in rows for column in columns):
             self.add_difference(key, _STRING_ROWS_NOTE)
 
@@ -345,29 +351,33 @@ class Draft:
             text = "a batch has rows of similar lengths in the other tool; strop shuffles rows with the seed"
             self.add_difference("group_by_length", text)
 
-    def columns_to_read(
-        self, key: str, sources: list[str], read: Sequence[str], unread: Sequence[str]
-    ) -> dict[str, str]:
+    def columns_to_read(self, key: str, sources: list[str], read: Columns, *, is_given: bool = False) -> Columns:
         """Return data.columns if rows have columns that strop reads, but the other tool does not.
 
-        read: the columns that the other tool reads. unread: those that only strop reads.
+        read: the columns that the other tool reads, by strop's names. is_given: the config names them.
         """
-        rows = self._first_rows(sources)
+        from strop.data.formats import FORMATS
+
+        rows = self.read_first_rows(sources)
         if rows is None:
-            text = f"{', '.join(unread)}: columns that the other tool does not read, and strop does, if they are there"
-            self.add_difference(key, text)
-            return {}
+            if not is_given:
+                text = "other columns, such as system, history and tools, are read by strop if they are there"
+                self.add_difference(key, f"{', '.join(read)}: {text}")
+            return dict(read) if is_given else {}
         columns = {name for row in rows for name in row}
-        return {name: name for name in read if name in columns} if columns & set(unread) else {}
+        detected = {name for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for name in keys}
+        unread = columns & detected - set(read.values())
+        return {name: column for name, column in read.items() if column in columns} if unread else {}
 
     def _train_files(self) -> list[str]:
         sources = self.get("data.train") or []
         return [sources] if isinstance(sources, str) else [str(source) for source in sources]
 
-    def _first_rows(self, sources: list[str]) -> list[Mapping[str, Any]] | None:
-        """Return the first rows of files, or None if they cannot be read without a download."""
+    def read_first_rows(self, sources: list[str] | None = None) -> list[Mapping[str, Any]] | None:
+        """Return the first rows of files (default: data.train), or None if they need a download or cannot be read."""
         from strop.data.reading.sources import needs_download, read_rows
 
+        sources = self._train_files() if sources is None else sources
         try:
             if not sources or any(map(needs_download, sources)):
                 return None

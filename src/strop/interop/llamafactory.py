@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import IGNORED_KEYS, LINE_BREAK_NOTE, Draft, Keys, as_int, as_number, format_value
+from strop.interop.draft import IGNORED_KEYS, LINE_BREAK_NOTE, Columns, Draft, Keys, as_int, as_number, format_value
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -91,13 +91,15 @@ def _read_model(draft: Draft, keys: Keys) -> None:
 def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
     folder = keys.take("dataset_dir", "data")
     info_file = _find_dataset_info(draft.file, str(folder))
+    column_maps: list[Columns] = []
     for key, field in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         names = keys.take(key, [])
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
         if info_file is not None:
-            _read_data_sets(draft, key, field, info_file, names, stage)
+            column_maps += _read_data_sets(draft, key, field, info_file, names, stage)
         elif names:
             draft.add_unsupported(key, f"{', '.join(names)}: {folder}/dataset_info.json does not exist")
+    draft.put_columns(column_maps, "dataset")
     draft.put("data.max_length", 2048, "llamafactory's default")
     draft.put_int(keys, "cutoff_len", "data.max_length")
     is_neat, packing = bool(keys.take("neat_packing")), bool(keys.take("packing", stage == "pt"))
@@ -123,6 +125,8 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
     if (thinking := keys.take("enable_thinking")) is not None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
         draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
+        if not thinking:
+            draft.put("data.reasoning", "drop", "enable_thinking: false removes the reasoning of rows")
     draft.put_eval_share("val_size", keys.take("val_size"))
     if stage != "pt":
         draft.add_difference("stop token", LINE_BREAK_NOTE)
@@ -134,14 +138,14 @@ def _find_dataset_info(config: Path, folder: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_data_sets(draft: Draft, key: str, field: str, info_file: Path, names: list[str], stage: str) -> None:
-    """Import the data sets with these names, and their columns if they are equal. Raises InputError."""
+def _read_data_sets(draft: Draft, key: str, field: str, info_file: Path, names: list[str], stage: str) -> list[Columns]:
+    """Import the data sets with these names, and return their columns. Raises InputError."""
     try:
         entries = json.loads(info_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{info_file}: not JSON: {error}", fix="fix the syntax") from None
     sources: list[str] = []
-    column_maps: list[dict[str, str]] = []
+    column_maps: list[Columns] = []
     for name in names:
         entry = dict(entries.get(name) or {})
         if not entry:
@@ -151,34 +155,33 @@ def _read_data_sets(draft: Draft, key: str, field: str, info_file: Path, names: 
             sources.append(str(info_file.parent / file) if file else str(hub_id))
         column_maps.append(_read_columns(draft, name, entry, stage, sources[-1:] if name in entries else []))
     draft.put_sources(field, sources, key)
-    draft.put_columns(column_maps, key)
+    return column_maps
 
 
 def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str, files: list[str]) -> dict[str, str]:
     """Return the columns of a data set unless strop detects them, and report the rest of its entry."""
-    is_alpaca = entry.pop("formatting", "alpaca") == "alpaca"
+    formatting = entry.pop("formatting", "alpaca")
+    is_alpaca = formatting == "alpaca"
     known_columns = {**(_ALPACA_COLUMNS if is_alpaca else _SHAREGPT_COLUMNS), **_PREFERENCE_COLUMNS}
     given, columns = entry.pop("columns", None) or {}, {}
-    if is_alpaca and stage != "pt" and (given.get("query") or not given):
+    if not is_alpaca:
+        added = "; a system text, detailed thinking off, is added to rows without tools" * (formatting == "openai")
+        text = "rows are skipped there if the roles in `tags` do not alternate or the last turn is not an answer"
+        draft.add_difference(f"{name}.formatting", f"{formatting}: {text}{added}")
+    elif stage != "pt" and (given.get("query") or not given):
         draft.add_difference(
             f"{name}.columns.query", "follows the prompt after a line break; in strop after a blank line"
         )
-    for key, column in given.items():
+    defaults = {"prompt": "instruction", "query": "input", "response": "output"}
+    for key, column in (given or (defaults if is_alpaca else {"messages": "conversations"})).items():
         if key in known_columns and column:
             columns[known_columns[key]] = str(column)
         elif column:
             draft.add_unsupported(f"{name}.columns.{key}", str(column))
     if stage == "pt":
-        columns = {"text": columns["instruction"]} if "instruction" in columns else {}
-    is_without_input = "instruction" in columns and "input" not in columns  # strop would read a column `input`
-    if not is_without_input and all(
-        column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()
-    ):
-        columns = {}
-    if stage == "sft" and not given and files:
-        alpaca = ("instruction", "input", "output"), ("system", "history")
-        read, unread = alpaca if is_alpaca else (("conversations",), ("system", "tools"))
-        columns = draft.columns_to_read(f"{name}.columns", files, read, unread)
+        columns = {"text": columns["instruction"]} if given and "instruction" in columns else {}
+    elif all(column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()):
+        columns = draft.columns_to_read(f"{name}.columns", files, columns, is_given=bool(given))
     tags = entry.pop("tags", None) or {}
     if not set(map(str, tags.values())) <= _USUAL_TAGS:
         draft.add_unsupported(f"{name}.tags", f"{format_value(tags)}: strop recognises the usual role names only")

@@ -20,6 +20,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }  # fmt: skip
+Assignment = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr
 # methods that change a dict or a list
 _CHANGING_METHODS = ("append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
 _DTYPES = ("bfloat16", "float16", "float32", "half", "float")  # attributes of torch
@@ -58,6 +59,12 @@ class Script:
         self._options = dict(self._find_argparse_defaults())
         self.used_defaults: dict[str, tuple[Any, int]] = {}  # argparse options read by `value`: default and line
         self.calls = list(self._find_calls())
+        self.last_line = float("inf")  # of the statements that change the first training
+        self._returned = {
+            function.name: [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
+            for function in ast.walk(self._tree)
+            if isinstance(function, ast.FunctionDef)
+        }
 
     def _find_single_assignments(self) -> Iterator[tuple[str, ast.expr]]:
         """Yield (name, value) of names that are assigned exactly once, outside branches and loops."""
@@ -68,18 +75,8 @@ class Script:
             elif isinstance(node, ast.arg):
                 counts[node.arg] += 1
         for node in _find_unconditional_statements(self._tree.body):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                target, value = node.targets[0], node.value
-            elif isinstance(node, ast.AnnAssign) and node.value is not None:
-                target, value = node.target, node.value
-            else:
-                continue
-            pairs = [(target, value)]
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-                pairs = list(zip(target.elts, value.elts, strict=True))
-            for name, assigned in pairs:
-                if isinstance(name, ast.Name) and counts[name.id] == 1:
-                    yield name.id, assigned
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                yield from ((name, value) for name, value, is_all in _pair_names(node) if is_all and counts[name] == 1)
 
     def _find_changes(self) -> Iterator[tuple[str, ast.expr | ast.stmt, bool]]:
         """Yield changes of dicts and lists as (name, `name[key] = 1` or `name.update(...)`, is unconditional)."""
@@ -114,7 +111,7 @@ class Script:
             return {key: change.value} if is_name and isinstance(key, str) else None
         if isinstance(change, ast.Call) and isinstance(change.func, ast.Attribute) and change.func.attr == "update":
             dicts = [*change.args, *(keyword.value for keyword in change.keywords if keyword.arg is None)]
-            read = [self._read_dict_items(node) for node in dicts]
+            read = [self.read_dict_items(node) for node in dicts]
             unread = [node for node in dicts if isinstance(node, ast.Name) and self._read_changes(node)[1]]
             if isinstance(change.func.value, ast.Name) and None not in read and not unread:
                 named = {keyword.arg: keyword.value for keyword in change.keywords if keyword.arg}
@@ -144,28 +141,60 @@ class Script:
         return isinstance(parsed, ast.Call) and getattr(parsed.func, "attr", "") == "parse_args"
 
     def find_attribute_assignments(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
-        """Yield attributes set on a name: `config.seed = 1` is ("seed", 1, line, whether it is unconditional)."""
+        """Yield what is set on a name before training starts.
+
+        `config.seed = 1` is ("seed", 1, line, whether it is unconditional), `trainer.x["lr"] = 1` is ('x["lr"]', ...).
+        """
         unconditional = {id(node) for node in _find_unconditional_statements(self._tree.body)}
         for node in ast.walk(self._tree):
-            if isinstance(node, ast.Assign | ast.AugAssign):
+            if isinstance(node, ast.Assign | ast.AugAssign) and node.lineno <= self.last_line:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    if isinstance(target, ast.Attribute) and ast.unparse(target).startswith(f"{name}."):
+                    if isinstance(target, ast.Attribute | ast.Subscript) and ast.unparse(target).startswith(f"{name}."):
                         value = node.value if isinstance(node, ast.Assign) else target
                         yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in unconditional
 
-    def assigned_values(self, name: str, before: float) -> list[ast.expr]:
-        """Return the expressions that are assigned to a name, or to a tuple with it, up to a line."""
-        values = []
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.lineno <= before:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                for target in targets:
-                    items = target.elts if isinstance(target, ast.Tuple) else [target]
-                    assigned = node.value.elts if isinstance(node.value, ast.Tuple) and len(items) > 1 else []
-                    for i, item in enumerate(items):
-                        if isinstance(item, ast.Name) and item.id == name and node.value is not None:
-                            values.append(assigned[i] if len(assigned) == len(items) else node.value)
-        return values
+    def trace(self, node: ast.expr, calls: list[Call]) -> Iterator[ast.expr]:
+        """Yield an expression and all others that its value may come from, back to one of `calls`.
+
+        These are both sides of a conditional, every value of a name, what a function of the script returns, the items
+        of a list, the object of a method, and the first argument of another call.
+        """
+        pending, seen = [node], set[str]()
+        while pending:
+            node = pending.pop(0)
+            yield node
+            if isinstance(node, ast.IfExp):
+                pending += [node.body, node.orelse]
+            elif isinstance(node, ast.Attribute | ast.Subscript):
+                pending.append(node.value)
+            elif isinstance(node, ast.List | ast.Tuple | ast.Dict):
+                pending += node.values if isinstance(node, ast.Dict) else node.elts
+            elif isinstance(node, ast.Call) and not any(call.arguments is node.args for call in calls):
+                owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+                is_module = isinstance(owner, ast.Name) and not self.assigned_values(owner.id)  # or a class
+                function = getattr(node.func, "id", "")
+                results = self._returned.get(function, []) if f"{function}()" not in seen else []
+                seen.add(f"{function}()")
+                pending += [*results, *node.args[:1]] if owner is None or is_module else [owner]
+            elif isinstance(node, ast.Name) and node.id not in seen:
+                seen.add(node.id)
+                pending += self.assigned_values(node.id)
+
+    def find_sources(self, nodes: list[ast.expr], calls: list[Call]) -> list[Call]:
+        """Return those of the calls whose results may be in one of the expressions."""
+        traced = [part.args for node in nodes for part in self.trace(node, calls) if isinstance(part, ast.Call)]
+        return [call for call in calls if any(call.arguments is arguments for arguments in traced)]
+
+    def find_key(self, node: ast.expr) -> Any:
+        """Return the first key on the way to a value, such as "test" for `data["test"]`, or None."""
+        return next((self.value(part.slice) for part in self.trace(node, []) if isinstance(part, ast.Subscript)), None)
+
+    def assigned_values(self, name: str) -> list[ast.expr]:
+        """Return the expressions that are assigned to a name, or to a tuple with it, before training."""
+        nodes = [
+            node for node in ast.walk(self._tree) if isinstance(node, Assignment) and node.lineno <= self.last_line
+        ]
+        return [value for node in nodes for assigned, value, _ in _pair_names(node) if assigned == name]
 
     def find_assigned_attributes(self, attribute: str) -> Iterator[ast.Assign]:
         """Yield assignments such as `x.requires_grad = True`."""
@@ -198,7 +227,7 @@ class Script:
             for keyword in node.keywords:
                 if keyword.arg is not None:
                     keywords[keyword.arg] = keyword.value
-                elif (items := self._read_dict_items(keyword.value)) is not None:
+                elif (items := self.read_dict_items(keyword.value)) is not None:
                     keywords |= items
                     if isinstance(keyword.value, ast.Name):
                         unpacked += self._read_changes(keyword.value)[1]
@@ -206,10 +235,10 @@ class Script:
                     unpacked.append(keyword.value)
             yield Call(name, owner, node.lineno, node.args, keywords, assigned_to.get(id(node), ""), unpacked)
 
-    def _read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
+    def read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
         """Return the items of {...} or dict(...) with string keys, or of a variable that is assigned one, else None."""
         if isinstance(node, ast.Name) and node.id in self._constants and depth <= 8:
-            items = self._read_dict_items(self._constants[node.id], depth + 1)
+            items = self.read_dict_items(self._constants[node.id], depth + 1)
             return items if items is None else {**items, **self._read_changes(node)[0]}
         if isinstance(node, ast.Dict):
             pairs = {key.value: value for key, value in zip(node.keys, node.values, strict=True)
@@ -265,7 +294,7 @@ class Script:
             return self._evaluate(node.value, depth + 1)
         if isinstance(node, ast.BinOp):
             return self._evaluate_operator(node, depth + 1)
-        if (entries := self._read_dict_items(node)) is not None:
+        if (entries := self.read_dict_items(node)) is not None:
             return {key: self._evaluate(item, depth + 1) for key, item in entries.items()}
         return ast.literal_eval(node)
 
@@ -285,12 +314,17 @@ class Script:
         return node.id if isinstance(node, ast.Name) else ""
 
 
+# lines of a notebook that IPython reads: `!pip install`, `%%capture`, `files = !ls`, `?name`, `name?`
+_MAGIC = re.compile(r"^([ \t]*)(?:[!%?].*|[\w., ]+=[ \t]*[!%].*|[\w.]+\?+[ \t]*)$", re.M)
+_PYTHON_CELL = re.compile(r"(?!%%)|%%(?:capture|time|timeit|prun)\b")  # not `%%bash` or `%%writefile`
+
+
 def _parse(text: str) -> ast.Module:
-    """Parse Python, treating notebook magics (`!pip install`, `%%capture`) as empty statements."""
+    """Parse Python, treating notebook magics as empty statements."""
     try:
         return ast.parse(text)
     except SyntaxError:
-        return ast.parse(re.sub(r"^([ \t]*)[!%].*$", r"\1pass", text, flags=re.M))
+        return ast.parse(_MAGIC.sub(r"\1pass", text))
 
 
 def _join_code_cells(text: str) -> str:
@@ -298,7 +332,8 @@ def _join_code_cells(text: str) -> str:
     tree = json.loads(text)
     if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
         raise ValueError("no cells")
-    return "\n".join("".join(cell.get("source", [])) for cell in tree["cells"] if cell.get("cell_type") == "code")
+    sources = ["".join(cell.get("source", [])) for cell in tree["cells"] if cell.get("cell_type") == "code"]
+    return "\n".join(cell if _PYTHON_CELL.match(cell) else "\n" * cell.count("\n") for cell in sources)
 
 
 def read_arguments(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
@@ -323,6 +358,28 @@ def read_arguments(draft: Draft, script: Script, call: Call, positional: tuple[s
     return Keys(values, lines, set(arguments) - set(values))
 
 
+def find_passed(
+    draft: Draft, script: Script, key: str, nodes: list[ast.expr], calls: list[Call], *, elsewhere: bool = False
+) -> Call | None:
+    """Return the call whose result is an argument, and report the others, and a condition.
+
+    nodes: where the argument is given. elsewhere: it may also be given where this cannot be read.
+    """
+    nodes = [node for node in nodes if script.value(node) is UNREADABLE]
+    passed = script.find_sources(nodes, calls)
+    is_optional = any(getattr(part, "value", 0) is None for node in nodes for part in script.trace(node, calls))
+    if passed and (is_optional or len(passed) > 1):
+        text = f"{passed[0].name} in line {passed[0].line} is read, but whether it is used depends on a condition"
+        draft.add_difference(key, text, passed[0].line)
+    elif calls and not passed and (elsewhere or nodes):
+        passed = calls[:1]
+        draft.add_difference(key, f"{passed[0].name} in line {passed[0].line} is read; its use was not found")
+    for call in calls:
+        if call not in passed[:1]:
+            draft.add_unsupported(call.name, f"not imported: not passed as {key}, or another one is", call.line)
+    return next(iter(passed), None)
+
+
 def report_unpacked(draft: Draft, call: Call) -> None:
     for node in call.unpacked:
         report_expression(draft, f"{call.name}(**...)", node, "not read: not literal, and scripts are not executed")
@@ -333,6 +390,17 @@ def report_expression(draft: Draft, key: str, node: ast.expr | ast.stmt, reason:
     source = ast.unparse(node)
     source = source if len(source) <= 60 else f"{source[:57]}..."
     draft.add_unsupported(key, f"{source}: {reason}", node.lineno)
+
+
+def _pair_names(node: Assignment) -> Iterator[tuple[str, ast.expr, bool]]:
+    """Yield (name, value, whether the name gets all of it) of an assignment, which may be to a tuple of names."""
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        items = target.elts if isinstance(target, ast.Tuple) else [target]
+        parts = node.value.elts if isinstance(node.value, ast.Tuple) and len(items) > 1 else []
+        is_all = target is items[0] or len(parts) == len(items)
+        for item, value in zip(items, parts if len(parts) == len(items) else [node.value] * len(items), strict=True):
+            if isinstance(item, ast.Name) and value is not None:
+                yield item.id, value, is_all
 
 
 def _find_unconditional_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -116,11 +116,13 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     data_sets = keys.peek("dataset")
     if isinstance(data_sets, list) and len({_trains_on_prompts(entry) for entry in data_sets}) > 1:
         draft.add_unsupported("dataset.train_on_input", "differs between the data sets; data.loss applies to all files")
+    column_maps: list[Any] = []
     for key, field in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         entries = keys.take(key)
         entries = entries if isinstance(entries, list) else [entries] if entries else []
-        sources = [source for entry in entries for source in _read_data_set(draft, key, dict(entry))]
+        sources = [source for entry in entries for source in _read_data_set(draft, key, dict(entry), column_maps)]
         draft.put_sources(field, sources, key)
+    draft.put_columns(column_maps, "dataset")
 
 
 def _trains_on_prompts(entry: dict[str, Any]) -> bool:
@@ -128,8 +130,8 @@ def _trains_on_prompts(entry: dict[str, Any]) -> bool:
     return bool(entry.get("train_on_input", builder in TRAIN_ON_PROMPTS))
 
 
-def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
-    """Return the files or the Hub id of a data set, and import its other settings."""
+def _read_data_set(draft: Draft, key: str, entry: dict[str, Any], column_maps: list[Any]) -> list[str]:
+    """Return the files or the Hub id of a data set, append its columns, and import its other settings."""
     builder, is_train = str(entry.pop("_component_", "")).rpartition(".")[2], key == "dataset"
     source, files = entry.pop("source", BUILT_IN_DATA_SETS.get(builder)), entry.pop("data_files", None)
     split = entry.pop("split", "train")
@@ -170,8 +172,7 @@ def _read_data_set(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
     for name, value in entry.items():
         if value is not None:
             draft.add_unsupported(f"{key}.{name}", format_value(value))
-    if is_train and columns:
-        draft.put("data.columns", columns, f"columns of {key}")
+    column_maps.append(columns)
     if files is not None:
         return join_files(source, files)
     if source is None:
@@ -188,7 +189,8 @@ def _read_training(draft: Draft, keys: Keys) -> None:
     if max_steps is not None:
         total = as_int("max_steps_per_epoch", max_steps) * as_int("epochs", epochs)
         draft.put("train.max_steps", total, "max_steps_per_epoch x epochs")
-        draft.add_difference("max_steps_per_epoch", "each epoch restarts at the first rows in torchtune, not in strop")
+        text = "at most the steps of an epoch in torchtune, so lower train.max_steps if an epoch has fewer; "
+        draft.add_difference("max_steps_per_epoch", f"{text}each epoch restarts at the first rows there, not in strop")
     optimizer = str(keys.take("optimizer._component_", "torch.optim.AdamW"))
     if optimizer in OPTIMIZERS:
         draft.put("train.optimizer", OPTIMIZERS[optimizer], "optimizer._component_")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
 from strop.interop.draft import (
-    FILE_FORMATS,
     IGNORED_KEYS,
     LINE_BREAK_NOTE,
     Draft,
@@ -18,7 +18,15 @@ from strop.interop.draft import (
     grpo_error,
     join_files,
 )
-from strop.interop.script_parser import UNREADABLE, Call, Script, read_arguments, report_expression, report_unpacked
+from strop.interop.script_parser import (
+    UNREADABLE,
+    Call,
+    Script,
+    find_passed,
+    read_arguments,
+    report_expression,
+    report_unpacked,
+)
 
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
@@ -50,11 +58,16 @@ CLASSIFIER_NOTE = (
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
+    "quantization_config",
 )  # fmt: skip
 # order of the trainers' arguments after `model`, and `ref_model` if they have one
 TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
-# arguments of the trainer in older versions of TRL, and of its config in newer ones
-MOVED_ARGUMENTS = ("dataset_num_proc", "dataset_text_field", "max_length", "max_seq_length", "packing")
+# arguments of the trainer that are code; the rest are those of its config, where older versions of TRL had them here
+_CODE_ARGUMENTS = (
+    "compute_loss_func", "compute_metrics", "data_collator", "formatting_func", "model_init", "optimizers",
+    "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "ref_model",
+)  # fmt: skip
+_ANSWERS_ONLY = "assistant_only_loss"
 LOSS_ON_ALL_NOTE = (
     "without assistant_only_loss, TRL trains on all tokens of `messages` and `text` rows, and on the completion of "
     "prompt-completion rows, with a line break that the template has after its stop token; strop trains on assistant "
@@ -75,24 +88,18 @@ def read(draft: Draft) -> None:
         if call.name in UNSUPPORTED_CONFIGS:
             fix = "use sft, dpo, ipo, kto, orpo, simpo or reward"
             raise InputError(f"{path}:{call.line}: {call.name}: not an objective of strop", fix=fix)
-    configs = [call for call in script.calls if call.name in CONFIGS]
-    if not configs:
-        fix = "give the training script, or the YAML file of its options if TrlParser or HfArgumentParser reads them"
-        raise InputError(f"{path}: none of {', '.join(CONFIGS)} is created in it", fix=fix)
-    for call in configs[1:]:
-        draft.add_unsupported(call.name, "a second config; only the first is imported", call.line)
-    trainer_arguments, trainer_line = _read_trainer(draft, script)
-    _read_model(draft, script, trainer_arguments.pop("model", None), trainer_line)
-    start_seed = _read_adapter(draft, script)
-    moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
-    config = replace(configs[0], keywords={**moved, **configs[0].keywords})
-    keys, objective = read_arguments(draft, script, config, ("output_dir",)), CONFIGS[config.name]
+    trainer_arguments, trainer, trainer_class = _read_trainer(draft, script)
+    config, objective = _find_config(draft, script, trainer_arguments, trainer, trainer_class)
+    _read_model(draft, script, trainer_arguments, config, trainer)
+    start_seed = _read_adapter(draft, script, trainer_arguments)
+    moved = {key: node for key, node in trainer_arguments.items() if key not in (*TRAINER_ARGUMENTS, *_CODE_ARGUMENTS)}
+    keys = read_arguments(draft, script, replace(config, keywords={**moved, **config.keywords}), ("output_dir",))
     loads_classifier = any(CLASSIFIER in call.owner for call in script.calls if call.name == "from_pretrained")
     if objective == "sft" and loads_classifier:
         objective = "classify"
     _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
     draft.note_seed("random_state", start_seed)
-    _read_rows(draft, script, trainer_arguments, trainer_line)
+    _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
     _report_masks(draft, script)
     _report_tokenizer(draft, script)
@@ -118,8 +125,8 @@ def _report_tokenizer(draft: Draft, script: Script) -> None:
                     report_expression(draft, f"{call.owner}.{key}", call.keywords[key], "not supported")
 
 
-def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
-    """Return the arguments of the trainer's constructor, and its line."""
+def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Call | None, str]:
+    """Return the arguments of the trainer's constructor, the call, and the name of TRL's class."""
     custom_trainers = script.find_subclasses(TRAINERS)
     for name, base, line in custom_trainers:
         draft.add_unsupported(name, f"derived from {base}; its code is not executed", line)
@@ -127,22 +134,42 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], fl
     trainers = [call for call in script.calls if call.name in names]
     if not trainers:
         draft.add_unsupported("trainer", "no trainer is created; data and model are read from the rest of the script")
-        return {}, float("inf")
+        return {}, None, ""
     call = trainers[0]
+    for other in trainers[1:]:
+        draft.add_unsupported(other.name, "another trainer; only the first is imported", other.line)
+    runs = [other for other in script.calls if other.name == "train" and other.owner == call.assigned_to != ""]
+    script.last_line = min([float("inf") if call.assigned_to else call.line, *(run.line for run in runs)])
+    for run in runs[1:]:
+        draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *TRAINER_POSITIONS)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
     for key, node in arguments.items():
-        if key in (*TRAINER_ARGUMENTS, *MOVED_ARGUMENTS):
-            continue
         if key == "data_collator" and _masks_prompts(script):
             draft.add_ignored(key, "loss on assistant turns only, as in strop by default", node.lineno)
         elif key == "formatting_func":
             report_expression(draft, key, node, f"rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}")
-        elif script.value(node) is not None:
+        elif key in _CODE_ARGUMENTS and script.value(node) is not None:
             report_expression(draft, f"{call.name}.{key}", node, "not supported")
-    return arguments, call.line
+    return arguments, call, base
+
+
+def _find_config(
+    draft: Draft, script: Script, arguments: dict[str, ast.expr], trainer: Call | None, trainer_class: str
+) -> tuple[Call, str]:
+    """Return the config passed to the trainer, or one with TRL's defaults, and the objective. Raises InputError."""
+    configs = [call for call in script.calls if call.name in CONFIGS]
+    nodes = [arguments["args"]] if "args" in arguments else []
+    config = find_passed(draft, script, "args", nodes, configs, elsewhere=trainer is None or bool(trainer.unpacked))
+    name = trainer_class.replace("Trainer", "Config")
+    if config is None and trainer is not None and not nodes and not trainer.unpacked:
+        config = Call(name if name in CONFIGS else "TrainingArguments", "", trainer.line, [], {}, "", [])
+    if config is None:
+        fix = "give the training script, or the YAML file of its options if TrlParser or HfArgumentParser reads them"
+        raise InputError(f"{draft.file}: none of {', '.join(CONFIGS)} is created in it", fix=fix)
+    return config, CONFIGS.get(name, "sft") if config.name == "TrainingArguments" else CONFIGS[config.name]
 
 
 def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None) -> None:
@@ -238,15 +265,13 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         if strategy != "bfd":
             cuts = "TRL cuts rows at the end of a sequence" + ", and they attend to others" * (strategy == "wrapped")
             draft.add_unsupported("packing_strategy", f"{strategy}: {cuts}; strop keeps rows whole and apart")
-    column = str(keys.take("dataset_text_field", "text"))
-    if column not in ("text", "messages"):  # strop detects these
-        draft.put("data.columns", {"text": column}, "dataset_text_field")
     if str(keys.peek("chat_template_path", "")).endswith((".jinja", ".j2")):
         draft.put("data.template", str(keys.take("chat_template_path")), "chat_template_path")
 
 
 def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
-    assistant_only, completion_only = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
+    _read_text_column(draft, keys, objective)
+    assistant_only, completion_only = keys.take(_ANSWERS_ONLY), keys.take("completion_only_loss")
     if not assistant_only and not masked_by_collator and draft.get("data.columns") is None:
         draft.note_string_rows("prompt")
     if objective != "sft" or assistant_only or completion_only or masked_by_collator:
@@ -254,7 +279,25 @@ def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_colla
     if completion_only is False:
         draft.put("data.loss", "all", "completion_only_loss")
     else:
-        draft.add_difference("assistant_only_loss", LOSS_ON_ALL_NOTE)
+        draft.add_difference(_ANSWERS_ONLY, LOSS_ON_ALL_NOTE)
+
+
+def _read_text_column(draft: Draft, keys: Keys, objective: str) -> None:
+    """Import the column of raw texts, which TRL trains on if rows have no messages and no prompt."""
+    column, rows = str(keys.take("dataset_text_field", "text")), draft.read_first_rows()
+    if objective != "sft":
+        return
+    row = {column: ""} if rows is None else dict(*rows[:1])
+    turns = row.get("conversations")
+    is_chat = "messages" in row or "prompt" in row or (isinstance(turns, list) and "from" in (*turns, {})[0])
+    if draft.tool == "unsloth":
+        is_chat = {"prompt", "completion"} <= set(row) or ("messages" in row and bool(keys.peek(_ANSWERS_ONLY)))
+    if column not in row or is_chat:
+        return
+    if draft.tool == "unsloth":
+        draft.add_difference("dataset_text_field", "texts get no stop token there; in strop each row ends with one")
+    if set(row) not in ({"text"}, {"messages"}):  # strop detects these
+        draft.put("data.columns", {"text": column}, "dataset_text_field")
 
 
 def _read_yaml(draft: Draft) -> None:
@@ -300,9 +343,8 @@ IGNORED_MODEL_KEYS = (
     "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
 )  # fmt: skip
 # calls that create a model, tokenizer or trainer, whose attributes a script may set later
-_CREATING_CALLS = (
-    "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
-)  # fmt: skip
+_CREATING_CALLS = ("from_pretrained", "get_peft_model", *TRAINERS)
+_NOT_A_MODEL = re.compile("Tokenizer|Processor|Extractor|Config")  # other classes with a method `from_pretrained`
 # attributes and calls that do not change the result of training
 _HARMLESS_ATTRIBUTES = (
     "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
@@ -311,7 +353,7 @@ _HARMLESS_CALLS = ("gradient_checkpointing_enable", "enable_input_require_grads"
 _CONFIG_METHODS = (  # of TrainingArguments
     "set_dataloader", "set_optimizer", "set_lr_scheduler", "set_training", "set_evaluate", "set_save", "set_testing",
 )  # fmt: skip
-_TRAINED_PARAMETERS = "parameters are trained by code: for whole modules, set lora.modules_to_save"
+_TRAINED_PARAMETERS = "code decides what is trained: see lora.target_modules and lora.modules_to_save"
 _NEW_TOKENS = "adds tokens to the vocabulary: set lora.new_tokens"
 _MODEL_CHANGES = {
     "setup_chat_format": "ChatML template with new tokens: set data.template chatml and lora.new_tokens",
@@ -321,23 +363,34 @@ _MODEL_CHANGES = {
     "add_new_tokens": _NEW_TOKENS,
     "merge_and_unload": "merges an adapter into the base first: use `strop merge`, and set model.name",
     **dict.fromkeys(("add_adapter", "load_adapter"), "an adapter is added by code: set model.adapter"),
+    **dict.fromkeys(("setattr", *_CONFIG_METHODS), "what it sets is not read: set it in the recipe"),
 }
 
 
-def _read_model(draft: Draft, script: Script, model_argument: ast.expr | None, trainer_line: float) -> None:
+def _read_model(
+    draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr], config: Call, trainer: Call | None
+) -> None:
     """Import the model that the script loads, or the trainer's `model` argument, which may be a name."""
-    loads = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.owner]
+    model_argument = trainer_arguments.get("model")
+    loads = [call for call in script.calls if call.name == "from_pretrained" and not _NOT_A_MODEL.search(call.owner)]
+    trainer_line = float("inf") if trainer is None else trainer.line
     adapter_loads = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
-    loads = [call for call in loads if "Peft" not in call.owner]
-    if loads:
-        _read_from_pretrained(draft, script, loads[0])
-    quantization_configs = [call for call in script.calls if call.name == "BitsAndBytesConfig"]
-    if quantization_configs:
-        _read_bitsandbytes(draft, read_arguments(draft, script, quantization_configs[0]))
-        for call in quantization_configs[1:]:
-            draft.add_unsupported(call.name, "another one; only the first is imported", call.line)
+    loads = [call for call in loads if "Peft" not in call.owner and call.line <= script.last_line]
+    nodes = [model_argument] if model_argument is not None else []
+    load = find_passed(draft, script, "model", nodes, loads, elsewhere=not nodes)
+    if load is not None:
+        _read_from_pretrained(draft, script, load)
+    init_kwargs = config.keywords.get("model_init_kwargs")
+    items = script.read_dict_items(init_kwargs) if init_kwargs is not None else {}
+    givers = [trainer_arguments, items or {}, load.keywords if load is not None else {}]
+    nodes = [giver["quantization_config"] for giver in givers if "quantization_config" in giver]
+    quantizations = [call for call in script.calls if call.name == "BitsAndBytesConfig"]
+    is_open = items is None or load is None or bool(load.unpacked)
+    quantization = find_passed(draft, script, "quantization_config", nodes, quantizations, elsewhere=is_open)
+    if quantization is not None:
+        _read_bitsandbytes(draft, read_arguments(draft, script, quantization))
     elif draft.get("model.quantization") is None:
-        draft.put("model.quantization", "none", "no BitsAndBytesConfig")
+        draft.put("model.quantization", "none", "no quantization_config")
     name = script.value(model_argument) if model_argument is not None else None
     if isinstance(name, str) and draft.get("model.name") is None:
         draft.put("model.name", name, "the trainer's model")
@@ -397,6 +450,7 @@ def _read_labels(draft: Draft, keys: Keys) -> None:
 def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> None:
     """Report changes that the script makes to its model, tokenizer or trainer after it is created."""
     created = [call.assigned_to for call in script.calls if call.line <= trainer_line and call.name in _CREATING_CALLS]
+    adapter_line = min([trainer_line, *(call.line for call in script.calls if call.name == "get_peft_model")])
     for name in dict.fromkeys(filter(None, created)):
         for key, node, line, _ in script.find_attribute_assignments(name):
             if key.rpartition(".")[2] in _HARMLESS_ATTRIBUTES:
@@ -408,13 +462,12 @@ def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> 
             draft.add_ignored(call.name, "", call.line)
         elif call.name in _MODEL_CHANGES and call.line < trainer_line:
             draft.add_unsupported(call.name, _MODEL_CHANGES[call.name], call.line)
-        elif call.name in _CONFIG_METHODS:
-            text = "arguments that a method sets are not read: give them to the config"
-            draft.add_unsupported(call.name, text, call.line)
-        elif call.name == "requires_grad_" and [script.value(node) for node in call.arguments] != [False]:
+        elif call.name == "requires_grad_" and (
+            [script.value(node) for node in call.arguments] != [False] or call.line > adapter_line
+        ):
             draft.add_unsupported(call.name, _TRAINED_PARAMETERS, call.line)
     for assignment in script.find_assigned_attributes("requires_grad"):
-        if script.value(assignment.value) is not False:
+        if script.value(assignment.value) is not False or assignment.lineno > adapter_line:
             draft.add_unsupported("requires_grad", _TRAINED_PARAMETERS, assignment.lineno)
 
 
@@ -440,7 +493,7 @@ def _read_bitsandbytes(draft: Draft, keys: Keys) -> None:
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
-def _read_adapter(draft: Draft, script: Script) -> Any:
+def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr]) -> Any:
     """Import the LoraConfig or the arguments of Unsloth's get_peft_model. Return the seed of LoRA's start, if given."""
     is_unsloth = draft.tool == "unsloth"
     function = "get_peft_model" if is_unsloth else "LoraConfig"
@@ -451,12 +504,19 @@ def _read_adapter(draft: Draft, script: Script) -> Any:
         draft.fields.pop("model.adapter", None)  # it is merged into the base, and a new one is trained
     if not adapters:
         raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
-    call, default_rank = adapters[0], 8
     if is_unsloth:
-        call, default_rank = replace(call, arguments=call.arguments[1:], assigned_to=""), 16
+        call = replace(adapters[0], arguments=adapters[0].arguments[1:], assigned_to="")
     else:
-        for other in adapters[1:]:
-            draft.add_unsupported(other.name, "another one; only the first is imported", other.line)
+        nodes = [trainer_arguments["peft_config"]] if "peft_config" in trainer_arguments else []
+        for other in script.calls:
+            if other.name in ("get_peft_model", "add_adapter"):
+                nodes += [*other.arguments[other.name == "get_peft_model" :], *other.keywords.values()]
+        for part in (part for node in nodes for part in script.trace(node, adapters) if isinstance(part, ast.Call)):
+            name = ast.unparse(part.func).rpartition(".")[2]
+            if name.endswith("Config") and name != function:
+                raise draft.not_lora_error(f"peft_config: {name}", "give a script that passes a LoraConfig")
+        call = find_passed(draft, script, "peft_config", nodes, adapters, elsewhere=True) or adapters[0]
+    default_rank = 16 if is_unsloth else 8
     positional = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias") if is_unsloth else ()
     keys = read_arguments(draft, script, call, positional)
     if "target_modules" not in keys and is_unsloth:
@@ -504,19 +564,25 @@ DATASET_TRANSFORMS = (
     "standardize_sharegpt", "standardize_data_formats", "to_sharegpt", "cast_column", "set_transform",
     "with_transform",
 )  # fmt: skip
+_SPLIT = "train_test_split"
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
 LOADERS = ("load_dataset", "from_json", "from_csv", "from_parquet")
 
 
-def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr], trainer_line: float) -> None:
+def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr]) -> None:
     """Import the data sets that the script loads."""
     loads = [call for call in script.calls if call.name in LOADERS]
-    eval_argument = trainer_arguments.get("eval_dataset")
-    if eval_argument is not None and (split := _read_split_files(script, loads, eval_argument)):
-        draft.put("data.eval", *split)
-    train_loads = _find_loading_calls(script, loads, trainer_arguments.get("train_dataset"))
-    eval_loads = _find_loading_calls(script, loads, eval_argument)
-    for call in sorted(loads, key=lambda call: call not in train_loads):
+    arguments = {key: trainer_arguments[key] for key in ("train_dataset", "eval_dataset") if key in trainer_arguments}
+    sources = {key: script.find_sources([argument], loads) for key, argument in arguments.items()}
+    eval_loads = sources.get("eval_dataset", [])
+    for call in (call for call in eval_loads if "data_files" in call.keywords):
+        files, key = script.value(call.keywords["data_files"]), script.find_key(arguments["eval_dataset"])
+        if isinstance(files, dict) and str(key) in files and call.arguments:
+            paths = join_files(script.value(call.arguments[0]), files[str(key)])
+            draft.put_sources("data.eval", paths, f"load_dataset, line {call.line}, {key}")
+    # of calls that are assigned to one name, the last
+    train_loads = list({call.assigned_to or call.line: call for call in sources.get("train_dataset", [])}.values())
+    for call in (*train_loads, *(call for call in loads if call not in train_loads)):
         source = _read_source(draft, script, call)
         if source and call in eval_loads and call not in train_loads and len(loads) > 1:
             draft.put("data.eval", source, f"load_dataset, line {call.line}")
@@ -524,11 +590,9 @@ def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.ex
             draft.put("data.train", source, f"load_dataset, line {call.line}")
         elif source:
             draft.add_unsupported("load_dataset", f"{format_value(source)}: another data set", call.line)
-    if eval_argument is not None and script.find_root_name(eval_argument) and draft.get("data.eval") is None:
-        _read_eval_split(draft, script, eval_argument)
-    for key in ("train_dataset", "eval_dataset"):
-        if key in trainer_arguments:
-            _report_row_changes(draft, script, key, trainer_arguments[key], trainer_line)
+    for key, argument in arguments.items():
+        _report_row_changes(draft, script, key, argument, loads)
+    _read_splits(draft, script, **arguments)
     for call in script.calls:
         if call.name == "get_chat_template":
             draft.add_difference(call.name, "strop uses the model's chat template, or data.template")
@@ -536,79 +600,51 @@ def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.ex
             draft.add_ignored(call.name, "strop shuffles rows with the seed", call.line)
         elif call.name in ("set_seed", "manual_seed", "seed_everything") and call.arguments:
             draft.note_seed(call.name, script.value(call.arguments[0]))
-        elif call.name in DATASET_TRANSFORMS and call.name != "train_test_split":
+        elif call.name in DATASET_TRANSFORMS and call.name != _SPLIT:
             draft.add_unsupported(call.name, f"rows are changed by code: {SAVE_ROWS_FIX}", call.line)
 
 
-def _report_row_changes(draft: Draft, script: Script, key: str, argument: ast.expr, before: float) -> None:
+def _report_row_changes(draft: Draft, script: Script, key: str, argument: ast.expr, loads: list[Call]) -> None:
     """Report what the script does to the rows between loading them and the trainer's argument, if it is not known."""
-    pending, seen = [argument], set[str]()
-    while pending:
-        node = pending.pop()
-        function = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
-        if isinstance(node, ast.Constant) or function in LOADERS:
-            continue
-        if isinstance(node, ast.Name):
-            values = [] if node.id in seen else script.assigned_values(node.id, before)
-            if not values and node.id not in seen:
-                report_expression(draft, key, node, f"rows are made by code: {SAVE_ROWS_FIX}")
-            seen.add(node.id)
-            pending += values
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant | ast.Name):
-            pending.append(node.value)
-            made_by = [node.value, *script.assigned_values(getattr(node.value, "id", ""), before)]
-            functions = [getattr(value.func, "attr", "") for value in made_by if isinstance(value, ast.Call)]
-            is_whole = script.value(node.slice) == "train" and draft.get("data.eval") is not None
-            if "train_test_split" in functions and key == "train_dataset" and not is_whole:
-                report_expression(draft, key, node, f"a part of the rows; strop trains on all: {SAVE_ROWS_FIX}")
-        elif isinstance(node, ast.Call) and function in DATASET_TRANSFORMS:  # of an object, or of its first argument
-            is_method = isinstance(node.func, ast.Attribute) and function != "concatenate_datasets"
-            pending += [node.func.value] if is_method else node.args[:1]  # type: ignore[attr-defined]
-        elif isinstance(node, ast.List | ast.Tuple):
-            pending += node.elts
-        elif isinstance(node, ast.Dict):
-            pending += node.values
-        else:
-            report_expression(draft, key, node, f"rows are changed or made by code: {SAVE_ROWS_FIX}")
+    for part in script.trace(argument, loads):
+        is_known = isinstance(part, ast.Constant | ast.List | ast.Tuple | ast.IfExp)
+        if isinstance(part, ast.Call):
+            is_known = ast.unparse(part.func).rpartition(".")[2] in (*DATASET_TRANSFORMS, *LOADERS)
+        elif isinstance(part, ast.Subscript):
+            is_known = isinstance(part.slice, ast.Constant | ast.Name)
+        elif isinstance(part, ast.Name):
+            is_known = bool(script.assigned_values(part.id))
+        if not is_known:
+            report_expression(draft, key, part, f"rows are changed or made by code: {SAVE_ROWS_FIX}")
+            return
 
 
-def _read_eval_split(draft: Draft, script: Script, eval_argument: ast.expr) -> None:
-    """Import the share of `train_test_split`; report an eval_dataset that is made by other code."""
-    splits = [call for call in script.calls if call.name == "train_test_split"]
-    if not splits:
-        report_expression(draft, "eval_dataset", eval_argument, "set data.eval")
-        return
-    size_argument = splits[0].keywords.get("test_size", next(iter(splits[0].arguments), None))
-    size = 0.25 if size_argument is None else script.value(size_argument)
-    if isinstance(size, float) and 0 < size < 1:
-        draft.put_eval_share("train_test_split", size)
-    else:
-        draft.add_unsupported("train_test_split", "a row count; set data.eval to a file or a share", splits[0].line)
-
-
-def _read_split_files(script: Script, loads: list[Call], node: ast.expr) -> tuple[Any, str] | None:
-    """Return (files, description) of `data["test"]` if `data` was loaded from a dict of files by split, else None."""
-    calls = {call.assigned_to: call for call in loads if call.assigned_to}
-    if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in calls):
-        return None
-    call = calls[node.value.id]
-    files, split = script.value(call.keywords.get("data_files", node)), script.value(node.slice)
-    if not isinstance(files, dict) or split not in files or script.value(call.arguments[0]) not in FILE_FORMATS:
-        return None
-    return files[split], f"load_dataset, line {call.line}, {split}"
-
-
-def _find_loading_calls(script: Script, loads: list[Call], node: ast.expr | None) -> list[Call]:
-    """Return the calls that load a trainer argument, in its expression or in the assignments of the names in it."""
-    for _ in range(8):
-        argument_lists = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []
-        inner_calls = [call for call in loads if any(call.arguments is arguments for arguments in argument_lists)]
-        name = script.find_root_name(node) if node is not None else ""
-        calls = inner_calls or [call for call in loads if name and call.assigned_to == name][-1:]
-        if calls:
-            return calls
-        node = script.resolve_name(ast.Name(name))
-    return []
+def _read_splits(
+    draft: Draft, script: Script, train_dataset: ast.expr | None = None, eval_dataset: ast.expr | None = None
+) -> None:
+    """Import the share of a `train_test_split` if its parts are the trainer's rows; report other rows."""
+    nodes = [node for node in (train_dataset, eval_dataset) if node is not None and script.value(node) is not None]
+    calls = [call for call in script.calls if call.name == _SPLIT]
+    splits = [[call for call in calls if script.find_sources([node], [call])] for node in nodes]
+    if (
+        [script.find_key(node) for node in nodes] == ["train", "test"]
+        and splits[0] == splits[1]
+        and len(splits[0]) == 1
+    ):
+        call = splits[0][0]
+        sizes = {**dict(zip(("test_size", "train_size"), call.arguments, strict=False)), **call.keywords}
+        test, kept = (script.value(sizes[key]) if key in sizes else None for key in ("test_size", "train_size"))
+        test = 1 - kept if test is None and isinstance(kept, float) else 0.25 if test is None and kept is None else test
+        if not isinstance(test, float):
+            draft.add_unsupported(_SPLIT, "not a share; set data.eval to a file or a share such as 5%", call.line)
+            return
+        draft.put_eval_share(_SPLIT, test)
+        if kept is None or (isinstance(kept, float) and kept + test > 0.999):
+            return
+    elif draft.get("data.eval") is None and eval_dataset in nodes:
+        report_expression(draft, "eval_dataset", nodes[-1], "set data.eval")
+    for call in splits[0] if train_dataset in nodes else []:
+        draft.add_unsupported("train_dataset", f"a part; strop trains on all rows: {SAVE_ROWS_FIX}", call.line)
 
 
 def _read_source(draft: Draft, script: Script, call: Call) -> Any:

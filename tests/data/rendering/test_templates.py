@@ -106,6 +106,19 @@ def test_template_is_unchanged_if_only_some_rows_have_reasoning() -> None:
     assert text_of(off, off.prompt(prompt, options={"enable_thinking": True})).endswith("<think>\n")
 
 
+@pytest.mark.parametrize("choice", ["auto", "as-is", "empty", "refuse", "drop"])
+@pytest.mark.parametrize("kind", ["reasoning", "some reasoning"])
+def test_reasoning_is_refused_or_dropped_if_the_switch_is_fixed_at_off(kind: str, choice: str) -> None:
+    own = renderer("opens-with-switch", options={"enable_thinking": False}, reasoning=choice)
+    assert supervised_texts(own, KINDS["plain"]) == ["A stone.<|close|>"]
+    if choice == "drop":
+        assert supervised_texts(own, KINDS[kind]) == ["Because.<|close|>", "Thus.<|close|>"]
+        return
+    with pytest.raises(RenderError, match="a switch that is off") as caught:
+        own.render(KINDS[kind])
+    assert caught.value.code == "reasoning-off" and "--data.reasoning drop" in caught.value.fix
+
+
 def test_reasoning_in_the_text_of_an_answer_is_separated() -> None:
     own = renderer("opens-with-switch")
     prompt, think = user("Why?"), own.tokenizer.convert_tokens_to_ids("<think>")

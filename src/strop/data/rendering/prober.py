@@ -480,8 +480,9 @@ class Prober:
                 _, has_mark, turn_text = self._render_if_shown([*messages, turn], content, options).rpartition(mark)
                 if not prompt or not has_mark or content not in turn_text:
                     continue
-                written = turn_text.partition(content)[0]
-                splice, prompt_kind = self._find_splice(prompt_end, written, bool(turn.reasoning), header)
+                written, _, rest = turn_text.partition(content)
+                closing = rest.partition(TOOL if turn.tool_calls else ANSWER)[0] if turn.reasoning else None
+                splice, prompt_kind = self._find_splice(prompt_end, written, closing, header)
                 prompt_kinds.append(prompt_kind)
                 splices += [splice] if splice is not None else []
             if prompt_kinds[:1] == ["prefix"]:
@@ -490,24 +491,27 @@ class Prober:
         return tuple(ordered), prompt_kinds[0] if prompt_kinds else "other"
 
     def _find_splice(
-        self, prompt: str, written: str, has_reasoning: bool, header: str
+        self, prompt: str, written: str, reasoning_closing: str | None, header: str
     ) -> tuple[PromptSplice | None, str]:
         """Return the splice for a turn, if one is needed, and the kind of its prompt as in `_find_splices`.
 
         prompt: the text after the last message in the prompt. written: the text between the last message and the answer
-        in the training text. header: `prompt` after a user turn, if it is known from an earlier context, else ''.
+        in the training text. reasoning_closing: the text after the reasoning of the answer, if it has any. header:
+        `prompt` after a user turn, if it is known from an earlier context, else ''.
         """
         head = self._shared_prefix(prompt, written)
         text_rest, prompt_rest = written[len(head) :], prompt[len(head) :]
         splice = partial(PromptSplice, prompt, head)
-        if has_reasoning:
+        if reasoning_closing is not None:
             if not prompt_rest:
                 return None, "prefix"
             if (start := text_rest.find(prompt_rest)) > 0:
                 return splice(text_rest[: start + len(prompt_rest)], "", outside_reasoning=True), "prefix"
             if header.endswith(prompt_rest) and prompt_rest != header:
                 return splice("", "", outside_reasoning=True), "prefix"
-            return (splice("", ""), "opens_block") if not text_rest else (None, "other")
+            closings = [reasoning_closing, *(closing for _, closing in self._delimiters)]
+            is_closed = any(mark and mark in prompt_rest for mark in map(self._closing_mark, closings))
+            return (None, "other") if text_rest or is_closed else (splice("", ""), "opens_block")
         closing = self._find_block_closing(prompt, written)
         if closing is None:
             if not prompt_rest:

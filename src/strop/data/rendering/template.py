@@ -201,8 +201,12 @@ class ChatTemplate:
             last_turn = i
             prompt = self._render(values[:i], variables, generation=True)
             text = self._render(values[: i + 1], variables)
-            splices = mode.thinking_splices if has_reasoning and message.reasoning else mode.splices
-            text = _splice_prompt(prompt, text, splices, values[i - 1]["content"] if i else "")
+            shows_it = has_reasoning and bool(message.reasoning)
+            splices = mode.thinking_splices if shows_it else mode.splices
+            spliced = _splice_prompt(prompt, text, splices, values[i - 1]["content"] if i else "")
+            if spliced is None:
+                raise RenderError("reasoning-off" if shows_it else "prompt-not-prefix")
+            text = spliced
             end, text = _end_turn(text, mode, calls=bool(message.tool_calls))
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
@@ -283,12 +287,11 @@ def _assignments(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={jinja_literal(value)}" for name, value in options.items())
 
 
-def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str:
-    """Return the training text, changed so that the prompt at inference is its prefix.
+def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str | None:
+    """Return the training text, changed so that the prompt at inference is its prefix, or None if they do not match.
 
     With one of the `splices`, prompt = start + prompt_end and text = start + text_head + removed + rest become
-    prompt + inserted + rest. last: content of the message before the turn. Raises RenderError if prompt and text do not
-    match.
+    prompt + inserted + rest. last: content of the message before the turn.
     """
     candidates = [(prompt, "")]  # prefix of the text to replace with the prompt, and text to insert after the prompt
     for splice in splices:
@@ -307,7 +310,7 @@ def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last
         for text_prefix, insert in candidates:
             if start >= 0 and text.count(text_prefix[start:]) == 1:
                 return prompt + insert + text[text.index(text_prefix[start:]) + len(text_prefix) - start :]
-    raise RenderError("prompt-not-prefix")
+    return None
 
 
 def _end_turn(text: str, mode: Mode, *, calls: bool) -> tuple[int, str]:
