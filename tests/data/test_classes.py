@@ -96,7 +96,7 @@ def test_unknown_labels_are_refused_in_training_and_evaluation_rows(tmp_path: Pa
 
 
 def test_one_class_is_refused_and_rare_classes_are_reported(tmp_path: Path) -> None:
-    assert "all training rows have the label 'greeting'" in str(read(tmp_path, GOOD[:1]).refusal)
+    assert "the training rows have one label, 'greeting'" in str(read(tmp_path, GOOD[:1]).refusal)
     rows = [{"text": f"row {n}", "label": "many"} for n in range(90)] + [
         {"text": f"x {n}", "label": "few"} for n in range(4)
     ]

@@ -167,8 +167,14 @@ def _classify_lines(model: Model) -> None:
     if interactive:
         what = f"{model.name}: {len(model.classes.names)} classes; an empty line or Ctrl-D ends"
         console.print(what, style="dim", markup=False)
-    for line in _read_lines(interactive):
-        [result] = model.classify(line)
+    for line in filter(str.strip, _read_lines(interactive)):
+        try:
+            [result] = model.classify(line)
+        except StropError as error:  # such as a text that is too long
+            if not interactive:
+                raise
+            console.print("\n".join(error.lines()), style="red", markup=False)
+            continue
         shares = [f"{name} {share:.1%}" for name, share in list(result["probabilities"].items())[:SHOWN_CLASSES]]
         more = len(model.classes.names) - len(shares)
         found = f"{', '.join(result['labels']) or '(none)'}: " if model.classes.several else ""

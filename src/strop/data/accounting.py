@@ -278,6 +278,9 @@ def _label_warnings(selection: Selection) -> list[str]:
 
 
 def _class_warnings(counts: dict[str, int]) -> Iterator[str]:
+    if absent := [name for name, count in counts.items() if not count]:
+        yield f"{len(absent)} classes have no training row, so they are not learned: {', '.join(absent[:8])}"
+    counts = {name: count for name, count in counts.items() if count}
     if few := [f"{name} ({count})" for name, count in counts.items() if count < MIN_CLASS_ROWS]:
         listed = ", ".join(few[:8]) + ", ..." * (len(few) > 8)
         yield f"{len(few)} classes have fewer than {MIN_CLASS_ROWS} training rows: {listed}"
@@ -315,7 +318,8 @@ def _why_refused(
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
-        command = f"strop check {shlex.join(option_words({'data.train': data.train}))} --fix clean.jsonl"
+        objective = {"train.objective": "classify"} if selection.data_kind == "classes" else {}
+        command = f"strop check {shlex.join(option_words({'data.train': data.train, **objective}))} --fix clean.jsonl"
         some_are_valid = len(errors) < num_read
         correct = (
             f"correct them, or write the other rows to a file: `{command}`"
@@ -350,8 +354,8 @@ def _why_refused(
         counts = count_labels(selection.examples, selection.store.labels, selection.classes.names)
         used = [name for name, count in counts.items() if count]
         if len(used) < 2:
-            problem = f"all training rows have the label {used[0]!r}" if used else "no training row has a label"
-            return DataError(problem, fix="give rows of at least two classes")
+            problem = f"the training rows have one label, {used[0]!r}" if used else "no training row has a label"
+            return DataError(problem, fix="give rows with at least two labels, such as spam and other")
     if role == "training" and (what := _single_label(selection)):  # KTO needs both labels
         fix = "give rows with both labels"
         if 1 in selection.examples.labels:

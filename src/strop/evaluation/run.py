@@ -49,6 +49,8 @@ from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
 from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind
 from strop.models.adapters import locate_base, locate_tokenizer, read_classes, read_identity
+from strop.models.load import refuse_classifier
+from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.events import read_events
@@ -146,6 +148,9 @@ def _check_request(
         raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
     judge = None if options.judge is None else make_judge(options.judge, options.judge_model)
     reading, notes = choose_reading_options(names, options.reading)
+    for name in names:
+        if adapter_folder(name) is None:
+            refuse_classifier(locate(name))
     classifiers = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == "classifier"]
     if classifiers:
         return _check_class_request(names, classifiers, data, options, reading, notes, advance, devices)

@@ -64,6 +64,19 @@ def check_device_and_dtype(device: str, dtype: str) -> None:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
+def refuse_classifier(source: Source) -> None:
+    """Raise ModelError for a merged classifier or reward model."""
+    if is_classifier(source):
+        what = f"{source.name}: a classifier or reward model, which generates no text"
+        raise ModelError(what, fix="give the run that it was merged from, or use transformers' text-classification")
+
+
+def is_classifier(source: Source) -> bool:
+    """Return whether a folder has a score head in place of an output head."""
+    architectures = read_config(config_folder(source)).get("architectures") or []
+    return bool(architectures) and all(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
 def load_config(source: Source) -> Any:
     """Return the transformers config. Raises ModelError if transformers does not know the architecture."""
     folder = config_folder(source)
@@ -74,10 +87,7 @@ def load_config(source: Source) -> Any:
         message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {message}"
         raise ModelError(what) from None
-    architectures = config.architectures or []
-    if architectures and all(name.endswith("ForSequenceClassification") for name in architectures):
-        what = f"{source.name}: a classifier or reward model, which generates no text"
-        raise ModelError(what, fix="give the run that it was merged from, or use transformers' text-classification")
+    refuse_classifier(source)
     for section in (config, config.get_text_config()):
         if section.dtype is not None and section.dtype.itemsize == 1:  # the storage dtype, not the compute dtype
             section.dtype = torch.bfloat16

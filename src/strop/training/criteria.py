@@ -249,7 +249,7 @@ class ClassCriterion(Criterion):
         )
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Return loss, accuracy with its interval, and macro F1, or only a NaN loss if a score is not finite."""
+        """Return the loss without class weights, accuracy with its interval, and macro F1, or only a NaN loss."""
         batches = list(micro_batches_of(items, split))
 
         def score(rows: Sequence[int]) -> list[list[float]]:
@@ -268,7 +268,7 @@ class ClassCriterion(Criterion):
         if not scores.isfinite().all():
             return {"loss": math.nan}
         targets = self._targets(items, scores)
-        losses, weights = class_losses(scores, targets, scores.new_tensor(self.weights), self.several)
+        losses, weights = class_losses(scores, targets, torch.ones_like(scores[0]), self.several)
         probabilities = to_probabilities(scores, self.several).numpy()
         figures = score_classes(probabilities, targets.numpy() > 0, self.several)
         interval = wilson_interval(round(figures[ACCURACY] * len(items)), len(items))

@@ -91,10 +91,14 @@ def merge(
 
 
 def _print_uses(model: Path) -> None:
-    """Print commands that use a new model; one without a chat template cannot chat."""
+    """Print how to use a new model; one without a chat template cannot chat."""
+    from strop.models.load import is_classifier
     from strop.models.source import locate
     from strop.models.tokenizer import has_template
 
+    if is_classifier(locate(str(model))):
+        console.print(f'next     transformers.pipeline("text-classification", model="{model}")', markup=False)
+        return
     chat = [["chat", str(model)]] if has_template(locate(str(model))) else []
     print_next(*chat, ["serve", str(model)])
 
