@@ -102,7 +102,9 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             panel.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.5)
             mean = tuple(fmean(axis) for axis in zip(*points, strict=True))
             panel.scatter(*mean, s=40, color=colour)
-            panel.annotate(MEANINGS.get(variant, variant), mean, (6, -12), textcoords="offset points", color=colour)
+            panel.annotate(
+                MEANINGS.get(variant, variant), mean, (-6, -14), textcoords="offset points", ha="right", color=colour
+            )
         before = 100 * runs[0]["general"]["base"]
         panel.axvline(before, color="#777777", linewidth=0.8, linestyle=":")
         panel.annotate("before training", (before, 4), (-4, 0), textcoords="offset points", rotation=90, ha="right")

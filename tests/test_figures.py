@@ -292,6 +292,17 @@ def fault_rows(results: Any) -> list[str]:
     ]
 
 
+def keep_rows(results: Any) -> list[str]:
+    """Return the exact answers of each run, and what training took from the general set."""
+    lines = []
+    for one in results:
+        low, high = (100 * end for end in one["intervals"]["tuned"])
+        exact = f"{100 * one['tuned']['exact_json']:.1f} % ({low:.1f} to {high:.1f})"
+        before, after = (f"{100 * one['general'][side]:.1f} %" for side in ("base", "tuned"))
+        lines.append(f"| {one['task']} | {one['variant']} | {exact} | {before} | {after} | {one['tokens']:,} |")
+    return lines
+
+
 def rounding_rows(results: Any) -> list[str]:
     """Return the loss of each way to merge a run, and of a run of few steps at a low rate."""
 
@@ -399,6 +410,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
                  f"{100 * it['snips']['4 bit']['top1_agreement']:.1f} % of the",
                  f"strop's merge into bf16: {merged_apart(it).partition(',')[0]}"]),
     ("docs/after.md", "merge_rounding.json", rounding_rows),
+    ("docs/keep.md", "keep_2026-11-29.json", keep_rows),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
     ("docs/lesson.md", "plan_memory.json",
@@ -520,6 +532,8 @@ NOT_MEASURED: dict[str, list[str]] = {
         "At least 99.5 %", "It must be 100 %, give or take 2 %",  # limits of exporting.parity
         r"alpha 1?[03] % too (large|small)", "1 % noise",  # injected faults
     ],
+    "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
+    "docs/keep.md": ["95 % interval"],
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
     "docs/api.md": ["a line every 30 s"],  # display.progress.LOG_SECONDS
     "docs/dash.md": [  # settings of dash.state

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from strop.config.names import OTHER_NAMES, SHORT_FORMS
-from strop.config.options import COMMON
+from strop.config.options import COMMON, Options
 from strop.errors import InputError, StropError, closest, in_terminal
 
 P = ParamSpec("P")
@@ -42,7 +42,11 @@ def _add_common_options(signature: inspect.Signature) -> inspect.Signature:
     if "options" not in signature.parameters or "Unpack" not in str(signature.parameters["options"].annotation):
         return signature
     first, *others = signature.parameters.values()
-    common = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=...) for name in COMMON]
+    hints = Options.__annotations__
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=hints[name].__forward_arg__)
+        for name in COMMON
+    ]
     return signature.replace(parameters=[first, *common, *others])
 
 
