@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -338,7 +339,9 @@ def test_wrong_merge_is_refused(
 def test_measurement_shows_what_is_measured_and_how_far(
     trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    code, _, err = run_command("merge", trained(), "--out", tmp_path / "merged", capsys=capsys)
+    folder = trained()
+    caplog.set_level(logging.INFO, "strop")
+    code, _, err = run_command("merge", folder, "--out", tmp_path / "merged", capsys=capsys)
     assert code == 0 and "(--no-parity skips it)" in err
     for name in ("the tuned model", "the base", "the result"):
         shown = [message for message in caplog.messages if message.startswith(f"measuring {name}: row ")]
