@@ -25,7 +25,7 @@ MAPS = [field for field, hint in HINTS.items() if allows_type(hint, dict)]
 def sample(field: str) -> Any:
     """Return a valid value with two entries."""
     if field in MAPS:
-        return {"one": 3, "two": 5} if field.startswith("lora.") else {"one": "a", "two": "b"}
+        return {"one": 3, "two": 5} if field.startswith(("lora.", "train.")) else {"one": "a", "two": "b"}
     choices = get_args(get_args(HINTS[field])[0]) if get_origin(get_args(HINTS[field])[0]) is Literal else ()
     return list(choices[:2]) or ["<A>", "<B>"]
 
