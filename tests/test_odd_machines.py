@@ -94,7 +94,7 @@ def test_unwritable_cache_error_names_the_variable_to_set(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can remove a folder in use")
 def test_deleted_working_folder_is_reported(tmp_path: Path) -> None:
-    script = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m strop plan --model demo"
+    script = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m strop demo"
     ended = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and "working folder" in ended.stderr and "Traceback" not in ended.stderr
 

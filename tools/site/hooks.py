@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 # pages that answer a search best, and pages that name everything
-BOOSTS = {"troubleshooting.md": 4, "recipe.md": 2, "howto.md": 2, "comparison.md": 0.2, "api.md": 0.5}
+BOOSTS = {
+    "troubleshooting.md": 4,
+    "recipe.md": 3,
+    "classify.md": 0.5,
+    "howto.md": 2,
+    "comparison.md": 0.2,
+    "api.md": 0.5,
+}
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
 _EXAMPLES = re.compile(r"^[\b]?\n?(Examples|Start with):\n((?:  .*\n)+)", re.M)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")

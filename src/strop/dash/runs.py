@@ -35,7 +35,6 @@ from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
 from strop.display.tables import describe_caveat
 from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows
-from strop.models.adapter_config import SCORE_TASK
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
@@ -181,7 +180,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
-        "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") != SCORE_TASK,
+        # a score head does not
+        "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") != "SEQ_CLS",
         **read_notes(folder.path),
     }  # fmt: skip
 

@@ -68,8 +68,11 @@ class PlainLoss:
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
         losses, weights, rows, balance = self._supervised_losses(examples)
         total = (losses * weights).sum()
-        is_soft = torch.tensor([example.soft is not None for example in examples], device=rows.device)[rows]
-        self.soft_loss = (losses * weights).detach()[is_soft].sum()
+        self.soft_loss = total.new_zeros(())
+        if any(example.soft is not None for example in examples):
+            is_soft = np.array([example.soft is not None for example in examples], np.float32)
+            [kept] = copy_to_device([is_soft], rows.device)
+            self.soft_loss = (losses * weights * kept[rows]).detach().sum()
         return total if balance is None else total + balance * weights.sum()  # balance is for a mean, total is a sum
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
