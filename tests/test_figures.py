@@ -303,6 +303,26 @@ def keep_rows(results: Any) -> list[str]:
     return lines
 
 
+def class_rows(results: Any) -> list[str]:
+    """Return the accuracy of each classifier beside its baseline, and the intents of the model that writes JSON."""
+    lines = []
+    for one in results:
+        if one["task"] == "json":
+            lines.append(
+                f"has {100 * one['tuned']['intent']:.1f} % of the intents right, after {one['training_s']:.0f} s"
+            )
+            continue
+        low, high = (100 * end for end in one["intervals"]["tuned"])
+        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(100 * one["baseline_difference"][name] for name in ("value", "low", "high"))
+        )
+        lines.append(
+            f"{one['training_rows']} | {len(one['classes'])} | {100 * one['tuned']['accuracy']:.1f} % ({low:.1f} to "
+            f"{high:.1f}) | {100 * one['baseline']['accuracy']:.1f} % | {points} | {one['training_s']:.0f} s |"
+        )
+    return lines
+
+
 def rounding_rows(results: Any) -> list[str]:
     """Return the loss of each way to merge a run, and of a run of few steps at a low rate."""
 
@@ -411,6 +431,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
                  f"strop's merge into bf16: {merged_apart(it).partition(',')[0]}"]),
     ("docs/after.md", "merge_rounding.json", rounding_rows),
     ("docs/keep.md", "keep_2026-11-29.json", keep_rows),
+    ("docs/classify.md", "classify_2026-11-29.json", class_rows),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
     ("docs/lesson.md", "plan_memory.json",
