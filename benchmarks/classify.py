@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from measured import child, write
+from measured import run_jobs
 
 MODULES = (
     "argparse", "asyncio", "collections", "datetime", "decimal", "email", "http", "logging", "pathlib",
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, task: str, rate: str, seed: int) -> dict[str, 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table with a row for each run."""
-    heads = (
+    heads = [
         "task",
         "rate",
         "seed",
@@ -145,7 +145,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "baseline",
         "difference",
         "training",
-    )
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in results:
         tuned, baseline, difference = one["tuned"], one.get("baseline"), one.get("baseline_difference")
@@ -182,21 +182,10 @@ def main() -> None:
         print(json.dumps(run(args, args.one[0], args.one[1], int(args.one[2]))))
         return
     results: list[dict[str, Any]] = []
-    command = [
-        sys.executable,
-        __file__,
-        "--snips",
-        str(args.snips),
-        "--model",
-        args.model,
-        "--epochs",
-        str(args.epochs),
-    ]
-    for seed, task, rate in product(args.seeds, args.tasks, args.rates):
-        results.append(child([*command, "--one", task, rate, str(seed)]))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        if args.out:
-            write(args.out, results)
+    command = [sys.executable, __file__, "--snips", str(args.snips), "--model", args.model]
+    command += ["--epochs", str(args.epochs)]
+    jobs = ((task, rate, seed) for seed, task, rate in product(args.seeds, args.tasks, args.rates))
+    run_jobs(command, jobs, results, lambda one: table([one]).splitlines()[-1], args.out)
     print(table(results))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from measured import child, write
+from measured import child, run_jobs
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {}, "auto": {"train.keep": "auto"}, "epochs": {"epochs": 1}, "rate": {"rate": 1 / 3}, "rank": {"lora.r": 4},
@@ -138,13 +138,9 @@ def main() -> None:
     command = [sys.executable, __file__, "--snips", str(args.snips)]
     command += ["--gemma", str(args.gemma)] if args.gemma else []
     finished = {(one["task"], one["variant"], one["seed"]) for one in results}
-    for seed, task, variant in product(args.seeds, args.tasks, args.variants):
-        if (task, variant, seed) in finished:
-            continue
-        results.append(child([*command, "--one", task, variant, str(seed)]))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        if args.out:
-            write(args.out, results)
+    jobs = ((task, variant, seed) for seed, task, variant in product(args.seeds, args.tasks, args.variants))
+    left = [job for job in jobs if job not in finished]
+    run_jobs(command, left, results, lambda one: table([one]).splitlines()[-1], args.out)
     print(table(results))
 
 

@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +68,18 @@ def write(file: Path | str, results: Any, **more: Any) -> None:
     of = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}
     record = {**of, "command": command, **more, "results": results}
     Path(file).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def run_jobs(
+    command: Sequence[str], jobs: Iterable[Sequence[Any]], results: list[Any], row: Callable[[Any], str],
+    out: Path | None,
+) -> None:  # fmt: skip
+    """Append the result of `command --one JOB` for each job, print its row, and store all results in `out`."""
+    for job in jobs:
+        results.append(child([*command, "--one", *map(str, job)]))
+        print(row(results[-1]), flush=True)
+        if out:
+            write(out, results)
 
 
 def peak_rss_bytes() -> int:

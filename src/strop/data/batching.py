@@ -6,8 +6,11 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,13 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         if free > lengths[i]:
             insort(room, (free - lengths[i], k))
     return packs
+
+
+def in_row_order(batches: Sequence[Sequence[int]], parts: Sequence[Sequence[T]]) -> list[T]:
+    """Return the values of rows 0, 1, ... from those of batches. batches: the rows of each value in `parts`."""
+    pairs = zip(batches, parts, strict=True)
+    by_row = {row: value for batch, part in pairs for row, value in zip(batch, part, strict=True)}
+    return [by_row[row] for row in range(len(by_row))]
 
 
 def group_by_length(lengths: Sequence[int], *, tokens: int | None = None, rows: int | None = None) -> list[list[int]]:

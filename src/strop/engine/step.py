@@ -78,6 +78,12 @@ class Step(Protocol):
         """Call `gather` before sharded weights are used."""
 
 
+def compute_scores(step: Step, head: nn.Module, examples: Sequence[Example]) -> Tensor:
+    """Return the outputs of a score head on the last token of each example, (N, outputs), fp64, differentiable."""
+    scores: Tensor = head(step.last_hidden(examples).float())
+    return scores.double()
+
+
 def step_for(model: nn.Module, *, int8_matmul: bool = False) -> Step:
     """Return the step that trains this model with its adapters. int8_matmul: see FastLoss."""
     why = why_not_fast(model)

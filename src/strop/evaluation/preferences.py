@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from strop.data.batching import pack
+from strop.data.batching import in_row_order, pack
 from strop.data.rendering.render import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
-from strop.engine.step import step_for
+from strop.engine.step import compute_scores, step_for
 from strop.errors import DataError, Location
 from strop.evaluation.compare import Progress, check_positions
 from strop.evaluation.metrics import compare_hits, mean_interval, wilson_interval
@@ -94,11 +94,10 @@ def _compare_scores(
     step, head = step_for(model.module), find_score_head(model.module)
     assert head is not None
 
-    def compute_scores(examples: Sequence[Example]) -> torch.Tensor:
-        scores: torch.Tensor = head(step.last_hidden(examples).float())
-        return scores.flatten()
+    def compute(examples: Sequence[Example]) -> torch.Tensor:
+        return compute_scores(step, head, examples).flatten()
 
-    scores = _compute_pairs(compute_scores, pairs, "tuned", advance, devices)
+    scores = _compute_pairs(compute, pairs, "tuned", advance, devices)
     rewards = summarize_rewards(scores)
     return {
         "rows": len(pairs), "metric": PREFERENCE, "tuned": {PREFERENCE: rewards["accuracy"]},
@@ -127,13 +126,9 @@ def _compute_pairs(
         return values
 
     batches = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths))
-    pair_values: PairValues = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
         batch_values = devices.map(batches, compute_batch, lambda batch: sum(lengths[row] for row in batch))
-    for batch, values in zip(batches, batch_values, strict=True):
-        for i, row in enumerate(batch):
-            pair_values[row] = (values[2 * i], values[2 * i + 1])
-    return pair_values
+    return in_row_order(batches, [list(zip(values[::2], values[1::2], strict=True)) for values in batch_values])
 
 
 def _make_samples(conversations: Sequence[Conversation], hits: dict[str, list[bool]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What merging a classifier needs: transformers' config, the score head, and a comparison of class probabilities."""
+"""Give a merged classifier the config of transformers, and compare its class probabilities with the adapter's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from strop.data.types import Classes, Example, LabelledText
+from strop.engine.step import compute_scores
 from strop.engine.train.plain import PlainLoss
 from strop.exporting.parity import Limit, Parity, compare, compute_in_fp32
 from strop.models.adapter_config import SCORE_HEAD, WEIGHTS_FILE
@@ -58,7 +59,7 @@ def compare_classifiers(
         module = load_tuned()
         step, head = PlainLoss(module), find_score_head(module)
         assert head is not None
-        return _ClassDistributions(lambda example: head(step.last_hidden([example]).float())[0], examples, classes)
+        return _ClassDistributions(lambda example: compute_scores(step, head, [example])[0], examples, classes)
 
     def merged() -> _ClassDistributions:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
+from strop.data.batching import in_row_order
 from strop.data.store import LabelledTexts
 from strop.data.types import Example, ExampleGroup, Item, LabelledText
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.classify import to_probabilities
-from strop.engine.step import Step
+from strop.engine.step import Step, compute_scores
 from strop.evaluation.classes import ACCURACY, score_classes
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import mean_interval, wilson_interval
@@ -41,7 +42,7 @@ class Criterion(ABC):
 
     @property
     def has_metrics(self) -> bool:
-        """Whether `loss` returns metrics."""
+        """True if `loss` returns metrics."""
         return True
 
     @property
@@ -259,12 +260,7 @@ class ClassCriterion(Criterion):
 
         with torch.no_grad():
             parts = self.devices.map(batches, score, lambda rows: sum(len(items[row]) for row in rows))
-        by_row = {
-            row: values
-            for rows, part in zip(batches, parts, strict=True)
-            for row, values in zip(rows, part, strict=True)
-        }
-        scores = torch.tensor([by_row[row] for row in range(len(items))], dtype=torch.float64)
+        scores = torch.tensor(in_row_order(batches, parts), dtype=torch.float64)
         if not scores.isfinite().all():
             return {"loss": math.nan}
         targets = self._targets(items, scores)
@@ -276,12 +272,6 @@ class ClassCriterion(Criterion):
             "loss": float(losses.sum() / weights.sum()), ACCURACY: figures[ACCURACY],
             "accuracy_interval": list(interval), "macro_f1": figures["macro_f1"],
         }  # fmt: skip
-
-
-def compute_scores(step: Step, head: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Return the outputs of a score head on the last token of each example, (N, outputs), fp64, differentiable."""
-    scores: Tensor = head(step.last_hidden(examples).float())
-    return scores.double()
 
 
 def make_criterion(

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from strop.config.schema import Recipe, keep_share
-from strop.data.batching import group_by_length, pack
+from strop.data.batching import group_by_length, in_row_order, pack
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
@@ -101,19 +101,19 @@ def _read_tensors(file: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 def _find_distributions(rows: Sequence[Example], module: Any) -> dict[str, npt.NDArray[Any]]:
     """Return the most likely token ids and their probabilities, (S, TOP_K), for the supervised tokens of all rows."""
-    step, found, done = step_for(module), dict[int, tuple[Any, Any]](), 0
+    step, parts, done = step_for(module), list[list[tuple[Any, Any]]](), 0
     lengths = [len(row) for row in rows]
     packed = step.packed and pack(lengths, max(BATCH_TOKENS, *lengths))
-    for batch in packed or group_by_length(lengths, tokens=BATCH_TOKENS):
+    batches = packed or group_by_length(lengths, tokens=BATCH_TOKENS)
+    for batch in batches:
         LOG.info("computing the model's probabilities for train.keep: %d of %d rows", done, len(rows))
         ids, probs = step.top_probs([rows[row] for row in batch], TOP_K)
         ends = np.cumsum([rows[row].supervised for row in batch])[:-1]
-        parts = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
-        found |= dict(zip(batch, zip(*parts, strict=True), strict=True))
+        split = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
+        parts.append(list(zip(*split, strict=True)))
         done += len(batch)
-    return {
-        name: np.concatenate([found[row][i] for row in range(len(rows))]) for i, name in enumerate(("ids", "probs"))
-    }
+    all_ids, all_probs = zip(*in_row_order(batches, parts), strict=True)
+    return {"ids": np.concatenate(all_ids), "probs": np.concatenate(all_probs)}
 
 
 def _with_soft_labels(

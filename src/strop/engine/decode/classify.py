@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.data.batching import pack
+from strop.data.batching import in_row_order, pack
 from strop.data.types import Example
-from strop.engine.step import step_for
+from strop.engine.step import compute_scores, step_for
 from strop.models.lora import find_score_head
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Classifier:
         lengths = [len(example) for example in examples]
 
         def compute(batch: list[int]) -> list[list[float]]:
-            scores: Tensor = self._head(self._step.last_hidden([examples[row] for row in batch]).float())
-            values: list[list[float]] = to_probabilities(scores.double(), self._several).tolist()
+            scores = compute_scores(self._step, self._head, [examples[row] for row in batch])
+            values: list[list[float]] = to_probabilities(scores, self._several).tolist()
             return values
 
         batches: Any = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths, 0)) if lengths else []
@@ -51,9 +51,4 @@ class Classifier:
                 parts = [compute(batch) for batch in batches]
             else:
                 parts = run(batches, compute, lambda batch: float(sum(lengths[row] for row in batch)))
-        by_row = {
-            row: values
-            for batch, part in zip(batches, parts, strict=True)
-            for row, values in zip(batch, part, strict=True)
-        }
-        return np.array([by_row[row] for row in range(len(examples))])
+        return np.array(in_row_order(batches, parts))
