@@ -60,7 +60,7 @@ def rows(labels: list[str | tuple[str, ...]]) -> list[Conversation]:
 )
 def test_baseline_has_a_probability_for_every_class(classes: Classes, labels: list[str | tuple[str, ...]]) -> None:
     """Class c has no training rows, as with train.labels."""
-    pytest.importorskip("sklearn", reason="the baseline needs scikit-learn: pip install 'strop[classify]'")
+    pytest.importorskip("sklearn", reason="the baseline needs scikit-learn: pip install scikit-learn")
     probabilities = evaluation._predict_baseline(rows(labels), rows(labels), classes)
     assert probabilities.shape == (4, 3) and not probabilities[:, 2].any()
     if not classes.several:

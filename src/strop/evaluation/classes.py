@@ -24,7 +24,7 @@ from strop.evaluation.metrics import paired_difference, wilson_interval
 ACCURACY = "accuracy"
 CALIBRATION_BINS = 15  # as in arXiv:1706.04599
 BASELINE = "TF-IDF and logistic regression"
-BASELINE_PACKAGE = "pip install 'strop[classify]'"
+BASELINE_PACKAGE = "pip install scikit-learn"
 
 Probabilities = npt.NDArray[np.float64]  # (N, C)
 
