@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, task: str, variant: str, seed: int) -> dict[st
     if task == "gemma":
         own["data.template"] = "chatml"
     scale = float(variant.removeprefix("scale")) if variant.startswith("scale") else None
-    known = {} if scale else VARIANTS.get(variant) or {"train.keep": float(variant)}
+    known = {} if scale else VARIANTS[variant] if variant in VARIANTS else {"train.keep": float(variant)}
     options = {**own, **known}
     if "epochs" in options:
         options["train.epochs"] = options.pop("epochs")
