@@ -1,4 +1,4 @@
-"""Metrics and rewards compared with values computed by hand, published tables and the test data's reference scorer."""
+"""Metrics compared with values computed by hand, published tables and the test data's reference scorer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ from strop.evaluation import general, metrics
 from strop.evaluation.metrics import (
     METRICS,
     check_golds,
-    check_rewards,
     find_metric,
     paired_difference,
-    parse_rewards,
     score,
     wilson_interval,
 )
@@ -408,8 +406,6 @@ def test_user_function_may_exit_or_raise_any_error(tmp_path: Path) -> None:
                     "def worse(gold, answer):\n    raise Odd('no')\n")  # fmt: skip
     for name in ("ends", "odd"):  # an answer that it fails on is a miss
         assert score(f"{file}:{name}", ["x", "x"], ["x", "y"]).hits == (True, False)
-    with pytest.raises(RunError, match=r"rows\.jsonl:7: .*Odd: no"):
-        parse_rewards(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
     with pytest.raises(DataError, match="cannot be scored"):
         check_golds(f"{file}:worse", ["x"], [("rows.jsonl", 7)])
     for text, message in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
@@ -428,22 +424,3 @@ def test_pattern_that_takes_too_long_is_a_miss_and_is_logged(
     (record,) = caplog.records
     assert "'(a+)+b' takes more than 0.1 s" in record.getMessage()
     assert signal.getsignal(signal.SIGVTALRM) is before
-
-
-@pytest.mark.parametrize("given", ["exact_json, contains=0.2", ["exact_json", "contains=0.2"]])
-def test_rewards_are_parsed_from_a_list_or_from_commas(given: str | list[str]) -> None:
-    assert [(reward.name, reward.weight) for reward in parse_rewards(given)] == [("exact_json", 1), ("contains", 0.2)]
-
-
-@pytest.mark.parametrize("given", ["exact=x", "exact,exact", "choice", "exact,"])
-def test_invalid_rewards_are_refused(given: str) -> None:
-    with pytest.raises(RecipeError):
-        parse_rewards(given)
-
-
-def test_fix_names_the_function_that_fails_on_right_answers(tmp_path: Path) -> None:
-    file = tmp_path / "own.py"
-    file.write_text("def own(gold, answer): return {}[gold]", encoding="utf-8")
-    with pytest.raises(DataError, match="1 rows") as raised:
-        check_rewards(parse_rewards(f"{file}:own"), ["yes", None], [("rows.jsonl", 1), ("rows.jsonl", 2)])
-    assert "fix own" in raised.value.fix and "(right answer, answer)" in raised.value.fix

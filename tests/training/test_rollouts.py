@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from strop.training.gradients import micro_batches
 from strop.training.loop import fit
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
+from tests import ROOT
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.steps import changed_step
@@ -276,6 +279,22 @@ def test_rewards_are_summed_by_weight(tmp_path: Path) -> None:
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
 
 
+def test_parts_of_rewards_are_logged_by_name(tmp_path: Path) -> None:
+    def own(answer: str, row: dict[str, Any]) -> dict[str, float]:
+        return {"length": len(answer), "line": row["line"]}
+
+    job = make_job(tmp_path, prompts(4), held_out=prompts(2), **{"train.max_steps": 1})
+    columns = {("random", line): {"line": line} for line in range(1, 5)}
+    rewards = [make_reward(own, 0.5, form="row")]
+    assert isinstance(job.criterion, PolicyCriterion)
+    job = replace(job, criterion=replace(job.criterion, rewards=rewards, columns=columns))
+    fit(job)
+    (step,), (seen, *_) = events(job, "step"), events(job, "eval")
+    assert step["reward"] == pytest.approx(0.5 * (step["reward/own.length"] + step["reward/own.line"]))
+    assert step["reward/own.line"] == 2.5 and step["reward/own.length"] > 0  # all four prompts are in the step
+    assert seen["reward"] == pytest.approx(0.5 * (seen["reward/own.length"] + 1.5))
+
+
 def test_reasoning_is_not_rewarded(tmp_path: Path) -> None:
     """Only where the gold answer has reasoning, as in `strop eval`."""
     seen: list[str] = []
@@ -284,11 +303,59 @@ def test_reasoning_is_not_rewarded(tmp_path: Path) -> None:
     plain = job.train[0]
     thinks = replace(plain, reasoning_ends=("</think>",))
     for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
-        job.criterion._reward(prompt, text)  # type: ignore[arg-type]
+        job.criterion._reward([(prompt, text)])  # type: ignore[list-item]
     assert seen == ["so</think>\n\nyo", "yo", "so"]
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_reward_gets_the_row_with_its_columns(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"say {n}", "completion": "yes", "level": n, "tags": ["a"]} for n in range(8)]
+    data, own, out = tmp_path / "rows.jsonl", tmp_path / "own.py", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own.write_text(
+        "import json\n"
+        "async def own(completion, row):\n"
+        f"    with open({str(tmp_path / 'seen.jsonl')!r}, 'a') as file: file.write(json.dumps(row) + '\\n')\n"
+        "    return {'length': len(completion), 'level': row['level']}\n",
+        encoding="utf-8",
+    )
+    words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *GROUPS, "--train.max_steps", "2"]
+    code, _, err = run(*words, "--train.rewards", f"{own}:own", capsys=capsys)
+    assert code == 0, err
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    for row in seen:
+        expected = rows[row["level"]]
+        assert row == {**expected, "answer": "yes", "messages": [{"role": "user", "content": expected["prompt"]}]}
+    assert len({row["level"] for row in seen}) > 2
+    steps = [event for event in read_events(out / "events.jsonl") if event["event"] == "step"]
+    assert all({"reward/own.length", "reward/own.level"} <= set(step) for step in steps)
+    # a changed column is a changed reward
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    data.write_text("".join(json.dumps({**row, "level": 3}) + "\n" for row in rows), encoding="utf-8")
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 2 and "--allow-changed rewards" in err
+
+
+def test_reward_function_of_the_page_runs(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^  ```python\n(.*?)^  ```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "own.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    rows = [{"prompt": f"say {n}", "completion": "yes", "max_length": 2} for n in range(4)]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *GROUPS, "--train.max_steps", "2"]
+    code, _, err = run(*words, "--train.rewards", f"{tmp_path / 'own.py'}:short_and_right", capsys=capsys)
+    assert code == 0, err
+    steps = [event for event in read_events(out / "events.jsonl") if event["event"] == "step"]
+    assert all(step["reward/short_and_right.short"] < 0 == step["reward/short_and_right.right"] for step in steps)
+    assert "reward/short_and_right.short" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("answered", [True, False])

@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
     desirable_weight: float | None
     undesirable_weight: float | None
     rewards: Names | None
+    reward_timeout: float | None
     group: int | None
     answer_tokens: int | None
     group_loss: Literal["dapo", "grpo", "dr_grpo"] | None

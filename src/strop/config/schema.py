@@ -223,7 +223,7 @@ NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
-    *("rewards", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
+    *("rewards", "reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
     *("labels", "class_weights"),
 )  # fields of `train` that only some objectives read
 
@@ -258,6 +258,9 @@ class TrainSection(Section):
         None,
         description="reward functions (grpo): exact, exact_json, contains, regex, file.py:function; several with "
         "weights: A,B=0.2",
+    )
+    reward_timeout: Finite | None = Field(
+        None, gt=0, description="maximum seconds of a call of a reward function (grpo); default: 60"
     )
     group: int | None = Field(None, ge=2, description="completions sampled per prompt (grpo); default: 8")
     answer_tokens: int | None = Field(

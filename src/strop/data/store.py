@@ -352,7 +352,9 @@ class Prompts(LazySequence[Prompt]):
         has_reasoning = conversation.answer is not None and renderer.shows_reasoning(conversation.messages[-1])
         reasoning_ends = tuple(renderer.reasoning_ends) if has_reasoning else ()
         gold = renderer.reference_answer(conversation)
-        return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends)
+        turns = conversation.messages[: None if conversation.answer is None else -1]
+        messages = tuple(map(message_json, turns))
+        return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends, messages=messages)
 
 
 def dump_conversation(conversation: Conversation) -> bytes:

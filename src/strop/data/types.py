@@ -6,7 +6,7 @@ examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -217,6 +217,7 @@ class Prompt(ExampleGroup):
     gold: str | None = None  # the reference answer
     row: int = 0  # index among the prompts
     reasoning_ends: tuple[str, ...] = ()  # texts that end the reasoning of a completion; empty: nothing is stripped
+    messages: tuple[Mapping[str, Any], ...] = ()  # of the prompt, in the `messages` format
 
     def computed_tokens(self, packed: bool, share_prompt: bool = True) -> int:
         return len(self)
@@ -234,6 +235,7 @@ class RolloutGroup(ExampleGroup):
     advantages: tuple[float, ...] = ()  # one entry per example
     stopped: tuple[bool, ...] = ()  # whether a stop token ended the completion, one entry per example
     rewards: tuple[float, ...] = ()  # one entry per sampled completion
+    reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name; entries as in rewards
     sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 

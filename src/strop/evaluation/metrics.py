@@ -1,4 +1,4 @@
-"""Metrics that score an answer as a hit or a miss, statistics of their results, and rewards for RL.
+"""Metrics that score an answer as a hit or a miss, and statistics of their results.
 
 The right answer of a row is called its gold answer.
 """
@@ -30,7 +30,7 @@ from strop.data.converters import type_name
 from strop.data.reading.json_reader import loads
 from strop.data.types import Conversation
 from strop.errors import DataError, Location, RecipeError, RunError, suggest
-from strop.runs.lock import sha256_file, sha256_text
+from strop.runs.lock import sha256_file
 
 LOG = logging.getLogger(__name__)
 # User-defined functions may raise any exception, and call exit() if they run an answer as code.
@@ -97,7 +97,7 @@ def _contains(gold: str, answer: str) -> Judgement:
 
 def _regex(gold: str, answer: str) -> Judgement:
     try:
-        with _time_limit(MAX_SEARCH_S):
+        with time_limit(MAX_SEARCH_S):
             return {"regex": re.search(gold, answer) is not None}
     except re.error as error:
         raise ValueError(f"not a regular expression ({error})") from error
@@ -108,8 +108,11 @@ def _regex(gold: str, answer: str) -> Judgement:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError if the block uses more CPU time. There is no limit on Windows and outside the main thread."""
+def time_limit(seconds: float, *, cpu_time: bool = True) -> Iterator[None]:
+    """Raise TimeoutError if the block takes longer, in CPU time or in wall-clock time.
+
+    There is no limit on Windows and outside the main thread.
+    """
 
     def raise_timeout(*_: object) -> None:
         raise TimeoutError
@@ -117,13 +120,16 @@ def _time_limit(seconds: float) -> Iterator[None]:
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous_handler = signal.signal(signal.SIGVTALRM, raise_timeout)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    timer, number = signal.ITIMER_VIRTUAL, signal.SIGVTALRM
+    if not cpu_time:
+        timer, number = signal.ITIMER_REAL, signal.SIGALRM
+    previous_handler = signal.signal(number, raise_timeout)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous_handler)
+        signal.setitimer(timer, 0)
+        signal.signal(number, previous_handler)
 
 
 def _parse_json_object(text: str) -> tuple[tuple[str, Any], ...]:
@@ -185,7 +191,7 @@ def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metri
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
         file, _, function = name.rpartition(":")
-        return _load_user_metric(file, function, arguments)
+        return load_metric("metric", file, function, arguments)
     if name not in METRICS:
         fix = f"use one of {', '.join(METRICS)}, or file.py:function"
         raise RecipeError(f"metric {name} is not known{suggest(name, METRICS)}", fix=fix)
@@ -217,15 +223,22 @@ def _check_parameters(function: Callable[..., Any], name: str, arguments: Sequen
                 raise RecipeError(f"{name}{signature}: {parameter} is not an argument it gets", fix=fix)
 
 
-def _load_user_metric(file: str, name: str, arguments: Sequence[str]) -> Metric:
+def load_function(kind: str, file: str, name: str) -> Callable[..., Any]:
+    """Return a function of the user's file. kind: what it is used for, such as "metric", for errors."""
     if not Path(file).is_file():
-        raise RecipeError(f"metric {file}:{name}: no such file", fix="write it as file.py:function")
+        raise RecipeError(f"{kind} {file}:{name}: no such file", fix="write it as file.py:function")
     try:
         function = _run_file(str(Path(file).resolve()), sha256_file(Path(file))).get(name)
     except USER_CODE_ERRORS as error:
-        raise RecipeError(f"metric {file}:{name}: {type(error).__name__}: {error}", fix="fix the file") from None
+        raise RecipeError(f"{kind} {file}:{name}: {type(error).__name__}: {error}", fix="fix the file") from None
     if not callable(function):
-        raise RecipeError(f"metric {file}:{name}: no such function in the file", fix="write it as file.py:function")
+        raise RecipeError(f"{kind} {file}:{name}: no such function in the file", fix="write it as file.py:function")
+    return cast("Callable[..., Any]", function)
+
+
+def load_metric(kind: str, file: str, name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
+    """Return a user-defined metric, which takes these arguments."""
+    function = load_function(kind, file, name)
     _check_parameters(function, f"{file}:{name}", arguments)
 
     def judge(gold: str, answer: str) -> Judgement:
@@ -462,70 +475,3 @@ def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
         if b2 > b1:
             parts.append(("".join(answer_words[b1:b2]), "same" if tag == "equal" else "added"))
     return parts
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward for RL: 1 or 0 for a hit or a miss of a built-in metric, or the value of a user-defined function."""
-
-    spec: str  # name in the recipe
-    weight: float
-    metric: Metric
-
-    @property
-    def name(self) -> str:
-        return self.metric.name
-
-    def __call__(self, gold: str | None, answer: str, location: tuple[str, int]) -> float:
-        if self.metric.function is None:
-            return float(self.metric.judge(gold or "", answer)[self.name])
-        prefix = f"reward {self.spec}: row {location[0]}:{location[1]}"
-        try:
-            value = float(self.metric.function(gold or "", answer))
-        except USER_CODE_ERRORS as error:
-            what = f"{prefix}: {type(error).__name__}: {error} (for the answer {answer[:80]!r})"
-            raise RunError(what, fix="a reward function must return a number for any answer") from None
-        if not math.isfinite(value):
-            raise RunError(f"{prefix}: returns {value}", fix="return a finite number for any answer")
-        return value
-
-
-def parse_rewards(setting: str | Sequence[str] | None) -> list[Reward]:
-    """Parse the recipe's rewards: NAME or NAME=WEIGHT each, in a list or separated by commas."""
-    rewards = []
-    for text in setting.split(",") if isinstance(setting, str) else setting or []:
-        name, _, weight = text.strip().partition("=")
-        try:
-            number = float(weight or 1)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise RecipeError(f"--train.rewards {text}: no number after =", fix="write it as exact_json=1")
-        if name == "choice":
-            raise RecipeError("--train.rewards choice: it does not judge generated answers", fix="use exact")
-        rewards.append(Reward(name, number, find_metric(name)))
-    names = [reward.name for reward in rewards]
-    if duplicate := next((name for name in names if names.count(name) > 1), None):
-        fix = "give each once, and functions of two files different names"
-        raise RecipeError(f"--train.rewards: {duplicate} is given twice", fix=fix)
-    return rewards
-
-
-def hash_rewards(rewards: Sequence[Reward]) -> str | None:
-    """Return the SHA-256 of the files of user-defined rewards, to detect changes; None if there are none."""
-    files = [reward.spec.rsplit(":", 1)[0] for reward in rewards if reward.metric.function is not None]
-    return sha256_text("".join(sha256_file(Path(file)) for file in files)) if files else None
-
-
-def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], locations: Sequence[tuple[str, int]]) -> None:
-    """Raise DataError if a row has no gold answer but a reward needs one, or has one that a reward cannot use."""
-    rows = list(zip(golds, locations, strict=True))
-    answered = [(gold, location) for gold, location in rows if gold is not None]
-    missing = [Location(*location, "no right answer") for gold, location in rows if gold is None]
-    for reward in rewards:
-        if reward.metric.function is None and missing:
-            fix = "give rows with right answers, or a reward function: file.py:function"
-            raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
-        check_golds(
-            reward.spec, [gold for gold, _ in answered], [location for _, location in answered], any_number=True
-        )

@@ -320,7 +320,8 @@ def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> 
 
 
 def _plot_steps(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    for field, title in STEP_PLOTS.items():
+    parts = dict.fromkeys(name for event in events for name in event if name.startswith("reward/"))
+    for field, title in {**STEP_PLOTS, **{name: name for name in parts}}.items():
         series = _read_series(events, "step", field)
         if field.endswith("_bytes"):
             series = {step: size / 2**30 for step, size in series.items()}

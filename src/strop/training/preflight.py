@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from strop.config.schema import Recipe, TrainSection
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.store import JoinedItems
-from strop.data.types import Classes
+from strop.data.types import Classes, Prompt
 from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
@@ -33,7 +33,7 @@ from strop.errors import (
     ModelError,
     RecipeError,
 )
-from strop.evaluation.metrics import check_rewards, hash_rewards, parse_rewards
+from strop.evaluation.rewards import check_rewards, hash_rewards, parse_rewards, read_columns
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     AdapterKind,
@@ -57,6 +57,7 @@ from strop.models.load import DTYPES, GGUF_NOTE, copies_needed, load_config, loa
 from strop.models.lora import check_lora, check_score_head, count_trainable
 from strop.models.source import Source, check_readable, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
+from strop.objectives import require
 from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
 from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
@@ -165,7 +166,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
         resolved, recipe = facts.resolved, facts.resolved.recipe
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, kept)
-    _check_rewards(recipe, data)
+    rewards_hash = _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
         _check_vocabulary(source, shape, tokenizer, data)
@@ -176,7 +177,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
         "data": data.hash,
         "kept": data.kept_hash,
         "template": data.renderer.template_hash,
-        "rewards": hash_rewards(parse_rewards(recipe.train.rewards)),
+        "rewards": rewards_hash,
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": _get_values(resolved),
         "seed": recipe.seed,
@@ -302,11 +303,14 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
             )
 
 
-def _check_rewards(recipe: Recipe, data: Prepared) -> None:
+def _check_rewards(recipe: Recipe, data: Prepared) -> str | None:
+    """Check that the rewards can judge all rows, and return the hash of what they depend on."""
     rewards = parse_rewards(recipe.train.rewards)
-    for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        answers = [data.renderer.reference_answer(row) for row in rows]
-        check_rewards(rewards, answers, [(row.file, row.line) for row in rows])
+    rows = read_columns(rewards, recipe.data)
+    for prompts in (data.train_items, data.eval_items) if rewards else ():
+        if prompts is not None:
+            check_rewards(rewards, cast("Sequence[Prompt]", prompts), rows, require(recipe.train.reward_timeout))
+    return hash_rewards(rewards, rows)
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:

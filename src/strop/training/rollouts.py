@@ -31,7 +31,8 @@ from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
-from strop.evaluation.metrics import Reward, mean_interval, wilson_interval
+from strop.evaluation.metrics import mean_interval, wilson_interval
+from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
@@ -63,6 +64,7 @@ class PolicyCriterion(Criterion):
     rewards: Sequence[Reward]
     weights: Mapping[str, nn.Parameter]  # trainable parameters
     log: EventLog
+    columns: Rows = field(default_factory=dict)  # of the rows, if a reward reads them
     start: Mapping[str, Tensor] = field(default_factory=dict)  # the weights' values in the reference model, if any
     sampler: Sampler | None = None  # used instead of strop's decoder
 
@@ -79,7 +81,7 @@ class PolicyCriterion(Criterion):
         ids = [prompt.examples[0].ids for prompt in prompts]
         sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
         seconds = time.perf_counter() - started
-        groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
+        groups = self._make_groups(prompts, sampled)
         first, example = groups[0], groups[0].examples[0]
         self.log.emit(
             "answers", step=index + 1, seconds=round(seconds, 3), row=f"{first.file}:{first.line}",
@@ -146,7 +148,8 @@ class PolicyCriterion(Criterion):
             answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
         finally:
             drop_decoder(self.model)
-        rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+        rewarded = self._reward([(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)])
+        rewards = [reward.total for reward in rewarded]
         mean = statistics.fmean(rewards)
         n, are_hits = len(rewards), {*rewards} <= {0, 1}
         interval = (
@@ -155,33 +158,53 @@ class PolicyCriterion(Criterion):
         intervals = {} if interval is None else {"reward_interval": interval}
         stop_rate = statistics.fmean(answer.stopped for answer in answers)
         length = statistics.fmean(answer.tokens for answer in answers)
-        return {"loss": -mean, "reward": mean, **intervals, "stop_rate": stop_rate, "answer_length": length}
+        parts = {f"reward/{name}": statistics.fmean(r.parts[name] for r in rewarded) for name in _part_names(rewarded)}
+        return {"loss": -mean, "reward": mean, **intervals, **parts, "stop_rate": stop_rate, "answer_length": length}
 
     def _sample_seed(self, index: int, row: int, number: int) -> int:
         text = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
-    def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> RolloutGroup:
-        """Return a group of the distinct completions. Advantages are computed over all copies of each."""
-        by_ids: dict[bytes, list[SampledCompletion]] = {}
-        for completion in completions:
-            by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
-        distinct = [copies[0] for copies in by_ids.values()]
-        counts = [len(copies) for copies in by_ids.values()]
-        distinct_rewards = [self._reward(prompt, self._decode(completion.ids)) for completion in distinct]
-        rewards = [reward for reward, copies in zip(distinct_rewards, counts, strict=True) for _ in range(copies)]
+    def _make_groups(
+        self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[SampledCompletion]]
+    ) -> list[RolloutGroup]:
+        """Return a group of the distinct completions of each prompt, with the rewards of all."""
+        distinct = list[list[tuple[SampledCompletion, int]]]()  # with the number of copies of each
+        for completions in sampled:
+            by_ids: dict[bytes, list[SampledCompletion]] = {}
+            for completion in completions:
+                by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
+            distinct.append([(copies[0], len(copies)) for copies in by_ids.values()])
+        texts = [
+            (prompt, self._decode(completion.ids))
+            for prompt, completions in zip(prompts, distinct, strict=True)
+            for completion, _ in completions
+        ]
+        rewarded = iter(self._reward(texts))
+        return [
+            self._make_group(prompt, completions, [next(rewarded) for _ in completions])
+            for prompt, completions in zip(prompts, distinct, strict=True)
+        ]
+
+    def _make_group(
+        self, prompt: Prompt, completions: Sequence[tuple[SampledCompletion, int]], rewarded: Sequence[Rewarded]
+    ) -> RolloutGroup:
+        """Return a group of distinct completions. Advantages are computed over all copies of each."""
+        repeated = [reward for reward, (_, copies) in zip(rewarded, completions, strict=True) for _ in range(copies)]
+        rewards = [reward.total for reward in repeated]
         advantages = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
         return RolloutGroup(
-            tuple(_as_example(prompt.examples[0], *pair) for pair in zip(distinct, counts, strict=True)),
-            advantages=tuple(advantages[reward] for reward in distinct_rewards),
-            stopped=tuple(completion.stopped for completion in distinct),
+            tuple(_as_example(prompt.examples[0], *pair) for pair in completions),
+            advantages=tuple(advantages[reward.total] for reward in rewarded),
+            stopped=tuple(completion.stopped for completion, _ in completions),
             rewards=tuple(rewards),
-            sampling_logprobs=np.concatenate([completion.log_probs for completion in distinct]),
+            reward_parts={name: tuple(r.parts[name] for r in repeated) for name in _part_names(repeated)},
+            sampling_logprobs=np.concatenate([completion.log_probs for completion, _ in completions]),
         )
 
-    def _reward(self, prompt: Prompt, text: str) -> float:
-        location, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
-        return sum(reward.weight * reward(prompt.gold, text, location) for reward in self.rewards)
+    def _reward(self, completions: Sequence[tuple[Prompt, str]]) -> list[Rewarded]:
+        candidates = [Candidate(strip_reasoning(text, prompt.reasoning_ends), prompt) for prompt, text in completions]
+        return compute_rewards(self.rewards, candidates, self.columns, require(self.options.reward_timeout))
 
     def _decode(self, ids: Any) -> str:
         without_stop = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
@@ -217,6 +240,12 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
     return replace(prompt, ids=np.concatenate([prompt.ids, completion.ids]), weights=weights)
 
 
+def _part_names(rewarded: Sequence[Rewarded]) -> list[str]:
+    """Return the names of the parts of a reward, or nothing if there is only one."""
+    names = list(rewarded[0].parts)
+    return names if len(names) > 1 else []
+
+
 def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor) -> Metrics:
     completions = [
         (float(example.supervised), float(stopped))
@@ -231,6 +260,8 @@ def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor) -> Metrics:
         "answer_length": [length for length, _ in completions],
         "stop_rate": [stopped for _, stopped in completions],
     }
+    for name in groups[0].reward_parts:
+        columns[f"reward/{name}"] = [value for group in groups for value in group.reward_parts[name]]
     return {name: like.new_tensor(column) for name, column in columns.items()}
 
 

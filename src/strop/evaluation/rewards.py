@@ -1,0 +1,289 @@
+"""Rewards for RL: built-in metrics, and functions of a completion and its row.
+
+The form of a user-defined function follows from the names of its parameters:
+
+- `f(completion, row)`: called for each completion
+- `f(completions, rows)`: called once for all completions of a step
+- `f(right_answer, answer)`, with any other names: called for each completion
+
+It may be `async`; the calls of a step then run at the same time. It returns a finite number, or a dict of named numbers
+whose sum is the reward; the batch form returns a list of them. A row is a dict with all columns of the row as in the
+data file. `prompt` (the last user message), `messages` (of the prompt) and `answer` (the right answer) are added unless
+the row has columns of these names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from strop.config.schema import DataSection
+from strop.data.reading.sources import read_eval_share, read_rows
+from strop.data.types import Prompt
+from strop.errors import DataError, Location, RecipeError, RunError
+from strop.evaluation.metrics import (
+    USER_CODE_ERRORS,
+    Metric,
+    check_golds,
+    find_metric,
+    load_function,
+    load_metric,
+    time_limit,
+)
+from strop.runs.lock import sha256_file
+
+Form = Literal["metric", "golds", "row", "batch"]
+Rows = Mapping[tuple[str, int], Mapping[str, Any]]  # (file, line) -> columns
+RETURNS = "a finite number, or a dict of finite numbers"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A completion to reward."""
+
+    text: str  # without reasoning
+    prompt: Prompt
+
+    @property
+    def place(self) -> str:
+        return f"{self.prompt.file}:{self.prompt.line}"
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward: 1 or 0 for a hit or a miss of a built-in metric, or the result of a user-defined function."""
+
+    spec: str  # name in the recipe
+    weight: float
+    name: str
+    form: Form
+    metric: Metric | None = None  # for form "metric"
+    function: Callable[..., Any] | None = None  # for the other forms
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the function gets the columns of the row."""
+        return self.form in ("row", "batch")
+
+    def compute(self, candidates: Sequence[Candidate], rows: Rows, timeout: float) -> list[dict[str, float]]:
+        """Return the named parts of the reward of each completion, without the weight.
+
+        timeout: maximum duration of a call in seconds. Raises RunError if the function fails.
+        """
+        if self.metric is not None:
+            return [{self.name: float(self.metric.judge(c.prompt.gold or "", c.text)[self.name])} for c in candidates]
+        function = self.function
+        assert function is not None
+        if self.form == "batch":
+            texts, given = [c.text for c in candidates], [row_of(c.prompt, rows) for c in candidates]
+            results = self._call([(texts, given)], candidates[:1], timeout)[0]
+            if not isinstance(results, Sequence) or isinstance(results, str) or len(results) != len(candidates):
+                what = f"reward {self.spec}: returns {results!r:.80} for {len(candidates)} completions"
+                raise RunError(what, fix="return a list with a number for each completion, in their order")
+        elif self.form == "row":
+            results = self._call([(c.text, row_of(c.prompt, rows)) for c in candidates], candidates, timeout)
+        else:
+            results = self._call([(c.prompt.gold or "", c.text) for c in candidates], candidates, timeout)
+        parts = [self._read(result, candidate) for result, candidate in zip(results, candidates, strict=True)]
+        if different := next((names for names in map(set, parts) if names != set(parts[0])), None):
+            what = f"reward {self.spec}: returns {', '.join(sorted(different))}, and {', '.join(parts[0])} before"
+            raise RunError(what, fix="return a dict with the same names for any answer")
+        return parts
+
+    def _call(self, calls: Sequence[tuple[Any, Any]], candidates: Sequence[Candidate], timeout: float) -> list[Any]:
+        """Call the function with each pair of arguments. Raises RunError if a call fails or takes too long."""
+        function, results = self.function, []
+        assert function is not None
+        pending = None
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            pending = _run_together([partial(function, *arguments) for arguments in calls], timeout)
+        for arguments, candidate in zip(calls, candidates, strict=True):
+            try:
+                results.append(_call_within(timeout, function, arguments) if pending is None else next(pending))
+            except USER_CODE_ERRORS as error:
+                prefix = f"reward {self.spec}: row {candidate.place}"
+                if isinstance(error, TimeoutError):
+                    what = f"{prefix}: takes more than {timeout:g} s"
+                    raise RunError(what, fix="make it faster, or raise --train.reward_timeout") from None
+                what = f"{prefix}: {type(error).__name__}: {error} (for the answer {candidate.text[:80]!r})"
+                raise RunError(what, fix=f"a reward function must return {RETURNS} for any answer") from None
+        return results
+
+    def _read(self, result: Any, candidate: Candidate) -> dict[str, float]:
+        """Check the result of a call, and return it as named parts."""
+        is_dict = isinstance(result, Mapping) and bool(result)
+        values = {f"{self.name}.{part}": value for part, value in result.items()} if is_dict else {self.name: result}
+        for name, value in values.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError):
+                values[name] = math.nan
+            if not math.isfinite(values[name]):
+                part = f" for {name}" if is_dict else ""
+                what = f"reward {self.spec}: row {candidate.place}: returns {value!r:.80}{part}"
+                raise RunError(what, fix=f"return {RETURNS} for any answer")
+        return values
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """The reward of a completion: the weighted sum of the parts of all rewards, and the parts by name."""
+
+    total: float
+    parts: Mapping[str, float]
+
+
+def compute_rewards(
+    rewards: Sequence[Reward], candidates: Sequence[Candidate], rows: Rows, timeout: float
+) -> list[Rewarded]:
+    """Return the reward of each completion. Raises RunError if a function fails."""
+    totals, parts = [0.0] * len(candidates), [dict[str, float]() for _ in candidates]
+    for reward in rewards if candidates else ():
+        for i, values in enumerate(reward.compute(candidates, rows, timeout)):
+            totals[i] += reward.weight * sum(values.values())
+            parts[i] |= values
+    return [Rewarded(total, values) for total, values in zip(totals, parts, strict=True)]
+
+
+def parse_rewards(setting: str | Sequence[str] | None) -> list[Reward]:
+    """Parse the recipe's rewards: NAME or NAME=WEIGHT each, in a list or separated by commas."""
+    rewards = []
+    for text in setting.split(",") if isinstance(setting, str) else setting or []:
+        spec, _, weight = text.strip().partition("=")
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise RecipeError(f"--train.rewards {text}: no number after =", fix="write it as exact_json=1")
+        if spec == "choice":
+            raise RecipeError("--train.rewards choice: it does not judge generated answers", fix="use exact")
+        rewards.append(_find_reward(spec, number))
+    names = [reward.name for reward in rewards]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        fix = "give each once, and functions of two files different names"
+        raise RecipeError(f"--train.rewards: {duplicate} is given twice", fix=fix)
+    return rewards
+
+
+def _find_reward(spec: str, weight: float) -> Reward:
+    if ".py:" not in spec:
+        metric = find_metric(spec)
+        return Reward(spec, weight, metric.name, "metric", metric=metric)
+    file, _, name = spec.rpartition(":")
+    function = load_function("reward", file, name)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some C functions have no signature
+        parameters = []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    forms: tuple[tuple[Form, str, str], ...] = (("row", "completion", "row"), ("batch", "completions", "rows"))
+    for form, completion, row in forms:
+        if row in names or names[:1] == [completion]:
+            if len(names) != 2 or names[1] != row:
+                what = f"reward {spec}({', '.join(names)}): not a form of a reward function"
+                fix = "write f(completion, row), f(completions, rows) or f(right_answer, answer)"
+                raise RecipeError(what, fix=fix)
+            return Reward(spec, weight, name, form, function=function)
+    return Reward(spec, weight, name, "golds", function=load_metric("reward", file, name).function)
+
+
+def row_of(prompt: Prompt, rows: Rows) -> dict[str, Any]:
+    """Return the row of a prompt, as a reward function gets it."""
+    users = [message["content"] for message in prompt.messages if message["role"] == "user"]
+    extra = {"prompt": users[-1] if users else "", "messages": list(prompt.messages), "answer": prompt.gold}
+    return {**extra, **rows.get((prompt.file, prompt.line), {})}
+
+
+def read_columns(rewards: Sequence[Reward], data: DataSection) -> Rows:
+    """Return the columns of all rows of the data, or nothing if no reward reads them."""
+    specs = [data.train] if read_eval_share(data.eval) or data.eval is None else [data.train, data.eval]
+    if not any(reward.reads_rows for reward in rewards):
+        return {}
+    return {
+        (row.file, row.line): row.value
+        for spec in specs
+        for row in read_rows(spec, encoding=data.encoding, columns=data.columns, errors=[])
+    }
+
+
+def hash_rewards(rewards: Sequence[Reward], rows: Rows) -> str | None:
+    """Return the SHA-256 of the files of user-defined rewards and of the columns they read, to detect changes.
+
+    None if there are no user-defined rewards.
+    """
+    files = [reward.spec.rsplit(":", 1)[0] for reward in rewards if reward.function is not None]
+    if not files:
+        return None
+    hashed = sha256("".join(sha256_file(Path(file)) for file in files).encode())
+    for (_, line), columns in rows.items():
+        hashed.update(json.dumps([line, columns], sort_keys=True, default=str).encode())
+    return hashed.hexdigest()
+
+
+def check_rewards(rewards: Sequence[Reward], prompts: Sequence[Prompt], rows: Rows, timeout: float) -> None:
+    """Check before training that the rewards can judge the rows.
+
+    Functions of the right answer are called for each right answer, functions of the row for the first row. Raises
+    DataError for rows without a right answer that a reward needs, or with one that it cannot use, and RecipeError if
+    a function of the row fails.
+    """
+    places = [(prompt.file, prompt.line) for prompt in prompts]
+    missing = [Location(*place, "no right answer") for place, p in zip(places, prompts, strict=True) if p.gold is None]
+    answered = [prompt for prompt in prompts if prompt.gold is not None]
+    for reward in rewards:
+        if reward.reads_rows:
+            first = [Candidate(prompt.gold or "", prompt) for prompt in prompts[:1]]
+            try:
+                reward.compute(first, rows, timeout)
+            except RunError as error:
+                raise RecipeError(error.what, fix=error.fix) from None
+            continue
+        if reward.metric is not None and missing:
+            fix = "give rows with right answers, or a reward function: file.py:function"
+            raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
+        golds = [str(prompt.gold) for prompt in answered]
+        check_golds(reward.spec, golds, [(prompt.file, prompt.line) for prompt in answered], any_number=True)
+
+
+def _call_within(timeout: float, function: Callable[..., Any], arguments: tuple[Any, Any]) -> Any:
+    """Call the function. Raises TimeoutError if it takes longer, even if it catches the exception that ends it."""
+    started = time.monotonic()
+    with time_limit(timeout, cpu_time=False):
+        result = function(*arguments)
+    if time.monotonic() - started > timeout:
+        raise TimeoutError
+    return result
+
+
+def _run_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> Iterator[Any]:
+    """Run coroutines at the same time. Yields their results in order, or raises the exception of one."""
+
+    async def gather() -> list[Any]:
+        waiting = (asyncio.wait_for(call(), timeout) for call in calls)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    for result in asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result():
+        if isinstance(result, BaseException):
+            # an asyncio.TimeoutError is a TimeoutError only from Python 3.11 on
+            raise TimeoutError if isinstance(result, asyncio.TimeoutError) else result
+        yield result
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop that runs in a thread until the process ends, so that clients can keep their connections."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
