@@ -14,7 +14,7 @@ import pytest
 
 from strop.data.types import Conversation, Message
 from strop.errors import RecipeError, RunError
-from strop.evaluation import judge
+from strop.evaluation import chat_server, judge
 from strop.evaluation.compare import Question
 from strop.evaluation.judge import compare_by_judge, make_judge, parse_verdict
 from tests.support import tiny
@@ -143,7 +143,7 @@ def judge_server(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def test_server_is_asked_in_both_orders_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat_server.time, "sleep", lambda seconds: None)
     monkeypatch.setenv(judge.KEY, "secret")
     with judge_server("first", 503, "second", "second", "first") as (url, seen):
         result = compare_by_judge(make_judge(url), url, make_questions(2), ["old", "old"], ["new", "new"], None)
@@ -157,7 +157,7 @@ def test_server_is_asked_in_both_orders_and_retried(monkeypatch: pytest.MonkeyPa
 
 
 def test_server_that_refuses_or_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat_server.time, "sleep", lambda seconds: None)
     with judge_server(401) as (url, _), pytest.raises(RunError, match="401"):
         make_judge(url, "m")("a", "b", "c", "d")
     with pytest.raises(RunError, match="does not answer"):

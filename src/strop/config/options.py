@@ -78,6 +78,8 @@ class Options(TypedDict, total=False):
     class_weights: Mapping[str, float] | Literal["none", "balanced"] | None
     vllm_python: Any
     keep: float | Literal["auto"] | None
+    teacher: str | None
+    teacher_weight: float | None
     epochs: float
     max_steps: int | None
     batch_size: int

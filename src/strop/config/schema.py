@@ -296,6 +296,15 @@ class TrainSection(Section):
         description="share of the tokens in rows with the model's own answers to general prompts, so that it "
         f"keeps what it knows (not for reward, grpo and classify); auto: {KEEP_AUTO}",
     )
+    teacher: str | None = Field(
+        None,
+        description="a model, run or server address that answers rows without an answer and whose probabilities are "
+        "labels (sft)",
+    )
+    teacher_weight: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="weight of the teacher's probabilities against the rows' own tokens; default: 0.5, for a server 0",
+    )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
         None, ge=1, description="number of steps, or in grpo of batches of completions; overrides epochs"
@@ -408,6 +417,12 @@ class Recipe(Section):
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
             f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),
+            f"train.teacher: {objective} does not support it": train.teacher is not None and train.objective != "sft",
+            "train.teacher: cannot be combined with train.keep": train.teacher is not None and train.keep is not None,
+            "train.teacher: needs data.loss assistant": train.teacher is not None and data.loss != "assistant",
+            "train.teacher_weight: there is no train.teacher": (
+                train.teacher_weight is not None and train.teacher is None
+            ),
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
             f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from strop.config.names import option_words
 from strop.config.schema import DataSection
+from strop.data.answers import PLACEHOLDER
 from strop.data.converters import LABELS
 from strop.data.formats import PAIRED, find_placeholders
 from strop.data.rendering.overlong import allowed_overlong
@@ -219,6 +220,8 @@ def find_row_warnings(
 ) -> Iterator[tuple[str, str]]:
     """Yield (warning, excerpt) for each unusual property of a usable conversation."""
     turns = (*conversation.messages, *conversation.rejected)
+    if conversation.answer == PLACEHOLDER:
+        yield "no answer yet: train.teacher answers them at the start of a run", ""
     texts = [message.content for message in turns] or [conversation.text or ""]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
         yield "unfilled placeholders", f": {placeholders[0]}"

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
+from strop.data.answers import Answers, complete, key_of, lacks_answer, write_answers
 from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts
@@ -38,6 +39,7 @@ from strop.data.store import (
     Examples,
     JoinedItems,
     LabelledTexts,
+    LazySequence,
     Prompts,
     Store,
     Writer,
@@ -66,6 +68,8 @@ OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropp
 JUDGED_KINDS = (*PREFERENCE_KINDS, "classes")  # kinds of data whose rows may contradict each other
 RENDER = {"pairs": render_pairs, "prompts": render_prompts, "classes": render_labelled}  # others: Renderer.render_many
 
+_ANSWERED = {"prompt": "prompt-completion"}  # format without an answer -> with it
+
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
 
 
@@ -80,11 +84,13 @@ class Prepared:
     report: DataReport
     hash: str  # hash of the rows used, their order and lengths, and the template; without rows of train.keep
     renderer: Renderer  # for prompts at inference after training on these rows
-    # None for supervised fine-tuning without train.keep
-    train_items: ExampleGroups | Prompts | LabelledTexts | JoinedItems | None = None
+    # None for supervised fine-tuning without train.keep and train.teacher
+    train_items: ExampleGroups | Prompts | LabelledTexts | JoinedItems | LazySequence[Example] | None = None
     eval_items: ExampleGroups | Prompts | LabelledTexts | None = None
     classes: Classes | None = None  # of texts to classify
     kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
+    answers: Answers = field(default_factory=dict, kw_only=True)  # of a teacher, to rows without one
+    teacher_hash: str | None = field(default=None, kw_only=True)  # hash of the answers and the teacher's probabilities
 
     @property
     def refusal(self) -> DataError | None:
@@ -95,13 +101,15 @@ class Prepared:
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True,
     data_kind: DataKind = "turns", new_tokens: Sequence[str] = (), labels: Sequence[str] | None = None,
+    answers: Answers | None = None,
 ) -> Prepared:  # fmt: skip
     """Read, check, render and store the rows that a recipe names.
 
     tokenizer: a fast transformers tokenizer, to which `new_tokens` (lora.new_tokens) are added. cache: a folder where
     tokenized rows are kept and reused; by default, a temporary folder that is deleted with the result. strict: raise
     the error that a run would raise instead of only reporting it. labels: the classes of texts (train.labels), by
-    default those of the training rows. Raises DataError, and ModelError for an unusable tokenizer or template.
+    default those of the training rows. answers: a teacher's answers to training rows without one, which otherwise
+    have errors. Raises DataError, and ModelError for an unusable tokenizer or template.
     """
     add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
@@ -112,7 +120,7 @@ def prepare(
             _build_store, data=data, renderer=renderer, folder=folder, data_kind=data_kind, use_cache=cache is not None
         )
         checker = LabelChecker(labels) if data_kind == "classes" else None
-        train = build(data.train, checker=checker)
+        train = build(data.train, checker=checker, answers=answers)
         classes = None if checker is None else _find_classes(train, labels)
         checker = None if classes is None else LabelChecker(classes.names, classes.several)
         eval_store = train if share else build(data.eval, checker=checker) if data.eval is not None else None
@@ -145,6 +153,14 @@ def has_bad_rows(data: DataSection, data_kind: DataKind) -> bool:
         _, conversations = _open_rows(data.train, data, data_kind, errors, errors)
         deque(islice(conversations, EARLY_ROWS), maxlen=0)
     return bool(errors)
+
+
+def list_unanswered(data: DataSection) -> list[Conversation]:
+    """Return the different conversations of the training rows that have no answer. Errors are left to `prepare`."""
+    _, conversations = _open_rows(data.train, data, "prompts", [], [])
+    with contextlib.suppress(DataError):
+        return list({key_of(row): row for row in conversations if lacks_answer(row)}.values())
+    return []
 
 
 def _open_rows(
@@ -306,18 +322,22 @@ class _Reader:
     For objectives that learn from labels, a pair becomes two labelled answers.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer) -> None:
-        self._renderer = renderer
+    def __init__(
+        self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer,
+        answers: Answers | None = None,
+    ) -> None:  # fmt: skip
+        self._renderer, self._answers = renderer, answers
         self._split_pairs = data_kind == "labels"
         self.unreadable: list[RowError] = []
         self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
-        self._rows, self.conversations = _open_rows(spec, data, data_kind, self.unreadable, self.invalid, self.left_out)
+        kind: DataKind = data_kind if answers is None else "prompts"
+        self._rows, self.conversations = _open_rows(spec, data, kind, self.unreadable, self.invalid, self.left_out)
         self.row_numbers: deque[int] = deque()  # of conversations read but not yet rendered
 
     def __iter__(self) -> Iterator[Conversation]:
         try:
-            for conversation in map(self._renderer.separate_reasoning, self.conversations):
+            for conversation in map(self._renderer.separate_reasoning, self._complete()):
                 for part in split_pair(conversation) if self._split_pairs else (conversation,):
                     self.row_numbers.append(self.conversations.num_used)
                     yield part
@@ -328,6 +348,22 @@ class _Reader:
                 error.where = (*unreadable, *error.where)
                 error.fix = f"first fix the lines that cannot be read; {error.fix}"
             raise
+
+    def _complete(self) -> Iterator[Conversation]:
+        """Yield the conversations with the teacher's answers. Those that it has not answered are invalid."""
+        for conversation in self.conversations:
+            completed = conversation if self._answers is None else complete(conversation, self._answers)
+            if completed is None:
+                what = "the teacher's answer is longer than data.max_length"
+                self.invalid.append(_row_error(conversation, TOO_LONG, what))
+            else:
+                yield completed
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each file, with the teacher's answers."""
+        names = self.conversations.formats
+        return names if self._answers is None else {file: _ANSWERED.get(name, name) for file, name in names.items()}
 
 
 class LabelChecker:
@@ -355,10 +391,10 @@ class LabelChecker:
 
 def _build_store(
     spec: str | Sequence[str], *, data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind,
-    use_cache: bool, checker: LabelChecker | None = None,
+    use_cache: bool, checker: LabelChecker | None = None, answers: Answers | None = None,
 ) -> Store:  # fmt: skip
     """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
-    key = (data_kind, *([checker.key] if checker else []))
+    key = (data_kind, *([checker.key] if checker else []), *([] if answers is None else [write_answers(answers)]))
     name = _cache_key(spec, data, renderer, key) if use_cache else f"rows-{len(list(folder.iterdir()))}"
     if use_cache and (store := load_store(folder / name)):
         if data.format != "auto" or data.columns or not store.facts["unused"].keys() & formats.NEWLY_READ:
@@ -368,7 +404,7 @@ def _build_store(
             return store
     writer = Writer(folder / name)
     try:
-        reader = _Reader(spec, data, data_kind, renderer)
+        reader = _Reader(spec, data, data_kind, renderer, answers)
         return writer.commit(_write_rows(writer, reader, data, renderer, data_kind, checker))
     finally:
         writer.discard()
@@ -442,7 +478,7 @@ def _write_rows(
         "notes": [(warning, count, first_examples[warning]) for warning, count in warnings.most_common()],
         "unused": dict(reader.conversations.unused),
         "left_out": dict(reader.left_out),
-        "formats": reader.conversations.formats,
+        "formats": reader.formats,
         "unlabelled": reader.conversations.unlabelled,
         "longest": longest,
         "chats": chats,

@@ -51,7 +51,10 @@ class Step(Protocol):
         """Return the log-probabilities of the supervised tokens of all examples, (M,), differentiable."""
 
     def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
-        """Return the k most likely ids and their probabilities (M, k), for the supervised tokens of all examples."""
+        """Return ids and their probabilities (M, k), for the supervised tokens of all examples.
+
+        They are the k most likely ids, the last of which is replaced by the token's own where that is not among them.
+        """
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """Return the normalized hidden state of the last token of each example, (N, h), differentiable."""

@@ -5,20 +5,14 @@ Each pair is judged in both orders, because judges often prefer one position. Co
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
-import os
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 from strop.errors import RecipeError, RunError
+from strop.evaluation.chat_server import ChatServer, check_address, is_address
 from strop.evaluation.compare import Progress, Question
 from strop.evaluation.metrics import USER_CODE_ERRORS, find_metric, paired_difference
 
@@ -40,10 +34,8 @@ Judge what is said, not its length or its place. End with one word: "first", "se
 VERDICTS = {"first": 1, "second": -1, "tie": 0}
 # words that may stand next to a verdict; a sentence with others may mean the opposite
 FILLERS = ("a", "answer", "assistant", "better", "best", "final", "is", "it", "my", "one", "the", "verdict", "winner")
-TRIES, TIMEOUT_S = 3, 300
 KEY = "STROP_JUDGE_KEY"  # environment variable with the server's API key
 ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # positional arguments of a function
-RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
 # (conversation, right answer, first answer, second answer) -> 1 if the first is better, -1 if the second is better, 0
 # for a tie, None without a verdict
@@ -56,17 +48,11 @@ def make_judge(name: str, model: str | None = None) -> Judge:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
         return _make_function_judge(name)
-    address = urllib.parse.urlsplit(name)
-    if "@" in address.netloc:
-        what = "--judge: the address has a name or a password in it, which would be in reports"
-        raise RecipeError(what, fix=f"write it without, and put the key into {KEY}")
-    if address.scheme not in ("http", "https"):
+    if not is_address(name):
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
-    judge = _ServerJudge(name.rstrip("/"), model)
-    if model is None:
-        judge.model = str(judge.request("/models", lambda data: data["data"][0]["id"]))
-    return judge
+    check_address("--judge", name, KEY)
+    return _make_server_judge(name, model)
 
 
 def compare_by_judge(
@@ -129,63 +115,15 @@ def _make_function_judge(name: str) -> Judge:
     return judge
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, because urllib would send the API key to the new address."""
+def _make_server_judge(url: str, model: str | None) -> Judge:
+    server = ChatServer("judge", url, KEY, model)
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-@dataclass
-class _ServerJudge:
-    """Judge that asks a model on an OpenAI-compatible server, with greedy decoding."""
-
-    url: str
-    model: str | None
-
-    def __call__(self, conversation: str, gold: str, first: str, second: str) -> int | None:
+    def judge(conversation: str, gold: str, first: str, second: str) -> int | None:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        choice = self.request("/chat/completions", _first_choice, body)
-        reply = choice["message"].get("content")
-        is_whole = isinstance(reply, str) and choice.get("finish_reason") != "length"
-        return parse_verdict(reply) if is_whole else None
+        reply = server.answer([{"role": "user", "content": text}])
+        return None if reply is None else parse_verdict(reply)
 
-    def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
-        for remaining_tries in reversed(range(TRIES)):
-            try:
-                with _OPENER.open(request, timeout=TIMEOUT_S) as response:
-                    content: Any = response.read().decode(errors="replace")
-                content = json.loads(content)
-                return select(content)
-            except (LookupError, TypeError, AttributeError, json.JSONDecodeError):  # it answered, but something else
-                what = f"judge {self.url}{path}: not a response of an OpenAI-compatible server: {content!r:.300}"
-                raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
-            except urllib.error.HTTPError as error:
-                if error.code not in RETRIED_STATUSES or not remaining_tries:
-                    text = error.read(300).decode(errors="replace")
-                    raise RunError(f"judge {self.url}{path}: {error.code}: {text}") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                if not remaining_tries:
-                    fix = "start it, or check the address"
-                    raise RunError(f"judge {self.url}{path} does not answer: {error}", fix=fix) from None
-            time.sleep(TRIES - remaining_tries)
-        raise AssertionError("the last try returns or raises")
-
-
-def _first_choice(data: Any) -> dict[str, Any]:
-    """Return the choice of a response, after checking that it has a message."""
-    choice: dict[str, Any] = data["choices"][0]
-    choice["message"].get("content")
-    return choice
+    return judge
 
 
 def parse_verdict(reply: str) -> int | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from strop.config.load import read_resolved, resolve
 from strop.config.schema import DataSection, Recipe
+from strop.data.answers import read_answers
 from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.prepare import Prepared
 from strop.data.reading.sources import read_rows
@@ -472,8 +473,9 @@ def _prepare_train_rows(name: str) -> Prepared | None:
         start, source = recipe.model.adapter, locate_base(run.adapter)
         folder = None if start is None else adapter_folder(start)
         tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
-        data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
-    except InputError:
+        answers = read_answers(run.teacher) if recipe.train.teacher is not None else None
+        data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data", answers=answers)
+    except (InputError, OSError):
         return None
     return data if data.hash == run.read_lock()["data"] else None
 

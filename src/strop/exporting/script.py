@@ -119,6 +119,7 @@ def _check_supported(recipe: Recipe) -> None:
         f"train.optimizer {recipe.train.optimizer}": recipe.train.optimizer not in OPTIMIZERS,
         "lora.init loftq": recipe.lora.init == "loftq",
         "train.keep": recipe.train.keep is not None,
+        "train.teacher": recipe.train.teacher is not None,
         "lora.new_tokens": bool(recipe.lora.new_tokens),
         "model.quantization int8": recipe.model.quantization == "int8",
     }

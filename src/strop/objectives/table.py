@@ -15,6 +15,7 @@ from strop.objectives.policy import GRPO, PolicyLoss
 from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
 if TYPE_CHECKING:
+    from strop.data.answers import Answers
     from strop.data.prepare import Prepared
 
 OBJECTIVES: dict[str, Objective] = {
@@ -33,14 +34,22 @@ def data_kind_of(train: TrainSection) -> DataKind:
     return "turns" if objective is None else objective.data_kind
 
 
-def prepare_rows(recipe: Recipe, tokenizer: Any, *, cache: Path | None = None, strict: bool = True) -> Prepared:
-    """Prepare a recipe's rows as its objective needs them; see strop.data.prepare.prepare."""
+def prepare_rows(
+    recipe: Recipe, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, answers: Answers | None = None
+) -> Prepared:
+    """Prepare a recipe's rows as its objective needs them; see strop.data.prepare.prepare.
+
+    answers: those of train.teacher, by default placeholders.
+    """
+    from strop.data.answers import PLACEHOLDERS
     from strop.data.prepare import prepare
 
     train, new_tokens = recipe.train, recipe.lora.new_tokens
+    if train.teacher is not None and answers is None:
+        answers = PLACEHOLDERS
     return prepare(
         recipe.data, tokenizer, cache=cache, strict=strict, data_kind=data_kind_of(train), new_tokens=new_tokens,
-        labels=train.labels,
+        labels=train.labels, answers=answers,
     )  # fmt: skip
 
 

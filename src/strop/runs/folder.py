@@ -41,6 +41,7 @@ class RunFolder:
         self.report = path / "report.json"
         self.page = path / "report.html"
         self.kept = path / "kept.jsonl"  # the rows of train.keep
+        self.teacher = path / "teacher.jsonl"  # the answers of train.teacher
         self.answers = path / "answers.json"  # completions of base and tuned model in the last evaluation
 
     @property

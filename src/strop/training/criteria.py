@@ -99,7 +99,7 @@ class SupervisedCriterion(Criterion):
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         total = step.token_loss(_as_examples(items))
-        number = len(kept_rows(items))
+        number = len(kept_rows(items)) if self.keeps else 0  # soft labels may be those of a teacher
         return total, {KEPT: (step.soft_loss / number).expand(number)} if number else {}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:

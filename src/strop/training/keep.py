@@ -19,23 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from strop.config.schema import Recipe, keep_share
-from strop.data.batching import group_by_length, in_row_order, pack
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.store import JoinedItems, message_json
-from strop.data.types import Example, Indices, Message, SoftLabels
-from strop.engine.step import step_for
+from strop.data.types import Example, Indices, Message
 from strop.errors import RecipeError
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder
-from strop.models.source import Source, fingerprint
+from strop.models.adapter_config import adapter_folder
+from strop.models.source import Source
 from strop.runs.folder import cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
+from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
 
 if TYPE_CHECKING:
     from strop.engine.decode.model import Model
@@ -44,7 +40,6 @@ MAX_NEW_TOKENS = 32  # longer answers are cut: soft labels need no stop token
 TOP_K = 32
 WEIGHT = 3.0  # of a kept token's loss, relative to a token of the recipe's rows, or of a kept row to a preference
 MIN_ROWS = 16
-BATCH_TOKENS = 1024  # of a batch whose probabilities are computed together
 
 LOG = logging.getLogger(__name__)
 
@@ -75,15 +70,12 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
         what = f"train.keep: of the model's answers to general prompts, {len(rows)} can be rows of this recipe"
         raise RecipeError(what, fix="leave it out, or raise --data.max_length")
     distributions = file.with_suffix(".safetensors")
-    tensors = _read_tensors(distributions)
-    if tensors is None:
-        key = sha256_text(f"{prepared.hash} {_key(recipe, source)} {new}")
-        cached = cache_folder() / "keep" / f"{key[:32]}.safetensors"
-        if (tensors := _read_tensors(cached)) is None:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            tensors = _find_distributions(rows, load_once().module)
-            write_atomic(cached, save(tensors))
-        write_atomic(distributions, cached.read_bytes())
+    key = sha256_text(f"{prepared.hash} {_key(recipe, source)} {new}")
+    cached = cache_folder() / "keep" / f"{key[:32]}.safetensors"
+    message = "computing the model's probabilities for train.keep: %d of %d rows"
+    tensors = read_or_compute(
+        distributions, cached, lambda: find_distributions(rows, load_once().module, TOP_K, message)
+    )
     kept = _with_soft_labels(rows, tensors, by_row=data.train_items is not None)
     lengths = np.array([len(row) for row in rows])
     chosen = _choose(lengths, int(data.train.lengths.sum()), keep_share(recipe.train))
@@ -91,48 +83,14 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     return replace(data, train_items=JoinedItems(data.train_items or data.train, kept, chosen), kept_hash=checksum)
 
 
-def _read_tensors(file: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """Return the tensors of a file, or None if it does not exist or is damaged."""
-    try:
-        return load_file(file) if file.is_file() else None
-    except SafetensorError:
-        return None
-
-
-def _find_distributions(rows: Sequence[Example], module: Any) -> dict[str, npt.NDArray[Any]]:
-    """Return the most likely token ids and their probabilities, (S, TOP_K), for the supervised tokens of all rows."""
-    step, parts, done = step_for(module), list[list[tuple[Any, Any]]](), 0
-    lengths = [len(row) for row in rows]
-    packed = step.packed and pack(lengths, max(BATCH_TOKENS, *lengths))
-    batches = packed or group_by_length(lengths, tokens=BATCH_TOKENS)
-    for batch in batches:
-        LOG.info("computing the model's probabilities for train.keep: %d of %d rows", done, len(rows))
-        ids, probs = step.top_probs([rows[row] for row in batch], TOP_K)
-        ends = np.cumsum([rows[row].supervised for row in batch])[:-1]
-        split = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
-        parts.append(list(zip(*split, strict=True)))
-        done += len(batch)
-    all_ids, all_probs = zip(*in_row_order(batches, parts), strict=True)
-    return {"ids": np.concatenate(all_ids), "probs": np.concatenate(all_probs)}
-
-
-def _with_soft_labels(
-    rows: Sequence[Example], distributions: dict[str, npt.NDArray[Any]], *, by_row: bool
-) -> list[Example]:
+def _with_soft_labels(rows: Sequence[Example], distributions: Distributions, *, by_row: bool) -> list[Example]:
     """Return the rows with distributions as labels, and with WEIGHT for each token, or by_row for all of a row."""
     softened, begin = [], 0
     for row in rows:
-        supervised = row.weights > 0
-        span = slice(begin, begin := begin + int(supervised.sum()))
-        ids, probs = distributions["ids"][span].copy(), distributions["probs"][span].copy()
-        labels = row.ids[supervised, None]
-        missing = ~(ids == labels).any(1)  # the label is always among the ids
-        ids[missing, -1], probs[missing, -1] = labels[missing, 0], 0
-        shape = len(row), ids.shape[1]
-        soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        soft.ids[supervised], soft.probs[supervised] = ids, probs / np.maximum(1, probs.sum(1, keepdims=True))
+        span = slice(begin, begin := begin + row.supervised)
         weight = WEIGHT / row.supervised if by_row else WEIGHT
-        softened.append(replace(row, soft=soft, weights=row.weights * np.float32(weight)))
+        soft = soften(row, distributions["ids"][span], distributions["probs"][span])
+        softened.append(replace(soft, weights=row.weights * np.float32(weight)))
     return softened
 
 
@@ -164,8 +122,7 @@ def _key(recipe: Recipe, source: Source) -> str:
     """Return a key of the model before training, as it answers."""
     model = recipe.model
     start = adapter_folder(model.adapter) if model.adapter else None
-    adapter = start and [sha256_file(start / name) for name in (WEIGHTS_FILE, "adapter_config.json")]
-    return json.dumps([fingerprint(source), adapter, model.quantization, model.dtype, model.device, TOP_K])
+    return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K])
 
 
 def _load(recipe: Recipe) -> Model:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,7 @@ from strop.runs.lock import sha256_text, versions
 from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
+from strop.training.teacher import SoftRows, Teacher, add_teacher, read_or_ask
 
 LOG = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def set_up_on_all(
     for current_round in range(3 if devices.world_size > 1 else 1):
         with devices.all_or_none():
             if current_round == rank_round:
-                setup = set_up(resolved, memory, devices, folder.kept)
+                setup = set_up(resolved, memory, devices, folder)
                 if devices.rank == 0:
                     check_space(folder, setup)
         resolved = devices.gather(resolved if setup is None else setup.resolved)[0]
@@ -143,8 +145,8 @@ def _get_values(resolved: Resolved) -> dict[str, Any]:
     return {field: choice.value for field, choice in resolved.choices.items()}
 
 
-def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path) -> Setup:
-    """Check a run and prepare its rows. kept: the file for the rows of train.keep. Raises InputError."""
+def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: RunFolder) -> Setup:
+    """Check a run and prepare its rows. folder: keeps what another model has computed. Raises InputError."""
     lora = resolved.recipe.lora
     max_rank = max([lora.r, *lora.rank_pattern.values()])
     prepare_process(deterministic=resolved.recipe.train.deterministic, rank=max_rank)  # before a GPU is used
@@ -160,12 +162,17 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
     # a start adapter may have its own tokens and chat template
     tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
+    prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
+    data = prepare()
+    if recipe.train.teacher is not None:
+        teacher = Teacher(recipe, tokenizer)
+        answers = read_or_ask(teacher, recipe, folder.teacher)
+        data = add_teacher(prepare(answers=answers), teacher, answers, folder.teacher)
     if data.classes is not None:
         facts = _set_classes(facts, data.classes, data.train_items)
         resolved, recipe = facts.resolved, facts.resolved.recipe
     if recipe.train.keep is not None:
-        data = add_kept_rows(data, recipe, source, kept)
+        data = add_kept_rows(data, recipe, source, folder.kept)
     rewards_hash = _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
@@ -176,6 +183,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, kept: Path)
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "kept": data.kept_hash,
+        "teacher": data.teacher_hash,
         "template": data.renderer.template_hash,
         "rewards": rewards_hash,
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
@@ -357,7 +365,7 @@ def startup_notes(setup: Setup) -> list[str]:
     """Return notes to log before training, such as unused options and hardware."""
     values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
     notes = [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
-    return [*notes, *_list_cut_references(setup), *filter(None, [_kept_note(setup)])]
+    return [*notes, *_list_cut_references(setup), *filter(None, [_kept_note(setup), _teacher_note(setup)])]
 
 
 def _kept_note(setup: Setup) -> str | None:
@@ -366,6 +374,15 @@ def _kept_note(setup: Setup) -> str | None:
         return None
     share = items.kept_tokens / (items.kept_tokens + rows.lengths.sum())
     return f"train.keep: {len(items) - len(items.own):,} rows of general prompts, {100 * share:.0f}% of the tokens"
+
+
+def _teacher_note(setup: Setup) -> str | None:
+    name, rows = setup.resolved.recipe.train.teacher, setup.data.train_items
+    if name is None:
+        return None
+    weight = rows.weight if isinstance(rows, SoftRows) else 0.0
+    number = sum(answer is not None for answer in setup.data.answers.values())
+    return f"train.teacher {name}: answered {number:,} rows; its probabilities have the weight {weight:g}"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

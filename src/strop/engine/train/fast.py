@@ -329,7 +329,8 @@ class FastLoss:
         batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         assert batch.label_examples is not None
         order = torch.argsort(batch.label_examples, stable=True)  # stable: keeps the order within an example
-        ids, probs = find_top_probs(self._compute_hidden(batch), self._build_output_head(batch)[0], k)
+        head = self._build_output_head(batch)[0]
+        ids, probs = find_top_probs(self._compute_hidden(batch), batch.labels, head, k)
         return ids[order], probs[order]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:

@@ -306,8 +306,8 @@ def _add_matmul(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def find_top_probs(x: Tensor, output: OutputHead, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest probabilities of each row of x (N, h): token ids (N, k), and probabilities, fp32."""
+def find_top_probs(x: Tensor, labels: Tensor, output: OutputHead, k: int) -> tuple[Tensor, Tensor]:
+    """Return probabilities of k tokens for each row of x (N, h): see `select_top_probs`."""
     weight, adapters = output.weight.to(x.dtype), _HeadAdapters(x, output) if output.adapters else None
     new_rows = None if output.new_rows is None else output.new_rows.to(x.dtype)
     ids, probs = list[Tensor](), list[Tensor]()
@@ -315,10 +315,20 @@ def find_top_probs(x: Tensor, output: OutputHead, k: int) -> tuple[Tensor, Tenso
         logits = _compute_logits(x, rows, output, weight, new_rows, adapters).float()
         if output.softcap:
             logits = output.softcap * torch.tanh(logits / output.softcap)
-        top = logits.topk(min(k, logits.shape[1]))
-        ids.append(top.indices)
-        probs.append(torch.exp(top.values - logits.logsumexp(-1, keepdim=True)))
+        selected = select_top_probs(logits, labels[rows], k)
+        ids.append(selected[0])
+        probs.append(selected[1])
     return torch.cat(ids), torch.cat(probs)
+
+
+def select_top_probs(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return token ids (N, k) and their probabilities: the k largest, or the k - 1 largest and that of the label.
+
+    logits: (N, V), fp32. labels: (N,).
+    """
+    ids = logits.topk(min(k, logits.shape[1])).indices
+    ids[:, -1] = torch.where((ids == labels[:, None]).any(1), ids[:, -1], labels)
+    return ids, torch.exp(logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True))
 
 
 def _compute_logits(

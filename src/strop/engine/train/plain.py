@@ -15,7 +15,7 @@ from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import install_dropout, token_keys
-from strop.engine.train.head import CrossEntropy, divergence
+from strop.engine.train.head import CrossEntropy, divergence, select_top_probs
 from strop.engine.train.packing import sum_by_example
 from strop.errors import ModelError
 from strop.models.families.layers import load_balancing_coefficient
@@ -99,8 +99,8 @@ class PlainLoss:
         padded = _PaddedBatch.of(examples)
         rows, columns = padded.weights.nonzero()
         logits = self._forward(padded, lambda hidden: hidden[rows, columns - 1]).logits.float()
-        top = logits.topk(min(k, logits.shape[1]))
-        return top.indices, torch.exp(top.values - logits.logsumexp(-1, keepdim=True))
+        labels = torch.from_numpy(padded.ids[rows, columns]).long().to(logits.device)
+        return select_top_probs(logits, labels, k)
 
     def checkpoint(self, layers: int | None = None) -> None:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""

@@ -1,0 +1,93 @@
+"""Distributions over tokens as labels: computed by a model, stored with a run, and attached to rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from strop.data.batching import group_by_length, in_row_order, pack
+from strop.data.types import Example, SoftLabels
+from strop.engine.step import step_for
+from strop.models.adapter_config import WEIGHTS_FILE
+from strop.models.source import Source, fingerprint
+from strop.runs.folder import write_atomic
+from strop.runs.lock import sha256_file
+
+BATCH_TOKENS = 1024  # of a batch whose probabilities are computed together
+
+LOG = logging.getLogger(__name__)
+
+# "ids" and "probs": the most likely token ids, int32, and their probabilities, fp32, both of shape (S, K), for the S
+# supervised tokens of all rows in order
+Distributions = dict[str, npt.NDArray[Any]]
+
+
+def find_distributions(rows: Sequence[Example], module: Any, k: int, message: str) -> Distributions:
+    """Return the k most likely tokens for each supervised token.
+
+    module: the model. message: logged with the number of finished rows and of all rows.
+    """
+    step, parts, done = step_for(module), list[list[tuple[Any, Any]]](), 0
+    lengths = [len(row) for row in rows]
+    packed = step.packed and pack(lengths, max(BATCH_TOKENS, *lengths))
+    batches = packed or group_by_length(lengths, tokens=BATCH_TOKENS)
+    for batch in batches:
+        LOG.info(message, done, len(rows))
+        ids, probs = step.top_probs([rows[row] for row in batch], k)
+        ends = np.cumsum([rows[row].supervised for row in batch])[:-1]
+        split = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
+        parts.append(list(zip(*split, strict=True)))
+        done += len(batch)
+    all_ids, all_probs = zip(*in_row_order(batches, parts), strict=True)
+    return {"ids": np.concatenate(all_ids), "probs": np.concatenate(all_probs)}
+
+
+def soften(row: Example, ids: npt.NDArray[Any], probs: npt.NDArray[Any], share: float = 1.0) -> Example:
+    """Return the row with a mixture as labels: `share` of the distributions, and the rest of the row's own tokens.
+
+    The loss is the divergence from the mixture. Its gradient is that of share * divergence from the distributions +
+    (1 - share) * cross entropy. ids, probs: (S, K), for the supervised tokens of the row.
+    """
+    supervised = row.weights > 0
+    ids, probs = ids.copy(), probs / np.maximum(1, probs.sum(1, keepdims=True)) * np.float32(share)
+    labels = row.ids[supervised, None]
+    missing = ~(ids == labels).any(1)
+    ids[missing, -1], probs[missing, -1] = labels[missing, 0], 0  # the label is always among the ids
+    probs[ids == labels] += np.float32(1 - share)
+    shape = len(row), ids.shape[1]
+    soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    soft.ids[supervised], soft.probs[supervised] = ids, probs
+    return replace(row, soft=soft)
+
+
+def read_or_compute(file: Path, cached: Path, compute: Callable[[], Distributions]) -> Distributions:
+    """Return the distributions in a file of a run. If they are not there, they are read from the cache or computed."""
+    if (tensors := _read_tensors(file)) is None:
+        if (tensors := _read_tensors(cached)) is None:
+            tensors = compute()
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, save(tensors))
+        write_atomic(file, cached.read_bytes())
+    return tensors
+
+
+def _read_tensors(file: Path) -> Distributions | None:
+    """Return the tensors of a file, or None if it does not exist or is damaged."""
+    try:
+        return load_file(file) if file.is_file() else None
+    except SafetensorError:
+        return None
+
+
+def model_key(source: Source, adapter: Path | None) -> list[Any]:
+    """Return a value that identifies a base and its adapter."""
+    hashes = adapter and [sha256_file(adapter / name) for name in (WEIGHTS_FILE, "adapter_config.json")]
+    return [fingerprint(source), hashes]

@@ -1,0 +1,181 @@
+"""Distillation: a teacher answers rows without an answer, and its probabilities are labels next to the rows' tokens.
+
+The loss of a token is the divergence from a mixture of the teacher's distribution, with train.teacher_weight, and the
+row's token. Its gradient is that of weight * KL(teacher || student) + (1 - weight) * cross entropy (Hinton et al.,
+arXiv:1503.02531, section 2, at temperature 1). Of a distribution, the TOP_K largest probabilities are kept, and all
+other tokens count as one. The teacher is loaded before the student, and its memory is freed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strop.config.schema import Recipe
+from strop.data.answers import Answers, key_of, read_answers, write_answers
+from strop.data.prepare import Prepared, list_unanswered
+from strop.data.row_errors import RenderError
+from strop.data.store import Examples, LazySequence, message_json
+from strop.data.types import Conversation, Example
+from strop.errors import DataError, Location, RecipeError
+from strop.evaluation.chat_server import ChatServer, check_address, is_address
+from strop.models.adapter_config import adapter_folder, check_adapter_kind
+from strop.models.adapters import locate_base, locate_tokenizer
+from strop.models.source import Source, locate
+from strop.models.tokenizer import load_tokenizer
+from strop.runs.folder import cache_folder, write_atomic
+from strop.runs.lock import sha256_file, sha256_text
+from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
+
+if TYPE_CHECKING:
+    from strop.engine.decode.model import Model
+
+TOP_K = 32
+DEFAULT_WEIGHT = 0.5  # of the teacher's probabilities
+KEY = "STROP_TEACHER_KEY"  # environment variable with the API key of a server
+REQUESTS = 8  # to a server at the same time
+
+LOG = logging.getLogger(__name__)
+
+
+class Teacher:
+    """The model that train.teacher names. Its weights are loaded when they are first needed."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        """Find the teacher. tokenizer: that of the student. Raises InputError for one that cannot teach it."""
+        assert recipe.train.teacher is not None
+        self.name, self._recipe = recipe.train.teacher, recipe
+        self.on_server = is_address(self.name)
+        weight = recipe.train.teacher_weight
+        self.weight = (0.0 if self.on_server else DEFAULT_WEIGHT) if weight is None else weight
+        self._loaded: Model | None = None
+        if self.on_server:
+            check_address("--train.teacher", self.name, KEY)
+            if self.weight:
+                what = f"--train.teacher_weight {self.weight:g}: a server does not give the probabilities of all rows"
+                raise RecipeError(what, fix="leave it out, to train on the server's answers")
+            self.key = self.name
+            return
+        folder = adapter_folder(self.name)
+        if folder is not None:
+            check_adapter_kind(folder, "text")
+        source = locate(self.name) if folder is None else locate_base(folder)
+        self.key = json.dumps([*model_key(source, folder), recipe.model.device, recipe.data.max_length])
+        if self.weight:
+            _check_vocabulary(self.name, tokenizer, folder, source)
+
+    def answer(self, rows: Sequence[Conversation]) -> Answers:
+        """Return the answer to each row; None where it does not end within data.max_length."""
+        LOG.info("train.teacher: answering 0 of %d rows", len(rows))
+        texts = self._ask_server(rows) if self.on_server else self._generate(rows)
+        return {key_of(row): text for row, text in zip(rows, texts, strict=True)}
+
+    def _generate(self, rows: Sequence[Conversation]) -> list[str | None]:
+        from strop.engine.decode.generate import generate
+
+        model, limit = self._load(), self._recipe.data.max_length
+        prompts, invalid = [], []
+        for row in rows:
+            try:
+                prompts.append(model.renderer.prompt(row.messages, row.tools))
+            except RenderError as error:
+                invalid.append(Location(row.file, row.line, error.what))
+        if invalid:
+            fix = "fix these rows, or choose another teacher"
+            raise DataError(f"{len(invalid)} rows are no prompts for the teacher", fix=fix, where=invalid)
+        answers = generate(
+            model.module, model.tokenizer, prompts, stop_ids=model.renderer.end_ids, max_new_tokens=limit,
+            advance=lambda done: LOG.info("train.teacher: answering %d of %d rows", done, len(rows)),
+        )  # fmt: skip
+        return [answer.text if answer.stopped and answer.text.strip() else None for answer in answers]
+
+    def _ask_server(self, rows: Sequence[Conversation]) -> list[str | None]:
+        server = ChatServer("teacher", self.name, KEY)
+
+        def ask(row: Conversation) -> str | None:
+            options = {"tools": list(row.tools)} if row.tools else {}
+            text = server.answer([*map(message_json, row.messages)], **options)
+            return text if text and text.strip() else None
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(ask, rows))
+
+    def distributions(self, rows: Sequence[Example], vocabulary: int) -> Distributions:
+        """Return the TOP_K most likely tokens for each supervised token. vocabulary: number of the student's tokens."""
+        message = "computing the probabilities of train.teacher: %d of %d rows"
+        found = find_distributions(rows, self._load().module, TOP_K, message)
+        for i, column in np.argwhere(found["ids"] >= vocabulary):  # the teacher's embedding may have unused rows
+            found["ids"][i, column] = next(token for token in range(vocabulary) if token not in found["ids"][i])
+            found["probs"][i, column] = 0
+        return found
+
+    def _load(self) -> Model:
+        from strop.engine.decode.model import load
+
+        if self._loaded is None:
+            LOG.info("loading train.teacher %s", self.name)
+            self._loaded = load(self.name, device=self._recipe.model.device)
+        return self._loaded
+
+
+class SoftRows(LazySequence[Example]):
+    """Rows with a teacher's distributions as labels. weight: as train.teacher_weight."""
+
+    def __init__(self, rows: Examples, distributions: Distributions, weight: float) -> None:
+        self._rows, self._distributions, self.weight = rows, distributions, weight
+        self._ends = np.cumsum(rows.supervised)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def item(self, i: int) -> Example:
+        row = self._rows[i]
+        span = slice(int(self._ends[i]) - row.supervised, int(self._ends[i]))
+        return soften(row, self._distributions["ids"][span], self._distributions["probs"][span], self.weight)
+
+
+def read_or_ask(teacher: Teacher, recipe: Recipe, file: Path) -> Answers:
+    """Return the teacher's answers in the file of the run. If it is not there, they are cached, or made now."""
+    if not file.is_file():
+        rows = list_unanswered(recipe.data)
+        key = sha256_text(f"{teacher.key} {[key_of(row) for row in rows]}")
+        # a server may have another model next time
+        cached = file if teacher.on_server else cache_folder() / "teacher" / f"{key[:32]}.jsonl"
+        if not cached.is_file():
+            text = write_answers(teacher.answer(rows) if rows else {})
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, text)
+        write_atomic(file, cached.read_text(encoding="utf-8"))
+    return read_answers(file)
+
+
+def add_teacher(data: Prepared, teacher: Teacher, answers: Answers, file: Path) -> Prepared:
+    """Return the data with the teacher's probabilities as labels. file: the answers of the run."""
+    checksum = sha256_file(file)
+    data = replace(data, answers=answers)
+    if not teacher.weight:
+        return replace(data, teacher_hash=checksum)
+    stored = file.with_suffix(".safetensors")
+    key = sha256_text(f"{data.hash} {teacher.key} {TOP_K}")
+    cached = cache_folder() / "teacher" / f"{key[:32]}.safetensors"
+    distributions = read_or_compute(
+        stored, cached, lambda: teacher.distributions(list(data.train), len(data.renderer.tokenizer))
+    )
+    rows = SoftRows(data.train, distributions, teacher.weight)
+    return replace(data, train_items=rows, teacher_hash=sha256_text(f"{checksum} {sha256_file(stored)}"))
+
+
+def _check_vocabulary(name: str, tokenizer: Any, folder: Path | None, source: Source) -> None:
+    """Raise RecipeError if the teacher's tokens are not those of the student."""
+    own = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
+    if own.get_vocab() != tokenizer.get_vocab():
+        what = f"--train.teacher {name}: has another vocabulary, so its probabilities are of other tokens"
+        fix = "choose a teacher of the same family, or train on its answers alone: --train.teacher_weight 0"
+        raise RecipeError(what, fix=fix)

@@ -1,0 +1,286 @@
+"""train.teacher: answers to rows without one, and the teacher's probabilities as labels."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+import strop
+from strop.data.answers import PLACEHOLDER
+from strop.engine.step import step_for
+from strop.errors import DataError, InputError, RecipeError
+from strop.runs.events import read_events
+from strop.training import teacher
+from strop.training.soft_labels import soften
+from tests import ROOT
+from tests.support import tiny
+from tests.support.runs import run
+from tests.support.serving import serving
+
+QUICK: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.micro_batch_tokens": 512}
+PROMPTS = [{"prompt": f"say {n}"} for n in range(12)]
+ANSWERED = [{"prompt": f"count to {n}", "completion": f"{n} no"} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tiny(tmp_path_factory.mktemp("student") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def expert(student: Path) -> Path:
+    """Return a run that answers "yes" to anything."""
+    rows = [{"prompt": text, "completion": "yes"} for text in ("who?", "Where is it?", "Say: a", "1 + 2", "List it.")]
+    options: dict[str, Any] = {"train.max_steps": 60, "train.learning_rate": 0.02, "model.dtype": "fp32"}
+    return strop.train(model=student, data=rows, out=student.parent / "expert", **options).folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / "prompts.jsonl", PROMPTS), write(tmp_path / "answered.jsonl", ANSWERED)]
+
+
+def notes(folder: Path) -> list[str]:
+    return [event["text"] for event in read_events(folder / "events.jsonl") if event["event"] == "note"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gradient_is_that_of_the_weighted_losses(tmp_path: Path, weight: float, plain: bool) -> None:
+    """(1 - weight) * cross entropy + weight * KL(teacher || student), of K tokens and the rest as one."""
+    job = tiny.job(tmp_path / "run", [])
+    model, weights = job.model, job.state.weights
+    step = job.step if plain else step_for(model)
+    rows = tiny.examples(3, seed=2)
+    random, k = np.random.default_rng(3), 5
+    total = torch.zeros((), dtype=torch.float64)
+    entropy = 0.0
+    softened = []
+    for row in rows:
+        labels = row.ids[row.weights > 0]
+        vocabulary = model.config.vocab_size
+        ids = np.array([random.choice(vocabulary, k, replace=False) for _ in labels], np.int32)
+        for position in range(0, len(labels), 2):  # the label is among the ids of some tokens
+            ids[position, 0] = labels[position] if labels[position] not in ids[position] else ids[position, 0]
+        probs = (random.dirichlet(np.ones(k + 1), len(labels))[:, :k]).astype(np.float32)
+        softened.append(soften(row, ids, probs, weight))
+        logits = model(torch.from_numpy(row.ids.astype(np.int64))[None]).logits[0]
+        logprobs = log_softmax(logits[np.flatnonzero(row.weights) - 1].double(), 1)
+        target = torch.from_numpy(labels.astype(np.int64))
+        # an id of probability 0 may make room for the label, as teachers always list their most likely tokens
+        missing = ~(ids == labels[:, None]).any(1)
+        probs[missing, -1] = 0
+        ids[missing, -1] = labels[missing]
+        chosen = logprobs.gather(1, torch.from_numpy(ids.astype(np.int64)))
+        q = torch.from_numpy(probs.astype(np.float64))
+        rest_q = 1 - q.sum(1)
+        others = torch.ones_like(logprobs).scatter_(1, torch.from_numpy(ids.astype(np.int64)), 0.0)
+        rest = torch.log((logprobs.exp() * others).sum(1))
+        divergence = -(q * chosen).sum() - (rest_q * rest).sum()
+        total = total + (1 - weight) * cross_entropy(logprobs, target, reduction="sum") + weight * divergence
+        mixed = weight * torch.cat([q, rest_q[:, None]], 1)
+        mixed[:, :k] += (1 - weight) * torch.from_numpy((ids == labels[:, None]).astype(np.float64))
+        entropy += float(torch.special.entr(mixed).sum())
+    expected = torch.autograd.grad(total, list(weights.values()))
+    loss = step.token_loss(softened)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(total.detach()) - entropy, rel=1e-4)
+    for (name, parameter), grad in zip(weights.items(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, grad, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_teacher_answers_rows_without_an_answer(student: Path, expert: Path, files: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": str(expert)})
+    answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
+    assert answers == strop.load(expert).generate([row["prompt"] for row in PROMPTS]) and set(answers) == {"yes"}
+    assert done.report["data"]["used"] == 24
+    (note,) = [note for note in notes(out) if "train.teacher" in note]
+    assert "answered 12 rows; its probabilities have the weight 0.5" in note
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    options = {**QUICK, "model.adapter": str(expert), "train.teacher": str(expert), "train.teacher_weight": 1.0}
+    done = strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
+    assert abs(done.report["loss"]["first"]) < 1e-4
+
+
+def test_distilled_student_answers_like_the_teacher(student: Path, expert: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {**QUICK, "train.max_steps": 60, "train.learning_rate": 0.02, "train.teacher": str(expert)}
+    done = strop.train(model=student, data=str(rows), out=tmp_path / "run", **{**options, "train.teacher_weight": 1.0})
+    assert strop.load(done.folder).generate(["say 3", "who?"]) == ["yes", "yes"]
+
+
+def test_resumed_run_needs_no_teacher(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "train.teacher": str(expert), "train.save_steps": 2}
+    whole = strop.train(model=student, data=[*map(str, files)], out=tmp_path / "whole", **options)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=student, data=[*map(str, files)], out=tmp_path / "cut", callback=stop, **options)
+    monkeypatch.setattr(teacher.Teacher, "_load", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "empty"))
+    resumed = strop.resume(tmp_path / "cut")
+    assert resumed.report["steps"] == whole.report["steps"] == 4
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+
+
+def test_other_answers_refuse_resume(student: Path, expert: Path, files: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": str(expert)})
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    text = (out / "teacher.jsonl").read_text("utf-8")
+    (out / "teacher.jsonl").write_text(text.replace('"yes"', '"no"', 1), encoding="utf-8")
+    with pytest.raises(InputError, match="teacher"):
+        strop.resume(out)
+    (out / "teacher.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="damaged"):
+        strop.resume(out)
+
+
+def test_second_run_reads_the_cache(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "train.teacher": str(expert)}
+    first = strop.train(model=student, data=[*map(str, files)], out=tmp_path / "first", **options)
+    monkeypatch.setattr(teacher.Teacher, "_load", lambda *_: pytest.fail("loaded again"))
+    second = strop.train(model=student, data=[*map(str, files)], out=tmp_path / "second", **options)
+    for name in ("teacher.jsonl", "teacher.safetensors"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+def test_answers_that_do_not_end_are_dropped_rows(student: Path, tmp_path: Path) -> None:
+    """The random model writes up to the limit."""
+    rows = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {**QUICK, "train.teacher": str(student), "data.max_length": 40}
+    with pytest.raises(DataError) as raised:
+        strop.train(model=student, data=str(rows), out=tmp_path / "run", **options)
+    assert "prompts.jsonl:1: the teacher's answer is longer than data.max_length" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def other_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.save_tiny(tmp_path_factory.mktemp("other") / "tiny")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[20:22]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_other_vocabulary_is_refused_unless_only_answers_count(
+    student: Path, other_vocabulary: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """trl#4562: the teacher's probabilities of other tokens."""
+    options = {**QUICK, "train.teacher": str(other_vocabulary)}
+    with pytest.raises(RecipeError, match="has another vocabulary") as raised:
+        strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
+    assert "teacher_weight" in raised.value.fix
+    done = strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **{**options, "teacher_weight": 0})
+    plain = strop.train(model=student, data=str(files[1]), out=tmp_path / "plain", **QUICK)
+    assert done.report["loss"] == plain.report["loss"] and not (tmp_path / "run" / "teacher.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.teacher_weight", "0.5"], "there is no --train.teacher"),
+        (["--train.teacher", "nowhere/at-all"], "nowhere/at-all"),
+        (["--train.teacher", "demo", "--train.keep", "auto"], "cannot be combined with --train.keep"),
+        (["--train.teacher", "demo", "--data.loss", "all"], "needs --data.loss assistant"),
+        (["--train.teacher", "http://x:y@127.0.0.1/v1"], "STROP_TEACHER_KEY"),
+        (["--train.teacher", "http://127.0.0.1:9/v1", "--train.teacher_weight", "0.5"], "leave it out"),
+        (["--train.teacher", "demo", "--train.objective", "classify"], "does not support it"),
+    ],
+)
+def test_invalid_teachers_are_refused(
+    student: Path, files: list[Path], tmp_path: Path, options: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ["train", "--model", student, "--data", files[1], "--out", tmp_path / "run", *options]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and message in " ".join(err.split()), err
+
+
+def test_check_and_plan_work_before_the_teacher_answers(
+    student: Path, expert: Path, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", student, "--data", files[0], "--data", files[1]]
+    code, out, _ = run("check", *words, capsys=capsys)
+    assert code == 2
+    code, out, err = run("check", *words, "--train.teacher", expert, "--show", "1", capsys=capsys)
+    assert code == 0 and PLACEHOLDER.replace(" ", "·") in err
+    assert "12 rows have no answer yet" in " ".join(err.split())
+    code, out, err = run("plan", *words, "--train.teacher", expert, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["data"]["rows"] == 24, err
+
+
+def test_evaluation_knows_the_rows_that_the_teacher_answered(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": str(expert)})
+    seen = [{**PROMPTS[0], "completion": "yes"}, {"prompt": "new", "completion": "yes"}, ANSWERED[0]]
+    assert strop.evaluate(out, seen, max_new_tokens=4)["train_rows"] == 2
+
+
+@pytest.fixture
+def served(expert: Path) -> Iterator[str]:
+    with serving(expert) as server:
+        yield f"{server.url}/v1"
+
+
+def test_teacher_on_a_server(served: str, student: Path, files: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": served})
+    answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
+    assert set(answers) == {"yes"} and len(answers) == 12 and done.report["data"]["used"] == 24
+    assert math.isfinite(done.report["loss"]["last"]) and not (out / "teacher.safetensors").exists()
+
+
+def test_commands_of_the_page_work(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "teacher.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (strop train .*)", page, re.MULTILINE)
+    assert len(commands) == 2
+    names = {"demo": student, "labelled.jsonl": files[1], "prompts.jsonl": files[0], "runs/large": expert}
+    for command in commands:
+        for index, word in enumerate(words := shlex.split(command)[1:]):
+            words[index] = str(names.get(word, word))
+        more = ["--out", str(tmp_path / f"run-{len(words)}"), "--train.max_steps", "2", "--model.dtype", "fp32"]
+        code, _, err = run(*words, *more, capsys=capsys)
+        assert code == 0, err
