@@ -48,8 +48,8 @@ from strop.evaluation.metrics import (
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind
-from strop.models.adapters import locate_base, locate_tokenizer, read_classes, read_identity
+from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind, read_identity
+from strop.models.adapters import locate_base, locate_tokenizer, read_classes
 from strop.models.load import refuse_classifier
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from strop.errors import ModelError, RecipeError
 from strop.exporting.adapter_weights import find_non_lora, find_targets, read_weights
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder, find_adapter_folder, read_adapter_config
-from strop.models.adapters import (
+from strop.models.adapter_config import (
     STROP_FILE,
-    attach_adapter,
-    check_adapter_base,
-    check_adapter_weights,
-    locate_base,
+    WEIGHTS_FILE,
+    adapter_folder,
+    find_adapter_folder,
+    read_adapter_config,
     read_base_name,
     read_identity,
 )
+from strop.models.adapters import attach_adapter, check_adapter_base, check_adapter_weights, locate_base
 from strop.models.experts import split_by_expert
 from strop.models.load import load_base
 from strop.models.source import read_safetensors_header

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format_card, hub_id
-from strop.models.adapter_config import adapter_folder, read_adapter_config
-from strop.models.adapters import STROP_FILE, check_adapter_weights, read_base_name, read_identity
+from strop.models.adapter_config import STROP_FILE, adapter_folder, read_adapter_config, read_base_name, read_identity
+from strop.models.adapters import check_adapter_weights
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:

@@ -41,6 +41,7 @@ from strop.models.adapter_config import (
     check_adapter_kind,
     find_adapter_folder,
     read_adapter_config,
+    read_identity,
 )
 from strop.models.adapters import (
     attach_adapter,
@@ -50,7 +51,6 @@ from strop.models.adapters import (
     locate_tokenizer,
     make_renderer,
     read_classes,
-    read_identity,
     restore_precision,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names

@@ -31,7 +31,7 @@ from strop.errors import ModelError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.llama_cpp import make_sample_conversations
 from strop.exporting.merge import TunedModel
-from strop.models.adapters import read_identity
+from strop.models.adapter_config import read_identity
 from strop.runs.folder import check_new_output, exclusive_output, new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"

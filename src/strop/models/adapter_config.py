@@ -16,6 +16,7 @@ from strop.models.tokenizer import trained_token_texts
 from strop.runs.folder import RunFolder, is_run, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
 AdapterKind = Literal["text", "reward", "classifier"]  # generates text, scores answers, or classifies texts
@@ -66,6 +67,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         what = f"{folder}: an adapter that does not act on every token ({field} in its config)"
         raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
     return config
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Return strop.json of an adapter folder, or {} for an adapter that another tool saved."""
+    file = folder / STROP_FILE
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: damaged: {error}", fix="restore it, or use another adapter of the run") from None
+
+
+def read_base_name(folder: Path) -> str | None:
+    """Return the name of an adapter's base as `locate` expects it: a GGUF file, not the folder that PEFT reads."""
+    name, base = read_adapter_config(folder).get("base_model_name_or_path"), read_identity(folder).get("base", {})
+    return str(base["name"] if name == base.get("folder") else name) if name else None
 
 
 def count_outputs(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Classes
 from strop.errors import ModelError
 from strop.models.adapter_config import (
+    STROP_FILE,
     WEIGHTS_FILE,
     AdapterKind,
     check_adapter_fits,
@@ -25,6 +25,8 @@ from strop.models.adapter_config import (
     count_outputs,
     peft_load_errors,
     read_adapter_config,
+    read_base_name,
+    read_identity,
     why_base_changed,
 )
 from strop.models.lora import add_score_head, grow_vocabulary, ignore_peft_warnings, patch_lora_forward
@@ -33,8 +35,6 @@ from strop.models.tensor_files import FLOATS, is_finite
 from strop.models.tokenizer import trained_token_rows
 from strop.runs.folder import new_folder, write_json
 from strop.runs.lock import sha256_file, versions
-
-STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
@@ -60,12 +60,6 @@ def read_classes(folder: Path) -> Classes:
     return Classes(tuple(names), bool(identity.get("several_labels")))
 
 
-def read_base_name(folder: Path) -> str | None:
-    """Return the name of an adapter's base as `locate` expects it: a GGUF file, not the folder that PEFT reads."""
-    name, base = read_adapter_config(folder).get("base_model_name_or_path"), read_identity(folder).get("base", {})
-    return str(base["name"] if name == base.get("folder") else name) if name else None
-
-
 def locate_base(folder: Path) -> Source:
     if name := read_base_name(folder):
         return locate(name)
@@ -77,15 +71,6 @@ def locate_tokenizer(folder: Path, source: Source) -> Source:
     """Return the source of an adapter's tokenizer: the adapter's folder, or its base if no tokenizer is saved there."""
     has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Source(source.name, "folder", folder) if has_own else source
-
-
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Return strop.json of an adapter folder, or {} for an adapter that another tool saved."""
-    file = folder / STROP_FILE
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{file}: damaged: {error}", fix="restore it, or use another adapter of the run") from None
 
 
 def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +25,13 @@ from strop.display.tables import Printed
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
 from strop.machine.rates import generation_dtype
-from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.adapter_config import (
+    adapter_folder,
+    expand_adapter_config,
+    read_adapter_config,
+    read_base_name,
+    read_identity,
+)
 from strop.models.families.shape import (
     LinearKind,
     ModelInfo,
@@ -130,7 +137,7 @@ def make_plan(
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
-    """Plan a run. thorough: also compute `largest` and `suggestions`, which takes most of the time."""
+    """Plan a run. thorough: also plan train.teacher, `largest` and `suggestions`, which takes most of the time."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     resolved = choose_labels(resolved, rows.labels)
@@ -155,7 +162,10 @@ def make_plan(
     rollouts = RolloutLoad.from_recipe(recipe, prompt)
     dtype = generation_dtype(recipe.model.dtype, target.device, target.dtype[0])
     run_phases = predict_phases(workload, batch, evaluation, budget.usable, rollouts, dtype=dtype)
-    needed = max(run_phases[name].needed_bytes for name in ("load", "draw", "train") if name in run_phases)
+    if thorough and (teacher := _plan_teacher(recipe, target, rows)) is not None:
+        run_phases = {"teacher": teacher, **run_phases}
+    before = "teacher", "load", "draw", "train"
+    needed = max(run_phases[name].needed_bytes for name in before if name in run_phases)
     fits = needed <= budget.usable
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
     speed, steps = tokens_per_s(workload, mean_batch, rate), []
@@ -292,6 +302,24 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     if folder is None:
         raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
     return expand_adapter_config(folder, read_adapter_config(folder))
+
+
+def _plan_teacher(recipe: Recipe, target: TargetMachine, rows: Rows) -> Phase | None:
+    """Return the memory that train.teacher needs before training, or None for a server."""
+    name = recipe.train.teacher
+    if name is None or urlsplit(name).scheme in ("http", "https"):
+        return None
+    folder = adapter_folder(name)
+    identity = {} if folder is None else read_identity(folder)
+    options = {
+        "model.name": name if folder is None else read_base_name(folder),
+        "model.quantization": identity.get("quantization") or "none", "model.dtype": identity.get("dtype") or "auto",
+        "model.device": recipe.model.device, "data.train": recipe.data.train, "data.max_length": recipe.data.max_length,
+    }  # fmt: skip
+    resolved = resolve(None, options)
+    adapter = None if folder is None else expand_adapter_config(folder, read_adapter_config(folder))
+    facts = read_model_facts(resolved.recipe)
+    return make_plan(resolved, facts, target, rows=rows, adapter=adapter, thorough=False).phases["evaluate"]
 
 
 def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:

@@ -19,8 +19,8 @@ from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Logits, Mask, NoToken
 from strop.errors import ModelError
-from strop.models.adapter_config import adapter_folder
-from strop.models.adapters import locate_tokenizer, make_renderer, read_identity
+from strop.models.adapter_config import adapter_folder, read_identity
+from strop.models.adapters import locate_tokenizer, make_renderer
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.protocol import ResponseFormat

@@ -35,14 +35,8 @@ from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
 from strop.machine.processes import end_session
-from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_adapter_config
-from strop.models.adapters import (
-    check_adapter_base,
-    check_adapter_weights,
-    locate_base,
-    locate_tokenizer,
-    read_identity,
-)
+from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_adapter_config, read_identity
+from strop.models.adapters import check_adapter_base, check_adapter_weights, locate_base, locate_tokenizer
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import config_folder, load_tokenizer

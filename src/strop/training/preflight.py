@@ -42,8 +42,9 @@ from strop.models.adapter_config import (
     expand_adapter_config,
     find_adapter_folder,
     read_adapter_config,
+    read_identity,
 )
-from strop.models.adapters import locate_tokenizer, read_classes, read_identity
+from strop.models.adapters import locate_tokenizer, read_classes
 from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing_coefficient
 from strop.models.families.shape import ModelShape

@@ -18,7 +18,7 @@ from strop.engine import device
 from strop.engine.decode.generate import generation_stop_ids
 from strop.exporting import llama_cpp
 from strop.exporting.gguf import export_gguf
-from strop.models.adapters import STROP_FILE
+from strop.models.adapter_config import STROP_FILE
 from strop.models.load import DTYPES, GGUF_NOTE
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder

@@ -21,7 +21,7 @@ from strop.exporting.adapters import read_info
 from strop.exporting.gguf import export_gguf
 from strop.exporting.hub import _read_adapter
 from strop.exporting.merge import merge
-from strop.models.adapters import STROP_FILE
+from strop.models.adapter_config import STROP_FILE
 from strop.models.load import copies_needed, load_base
 from strop.models.source import locate
 from tests.support import gguf_models

@@ -24,7 +24,7 @@ from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
-from strop.models.adapter_config import adapter_folder, adapter_kind
+from strop.models.adapter_config import adapter_folder, adapter_kind, read_identity
 from strop.models.adapters import (
     adapter_disabled,
     attach_adapter,
@@ -33,7 +33,6 @@ from strop.models.adapters import (
     locate_tokenizer,
     make_renderer,
     read_classes,
-    read_identity,
 )
 from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base
