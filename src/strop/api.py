@@ -394,6 +394,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     from strop.config.load import resolve
     from strop.models.source import locate
     from strop.models.tokenizer import check_template, load_tokenizer
+    from strop.objectives.classification import class_weights
     from strop.objectives.table import data_kind_of, prepare_rows
 
     values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
@@ -402,6 +403,8 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     check_template(source, resolved.data, data_kind)
     tokenizer = load_tokenizer(source)
     prepared = prepare_rows(resolved, tokenizer, strict=False)
+    if prepared.classes is not None:
+        class_weights(resolved.train.class_weights, dict.fromkeys(prepared.classes.names, 1))
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 

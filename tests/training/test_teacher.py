@@ -147,7 +147,7 @@ def test_resumed_run_needs_no_teacher(
 
     with pytest.raises(BaseException):  # noqa: B017
         strop.train(model=student, data=[*map(str, files)], out=tmp_path / "cut", callback=stop, **options)
-    monkeypatch.setattr(teacher.Teacher, "_load", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(teacher.Teacher, "__init__", lambda *_: pytest.fail("the teacher is needed"))
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "empty"))
     resumed = strop.resume(tmp_path / "cut")
     assert resumed.report["steps"] == whole.report["steps"] == 4
@@ -167,6 +167,24 @@ def test_other_answers_refuse_resume(student: Path, expert: Path, files: list[Pa
     (out / "teacher.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="damaged"):
         strop.resume(out)
+
+
+def test_resume_with_other_rows_asks_the_teacher_again(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """Otherwise probabilities of the earlier rows would be labels of the new ones."""
+    out, data = tmp_path / "run", [*map(str, files)]
+    strop.train(model=student, data=data, out=out, **{**QUICK, "train.teacher": str(expert)})
+    before = (out / "teacher.safetensors").read_bytes()
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    write(files[0], [{"prompt": f"tell {n}"} for n in range(12)])
+    resumed = strop.resume(out, allow_changed=["data", "teacher"])
+    assert len((out / "teacher.jsonl").read_text("utf-8").splitlines()) == 24
+    fresh = strop.train(model=student, data=data, out=tmp_path / "fresh", **{**QUICK, "train.teacher": str(expert)})
+    after = (out / "teacher.safetensors").read_bytes()
+    assert before != after == (fresh.folder / "teacher.safetensors").read_bytes()
+    assert resumed.report["data"]["used"] == 24
 
 
 def test_second_run_reads_the_cache(
@@ -209,9 +227,11 @@ def test_other_vocabulary_is_refused_unless_only_answers_count(
     with pytest.raises(RecipeError, match="has another vocabulary") as raised:
         strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
     assert "teacher_weight" in raised.value.fix
-    done = strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **{**options, "teacher_weight": 0})
-    plain = strop.train(model=student, data=str(files[1]), out=tmp_path / "plain", **QUICK)
-    assert done.report["loss"] == plain.report["loss"] and not (tmp_path / "run" / "teacher.safetensors").exists()
+    options |= {"train.teacher_weight": 0}
+    with pytest.raises(DataError, match="the teacher's answer is longer"):  # it is random
+        strop.train(model=student, data=str(files[0]), out=tmp_path / "run", **{**options, "data.max_length": 40})
+    with pytest.raises(RecipeError, match="all rows have an answer"):
+        strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
 
 
 @pytest.mark.parametrize(

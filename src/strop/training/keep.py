@@ -74,8 +74,9 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     cached = cache_folder() / "keep" / f"{key[:32]}.safetensors"
     message = "computing the model's probabilities for train.keep: %d of %d rows"
     tensors = read_or_compute(
-        distributions, cached, lambda: find_distributions(rows, load_once().module, TOP_K, message)
-    )
+        distributions, key, sum(row.supervised for row in rows), lambda: cached,
+        lambda: find_distributions(rows, load_once().module, TOP_K, message),
+    )  # fmt: skip
     kept = _with_soft_labels(rows, tensors, by_row=data.train_items is not None)
     lengths = np.array([len(row) for row in rows])
     chosen = _choose(lengths, int(data.train.lengths.sum()), keep_share(recipe.train))

@@ -70,7 +70,7 @@ from strop.runs.lock import sha256_text, versions
 from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.teacher import SoftRows, Teacher, add_teacher, read_or_ask
+from strop.training.teacher import add_teacher, teacher_weight
 
 LOG = logging.getLogger(__name__)
 
@@ -166,9 +166,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
     data = prepare()
     if recipe.train.teacher is not None:
-        teacher = Teacher(recipe, tokenizer)
-        answers = read_or_ask(teacher, recipe, folder.teacher)
-        data = add_teacher(prepare(answers=answers), teacher, answers, folder.teacher)
+        data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder.teacher)
     if data.classes is not None:
         facts = _set_classes(facts, data.classes, data.train_items)
         resolved, recipe = facts.resolved, facts.resolved.recipe
@@ -378,12 +376,12 @@ def _kept_note(setup: Setup) -> str | None:
 
 
 def _teacher_note(setup: Setup) -> str | None:
-    name, rows = setup.resolved.recipe.train.teacher, setup.data.train_items
-    if name is None:
+    train = setup.resolved.recipe.train
+    if train.teacher is None:
         return None
-    weight = rows.weight if isinstance(rows, SoftRows) else 0.0
     number = sum(answer is not None for answer in setup.data.answers.values())
-    return f"train.teacher {name}: answered {number:,} rows; its probabilities have the weight {weight:g}"
+    weight = teacher_weight(train)
+    return f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

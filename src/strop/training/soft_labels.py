@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from strop.data.batching import group_by_length, in_row_order, pack
 from strop.data.types import Example, SoftLabels
@@ -68,23 +68,32 @@ def soften(row: Example, ids: npt.NDArray[Any], probs: npt.NDArray[Any], share: 
     return replace(row, soft=soft)
 
 
-def read_or_compute(file: Path, cached: Path, compute: Callable[[], Distributions]) -> Distributions:
-    """Return the distributions in a file of a run. If they are not there, they are read from the cache or computed."""
-    if (tensors := _read_tensors(file)) is None:
-        if (tensors := _read_tensors(cached)) is None:
-            tensors = compute()
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, save(tensors))
-        write_atomic(file, cached.read_bytes())
-    return tensors
+def read_or_compute(
+    file: Path, key: str, tokens: int, cached: Callable[[], Path], compute: Callable[[], Distributions]
+) -> Distributions:
+    """Return the distributions in a file of a run. If they are not there, they are read from the cache or computed.
+
+    key: the rows that they are of. tokens: the number of supervised tokens. cached: the file in the cache.
+    """
+    if (found := _read(file, key, tokens)) is None:
+        path = cached()
+        if (found := _read(path, key, tokens)) is None:
+            found = compute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, save(found, metadata={"key": key}))
+        write_atomic(file, path.read_bytes())
+    return found
 
 
-def _read_tensors(file: Path) -> Distributions | None:
-    """Return the tensors of a file, or None if it does not exist or is damaged."""
+def _read(file: Path, key: str, tokens: int) -> Distributions | None:
+    """Return the distributions in a file, or None if it does not exist, is damaged, or has those of other rows."""
     try:
-        return load_file(file) if file.is_file() else None
-    except SafetensorError:
+        with safe_open(file, framework="numpy") as opened:
+            stored = (opened.metadata() or {}).get("key", key)  # files of the first runs have none
+            found = {name: opened.get_tensor(name) for name in ("ids", "probs")}
+    except (OSError, SafetensorError):
         return None
+    return found if stored == key and len(found["ids"]) == tokens else None
 
 
 def model_key(source: Source, adapter: Path | None) -> list[Any]:

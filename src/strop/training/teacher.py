@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strop.config.schema import Recipe
+from strop.config.schema import Recipe, TrainSection
 from strop.data.answers import Answers, key_of, read_answers, write_answers
 from strop.data.prepare import Prepared, list_unanswered
 from strop.data.row_errors import RenderError
@@ -45,6 +46,13 @@ REQUESTS = 8  # to a server at the same time
 LOG = logging.getLogger(__name__)
 
 
+def teacher_weight(train: TrainSection) -> float:
+    """Return train.teacher_weight: by default DEFAULT_WEIGHT, or 0 for a server."""
+    if train.teacher_weight is not None:
+        return train.teacher_weight
+    return 0.0 if is_address(str(train.teacher)) else DEFAULT_WEIGHT
+
+
 class Teacher:
     """The model that train.teacher names. Its weights are loaded when they are first needed."""
 
@@ -53,14 +61,8 @@ class Teacher:
         assert recipe.train.teacher is not None
         self.name, self._recipe = recipe.train.teacher, recipe
         self.on_server = is_address(self.name)
-        weight = recipe.train.teacher_weight
-        self.weight = (0.0 if self.on_server else DEFAULT_WEIGHT) if weight is None else weight
         self._loaded: Model | None = None
         if self.on_server:
-            check_address("--train.teacher", self.name, KEY)
-            if self.weight:
-                what = f"--train.teacher_weight {self.weight:g}: a server does not give the probabilities of all rows"
-                raise RecipeError(what, fix="leave it out, to train on the server's answers")
             self.key = self.name
             return
         folder = adapter_folder(self.name)
@@ -68,7 +70,7 @@ class Teacher:
             check_adapter_kind(folder, "text")
         source = locate(self.name) if folder is None else locate_base(folder)
         self.key = json.dumps([*model_key(source, folder), recipe.model.device, recipe.data.max_length])
-        if self.weight:
+        if teacher_weight(recipe.train):
             _check_vocabulary(self.name, tokenizer, folder, source)
 
     def answer(self, rows: Sequence[Conversation]) -> Answers:
@@ -141,35 +143,59 @@ class SoftRows(LazySequence[Example]):
         return soften(row, self._distributions["ids"][span], self._distributions["probs"][span], self.weight)
 
 
-def read_or_ask(teacher: Teacher, recipe: Recipe, file: Path) -> Answers:
-    """Return the teacher's answers in the file of the run. If it is not there, they are cached, or made now."""
-    if not file.is_file():
-        rows = list_unanswered(recipe.data)
-        key = sha256_text(f"{teacher.key} {[key_of(row) for row in rows]}")
-        # a server may have another model next time
-        cached = file if teacher.on_server else cache_folder() / "teacher" / f"{key[:32]}.jsonl"
-        if not cached.is_file():
-            text = write_answers(teacher.answer(rows) if rows else {})
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, text)
-        write_atomic(file, cached.read_text(encoding="utf-8"))
-    return read_answers(file)
+def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Prepared], file: Path) -> Prepared:
+    """Return the data with the teacher's answers, and its probabilities as labels.
 
+    The teacher is not needed for what the run folder has already.
 
-def add_teacher(data: Prepared, teacher: Teacher, answers: Answers, file: Path) -> Prepared:
-    """Return the data with the teacher's probabilities as labels. file: the answers of the run."""
-    checksum = sha256_file(file)
-    data = replace(data, answers=answers)
-    if not teacher.weight:
+    Args:
+        tokenizer: that of the student.
+        prepare: prepares the rows with answers.
+        file: the answers of the run; the probabilities are in a file next to it.
+    """
+    rows, weight = list_unanswered(recipe.data), teacher_weight(recipe.train)
+    _check_options(str(recipe.train.teacher), weight, has_rows=bool(rows))
+    find_teacher = lru_cache(partial(Teacher, recipe, tokenizer))
+    answers = _read_or_ask(find_teacher, rows, file)
+    data, checksum = replace(prepare(answers), answers=answers), sha256_file(file)
+    if not weight:
         return replace(data, teacher_hash=checksum)
-    stored = file.with_suffix(".safetensors")
-    key = sha256_text(f"{data.hash} {teacher.key} {TOP_K}")
-    cached = cache_folder() / "teacher" / f"{key[:32]}.safetensors"
+    stored, key = file.with_suffix(".safetensors"), sha256_text(f"{data.hash} {TOP_K}")
     distributions = read_or_compute(
-        stored, cached, lambda: teacher.distributions(list(data.train), len(data.renderer.tokenizer))
-    )
-    rows = SoftRows(data.train, distributions, teacher.weight)
-    return replace(data, train_items=rows, teacher_hash=sha256_text(f"{checksum} {sha256_file(stored)}"))
+        stored, key, int(data.train.supervised.sum()),
+        lambda: cache_folder() / "teacher" / f"{sha256_text(f'{key} {find_teacher().key}')[:32]}.safetensors",
+        lambda: find_teacher().distributions(list(data.train), len(data.renderer.tokenizer)),
+    )  # fmt: skip
+    items = SoftRows(data.train, distributions, weight)
+    return replace(data, train_items=items, teacher_hash=sha256_text(f"{checksum} {sha256_file(stored)}"))
+
+
+def _check_options(name: str, weight: float, *, has_rows: bool) -> None:
+    """Raise RecipeError for an address with a password, for probabilities of a server, and if nothing is to be done."""
+    if is_address(name):
+        check_address("--train.teacher", name, KEY)
+        if weight:
+            what = f"--train.teacher_weight {weight:g}: a server does not give the probabilities of all rows"
+            raise RecipeError(what, fix="leave it out, to train on the server's answers")
+    if not has_rows and not weight:
+        what = f"--train.teacher {name}: all rows have an answer, and the weight of its probabilities is 0"
+        raise RecipeError(what, fix="leave it out, or give rows without an answer")
+
+
+def _read_or_ask(find_teacher: Callable[[], Teacher], rows: Sequence[Conversation], file: Path) -> Answers:
+    """Return the answers in the file of the run. What is not there is cached, or answered now."""
+    known = read_answers(file) if file.is_file() else {}
+    if missing := [row for row in rows if key_of(row) not in known]:
+        teacher = find_teacher()
+        key = sha256_text(f"{teacher.key} {[key_of(row) for row in missing]}")
+        cached = cache_folder() / "teacher" / f"{key[:32]}.jsonl"
+        if not cached.is_file() or teacher.on_server:  # a server may have another model next time
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, write_answers(teacher.answer(missing)))
+        known = {**known, **read_answers(cached)}
+    if not file.is_file() or missing:
+        write_atomic(file, write_answers(known))
+    return known
 
 
 def _check_vocabulary(name: str, tokenizer: Any, folder: Path | None, source: Source) -> None:
