@@ -116,6 +116,12 @@ def test_interrupted_run_on_rows_in_memory_resumes(tiny_folder: Path, tmp_path: 
     assert strop.resume(run, allow_changed="max_time", max_time=None).report["steps"] == 3
 
 
+def test_errors_in_rows_in_memory_name_the_row_and_no_file(tiny_folder: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        strop.train(model=tiny_folder, data=[*ROWS, {"prompt": "", "completion": "yo"}])
+    assert re.match(rf"rows in memory \([0-9a-f]{{6}}\):{len(ROWS) + 1}: ", str(raised.value)), raised.value
+
+
 def test_missing_cells_dates_and_nan_in_memory(tiny_folder: Path) -> None:
     day = pandas.Timestamp("2026-11-29")
     texts = {"prompt": ["when", "what", "how"], "completion": [day, "b", None]}

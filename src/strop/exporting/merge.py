@@ -128,8 +128,7 @@ def merge(
         else:
             texts = _read_texts(name, tuned.load_tokenizer(), data, classes)
     with disk_errors(out.parent), exclusive_output(out), _resumable(out):
-        progress(f"merging into {out}, shard by shard")
-        merged_folder, parity = _write_merged(tuned, folder, out, dtype), None
+        merged_folder, parity = _write_merged(tuned, folder, out, dtype, progress), None
         if measure:
             progress("measuring the merged model against the adapter on its base")
             if classes is None:
@@ -355,7 +354,9 @@ def linears_may_stay_16bit(model: Any) -> bool:
     return not has_mixers and next(expert_parameters(model), None) is None
 
 
-def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
+def _write_merged(
+    tuned: TunedModel, folder: Path, out: Path, dtype: str, show: Callable[[str], None] = lambda text: None
+) -> Path:
     """Write the merged model to a temporary folder, reusing the complete shards of an interrupted merge."""
     source = tuned.source
     merge_tensor, round_as_trained = load_merger(source, folder), tuned.storage.make_rounding(source)
@@ -375,7 +376,9 @@ def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Pat
     layout, is_text_weight = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
     is_classifier = adapter_kind(folder) == "classifier"
     output_head = embedding_paths(meta_model)[1:] if is_classifier else []  # which a classifier does not have
-    for number, all_groups in enumerate(_split_into_shards(tensors, layout), 1):
+    shards = list(_split_into_shards(tensors, layout))
+    for number, all_groups in enumerate(shards, 1):
+        show(f"merging into {out}: shard {number} of {len(shards)}")
         groups = [
             group
             for group in all_groups

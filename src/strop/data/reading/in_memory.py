@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,6 +60,13 @@ def write_rows(name: str, rows: Iterable[Any]) -> str:
     finally:
         Path(temp).unlink(missing_ok=True)
     return str(path)
+
+
+def describe_file(path: str) -> str | None:
+    """Return how to show a file of `write_rows` to the user, or None for another file."""
+    folder, name = os.path.split(path)
+    match = re.fullmatch(r"rows-([0-9a-f]{12})\.jsonl", name)
+    return f"rows in memory ({match[1][:6]})" if match and Path(folder) == cache_folder() / "rows" else None
 
 
 def _to_json(value: Any) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from strop.data.reading import files, tables
 from strop.data.reading.files import COMPRESSION, TYPES
+from strop.data.reading.in_memory import describe_file
 from strop.data.reading.json_reader import read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
@@ -78,7 +79,7 @@ def _resolve_one(spec: str) -> list[Source]:
             raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
         return [replace(source, weight=weight) for source in _resolve_one(weighted[1])]
     if os.path.isfile(spec):
-        return [Source(spec, (spec,))]
+        return [Source(describe_file(spec) or spec, (spec,))]
     if os.path.isdir(spec):
         if {"state.json", "dataset_dict.json"} & {*os.listdir(spec)}:
             what = "a folder written by save_to_disk of datasets, whose Arrow files are not supported"
