@@ -403,7 +403,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     check_template(source, resolved.data, data_kind)
     tokenizer = load_tokenizer(source)
     prepared = prepare_rows(resolved, tokenizer, strict=False)
-    if prepared.classes is not None:
+    if prepared.classes is not None and prepared.classes.names:
         class_weights(resolved.train.class_weights, dict.fromkeys(prepared.classes.names, 1))
     return CheckedRows(resolved, tokenizer, data_kind, prepared)
 

@@ -215,6 +215,10 @@ def test_classifier_is_trained_further_and_refused_elsewhere(
             "no such label",
         ),
         (
+            ["check", "--model", tiny_folder, "--data", data, "--train.class_weights", "musi=2,x=1", *classify],
+            "no such label",
+        ),
+        (
             ["train", "--model", tiny_folder, "--data", data, "--train.class_weights", "some", *classify],
             "class_weights",
         ),

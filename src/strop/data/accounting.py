@@ -404,7 +404,8 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
             "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
             + _ignore_label(data, facts),
-            "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
+            "prompt": "--train.objective grpo, a model that answers them (--train.teacher), or rows with answers: "
+            "--data.columns prompt=A,completion=B",
             "classification": "--train.objective classify",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
