@@ -7,6 +7,8 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from strop.data.answers import PLACEHOLDER
 from strop.engine.step import step_for
 from strop.errors import DataError, InputError, RecipeError
 from strop.runs.events import read_events
-from strop.training import teacher
+from strop.training import loop, teacher
+from strop.training.gradients import micro_batches
+from strop.training.rollouts import PolicyCriterion
 from strop.training.soft_labels import soften
 from tests import ROOT
 from tests.support import tiny
+from tests.support.groups import make_job, prompts, write_reward
 from tests.support.runs import run
 from tests.support.serving import serving
 
@@ -244,6 +249,8 @@ def test_other_vocabulary_is_refused_unless_only_answers_count(
         (["--train.teacher", "http://x:y@127.0.0.1/v1"], "STROP_TEACHER_KEY"),
         (["--train.teacher", "http://127.0.0.1:9/v1", "--train.teacher_weight", "0.5"], "leave it out"),
         (["--train.teacher", "demo", "--train.objective", "classify"], "does not support it"),
+        (["--train.teacher", "http://127.0.0.1:9/v1", "--train.objective", "grpo"], "sampled completions"),
+        (["--train.objective", "grpo"], "needs --train.rewards or --train.teacher"),
     ],
 )
 def test_invalid_teachers_are_refused(
@@ -295,16 +302,80 @@ def test_teacher_on_a_server(served: str, student: Path, files: list[Path], tmp_
     assert math.isfinite(done.report["loss"]["last"]) and not (out / "teacher.safetensors").exists()
 
 
+POLICY: dict[str, Any] = {
+    **QUICK, "train.objective": "grpo", "train.group": 4, "train.answer_tokens": 6, "train.beta": 0,
+}  # fmt: skip
+
+
+def test_policy_gradient_moves_towards_the_teacher(tmp_path: Path) -> None:
+    """The gradient is that of the mean over sampled tokens of -(log teacher - log student) * log-probability."""
+    job = make_job(tmp_path / "run", prompts(4), **{"train.beta": 0, "train.teacher": "model"})
+    assert isinstance(job.criterion, PolicyCriterion)
+    other = make_job(tmp_path / "other", prompts(4))
+    with torch.no_grad():
+        for weight in other.state.weights.values():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    job = replace(job, criterion=replace(job.criterion, rewards=[], teacher=other.step))
+    groups = job.criterion.prepare(job.step, job.train, 0, partial(micro_batches, job))
+    examples = [example for group in groups for example in group.examples]
+    copies = torch.tensor([float(example.weights[-1]) for example in examples for _ in range(example.supervised)])
+    with torch.no_grad():
+        gap = other.step.token_log_probs(examples) - job.step.token_log_probs(examples)
+    loss = -(copies * gap * job.step.token_log_probs(examples)).sum() / copies.sum()
+    expected = torch.autograd.grad(loss, list(job.state.weights.values()))
+    result = loop.compute_gradients(job, groups)
+    ((_, metrics),) = result.metrics
+    divergence = float(metrics["teacher_kl"].mean())
+    assert divergence == pytest.approx(-float((copies * gap).sum() / copies.sum()), rel=1e-4)
+    assert "reward" not in metrics and abs(divergence) > 1e-3
+    for weight, grad in zip(job.state.weights.values(), expected, strict=True):
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, grad, rtol=1e-3, atol=1e-6)
+
+
+def test_policy_learns_from_a_teacher_without_rewards(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    options = {**POLICY, "train.max_steps": 30, "train.learning_rate": 0.01, "train.teacher": str(expert)}
+    out = tmp_path / "run"
+    strop.train(model=student, data=str(files[0]), eval="25%", out=out, **options)
+    steps = [event for event in read_events(out / "events.jsonl") if event["event"] == "step"]
+    gaps = [step["teacher_kl"] for step in steps]
+    assert sum(gaps[-5:]) < 0.5 * sum(gaps[:5]) and "reward" not in steps[0]
+    assert any("judges each sampled token, with the weight 1" in note for note in notes(out))
+    assert not any("same reward" in note for note in notes(out))
+
+
+def test_teacher_next_to_rewards_resumes_exactly(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    reward = write_reward(tmp_path / "own.py")
+    options = {**POLICY, "train.teacher": str(expert), "train.rewards": reward, "train.save_steps": 2}
+    whole = strop.train(model=student, data=str(files[0]), out=tmp_path / "whole", **options)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=student, data=str(files[0]), out=tmp_path / "cut", callback=stop, **options)
+    strop.resume(tmp_path / "cut")
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+    steps = [event for event in read_events(whole.folder / "events.jsonl") if event["event"] == "step"]
+    assert all({"reward", "teacher_kl"} <= step.keys() for step in steps)
+
+
 def test_commands_of_the_page_work(
     student: Path, expert: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs" / "teacher.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (strop train .*)", page, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     names = {"demo": student, "labelled.jsonl": files[1], "prompts.jsonl": files[0], "runs/large": expert}
-    for command in commands:
+    for number, command in enumerate(commands):
         for index, word in enumerate(words := shlex.split(command)[1:]):
             words[index] = str(names.get(word, word))
-        more = ["--out", str(tmp_path / f"run-{len(words)}"), "--train.max_steps", "2", "--model.dtype", "fp32"]
+        more = ["--out", str(tmp_path / f"run-{number}"), "--train.max_steps", "2", "--model.dtype", "fp32"]
         code, _, err = run(*words, *more, capsys=capsys)
         assert code == 0, err

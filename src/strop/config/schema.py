@@ -298,12 +298,13 @@ class TrainSection(Section):
     )
     teacher: str | None = Field(
         None,
-        description="a model, run or server address that answers rows without an answer and whose probabilities are "
-        "labels (sft)",
+        description="a model or run: it answers rows without an answer, and its probabilities are labels (sft); or it "
+        "judges each token of sampled completions (grpo)",
     )
     teacher_weight: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
         None,
-        description="weight of the teacher's probabilities against the rows' own tokens; default: 0.5, for a server 0",
+        description="weight of the teacher's probabilities against the rows' own tokens (sft), or of its judgements "
+        "against the rewards (grpo); default: 0.5, for a server 0; 1 for grpo",
     )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
@@ -417,7 +418,9 @@ class Recipe(Section):
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
             f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),
-            f"train.teacher: {objective} does not support it": train.teacher is not None and train.objective != "sft",
+            f"train.teacher: {objective} does not support it": (
+                train.teacher is not None and train.objective not in ("sft", "grpo")
+            ),
             "train.teacher: cannot be combined with train.keep": train.teacher is not None and train.keep is not None,
             "train.teacher: needs data.loss assistant": train.teacher is not None and data.loss != "assistant",
             "train.teacher_weight: there is no train.teacher": (

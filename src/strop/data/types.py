@@ -229,7 +229,7 @@ class RolloutGroup(ExampleGroup):
 
     examples: the weight of a completion's tokens is the number of times it was sampled. sampling_logprobs: the
     log-probability of each supervised token when it was sampled, for all completions in order.
-    reference_token_logprobs: the same under the reference model, if there is one.
+    reference_token_logprobs, teacher_token_logprobs: the same under the reference model and the teacher, if there are.
     """
 
     advantages: tuple[float, ...] = ()  # one entry per example
@@ -238,6 +238,7 @@ class RolloutGroup(ExampleGroup):
     reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name; entries as in rewards
     sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
+    teacher_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 
     @property
     def counts(self) -> list[int]:

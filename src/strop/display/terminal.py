@@ -221,6 +221,8 @@ class RunProgress:
             metrics += f"  accuracy {event['accuracy']:.0%}"
         if "reward" in event:
             metrics += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
+        if "teacher_kl" in event:
+            metrics += f"  KL to the teacher {event['teacher_kl']:.3f}, {event['stop_rate']:.0%} stopped"
         speed = f"{event['tokens_per_s']:.0f}"
         time_left = "saving" if is_last else f"{minutes}:{seconds:02d} left"
         if self._bar is not None:

@@ -30,7 +30,8 @@ NORMAL_EVENTS = {
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
     "accuracy": "accuracy", "margin": "margin of rewards", "reward": "reward of completions",
-    "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
+    "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
+    "answer_length": "tokens per completion",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
     "rejected_nats": "rejected, log-probability per token",
     "resident_bytes": "process memory after each step, GiB",

@@ -473,7 +473,7 @@ def _prepare_train_rows(name: str) -> Prepared | None:
         start, source = recipe.model.adapter, locate_base(run.adapter)
         folder = None if start is None else adapter_folder(start)
         tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
-        answers = read_answers(run.teacher) if recipe.train.teacher is not None else None
+        answers = read_answers(run.teacher) if run.teacher.is_file() else None
         data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data", answers=answers)
     except (InputError, OSError):
         return None

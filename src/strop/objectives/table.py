@@ -45,7 +45,7 @@ def prepare_rows(
     from strop.data.prepare import prepare
 
     train, new_tokens = recipe.train, recipe.lora.new_tokens
-    if train.teacher is not None and answers is None:
+    if train.teacher is not None and train.objective == "sft" and answers is None:
         answers = PLACEHOLDERS
     return prepare(
         recipe.data, tokenizer, cache=cache, strict=strict, data_kind=data_kind_of(train), new_tokens=new_tokens,
@@ -95,8 +95,8 @@ def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
             readers = [known.name for known in OBJECTIVES.values() if name in known.options]
             what = f"--train.{name}: objective {train.objective} does not read it"
             raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
-        if value is None and name == "rewards" and name in defaults:
-            what = f"objective {train.objective} needs --train.rewards"
+        if value is None and name == "rewards" and name in defaults and train.teacher is None:
+            what = f"objective {train.objective} needs --train.rewards or --train.teacher"
             raise RecipeError(what, fix="give --train.rewards exact, exact_json, contains, regex or file.py:function")
         if value is None and objective is not None and defaults.get(name) is not None:
             yield f"train.{name}", defaults[name], f"usual for {objective.name} ({objective.source})"

@@ -166,6 +166,8 @@ def make_plan(
         run_phases = {"teacher": teacher, **run_phases}
     before = "teacher", "load", "draw", "train"
     needed = max(run_phases[name].needed_bytes for name in before if name in run_phases)
+    if rollouts is not None and "teacher" in run_phases:  # both models are in memory
+        needed = run_phases["teacher"].needed_bytes + max(run_phases[name].needed_bytes for name in ("draw", "train"))
     fits = needed <= budget.usable
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
     speed, steps = tokens_per_s(workload, mean_batch, rate), []

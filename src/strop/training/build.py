@@ -13,7 +13,7 @@ from strop.config.schema import ModelSection
 from strop.distributed.devices import Devices
 from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
-from strop.engine.step import step_for
+from strop.engine.step import Step, step_for
 from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards, read_columns
 from strop.models.adapters import attach_adapter, restore_precision
@@ -83,9 +83,13 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 
 
 def build_job(
-    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
-) -> Job:
-    """Return the job that trains `model`. sampler: samples completions instead of strop's engine."""
+    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices,
+    sampler: Sampler | None = None, teacher: Step | None = None,
+) -> Job:  # fmt: skip
+    """Return the job that trains `model`.
+
+    sampler: samples completions instead of strop's engine. teacher: judges their tokens.
+    """
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     step = step_for(model, int8_matmul=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
@@ -104,7 +108,7 @@ def build_job(
         rewards = parse_rewards(recipe.train.rewards)
         criterion = PolicyCriterion(
             objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, rewards, weights, log,
-            columns=read_columns(rewards, recipe.data), sampler=sampler,
+            columns=read_columns(rewards, recipe.data), sampler=sampler, teacher=teacher,
         )  # fmt: skip
     else:
         criterion = make_criterion(recipe.train, model, devices, data.train_items)

@@ -117,14 +117,14 @@ def check_rollouts(progress: Progress, metrics: Mapping[str, float], grad_norm: 
     if not progress.step and metrics.get("kl", 0.0) > MAX_START_KL:
         what = f"before the first step the KL divergence from the reference is {metrics['kl']:.2e}, not 0"
         raise RunError(what, fix="start the run again; if it happens again, please report it")
-    if metrics["equal_groups"] < 1 and not grad_norm:
+    if metrics.get("equal_groups", 0.0) < 1 and not grad_norm:
         what = f"step {progress.step + 1}: rewards differ, but the gradient is zero"
         raise RunError(what, fix="please report it")
 
 
 def equal_rewards_warning(progress: Progress, metrics: Mapping[str, float]) -> str | None:
     """Return a warning if the rewards in each group are equal, once per cause."""
-    if metrics.get("equal_groups", 0.0) < 1:
+    if metrics.get("equal_groups", 0.0) < 1 or "teacher_kl" in metrics:
         return None
     cut_off = metrics["stop_rate"] == 0
     if (cause := "cut off" if cut_off else "equal rewards") in progress.told:

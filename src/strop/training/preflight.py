@@ -70,7 +70,7 @@ from strop.runs.lock import sha256_text, versions
 from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.teacher import add_teacher, teacher_weight
+from strop.training.teacher import add_teacher, find_policy_teacher, teacher_weight
 
 LOG = logging.getLogger(__name__)
 
@@ -165,8 +165,10 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     LOG.info("reading and checking the rows")
     prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
     data = prepare()
-    if recipe.train.teacher is not None:
+    if recipe.train.teacher is not None and recipe.train.objective == "sft":
         data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder.teacher)
+    elif (teacher := find_policy_teacher(recipe, tokenizer)) is not None:
+        data = replace(data, teacher_hash=sha256_text(teacher.key))
     if data.classes is not None:
         facts = _set_classes(facts, data.classes, data.train_items)
         resolved, recipe = facts.resolved, facts.resolved.recipe
@@ -379,8 +381,10 @@ def _teacher_note(setup: Setup) -> str | None:
     train = setup.resolved.recipe.train
     if train.teacher is None:
         return None
-    number = sum(answer is not None for answer in setup.data.answers.values())
     weight = teacher_weight(train)
+    if train.objective != "sft":
+        return f"train.teacher {train.teacher}: judges each sampled token, with the weight {weight:g}"
+    number = sum(answer is not None for answer in setup.data.answers.values())
     return f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import peft
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from strop.objectives.table import data_kind_of, max_completion_tokens, sequence
 from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, Criterion, Metrics, Split
 from strop.training.state import temporary_values
+from strop.training.teacher import teacher_weight
 
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
 VLLM_GPU_SHARE = 0.3  # share of the GPU's memory for vLLM's copy of the base and its cache
@@ -67,6 +69,7 @@ class PolicyCriterion(Criterion):
     columns: Rows = field(default_factory=dict)  # of the rows, if a reward reads them
     start: Mapping[str, Tensor] = field(default_factory=dict)  # the weights' values in the reference model, if any
     sampler: Sampler | None = None  # used instead of strop's decoder
+    teacher: Step | None = None  # of train.teacher
 
     @property
     def updates(self) -> int:
@@ -87,7 +90,14 @@ class PolicyCriterion(Criterion):
             "answers", step=index + 1, seconds=round(seconds, 3), row=f"{first.file}:{first.line}",
             answer=self._decode(example.ids[example.prompt_length :])[:LOGGED_CHARACTERS], rewards=first.rewards,
         )  # fmt: skip
-        return [*self._with_reference(step, groups, split)] if self.options.beta else [*groups]
+        if self.teacher is not None:
+            logprobs = _token_logprobs(self.teacher, groups, split)
+            groups = [replace(group, teacher_token_logprobs=x) for group, x in zip(groups, logprobs, strict=True)]
+        if self.options.beta:
+            with temporary_values(self.weights, self.start):
+                logprobs = _token_logprobs(step, groups, split)
+            groups = [replace(group, reference_token_logprobs=x) for group, x in zip(groups, logprobs, strict=True)]
+        return [*groups]
 
     def longest(self, item: Item) -> Item:
         """Return the largest possible group of a prompt: different completions of the maximum length."""
@@ -100,6 +110,7 @@ class PolicyCriterion(Criterion):
             tuple(_as_example(item.examples[0], completion, 1) for completion in completions),
             advantages=zeros, stopped=(True,) * size, rewards=zeros,
             sampling_logprobs=logprobs, reference_token_logprobs=logprobs,
+            teacher_token_logprobs=logprobs if self.teacher is not None else logprobs[:0],
         )  # fmt: skip
 
     def divisor(self, items: Sequence[Item]) -> float:
@@ -130,19 +141,30 @@ class PolicyCriterion(Criterion):
         def per_token(values: Tensor) -> Tensor:
             return values.repeat_interleave(lengths)
 
-        tokens = SampledTokens(logprobs, old_logprobs, ref_logprobs, per_token(advantages))
+        token_advantages = per_token(advantages)
+        values: Metrics = {}
+        if self.teacher is not None:
+            teacher = torch.from_numpy(np.concatenate([group.teacher_token_logprobs for group in groups])).to(logprobs)
+            values["teacher_kl"] = old_logprobs - teacher
+            token_advantages = token_advantages - teacher_weight(self.options) * values["teacher_kl"]
+        tokens = SampledTokens(logprobs, old_logprobs, ref_logprobs, token_advantages)
         result = self.objective.compute(tokens, self.options)
         total = (result.losses * per_token(weights * counts)).sum()
         with torch.no_grad():
             copies = per_token(counts)  # off: the difference from the log-probabilities at sampling
-            values = {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
+            values |= {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
             values |= {"kl": result.kl} if self.options.beta else {}
             metrics = {name: column.repeat_interleave(copies) for name, column in values.items()}
-        return total, {**_group_metrics(groups, logprobs), **metrics}
+        return total, {**_group_metrics(groups, logprobs, rewarded=bool(self.rewards)), **metrics}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Evaluate greedy completions. The loss is the negative mean reward."""
+        """Evaluate greedy completions. The loss is the negative mean reward.
+
+        Without rewards, completions are sampled with fixed seeds, and the loss is their divergence from the teacher.
+        """
         prompts = cast("Sequence[Prompt]", items)
+        if not self.rewards:
+            return self._evaluate_divergence(prompts, split)
         try:
             ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
             answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
@@ -160,6 +182,21 @@ class PolicyCriterion(Criterion):
         length = statistics.fmean(answer.tokens for answer in answers)
         parts = {f"reward/{name}": statistics.fmean(r.parts[name] for r in rewarded) for name in _part_names(rewarded)}
         return {"loss": -mean, "reward": mean, **intervals, **parts, "stop_rate": stop_rate, "answer_length": length}
+
+    def _evaluate_divergence(self, prompts: Sequence[Prompt], split: Split) -> dict[str, Any]:
+        """Return the mean KL(student || teacher) per token, estimated on a sampled completion of each prompt."""
+        assert self.teacher is not None
+        seeds = [[self._sample_seed(-1, prompt.row, 0)] for prompt in prompts]
+        ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
+        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
+        groups = self._make_groups(prompts, sampled)
+        teacher = np.concatenate(_token_logprobs(self.teacher, groups, split))
+        divergence = float((np.concatenate([group.sampling_logprobs for group in groups]) - teacher).mean())
+        completions = [completion for group in sampled for completion in group]
+        return {
+            "loss": divergence, "stop_rate": statistics.fmean(completion.stopped for completion in completions),
+            "answer_length": statistics.fmean(len(completion.ids) for completion in completions),
+        }  # fmt: skip
 
     def _sample_seed(self, index: int, row: int, number: int) -> int:
         text = f"{self.seed} {index} {row} {number}".encode()
@@ -210,19 +247,21 @@ class PolicyCriterion(Criterion):
         without_stop = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
         return str(self.tokenizer.decode(without_stop.tolist(), skip_special_tokens=True))
 
-    def _with_reference(self, step: Step, groups: Sequence[RolloutGroup], split: Split) -> list[RolloutGroup]:
-        result = list(groups)
-        with temporary_values(self.weights, self.start), torch.no_grad():
-            for begin in range(0, len(groups), BLOCK):
-                block = groups[begin : begin + BLOCK]
-                for rows in split(block):
-                    batch = [block[row] for row in rows]
-                    logprobs = step.token_log_probs([example for group in batch for example in group.examples])
-                    ends = np.cumsum([len(group.sampling_logprobs) for group in batch])[:-1]
-                    parts = np.split(logprobs.double().cpu().numpy(), ends)
-                    for row, part in zip(rows, parts, strict=True):
-                        result[begin + row] = replace(block[row], reference_token_logprobs=part)
-        return result
+
+def _token_logprobs(step: Step, groups: Sequence[RolloutGroup], split: Split) -> list[npt.NDArray[np.float64]]:
+    """Return the log-probability of each supervised token of each group, without gradients."""
+    result: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(groups)
+    with torch.no_grad():
+        for begin in range(0, len(groups), BLOCK):
+            block = groups[begin : begin + BLOCK]
+            for rows in split(block):
+                batch = [block[row] for row in rows]
+                logprobs = step.token_log_probs([example for group in batch for example in group.examples])
+                ends = np.cumsum([len(group.sampling_logprobs) for group in batch])[:-1]
+                parts = np.split(logprobs.double().cpu().numpy(), ends)
+                for row, part in zip(rows, parts, strict=True):
+                    result[begin + row] = part
+    return result
 
 
 def disable_model_dropout(model: nn.Module) -> None:
@@ -246,17 +285,20 @@ def _part_names(rewarded: Sequence[Rewarded]) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor) -> Metrics:
+def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor, *, rewarded: bool) -> Metrics:
     completions = [
         (float(example.supervised), float(stopped))
         for group in groups
         for example, stopped, copies in zip(group.examples, group.stopped, group.counts, strict=True)
         for _ in range(copies)
     ]
-    columns = {
+    rewards = {
         "reward": [reward for group in groups for reward in group.rewards],
         "reward_spread": [statistics.stdev(group.rewards) for group in groups],
         "equal_groups": [float(rewards_equal(group.rewards)) for group in groups],
+    }
+    columns = {
+        **(rewards if rewarded else {}),
         "answer_length": [length for length, _ in completions],
         "stop_rate": [stopped for _, stopped in completions],
     }

@@ -43,6 +43,7 @@ from strop.training.reference import check_reference, with_reference
 from strop.training.report import describe_start, finish, load_best, summarize_progress, tracking
 from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
+from strop.training.teacher import find_policy_teacher
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,6 +207,8 @@ def _execute(
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
+            teacher = find_policy_teacher(recipe, setup.tokenizer)
+            teacher_step = None if teacher is None else teacher.step()
             trim_heap()
             memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
@@ -215,7 +218,7 @@ def _execute(
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
-            job = build_job(folder, setup, model, log, devices, sampler)
+            job = build_job(folder, setup, model, log, devices, sampler, teacher_step)
             trim_heap()  # free memory that was used to read and convert weights
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)

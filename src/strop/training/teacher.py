@@ -25,6 +25,7 @@ from strop.data.prepare import Prepared, list_unanswered
 from strop.data.row_errors import RenderError
 from strop.data.store import Examples, LazySequence, message_json
 from strop.data.types import Conversation, Example
+from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
 from strop.evaluation.chat_server import ChatServer, check_address, is_address
 from strop.models.adapter_config import adapter_folder, check_adapter_kind
@@ -47,9 +48,11 @@ LOG = logging.getLogger(__name__)
 
 
 def teacher_weight(train: TrainSection) -> float:
-    """Return train.teacher_weight: by default DEFAULT_WEIGHT, or 0 for a server."""
+    """Return train.teacher_weight: by default DEFAULT_WEIGHT, 1 for grpo, or 0 for a server."""
     if train.teacher_weight is not None:
         return train.teacher_weight
+    if train.objective == "grpo":
+        return 1.0
     return 0.0 if is_address(str(train.teacher)) else DEFAULT_WEIGHT
 
 
@@ -118,6 +121,10 @@ class Teacher:
             found["probs"][i, column] = 0
         return found
 
+    def step(self) -> Step:
+        """Return the step that computes log-probabilities of the teacher. Its weights stay in memory."""
+        return step_for(self._load().module.requires_grad_(False).eval())
+
     def _load(self) -> Model:
         from strop.engine.decode.model import load
 
@@ -168,6 +175,19 @@ def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Pre
     )  # fmt: skip
     items = SoftRows(data.train, distributions, weight)
     return replace(data, train_items=items, teacher_hash=sha256_text(f"{checksum} {sha256_file(stored)}"))
+
+
+def find_policy_teacher(recipe: Recipe, tokenizer: Any) -> Teacher | None:
+    """Return the teacher of a policy objective, or None. tokenizer: that of the student. Raises InputError."""
+    name = recipe.train.teacher
+    if name is None or recipe.train.objective == "sft":
+        return None
+    if is_address(name):
+        what = f"--train.teacher {name}: a server does not give the probabilities of sampled completions"
+        raise RecipeError(what, fix="give a model or a run")
+    if not teacher_weight(recipe.train):
+        raise RecipeError("--train.teacher_weight 0: the teacher has no effect", fix="leave the teacher out")
+    return Teacher(recipe, tokenizer)
 
 
 def _check_options(name: str, weight: float, *, has_rows: bool) -> None:
