@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -249,6 +250,64 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
         facts = facts_of(tab)
         assert facts["epoch"] == "4"  # of 4
         assert facts["tokens/s, mean"].replace(",", "") == str(round(report["tokens_per_s"]))
+
+
+def save_csv(tab: Watched) -> list[list[str]]:
+    """Return the cells of the first plot's CSV file."""
+    plot = tab.page.locator(".plot").first
+    plot.locator("summary").click()
+    with tab.page.expect_download() as saved:
+        plot.get_by_role("button", name="CSV", exact=True).click()
+    text = Path(saved.value.path()).read_text(encoding="utf-8")
+    return list(csv.reader(text.splitlines()))
+
+
+def test_smoothed_curve_is_the_same_at_every_zoom(browser: Any, tmp_path: Path) -> None:
+    losses = [3.0 / n + 0.2 * (n % 3) for n in range(1, 41)]
+    make_run(tmp_path, "run", [*session(), *(step(n, loss=loss) for n, loss in enumerate(losses, 1))])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/run", ".plot canvas")
+        head, *rows = save_csv(tab)
+        column = next(index for index, name in enumerate(head) if "smoothed" in name)
+        whole = {row[0]: row[column] for row in rows}
+        open_at(tab, own, "/run/run?range=20~30", ".plot canvas")
+        _, *rows = save_csv(tab)
+        zoomed = {row[0]: row[column] for row in rows}
+        total = weight = 0.0
+        for n, loss in enumerate(losses, 1):  # independent of the page
+            total, weight = 0.6 * total + loss, 0.6 * weight + 1
+            assert float(whole[str(n)]) == pytest.approx(total / weight, rel=1e-3)
+    assert {"20", "30"} <= zoomed.keys() and "19" not in zoomed
+    assert all(float(value) == pytest.approx(float(whole[name]), rel=1e-3) for name, value in zoomed.items())
+
+
+def test_findings_and_the_step_of_the_kept_adapter_are_shown(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", [*session(), *(step(n) for n in range(1, 5))])
+    text = "overfitting: the evaluation loss rose from 0.022 (step 2, kept) to 0.027 (step 4)"
+    report = {"exit": 0, "ended": "steps", "steps": 4, "eval_loss": 0.022, "adapter_step": 2, "diagnosis": [text]}
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    (run / "adapter").mkdir(exist_ok=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/run", ".plot canvas")
+        assert tab.page.locator(".verdict", has_text="overfitting").text_content() == text
+        assert facts_of(tab)["evaluation loss, step 2 (kept)"] == "0.022"
+
+
+def test_rate_of_an_unfinished_run_is_that_of_its_last_step(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, "run", [*session(), step(1, tokens_per_s=100.0), step(2, tokens_per_s=300.0)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/run", ".plot canvas")
+        assert facts_of(tab)["tokens/s, last step"] == "300"
+
+
+def test_runs_beyond_the_most_that_are_compared_are_named_as_left_out(browser: Any, tmp_path: Path) -> None:
+    names = [f"run{n}" for n in range(8)]
+    for name in names:
+        make_run(tmp_path, name, [*session(), step(1), step(2)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, f"/compare?runs={','.join(names)}", ".plot canvas")
+        assert tab.page.get_by_text("6 of 8 runs are shown, the most that fit.").is_visible()
 
 
 def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:

@@ -27,6 +27,7 @@ Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 16
+MAX_LEAD = 5000  # losses before a part of the curve, from which its smoothed values begin
 TRIM_BYTES = 4 << 20  # after handling this many bytes, freed memory is returned to the system
 MAX_STEP = 1 << 40
 MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
@@ -280,6 +281,9 @@ class History:
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
                 series[name] = _reduce(x, values, start, end, points)
+                if name == "loss" and start is not None:  # so that the smoothed curve is the same at every zoom
+                    before = _select(x, values, None, np.nextafter(start, -np.inf))[1][-MAX_LEAD:]
+                    series[name]["before"] = [round_significant(float(value)) for value in before]
             if name == "loss" and (not fields or "loss_mean" in fields):
                 series |= _means(x, values, start, end, points)
         if not fields or "eval_loss" in fields:

@@ -103,7 +103,7 @@ class Planner:
             raise rows
         refused = rows.refused.as_json() if rows.refused else None
         state = {"known": bool(rows), "number": len(rows) or None, "measuring": False, "refused": refused}
-        return rows, {**state, "why": str(rows.refused or rows.unknown)}
+        return rows, {**state, "warnings": [*rows.warnings], "why": str(rows.refused or rows.unknown)}
 
     def _read_row_sizes(self, key: str, recipe: Recipe) -> None:
         result: Rows | StropError

@@ -55,6 +55,9 @@ def _check_learning(train: Losses, weight_change: float | None) -> list[str]:
     if len(losses) < MIN_STEPS:
         return []
     first, last, noise = _compute_trend(losses)
+    n = max(5, len(losses) // 5)
+    if max(losses[-n:]) < min(losses[:n]):  # a fall within the first steps is no noise
+        return []
     if first - last > 2 * noise and first - last > 0.01 * abs(first):
         return []
     flat = f"not learning: the training loss went from {first:.3f} to {last:.3f}"

@@ -36,6 +36,7 @@ class Rows(list[tuple[int, int]]):
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
     labels: Sequence[str] = ()  # of texts to classify
+    warnings: Sequence[str] = ()  # of `strop check`
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def measure_rows(recipe: Recipe) -> Rows:
     prepared = prepare_rows(recipe, load_tokenizer(source), strict=False)
     rows, prefix = prepared.train, None
     sizes.refused = prepared.refusal
+    held_out = prepared.report.eval
+    sizes.warnings = [*prepared.report.warnings, *(held_out.warnings if held_out else ())]
     sizes.labels = prepared.classes.names if prepared.classes else ()
     if sampled := max_completion_tokens(recipe.train):
         lengths = [int(length) + sampled for length in rows.lengths]

@@ -47,14 +47,27 @@ const DEFAULT_WEIGHT = 0.6;
 
 /** Return the loss of a history as a smoothed series. A long curve is smoothed from the means of its parts. */
 export function smoothedLoss({ series }, weight) {
-  const { x, y, steps = 1 } = series.loss_mean ?? series.loss ?? { x: [], y: [] };
-  return { x, y: smooth(y, weight ** steps) };
+  const { x, y, steps = 1 } = series.loss_mean ?? series.loss ?? { x: [], y: [] },
+    decay = weight ** steps,
+    lead = average(series.loss?.before ?? [], weight),
+    scale = (1 - weight) / (1 - decay); // a mean of several steps counts as one value
+  return { x, y: smooth(y, decay, { sum: scale * lead.sum, weight: scale * lead.weight }) };
 }
 
-/** Average each value with those before it, whose weights decay exponentially with their distance. */
-export function smooth(values, decay) {
-  let sum = 0,
-    weight = 0;
+/** Return the sum of values whose weights decay exponentially with their distance from the end, and of the weights. */
+function average(values, decay) {
+  return values.reduce(
+    ({ sum, weight }, value) => ({ sum: decay * sum + value, weight: decay * weight + 1 }),
+    { sum: 0, weight: 0 },
+  );
+}
+
+/**
+ * Average each value with those before it, whose weights decay exponentially with their distance. start: the sum and
+ * the weight of values before the first one.
+ */
+export function smooth(values, decay, start = { sum: 0, weight: 0 }) {
+  let { sum, weight } = start;
   return values.map((value) => {
     sum = decay * sum + value;
     weight = decay * weight + 1;

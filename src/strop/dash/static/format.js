@@ -32,8 +32,9 @@ export function bytes(size) {
 export function duration(seconds) {
   if (!isNumber(seconds)) return "";
   if (seconds < 60) return seconds < 10 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
+  const rest = Math.round(seconds) % 60;
+  if (Math.round(seconds) < 3600) return `${Math.floor(Math.round(seconds) / 60)} min${rest ? ` ${rest} s` : ""}`;
   const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${minutes} min`;
   const hours = Math.floor(minutes / 60);
   return hours < 48
     ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min`

@@ -44,7 +44,16 @@ export async function show(container, { query, signal }) {
     by = AXES[query.get("by")] ? query.get("by") : "step";
   const picker = h("div"),
     out = h("div");
-  put(container, h("h1", {}, "Compare"), picker, out);
+  const named = splitNames(query.get("runs")).filter((name) => names.has(name)).length;
+  put(
+    container,
+    h("h1", {}, "Compare"),
+    named > chosen.length
+      ? h("p", { class: "warn", role: "status" }, `${chosen.length} of ${named} runs are shown, the most that fit.`)
+      : null,
+    picker,
+    out,
+  );
   let plots = [],
     drawLoss = () => {},
     requests = 0;

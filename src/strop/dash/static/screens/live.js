@@ -178,15 +178,19 @@ export async function show(container, { run, query, signal, draw }) {
     put(
       top,
       s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
+      (run.report?.diagnosis ?? []).map((text) => h("p", { class: "verdict unclear" }, text)),
       facts([
         ["training loss", figure(last.loss ?? run.loss)],
-        ["evaluation loss", figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss)],
+        [
+          !active && isNumber(run.adapter?.step) ? `evaluation loss, step ${count(run.adapter.step)} (kept)` : "evaluation loss",
+          figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss),
+        ],
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
         active
           ? ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)]
-          : ["tokens/s, mean", count(run.tokens_per_s)],
+          : [run.report ? "tokens/s, mean" : "tokens/s, last step", count(run.tokens_per_s)],
         ["training time", duration(run.seconds)],
         ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
         ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],

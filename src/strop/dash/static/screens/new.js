@@ -307,6 +307,7 @@ export async function show(container, { query, signal }) {
             : "",
       ),
     );
+    verdict.append(...(planned.rows.warnings ?? []).map((text) => h("p", { class: "warn" }, `Warning: ${text}`)));
     put(trainedShare, `${count(planned.trainable_parameters)} of ${count(planned.parameters)} trained`);
     put(bars, phaseBars(planned.phases, planned.usable_bytes));
     put(ladderBox, planned.fits || !planned.ladder?.length ? null : ladder(planned));
