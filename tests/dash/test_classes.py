@@ -56,6 +56,9 @@ def test_screen_shows_classes_confusion_and_baseline(browser: Any, tmp_path: Pat
         cells = tab.page.locator("table.confusion tbody td").all_inner_texts()
         assert cells == [str(x or "") for row in evaluation()["confusion"] for x in row]
         assert tab.page.locator("table.classes tbody tr").count() == 3
+        assert "Vote blind" not in text
+        options = tab.page.locator("select[aria-label='Which rows'] option").all_inner_texts()
+        assert options == ["all rows", "tuned wrong", "tuned right"]
         tab.page.select_option("select[aria-label='Which rows']", "wrong")
         tab.page.wait_for_function("() => document.querySelectorAll('.sample').length === 4")
         for size in (None, PHONE):

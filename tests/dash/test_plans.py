@@ -32,6 +32,13 @@ def without_free_memory(plan: dict[str, Any]) -> dict[str, Any]:
     return json.loads(re.sub(r"[0-9.]+ GiB usable", "usable", json.dumps(plan)))  # type: ignore[no-any-return]
 
 
+def test_plan_warns_of_evaluation_rows_that_are_trained_on(
+    planner: Planner, tiny_folder: Path, rows_file: Path
+) -> None:
+    options = {"model": str(tiny_folder), "data": str(rows_file), "eval": str(rows_file)}
+    assert get_plan(planner, options)["rows"]["warnings"] == ["24 evaluation rows are also training rows"]
+
+
 @pytest.mark.parametrize("how", [{}, {"gpu": "RTX 4090"}, {"memory": "600MB"}])
 def test_plan_equals_the_command(planner: Planner, tiny_folder: Path, rows_file: Path, how: Any) -> None:
     options = {"model": str(tiny_folder), "data": str(rows_file), "lora.r": "8", "train.max_steps": 5}
@@ -46,9 +53,8 @@ def test_plan_equals_the_command(planner: Planner, tiny_folder: Path, rows_file:
     assert without_free_memory({name: result[name] for name in same}) == without_free_memory(
         {name: expected[name] for name in same}
     )
-    assert result["rows"] == {"known": True, "number": 24, "measuring": False, "refused": None, "why": ""} and result[
-        "here"
-    ] == ("gpu" not in how)
+    rows = {"known": True, "number": 24, "measuring": False, "refused": None, "warnings": [], "why": ""}
+    assert result["rows"] == rows and result["here"] == ("gpu" not in how)
     origins = {choice["field"]: choice["origin"] for choice in result["recipe"]}
     assert origins["lora.r"] == "option" and origins["train.weight_decay"] == "default" and len(origins) > 50
     again = get_plan(planner, options, **how, thorough=False)

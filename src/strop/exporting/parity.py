@@ -98,15 +98,15 @@ class Parity:
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
 
-    def check(self, name: str) -> None:
-        """Raise ParityError if a limit is exceeded."""
+    def check(self, name: str, alternative: str = "") -> None:
+        """Raise ParityError if a limit is exceeded. alternative: what to do instead, such as another option."""
         if self.violations:
             fix = "please report it with the base's name"
             if self.positions < FEW_POSITIONS:
                 few = f"{self.positions} positions are few"
                 fix = f"{few}: measure on more rows (--data FILE); if that fails too, {fix}"
             what = f"{name}: not the same model: {'; '.join(self.violations)}"
-            raise ParityError(what, fix=f"nothing was kept; {fix}")
+            raise ParityError(what, fix="; ".join(filter(None, ["nothing was kept", alternative, fix])))
 
 
 def compare(

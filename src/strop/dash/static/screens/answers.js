@@ -8,6 +8,7 @@ import {
   errorBox,
   get,
   h,
+  isNumber,
   link,
   noAdapter,
   runPath,
@@ -65,11 +66,12 @@ export async function show(container, { run, query, signal }) {
       load();
     }, 250);
   });
+  const comparesBase = !run.score || isNumber(run.score.base); // a classifier has no base
   const tools = h(
     "div",
     { class: "line", style: { margin: "1rem 0" } },
     select(
-      FILTERS,
+      comparesBase ? FILTERS : FILTERS.filter(([name]) => ["all", "wrong", "right"].includes(name)),
       filter,
       (value) => {
         filter = value;
@@ -93,7 +95,7 @@ export async function show(container, { run, query, signal }) {
     ),
     h("div", { class: "filter" }, input),
     button("Save CSV", save, { class: "small" }),
-    link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }),
+    comparesBase ? link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }) : null,
   );
   const evaluate = evaluation(run, signal, () => load());
   put(container, head, tools, rows, pages, evaluate);

@@ -104,7 +104,11 @@ function actionButtons(run, redraw) {
           run.stopping = true;
           redraw();
           await post(runPath(run.name, "stop"));
-          notify("The run will finish its step, save, and stop.");
+          notify(
+            run.step
+              ? "The run will finish its step, save, and stop."
+              : "The run has no step to save yet: it stops, and its folder is removed.",
+          );
         },
         { disabled: run.stopping },
       ),
