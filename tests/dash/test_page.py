@@ -310,6 +310,28 @@ def test_runs_beyond_the_most_that_are_compared_are_named_as_left_out(browser: A
         assert tab.page.get_by_text("6 of 8 runs are shown, the most that fit.").is_visible()
 
 
+def test_log_shows_the_events_around_a_damaged_line(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", [*session(), step(1)])
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write("null\n7\n" + json.dumps(step(2)) + "\n")
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/run/log", "pre[aria-label='Events']")
+        text = tab.page.locator("pre[aria-label='Events']").text_content()
+        assert "1 of 100" in text and "2 of 100" in text and "Invalid" not in text
+        tab.check("a damaged line")
+
+
+def test_data_screen_shows_classification_rows(browser: Any, dash: Dash, dashboard: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(12)]
+    (dashboard / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {**json.loads(unquote(NEW)), "data.train": str(dashboard / "texts.jsonl")}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={quote(json.dumps(options))}", "text=no format has the columns")
+        tab.page.select_option("[data-option='train.objective']", "classify")
+        tab.page.wait_for_selector(".tokens >> nth=9")
+        assert "text 3" in tab.page.inner_text("main")
+
+
 def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
     def values_of(curve: str) -> str:
         description: str = tab.page.locator(".plot .canvas").first.get_attribute("aria-label")

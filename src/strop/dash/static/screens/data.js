@@ -62,6 +62,7 @@ export async function show(container, { query, signal }) {
           "div",
           { class: "fields" },
           h("div", { class: "wide fields pair" }, train.element, model.element),
+          choice("train.objective", "Objective"),
           field("Maximum row length in tokens", longest),
           choice("data.overlong", "Longer rows"),
           choice("data.bad_rows", "Invalid rows"),

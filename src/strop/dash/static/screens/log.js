@@ -55,6 +55,7 @@ function describeEvent(line) {
   } catch {
     return ""; // the first line may be incomplete
   }
+  if (!event || typeof event !== "object") return ""; // a damaged line
   const { event: kind, time, step, steps, text, ...rest } = event,
     at = new Date(time * 1000).toTimeString().slice(0, 8);
   const details = Object.entries(rest).filter(
