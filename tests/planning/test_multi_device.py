@@ -152,7 +152,7 @@ def test_devices_without_rows_are_idle() -> None:
 def test_two_processes_that_do_not_fit_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", "demo", "--memory", "2GB", "--device", "cpu", "--train.micro_batch", "8"]
     words += ["--model.quantization", "none", "--train.optimizer", "adamw", "--train.gradient_checkpointing", "off"]
-    words += ["--data.max_length", "256", "--model.placement", "replicated"]
+    words += ["--data.max_length", "256", "--model.placement", "replicated", "--model.dtype", "bf16"]
     code, out, _ = run(*words, "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["fits"]
     code, out, err = run(*words, "--devices", "2", "--json", capsys=capsys)
