@@ -163,7 +163,7 @@ def test_parameters_of_mixtures_and_multimodal_models_agree_with_their_pages(
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
-    words = ["--memory", "24GB", "--lora.r", "16", "--model.dtype", "bf16"]  # a busy CPU may be measured as slow in bf16
+    words = ["--memory", "24GB", "--lora.r", "16", "--model.dtype", "bf16"]  # a busy CPU may seem slow in bf16
     _, out, err = run("plan", "--model", file, *words, "--json", capsys=capsys)
     result, (parameters, active) = json.loads(out), PAGES[name]
     assert result["parameters"] == pytest.approx(parameters, rel=0.01)
