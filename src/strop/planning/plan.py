@@ -380,7 +380,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     if tokens:
         largest += f"; with the recipe's max_length, micro_batch_tokens {tokens:,}"
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
-    out.print(f"[bold]disk[/]     {plan.disk_bytes / 2**20:,.0f} MiB")
+    out.print(f"[bold]disk[/]     at most {plan.disk_bytes / 2**20:,.0f} MiB, in the run folder and the cache")
     if plan.refused or plan.data["refused"]:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
     if plan.fits:

@@ -336,7 +336,7 @@ export async function show(container, { query, signal }) {
       h(
         "li",
         {},
-        `writes about ${bytes(planned.writes.bytes)} to ${planned.out}; ${bytes(planned.writes.free_bytes)} free`,
+        `writes at most ${bytes(planned.writes.bytes)} to ${planned.out} and the cache; ${bytes(planned.writes.free_bytes)} free`,
       ),
     );
     put(chosenBox, chosen.element);
