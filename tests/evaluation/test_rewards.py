@@ -55,6 +55,13 @@ def test_invalid_rewards_are_refused(given: str) -> None:
         "def own(completions, rows):\n"
         "    pairs = zip(completions, rows)\n"
         "    return [(text == row['answer']) + 10 * int(row['topic'][1:]) for text, row in pairs]",
+        "import numpy as np\n"
+        "def own(completions, rows):\n"
+        "    pairs = zip(completions, rows)\n"
+        "    return np.array([(text == row['answer']) + 10 * int(row['topic'][1:]) for text, row in pairs])",
+        "import functools\n"
+        "async def own(completion, row): return (completion == row['answer']) + 10 * int(row['topic'][1:])\n"
+        "own = (lambda f: functools.wraps(f)(lambda *args: f(*args)))(own)",
         "class Own:\n"
         "    async def __call__(self, completion, row):\n"
         "        return {'right': completion == row['answer'], 'topic': 10 * int(row['topic'][1:])}\n"
@@ -130,6 +137,11 @@ def test_calls_of_an_async_function_run_at_the_same_time_in_one_loop(tmp_path: P
         ("def own(completion, row): return {}", "row rows.jsonl:1: returns {}"),
         ("def own(completion, row): return {'a': 1, 'b': 'x'}", "row rows.jsonl:1: returns 'x' for own.b"),
         ("def own(completion, row): return {completion: 1}", "returns own.b, and own.a before"),
+        ("def own(completion, row): return 10**400", "row rows.jsonl:1: returns 1000"),
+        ("def own(completion, row): raise TimeoutError('my server')", "row rows.jsonl:1: TimeoutError: my server"),
+        ("async def own(completion, row): raise TimeoutError('my server')", "TimeoutError: my server"),
+        ("import sys\nasync def own(completion, row): sys.exit(7)", "row rows.jsonl:1: SystemExit: 7"),
+        ("async def own(completion, row): raise KeyboardInterrupt", "row rows.jsonl:1: SystemExit"),
         ("def own(completions, rows): return 1", "returns 1 for 2 completions"),
         ("def own(completions, rows): return [1]", "returns [1] for 2 completions"),
         ("async def own(completion, row): raise ValueError('no')", "row rows.jsonl:1: ValueError: no"),
@@ -149,6 +161,9 @@ def test_errors_name_the_row(text: str, message: str, tmp_path: Path) -> None:
         "import time\ndef own(completion, row):\n    try: time.sleep(20)\n    except Exception: return 1",
         "import time\ndef own(completions, rows): time.sleep(20)",
         "import asyncio\nasync def own(completion, row): await asyncio.sleep(20)",
+        "import time\nasync def own(completion, row): time.sleep(0.2)",
+        "import asyncio\nasync def own(completion, row):\n"
+        "    try: await asyncio.sleep(20)\n    except asyncio.CancelledError: return 1",
     ],
 )
 def test_slow_calls_end_with_an_error(text: str, tmp_path: Path) -> None:
@@ -185,3 +200,27 @@ def test_hash_depends_on_file_and_columns(tmp_path: Path) -> None:
     assert first and re.fullmatch("[0-9a-f]{64}", first) and first != other and first == moved
     write(tmp_path, "def own(completion, row): return 2")
     assert hash_rewards(rewards, ROWS) != first
+
+
+def test_names_of_parts_stay_the_same_from_step_to_step(tmp_path: Path) -> None:
+    spec = write(
+        tmp_path,
+        "seen = []\ndef own(completion, row):\n    seen.append(1)\n    return {'a' if len(seen) < 3 else 'b': 1}",
+    )
+    rewards = parse_rewards(spec)
+    compute_rewards(rewards, candidates("x", "y"), ROWS, 20.0)
+    with pytest.raises(RunError, match=r"returns own\.b, and own\.a before"):
+        compute_rewards(rewards, candidates("x"), ROWS, 20.0)
+
+
+def test_changed_row_does_not_reach_other_completions(tmp_path: Path) -> None:
+    """Otherwise the rewards of a resumed run would differ."""
+    rows = {("rows.jsonl", line): {"tags": ["a"]} for line in (1, 2)}
+    spec = write(
+        tmp_path,
+        "def own(completion, row):\n    row['tags'].append('b')\n    row['messages'][0]['content'] += '!'\n"
+        "    return len(row['tags']) + len(row['messages'][0]['content'])",
+    )
+    rewards, prompts = parse_rewards(spec), [Candidate("x", prompt(1)), Candidate("y", prompt(1))]
+    results = [[r.total for r in compute_rewards(rewards, prompts, rows, 20.0)] for _ in range(2)]
+    assert results == [[13, 13], [13, 13]] and rows["rows.jsonl", 1] == {"tags": ["a"]}

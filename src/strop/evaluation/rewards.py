@@ -21,7 +21,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -69,6 +70,7 @@ class Reward:
     form: Form
     metric: Metric | None = None  # for form "metric"
     function: Callable[..., Any] | None = None  # for the other forms
+    _names: set[str] = field(default_factory=set, compare=False, repr=False)  # of the parts, known from the first call
 
     @property
     def reads_rows(self) -> bool:
@@ -87,6 +89,7 @@ class Reward:
         if self.form == "batch":
             texts, given = [c.text for c in candidates], [row_of(c.prompt, rows) for c in candidates]
             results = self._call([(texts, given)], candidates[:1], timeout)[0]
+            results = results.tolist() if hasattr(results, "tolist") else results  # of NumPy or torch
             if not isinstance(results, Sequence) or isinstance(results, str) or len(results) != len(candidates):
                 what = f"reward {self.spec}: returns {results!r:.80} for {len(candidates)} completions"
                 raise RunError(what, fix="return a list with a number for each completion, in their order")
@@ -95,8 +98,10 @@ class Reward:
         else:
             results = self._call([(c.prompt.gold or "", c.text) for c in candidates], candidates, timeout)
         parts = [self._read(result, candidate) for result, candidate in zip(results, candidates, strict=True)]
-        if different := next((names for names in map(set, parts) if names != set(parts[0])), None):
-            what = f"reward {self.spec}: returns {', '.join(sorted(different))}, and {', '.join(parts[0])} before"
+        self._names.update(() if self._names else parts[0])
+        if different := next((names for names in map(set, parts) if names != self._names), None):
+            before = ", ".join(sorted(self._names))
+            what = f"reward {self.spec}: returns {', '.join(sorted(different))}, and {before} before"
             raise RunError(what, fix="return a dict with the same names for any answer")
         return parts
 
@@ -105,14 +110,17 @@ class Reward:
         function, results = self.function, []
         assert function is not None
         pending = None
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        # also for a function that `functools.wraps` decorates
+        if inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(
+            type(function).__call__
+        ):
             pending = _run_together([partial(function, *arguments) for arguments in calls], timeout)
         for arguments, candidate in zip(calls, candidates, strict=True):
             try:
                 results.append(_call_within(timeout, function, arguments) if pending is None else next(pending))
             except USER_CODE_ERRORS as error:
                 prefix = f"reward {self.spec}: row {candidate.place}"
-                if isinstance(error, TimeoutError):
+                if isinstance(error, _TooSlow):
                     what = f"{prefix}: takes more than {timeout:g} s"
                     raise RunError(what, fix="make it faster, or raise --train.reward_timeout") from None
                 what = f"{prefix}: {type(error).__name__}: {error} (for the answer {candidate.text[:80]!r})"
@@ -126,7 +134,7 @@ class Reward:
         for name, value in values.items():
             try:
                 values[name] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 values[name] = math.nan
             if not math.isfinite(values[name]):
                 part = f" for {name}" if is_dict else ""
@@ -188,12 +196,17 @@ def _find_reward(spec: str, weight: float) -> Reward:
         parameters = []
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    fix = "write f(completion, row), f(completions, rows) or f(right_answer, answer)"
+    if parameters and all(p.kind in variable for p in parameters):
+        what = f"reward {spec}: its parameters have no names, from which its form follows"
+        raise RecipeError(what, fix=f"{fix}; in a decorator, use functools.wraps")
     forms: tuple[tuple[Form, str, str], ...] = (("row", "completion", "row"), ("batch", "completions", "rows"))
     for form, completion, row in forms:
-        if row in names or names[:1] == [completion]:
+        if row in names or names[:1] == [completion] or "completions" in names:
             if len(names) != 2 or names[1] != row:
+                if form == "row" and "completions" in names:
+                    continue  # the other form
                 what = f"reward {spec}({', '.join(names)}): not a form of a reward function"
-                fix = "write f(completion, row), f(completions, rows) or f(right_answer, answer)"
                 raise RecipeError(what, fix=fix)
             return Reward(spec, weight, name, form, function=function)
     return Reward(spec, weight, name, "golds", function=load_metric("reward", file, name).function)
@@ -203,7 +216,7 @@ def row_of(prompt: Prompt, rows: Rows) -> dict[str, Any]:
     """Return the row of a prompt, as a reward function gets it."""
     users = [message["content"] for message in prompt.messages if message["role"] == "user"]
     extra = {"prompt": users[-1] if users else "", "messages": list(prompt.messages), "answer": prompt.gold}
-    return {**extra, **rows.get((prompt.file, prompt.line), {})}
+    return deepcopy({**extra, **rows.get((prompt.file, prompt.line), {})})  # the function may change it
 
 
 def read_columns(rewards: Sequence[Reward], data: DataSection) -> Rows:
@@ -257,28 +270,60 @@ def check_rewards(rewards: Sequence[Reward], prompts: Sequence[Prompt], rows: Ro
         check_golds(reward.spec, golds, [(prompt.file, prompt.line) for prompt in answered], any_number=True)
 
 
+class _TooSlow(Exception):
+    """A call took longer than the time limit."""
+
+
 def _call_within(timeout: float, function: Callable[..., Any], arguments: tuple[Any, Any]) -> Any:
-    """Call the function. Raises TimeoutError if it takes longer, even if it catches the exception that ends it."""
-    started = time.monotonic()
-    with time_limit(timeout, cpu_time=False):
-        result = function(*arguments)
-    if time.monotonic() - started > timeout:
-        raise TimeoutError
+    """Call the function. Raises _TooSlow if it takes longer, even if it catches the exception that ends it."""
+    started, result = time.monotonic(), None
+    try:
+        with time_limit(timeout, cpu_time=False):
+            result = function(*arguments)
+    except TimeoutError:
+        if time.monotonic() - started < timeout:
+            raise  # the function's own
+    if time.monotonic() - started >= timeout:
+        raise _TooSlow
     return result
 
 
 def _run_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> Iterator[Any]:
     """Run coroutines at the same time. Yields their results in order, or raises the exception of one."""
 
+    async def call_guarded(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        try:
+            return await call()
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop's thread
+            return _Ended(error)
+
+    async def call_within(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        started, result = time.monotonic(), None
+        try:
+            result = await asyncio.wait_for(call_guarded(call), timeout)
+        except asyncio.TimeoutError:
+            if time.monotonic() - started < timeout:
+                raise  # the function's own
+        if time.monotonic() - started >= timeout:  # also if it blocks, or catches its cancellation
+            raise _TooSlow
+        return result
+
     async def gather() -> list[Any]:
-        waiting = (asyncio.wait_for(call(), timeout) for call in calls)
-        return await asyncio.gather(*waiting, return_exceptions=True)
+        return await asyncio.gather(*map(call_within, calls), return_exceptions=True)
 
     for result in asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result():
         if isinstance(result, BaseException):
-            # an asyncio.TimeoutError is a TimeoutError only from Python 3.11 on
-            raise TimeoutError if isinstance(result, asyncio.TimeoutError) else result
+            raise result
+        if isinstance(result, _Ended):
+            raise SystemExit(str(result.error))
         yield result
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A call that tried to end the process."""
+
+    error: BaseException
 
 
 @cache

@@ -280,9 +280,9 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
 
 
 def _part_names(rewarded: Sequence[Rewarded]) -> list[str]:
-    """Return the names of the parts of a reward, or nothing if there is only one."""
+    """Return the names of the parts of a reward, or nothing if it is a single number."""
     names = list(rewarded[0].parts)
-    return names if len(names) > 1 else []
+    return names if len(names) > 1 or "." in "".join(names) else []
 
 
 def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor, *, rewarded: bool) -> Metrics:
