@@ -27,6 +27,7 @@ from strop.training.gradients import micro_batches
 from strop.training.rollouts import PolicyCriterion
 from strop.training.soft_labels import soften
 from tests import ROOT
+from tests.evaluation.test_judge import judge_server
 from tests.support import tiny
 from tests.support.groups import make_job, prompts, write_reward
 from tests.support.runs import run
@@ -209,7 +210,12 @@ def test_answers_that_do_not_end_are_dropped_rows(student: Path, tmp_path: Path)
     options = {**QUICK, "train.teacher": str(student), "data.max_length": 40}
     with pytest.raises(DataError) as raised:
         strop.train(model=student, data=str(rows), out=tmp_path / "run", **options)
-    assert "prompts.jsonl:1: the teacher's answer is longer than data.max_length" in str(raised.value)
+    assert "prompts.jsonl:1: the teacher's answer does not end within 40 tokens" in str(raised.value)
+    assert "raise data.max_length" in str(raised.value)
+    options["train.teacher_weight"] = 0
+    rows = write(tmp_path / "all.jsonl", PROMPTS)
+    with pytest.raises(DataError, match="0 of 12 training rows are left"):
+        strop.train(model=student, data=str(rows), out=tmp_path / "run", **options, bad_rows="drop")
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +239,7 @@ def test_other_vocabulary_is_refused_unless_only_answers_count(
         strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
     assert "teacher_weight" in raised.value.fix
     options |= {"train.teacher_weight": 0}
-    with pytest.raises(DataError, match="the teacher's answer is longer"):  # it is random
+    with pytest.raises(DataError, match="does not end within 40 tokens"):  # it is random
         strop.train(model=student, data=str(files[0]), out=tmp_path / "run", **{**options, "data.max_length": 40})
     with pytest.raises(RecipeError, match="all rows have an answer"):
         strop.train(model=student, data=str(files[1]), out=tmp_path / "run", **options)
@@ -296,10 +302,99 @@ def served(expert: Path) -> Iterator[str]:
 
 def test_teacher_on_a_server(served: str, student: Path, files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": served})
+    options = {**QUICK, "train.teacher": served}
+    with pytest.raises(RecipeError, match="has 2 models: expert, base"):
+        strop.train(model=student, data=[*map(str, files)], out=out, **options)
+    options["train.teacher_model"] = "expert"
+    done = strop.train(model=student, data=[*map(str, files)], out=out, **options)
     answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
     assert set(answers) == {"yes"} and len(answers) == 12 and done.report["data"]["used"] == 24
     assert math.isfinite(done.report["loss"]["last"]) and not (out / "teacher.safetensors").exists()
+
+
+def test_teacher_answers_with_the_system_prompt_it_was_trained_with(student: Path, tmp_path: Path) -> None:
+    loud = [{"system": "Shout.", "prompt": text, "completion": "LOUD"} for text in ("who?", "Say: a", "1 + 2")]
+    options: dict[str, Any] = {"train.max_steps": 60, "train.learning_rate": 0.02, "model.dtype": "fp32"}
+    loud_run = strop.train(model=student, data=loud, out=tmp_path / "loud", **options).folder
+    rows = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {**QUICK, "train.teacher": str(loud_run)}
+    out = strop.train(model=student, data=str(rows), out=tmp_path / "run", **options).folder
+    answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
+    assert answers == strop.load(loud_run).generate([row["prompt"] for row in PROMPTS])
+
+
+def test_changed_template_of_the_teacher_makes_new_answers(
+    student: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tmp_path / "merged"
+    strop.merge(expert, merged, dtype="fp32", measure=False)
+    rows = write(tmp_path / "prompts.jsonl", PROMPTS)
+    asked: list[int] = []
+    answer = teacher.Teacher.answer
+    monkeypatch.setattr(teacher.Teacher, "answer", lambda self, rows: asked.append(1) or answer(self, rows))
+    options = {**QUICK, "train.teacher": str(merged)}
+    for name, template in (("a", ""), ("b", ""), ("c", "{# changed #}")):
+        file = merged / "chat_template.jinja"
+        file.write_text(template + file.read_text("utf-8"), encoding="utf-8")
+        strop.train(model=student, data=str(rows), out=tmp_path / name, **options)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ({"message": {"content": "yes"}, "finish_reason": "stop"}, "yes"),
+        ({"message": {"content": "let me see</think>\n\nyes"}, "finish_reason": "stop"}, "yes"),
+        ({"message": {"content": "<think>let me see"}, "finish_reason": "stop"}, "reasoning does not end"),
+        ({"message": {"content": "I was going to sa"}, "finish_reason": "content_filter"}, "cut, filtered"),
+        ({"message": {"content": "Look.", "tool_calls": [{}]}, "finish_reason": "tool_calls"}, "a call of a tool"),
+        ({"message": {"content": None}, "finish_reason": "stop"}, "no whole text"),
+        ({"message": {"content": " "}, "finish_reason": "stop"}, "answer is empty"),
+        (400, "400"),
+    ],
+)
+def test_only_whole_answers_of_a_server_count(
+    student: Path, tmp_path: Path, reply: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = [str(write(tmp_path / "rows.jsonl", [{"messages": turns}])), str(write(tmp_path / "more.jsonl", ANSWERED))]
+    response = reply if isinstance(reply, int) else {"choices": [reply]}
+    with judge_server(response) as (url, seen):
+        options = {**QUICK, "train.teacher": url, "data.bad_rows": "drop"}
+        done = strop.train(model=student, data=rows, out=tmp_path / "run", **options)
+    (line,) = (tmp_path / "run" / "teacher.jsonl").read_text("utf-8").splitlines()
+    answer = json.loads(line)
+    assert answer.get("answer") == expected if expected == "yes" else expected in answer["why"]
+    assert done.report["data"]["used"] == 12 + (expected == "yes")
+    assert seen[0]["messages"] == turns and seen[0]["model"] == "one"
+
+
+def test_refused_resume_leaves_the_run_unchanged(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = {**QUICK, "train.teacher": str(expert)}
+    strop.train(model=student, data=[*map(str, files)], out=out, **options)
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    before = files[0].read_bytes()
+    write(files[0], [{"prompt": f"tell {n}"} for n in range(12)])
+    with pytest.raises(InputError, match="data has changed"):
+        strop.resume(out)
+    files[0].write_bytes(before)
+    strop.resume(out)
+
+
+def test_folder_of_a_run_that_was_killed_before_it_began_is_used_again(
+    student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """Its answers may be those of another teacher."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "teacher.jsonl").write_text('{"row": "00", "answer": "of another"}\n', encoding="utf-8")
+    (out / "kept.jsonl").write_text("{}\n", encoding="utf-8")
+    strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": str(expert)})
+    assert "another" not in (out / "teacher.jsonl").read_text("utf-8") and not (out / "kept.jsonl").exists()
 
 
 POLICY: dict[str, Any] = {

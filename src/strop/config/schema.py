@@ -306,6 +306,9 @@ class TrainSection(Section):
         description="weight of the teacher's probabilities against the rows' own tokens (sft), or of its judgements "
         "against the rewards (grpo); default: 0.5, for a server 0; 1 for grpo",
     )
+    teacher_model: str | None = Field(
+        None, description="name of the model on the teacher's server; default: its only one"
+    )
     epochs: Finite = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
         None, ge=1, description="number of steps, or in grpo of batches of completions; overrides epochs"
@@ -425,6 +428,9 @@ class Recipe(Section):
             "train.teacher: needs data.loss assistant": train.teacher is not None and data.loss != "assistant",
             "train.teacher_weight: there is no train.teacher": (
                 train.teacher_weight is not None and train.teacher is None
+            ),
+            "train.teacher_model: the teacher is not on a server": (
+                train.teacher_model is not None and not str(train.teacher).startswith(("http://", "https://"))
             ),
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,

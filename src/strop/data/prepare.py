@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
-from strop.data.answers import Answers, complete, key_of, lacks_answer, write_answers
+from strop.data.answers import Answers, NoAnswer, complete, key_of, lacks_answer, write_answers
 from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts
@@ -90,6 +90,7 @@ class Prepared:
     classes: Classes | None = None  # of texts to classify
     kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
     answers: Answers = field(default_factory=dict, kw_only=True)  # of a teacher, to rows without one
+    pending: Mapping[Path, bytes] = field(default_factory=dict, kw_only=True)  # files to write when the run is resumed
     teacher_hash: str | None = field(default=None, kw_only=True)  # hash of the answers and the teacher's probabilities
 
     @property
@@ -353,9 +354,8 @@ class _Reader:
         """Yield the conversations with the teacher's answers. Those that it has not answered are invalid."""
         for conversation in self.conversations:
             completed = conversation if self._answers is None else complete(conversation, self._answers)
-            if completed is None:
-                what = "the teacher's answer is longer than data.max_length"
-                self.invalid.append(_row_error(conversation, TOO_LONG, what))
+            if isinstance(completed, NoAnswer):
+                self.invalid.append(_row_error(conversation, "no-teacher-answer", completed.why))
             else:
                 yield completed
 

@@ -76,6 +76,7 @@ REASONS: dict[str, str] = {
     **FORMAT_REASONS,
     **RENDERING_REASONS,
     TOO_LONG: "the row is longer than data.max_length",
+    "no-teacher-answer": "the teacher has not answered the row",
     "unknown-label": "a label that is not in train.labels, or that no training row has",
     "contradiction": "another row ranks the same answers the other way round, or labels the same answer or text "
     "differently",
@@ -90,6 +91,7 @@ FIXES: dict[str, str] = {
     "reasoning-off": "choose --data.reasoning drop to train without it, or turn it on in data.template_options",
     "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant message a weight above 0",
+    "no-teacher-answer": "raise --data.max_length if answers do not end, or choose another teacher",
     "other-weight": "choose --data.loss assistant, or remove these weights",
 }
 

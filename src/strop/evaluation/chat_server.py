@@ -16,6 +16,7 @@ from typing import Any
 from strop.errors import RecipeError, RunError
 
 TRIES, TIMEOUT_S = 3, 300
+REFUSED_STATUSES = {400, 413, 422}  # of this request, such as one that is too long; others may succeed
 RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
@@ -27,6 +28,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+class RequestRefused(RunError):
+    """Raised when a server refuses one request."""
 
 
 @dataclass
@@ -41,14 +46,19 @@ class ChatServer:
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
         if self.model is None:
-            self.model = str(self._request("/models", lambda data: data["data"][0]["id"]))
+            self.model = self.models()[0]
+
+    def models(self) -> list[str]:
+        """Return the names of the server's models, at least one."""
+        names: list[str] = self._request("/models", _list_models)
+        return names
 
     def answer(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
-        """Return the answer to a conversation, or None if it is cut or has no text. Raises RunError."""
+        """Return the answer to a conversation, or None if it is not a whole text. Raises RunError."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, **options}
         choice = self._request("/chat/completions", _first_choice, body)
-        text = choice["message"].get("content")
-        return text if isinstance(text, str) and choice.get("finish_reason") != "length" else None
+        text, is_whole = choice["message"].get("content"), choice.get("finish_reason") in ("stop", None)
+        return text if isinstance(text, str) and is_whole and not choice["message"].get("tool_calls") else None
 
     def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -67,8 +77,8 @@ class ChatServer:
                 raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUSES or not remaining_tries:
-                    text = error.read(300).decode(errors="replace")
-                    raise RunError(f"{self.role} {self.url}{path}: {error.code}: {text}") from None
+                    what = f"{self.role} {self.url}{path}: {error.code}: {error.read(300).decode(errors='replace')}"
+                    raise (RequestRefused if error.code in REFUSED_STATUSES else RunError)(what) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not remaining_tries:
                     fix = "start it, or check the address"
@@ -87,6 +97,11 @@ def check_address(option: str, url: str, key_variable: str) -> None:
     if "@" in urllib.parse.urlsplit(url).netloc:
         what = f"{option}: the address has a name or a password in it, which would be in reports"
         raise RecipeError(what, fix=f"write it without, and put the key into {key_variable}")
+
+
+def _list_models(data: Any) -> list[str]:
+    models = [data["data"][0], *data["data"][1:]]  # an empty list is an error
+    return [str(model["id"]) for model in models]
 
 
 def _first_choice(data: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 _VALID_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
 _DISK_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 _CLAIM_FILE, _CLAIM_LOCK = "claim.json", ".claim.lock"
+# what train.keep and train.teacher have computed
+_COMPUTED_FILES = ("kept.jsonl", "kept.safetensors", "teacher.jsonl", "teacher.safetensors")
 
 
 class RunFolder:
@@ -141,6 +143,8 @@ def create_run_folder(path: Path) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"strop")
+        for name in _COMPUTED_FILES:  # of a run that was killed before it began, maybe with another model
+            (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise FolderError(f"{path}: cannot be written: {error.strerror}", fix="give --out another folder") from None
     return RunFolder(path)
@@ -149,7 +153,7 @@ def create_run_folder(path: Path) -> RunFolder:
 def _is_unused(path: Path) -> bool:
     """Return whether a folder contains only files that a run writes before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return names <= {_CLAIM_FILE, _CLAIM_LOCK, "recipe.yaml", "lock.json", "kept.jsonl", "kept.safetensors"}
+    return names <= {_CLAIM_FILE, _CLAIM_LOCK, "recipe.yaml", "lock.json", *_COMPUTED_FILES}
 
 
 def free_bytes(path: Path) -> int:

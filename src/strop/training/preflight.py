@@ -166,7 +166,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
     data = prepare()
     if recipe.train.teacher is not None and recipe.train.objective == "sft":
-        data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder.teacher)
+        data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder)
     elif (teacher := find_policy_teacher(recipe, tokenizer)) is not None:
         data = replace(data, teacher_hash=sha256_text(teacher.key))
     if data.classes is not None:
@@ -384,7 +384,7 @@ def _teacher_note(setup: Setup) -> str | None:
     weight = teacher_weight(train)
     if train.objective != "sft":
         return f"train.teacher {train.teacher}: judges each sampled token, with the weight {weight:g}"
-    number = sum(answer is not None for answer in setup.data.answers.values())
+    number = sum(isinstance(answer, str) for answer in setup.data.answers.values())
     return f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
 
 

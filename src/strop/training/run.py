@@ -151,6 +151,8 @@ def resume(
             texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
             where = [Location(str(folder.path), None, text) for text in texts]
             raise InputError("cannot resume", fix=_suggest_fix(refused), where=where)
+        for file, content in setup.data.pending.items() if devices.is_main else ():
+            write_atomic(file, content)
         counts = (locked_device_count(lock), devices.world_size)
         has_other_devices = counts[0] != counts[1]
         if devices.is_main and (changes or has_other_devices or options):

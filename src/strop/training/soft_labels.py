@@ -69,11 +69,13 @@ def soften(row: Example, ids: npt.NDArray[Any], probs: npt.NDArray[Any], share: 
 
 
 def read_or_compute(
-    file: Path, key: str, tokens: int, cached: Callable[[], Path], compute: Callable[[], Distributions]
-) -> Distributions:
+    file: Path, key: str, tokens: int, cached: Callable[[], Path], compute: Callable[[], Distributions],
+    store: Callable[[Path, bytes], None] = write_atomic,
+) -> Distributions:  # fmt: skip
     """Return the distributions in a file of a run. If they are not there, they are read from the cache or computed.
 
     key: the rows that they are of. tokens: the number of supervised tokens. cached: the file in the cache.
+    store: called with the file of the run and its new content.
     """
     if (found := _read(file, key, tokens)) is None:
         path = cached()
@@ -81,7 +83,7 @@ def read_or_compute(
             found = compute()
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, save(found, metadata={"key": key}))
-        write_atomic(file, path.read_bytes())
+        store(file, path.read_bytes())
     return found
 
 

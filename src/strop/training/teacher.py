@@ -14,25 +14,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from strop.config.schema import Recipe, TrainSection
-from strop.data.answers import Answers, key_of, read_answers, write_answers
+from strop.data.answers import Answers, NoAnswer, key_of, read_answers, write_answers
 from strop.data.prepare import Prepared, list_unanswered
 from strop.data.row_errors import RenderError
 from strop.data.store import Examples, LazySequence, message_json
-from strop.data.types import Conversation, Example
+from strop.data.types import Conversation, Example, Message, strip_reasoning
 from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
-from strop.evaluation.chat_server import ChatServer, check_address, is_address
+from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address
 from strop.models.adapter_config import adapter_folder, check_adapter_kind
 from strop.models.adapters import locate_base, locate_tokenizer
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
-from strop.runs.folder import cache_folder, write_atomic
+from strop.runs.folder import RunFolder, cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
 from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
 
@@ -43,6 +44,7 @@ TOP_K = 32
 DEFAULT_WEIGHT = 0.5  # of the teacher's probabilities
 KEY = "STROP_TEACHER_KEY"  # environment variable with the API key of a server
 REQUESTS = 8  # to a server at the same time
+REASONING_BEGINS, REASONING_ENDS = ("<think>",), ("</think>",)
 
 LOG = logging.getLogger(__name__)
 
@@ -66,30 +68,31 @@ class Teacher:
         self.on_server = is_address(self.name)
         self._loaded: Model | None = None
         if self.on_server:
-            self.key = self.name
+            self.key = f"{self.name} {recipe.train.teacher_model}"
             return
         folder = adapter_folder(self.name)
         if folder is not None:
             check_adapter_kind(folder, "text")
         source = locate(self.name) if folder is None else locate_base(folder)
-        self.key = json.dumps([*model_key(source, folder), recipe.model.device, recipe.data.max_length])
+        files = _hash_settings(source.path, folder)
+        self.key = json.dumps([*model_key(source, folder), files, recipe.model.device, recipe.data.max_length])
         if teacher_weight(recipe.train):
             _check_vocabulary(self.name, tokenizer, folder, source)
 
     def answer(self, rows: Sequence[Conversation]) -> Answers:
-        """Return the answer to each row; None where it does not end within data.max_length."""
+        """Return the answer to each row, without its reasoning."""
         LOG.info("train.teacher: answering 0 of %d rows", len(rows))
         texts = self._ask_server(rows) if self.on_server else self._generate(rows)
         return {key_of(row): text for row, text in zip(rows, texts, strict=True)}
 
-    def _generate(self, rows: Sequence[Conversation]) -> list[str | None]:
+    def _generate(self, rows: Sequence[Conversation]) -> list[str | NoAnswer]:
         from strop.engine.decode.generate import generate
 
         model, limit = self._load(), self._recipe.data.max_length
         prompts, invalid = [], []
         for row in rows:
             try:
-                prompts.append(model.renderer.prompt(row.messages, row.tools))
+                prompts.append(model.renderer.prompt(self._with_system(row.messages), row.tools))
             except RenderError as error:
                 invalid.append(Location(row.file, row.line, error.what))
         if invalid:
@@ -99,15 +102,32 @@ class Teacher:
             model.module, model.tokenizer, prompts, stop_ids=model.renderer.end_ids, max_new_tokens=limit,
             advance=lambda done: LOG.info("train.teacher: answering %d of %d rows", done, len(rows)),
         )  # fmt: skip
-        return [answer.text if answer.stopped and answer.text.strip() else None for answer in answers]
+        cut = NoAnswer(f"the teacher's answer does not end within {limit} tokens (data.max_length)")
+        ends = (*model.renderer.reasoning_ends, *REASONING_ENDS)
+        return [_without_reasoning(answer.text, ends) if answer.stopped else cut for answer in answers]
 
-    def _ask_server(self, rows: Sequence[Conversation]) -> list[str | None]:
-        server = ChatServer("teacher", self.name, KEY)
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with the system prompt of the teacher's training rows, if they all had the same one."""
+        default = self._load().default_system
+        has_own = default is None or any(message.role == "system" for message in messages)
+        return messages if has_own else [Message("system", str(default)), *messages]
 
-        def ask(row: Conversation) -> str | None:
+    def _ask_server(self, rows: Sequence[Conversation]) -> list[str | NoAnswer]:
+        server = ChatServer("teacher", self.name, KEY, self._recipe.train.teacher_model)
+        if self._recipe.train.teacher_model is None and len(names := server.models()) > 1:
+            what = f"--train.teacher {self.name}: has {len(names)} models: {', '.join(names[:8])}"
+            raise RecipeError(what, fix="choose one with --train.teacher_model")
+        LOG.info("train.teacher: %s answers", server.model)
+
+        def ask(row: Conversation) -> str | NoAnswer:
             options = {"tools": list(row.tools)} if row.tools else {}
-            text = server.answer([*map(message_json, row.messages)], **options)
-            return text if text and text.strip() else None
+            turns = [{name: x for name, x in message_json(turn).items() if name != "weight"} for turn in row.messages]
+            try:
+                text = server.answer(turns, **options)
+            except RequestRefused as error:
+                return NoAnswer(error.what)
+            what = "the server gave no whole text: it was cut, filtered, or a call of a tool"
+            return NoAnswer(what) if text is None else _without_reasoning(text, REASONING_ENDS)
 
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(ask, rows))
@@ -134,6 +154,21 @@ class Teacher:
         return self._loaded
 
 
+def _without_reasoning(text: str, ends: Sequence[str]) -> str | NoAnswer:
+    """Return an answer without its reasoning, which the student's template may show in another way, or not at all."""
+    answer = strip_reasoning(text, ends)
+    if any(begin in answer for begin in REASONING_BEGINS):
+        return NoAnswer("the teacher's reasoning does not end")
+    return answer if answer.strip() else NoAnswer("the teacher's answer is empty")
+
+
+def _hash_settings(*folders: Path | None) -> str:
+    """Return a hash of the files that decide how a model answers, such as its tokenizer and chat template."""
+    files = (file for folder in folders if folder is not None and folder.is_dir() for file in sorted(folder.iterdir()))
+    chosen = [file for file in files if file.suffix in (".json", ".jinja", ".model", ".txt")]
+    return sha256_text(" ".join(f"{file.name} {sha256_file(file)}" for file in chosen))
+
+
 class SoftRows(LazySequence[Example]):
     """Rows with a teacher's distributions as labels. weight: as train.teacher_weight."""
 
@@ -150,21 +185,29 @@ class SoftRows(LazySequence[Example]):
         return soften(row, self._distributions["ids"][span], self._distributions["probs"][span], self.weight)
 
 
-def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Prepared], file: Path) -> Prepared:
+def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Prepared], folder: RunFolder) -> Prepared:
     """Return the data with the teacher's answers, and its probabilities as labels.
 
-    The teacher is not needed for what the run folder has already.
+    The teacher is not needed for what the run folder has already. What is new is written into it, or, if the folder has
+    a run, is `pending` in the result until the run is resumed.
 
     Args:
         tokenizer: that of the student.
         prepare: prepares the rows with answers.
-        file: the answers of the run; the probabilities are in a file next to it.
+        folder: that of the run.
     """
+    pending: dict[Path, bytes] = {}
+    store = pending.__setitem__ if folder.lock.is_file() else write_atomic
+
+    def hash_file(file: Path) -> str:
+        return sha256(pending[file]).hexdigest() if file in pending else sha256_file(file)
+
+    file = folder.teacher
     rows, weight = list_unanswered(recipe.data), teacher_weight(recipe.train)
     _check_options(str(recipe.train.teacher), weight, has_rows=bool(rows))
     find_teacher = lru_cache(partial(Teacher, recipe, tokenizer))
-    answers = _read_or_ask(find_teacher, rows, file)
-    data, checksum = replace(prepare(answers), answers=answers), sha256_file(file)
+    answers = _read_or_ask(find_teacher, rows, file, store)
+    data, checksum = replace(prepare(answers), answers=answers, pending=pending), hash_file(file)
     if not weight:
         return replace(data, teacher_hash=checksum)
     stored, key = file.with_suffix(".safetensors"), sha256_text(f"{data.hash} {TOP_K}")
@@ -172,9 +215,10 @@ def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Pre
         stored, key, int(data.train.supervised.sum()),
         lambda: cache_folder() / "teacher" / f"{sha256_text(f'{key} {find_teacher().key}')[:32]}.safetensors",
         lambda: find_teacher().distributions(list(data.train), len(data.renderer.tokenizer)),
+        store,
     )  # fmt: skip
     items = SoftRows(data.train, distributions, weight)
-    return replace(data, train_items=items, teacher_hash=sha256_text(f"{checksum} {sha256_file(stored)}"))
+    return replace(data, train_items=items, teacher_hash=sha256_text(f"{checksum} {hash_file(stored)}"))
 
 
 def find_policy_teacher(recipe: Recipe, tokenizer: Any) -> Teacher | None:
@@ -202,8 +246,10 @@ def _check_options(name: str, weight: float, *, has_rows: bool) -> None:
         raise RecipeError(what, fix="leave it out, or give rows without an answer")
 
 
-def _read_or_ask(find_teacher: Callable[[], Teacher], rows: Sequence[Conversation], file: Path) -> Answers:
-    """Return the answers in the file of the run. What is not there is cached, or answered now."""
+def _read_or_ask(
+    find_teacher: Callable[[], Teacher], rows: Sequence[Conversation], file: Path, store: Callable[[Path, bytes], None]
+) -> Answers:
+    """Return the answers in the file of the run. What is not there is cached, or answered now, and stored."""
     known = read_answers(file) if file.is_file() else {}
     if missing := [row for row in rows if key_of(row) not in known]:
         teacher = find_teacher()
@@ -214,7 +260,7 @@ def _read_or_ask(find_teacher: Callable[[], Teacher], rows: Sequence[Conversatio
             write_atomic(cached, write_answers(teacher.answer(missing)))
         known = {**known, **read_answers(cached)}
     if not file.is_file() or missing:
-        write_atomic(file, write_answers(known))
+        store(file, write_answers(known).encode())
     return known
 
 
