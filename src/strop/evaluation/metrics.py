@@ -393,15 +393,21 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 def mean_interval(values: Sequence[float]) -> list[float]:
     """Return Student's 95 % interval of the mean of two or more values."""
     n, mean = len(values), statistics.fmean(values)
-    half_width = _t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half_width = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
     return [mean - half_width, mean + half_width]
 
 
-def _t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution, within 0.2 %."""
-    if degrees <= len(T_95):
-        return T_95[degrees - 1]
-    z, n = Z_95, degrees  # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5
+def t_quantile(degrees: float, z: float = Z_95) -> float:
+    """Return a quantile of Student's t distribution, within 0.2 % for the default level.
+
+    degrees: degrees of freedom, at least 1; a fraction is rounded down, for a wider interval. z: the same quantile of
+    the standard normal distribution; another level than the default needs at least 5 degrees of freedom.
+    """
+    n = math.floor(degrees + 1e-9)
+    if n <= len(T_95):
+        assert z == Z_95, "only the default level has a table"
+        return T_95[n - 1]
+    # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 

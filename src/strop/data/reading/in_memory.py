@@ -48,7 +48,7 @@ def write_rows(name: str, rows: Iterable[Any]) -> str:
         with open(handle, "wb") as file:
             for number, row in enumerate(rows, 1):
                 try:
-                    line = json.dumps(row, default=_to_json).encode() + b"\n"
+                    line = json.dumps(row, default=to_json).encode() + b"\n"
                 except (TypeError, ValueError, RecursionError) as error:
                     what = f"{name}: row {number}: {first_line(error)}"
                     raise DataError(what, fix="convert it to text, a number, a list or a dict") from None
@@ -61,7 +61,7 @@ def write_rows(name: str, rows: Iterable[Any]) -> str:
     return str(path)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Convert dates to text, and arrays and scalars of NumPy and torch to lists and numbers."""
     if hasattr(value, "isoformat"):
         return value.isoformat()
