@@ -85,10 +85,11 @@ def recommend(ranking: Sequence[Standing], default: Candidate | None) -> Candida
 def compare_on_test(default: Sequence[Sequence[bool]], chosen: Sequence[Sequence[bool]]) -> dict[str, Any]:
     """Return the score of the chosen setting minus that of the default on test rows, with a verdict.
 
-    The variance of the difference has a part from the rows and one from the seeds: with d_i the mean difference of row
-    i over K seeds, and D_k that of seed k over n rows, it is s(d)^2 / n + s(D)^2 / K. The degrees of freedom are those
-    of B. L. Welch, Biometrika 34 (1947), 28-35, and F. E. Satterthwaite, Biometrics Bulletin 2 (1946), 110-114. A part
-    of the noise is counted twice, so the interval is rather too wide.
+    The difference varies with the rows and with the seeds. With d_i the mean difference of row i over K seeds, and D_k
+    that of seed k over n rows, the margins are t(n - 1) s(d) / sqrt(n) and t(K - 1) s(D) / sqrt(K). The margin of the
+    interval is the root of the sum of their squares (G. Y. Zou and A. Donner, Statistics in Medicine 27 (2008),
+    1693-1702). In simulations (tests/sweeping/test_select.py) it covers at least 95 %. One variance with
+    Satterthwaite's degrees of freedom covers only 88 to 94 % if there are two or three seeds with large effects.
 
     Args:
         default: hits of the default, (K, n), one line a seed.
@@ -100,12 +101,10 @@ def compare_on_test(default: Sequence[Sequence[bool]], chosen: Sequence[Sequence
     differences = np.asarray(chosen, np.float64) - np.asarray(default, np.float64)
     seeds, rows = differences.shape
     mean, error = _row_moments(differences.mean(0))
-    parts = [(error**2, rows - 1)]
+    margins = [t_quantile(rows - 1) * error]
     if seeds > 1:
-        parts.append((float(differences.mean(1).var(ddof=1)) / seeds, seeds - 1))
-    variance = sum(part for part, _ in parts)
-    degrees = variance**2 / sum(part**2 / df for part, df in parts)
-    half_width = t_quantile(degrees) * math.sqrt(variance)
+        margins.append(t_quantile(seeds - 1) * float(differences.mean(1).std(ddof=1)) / math.sqrt(seeds))
+    half_width = math.hypot(*margins)
     low, high = max(mean - half_width, -1.0), min(mean + half_width, 1.0)
     verdict = "one seed" if seeds == 1 else "better" if low > 0 else "worse" if high < 0 else "unclear"
     return {**asdict(Estimate(float(differences.mean()), low, high)), "verdict": verdict, "seeds": seeds, "rows": rows}
