@@ -110,7 +110,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "resume": ("strop resume runs/mine", "strop resume runs/mine --epochs 5 --allow-changed schedule"),
     "sweep": (
-        "strop sweep --model demo --data rows.jsonl --over lora.r=8,16,32 --metric exact_json",
+        "strop sweep --model demo --data rows.jsonl --over lora.r=8,16,32",
         "strop sweep --resume runs/sweep-1",
     ),
     "eval": (

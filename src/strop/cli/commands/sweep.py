@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from strop.cli.options import Json, Memory, RecipeOrModel, read_argument
+from strop.cli.options import Json, Memory, read_argument
 from strop.display.tables import command_name, console, print_json
 from strop.display.terminal import StatusLine, activity_messages
 from strop.engine.kernels import warmup
@@ -16,7 +16,12 @@ QUIET_SECONDS = 30.0  # longest time without a line where the output is not a te
 
 
 def sweep(
-    recipe: RecipeOrModel = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE|SWEEP", help="Recipe file (YAML), a model, or with --resume the folder of a sweep."
+        ),
+    ] = None,
     over: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,7 +51,7 @@ def sweep(
     ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = None,
     resume_existing: Annotated[
-        bool, typer.Option("--resume", help="Resume or join a sweep: give its folder in place of the recipe.")
+        bool, typer.Option("--resume", help="Resume or join the sweep in --out, or in the folder given as SWEEP.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, without training.")] = False,
     memory: Memory = None,
