@@ -164,6 +164,20 @@ def test_one_seed_gives_no_verdict() -> None:
     assert difference["verdict"] == "one seed" and difference["low"] > 0
 
 
+@pytest.mark.parametrize(
+    ("hits", "cheaper", "recommended"),
+    [(70, True, "chosen"), (69, True, "chosen"), (60, True, "default"), (70, False, "default")],
+)
+def test_without_a_clear_difference_a_cheaper_setting_is_used_if_it_loses_little(
+    hits: int, cheaper: bool, recommended: str
+) -> None:
+    selection = {"is_default": False, "has_default": True, "cheaper": cheaper}
+    marks = {"default": "1" * 70 + "0" * 30, "chosen": "0" * (100 - hits) + "1" * hits}
+    runs = [{"name": f"{name}-{k}", "state": "finished", "hits": marks[name]} for name in marks for k in range(2)]
+    result = conclude(selection, runs)
+    assert (result["verdict"], result["recommended"]) == ("unclear", recommended)
+
+
 def test_failed_runs_give_no_verdict() -> None:
     selection = {"is_default": False, "has_default": True, "cheaper": True}
     runs = [{"name": "default-1", "state": "finished", "hits": "1010"}, {"name": "chosen-1", "state": "failed"}]

@@ -87,26 +87,30 @@ class SweepFolder:
         """
         self.write_state()
         while self.state["result"] is None:
-            with self.trials.claim_next() as trial:
-                if trial is not None:
-                    self._run_trial(trial)
-                    continue
-            if any(row["state"] in UNFINISHED for row in self.state["trials"]):
-                self._wait("trials")
-                continue
-            if not any(row["state"] == "finished" for row in self.state["trials"]):
-                raise self._all_failed()
-            self._select()
-            if self._run_final():
-                self._conclude()
-            else:
-                self._wait("runs of the final check")
+            if not self.step():
+                self._progress.status("waiting for other processes, which have all that is left")
+                time.sleep(POLL_S)
+                self.write_state()
         return self.state
 
-    def _wait(self, what: str) -> None:
-        self._progress.status(f"waiting for {what} of other processes")
-        time.sleep(POLL_S)
+    def step(self) -> bool:
+        """Run one trial or one run of the final check, or conclude; return False if others have all that is left."""
+        with self.trials.claim_next() as trial:
+            if trial is not None:
+                self._run_trial(trial)
+                return True
         self.write_state()
+        if not self.select():
+            return False
+        unfinished = [run for run in self.final_runs() if not read_json(self._final_file(run[0]))]
+        for name, setting, seed in unfinished:
+            with self.trials.claim(f"final-{name}") as claimed:
+                if claimed and not read_json(self._final_file(name)):
+                    self._run_final(name, setting, seed)
+                    return True
+        if not unfinished:
+            self._conclude()
+        return not unfinished
 
     def _all_failed(self) -> RunError:
         errors = [row["error"]["message"] for row in self.state["trials"] if row.get("error")]
@@ -266,8 +270,19 @@ class SweepFolder:
     def _read_hits(self, folder: Path) -> list[bool]:
         return [bool(row["tuned_hit"]) for row in read_json(RunFolder(folder).answers)["samples"]]
 
+    def select(self) -> bool:
+        """Compare the settings on the selection rows, once, and return whether all trials are finished.
+
+        Raises RunError if all trials failed.
+        """
+        if any(row["state"] in UNFINISHED for row in self.state["trials"]):
+            return False
+        if not any(row["state"] == "finished" for row in self.state["trials"]):
+            raise self._all_failed()
+        self._select()
+        return True
+
     def _select(self) -> None:
-        """Compare the settings on the selection rows, and store which one to check. Done once."""
         with self.trials.locked():
             self.state = read_json(self.path / STATE_FILE)
             if self.state["selection"] is not None:
@@ -314,22 +329,15 @@ class SweepFolder:
         first = selection["first_seed"]
         return [(f"{name}-{k + 1}", settings[name], first + k) for k in range(seeds) for name in names]
 
-    def _run_final(self) -> bool:
-        """Run what is left of the final check, and return whether all of it is done."""
-        done = True
-        for name, setting, seed in self.final_runs():
-            file = self.path / "final" / f"{name}.json"
-            if read_json(file):
-                continue
-            with self.trials.claim(f"final-{name}") as claimed:
-                if not claimed:
-                    done = False
-                elif not read_json(file):
-                    file.parent.mkdir(exist_ok=True)
-                    write_json(file, self._check_on_test(name, setting, seed))
-                    self.write_state()
-                    self._progress.line(describe_final(self.state, name))
-        return done
+    def _final_file(self, name: str) -> Path:
+        return self.path / "final" / f"{name}.json"
+
+    def _run_final(self, name: str, setting: Setting, seed: int | None) -> None:
+        file = self._final_file(name)
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, self._check_on_test(name, setting, seed))
+        self.write_state()
+        self._progress.line(describe_final(self.state, name))
 
     def _check_on_test(self, name: str, setting: Setting, seed: int | None) -> dict[str, Any]:
         """Train a run of the final check and score it on the test rows, which happens once for each."""
@@ -369,7 +377,7 @@ class SweepFolder:
 
     def _read_final(self) -> list[dict[str, Any]]:
         names = [name for name, _, _ in self.final_runs()]
-        return [run for name in names if (run := read_json(self.path / "final" / f"{name}.json"))]
+        return [run for name in names if (run := read_json(self._final_file(name)))]
 
     # --- sweep.json ---------------------------------------------------------------------------------
 

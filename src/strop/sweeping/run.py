@@ -24,6 +24,7 @@ from strop.runs.events import Event
 from strop.runs.folder import next_numbered, read_json, write_atomic, write_json
 from strop.sweeping.loop import STATE_FILE, Progress, SweepFolder
 from strop.sweeping.plan import Planner, SweepPlan, check_fits, plan_sweep
+from strop.sweeping.ray_tune import check_ray, run_slots
 from strop.sweeping.request import Request, SweepOptions, make_request
 from strop.sweeping.space import apply_setting, as_yaml, corners, given_values
 from strop.sweeping.split import Split, data_options, split_rows
@@ -73,6 +74,7 @@ def sweep(
     max_new_tokens: int | None = None,
     memory: int | str | None = None,
     resume_existing: bool = False,
+    ray: bool = False,
     callback: Callable[[Event], None] | None = None,
     progress: bool | None = None,
     **options: Unpack[Options],
@@ -96,7 +98,8 @@ def sweep(
         max_new_tokens: maximum length of an answer, as in `evaluate`.
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the sweep if `out` already contains it.
-        callback: called with each event of each run.
+        ray: run the trials with Ray Tune, one on each node or GPU of the Ray cluster.
+        callback: called with each event of each run of this process.
         progress: None and True print a line for each trial, False nothing.
         **options: recipe fields, as for `train`. `out` is the folder of the sweep.
 
@@ -118,18 +121,20 @@ def sweep(
     path = None if recipe is None else Path(recipe)
     chosen = SweepOptions(metric, trials, sampler, selection, test, seeds, prune, max_new_tokens)
     if progress is False:
-        return run_sweep(path, over, values, chosen, memory, resume_existing, Progress(event=callback))
+        return run_sweep(path, over, values, chosen, memory, resume_existing, Progress(event=callback), ray)
     with status_line("loading the libraries") as status:
         shown = Progress(lambda text: console.print(text, markup=False), status.update, callback)
-        return run_sweep(path, over, values, chosen, memory, resume_existing, shown)
+        return run_sweep(path, over, values, chosen, memory, resume_existing, shown, ray)
 
 
 def run_sweep(
     path: Path | None, over: Mapping[str, Any] | None, values: Mapping[str, Any], options: SweepOptions,
-    memory: int | str | None, resume_existing: bool, progress: Progress,
+    memory: int | str | None, resume_existing: bool, progress: Progress, ray: bool = False,
 ) -> Sweep:  # fmt: skip
     """Start or resume a sweep, and work on it until it is finished; `sweep` documents the arguments."""
     check_optuna()
+    if ray:
+        check_ray()
     if find_ranks() is not None:
         fix = "start one process on each machine, without a launcher: they share the folder"
         raise InputError("sweep: trials run on one device each", fix=fix)
@@ -150,6 +155,9 @@ def run_sweep(
             folder.check_same(request)
         else:
             folder = create_sweep(out, request, memory, progress)
+    folder.write_state()
+    if ray and folder.state["result"] is None:
+        run_slots(folder, memory, progress)
     return Sweep(folder.path, folder.work())
 
 

@@ -20,6 +20,7 @@ from strop.evaluation.metrics import Estimate, t_quantile
 from strop.sweeping.space import Setting
 
 ERROR_RATE = 0.05  # of all comparisons of a sweep together
+MAX_LOSS = 0.02  # score that a cheaper setting may lose on the test rows, without a clear difference
 Hits = npt.NDArray[np.float64]
 
 
@@ -144,7 +145,8 @@ def conclude(selection: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
     else:
         difference = compare_on_test(hits["default"], hits["chosen"])
         verdict = difference.pop("verdict")
-        is_chosen = verdict == "better" or (verdict in ("unclear", "one seed") and selection["cheaper"])
+        is_as_good = verdict in ("unclear", "one seed") and difference["value"] >= -MAX_LOSS
+        is_chosen = verdict == "better" or (is_as_good and selection["cheaper"])
         result |= {"verdict": verdict, "difference": difference, "recommended": "chosen" if is_chosen else "default"}
     result["test"] = {name: score_interval(values) for name, values in hits.items() if values}
     return result

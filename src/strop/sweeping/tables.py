@@ -80,7 +80,6 @@ def describe_final(state: Mapping[str, Any], name: str) -> str:
 def describe_result(state: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Return the verdict in one sentence."""
     chosen, test = format_setting(state["selection"]["setting"]), result["test"]
-    cheaper = state["selection"]["cheaper"]
     if result["verdict"] == "default":
         equal = sum(entry["standing"] != "worse" for entry in state["selection"]["ranking"]) - 1
         score = f"{test['default']['value']:.1%} on the test rows"
@@ -102,7 +101,7 @@ def describe_result(state: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     points = (
         f"{value:+.1f} points on {difference['rows']:,} test rows, {seeds}, 95 % interval {low:+.1f} to {high:+.1f}"
     )
-    keep = f"use {chosen}, which costs less" if cheaper else "keep the default"
+    keep = "keep the default" if result["recommended"] == "default" else f"use {chosen}, which costs less"
     if result["verdict"] == "better":
         return f"use {chosen}: it is better than the default ({points})"
     if result["verdict"] == "worse":

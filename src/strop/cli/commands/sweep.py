@@ -53,6 +53,9 @@ def sweep(
     resume_existing: Annotated[
         bool, typer.Option("--resume", help="Resume or join the sweep in --out, or in the folder given as SWEEP.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the trials with Ray Tune, one on each node or GPU of the cluster.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, without training.")] = False,
     memory: Memory = None,
     as_json: Json = False,
@@ -87,7 +90,7 @@ def sweep(
             prepared = run.dry_run(make_request(file, values, fields, chosen), memory, progress)
         else:
             with activity_messages(lambda _: None):
-                result = run.run_sweep(file, values, fields, chosen, memory, resume_existing, progress)
+                result = run.run_sweep(file, values, fields, chosen, memory, resume_existing, progress, ray)
     finally:
         status.stop()
     if dry_run:
