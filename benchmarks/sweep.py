@@ -23,8 +23,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from measured import write
 
 TIMES = {"seconds", "train_s", "peak_bytes", "predicted_s", "predicted_peak_bytes", "plan"}
 DRAWS = 2000
@@ -199,7 +202,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="8,16,32")
     parser.add_argument("--rates", default="1e-4..1e-3")
     args = parser.parse_args()
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    results = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.is_file() else {}
     if args.plot:
         plot(results["whole"], args.plot)
         return
@@ -209,7 +212,7 @@ def main() -> None:
         if part not in results:
             done = {"whole": whole, "seeds": seeds}[part](args, data) if part != "kills" else None
             results[part] = done or kills(args, data, results["whole"])
-            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write(args.out, results, optuna=version("optuna"))
     for part, result in results.items():
         shown = {"verdict": result["result"]["sentence"]} if part == "whole" else result
         print(part, json.dumps({key: value for key, value in shown.items() if key != "scores"}))
