@@ -172,7 +172,7 @@ def plot(state: dict[str, Any], out: Path) -> None:
     for color, text in (("#b4560f", "default"), ("#0b7a66", "equal to the best"), ("#7a8499", "worse")):
         left.plot([], [], color=color, label=text)
     left.set(xscale="log", xlabel="learning rate", ylabel=f"{state['metric']}, %", title="trials, on selection rows")
-    left.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
+    left.legend(frameon=False, fontsize=8, loc="upper left")
     for x, (side, score) in enumerate(state["result"]["test"].items()):
         color = "#b4560f" if side == "default" else "#0b7a66"
         right.plot([x, x], [100 * score["low"], 100 * score["high"]], color=color, linewidth=1)

@@ -30,6 +30,7 @@ from strop.sweeping.tables import describe_final, describe_result, describe_tria
 STATE_FILE = "sweep.json"
 POLL_S = 2.0  # between looks at the trials of other processes
 UNFINISHED = ("waiting", "running")
+COMPARED_BY_HASH = ("data.train", "data.eval")  # files may have been moved
 RESULT_FIELDS = ("score", "low", "high", "loss", "steps", "tokens", "train_s", "seconds", "peak_bytes")
 Show = Callable[[str], None]
 
@@ -68,14 +69,12 @@ class SweepFolder:
     def check_same(self, request: Request) -> None:
         """Raise InputError if the recipe, the data files or an option differ from those of the sweep."""
         now, before = request.as_json(), self.state["request"]
-        changed = [name for name in now if now[name] != before[name]]
+        changed = [name for name in now if name != "recipe" and now[name] != before[name]]
+        old, new = before["recipe"], now["recipe"]
+        fields = dict.fromkeys([*old, *new])
+        changed += [x for x in fields if old.get(x) != new.get(x) and x not in COMPARED_BY_HASH]
         if changed:
-            values = before["recipe"] | now["recipe"]
-            fields = (
-                [x for x in values if before["recipe"].get(x) != now["recipe"].get(x)] if "recipe" in changed else []
-            )
-            names = [*(name for name in changed if name != "recipe"), *fields]
-            what = f"{self.path}: {', '.join(names)} changed since the sweep was started"
+            what = f"{self.path}: {', '.join(changed)} changed since the sweep was started"
             raise InputError(what, fix="restore it, or start a new sweep with another --out")
 
     # --- trials -------------------------------------------------------------------------------------

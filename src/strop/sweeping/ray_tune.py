@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
@@ -23,22 +23,20 @@ def check_ray() -> None:
         raise InputError("--ray: the package ray is not installed", fix="pip install 'ray[tune]'")
 
 
-def run_slots(folder: SweepFolder, memory: int | str | None, progress: Progress) -> None:
+def run_slots(folder: SweepFolder, step: Callable[[], bool], progress: Progress) -> None:
     """Run all trials, then the final check, one piece of work a slot and node (or GPU).
 
-    What a failed slot leaves is done by the caller, with `SweepFolder.work`.
+    step: called on a node of the cluster; opens the sweep and does one piece of its work. What a failed slot leaves is done by the caller, with `SweepFolder.work`.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths of the recipe are relative to this folder
     import ray
     from ray import tune
 
-    path, cwd = str(folder.path), os.getcwd()
+    cwd = os.getcwd()
 
     def work(slot: dict[str, Any]) -> None:
-        from strop.sweeping.run import open_sweep
-
         os.chdir(cwd)
-        tune.report({"worked": open_sweep(Path(path), memory, Progress()).step()})
+        tune.report({"worked": step()})
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,12 @@ def run_sweep(
             folder = create_sweep(out, request, memory, progress)
     folder.write_state()
     if ray and folder.state["result"] is None:
-        run_slots(folder, memory, progress)
+        run_slots(folder, partial(_do_step, folder.path, memory), progress)
     return Sweep(folder.path, folder.work())
+
+
+def _do_step(path: Path, memory: int | str | None) -> bool:
+    return open_sweep(path, memory, Progress()).step()
 
 
 def is_sweep(path: Path) -> bool:
