@@ -166,6 +166,40 @@ def sweep(model: Path, **options: Any) -> strop.Sweep:
     return strop.sweep(**{**settings, "seeds": 1, "progress": False, **options})
 
 
+def write_pairs(path: Path) -> Path:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"which one {i}"}]}
+        | {
+            side: [{"role": "assistant", "content": f"{text} {i}"}]
+            for side, text in (("chosen", "a"), ("rejected", "b"))
+        }
+        for i in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward", "kto"])
+def test_pairs_are_compared_by_preference(objective: str, here: Path, tiny_folder: Path) -> None:
+    data = write_pairs(here / "pairs.jsonl")
+    over = {"train.learning_rate": [1e-3, 1e-2]}
+    result = sweep(tiny_folder, data=data, objective=objective, over=over, max_steps=3, seeds=2, lr=1e-3)
+    assert result.state["metric"] == "preference" and len(result.state["trials"]) == 2
+    assert all(0 <= trial["score"] <= 1 for trial in result.state["trials"])
+
+
+def test_prompts_are_compared_by_the_metric(here: Path, tiny_folder: Path) -> None:
+    rows = [{"prompt": f"say {i}", "completion": "a"} for i in range(120)]
+    (here / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": "asks.jsonl", "objective": "grpo", "rewards": "contains", "group": 2, "answer_tokens": 4}
+    over = {"lora.r": [2, 16]}
+    result = sweep(tiny_folder, **settings, over=over, max_steps=1, metric="contains", max_new_tokens=4)
+    assert result.state["metric"] == "contains" and result.result is not None
+    (here / "bare.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    with pytest.raises(InputError, match="no row ends with an answer|have no answer"):
+        sweep(tiny_folder, **{**settings, "data": "bare.jsonl", "out": "t"}, over=over)
+
+
 def test_changed_inputs_and_options_are_refused(here: Path, tiny_folder: Path) -> None:
     done = sweep(tiny_folder, over={"lora.r": [2, 16]})
     with pytest.raises(InputError, match="contains a sweep"):
@@ -321,6 +355,19 @@ def test_a_killed_sweep_resumes_to_the_same_result(tiny_folder: Path, tmp_path: 
     assert without_times(json.loads(again)) == without_times(json.loads(out))
     for file in (tmp_path / "whole" / "s").glob("*/*/adapter/*.safetensors"):
         assert file.read_bytes() == (folder / "s" / file.relative_to(tmp_path / "whole" / "s")).read_bytes(), file
+
+
+def test_ctrl_c_saves_the_trial_and_names_the_command_to_continue(tiny_folder: Path, here: Path) -> None:
+    arguments = words(tiny_folder, "--over", "lora.r=2,16", "--train.max_steps", "5000", "--out", "s", "--json")
+    process = start(arguments, here)
+    while process.poll() is None and progress(here / "s") < 60:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "s: stopped after step" in err and "continue with `strop sweep --resume s`" in " ".join(err.split())
+    assert list((here / "s" / "trials" / "000" / "checkpoints").glob("step-*"))
+    assert [trial["state"] for trial in read_json(here / "s" / "sweep.json")["trials"]] == ["running", "waiting"]
 
 
 def test_two_processes_share_a_sweep(tiny_folder: Path, here: Path) -> None:

@@ -85,11 +85,15 @@ class SweepFolder:
         Returns the contents of sweep.json.
         """
         self.write_state()
-        while self.state["result"] is None:
-            if not self.step():
-                self._progress.status("waiting for other processes, which have all that is left")
-                time.sleep(POLL_S)
-                self.write_state()
+        try:
+            while self.state["result"] is None:
+                if not self.step():
+                    self._progress.status("waiting for other processes, which have all that is left")
+                    time.sleep(POLL_S)
+                    self.write_state()
+        except Stopped as stopped:
+            fix = f"continue with `strop sweep --resume {shlex.quote(str(self.path))}`"
+            raise Stopped(f"{self.path}: {stopped.what}", fix=fix) from None
         return self.state
 
     def step(self) -> bool:
@@ -236,8 +240,7 @@ class SweepFolder:
         with isolated_torch_state():
             [result] = evaluate_models([name], self.split.files[part], request)
         if "interrupted" in result:
-            fix = f"continue with `strop sweep --resume {shlex.quote(str(self.path))}`"
-            raise Stopped(f"stopped while scoring {name}", fix=fix)
+            raise Stopped(f"stopped while scoring {name}")
         return result
 
     def _finish_trial(self, number: int, score: float | None = None, *, pruned: bool = False) -> None:

@@ -26,7 +26,8 @@ def check_ray() -> None:
 def run_slots(folder: SweepFolder, step: Callable[[], bool], progress: Progress) -> None:
     """Run all trials, then the final check, one piece of work a slot and node (or GPU).
 
-    step: called on a node of the cluster; opens the sweep and does one piece of its work. What a failed slot leaves is done by the caller, with `SweepFolder.work`.
+    step: called on a node of the cluster; opens the sweep and does one piece of its work. What a failed slot leaves is
+    done by the caller, with `SweepFolder.work`.
     """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths of the recipe are relative to this folder
     import ray
