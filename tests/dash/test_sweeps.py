@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.dash.conftest import HOSTILE
@@ -80,6 +81,13 @@ def test_running_trials_show_their_steps(dash: Dash, tmp_path: Path) -> None:
     events = dash.events("/api/sweeps/sweep-1/stream")
     name, shown = next(events)
     assert name == "sweep" and shown["trials"][1]["step"] == 7 and shown["trials"][1]["steps"] == 100
+    assert shown["trials"][1]["state"] == "stopped"  # no process has claimed it
+    claim = folder / "claims" / "001"
+    claim.mkdir(parents=True)
+    process = psutil.Process()
+    about = {"pid": process.pid, "started": process.create_time(), "folder": str(claim)}
+    (claim / "claim.json").write_text(json.dumps(about), encoding="utf-8")
+    assert next(events)[1]["trials"][1]["state"] == "running"
     write(folder, state([trial(0), trial(1)]))
     assert next(events)[1]["trials"][1]["state"] == "finished"
 

@@ -80,19 +80,21 @@ class SweepTable:
         state, path = self.read(name), run_path(self._root, name)
         row = self.row(name)
         runs = self._runs.setdefault(name, RunTable(path / "trials"))
-        trials = [self._with_progress(trial, runs) for trial in state.get("trials") or []]
+        trials = [self._with_progress(trial, runs, path) for trial in state.get("trials") or []]
         fields = ("request", "split", "plan", "metric", "default", "selection", "final", "result")
         about = {field: state.get(field) for field in fields}
         winner = str(path / "winner.yaml") if (path / "winner.yaml").is_file() else None
         return {**about, "name": name, "path": str(path), "state": row["state"], "trials": trials, "winner": winner}
 
     @staticmethod
-    def _with_progress(trial: Mapping[str, Any], runs: RunTable) -> dict[str, Any]:
+    def _with_progress(trial: Mapping[str, Any], runs: RunTable, path: Path) -> dict[str, Any]:
         if trial["state"] != "running":
             return {**trial, "step": trial["steps"]}
-        row = runs.row(f"{trial['number']:03d}") or {}
-        progress = {name: row.get(name) for name in ("step", "steps", "loss")}
-        return {**trial, **progress, "live": row.get("state") == "running" or row.get("has_adapter") is True}
+        name = f"{trial['number']:03d}"
+        row = runs.row(name) or {}
+        progress = {field: row.get(field) for field in ("step", "steps", "loss")}
+        is_claimed = RunFolder(path / "claims" / name).holder is not None
+        return {**trial, **progress, "state": "running" if is_claimed else "stopped"}
 
     @staticmethod
     def _holder(path: Path) -> int | None:

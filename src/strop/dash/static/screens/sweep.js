@@ -200,7 +200,7 @@ function columns(fields, metric, sweep) {
       value: (trial) => trial.state,
       show: (trial) => [
         h("span", { class: `state ${trial.state}` }, trial.state),
-        trial.state === "running" && trial.steps
+        ["running", "stopped"].includes(trial.state) && trial.steps
           ? h("span", { class: "soft" }, ` step ${count(trial.step ?? 0)} of ${count(trial.steps)}`)
           : null,
         trial.error ? h("small", { class: "why" }, prose(trial.error.message)) : null,
