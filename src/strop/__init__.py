@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
 from strop.errors import InputError, ParityError, RunError, Stopped, StropError
+from strop.sweeping import sweep
 
 if TYPE_CHECKING:
     from strop.engine.decode.model import Model as Model
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from strop.evaluation.tables import Evaluation as Evaluation
     from strop.planning.plan import Plan as Plan
     from strop.sweeping.run import Sweep as Sweep
-    from strop.sweeping.run import sweep as sweep
     from strop.training.run import Run as Run
 
 # bitsandbytes, which peft imports, recommends a package of kernels that strop does not use
@@ -74,22 +74,21 @@ __all__ = [
     "train",
 ]
 
-_LAZY = {  # imported when they are used: their modules import torch
+_CLASSES = {  # imported when they are used: their modules import torch
     "Evaluation": "strop.evaluation.tables",
     "Model": "strop.engine.decode.model",
     "Plan": "strop.planning.plan",
     "Run": "strop.training.run",
     "Sampling": "strop.engine.decode.sampling",
     "Sweep": "strop.sweeping.run",
-    "sweep": "strop.sweeping.run",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
     raise AttributeError(f"module 'strop' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*{*__all__, *_LAZY}, "__doc__", "__name__", "__version__"])
+    return sorted([*__all__, *_CLASSES, "__doc__", "__name__", "__version__"])
