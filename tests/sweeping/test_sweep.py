@@ -402,3 +402,29 @@ def test_the_guide_works_from_its_first_command_to_its_last(
             code, _, err = run(*command, capsys=capsys)
             assert code == 0, err
     assert shown[0][0] in ("default", "one seed") and (here / "runs" / "sweep-2" / "winner.yaml").is_file()
+
+
+def test_a_trial_that_is_killed_while_it_is_pruned_is_pruned_when_it_is_resumed(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends after the checkpoint of a pruned trial, before its report."""
+    from strop.training import run as training
+
+    over = {"train.learning_rate": [1e-2, 1e-6]}
+    options = {"over": over, "epochs": 3, "prune": True, "lr": 5e-3}
+    whole = sweep(tiny_folder, **options, out="whole")
+    assert [trial["state"] for trial in whole.state["trials"]][-1] == "pruned"
+    finish = training.finish
+
+    def kill(job: Any, *rest: Any) -> Any:
+        if rest[-2] == "pruned":
+            raise SystemExit("killed")
+        return finish(job, *rest)
+
+    monkeypatch.setattr(training, "finish", kill)
+    with pytest.raises(SystemExit):
+        sweep(tiny_folder, **options)
+    monkeypatch.setattr(training, "finish", finish)
+    again = sweep(tiny_folder, **options, resume_existing=True)
+    assert without_times(again.state["trials"]) == without_times(whole.state["trials"])
+    assert without_times(again.state["selection"]) == without_times(whole.state["selection"])

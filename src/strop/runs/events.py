@@ -24,7 +24,7 @@ Listener = Callable[[Event], None]
 
 
 class EndTraining(Exception):
-    """Raised by a listener to end training after an evaluation, as if the recipe ended there.
+    """Raised by a listener to end training after an evaluation or a resume, as if the recipe ended there.
 
     reason: why training ended, in one word, for report.json.
     """

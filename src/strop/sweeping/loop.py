@@ -123,9 +123,6 @@ class SweepFolder:
 
     def _run_trial(self, trial: Any) -> None:
         number, setting = trial.number, dict(trial.user_attrs["setting"])
-        if trial.user_attrs.get("pruned"):  # its process was killed before it ended the trial
-            self._finish_trial(number, pruned=True)
-            return
         self.write_state()
         if (twin := self._find_twin(number, setting)) is not None:
             result = {**twin.user_attrs["result"], "same_as": twin.number}
@@ -166,7 +163,10 @@ class SweepFolder:
         )
 
     def _pruner(self, number: int) -> Callable[[Event], None]:
-        """Return a listener that ends a trial when Optuna's pruner decides so. The default is never pruned."""
+        """Return a listener that ends a trial when Optuna's pruner decides so. The default is never pruned.
+
+        A trial whose process was killed after that decision, and after its checkpoint, ends when it is resumed.
+        """
         evaluations = 0
 
         def listen(event: Event) -> None:
@@ -174,12 +174,13 @@ class SweepFolder:
             if event["event"] == "resume":
                 events = RunFolder(self.trial_folder(number)).events
                 evaluations = _count_evaluations(events, event["step"])
+                if self.trials.was_pruned(number, evaluations):
+                    raise EndTraining("pruned")
             if event["event"] != "eval" or not self.request.options.prune or number == 0:
                 return
             evaluations += 1
             loss = math.inf if event["loss"] is None else event["loss"]
             if self.trials.should_prune(number, evaluations, loss):
-                self.trials.record(number, pruned=True)
                 raise EndTraining("pruned")
 
         return listen

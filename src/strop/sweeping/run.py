@@ -51,7 +51,6 @@ class Sweep(Printed):
         return str(self.folder)
 
     def _print(self, out: Any) -> None:
-
         print_sweep(self.state, out)
 
 

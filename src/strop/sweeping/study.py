@@ -158,6 +158,10 @@ class Trials:
                 trial.set_user_attr(name, bool(trial.should_prune()))
             return bool(self.all()[number].user_attrs[name])
 
+    def was_pruned(self, number: int, evaluation: int) -> bool:
+        """Return whether `should_prune` has ended a trial at an evaluation."""
+        return bool(self.all()[number].user_attrs.get(f"prune_{evaluation}"))
+
     def _distributions(self) -> dict[str, Any]:
         return {dimension.field: _distribution(dimension) for dimension in self._space}
 

@@ -99,6 +99,8 @@ def fit(job: Job) -> str:
     apply_memory_settings(job)
     if _is_out_of_patience(job):  # the process was killed after its last save, before the report
         return "patience"
+    if reason := job.devices.run_on_main(lambda: job.log.end_reason):  # of a listener, when the run was resumed
+        return reason
     if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
         save(job)  # a rollback needs a checkpoint
     with stop_signals() as stop_requested:
