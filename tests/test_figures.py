@@ -323,6 +323,20 @@ def class_rows(results: Any) -> list[str]:
     return lines
 
 
+def sweep_verdict(results: Any) -> str:
+    sweep = results["whole"]
+    setting, difference = sweep["selection"]["setting"], sweep["result"]["difference"]
+    equal = [entry for entry in sweep["selection"]["ranking"] if entry["standing"] != "worse"]
+    assert len(equal) == 3 and sweep["result"]["verdict"] == "better"
+    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
+    return (
+        f"three settings are equal on {sweep['rows']['selection']} selection rows. The cheapest of them, rank "
+        f"{setting['lora.r']} with a rate of {setting['train.learning_rate']:g}, is better than the default on "
+        f"{difference['rows']} test rows: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, with "
+        f"{difference['seeds']} seeds."
+    )
+
+
 def rounding_rows(results: Any) -> list[str]:
     """Return the loss of each way to merge a run, and of a run of few steps at a low rate."""
 
@@ -432,6 +446,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/after.md", "merge_rounding.json", rounding_rows),
     ("docs/keep.md", "keep_2026-11-29.json", keep_rows),
     ("docs/classify.md", "classify_2026-11-29.json", class_rows),
+    ("docs/sweep.md", "sweep_2026-11-29.json", sweep_verdict),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
     ("docs/lesson.md", "plan_memory.json",
@@ -555,6 +570,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
     "docs/keep.md": ["95 % interval"],
+    "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
     "docs/api.md": ["a line every 30 s"],  # display.progress.LOG_SECONDS
     "docs/dash.md": [  # settings of dash.state

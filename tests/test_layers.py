@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"evaluation", "planning"},
     {"training", "exporting"},
     {"api"},
-    {"serve", "interop"},
+    {"serve", "interop", "sweeping"},
     {"dash", "demo"},
     {"cli", "testing"},
     {"__main__"},

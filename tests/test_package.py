@@ -18,7 +18,7 @@ from tests import ROOT
 
 PUBLIC = {
     "InputError", "ParityError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export",
-    "load", "merge", "plan", "push", "resume", "train",
+    "load", "merge", "plan", "push", "resume", "sweep", "train",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_the_source_distribution_holds_every_file(built: Path) -> None:
 
 def test_public_names() -> None:
     """Scripts rely on these names; change them only on purpose."""
-    classes = {"Evaluation", "Model", "Plan", "Run", "Sampling"}  # not imported by `from strop import *`
+    classes = {"Evaluation", "Model", "Plan", "Run", "Sampling", "Sweep"}  # not imported by `from strop import *`
     assert {name for name in dir(strop) if not name.startswith("_")} == PUBLIC | classes
     assert all(getattr(strop, name).__name__ == name for name in classes)
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
@@ -68,9 +68,10 @@ def test_public_names() -> None:
     introduction = pydoc.render_doc(strop, renderer=pydoc.plaintext).partition("PACKAGE CONTENTS")[0]
     assert all(name in introduction for name in dir(strop) if name[0] != "_" and not name.endswith("Error"))
     assert set(strop.__all__) == PUBLIC
+    places = ("strop.api", "strop.sweeping")
     defined = {
         name for name, value in vars(strop).items()
-        if inspect.isfunction(value) and value.__module__ == "strop.api" and not name.startswith("_")
+        if inspect.isfunction(value) and value.__module__ in places and not name.startswith("_")
     }  # fmt: skip
     assert defined == {name for name in PUBLIC if name[0].islower()}
 

@@ -12,6 +12,7 @@ Functions:
     compare_methods  compare the memory of full fine-tuning, LoRA and QLoRA
     train            fine-tune a model, and return a Run
     resume           continue a run from its newest checkpoint
+    sweep            compare settings, and find out whether one is better than the default
     evaluate         compare base and tuned model on held-out rows, and return an Evaluation
     load             load a run or a model, and return a Model with the methods generate and chat
     merge            merge an adapter into its base
@@ -20,7 +21,8 @@ Functions:
 
 `help(strop.train)` shows its arguments, which are recipe fields such as `model`, `data` and `lr`.
 
-Classes: Run, Model, Plan and Evaluation, which the functions return, and Sampling, an argument of `Model.generate`.
+Classes: Run, Sweep, Model, Plan and Evaluation, which the functions return, and Sampling, an argument of
+`Model.generate`.
 Errors: StropError, and its subclasses InputError, RunError (such as ParityError) and Stopped.
 
 In signatures, a PathLike is a string, a pathlib.Path or a Run; Rows are a data file, a DataFrame, a datasets.Dataset
@@ -37,12 +39,14 @@ from typing import TYPE_CHECKING, Any
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
 from strop.errors import InputError, ParityError, RunError, Stopped, StropError
+from strop.sweeping import sweep
 
 if TYPE_CHECKING:
     from strop.engine.decode.model import Model as Model
     from strop.engine.decode.sampling import Sampling as Sampling
     from strop.evaluation.tables import Evaluation as Evaluation
     from strop.planning.plan import Plan as Plan
+    from strop.sweeping.run import Sweep as Sweep
     from strop.training.run import Run as Run
 
 # bitsandbytes, which peft imports, recommends a package of kernels that strop does not use
@@ -66,6 +70,7 @@ __all__ = [
     "plan",
     "push",
     "resume",
+    "sweep",
     "train",
 ]
 
@@ -75,6 +80,7 @@ _CLASSES = {  # imported when they are used: their modules import torch
     "Plan": "strop.planning.plan",
     "Run": "strop.training.run",
     "Sampling": "strop.engine.decode.sampling",
+    "Sweep": "strop.sweeping.run",
 }
 
 

@@ -93,7 +93,7 @@ def plan(
     from strop.planning.multi_device import Devices, target_share
     from strop.planning.plan import make_plan, read_model_facts, start_adapter
 
-    resolved = resolve(_as_path(recipe), plan_options(_flatten(options), recipe is not None))
+    resolved = resolve(_as_path(recipe), plan_options(flatten_options(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
     target = target_share(find_target(device, parse_memory(memory), gpu), cluster, local=memory is None and gpu is None)
@@ -138,7 +138,7 @@ def compare_methods(
     from strop.planning.tables import Comparison, known_models
     from strop.planning.tables import compare_methods as compare
 
-    values = plan_options(_flatten(options), recipe is not None)
+    values = plan_options(flatten_options(options), recipe is not None)
     has_model = "model.name" in values or recipe is not None
     if not has_model:
         values["model.name"] = "-"  # placeholder: a recipe needs a model
@@ -197,7 +197,7 @@ def train(
     from strop.config.load import resolve
     from strop.distributed.launch import join_devices
 
-    resolved = resolve(_as_path(recipe), _flatten(options))
+    resolved = resolve(_as_path(recipe), flatten_options(options))
     check_recipe_inputs(resolved.recipe, resume_existing)
     with join_devices() as devices, show_run(progress, devices.is_main) as shown:
         from strop.machine.memory import parse_memory
@@ -257,7 +257,12 @@ def resume(
         listeners = [listener for listener in (callback, shown) if listener is not None]
         with isolated_torch_state():
             return resume_training(
-                Path(run), listeners, options=_flatten(options), allow_changed=names, memory=limit, devices=devices
+                Path(run),
+                listeners,
+                options=flatten_options(options),
+                allow_changed=names,
+                memory=limit,
+                devices=devices,
             )
 
 
@@ -320,7 +325,7 @@ def evaluate(
     is_list = isinstance(run, Iterable) and not isinstance(run, str | os.PathLike)
     runs: Any = run if is_list else [run]
     names = [check_path("run", name) for name in runs]
-    options = _flatten(options)
+    options = flatten_options(options)
     data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
     check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
@@ -397,7 +402,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     from strop.objectives.classification import class_weights
     from strop.objectives.table import data_kind_of, prepare_rows
 
-    values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
+    values = flatten_options(options) if recipe else {"model.name": "demo", **flatten_options(options)}
     resolved = resolve(_as_path(recipe), values).recipe
     source, data_kind = locate(resolved.model.name, resolved.model.revision), data_kind_of(resolved.train)
     check_template(source, resolved.data, data_kind)
@@ -706,7 +711,7 @@ def _data_files(value: Any, name: str) -> Any:
     return os.fspath(value)
 
 
-def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options by dotted name, with paths as text. Raises InputError for duplicates."""
     from strop.config.names import full_name
     from strop.config.schema import option_fields

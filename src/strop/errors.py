@@ -33,7 +33,7 @@ _OPTION = re.compile(
 _PYTHON_NAMES = {"no-parity": "measure=False", "resume": "resume_existing"}  # where they differ from the option's name
 _PYTHON_FIELDS = {"model.name": "model", "data.train": "data"}  # other fields: the last part of the name
 _FUNCTIONS = {"eval": "evaluate"} | {
-    name: name for name in ("check", "export", "merge", "plan", "push", "resume", "train")
+    name: name for name in ("check", "export", "merge", "plan", "push", "resume", "sweep", "train")
 }
 
 in_terminal = ContextVar("in_terminal", default=False)  # whether the command line calls the public functions

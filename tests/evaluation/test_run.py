@@ -700,3 +700,19 @@ def test_train_rows_are_counted_in_result_report_card_and_page(
     count, err = evaluated([NEW])
     assert count is None and "1 rows" in err and "held-out" not in err
     assert "| rows | 1 rows: " in card.read_text() and "is unknown" in card.read_text()
+
+
+@pytest.mark.parametrize("metric", ["exact", "choice"])
+def test_the_tuned_model_alone_has_the_scores_that_it_has_next_to_the_base(
+    metric: str, runs: list[Path], tmp_path: Path
+) -> None:
+    data, names = str(tmp_path / "colours.jsonl"), [str(runs[1])]
+    (both,) = evaluate_models(names, data, EvalOptions(metric=metric, max_new_tokens=4))
+    (alone,) = evaluate_models(names, data, EvalOptions(metric=metric, max_new_tokens=4, base=False))
+    assert alone["tuned"][metric] == both["tuned"][metric] > 0
+    assert alone["tuned"]["loss"] == pytest.approx(both["tuned"]["loss"], rel=1e-6)
+    assert [row["tuned_hit"] for row in alone["samples"]] == [row["tuned_hit"] for row in both["samples"]]
+    assert not {"base", "difference", "changed"} & alone.keys() and "base" not in alone["samples"][0]
+    assert (runs[1] / "report.html").is_file() and strop.evaluate(runs[1], data, metric=metric, max_new_tokens=4)[
+        "base"
+    ]

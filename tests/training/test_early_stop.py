@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from strop.runs.events import read_events
+import strop
+from strop.runs.events import EndTraining, read_events
 from tests.support.runs import QUICK
 
 
@@ -38,3 +40,20 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
     assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "interrupted" in last["why"] and last["step"] == 0
+
+
+def test_a_listener_ends_training_after_an_evaluation(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The report, the adapter and the checkpoint are complete, and the run counts as finished."""
+
+    def end(event: dict[str, Any]) -> None:
+        if event["event"] == "eval" and event["step"] == 4:
+            raise EndTraining("enough")
+
+    options = {"max_steps": 12, "eval_steps": 2, "batch_size": 4, "dtype": "fp32", "lora": {"r": 4}}
+    data = {"model": tiny_folder, "data": rows_file, "eval": rows_file, "out": tmp_path / "run"}
+    run = strop.train(**data, **options, callback=end, progress=False)
+    assert run.report["ended"] == "enough" and run.report["steps"] == 4
+    stop = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "stop"]
+    assert [(event["step"], event["why"]) for event in stop] == [(4, "enough")]
+    assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert strop.resume(run, progress=False).report["steps"] == 4

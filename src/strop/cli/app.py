@@ -27,6 +27,7 @@ from strop.cli.commands.generate import chat, evaluate, serve
 from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
 from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import dash, runs
+from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import CHAT_COMMANDS, add_recipe_options
 from strop.config.names import use_short_forms
@@ -36,7 +37,7 @@ from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, St
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
     "adapters": adapters, "merge": merge, "serve": serve, "modules": modules, "runs": runs, "dash": dash,
-    "import": import_, "export-script": export_script, "push": push, "schema": schema, "demo": demo,
+    "import": import_, "export-script": export_script, "push": push, "schema": schema, "demo": demo, "sweep": sweep,
 }  # fmt: skip
 GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
     "export": ("Export a run to llama.cpp or Ollama, and measure the result.", {"gguf": gguf, "ollama": ollama}),
@@ -59,6 +60,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
     "Train": {
         "train": "Fine-tune a model, and write a run folder.",
         "resume": "Resume a run from its newest checkpoint.",
+        "sweep": "Compare settings, and find out whether one is better.",
         "launch": "Write the job file that trains a recipe on a cluster.",
     },
     "Inspect": {
@@ -90,6 +92,7 @@ MEANT: Mapping[str, str] = {
     **dict.fromkeys(("convert", "quantize"), "export gguf"), **dict.fromkeys(("list", "ls", "ps"), "runs"),
     **dict.fromkeys(("ui", "web", "dashboard"), "dash"), **dict.fromkeys(("estimate", "memory"), "plan"),
     **dict.fromkeys(("validate", "data", "inspect"), "check"), **dict.fromkeys(("info", "env"), "doctor"),
+    **dict.fromkeys(("search", "hpo", "tune-settings", "optuna"), "sweep"),
     "fuse": "merge", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
     **{name: f"{group} {name}" for group, (_, commands) in GROUPS.items() for name in commands},
 }  # fmt: skip
@@ -106,6 +109,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "strop train recipe.yaml --lr 1e-4 --print-recipe",
     ),
     "resume": ("strop resume runs/mine", "strop resume runs/mine --epochs 5 --allow-changed schedule"),
+    "sweep": (
+        "strop sweep --model demo --data rows.jsonl --over lora.r=8,16,32",
+        "strop sweep --resume runs/sweep-1",
+    ),
     "eval": (
         "strop eval runs/mine --data held_out.jsonl --metric exact_json",
         "strop eval runs/a runs/b --data held_out.jsonl --general",

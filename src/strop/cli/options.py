@@ -91,6 +91,7 @@ COMMON: Mapping[str, tuple[str, ...]] = {
         "train.objective", "lora.r", "train.epochs", "train.max_steps", "train.learning_rate", "train.batch_size",
     ),
     "resume": ("train.epochs", "train.max_steps", "train.learning_rate", "model.device"),
+    "sweep": ("model.name", "data.train", "data.eval", "out", "train.epochs", "train.batch_size"),
     "plan": (
         "model.name", "data.train", "model.quantization", "data.max_length", "train.objective", "lora.r",
         "train.epochs", "train.batch_size",

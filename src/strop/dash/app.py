@@ -169,6 +169,11 @@ def get_routes(services: Services) -> list[BaseRoute]:
         await call(dashboard.curves, *curve, None, None, "")  # raise errors before the stream starts
         return _event_response(stream_run(dashboard, call, *curve))
 
+    async def sweep_stream(request: Request) -> Response:
+        name = request.path_params["name"]
+        await call(dashboard.sweep, name)
+        return _event_response(stream_sweep(dashboard, call, name))
+
     async def schema(_: Request) -> Any:
         return await services.schema()
 
@@ -207,6 +212,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/duplicate": endpoint(dashboard.duplicate), "runs/{name}/answers": answers,
         "runs/{name}/download/{kind}": download,
         "runs/{name}/samples": endpoint(dashboard.samples, step=(float, None)),
+        "sweeps/{name}": endpoint(dashboard.sweep), "sweeps/{name}/stream": sweep_stream,
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
@@ -301,6 +307,7 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/export": endpoint(
             export, kind=str, out=str, no_parity=(bool, False), dtype=(str, None), type=(str, None), data=(str, None)
         ),
+        "sweeps/{name}/train": endpoint(dashboard.train_winner, name=(str, "")),
         "runs/{name}/vote": endpoint(dashboard.vote, ballot=str, choice=str),
         "jobs/{id}/stop": endpoint(lambda job: {"sent": dashboard.jobs.stop(job)}),
         "machine/doctor": endpoint(dashboard.doctor),
@@ -378,6 +385,20 @@ def _run_summary(dashboard: Dashboard, name: str) -> Any:
     history = dashboard.history(name)
     fields = {key: value for key, value in row.items() if key not in STEP_FIELDS}
     return fields, history.num_saves, list(history.samples), jobs
+
+
+async def stream_sweep(dashboard: Dashboard, call: Call, name: str) -> AsyncIterator[bytes]:
+    """Send a sweep, again when it has changed."""
+    sent: Any = None
+    while True:
+        try:
+            state = await call(dashboard.sweep, name)
+        except StropError as error:
+            yield _sse_event("gone", {"error": error.as_json()})
+            return
+        yield _sse_event("sweep", state) if state != sent else KEEP_ALIVE
+        sent = state
+        await asyncio.sleep(RUN_POLL_S)
 
 
 async def stream_job(dashboard: Dashboard, call: Call, name: str) -> AsyncIterator[bytes]:

@@ -23,6 +23,7 @@ from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, parse_options, send_signal
 from strop.dash.notes import check_notes, move_run, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
+from strop.dash.sweeps import SweepTable
 from strop.dash.transfer import download
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
@@ -41,6 +42,7 @@ class Dashboard:
         self.data_folder = root.absolute().parent / "data"  # of uploaded files
         self.jobs = Jobs(root)
         self.listing = RunTable(root)
+        self.sweeps = SweepTable(root)
         self.system = System(root)
         self._histories: dict[str, History] = {}
         self._votes = answers.Votes()
@@ -48,6 +50,8 @@ class Dashboard:
     def runs(self) -> list[dict[str, Any]]:
         """Return the table of runs, including those that are about to start or failed before their first step."""
         rows = [self._with_resume(row) for row in self.listing.rows()]
+        sweeps = self.sweeps.rows(self.listing.names()[0])
+        rows = sorted([*rows, *sweeps], key=lambda row: -(row["started"] or row["updated"] or 0)) if sweeps else rows
         names = {row["name"] for row in rows}
         return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
 
@@ -106,6 +110,18 @@ class Dashboard:
         row = self.row(name)
         with damaged_files_as_run_error(name):
             return {**detail(with_heartbeat_age(row), self.history(name)), "jobs": self.jobs_of(name)}
+
+    def sweep(self, name: str) -> dict[str, Any]:
+        """Return the trials of a sweep, and how they compare."""
+        with damaged_files_as_run_error(name):
+            return {**self.sweeps.detail(name), "jobs": self.jobs_of(name)}
+
+    def train_winner(self, name: str, run: str) -> dict[str, Any]:
+        """Train the recommended setting of a sweep on all rows, as a new run."""
+        winner = self.sweep(name)["winner"]
+        if winner is None:
+            raise Busy(f"{name} has no winner yet", fix="wait until it is finished")
+        return {"job": self.train(run or self.unused_run_name(name), [winner])}
 
     def curves(
         self, name: str, by: str, points: float, start: float | None, end: float | None, fields: str

@@ -380,7 +380,8 @@ def run_status(
     if report.get("exit") == 0:
         if report.get("ended") == "time":
             return RunStatus("stopped", "time budget used up", None)
-        return RunStatus("finished", "early stopping" if report.get("ended") == "patience" else "", None)
+        why = {"patience": "early stopping", "pruned": "pruned by a sweep"}.get(str(report.get("ended")), "")
+        return RunStatus("finished", why, None)
     last = events[-1] if events else {}
     if last.get("event") == "stop":
         why = str(last.get("why") or "")

@@ -89,19 +89,22 @@ def compare(
     max_new_tokens: int | None = None,
     advance: Progress | None = None,
     base: Side | None = None,
+    with_base: bool = True,
     devices: Devices = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Score the base and the tuned model, with 95 % intervals. After Ctrl-C, only the answered rows are scored.
 
     max_new_tokens: by default, ANSWER_MARGIN times the longest reference answer, and at least MIN_ANSWER_TOKENS.
-    base: earlier results of the same base on the same rows. `base` and `tuned` of the result have the metric's scores
-    and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out` lists the rows without a right answer. Without
-    an adapter, there is no `tuned`, `difference` or `changed` (the rows that only one model answers right). `answers`
+    base: earlier results of the same base on the same rows. with_base: False scores a tuned model alone. `base` and
+    `tuned` of the result have the metric's scores and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out`
+    lists the rows without a right answer. Without an adapter, there is no `tuned`, `difference` or `changed` (the rows
+    that only one model answers right). `answers`
     has the limit of their length, and what it cuts (not for `choice`).
     """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
-    names = ([] if base else ["base"]) + (["tuned"] if model.adapter else [])  # sides to generate answers for
+    with_base = with_base or not model.adapter
+    names = (["base"] if with_base and not base else []) + (["tuned"] if model.adapter else [])  # to generate answers
     generates = names and metric != "choice"
     prompts = [render_prompt(model.renderer, question.conversation) for question in questions]
     rendered = [model.renderer.render(question.conversation) for question in questions]
@@ -139,8 +142,9 @@ def compare(
         return Side({**scores.rates, **extra_scores}, [*scores.hits], texts)
 
     sides = {}
-    with model.base() if model.adapter else nullcontext():
-        sides["base"] = base or score_side("base")
+    if with_base:
+        with model.base() if model.adapter else nullcontext():
+            sides["base"] = base or score_side("base")
     if model.adapter:
         sides["tuned"] = score_side("tuned")
     left_out = [asdict(location) for location in find_rows_without_answer(conversations)]

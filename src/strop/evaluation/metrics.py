@@ -406,16 +406,22 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 def mean_interval(values: Sequence[float]) -> list[float]:
     """Return Student's 95 % interval of the mean of two or more values."""
     n, mean = len(values), statistics.fmean(values)
-    half_width = _t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half_width = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
     return [mean - half_width, mean + half_width]
 
 
-def _t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution, within 0.2 %."""
+def t_quantile(degrees: int, z: float = Z_95) -> float:
+    """Return a quantile of Student's t distribution, within 0.2 %.
+
+    z: the same quantile of the standard normal distribution; other levels than the default need 9 degrees of freedom.
+    """
     if degrees <= len(T_95):
+        assert z == Z_95, "only the default level has a table"
         return T_95[degrees - 1]
-    z, n = Z_95, degrees  # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    n = degrees  # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5
+    g1, g2 = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / n + g2 / n**2 + g3 / n**3
 
 
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Estimate:

@@ -35,6 +35,8 @@ def compare_preferences(
     conversations: Sequence[Conversation],
     advance: Progress | None = None,
     devices: Devices = SINGLE_PROCESS,
+    *,
+    with_base: bool = True,
 ) -> dict[str, Any]:
     """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
 
@@ -54,8 +56,9 @@ def compare_preferences(
     if model.adapter is not None and adapter_kind(model.adapter) == "reward":
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}
-    with model.base() if model.adapter else nullcontext():
-        logprobs["base"] = _compute_pairs(step_for(model.module).log_probs, pairs, "base", advance, devices)
+    if with_base or not model.adapter:
+        with model.base() if model.adapter else nullcontext():
+            logprobs["base"] = _compute_pairs(step_for(model.module).log_probs, pairs, "base", advance, devices)
     if model.adapter:
         logprobs["tuned"] = _compute_pairs(step_for(model.module).log_probs, pairs, "tuned", advance, devices)
     lengths = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
@@ -69,7 +72,7 @@ def compare_preferences(
             "loss": -sum(a for a, _ in values) / sum(n for n, _ in lengths),
         }
     result |= compare_hits(hits, conversations)
-    if model.adapter:
+    if len(logprobs) > 1:
         log_ratios = [(a - c, b - d) for (a, b), (c, d) in zip(logprobs["tuned"], logprobs["base"], strict=True)]
         result["rewards"] = summarize_rewards(log_ratios)
     result["samples"] = _make_samples(conversations, hits)

@@ -75,6 +75,7 @@ class EvalOptions:
     task_limit: int | None = None  # maximum number of documents per task
     judge: str | None = None  # decides which answer is better: file.py:function, or a server's URL
     judge_model: str | None = None  # name of the model on that server
+    base: bool = True  # False scores tuned models alone, without the base and a classifier's baseline
     reading: Mapping[str, Any] = field(default_factory=dict)  # values of READ_FIELDS that override the run's
 
 
@@ -155,11 +156,11 @@ def _check_request(
     classifiers = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == "classifier"]
     if classifiers:
         return _check_class_request(names, classifiers, data, options, reading, notes, advance, devices)
-    rows = _read_scorable_rows(names, reading, notes, data, options.metric)
+    rows = read_scorable_rows(names, reading, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
         regression_metric = options.regression_metric or options.metric
-        regression = _read_scorable_rows(names, reading, notes, options.regression_data, regression_metric)
+        regression = read_scorable_rows(names, reading, notes, options.regression_data, regression_metric)
     fields = "metric", "max_new_tokens", "quantization", "dtype", "general", "regression_metric", "judge", "judge_model"
     values = {name: getattr(options, name) for name in fields}
     content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
@@ -211,11 +212,11 @@ def _check_class_request(
 
 def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
-    prepared = _prepare_train_rows(name)
+    prepared = _prepare_train_rows(name) if request.options.base else None
     model = _load(name, request)
     train_texts = None if prepared is None else prepared.train_conversations
     compared = compare_classes(model, request.rows, train_texts, request.advance, request.devices)
-    notes = compared.pop("notes")
+    notes = compared.pop("notes") if request.options.base else compared.pop("notes")[:0]
     result = _start_result(name, model, compared, request)
     result["notes"] += notes
     _add_row_notes(result, request.rows, train_rows)
@@ -228,7 +229,8 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
     folder = adapter_folder(name)
     model = _load(name, request, scores=folder is not None and adapter_kind(folder) == "reward")
-    compared = compare_preferences(model, request.rows, request.advance, request.devices)
+    with_base = request.options.base
+    compared = compare_preferences(model, request.rows, request.advance, request.devices, with_base=with_base)
     result = _start_result(name, model, compared, request)
     _add_row_notes(result, request.rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
@@ -247,8 +249,10 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     model = _load(name, request)
     base_key = (str(model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
-    compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
-    bases[base_key] = read_side(compared, "base")
+    known_base = bases.get(base_key)
+    compared = compare_rows(request.rows, metric=options.metric, base=known_base, with_base=options.base)
+    if "base" in compared:
+        bases[base_key] = read_side(compared, "base")
     result = _start_result(name, model, compared, request)
     result["notes"] += describe_cut(compared)
     _add_row_notes(result, rows, train_rows)
@@ -389,7 +393,7 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
-def _read_scorable_rows(
+def read_scorable_rows(
     names: Sequence[str], reading: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
     """Read the rows and check that the metric can score the models' answers to them."""

@@ -23,11 +23,25 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
+class EndTraining(Exception):
+    """Raised by a listener to end training after an evaluation or a resume, as if the recipe ended there.
+
+    reason: why training ended, in one word, for report.json.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class EventLog:
-    """Append events to a file and pass each to the listeners. path: None to ignore all events."""
+    """Append events to a file and pass each to the listeners. path: None to ignore all events.
+
+    `end_reason` is the reason of a listener that raised EndTraining, or "".
+    """
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
-        self._path, self._listeners = path, tuple(listeners)
+        self._path, self._listeners, self.end_reason = path, tuple(listeners), ""
         if path is None:
             return
         content = path.read_bytes() if path.is_file() else b""
@@ -41,7 +55,10 @@ class EventLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except EndTraining as request:
+                self.end_reason = request.reason
 
 
 def read_events(path: Path) -> list[Event]:

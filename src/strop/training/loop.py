@@ -91,7 +91,7 @@ class StepResult:
 
 
 def fit(job: Job) -> str:
-    """Train to the end of the recipe, and return why training ended: steps, time or patience.
+    """Train to the end of the recipe, and return why training ended: steps, time, patience, or a listener's reason.
 
     Raises Stopped after Ctrl-C or SIGTERM, when the current step is saved; DivergedError or NonFiniteError if training
     diverges again after a rollback; MemoryLimitError; DiskError.
@@ -99,6 +99,8 @@ def fit(job: Job) -> str:
     apply_memory_settings(job)
     if _is_out_of_patience(job):  # the process was killed after its last save, before the report
         return "patience"
+    if reason := job.devices.run_on_main(lambda: job.log.end_reason):  # of a listener, when the run was resumed
+        return reason
     if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
         save(job)  # a rollback needs a checkpoint
     with stop_signals() as stop_requested:
@@ -127,6 +129,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
             evaluate(job)
             ended = ended or ("patience" if _is_out_of_patience(job) else "")
+            ended = ended or job.devices.run_on_main(lambda: job.log.end_reason)
             (stopping,) = job.devices.any_rank(stop_requested())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
@@ -143,8 +146,8 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         if ended:
             break
     if ended != "steps":
-        why = "the time budget is spent" if ended == "time" else "the evaluation loss no longer improves"
-        job.log.emit("stop", step=progress.step, why=why)
+        reasons = {"time": "the time budget is spent", "patience": "the evaluation loss no longer improves"}
+        job.log.emit("stop", step=progress.step, why=reasons.get(ended, ended))
     return ended
 
 

@@ -12,6 +12,7 @@ const SCREENS = {
   chat: ["Chat", () => import("./screens/chat.js")],
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
+  sweep: [null, () => import("./screens/sweep.js")],
 };
 /** Addresses of earlier versions, such as bookmarks. */
 const MOVED = [
@@ -79,7 +80,7 @@ function drawNav(current) {
     Object.entries(SCREENS)
       .filter(([, [name]]) => name)
       .map(([screen, [name]]) => {
-        const here = screen === current || (screen === "runs" && current === "run");
+        const here = screen === current || (screen === "runs" && ["run", "sweep"].includes(current));
         return link(to(screen), name, here ? { "aria-current": "page" } : {});
       }),
   );

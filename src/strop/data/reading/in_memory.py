@@ -49,7 +49,7 @@ def write_rows(name: str, rows: Iterable[Any]) -> str:
         with open(handle, "wb") as file:
             for number, row in enumerate(rows, 1):
                 try:
-                    line = json.dumps(row, default=_to_json).encode() + b"\n"
+                    line = json.dumps(row, default=to_json).encode() + b"\n"
                 except (TypeError, ValueError, RecursionError) as error:
                     what = f"{name}: row {number}: {first_line(error)}"
                     raise DataError(what, fix="convert it to text, a number, a list or a dict") from None
@@ -69,7 +69,7 @@ def describe_file(path: str) -> str | None:
     return f"rows in memory ({match[1][:6]})" if match and Path(folder) == cache_folder() / "rows" else None
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Convert dates to text, and arrays and scalars of NumPy and torch to lists and numbers."""
     if hasattr(value, "isoformat"):
         return value.isoformat()

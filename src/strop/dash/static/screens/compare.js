@@ -36,7 +36,7 @@ const MAX_RUNS = 6; // limited by the number of colours
 
 export async function show(container, { query, signal }) {
   const { runs: all } = await get("runs", {}, signal),
-    runs = all.filter((run) => run.state !== "failed"),
+    runs = all.filter((run) => run.state !== "failed" && run.kind !== "sweep"),
     names = new Set(runs.map((run) => run.name));
   let chosen = splitNames(query.get("runs"))
       .filter((name) => names.has(name))

@@ -104,6 +104,7 @@ function columns(chosen, update, onTag) {
       sortable: false,
       value: () => null,
       show: (run) => {
+        if (run.kind === "sweep") return "";
         const box = h("input", {
           type: "checkbox",
           "aria-label": `Compare ${run.name}`,
@@ -125,7 +126,7 @@ function columns(chosen, update, onTag) {
       head: true,
       value: (run) => run.name,
       show: (run) => [
-        link(to("run", run.name), run.name, { title: run.note }),
+        link(to(run.kind ?? "run", run.name), run.name, { title: run.note }),
         run.state === "failed" ? h("small", { class: "why" }, prose(run.why)) : null,
         run.tags.length
           ? h(
@@ -211,8 +212,22 @@ function columns(chosen, update, onTag) {
         return [run.objective, run.rank && `r\u00a0${run.rank}`, quantization].filter(Boolean).join(", ");
       },
     },
-    { key: "seconds", name: "time", csvName: "seconds", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
-    { key: "bytes", name: "size", csvName: "bytes", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
+    {
+      key: "seconds",
+      name: "time",
+      csvName: "seconds",
+      number: true,
+      value: (run) => run.seconds,
+      show: (run) => duration(run.seconds),
+    },
+    {
+      key: "bytes",
+      name: "size",
+      csvName: "bytes",
+      number: true,
+      value: (run) => run.bytes,
+      show: (run) => bytes(run.bytes),
+    },
     {
       key: "started",
       name: "started",

@@ -1,0 +1,242 @@
+"""Split a recipe's rows into training, selection and test rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strop.config.load import Resolved
+from strop.config.schema import DataSection
+from strop.data.formats import DOCUMENT, ConversationReader
+from strop.data.reading import sources
+from strop.data.reading.in_memory import to_json
+from strop.data.row_errors import RowError
+from strop.data.store import digest, dump_conversation
+from strop.data.types import Conversation, DataKind, Row
+from strop.errors import DataError, Location, RecipeError
+from strop.evaluation.run import read_scorable_rows
+from strop.models.source import locate
+from strop.models.tokenizer import check_template, load_tokenizer
+from strop.objectives.table import data_kind_of, prepare_rows
+from strop.runs.folder import cache_folder, write_atomic
+from strop.runs.lock import sha256_file
+
+DEFAULT_SHARE = "15%"
+FEW_ROWS, MIN_ROWS = 30, 10  # selection or test rows below which a sweep warns, and refuses
+PARTS = ("train", "selection", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of each part, and the number of rows in it."""
+
+    files: Mapping[str, list[str]]
+    rows: Mapping[str, int]
+    notes: list[str]
+    labels: list[str] | None = None  # the classes of all texts to classify; a part may lack a rare one
+
+    def as_json(self) -> dict[str, Any]:
+        parts = {name: {"rows": self.rows[name], "files": self.files[name]} for name in PARTS}
+        return {**parts, "notes": self.notes, "labels": self.labels}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Split:
+        files, rows = ({name: value[name][key] for name in PARTS} for key in ("files", "rows"))
+        return cls(files, rows, list(value["notes"]), value["labels"])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row as it was read, its format, and its first conversation."""
+
+    row: Row
+    format: str
+    conversation: Conversation
+
+    @property
+    def group(self) -> bytes:
+        """The prompt: rows with the same prompt are in the same part."""
+        return dump_conversation(self.conversation.prompt)
+
+
+def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test: str | None, metric: str) -> Split:
+    """Check all rows, and write those of each part to `folder`, as JSON Lines in their original format.
+
+    Groups of rows with the same prompt are assigned by a hash of the prompt and the seed, so that further rows do not
+    move others. A selection or test row that repeats another one is left out: it would make intervals too narrow.
+
+    Args:
+        resolved: the recipe, whose data.eval may give the selection rows.
+        folder: the folder to write.
+        selection: a share of the rows, such as "15%", or a file. Default: data.eval, or 15 %.
+        test: the same for the test rows.
+        metric: scores the selection and test rows.
+
+    Raises:
+        DataError: If rows are invalid, cannot be scored, or are too few.
+    """
+    recipe, data = resolved.recipe, resolved.recipe.data
+    kind = data_kind_of(recipe.train)
+    if selection is not None and data.eval is not None:
+        raise RecipeError("--selection: data.eval gives the selection rows too", fix="leave one of them out")
+    specs = {"selection": selection or data.eval or DEFAULT_SHARE, "test": test or DEFAULT_SHARE}
+    shares = {name: _read_share(name, spec) for name, spec in specs.items()}
+    if sum(share or 0 for share in shares.values()) >= 1:
+        raise RecipeError("--selection and --test: no rows are left for training", fix="choose smaller shares")
+    labels = _check_training_rows(resolved)
+    parts: dict[str, list[Part]] = {name: [] for name in PARTS}
+    for part in _read_parts(data.train, data, kind):
+        parts[_choose_part(part.group, recipe.seed, shares)].append(part)
+    for name, spec in specs.items():
+        if shares[name] is None:
+            parts[name] = list(_read_parts(spec, data, kind))
+    notes = []
+    for name in ("selection", "test"):
+        parts[name] = list({dump_conversation(part.conversation): part for part in reversed(parts[name])}.values())[
+            ::-1
+        ]
+        notes += _check_part(name, parts[name], kind)
+    if not parts["train"]:
+        fix = "give --selection and --test files"
+        raise DataError("no rows are left for training: all have the same prompt", fix=fix)
+    trained = {dump_conversation(part.conversation) for part in parts["train"]}
+    for name in ("selection", "test"):
+        if repeated := sum(dump_conversation(part.conversation) in trained for part in parts[name]):
+            notes.append(f"{repeated} {name} rows are also training rows, so their scores are too high")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: _write_part(folder, name, parts[name]) for name in PARTS}
+    for name in ("selection", "test") if kind != "classes" else ():
+        _check_scorable(files[name], parts[name], resolved, metric)
+    return Split(files, {name: len(parts[name]) for name in PARTS}, notes, labels)
+
+
+def data_options(split: Split, data: DataSection) -> dict[str, Any]:
+    """Return the recipe fields with which a trial reads the files of a split."""
+    train = split.files["train"]
+    options: dict[str, Any] = {
+        "data.train": train[0] if len(train) == 1 else train, "data.eval": split.files["selection"],
+        "data.encoding": "utf-8",
+    }  # fmt: skip
+    options |= {"data.format": "text"} if data.format == DOCUMENT else {}
+    return options | ({"train.labels": split.labels} if split.labels else {})
+
+
+def hash_sources(data: DataSection, *others: str | None) -> str:
+    """Return a hash of the content of all data files that a sweep reads, to detect changes."""
+    key = hashlib.sha256()
+    specs: list[str | list[str]] = [data.train]
+    specs += [spec for spec in (data.eval, *others) if spec is not None and sources.read_eval_share(spec) is None]
+    for spec in specs:
+        for source in sources.resolve(spec):
+            key.update(json.dumps([source.weight, len(source.files)]).encode())
+            for name in source.files:
+                key.update(bytes.fromhex(sha256_file(Path(name))))
+    return key.hexdigest()
+
+
+def _read_share(name: str, spec: str | list[str]) -> float | None:
+    """Return a share of the rows, or None if the spec names files."""
+    try:
+        share = sources.read_eval_share(spec)
+    except DataError as error:
+        raise RecipeError(f"--{name} {spec}: leaves no rows on one side", fix=error.fix) from None
+    if share is None and isinstance(spec, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", spec):
+        raise RecipeError(f"--{name} {spec}: neither a share nor a file", fix="write a share with %, such as 15%")
+    return share
+
+
+def _check_training_rows(resolved: Resolved) -> list[str] | None:
+    """Raise the error of a run on all rows, which names the rows in the user's files. Return the classes of texts."""
+    recipe = resolved.recipe
+    source, kind = locate(recipe.model.name, recipe.model.revision), data_kind_of(recipe.train)
+    check_template(source, recipe.data, kind)
+    classes = prepare_rows(recipe, load_tokenizer(source), cache=cache_folder() / "data").classes
+    return None if classes is None else list(classes.names)
+
+
+def _read_parts(spec: str | Sequence[str], data: DataSection, kind: DataKind) -> list[Part]:
+    """Read the rows of a spec, without invalid ones, which data.bad_rows allows."""
+    errors: list[RowError] = []
+    rows = sources.read_rows(
+        spec, encoding=data.encoding, columns=data.columns, errors=errors, documents=data.format == DOCUMENT
+    )
+    last: list[Row] = []  # the row that was read last
+
+    def remember(row: Row) -> Row:
+        last[:] = [row]
+        return row
+
+    reader = ConversationReader(
+        map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind
+    )
+    parts: list[Part] = []
+    for conversation in reader:
+        if not parts or parts[-1].row is not last[0]:  # a row may have several conversations
+            parts.append(Part(last[0], reader.formats[conversation.file], conversation))
+    if errors and data.bad_rows == "refuse":
+        where = [error.where for error in errors]
+        raise DataError(f"{len(errors)} rows are wrong", fix="fix or remove them", where=where)
+    return parts
+
+
+def _choose_part(group: bytes, seed: int, shares: Mapping[str, float | None]) -> str:
+    position = digest(f"{seed} ".encode() + group) / 2**64
+    for name in ("test", "selection"):
+        share = shares[name] or 0.0
+        if position < share:
+            return name
+        position -= share
+    return "train"
+
+
+def _check_part(name: str, parts: Sequence[Part], kind: DataKind) -> list[str]:
+    """Refuse too few rows and rows that cannot be scored; return notes."""
+    if any(part.conversation.desirable is not None for part in parts):
+        what = f"--{name}: rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
+        raise DataError(what, fix="sweep on preference pairs, which objective kto accepts too")
+    if len(parts) < MIN_ROWS:
+        what = f"--{name}: {len(parts)} rows, too few to compare settings on"
+        raise DataError(what, fix=f"give more rows, a larger share, or a file of at least {MIN_ROWS} rows")
+    if len(parts) < FEW_ROWS:
+        return [f"{len(parts)} {name} rows: only large differences can be seen"]
+    return []
+
+
+def _check_scorable(files: Sequence[str], parts: Sequence[Part], resolved: Resolved, metric: str) -> None:
+    """Raise the error of `strop eval` for rows that the metric cannot score, with the places in the user's files."""
+    data = resolved.recipe.data
+    try:
+        format = "text" if data.format == DOCUMENT else data.format
+        read_scorable_rows((), {"format": format, "columns": data.columns}, (), files, metric)
+    except DataError as error:
+        places: dict[tuple[str, int | None], Row] = {}
+        for file, own in zip(files, _by_format(parts).values(), strict=True):
+            places |= {(file, line): part.row for line, part in enumerate(own, 1)}
+        error.where = tuple(
+            Location(row.file, row.line, place.what) if (row := places.get((place.file, place.line))) else place
+            for place in error.where
+        )
+        raise
+
+
+def _by_format(parts: Sequence[Part]) -> dict[str, list[Part]]:
+    formats: dict[str, list[Part]] = {}
+    for part in parts:
+        formats.setdefault(part.format, []).append(part)
+    return formats
+
+
+def _write_part(folder: Path, name: str, parts: Sequence[Part]) -> list[str]:
+    """Write rows to NAME.jsonl, or to NAME-FORMAT.jsonl if they have several formats, and return the files."""
+    formats, files = _by_format(parts), []
+    for format, own in formats.items():
+        path = folder / (f"{name}.jsonl" if len(formats) == 1 else f"{name}-{format}.jsonl")
+        lines = [json.dumps(part.row.value, default=to_json) for part in own]
+        write_atomic(path, "".join(f"{line}\n" for line in lines))
+        files.append(str(path))
+    return files

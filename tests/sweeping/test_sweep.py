@@ -1,0 +1,430 @@
+"""Whole sweeps of a tiny model: files, output, failures, pruning, kills, several processes, and Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import strop
+from strop import api
+from strop.errors import DivergedError, InputError, RecipeError
+from strop.runs.events import read_events
+from strop.runs.folder import read_json
+from tests import ROOT
+from tests.support.pages import SHELL, blocks, commands
+from tests.support.runs import run
+
+COLOURS = ("red", "green", "blue")
+TIMES = {"seconds", "train_s", "peak_bytes", "predicted_s", "predicted_peak_bytes", "plan"}
+
+
+def write_rows(path: Path, number: int = 150) -> Path:
+    """Write texts to classify by their first word."""
+    chosen = random.Random(0)
+    lines = []
+    for i in range(number):
+        colour = chosen.choice(COLOURS)
+        lines.append(json.dumps({"text": f"{colour} {i}", "label": colour}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def words(model: Path, *more: str, data: str = "rows.jsonl") -> list[str]:
+    return [
+        "sweep", "--model", str(model), "--data", data, "--train.objective", "classify", "--epochs", "2",
+        "--model.dtype", "fp32", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_sweep_by_the_command_line(here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    over = ("--over", "lora.r=2,16", "--over", "lr=3e-4,1e-2", "--seeds", "2", "--out", "s")
+    code, out, err = run(*words(tiny_folder, *over, "--json"), capsys=capsys)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["sweep"] == "s" and {**result, "sweep": None} == {
+        **read_json(here / "s" / "sweep.json"),
+        "sweep": None,
+    }
+    assert result["request"]["sampler"] == "grid" and result["metric"] == "accuracy"
+    trials = result["trials"]
+    assert [trial["state"] for trial in trials] == ["finished"] * 5  # the default has another rate
+    assert trials[0]["setting"]["lora.r"] == 16 and trials[0]["setting"]["train.learning_rate"] > 0
+    assert len({json.dumps(trial["setting"]) for trial in trials}) == 5
+    assert len({trial["score"] for trial in trials}) > 1
+    best = max(trials, key=lambda trial: (trial["score"], -trial["loss"]))
+    ranking = result["selection"]["ranking"]
+    assert best["number"] in ranking[0]["trials"] and ranking[0]["standing"] == "best"
+    for number in range(5):  # normal run folders
+        assert (here / "s" / "trials" / f"{number:03d}" / "adapter" / "adapter_config.json").is_file()
+    # the terminal
+    assert re.search(r"rows     \d+ train, \d+ selection, \d+ test\n", err)
+    assert re.search(r"memory   \d\.\d\d GiB at most \(.+\), \d+\.\d GiB usable\n", err)
+    assert re.search(
+        r"trial    000 \(1 of 5\)  the default  accuracy \d+\.\d%  loss \d\.\d{3}  \d+ s, at most \d+ \w+ left\n", err
+    )
+    assert re.search(r"trial    004 \(5 of 5\)  lora\.r 16, learning_rate 0\.01  accuracy", err)
+    assert f"verdict  {result['result']['sentence']}" in err
+    assert "train s/winner.yaml --out runs/mine" in err
+    # a second resume prints the result
+    code, out, err = run("sweep", "--resume", "s", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out) == result and "verdict" in err
+    # the winner trains on all rows
+    winner = yaml.safe_load((here / "s" / "winner.yaml").read_text())
+    assert winner["data"]["train"] == "rows.jsonl"
+    code, _, err = run("train", "s/winner.yaml", "--out", "mine", "--max-steps", "2", capsys=capsys)
+    assert code == 0 and "150 rows read, 150 used" in err
+    # the runs of the sweep are runs for the other commands
+    code, out, _ = run("runs", "s/trials", "--json", capsys=capsys)
+    assert len(json.loads(out)["runs"]) == 5
+    code, out, _ = run("eval", "s/trials/001", "--data", "s/data/selection.jsonl", "--json", capsys=capsys)
+    assert json.loads(out)["tuned"]["accuracy"] == trials[1]["score"]
+    assert json.loads(out)["train_rows"] == 0
+
+
+def test_text_is_scored_with_the_metric(here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"say a {i}", "completion": "a"} for i in range(120)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["sweep", "--model", str(tiny_folder), "--data", "chat.jsonl", "--epochs", "1", "--model.dtype", "fp32"]
+    more = ["--over", "lora.r=2,4", "--metric", "contains", "--max-new-tokens", "4", "--seeds", "1", "--out", "s"]
+    code, out, err = run(*command, *more, "--json", capsys=capsys)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["metric"] == "contains" and len(result["trials"]) == 3
+    assert "one seed cannot tell a setting from luck" in err or "keep the default" in err
+    answers = read_json(here / "s" / "trials" / "001" / "answers.json")
+    hits = [row["tuned_hit"] for row in answers["samples"]]
+    assert sum(hits) / len(hits) == result["trials"][1]["score"] and "base" not in answers["samples"][0]
+
+
+def test_dry_run_prints_the_plan_only(here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        *words(tiny_folder, "--over", "lora.r=2..64", "--dry-run", "--out", "s", "--json"), capsys=capsys
+    )
+    assert code == 0 and not (here / "s").exists()
+    plan = json.loads(out)["plan"]
+    assert plan["trials"] == 12 and plan["fits"] and plan["largest"] == {"lora.r": 64}
+    assert "over     lora.r: 2 to 64 (log)" in err and "trials   12 (tpe)" in err
+
+
+def test_what_does_not_fit_is_refused_before_training(
+    here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(*words(tiny_folder, "--over", "lora.r=2,2048", "--memory", "90MB", "--out", "s"), capsys=capsys)
+    assert code == 1 and "a trial does not fit in memory" in err and not (here / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--over", "lora.rr=1,2"], "did you mean lora.r?"),
+        (["--over", "out=a,b"], "every trial has its own folder"),
+        (["--over", "lora.r=2,4", "--sampler", "grit"], "did you mean grid?"),
+        (["--over", "lora.r=2..4", "--sampler", "grid"], "lora.r is a range"),
+        (["--over", "lora.r=2,4,8", "--sampler", "grid", "--trials", "2"], "the grid with the default has 4 settings"),
+        (["--over", "train.objective=classify,dpo"], "they train on different rows"),
+        (["--over", "lora.r=2,4", "--metric", "exac"], "did you mean exact?"),
+        (["--over", "lora.r=2,4", "--selection", "20%", "--eval", "10%"], "data.eval gives the selection rows too"),
+        ([], "--over is required"),
+    ],
+)
+def test_wrong_options_exit_with_2(
+    more: list[str], expected: str, here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(*words(tiny_folder, *more, "--out", "s"), capsys=capsys)
+    assert code == 2 and expected in err and not (here / "s").exists()
+
+
+def test_missing_optuna_is_refused(
+    here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(*words(tiny_folder, "--over", "lora.r=2,4"), capsys=capsys)
+    assert code == 2 and "pip install optuna" in err
+
+
+def sweep(model: Path, **options: Any) -> strop.Sweep:
+    settings = {"model": model, "data": "rows.jsonl", "objective": "classify", "epochs": 1, "dtype": "fp32", "out": "s"}
+    return strop.sweep(**{**settings, "seeds": 1, "progress": False, **options})
+
+
+def write_pairs(path: Path) -> Path:
+    rows = [{"prompt": f"which one {i}", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward", "kto"])
+def test_pairs_are_compared_by_preference(objective: str, here: Path, tiny_folder: Path) -> None:
+    data = write_pairs(here / "pairs.jsonl")
+    over = {"train.learning_rate": [1e-3, 1e-2]}
+    result = sweep(tiny_folder, data=data, objective=objective, over=over, max_steps=3, seeds=2, lr=1e-3)
+    assert result.state["metric"] == "preference" and len(result.state["trials"]) == 2
+    assert all(0 <= trial["score"] <= 1 for trial in result.state["trials"])
+
+
+def test_prompts_are_compared_by_the_metric(here: Path, tiny_folder: Path) -> None:
+    rows = [{"prompt": f"say {i}", "completion": "a"} for i in range(120)]
+    (here / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": "asks.jsonl", "objective": "grpo", "rewards": "contains", "group": 2, "answer_tokens": 4}
+    over = {"lora.r": [2, 16]}
+    result = sweep(tiny_folder, **settings, over=over, max_steps=1, metric="contains", max_new_tokens=4)
+    assert result.state["metric"] == "contains" and result.result is not None
+    (here / "bare.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"no row ends with an answer|have no answer"):
+        sweep(tiny_folder, **{**settings, "data": "bare.jsonl", "out": "t"}, over=over)
+
+
+def test_changed_inputs_and_options_are_refused(here: Path, tiny_folder: Path) -> None:
+    done = sweep(tiny_folder, over={"lora.r": [2, 16]})
+    with pytest.raises(InputError, match="contains a sweep"):
+        sweep(tiny_folder, over={"lora.r": [2, 16]})
+    again = sweep(tiny_folder, over={"lora.r": [2, 16]}, resume_existing=True)
+    assert again.state == done.state
+    with pytest.raises(InputError, match="over changed since the sweep was started"):
+        sweep(tiny_folder, over={"lora.r": [4, 16]}, resume_existing=True)
+    with pytest.raises(InputError, match=r"train\.epochs changed"):
+        sweep(tiny_folder, over={"lora.r": [2, 16]}, epochs=2, resume_existing=True)
+    with pytest.raises(RecipeError, match="keeps its options"):
+        strop.sweep("s", over={"lora.r": [2, 4]}, resume_existing=True)
+    with pytest.raises(InputError, match="contains a sweep"):
+        strop.sweep("s")
+    write_rows(here / "rows.jsonl", 160)
+    with pytest.raises(InputError, match="data changed"):
+        strop.sweep("s", resume_existing=True)
+
+
+def test_python_returns_a_printable_sweep_and_calls_back(here: Path, tiny_folder: Path) -> None:
+    events: list[dict[str, Any]] = []
+    result = sweep(tiny_folder, over={"train.learning_rate": (1e-3, 1e-2)}, trials=2, callback=events.append)
+    assert os.fspath(result) == "s" and result.result is not None
+    assert {event["event"] for event in events} >= {"start", "step", "eval", "end"}
+    assert "verdict" in str(result) and "default: learning_rate" in str(result)
+    rates = [trial["setting"]["train.learning_rate"] for trial in result.state["trials"]]
+    assert 1e-3 <= rates[1] <= 1e-2 and rates[1] == float(f"{rates[1]:.3g}")
+
+
+def test_a_failed_trial_does_not_end_the_sweep(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = api.train
+
+    def fail(**options: Any) -> Any:
+        if options.get("lora.r") == 2:
+            raise DivergedError("step 3: the loss is not finite", fix="lower the rate")
+        return train(**options)
+
+    monkeypatch.setattr(api, "train", fail)
+    code, out, err = run(
+        *words(tiny_folder, "--over", "lora.r=2,16,8", "--seeds", "1", "--out", "s", "--json"), capsys=capsys
+    )
+    assert code == 0
+    states = {trial["setting"]["lora.r"]: trial["state"] for trial in json.loads(out)["trials"]}
+    assert states == {16: "finished", 2: "failed", 8: "finished"}
+    assert "failed: step 3: the loss is not finite" in err and "failed   001: step 3" in err
+
+
+def test_all_failed_trials_exit_with_1(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**options: Any) -> Any:
+        raise DivergedError("step 3: the loss is not finite", fix="lower the rate")
+
+    monkeypatch.setattr(api, "train", fail)
+    code, out, err = run(*words(tiny_folder, "--over", "lora.r=2,16", "--out", "s", "--json"), capsys=capsys)
+    assert code == 1 and "all 2 trials failed; the first one: step 3" in err
+    assert [trial["state"] for trial in json.loads(out)["trials"]] == ["failed", "failed"]
+
+
+def test_trials_that_differ_by_their_seed_are_one_setting(here: Path, tiny_folder: Path) -> None:
+    result = sweep(tiny_folder, over={"seed": [0, 1, 2, 3]})
+    assert [entry["trials"] for entry in result.state["selection"]["ranking"]] == [[0, 1, 2, 3]]
+    assert result.result is not None and result.result["verdict"] == "default"
+    assert "their differences are noise" in result.result["sentence"]
+
+
+def test_a_repeated_setting_is_trained_once(here: Path, tiny_folder: Path) -> None:
+    result = sweep(tiny_folder, over={"lora.r": [2, 16]}, trials=5, sampler="random")
+    repeated = [trial for trial in result.state["trials"] if trial["same_as"] is not None]
+    assert len(repeated) == 3
+    for trial in repeated:
+        assert trial["score"] == result.state["trials"][trial["same_as"]]["score"]
+        assert not (here / "s" / "trials" / f"{trial['number']:03d}").exists()
+
+
+def test_pruned_trials_end_early_with_a_complete_report(here: Path, tiny_folder: Path) -> None:
+    over = {"train.learning_rate": [1e-2, 1e-6, 2e-6, 5e-3]}
+    result = sweep(tiny_folder, over=over, epochs=3, prune=True, lr=5e-3)
+    pruned = [trial for trial in result.state["trials"] if trial["state"] == "pruned"]
+    assert {trial["setting"]["train.learning_rate"] for trial in pruned} >= {1e-6, 2e-6}
+    steps = {trial["steps"] for trial in result.state["trials"] if trial["state"] == "finished"}
+    for trial in pruned:
+        report = read_json(here / "s" / trial["run"] / "report.json")
+        assert report["ended"] == "pruned" and report["steps"] == min(steps) / 3
+        assert read_events(here / "s" / trial["run"] / "events.jsonl")[-2]["why"] == "pruned"
+        assert strop.resume(here / "s" / trial["run"], progress=False).report["steps"] == report["steps"]
+    assert result.state["trials"][0]["state"] == "finished"
+
+
+def test_data_is_prepared_once(here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from strop.data import prepare
+
+    written: list[Any] = []
+    write = prepare._write_rows
+    monkeypatch.setattr(prepare, "_write_rows", lambda *args: written.append(args) or write(*args))
+    monkeypatch.setenv("STROP_CACHE", str(here / "cache"))
+    sweep(tiny_folder, over={"lora.r": [2, 4, 16]}, seeds=2)
+    counts = len(written)
+    assert counts <= 8  # all rows for checks and plans, then training and selection rows once
+    sweep(tiny_folder, over={"lora.r": [2, 4, 8, 12, 16]}, seeds=3, out="t")
+    assert len(written) - counts <= counts
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], folder: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "strop", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(variables or {})
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def progress(folder: Path) -> int:
+    """Return the number of lines that a sweep has written."""
+    files = [folder / "journal.log", *folder.glob("*/*/events.jsonl")]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_a_killed_sweep_resumes_to_the_same_result(tiny_folder: Path, tmp_path: Path) -> None:
+    """Kill a sweep with TPE and pruning at random instants; trials, adapters and result equal those without kills."""
+    arguments = words(tiny_folder, "--over", "lora.r=2,8,16", "--over", "lr=1e-6..2e-2", "--trials", "5", "--prune")
+    arguments += ["--seeds", "1", "--out", "s", "--json", "--resume"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl")
+    whole = start(arguments, tmp_path / "whole")
+    out, err = whole.communicate()
+    assert whole.returncode == 0, err
+    chosen, kills, folder = random.Random(3), 0, tmp_path / "killed"
+    mean = progress(tmp_path / "whole" / "s") // 7
+    while True:
+        process = start(arguments, folder)
+        limit = progress(folder / "s") + chosen.randint(mean // 2, mean * 3 // 2)
+        while process.poll() is None and progress(folder / "s") < limit:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    again, err = process.communicate()
+    assert process.returncode == 0, err
+    assert kills >= 5
+    assert without_times(json.loads(again)) == without_times(json.loads(out))
+    for file in (tmp_path / "whole" / "s").glob("*/*/adapter/*.safetensors"):
+        assert file.read_bytes() == (folder / "s" / file.relative_to(tmp_path / "whole" / "s")).read_bytes(), file
+
+
+def test_ctrl_c_saves_the_trial_and_names_the_command_to_continue(tiny_folder: Path, here: Path) -> None:
+    arguments = words(tiny_folder, "--over", "lora.r=2,16", "--train.max_steps", "5000", "--out", "s", "--json")
+    process = start(arguments, here)
+    while process.poll() is None and progress(here / "s") < 60:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "s: stopped after step" in err and "strop sweep --resume s`" in err
+    assert list((here / "s" / "trials" / "000" / "checkpoints").glob("step-*"))
+    assert [trial["state"] for trial in read_json(here / "s" / "sweep.json")["trials"]] == ["running", "waiting"]
+
+
+def test_two_processes_share_a_sweep(tiny_folder: Path, here: Path) -> None:
+    arguments = words(tiny_folder, "--over", "lora.r=2,4,6,8,12,16", "--seeds", "2", "--out", "s", "--json", "--resume")
+    processes = [start(arguments, here) for _ in range(2)]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    first, second = (json.loads(out) for out, _ in results)
+    assert first == second and len(first["trials"]) == 6
+    for trial in [*first["trials"], *first["final"]]:
+        folder = here / "s" / trial.get("run", f"final/{trial.get('name')}")
+        if trial.get("seed", 0) is not None:
+            kinds = [event["event"] for event in read_events(folder / "events.jsonl")]
+            assert kinds.count("start") == 1 and "resume" not in kinds
+    lines = [len(re.findall(r"^(?:trial|check)    ", err, re.M)) for _, err in results]
+    assert sum(lines) == len(first["trials"]) + len(first["final"]) and min(lines) > 0
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/sweep.md run in order, with a tiny model and short runs."""
+    rows = [{"prompt": f"buy {i} eggs", "completion": f'{{"number": {i}}}'} for i in range(100)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown: list[Any] = []
+    for block in blocks(ROOT / "docs" / "sweep.md"):
+        if block.language == "python":
+            text = block.text.replace('"demo"', repr(str(tiny_folder)))
+            text = text.replace("trials=4", "trials=2, seeds=1, max_steps=2, dtype='fp32', max_new_tokens=4")
+            exec(text, {"print": lambda *values: shown.append(values)})
+        for line in commands(block.text) if block.language in SHELL else ():
+            if line[0] != "strop":
+                continue
+            command = [str(tiny_folder) if word == "demo" else word for word in line[1:]]
+            if command[0] == "train" or "--over" in command:
+                command += ["--max-steps", "2", "--model.dtype", "fp32"]
+            if "--over" in command:
+                command += ["--seeds", "1", "--trials", "2", "--max-new-tokens", "4"]
+            code, _, err = run(*command, capsys=capsys)
+            assert code == 0, err
+    assert shown[0][0] in ("default", "one seed") and (here / "runs" / "sweep-2" / "winner.yaml").is_file()
+
+
+def test_a_trial_that_is_killed_while_it_is_pruned_is_pruned_when_it_is_resumed(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends after the checkpoint of a pruned trial, before its report."""
+    from strop.training import run as training
+
+    over = {"train.learning_rate": [1e-2, 1e-6]}
+    options = {"over": over, "epochs": 3, "prune": True, "lr": 5e-3}
+    whole = sweep(tiny_folder, **options, out="whole")
+    assert [trial["state"] for trial in whole.state["trials"]][-1] == "pruned"
+    finish = training.finish
+
+    def kill(job: Any, *rest: Any) -> Any:
+        if rest[-2] == "pruned":
+            raise SystemExit("killed")
+        return finish(job, *rest)
+
+    monkeypatch.setattr(training, "finish", kill)
+    with pytest.raises(SystemExit):
+        sweep(tiny_folder, **options)
+    monkeypatch.setattr(training, "finish", finish)
+    again = sweep(tiny_folder, **options, resume_existing=True)
+    assert without_times(again.state["trials"]) == without_times(whole.state["trials"])
+    assert without_times(again.state["selection"]) == without_times(whole.state["selection"])
