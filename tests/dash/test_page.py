@@ -594,7 +594,13 @@ def test_typed_values_are_planned_before_the_field_is_left(browser: Any, dash: D
 
 
 def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> None:
-    options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 512}
+    options = {
+        "model.name": "tiny-model",
+        "data.train": "rows.jsonl",
+        "data.bad_rows": "drop",
+        "lora.r": 512,
+        "model.dtype": "bf16",
+    }
     address = f"/new?options={quote(json.dumps({**options, 'data.max_length': 1024}))}&memory="
     with open_tab(browser, dash) as tab:
         start, apply = (tab.page.get_by_role("button", name=name) for name in ("Start", "Apply all"))
