@@ -178,6 +178,14 @@ def test_without_a_clear_difference_a_cheaper_setting_is_used_if_it_loses_little
     assert (result["verdict"], result["recommended"]) == ("unclear", recommended)
 
 
+def test_settings_that_get_nothing_right_are_not_compared() -> None:
+    """Otherwise the cheapest of settings that learned nothing would be recommended."""
+    selection = {"is_default": False, "has_default": True, "cheaper": True}
+    runs = [{"name": f"{name}-1", "state": "finished", "hits": "0" * 40} for name in ("default", "chosen")]
+    result = conclude(selection, runs)
+    assert (result["verdict"], result["recommended"]) == ("no hits", "default")
+
+
 def test_failed_runs_give_no_verdict() -> None:
     selection = {"is_default": False, "has_default": True, "cheaper": True}
     runs = [{"name": "default-1", "state": "finished", "hits": "1010"}, {"name": "chosen-1", "state": "failed"}]

@@ -146,6 +146,8 @@ def conclude(selection: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
         difference = compare_on_test(hits["default"], hits["chosen"])
         verdict = difference.pop("verdict")
         is_as_good = verdict in ("unclear", "one seed") and difference["value"] >= -MAX_LOSS
+        if not np.any(hits["default"]) and not np.any(hits["chosen"]):  # the cheapest of settings that learned nothing
+            verdict, is_as_good = "no hits", False
         is_chosen = verdict == "better" or (is_as_good and selection["cheaper"])
         result |= {"verdict": verdict, "difference": difference, "recommended": "chosen" if is_chosen else "default"}
     result["test"] = {name: score_interval(values) for name, values in hits.items() if values}

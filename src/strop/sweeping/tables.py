@@ -102,6 +102,9 @@ def describe_result(state: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"{value:+.1f} points on {difference['rows']:,} test rows, {seeds}, 95 % interval {low:+.1f} to {high:+.1f}"
     )
     keep = "keep the default" if result["recommended"] == "default" else f"use {chosen}, which costs less"
+    if result["verdict"] == "no hits":
+        why = "no setting gets a test row right, so nothing is compared"
+        return f"keep the default: {why}; train longer, or use another --metric"
     if result["verdict"] == "better":
         return f"use {chosen}: it is better than the default ({points})"
     if result["verdict"] == "worse":
