@@ -1,16 +1,17 @@
-"""The comparison of settings: false wins on identical settings, real effects, Holm's correction and intervals."""
+"""The comparison of settings: false wins on identical settings, real effects, corrections, and intervals."""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from strop.evaluation.metrics import t_quantile
+from strop.evaluation.metrics import t_quantile, wilson_interval
 from strop.sweeping.select import Candidate, compare_on_test, conclude, rank, recommend, score_interval
 
 SEEDS_SD = 0.5  # standard deviation of a seed's effect, in logits: about 8 points at 70 %
@@ -184,6 +185,30 @@ def test_settings_that_get_nothing_right_are_not_compared() -> None:
     runs = [{"name": f"{name}-1", "state": "finished", "hits": "0" * 40} for name in ("default", "chosen")]
     result = conclude(selection, runs)
     assert (result["verdict"], result["recommended"]) == ("no hits", "default")
+
+
+def test_seeds_that_both_settings_have_are_compared_if_another_failed() -> None:
+    selection = {"is_default": False, "has_default": True, "cheaper": True}
+    marks = {"default": "1" * 64 + "0" * 36, "chosen": "1" * 30 + "0" * 70}
+    runs: list[dict[str, Any]] = [
+        {"name": f"{name}-{k}", "state": "finished", "hits": marks[name]} for name in marks for k in range(3)
+    ]
+    runs[1] = {"name": "default-1", "state": "failed"}
+    result = conclude(selection, runs)
+    assert result["recommended"] == "default" and result["verdict"] == "worse" and result["failed"] == ["default-1"]
+    assert result["difference"]["seeds"] == 2
+
+
+def test_failed_scoring_of_the_default_keeps_it() -> None:
+    selection = {"is_default": True, "has_default": True, "cheaper": False}
+    result = conclude(selection, [{"name": "default-0", "state": "failed"}])
+    assert (result["verdict"], result["recommended"], result["test"]) == ("failed", "default", {})
+
+
+def test_interval_of_a_score_is_wilsons_for_one_seed() -> None:
+    for hits in ([True] * 3 + [False] * 47, [False] * 50, [True] * 50):
+        result = score_interval([hits])
+        assert (result["low"], result["high"]) == pytest.approx(wilson_interval(sum(hits), 50))
 
 
 def test_failed_runs_give_no_verdict() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strop.config.load import Resolved, resolve
-from strop.errors import DataError, RecipeError
+from strop.errors import DataError, FolderError, RecipeError
 from strop.evaluation.run import read_conversations
 from strop.sweeping.split import PARTS, Split, data_options, hash_sources, split_rows
 
@@ -99,7 +99,36 @@ def test_files_give_the_held_out_rows(tiny_folder: Path, tmp_path: Path) -> None
 def test_training_rows_among_held_out_rows_are_reported(tiny_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", rows(100))
     result = split(recipe(tiny_folder, data), tmp_path / "data", selection=str(data), test="20%")
-    assert any("selection rows are also training rows" in note for note in result.notes)
+    assert any("selection rows have the prompt of a training row" in note for note in result.notes)
+    other = write(tmp_path / "other.jsonl", [{**row, "completion": "another"} for row in rows(40)])
+    result = split(recipe(tiny_folder, data), tmp_path / "more", selection=str(other), test=str(other))
+    assert any("test rows have the prompt of a selection row" in note for note in result.notes)
+    assert any("test rows have the prompt of a training row" in note for note in result.notes)
+
+
+def test_rows_of_a_weighted_source_are_repeated(tiny_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", rows(100))
+    once = split(recipe(tiny_folder, str(data)), tmp_path / "once")
+    thrice = split(recipe(tiny_folder, f"{data}@3"), tmp_path / "thrice")
+    assert thrice.rows == {**once.rows, "train": 3 * once.rows["train"]}
+
+
+def test_moved_and_changed_parts(tiny_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", rows(100))
+    result = split(recipe(tiny_folder, data), tmp_path / "data")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = Split.from_json(result.as_json(), tmp_path / "moved")
+    assert moved.files["test"] == [str(tmp_path / "moved" / "test.jsonl")]
+    (tmp_path / "moved" / "test.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(FolderError, match="has changed since"):
+        Split.from_json(result.as_json(), tmp_path / "moved")
+
+
+def test_rows_with_several_prompts_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    instances = [{"input": "", "output": "x"}, {"input": "more", "output": "y"}]
+    data = write(tmp_path / "rows.jsonl", [{"instruction": f"do {n}", "instances": instances} for n in range(60)])
+    with pytest.raises(DataError, match="60 rows have several prompts"):
+        split(recipe(tiny_folder, data), tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +191,7 @@ def test_all_classes_are_known_to_every_trial(tiny_folder: Path, tmp_path: Path)
     resolved = recipe(tiny_folder, data, **{"train.objective": "classify"})
     result = split(resolved, tmp_path / "data")
     assert data_options(result, resolved.recipe.data)["train.labels"] == ["0", "1", "rare"]
-    assert Split.from_json(result.as_json()) == result
+    assert Split.from_json(result.as_json(), tmp_path / "data") == result
 
 
 def test_hash_changes_with_the_content_of_a_file(tiny_folder: Path, tmp_path: Path) -> None:

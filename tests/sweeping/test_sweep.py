@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from strop import api
 from strop.errors import DivergedError, InputError, RecipeError
 from strop.runs.events import read_events
 from strop.runs.folder import read_json
+from strop.sweeping import loop
 from tests import ROOT
 from tests.support.pages import SHELL, blocks, commands
 from tests.support.runs import run
@@ -259,6 +261,51 @@ def test_trials_that_differ_by_their_seed_are_one_setting(here: Path, tiny_folde
     assert [entry["trials"] for entry in result.state["selection"]["ranking"]] == [[0, 1, 2, 3]]
     assert result.result is not None and result.result["verdict"] == "default"
     assert "their differences are noise" in result.result["sentence"]
+
+
+def test_evaluations_of_a_trial_by_the_user_do_not_change_the_comparison(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"over": {"lora.r": [2, 4]}, "seeds": 1, "out": "s"}
+    original = loop.SweepFolder.select
+
+    def evaluate_first(folder: loop.SweepFolder) -> bool:
+        if not any(row["state"] in loop.UNFINISHED for row in folder.state["trials"]):
+            few = here / "few.jsonl"
+            few.write_text("".join((here / "rows.jsonl").read_text("utf-8").splitlines(True)[:9]), encoding="utf-8")
+            strop.evaluate(folder.trial_folder(0), str(few), metric="accuracy")
+        return original(folder)
+
+    plain = sweep(tiny_folder, **{**options, "out": "plain"})
+    monkeypatch.setattr(loop.SweepFolder, "select", evaluate_first)
+    changed = sweep(tiny_folder, **options)
+    assert without_times(changed.state["selection"]) == without_times(plain.state["selection"])
+
+
+def test_a_moved_sweep_is_resumed_and_another_model_is_refused(here: Path, tiny_folder: Path) -> None:
+    model = shutil.copytree(tiny_folder, here / "model")
+    stopped: list[int] = []
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            stopped.append(1)
+            if len(stopped) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        sweep(model, over={"lora.r": [2, 4]}, seeds=1, out="s", callback=stop)
+    (here / "s").rename(here / "moved")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
+    config = (model / "config.json").read_text("utf-8")
+    (model / "config.json").write_text(config.replace("{", '{"changed": 1,', 1), encoding="utf-8")
+    with pytest.raises(InputError, match="models changed since the sweep was started"):
+        strop.sweep("moved", resume_existing=True, progress=False)
+    (model / "model.safetensors").write_bytes(weights)
+    (model / "config.json").write_text(config, encoding="utf-8")
+    resumed = strop.sweep("moved", resume_existing=True, progress=False)
+    assert [trial["state"] for trial in resumed.state["trials"]] == ["finished"] * 3
+    assert resumed.state["result"] is not None
 
 
 def test_a_repeated_setting_is_trained_once(here: Path, tiny_folder: Path) -> None:

@@ -390,7 +390,7 @@ def describe_general(result: Mapping[str, Any]) -> str:
     return f"{text}; by kind: {'; '.join(parts)}" if parts else text
 
 
-def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Return the score interval for `successes` in `n` >= 1 trials (E. B. Wilson, JASA 22 (1927), 209-212)."""
     assert 0 <= successes <= n and n > 0
     rate = successes / n

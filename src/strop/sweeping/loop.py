@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class SweepFolder:
     def __init__(self, path: Path, request: Request, memory: int | str | None, progress: Progress) -> None:
         self.path, self.request, self._memory, self._progress = path, request, memory, progress
         self.state = read_json(path / STATE_FILE)
-        self.split = Split.from_json(self.state["split"])
+        self.split = Split.from_json(self.state["split"], path / "data")
         self.trials = Trials(path, request.space, sampler=request.sampler, seed=request.resolved.recipe.seed)
         self._planner = Planner(apply_setting(request.resolved, self._data_options), memory)
         points: list[Setting | None] = list(request.points) if request.sampler == "grid" else []
@@ -190,7 +192,7 @@ class SweepFolder:
     ) -> tuple[dict[str, Any], list[bool]]:
         """Train with a setting, unless the run is finished, and score its model on the rows of a part.
 
-        Returns the result of the trial and the hits. The score of a finished run is read from its report.
+        Returns the result of the trial and the hits.
         """
         run, started = RunFolder(folder), time.monotonic()
         is_resumed = is_run(folder)
@@ -211,9 +213,16 @@ class SweepFolder:
             if "train.samples" in given_values(self.request.resolved):
                 values["train.samples"] = self.request.resolved.recipe.train.samples
             values["out"] = str(folder)
-            report = api.train(
-                callback=listen, progress=False, memory=self._memory, resume_existing=True, **values
-            ).report
+            train = partial(
+                api.train, callback=listen, progress=False, memory=self._memory, resume_existing=True, **values
+            )
+            try:
+                report = train().report
+            except InputError:
+                if not is_resumed:
+                    raise
+                shutil.rmtree(folder)  # begun where the sweep or its data had another path
+                report = train().report
         result: dict[str, Any] = {
             "loss": report["eval_loss"], "steps": report["steps"], "tokens": report["tokens"],
             "train_s": report["seconds"], "peak_bytes": report["memory"]["measured_peak_bytes"],
@@ -222,14 +231,12 @@ class SweepFolder:
         }  # fmt: skip
         hits: list[bool] = []
         if not result["pruned"]:
-            scored = "evaluation" in report and "interrupted" not in report["evaluation"]
-            if not scored:
-                show(f"{label}: scoring on the {part} rows")
-                self._evaluate(str(folder), part)
-            answers = read_json(run.answers)
-            hits = [bool(row["tuned_hit"]) for row in answers["samples"]]
+            show(f"{label}: scoring on the {part} rows")
+            evaluation = self._evaluate(str(folder), part)
+            hits = [bool(row["tuned_hit"]) for row in evaluation["samples"]]
             low, high = wilson_interval(sum(hits), len(hits))
-            result |= {"score": sum(hits) / len(hits), "low": low, "high": high, "metric": answers["metric"]}
+            result |= {"score": sum(hits) / len(hits), "low": low, "high": high, "metric": evaluation["metric"]}
+            result["hits"] = _as_marks(hits)  # not read from the run, which the user may evaluate on other rows
         result["seconds"] = time.monotonic() - started
         return result, hits
 
@@ -261,7 +268,7 @@ class SweepFolder:
         candidates = []
         for group in groups.values():
             setting = without_seed(group[0].user_attrs["setting"])
-            hits = [self._read_hits(self.trial_folder(trial.number)) for trial in group]
+            hits = [_read_marks(trial.user_attrs["result"]["hits"]) for trial in group]
             losses = [trial.user_attrs["result"]["loss"] for trial in group]
             loss = statistics.fmean(math.inf if x is None else x for x in losses)
             numbers = tuple(trial.number for trial in group)
@@ -269,9 +276,6 @@ class SweepFolder:
             cost = self._planner.cost({} if is_default else setting)
             candidates.append(Candidate(setting, numbers, np.mean(hits, axis=0, dtype=np.float64), loss, cost))
         return candidates
-
-    def _read_hits(self, folder: Path) -> list[bool]:
-        return [bool(row["tuned_hit"]) for row in read_json(RunFolder(folder).answers)["samples"]]
 
     def select(self) -> bool:
         """Compare the settings on the selection rows, once, and return whether all trials are finished.
@@ -361,7 +365,7 @@ class SweepFolder:
         low, high = wilson_interval(sum(hits), len(hits))
         scores = {"score": sum(hits) / len(hits), "low": low, "high": high, "rows": len(hits)}
         times: dict[str, Any] = {key: result[key] for key in ("train_s", "seconds") if key in result}
-        return {**entry, **scores, **times, "hits": "".join(str(int(hit)) for hit in hits)}
+        return {**entry, **scores, **times, "hits": _as_marks(hits)}
 
     def _conclude(self) -> None:
         """Compare the default and the chosen setting on the test rows, and write the result and winner.yaml."""
@@ -408,6 +412,15 @@ class SweepFolder:
         row = {"number": trial.number, "state": STATES[trial.state.name], "setting": setting}
         row |= {name: result.get(name) for name in RESULT_FIELDS} | {"same_as": result.get("same_as")}
         return row | {"run": f"trials/{trial.number:03d}", "error": attributes.get("error")}
+
+
+def _as_marks(hits: Sequence[bool]) -> str:
+    """Return hits as text: "1" for each hit and "0" for each miss."""
+    return "".join(str(int(hit)) for hit in hits)
+
+
+def _read_marks(marks: str) -> list[bool]:
+    return [mark == "1" for mark in marks]
 
 
 def _without_hits(run: Mapping[str, Any]) -> dict[str, Any]:

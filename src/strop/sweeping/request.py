@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +14,10 @@ from strop import api
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError, suggest
 from strop.evaluation.metrics import find_metric
+from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder
+from strop.models.source import fingerprint, locate
 from strop.objectives.table import data_kind_of
-from strop.runs.lock import sha256_file
+from strop.runs.lock import sha256_file, sha256_text
 from strop.sweeping.space import (
     Dimension,
     Setting,
@@ -90,7 +93,16 @@ class Request:
         values = {name: value for name, value in given_values(self.resolved).items() if name != "out"}
         over = {dimension.field: dimension.as_json() for dimension in self.space}
         options = asdict(self.options) | {"sampler": self.sampler, "trials": self.trials}
-        return {"recipe": values, "over": over, **options, "data": self.data_hash}
+        return {"recipe": values, "over": over, **options, "data": self.data_hash, "models": self.model_hash}
+
+    @cached_property
+    def model_hash(self) -> str:
+        """A hash of the base models and of the adapter that trials start from."""
+        model = self.resolved.recipe.model
+        swept = [name for dimension in self.space if dimension.field == "model.name" for name in dimension.choices]
+        sources = [fingerprint(locate(name, model.revision)) for name in dict.fromkeys([model.name, *swept])]
+        adapter = adapter_folder(model.adapter) if model.adapter else None
+        return sha256_text(json.dumps([*sources, None if adapter is None else sha256_file(adapter / WEIGHTS_FILE)]))
 
     @cached_property
     def data_hash(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.evaluation.metrics import Estimate, t_quantile
+from strop.evaluation.metrics import Estimate, t_quantile, wilson_interval
 from strop.sweeping.space import Setting
 
 ERROR_RATE = 0.05  # of all comparisons of a sweep together
@@ -55,23 +55,18 @@ class Standing:
 def rank(candidates: Sequence[Candidate]) -> list[Standing]:
     """Return the settings, best first, and which of them are as good as the best.
 
-    A setting is worse if its difference from the best is significant after Holm's correction for the number of
-    settings (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70). All others are equal.
+    A setting is worse if its difference from the best is significant after Bonferroni's correction for the number of
+    pairs of settings: which one is the best is chosen by the same rows. All others are equal.
     """
     best, *others = sorted(candidates, key=lambda x: (-x.score, x.loss, x.cost, x.numbers))
     moments = [_row_moments(other.hits - best.hits) for other in others]
-    ratios = [abs(mean) / error for mean, error in moments]
-    worse: set[int] = set()
-    z = 0.0
-    for position, index in enumerate(np.argsort(ratios)[::-1].tolist()):
-        z = NormalDist().inv_cdf(1 - ERROR_RATE / (2 * (len(others) - position)))
-        if ratios[index] <= t_quantile(len(best.hits) - 1, z):
-            break
-        worse.add(index)
+    num_pairs = len(candidates) * (len(candidates) - 1) // 2
+    limit = t_quantile(len(best.hits) - 1, NormalDist().inv_cdf(1 - ERROR_RATE / (2 * max(1, num_pairs))))
+    worse = {index for index, (mean, error) in enumerate(moments) if abs(mean) / error > limit}
     ranking = [Standing(best, "best", None)]
     for index, (other, (mean, error)) in enumerate(zip(others, moments, strict=True)):
         half_width = t_quantile(len(best.hits) - 1) * error
-        estimate = Estimate(other.score - best.score, mean - half_width, mean + half_width)
+        estimate = Estimate(other.score - best.score, max(mean - half_width, -1.0), min(mean + half_width, 1.0))
         ranking.append(Standing(other, "worse" if index in worse else "equal", estimate))
     return ranking
 
@@ -112,9 +107,16 @@ def compare_on_test(default: Sequence[Sequence[bool]], chosen: Sequence[Sequence
 
 
 def score_interval(hits: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Return the mean score over seeds and rows, (K, n), with an interval as in `compare_on_test`."""
-    result = compare_on_test(np.zeros_like(np.asarray(hits, np.float64)).tolist(), hits)
-    return {"value": result["value"], "low": max(0.0, result["low"]), "high": result["high"]}
+    """Return the mean score over seeds and rows, (K, n), with an interval for rows and seeds as in `compare_on_test`.
+
+    That for the rows is Wilson's, of the mean over the seeds.
+    """
+    values = np.asarray(hits, np.float64)
+    (seeds, rows), mean = values.shape, float(values.mean())
+    low, high = wilson_interval(mean * rows, rows)
+    spread = t_quantile(seeds - 1) * float(values.mean(1).std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
+    below, above = math.hypot(mean - low, spread), math.hypot(high - mean, spread)
+    return {"value": mean, "low": max(0.0, mean - below), "high": min(1.0, mean + above)}
 
 
 def _row_moments(differences: Hits) -> tuple[float, float]:
@@ -131,24 +133,31 @@ def _row_moments(differences: Hits) -> tuple[float, float]:
 
 def conclude(selection: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the verdict of the final check and the recommended setting, "default" or "chosen"."""
-    hits: dict[str, list[list[bool]]] = {"default": [], "chosen": []}
+    by_seed: dict[str, dict[str, list[bool]]] = {"default": {}, "chosen": {}}
     for run in runs:
         if run["state"] == "finished":
-            hits[run["name"].partition("-")[0]].append([mark == "1" for mark in run["hits"]])
+            side, _, number = run["name"].partition("-")
+            by_seed[side][number] = [mark == "1" for mark in run["hits"]]
     failed = [run["name"] for run in runs if run["state"] != "finished"]
+    common = [number for number in by_seed["default"] if number in by_seed["chosen"]]
     result: dict[str, Any] = {"difference": None, "failed": failed}
     if selection["is_default"]:
-        result |= {"verdict": "default", "recommended": "default"}
-    elif failed or not selection["has_default"]:
-        recommended = "default" if any(name.startswith("chosen") for name in failed) and hits["default"] else "chosen"
-        result |= {"verdict": "failed" if failed else "no default", "recommended": recommended}
+        result |= {"verdict": "failed" if failed else "default", "recommended": "default"}
+    elif not common:
+        is_default = bool(by_seed["default"]) or not by_seed["chosen"]
+        result |= {
+            "verdict": "failed" if failed else "no default",
+            "recommended": "default" if is_default else "chosen",
+        }
     else:
-        difference = compare_on_test(hits["default"], hits["chosen"])
+        default, chosen = ([by_seed[side][number] for number in common] for side in ("default", "chosen"))
+        difference = compare_on_test(default, chosen)
         verdict = difference.pop("verdict")
         is_as_good = verdict in ("unclear", "one seed") and difference["value"] >= -MAX_LOSS
-        if not np.any(hits["default"]) and not np.any(hits["chosen"]):  # the cheapest of settings that learned nothing
+        if not np.any(default) and not np.any(chosen):  # the cheapest of settings that learned nothing
             verdict, is_as_good = "no hits", False
         is_chosen = verdict == "better" or (is_as_good and selection["cheaper"])
         result |= {"verdict": verdict, "difference": difference, "recommended": "chosen" if is_chosen else "default"}
+    hits = {side: list(seeds.values()) for side, seeds in by_seed.items()}
     result["test"] = {name: score_interval(values) for name, values in hits.items() if values}
     return result

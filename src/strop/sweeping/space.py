@@ -142,8 +142,8 @@ def _make_dimension(field: str, values: Any, resolved: Resolved) -> Dimension:
     choices = [check_value(resolved, field, value) for value in values]
     if len(choices) < 2:
         raise RecipeError(f"--over {field}: fewer than two values", fix=f"set one value with --{field}")
-    if repeated := next((value for i, value in enumerate(choices) if value in choices[:i]), None):
-        raise RecipeError(f"--over {field}: {format_value(repeated)} is given twice", fix="give each value once")
+    if repeated := [value for i, value in enumerate(choices) if value in choices[:i]]:
+        raise RecipeError(f"--over {field}: {format_value(repeated[0])} is given twice", fix="give each value once")
     return Dimension(field, tuple(choices))
 
 

@@ -18,13 +18,13 @@ from strop.data.reading.in_memory import to_json
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind, Row
-from strop.errors import DataError, Location, RecipeError
+from strop.errors import DataError, FolderError, Location, RecipeError
 from strop.evaluation.run import read_scorable_rows
 from strop.models.source import locate
 from strop.models.tokenizer import check_template, load_tokenizer
 from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.folder import cache_folder, write_atomic
-from strop.runs.lock import sha256_file
+from strop.runs.lock import sha256_file, sha256_text
 
 DEFAULT_SHARE = "15%"
 FEW_ROWS, MIN_ROWS = 30, 10  # selection or test rows below which a sweep warns, and refuses
@@ -38,16 +38,25 @@ class Split:
     files: Mapping[str, list[str]]
     rows: Mapping[str, int]
     notes: list[str]
+    hash: str  # of the content of the files
     labels: list[str] | None = None  # the classes of all texts to classify; a part may lack a rare one
 
     def as_json(self) -> dict[str, Any]:
-        parts = {name: {"rows": self.rows[name], "files": self.files[name]} for name in PARTS}
-        return {**parts, "notes": self.notes, "labels": self.labels}
+        names = {name: [Path(file).name for file in self.files[name]] for name in PARTS}  # the folder may be moved
+        parts = {name: {"rows": self.rows[name], "files": names[name]} for name in PARTS}
+        return {**parts, "notes": self.notes, "hash": self.hash, "labels": self.labels}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Split:
-        files, rows = ({name: value[name][key] for name in PARTS} for key in ("files", "rows"))
-        return cls(files, rows, list(value["notes"]), value["labels"])
+    def from_json(cls, value: Mapping[str, Any], folder: Path) -> Split:
+        """Return the split whose files are in a folder. Raises FolderError if they have changed."""
+        files = {name: [str(folder / file) for file in value[name]["files"]] for name in PARTS}
+        if _hash_files(files) != value["hash"]:
+            raise FolderError(
+                f"{folder}: has changed since the sweep was started", fix="restore it, or start a new sweep"
+            )
+        return cls(
+            files, {name: value[name]["rows"] for name in PARTS}, [*value["notes"]], value["hash"], value["labels"]
+        )
 
 
 @dataclass(frozen=True)
@@ -104,15 +113,23 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     if not parts["train"]:
         fix = "give --selection and --test files"
         raise DataError("no rows are left for training: all have the same prompt", fix=fix)
-    trained = {dump_conversation(part.conversation) for part in parts["train"]}
+    trained, selected = ({part.group for part in parts[name]} for name in ("train", "selection"))
     for name in ("selection", "test"):
-        if repeated := sum(dump_conversation(part.conversation) in trained for part in parts[name]):
-            notes.append(f"{repeated} {name} rows are also training rows, so their scores are too high")
+        if repeated := sum(part.group in trained for part in parts[name]):
+            notes.append(f"{repeated} {name} rows have the prompt of a training row, so their scores may be too high")
+    if repeated := sum(part.group in selected for part in parts["test"]):
+        notes.append(f"{repeated} test rows have the prompt of a selection row, so the final check is not independent")
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: _write_part(folder, name, parts[name]) for name in PARTS}
     for name in ("selection", "test") if kind != "classes" else ():
         _check_scorable(files[name], parts[name], resolved, metric)
-    return Split(files, {name: len(parts[name]) for name in PARTS}, notes, labels)
+    return Split(files, {name: len(parts[name]) for name in PARTS}, notes, _hash_files(files), labels)
+
+
+def _hash_files(files: Mapping[str, Sequence[str]]) -> str:
+    """Return a hash of the content of all files; a missing one counts as empty."""
+    paths = [Path(file) for name in PARTS for file in files[name]]
+    return sha256_text(" ".join(sha256_file(path) if path.is_file() else "" for path in paths))
 
 
 def data_options(split: Split, data: DataSection) -> dict[str, Any]:
@@ -175,9 +192,18 @@ def _read_parts(spec: str | Sequence[str], data: DataSection, kind: DataKind) ->
         map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind
     )
     parts: list[Part] = []
+    number = -1  # of the last row; a source with a weight gives the same row several times
+    several: list[Location] = []
     for conversation in reader:
-        if not parts or parts[-1].row is not last[0]:  # a row may have several conversations
-            parts.append(Part(last[0], reader.formats[conversation.file], conversation))
+        part = Part(last[0], reader.formats[conversation.file], conversation)
+        if reader.num_used != number:
+            parts.append(part)
+            number = reader.num_used
+        elif part.group != parts[-1].group:
+            several.append(Location(conversation.file, conversation.line, "several prompts in one row"))
+    if several:
+        what = f"{len(several)} rows have several prompts, which may be in several parts of the split"
+        raise DataError(what, fix="write one row for each prompt", where=several)
     if errors and data.bad_rows == "refuse":
         where = [error.where for error in errors]
         raise DataError(f"{len(errors)} rows are wrong", fix="fix or remove them", where=where)

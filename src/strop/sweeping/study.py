@@ -187,7 +187,7 @@ def _suggest_value(trial: Trial, dimension: Dimension) -> Any:
         return dimension.choices[trial.suggest_categorical(name, range(len(dimension.choices)))]
     if dimension.integer:
         return trial.suggest_int(name, int(low), int(high), log=dimension.log)
-    return round_number(trial.suggest_float(name, low, high, log=dimension.log))
+    return min(max(round_number(trial.suggest_float(name, low, high, log=dimension.log)), low), high)
 
 
 def _make_sampler(name: str, seed: int, space: Mapping[str, Any]) -> BaseSampler:

@@ -92,7 +92,8 @@ def describe_result(state: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         )
         return f"keep the default: it {others} ({score})"
     if result["verdict"] == "failed":
-        return f"no comparison, because runs of the final check failed: {', '.join(result['failed'])}"
+        kept = "the default" if result["recommended"] == "default" else chosen
+        return f"use {kept}; there is no comparison, because runs failed: {', '.join(result['failed'])}"
     if result["verdict"] == "no default":
         return f"use {chosen} ({test['chosen']['value']:.1%} on the test rows): the default failed"
     difference = result["difference"]
