@@ -270,7 +270,10 @@ STAGES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "resume": resume, "eval": evaluate, "merge": merge, "peft": peft, "gguf": gguf, "serve": serve, "script": script,
     "dpo": dpo, "grpo": grpo,
 }  # fmt: skip
-MODELS = {"smollm2": (lambda _: "demo", []), "gemma": (assemble_gemma, ["--data.template", "chatml"])}
+MODELS = {
+    "smollm2": (lambda _: "demo", []),
+    "gemma": (assemble_gemma, ["--data.template", "chatml", "--model.dtype", "bf16"]),
+}
 
 
 def main() -> None:

@@ -145,7 +145,8 @@ def compare_methods(
     resolved = resolve(_as_path(recipe), values).recipe
     has_target = memory is not None or gpu is not None or resolved.model.device != "auto"
     target = find_target(resolved.model.device, parse_memory(memory), gpu) if has_target else None
-    device, dtype = ("cuda", "bf16") if target is None else (target.device, target.dtype[0])
+    device, dtype = "cuda" if target is None else target.device, resolved.model.dtype
+    dtype = "bf16" if dtype == "auto" else dtype  # the table has 16-bit LoRA, also where fp32 is faster
     section = resolved.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
     if has_model:

@@ -604,3 +604,13 @@ def test_plan_ends_with_the_command_that_trains(
     assert values[0] == values[1] and "target_modules" in shown
     _, _, err = run("plan", tiny_folder, "--data", rows_file, "--memory", "8GB", "--device", "cpu", capsys=capsys)
     assert "next " not in err  # another machine's plan
+
+
+def test_comparison_of_methods_is_in_16_bit_on_any_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU on which fp32 is measured as faster had the memory of fp32 in the column of 16-bit LoRA."""
+    printed = []
+    for dtype in ([], ["--model.dtype", "bf16"], ["--model.dtype", "fp32"]):
+        code, out, err = run("plan", "--compare", "--memory", "8GB", "--device", "cpu", *dtype, capsys=capsys)
+        assert code == 0, err
+        printed.append(out + err)
+    assert printed[0] == printed[1] != printed[2]
