@@ -7,7 +7,7 @@ import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from strop.runs.events import EndTraining, Event, drop_undone_events, read_event
 from strop.runs.folder import RunFolder, is_run, read_json, write_atomic, write_json
 from strop.sweeping.plan import Planner
 from strop.sweeping.request import Request
-from strop.sweeping.select import Candidate, conclude, rank, recommend
+from strop.sweeping.select import Candidate, as_marks, conclude, rank, read_marks, recommend
 from strop.sweeping.space import Setting, apply_setting, as_yaml, format_setting, given_values, without_seed
 from strop.sweeping.split import Split, data_options
 from strop.sweeping.study import STATES, Trials
@@ -236,7 +236,7 @@ class SweepFolder:
             hits = [bool(row["tuned_hit"]) for row in evaluation["samples"]]
             low, high = wilson_interval(sum(hits), len(hits))
             result |= {"score": sum(hits) / len(hits), "low": low, "high": high, "metric": evaluation["metric"]}
-            result["hits"] = _as_marks(hits)  # not read from the run, which the user may evaluate on other rows
+            result["hits"] = as_marks(hits)  # not read from the run, which the user may evaluate on other rows
         result["seconds"] = time.monotonic() - started
         return result, hits
 
@@ -268,7 +268,7 @@ class SweepFolder:
         candidates = []
         for group in groups.values():
             setting = without_seed(group[0].user_attrs["setting"])
-            hits = [_read_marks(trial.user_attrs["result"]["hits"]) for trial in group]
+            hits = [read_marks(trial.user_attrs["result"]["hits"]) for trial in group]
             losses = [trial.user_attrs["result"]["loss"] for trial in group]
             loss = statistics.fmean(math.inf if x is None else x for x in losses)
             numbers = tuple(trial.number for trial in group)
@@ -365,7 +365,7 @@ class SweepFolder:
         low, high = wilson_interval(sum(hits), len(hits))
         scores = {"score": sum(hits) / len(hits), "low": low, "high": high, "rows": len(hits)}
         times: dict[str, Any] = {key: result[key] for key in ("train_s", "seconds") if key in result}
-        return {**entry, **scores, **times, "hits": _as_marks(hits)}
+        return {**entry, **scores, **times, "hits": as_marks(hits)}
 
     def _conclude(self) -> None:
         """Compare the default and the chosen setting on the test rows, and write the result and winner.yaml."""
@@ -412,15 +412,6 @@ class SweepFolder:
         row = {"number": trial.number, "state": STATES[trial.state.name], "setting": setting}
         row |= {name: result.get(name) for name in RESULT_FIELDS} | {"same_as": result.get("same_as")}
         return row | {"run": f"trials/{trial.number:03d}", "error": attributes.get("error")}
-
-
-def _as_marks(hits: Sequence[bool]) -> str:
-    """Return hits as text: "1" for each hit and "0" for each miss."""
-    return "".join(str(int(hit)) for hit in hits)
-
-
-def _read_marks(marks: str) -> list[bool]:
-    return [mark == "1" for mark in marks]
 
 
 def _without_hits(run: Mapping[str, Any]) -> dict[str, Any]:

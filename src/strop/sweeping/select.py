@@ -131,13 +131,22 @@ def _row_moments(differences: Hits) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
+def as_marks(hits: Sequence[bool]) -> str:
+    """Return hits as text: "1" for each hit and "0" for each miss."""
+    return "".join(str(int(hit)) for hit in hits)
+
+
+def read_marks(marks: str) -> list[bool]:
+    return [mark == "1" for mark in marks]
+
+
 def conclude(selection: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the verdict of the final check and the recommended setting, "default" or "chosen"."""
     by_seed: dict[str, dict[str, list[bool]]] = {"default": {}, "chosen": {}}
     for run in runs:
         if run["state"] == "finished":
             side, _, number = run["name"].partition("-")
-            by_seed[side][number] = [mark == "1" for mark in run["hits"]]
+            by_seed[side][number] = read_marks(run["hits"])
     failed = [run["name"] for run in runs if run["state"] != "finished"]
     common = [number for number in by_seed["default"] if number in by_seed["chosen"]]
     result: dict[str, Any] = {"difference": None, "failed": failed}
