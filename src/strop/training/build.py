@@ -15,7 +15,7 @@ from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import Step, step_for
 from strop.errors import RunError
-from strop.evaluation.rewards import parse_rewards, read_columns
+from strop.evaluation.rewards import parse_rewards
 from strop.models.adapters import attach_adapter, restore_precision
 from strop.models.load import DTYPES, load_base, restore_packed_weights
 from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
@@ -108,7 +108,7 @@ def build_job(
         rewards = parse_rewards(recipe.train.rewards)
         criterion = PolicyCriterion(
             objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, rewards, weights, log,
-            columns=read_columns(rewards, recipe.data), sampler=sampler, teacher=teacher,
+            columns=setup.columns, sampler=sampler, teacher=teacher,
         )  # fmt: skip
     else:
         criterion = make_criterion(recipe.train, model, devices, data.train_items)

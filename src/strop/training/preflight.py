@@ -34,7 +34,7 @@ from strop.errors import (
     ModelError,
     RecipeError,
 )
-from strop.evaluation.rewards import check_rewards, hash_rewards, parse_rewards, read_columns
+from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_rewards, read_columns
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     AdapterKind,
@@ -70,7 +70,7 @@ from strop.runs.lock import sha256_text, versions
 from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.teacher import add_teacher, find_policy_teacher, teacher_weight
+from strop.training.teacher import Teacher, add_teacher, find_policy_teacher, teacher_weight
 
 LOG = logging.getLogger(__name__)
 
@@ -95,6 +95,8 @@ class Setup(RecipeFacts):
     tokenizer: Any
     data: Prepared
     lock: dict[str, Any]
+    columns: Rows  # of the rows, if a reward reads them
+    teacher: Teacher | None  # of a policy objective
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
@@ -167,14 +169,16 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     data = prepare()
     if recipe.train.teacher is not None and recipe.train.objective == "sft":
         data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder)
-    elif (teacher := find_policy_teacher(recipe, tokenizer)) is not None:
+    teacher = find_policy_teacher(recipe, tokenizer)
+    if teacher is not None:
         data = replace(data, teacher_hash=sha256_text(teacher.key))
     if data.classes is not None:
         facts = _set_classes(facts, data.classes, data.train_items)
         resolved, recipe = facts.resolved, facts.resolved.recipe
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, folder.kept)
-    rewards_hash = _check_rewards(recipe, data)
+    columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data)
+    rewards_hash = _check_rewards(recipe, data, columns)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
         _check_vocabulary(source, shape, tokenizer, data)
@@ -196,7 +200,10 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         "machine": asdict(machine),
         "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
-    return Setup(**vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
+    return Setup(
+        **vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock, columns=columns,
+        teacher=teacher,
+    )  # fmt: skip
 
 
 def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFacts:
@@ -312,10 +319,9 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
             )
 
 
-def _check_rewards(recipe: Recipe, data: Prepared) -> str | None:
+def _check_rewards(recipe: Recipe, data: Prepared, rows: Rows) -> str | None:
     """Check that the rewards can judge all rows, and return the hash of what they depend on."""
     rewards = parse_rewards(recipe.train.rewards)
-    rows = read_columns(rewards, recipe.data)
     for prompts in (data.train_items, data.eval_items) if rewards else ():
         if prompts is not None:
             check_rewards(rewards, cast("Sequence[Prompt]", prompts), rows, require(recipe.train.reward_timeout))

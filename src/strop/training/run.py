@@ -43,7 +43,6 @@ from strop.training.reference import check_reference, with_reference
 from strop.training.report import describe_start, finish, load_best, summarize_progress, tracking
 from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
-from strop.training.teacher import find_policy_teacher
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,8 +208,7 @@ def _execute(
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            teacher = find_policy_teacher(recipe, setup.tokenizer)
-            teacher_step = None if teacher is None else teacher.step()
+            teacher_step = None if setup.teacher is None else setup.teacher.step()
             trim_heap()
             memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
