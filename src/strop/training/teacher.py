@@ -227,6 +227,7 @@ def find_policy_teacher(recipe: Recipe, tokenizer: Any) -> Teacher | None:
     if name is None or recipe.train.objective == "sft":
         return None
     if is_address(name):
+        check_address("--train.teacher", name, KEY)
         what = f"--train.teacher {name}: a server does not give the probabilities of sampled completions"
         raise RecipeError(what, fix="give a model or a run")
     if not teacher_weight(recipe.train):
