@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     new_tokens: Sequence[str]
     # train
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"]
+    method: Literal["lora", "full"]
     beta: float | None
     gamma: float | None
     label_smoothing: float | None

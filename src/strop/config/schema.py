@@ -220,6 +220,7 @@ class LoraSection(Section):
 
 KEEP_AUTO = 0.15  # train.keep auto
 NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
+FULL_OBJECTIVES = ("sft", "orpo", "simpo")  # objectives of train.method full
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
@@ -233,6 +234,9 @@ class TrainSection(Section):
         "sft",
         description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
         "reward model (reward), rewards (grpo) or classes (classify)",
+    )
+    method: Literal["lora", "full"] = Field(
+        "lora", description="what is trained: adapters (lora), or all weights of the text model (full)"
     )
     beta: Finite | None = Field(
         None,
@@ -398,7 +402,9 @@ class Recipe(Section):
         train, data, lora = self.train, self.data, self.lora
         objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
         conflict = self.int8_matmul_conflict() if train.int8_matmul else None
+        full_conflict = self._full_conflict() if train.method == "full" else None
         problems = {
+            f"train.method full: cannot be combined with {full_conflict}": full_conflict is not None,
             "train.micro_batch: larger than train.batch_size": (train.micro_batch or 0) > train.batch_size,
             "train.micro_batch: give it or train.micro_batch_tokens, not both": (
                 train.micro_batch is not None and train.micro_batch_tokens is not None
@@ -440,6 +446,25 @@ class Recipe(Section):
             if applies:
                 raise ValueError(problem)
         return self
+
+    def _full_conflict(self) -> str | None:
+        """Return a setting that train.method full cannot be combined with and the reason, or None."""
+        model, train = self.model, self.train
+        known = ", ".join(FULL_OBJECTIVES)
+        reasons = {
+            f"objective {train.objective}, only with {known}": train.objective not in FULL_OBJECTIVES,
+            f"model.quantization {model.quantization}: quantized weights cannot be trained": (
+                model.quantization not in ("none", "auto")
+            ),
+            "model.adapter: merge it first (`strop merge`), and give the merged model as model.name": (
+                model.adapter is not None
+            ),
+            "model.placement sharded: each device has all weights": model.placement == "sharded",
+            "model.dtype fp16: use bf16 or fp32": model.dtype == "fp16",
+            "train.int8_matmul, which needs frozen weights": train.int8_matmul,
+            "train.lora_plus_ratio: there are no adapters": train.lora_plus_ratio != 1,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
     def int8_matmul_conflict(self) -> str | None:
         """Return a setting that train.int8_matmul cannot be combined with and the reason, or None."""

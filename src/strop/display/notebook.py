@@ -139,5 +139,5 @@ def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]
         ("time", f"{report['seconds']:.0f} s"),
         ("loss", f"{report['loss']['first']:.4f} to {report['loss']['last']:.4f}"),
         *([("eval loss", f"{report['eval_loss']:.4f}")] if report.get("eval_loss") is not None else []),
-        ("adapter", str(report["adapter"])),
+        *((kind, str(report[kind])) for kind in ("adapter", "model") if kind in report),
     ]

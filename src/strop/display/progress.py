@@ -72,7 +72,7 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
             def show(event: Event) -> None:
                 listener(event)
                 if event["event"] == "end":  # the command line prints a summary instead
-                    console.print(f"run      {Path(event['adapter']).parent}", markup=False)
+                    console.print(f"run      {Path(event.get('adapter') or event['model']).parent}", markup=False)
 
             yield show
 

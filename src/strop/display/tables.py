@@ -152,7 +152,8 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"[bold]memory[/]   {measured / 2**30:.2f} GiB measured{prediction}")
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {escape(finding)}")
-    console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(run)}/report.html")
+    kind = "adapter" if "adapter" in report else "model"
+    console.print(f"[bold]{kind:<8}[/] {escape(str(report[kind]))}\n[bold]report[/]   {escape(run)}/report.html")
     from strop.data.reading.sources import read_eval_share  # `strop --help` does not need the readers
 
     values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}

@@ -88,6 +88,19 @@ def rope_types(config: Any) -> list[str]:
     return ["longrope" if _get(config, "model_type") == "phi3" and name in LONG_ROPE else name for name in types]
 
 
+def why_full_not_fast(config: Any, dtype: str) -> str | None:
+    """Return why the fast step cannot train all weights of a model that it can train with adapters, or None."""
+    family = FAMILIES[_get(config, "model_type")]
+    if family.model_parts and dtype != "fp32":
+        return f"{family.model_parts}: trained in full only in fp32"
+    reasons = {
+        "inputs of each layer trained in full": family.per_layer_inputs,
+        "attention sinks trained in full": family.attention_sinks,
+        "parameters of the activation trained in full": _get(config, "hidden_act") == "xielu",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 def _why_loss_unsupported(config: Any) -> str | None:
     field = active_dropout(config)
     if field is not None:

@@ -92,12 +92,14 @@ class LayerSpec:
 class DecoderLayers:
     """The layers, embedding and output head of a model, with or without adapters. Its family must be in the table."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the computation, if it differs from that of the weights."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder, self.config = text_decoder(base)
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
         self.head = base_module(self.output)
+        self.dtype: torch.dtype = dtype or self.head.weight.dtype
         self.embedding = self.decoder.get_input_embeddings()
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
@@ -112,8 +114,8 @@ class DecoderLayers:
         return len(self.decoder.layers)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the scaled embeddings (T, hidden) of ids (T,), in the model's dtype."""
-        x = embed(self.embedding, ids)
+        """Return the scaled embeddings (T, hidden) of ids (T,), in the dtype of the computation."""
+        x = embed(self.embedding, ids, self.dtype)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def rope_kind(self, number: int) -> str | None:

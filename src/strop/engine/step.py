@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from strop.engine.train.dropout import Masks
@@ -87,7 +88,7 @@ def compute_scores(step: Step, head: nn.Module, examples: Sequence[Example]) -> 
     return scores.double()
 
 
-def step_for(model: nn.Module, *, int8_matmul: bool = False) -> Step:
-    """Return the step that trains this model with its adapters. int8_matmul: see FastLoss."""
-    why = why_not_fast(model)
-    return FastLoss(model, int8_matmul=int8_matmul) if why is None else PlainLoss(model, why)
+def step_for(model: nn.Module, *, int8_matmul: bool = False, dtype: torch.dtype | None = None) -> Step:
+    """Return the step that trains this model with its adapters. int8_matmul, dtype: see FastLoss."""
+    why = why_not_fast(model, dtype)
+    return FastLoss(model, int8_matmul=int8_matmul, dtype=dtype) if why is None else PlainLoss(model, why, dtype)

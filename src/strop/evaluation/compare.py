@@ -103,8 +103,8 @@ def compare(
     """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
-    with_base = with_base or not model.adapter
-    names = (["base"] if with_base and not base else []) + (["tuned"] if model.adapter else [])  # to generate answers
+    with_base = with_base or not model.is_tuned
+    names = (["base"] if with_base and not base else []) + (["tuned"] if model.is_tuned else [])  # to generate answers
     generates = names and metric != "choice"
     prompts = [render_prompt(model.renderer, question.conversation) for question in questions]
     rendered = [model.renderer.render(question.conversation) for question in questions]
@@ -115,9 +115,13 @@ def compare(
     generated: dict[str, tuple[list[Completion], float]] = {}
     base_texts: list[str] | None = None
     if generates:
-        generated = _generate_all(model, prompts, expected, names, limit, advance, devices)
-    if generated and len(generated[names[0]][0]) < rows:  # after Ctrl-C
-        questions = questions[: len(generated[names[0]][0])]
+        # An adapter shares a batch with its base.
+        for together in [names] if model.adapter else [[name] for name in names]:
+            asked = min([rows, *(len(answers) for answers, _ in generated.values())])
+            generated |= _generate_all(model, prompts[:asked], expected[:asked], together, limit, advance, devices)
+    if generated and (answered_rows := len(generated[names[-1]][0])) < rows:  # after Ctrl-C
+        generated = {name: (answers[:answered_rows], rate) for name, (answers, rate) in generated.items()}
+        questions = questions[:answered_rows]
         base_texts = None if base is None else base.texts[: len(questions)]
         base = None  # its scores are those of all rows
 
@@ -143,9 +147,9 @@ def compare(
 
     sides = {}
     if with_base:
-        with model.base() if model.adapter else nullcontext():
+        with model.base() if model.is_tuned else nullcontext():
             sides["base"] = base or score_side("base")
-    if model.adapter:
+    if model.is_tuned:
         sides["tuned"] = score_side("tuned")
     left_out = [asdict(location) for location in find_rows_without_answer(conversations)]
     result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
@@ -302,7 +306,7 @@ def _generate_all(
 ) -> dict[str, tuple[list[Completion], float]]:
     """Generate the answers of base, tuned or both in one batch. Returns (answers, tokens/s of the batch) by side."""
     started = time.perf_counter()
-    with model.base() if sides == ["base"] and model.adapter else nullcontext():
+    with model.base() if sides == ["base"] and model.is_tuned else nullcontext():
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             expected=expected,

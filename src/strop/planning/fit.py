@@ -74,6 +74,9 @@ def fit_devices(resolved: Resolved, budget: MemoryBudget) -> Resolved:
         raise RecipeError(f"--{field} sharded: not with {blocker}", fix="leave one of them out")
     if placement != "auto":
         return fit(resolved, budget)
+    if resolved.recipe.train.method == "full":
+        choice = Choice(field, "replicated", "plan", "all weights are trained on each device")
+        return fit(resolved.decide([choice]), budget)
     whole = fit(resolved.decide([Choice(field, "replicated", "plan", "fits whole on each device")]), budget)
     needed = budget.needed(whole.recipe)
     if needed <= budget.usable:
@@ -166,6 +169,8 @@ def _choose_quantization(resolved: Resolved, budget: MemoryBudget) -> list[Choic
 
 def _may_quantize(resolved: Resolved) -> bool:
     recipe = resolved.recipe
+    if recipe.train.method == "full":
+        return False
     default = resolved.choices["model.quantization"].origin == "default"
     return recipe.model.quantization == "auto" or (recipe.preset == "auto" and default and recipe.model.adapter is None)
 
@@ -331,6 +336,10 @@ def _suggest_recomputation(recipe: Recipe, budget: MemoryBudget) -> Changes:
 
 
 def _suggest_quantization(recipe: Recipe, budget: MemoryBudget) -> Changes:
+    if recipe.train.method == "full":
+        rank = {"train.method": "lora", "train.learning_rate": None}
+        yield "adapters instead of all weights", "what only all weights can learn", rank
+        return
     current, fixed = recipe.model.quantization, budget.shape.prequantized
     schemes: list[str] = [current] if current not in ("none", "auto") and recipe.model.resident_layers else []
     smaller = _choose_scheme(recipe)

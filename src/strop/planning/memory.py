@@ -17,7 +17,7 @@ from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
-from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, Workload, bytes_if_converted
+from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, AdapterWeights, Workload, bytes_if_converted
 
 MIB = 1 << 20
 PARTS = (
@@ -123,8 +123,8 @@ def predict_phases(
         **({} if rollouts is None else {"draw": rollout_phase(workload, rollouts)}),
         "train": train_phase(workload, batch),
         "evaluate": evaluate_phase(decoding, evaluation, usable),
-        "merge": merge_phase(workload, evaluation.measured),
-        "export": export_phase(workload, evaluation.measured),
+        **({} if workload.adapter.full else {"merge": merge_phase(workload, evaluation.measured)}),
+        "export": export_phase(trained_workload(workload), evaluation.measured),
         "serve": serve_phase(decoding, evaluation.longest),
     }
 
@@ -141,6 +141,8 @@ def packed_weights(workload: Workload) -> int:
 
 
 def weight_bytes(workload: Workload) -> int:
+    if workload.adapter.full:
+        return 4 * workload.base.parameters
     dense = dense_weights(workload) * workload.compute.dtype_bytes
     return int(dense + packed_weights(workload) * BITS.get(workload.base.scheme, 0) / 8)
 
@@ -160,7 +162,8 @@ def constant_bytes(workload: Workload) -> int:
 def workspace_bytes(workload: Workload) -> int:
     compute = workload.compute
     scratch = 32 * MIB if compute.device != "cpu" else SCRATCH_BYTES if compute.step == "plain" else 0
-    dequantized, gathered = _largest_dequantized(workload) if workload.dequantizes else 0, 0
+    casts = workload.adapter.full and compute.step == "fast" and compute.dtype_bytes < 4
+    dequantized, gathered = _largest_dequantized(workload) if workload.dequantizes or casts else 0, 0
     if workload.base.shards > 1:  # two layers are gathered at once, or a layer and the embedding or head
         layer = base_layer_bytes(workload)
         gathered = layer + max(layer, compute.dtype_bytes * workload.shape.embedding_weights)
@@ -209,7 +212,7 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
     return {
         "weights": weight_bytes(workload) // workload.base.shards,
         "quantization_constants": constant_bytes(workload) // workload.base.shards,
-        "adapters": 4 * workload.adapter_weights,
+        "adapters": 0 if workload.adapter.full else 4 * workload.adapter_weights,
         "optimizer": int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights) if trained else 0,
         "workspace": workspace_bytes(workload),
         "mapped_files": _mapped_copies(workload),
@@ -255,7 +258,7 @@ def load_phase(workload: Workload) -> Phase:
     constant = constant_parts(workload, trained=False)
     compute, stored_bytes = workload.compute, workload.base.converted_bytes
     copied = compute.device == "cpu" and workload.base.scheme == "none" and stored_bytes > 0
-    mapped = weight_bytes(workload.replace(dtype_bytes=stored_bytes)) if copied else 0
+    mapped = weight_bytes(workload.replace(dtype_bytes=stored_bytes, full=False)) if copied else 0
     parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
     if workload.base.shards > 1 and copied:  # the largest tensor, as stored and converted
         mapped, parts["workspace"] = 0, (stored_bytes + compute.dtype_bytes) * workload.shape.embedding_weights
@@ -267,10 +270,21 @@ def make_phase(parts: Mapping[str, int]) -> Phase:
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})
 
 
+def trained_workload(workload: Workload) -> Workload:
+    """Return the workload of the model that a run saves: with adapters, or without them if all weights are trained."""
+    no_adapters = AdapterWeights(ranks=workload.adapter.ranks)
+    return (
+        Workload(base=workload.base, adapter=no_adapters, compute=workload.compute)
+        if workload.adapter.full
+        else workload
+    )
+
+
 def decoding_workload(workload: Workload, dtype: str) -> Workload:
     """Return the workload of generation: on one device, and dequantized once on a CPU."""
     layers = workload.shape.layers if workload.compute.device == "cpu" else workload.base.resident_layers
     converted_bytes = bytes_if_converted(workload.shape, dtype)
+    workload = trained_workload(workload)
     return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype], converted_bytes=converted_bytes)
 
 

@@ -113,6 +113,7 @@ def count_flops(workload: Workload, batch: MicroBatch) -> Flops:
     forward = 2.0 * weight_tokens
     recomputed_share = workload.compute.checkpointed_layers / layers
     frozen = forward * (2 + recomputed_share) - 2.0 * qkv * batch.tokens
+    frozen += forward + 2.0 * qkv * batch.tokens if adapter.full else 0.0  # the weights' own gradients
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
         adapted = sum(x.active_weights for x, rank in workload.ranked_linears() if rank)
         frozen += forward * (3 + recomputed_share) * adapted / (qkv + other_weights)
@@ -214,7 +215,8 @@ def steps_seconds(workload: Workload, steps: Sequence[Sequence[MicroBatch]], rat
 
 
 def _update_seconds(workload: Workload, rate: Rate) -> float:
-    tensors = 2 * workload.shape.layers * sum(map(bool, workload.adapter.ranks))
+    full = len(workload.adapter.ranks) if workload.adapter.full else 0
+    tensors = workload.shape.layers * (full + 2 * sum(map(bool, workload.adapter.ranks)))
     return UPDATE_BYTES * workload.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * tensors)
 
 

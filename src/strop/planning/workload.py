@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from strop.config.schema import LoraSection, Recipe
-from strop.engine.eligibility import why_config_not_fast
+from strop.engine.eligibility import why_config_not_fast, why_full_not_fast
 from strop.errors import ModelError, suggest
 from strop.machine.probe import MAX_TILED_RANK, probe
 from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
@@ -44,6 +44,7 @@ class AdapterWeights:
     full_embedding: bool = False  # the input embedding is trained in full
     full_head_norms: bool = False  # q_norm or k_norm is trained in full
     new_tokens: bool = False  # the embedding has rows for added tokens
+    full: bool = False  # all weights of the text model are trained, in fp32, and there are no adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Workload:
     ) -> Workload:
         """Return the workload of a recipe with a known device and dtype. Other options set to auto count as off."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
+        full = train.method == "full"
         names = _find_targets(shape, lora.target_modules)
         layer_ranks = [_find_layer_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
         device = model.device.partition(":")[0]
@@ -91,9 +93,18 @@ class Workload:
                 double_quantization=model.double_quantization,
                 resident_layers=0 if scheme == "none" else min(shape.layers, model.resident_layers or 0),
                 shards=devices if model.placement == "sharded" else 1,
-                converted_bytes=bytes_if_converted(shape, model.dtype),
+                converted_bytes=bytes_if_converted(shape, "fp32" if full else model.dtype),
             ),
             adapter=AdapterWeights(
+                ranks=(0,) * len(shape.linears),
+                extra_weights=shape.parameters + len(lora.new_tokens) * shape.hidden * (1 if shape.tied else 2),
+                full_head=True,
+                full_embedding=True,
+                full_head_norms=shape.head_norms,
+                full=True,
+            )
+            if full
+            else AdapterWeights(
                 ranks=ranks,
                 extra_weights=_count_extra_weights(recipe, shape, ranks, layer_ranks, head_rank),
                 head_rank=head_rank,
@@ -263,6 +274,9 @@ def _trains_head_norms(lora: LoraSection, shape: ModelShape) -> bool:
 def why_recipe_not_fast(recipe: Recipe, shape: ModelShape) -> str | None:
     """Return why the fast step cannot train this recipe, or None if it can. Its device must be known."""
     model, lora = recipe.model, recipe.lora
+    if recipe.train.method == "full":
+        why = why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype)
+        return why or why_full_not_fast(shape.text_config, model.dtype)
     targets = _find_targets(shape, lora.target_modules)
     return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
 

@@ -1,6 +1,6 @@
 """Run folders: their files, atomic writes, and a lock (the claim) against use by two processes at once.
 
-recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
+recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/ or model/  report.json  report.html
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class RunFolder:
         self.lock = path / "lock.json"
         self.events = path / "events.jsonl"
         self.adapter = path / "adapter"
+        self.model = path / "model"  # of a run that trained all weights
         self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
         self.report = path / "report.json"
         self.page = path / "report.html"
@@ -49,6 +50,11 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def has_model(self) -> bool:
+        """True if the run trained all weights and has saved its model."""
+        return (self.model / "config.json").is_file()
 
     @property
     def holder(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
@@ -18,7 +17,14 @@ from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards
 from strop.models.adapters import attach_adapter, restore_precision
 from strop.models.load import DTYPES, load_base, restore_packed_weights
-from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
+from strop.models.lora import (
+    add_lora,
+    cast_trainable_to_fp32,
+    init_loftq,
+    set_dropout,
+    train_all_weights,
+    trainable_parameters,
+)
 from strop.models.sharding import load_sharded
 from strop.models.source import Source
 from strop.objectives.policy import PolicyLoss
@@ -34,10 +40,14 @@ from strop.training.samples import select_samples
 from strop.training.state import Job, Progress, TrainState, set_memory_options
 
 
-def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
+def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
     """Load the base, add adapters, and return the model in train mode. resuming: weights come from a checkpoint."""
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
+    if recipe.train.method == "full":  # in fp32, because bf16 rounds small updates away
+        base = load_base(setup.source, torch.float32, recipe.model.device)
+        torch.manual_seed(recipe.seed)
+        return train_all_weights(base, recipe.lora.new_tokens, setup.tokenizer).train()
     base = _load_base(setup.source, recipe.model, devices)
     torch.manual_seed(recipe.seed)  # for the adapters' initial values and for dropout
     start = find_start_adapter(recipe)
@@ -83,7 +93,7 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 
 
 def build_job(
-    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices,
+    folder: RunFolder, setup: Setup, model: Any, log: EventLog, devices: Devices,
     sampler: Sampler | None = None, teacher: Step | None = None,
 ) -> Job:  # fmt: skip
     """Return the job that trains `model`.
@@ -91,15 +101,16 @@ def build_job(
     sampler: samples completions instead of strop's engine. teacher: judges their tokens.
     """
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
-    step = step_for(model, int8_matmul=recipe.train.int8_matmul)
+    full = recipe.train.method == "full"
+    step = step_for(model, int8_matmul=recipe.train.int8_matmul, dtype=DTYPES[recipe.model.dtype] if full else None)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
-    base, section, repack_weights = model.get_base_model(), recipe.model, None
+    section, repack_weights = recipe.model, None
     if devices.base is not None:
         step.set_weight_gatherer(devices.base)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
-        repack_weights = partial(restore_packed_weights, base, setup.source, *scheme)
+        repack_weights = partial(restore_packed_weights, model.get_base_model(), setup.source, *scheme)
     criterion: Criterion
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):

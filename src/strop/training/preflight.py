@@ -262,7 +262,8 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
-    check_lora(bare, resolved.recipe.lora)
+    if not (full := recipe.train.method == "full"):
+        check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
         check_readable(source.path if source.kind == "folder" else source.path.parent)
@@ -270,7 +271,8 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return RecipeFacts(resolved, key, count_trainable(bare, resolved.recipe.lora, outputs=outputs), shape, parameters)
+    num_weights = count_trainable(bare, resolved.recipe.lora, outputs=outputs, full=full)
+    return RecipeFacts(resolved, key, num_weights, shape, parameters)
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:

@@ -23,7 +23,9 @@ from strop.evaluation.model_card import write_card
 from strop.machine.memory import PeakTracker
 from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
+from strop.models.load import DTYPES
 from strop.models.lora import weight_change
+from strop.models.model_folder import save_model
 from strop.objectives.table import objective_of
 from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
@@ -107,7 +109,12 @@ def finish(
     if (classes := setup.data.classes) is not None:
         identity |= {"labels": list(classes.names), "several_labels": classes.several}
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
-    save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
+    full = job.recipe.train.method == "full"
+    if full:
+        end_ids, dtype = setup.data.renderer.end_ids, DTYPES[model.dtype]
+        save_model(job.model, setup.tokenizer, setup.source, folder.model, dtype, end_ids, identity)
+    else:
+        save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()
     report: dict[str, Any] = {
         "run": str(folder.path),
@@ -128,7 +135,7 @@ def finish(
             "micro_batch": asdict(expected.batch),
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
         },
-        "adapter": str(folder.adapter),
+        **({"model": str(folder.model)} if full else {"adapter": str(folder.adapter)}),
         "adapter_step": progress.best_step or progress.step,
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
@@ -136,7 +143,7 @@ def finish(
         "devices": _summarize_devices(job),
         "exit": 0,
     }
-    write_card(folder.adapter, report)
+    write_card(folder, report)
     write_json(folder.report, report)
     return report
 

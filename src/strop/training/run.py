@@ -168,11 +168,16 @@ def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices:
         what = f"{folder.path} is finished, so options no longer change it"
         command = f"strop train --model {shlex.quote(str(folder.path))} --data ROWS.jsonl"
         raise InputError(what, fix=f"train it further in a new run: `{command}`")
-    paths = {"run": str(folder.path), "adapter": str(folder.adapter)}  # the folder may have been moved or copied
-    report = folder.read_report() | paths
+    report = folder.read_report() | {"run": str(folder.path)}  # the folder may have been moved or copied
+    report |= {name: str(getattr(folder, name)) for name in _saved_paths(report)}
     if devices.is_main and not folder.page.is_file():  # the process was killed before it wrote report.html
         write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
+
+
+def _saved_paths(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the folder of the adapter, or of the model if all weights were trained."""
+    return {name: report[name] for name in ("adapter", "model") if report.get(name)}
 
 
 @contextmanager
@@ -255,7 +260,7 @@ def _execute(
             raise MemoryLimitError(f"out of memory: {first_line(error)}", fix=fix) from None
         weight_change = load_best(job, key)
         report = devices.run_on_main(lambda: finish(job, setup, memory, expected, end_reason, weight_change))
-        log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
+        log.emit("end", step=job.state.progress.step, seconds=report["seconds"], **_saved_paths(report))
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)

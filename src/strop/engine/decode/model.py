@@ -18,13 +18,14 @@ from strop.data.converters import convert_prompt
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Classes, Conversation, Example, Ids, Message
+from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.classify import Classifier
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
-from strop.models.adapter_config import adapter_folder, adapter_kind, read_identity
+from strop.models.adapter_config import adapter_folder, adapter_kind, base_of_model, read_identity
 from strop.models.adapters import (
     adapter_disabled,
     attach_adapter,
@@ -36,7 +37,8 @@ from strop.models.adapters import (
 )
 from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base
-from strop.models.source import SCHEMES, Source, locate, prequantized
+from strop.models.lora import grow_vocabulary
+from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -53,10 +55,11 @@ class Model:
     adapter: Path | None  # the adapter's folder; None without an adapter
     default_system: str | None = None  # the system prompt of the training rows, if they all had the same one
     notes: Sequence[str] = ()  # differences from training, such as those accepted because of `force`
-    source: Source | None = None  # of the base model
+    source: Source | None = None  # of the base model, or of a model whose weights were all trained
     quantization: str = "none"  # of the base model
     dtype: str = "bf16"  # of the weights that are not quantized
     classes: Classes | None = None  # of a classifier, which generates no text
+    base_source: Source | None = None  # of the base of a model whose weights were all trained
     history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
@@ -66,6 +69,11 @@ class Model:
     def __repr__(self) -> str:
         adapter = "" if self.adapter is None else f", adapter={str(self.adapter)!r}"
         return f"Model({self.name!r}{adapter}, quantization={self.quantization!r}, dtype={self.dtype!r})"
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether `base` gives another model: with an adapter, or if all weights were trained."""
+        return self.adapter is not None or self.base_source is not None
 
     @property
     def sampling(self) -> Sampling:
@@ -157,14 +165,28 @@ class Model:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Disable the adapter inside the block. Other threads wait.
+        """Disable the adapter, or load the base of a model whose weights were all trained, inside the block.
+
+        Other threads wait.
 
         `chat` continues its conversation, with the tuned model's answers in it: compare the two with `generate`, or
         after `history.clear()`.
         """
-        assert self.adapter is not None
-        with self._lock, adapter_disabled(self.module):
-            yield
+        assert self.is_tuned
+        if self.base_source is None:
+            with self._lock, adapter_disabled(self.module):
+                yield
+            return
+        with self._lock:
+            tuned, device = self.module, next(self.module.parameters()).device
+            storage: dict[str, Any] = {"quantization": self.quantization, "resident_layers": None}
+            self.module = load_base(self.base_source, DTYPES[self.dtype], str(device), **storage)
+            grow_vocabulary(self.module, tuned.get_input_embeddings().num_embeddings)
+            try:
+                yield
+            finally:
+                drop_decoder(self.module)
+                self.module = tuned
 
     def answer(self, prompts: Sequence[Ids], **options: Any) -> list[Completion]:
         """Return one completion for each prompt of token ids. options: keyword arguments of `generate`."""
@@ -307,7 +329,20 @@ def load_renderer(name: str) -> Renderer:
 def _make_renderer(folder: Path | None, source: Source) -> Renderer:
     """Return the renderer of a base model, or of the adapter in `folder`."""
     tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
+    if folder is None and source.kind == "folder":
+        folder = source.path  # a model whose weights were all trained has an identity too
     return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
+
+
+def _locate_untuned(name: str, identity: Mapping[str, Any], source: Source, force: bool) -> Source | None:
+    """Return the base of a model whose weights were all trained, or None if `force` is given and it has changed."""
+    base = locate(name)
+    if fingerprint(base) == identity["base"]["fingerprint"]:
+        return base
+    if force:
+        return None
+    what = f"{source.name}: its base {name} has changed since training"
+    raise ModelError(what, fix="restore its files, or load it alone with --force")
 
 
 def load(
@@ -345,7 +380,8 @@ def load(
     prepare_process()
     torch_device = pick_device(device)
     renderer = _make_renderer(folder, source)
-    identity = read_identity(folder) if folder is not None else {}
+    base_name = base_of_model(name)
+    identity = read_identity(folder or source.path) if folder is not None or base_name else {}
     notes = [GGUF_NOTE] if source.kind == "gguf" and dtype == "fp32" != identity.get("dtype") else []
     if dtype == "auto":
         dtype, notes = pick_generation_dtype(torch_device, identity.get("dtype"))
@@ -358,9 +394,11 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
+        base_source = None if base_name is None else _locate_untuned(base_name, identity, source, force)
         return Model(
-            name, base, renderer.tokenizer, renderer, None, notes=notes, source=source, quantization=scheme, dtype=dtype
-        )
+            name, base, renderer.tokenizer, renderer, None, identity.get("system"), notes, source, scheme, dtype,
+            base_source=base_source,
+        )  # fmt: skip
     kind = adapter_kind(folder)
     expected = kind if kind == "classifier" else "reward" if scores else "text"
     module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)

@@ -12,7 +12,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from strop.engine.eligibility import active_dropout, why_architecture_unsupported, why_config_not_fast
+from strop.engine.eligibility import (
+    active_dropout,
+    why_architecture_unsupported,
+    why_config_not_fast,
+    why_full_not_fast,
+)
 from strop.engine.train.dropout import CounterDropout
 from strop.engine.train.peft_modules import base_module, current_module
 from strop.models.experts import is_weight_adapter
@@ -48,11 +53,12 @@ def uses_llama_kernels(model: nn.Module) -> bool:
     )
 
 
-def why_not_fast(model: nn.Module) -> str | None:
-    """Return why the fast step cannot train this model, or None if it can."""
-    if not isinstance(model, PeftModel):
+def why_not_fast(model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the fast step cannot train this model, or None if it can. dtype: see FastLoss."""
+    is_adapted = isinstance(model, PeftModel)
+    if not is_adapted and not any(parameter.requires_grad for parameter in model.parameters()):
         return "the model has no peft adapter"
-    base: Any = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
     why = why_config_not_fast(config, device=base.get_output_embeddings().weight.device.type)
     if why is not None:
@@ -60,7 +66,9 @@ def why_not_fast(model: nn.Module) -> str | None:
     decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
     why = why_base_unsupported(base, decoder, config, family)
-    return why or _why_adapters_unsupported(model, base, decoder, family)
+    if why is None and not is_adapted:
+        why = why_full_not_fast(config, "bf16" if dtype == torch.bfloat16 else "fp32")
+    return why or _why_adapters_unsupported(model, base, decoder, family, all_weights=not is_adapted)
 
 
 def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
@@ -109,7 +117,9 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
     return None
 
 
-def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
+def _why_adapters_unsupported(
+    model: Any, base: Any, decoder: Any, family: Family, *, all_weights: bool = False
+) -> str | None:
     linear_modules = [module for layer in decoder.layers for group in linear_groups(layer, family) for module in group]
     model_computed = list(model_computed_modules(decoder, family))
     excluded = {id(module) for part in model_computed for module in part.modules()}
@@ -134,6 +144,8 @@ def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Famil
     trainable_modules = [*map(base_module, dense), *model_computed]
     supported = {id(parameter) for module in trainable_modules for parameter in module.parameters()}
     supported |= {id(base_module(module).bias) for module in linear_modules}
+    if all_weights:
+        supported |= {id(module.weight) for module in linear_modules}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in supported and not any(part in name for part in TRAINABLE):
             return f"{name} is trained in full"

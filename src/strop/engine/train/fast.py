@@ -236,8 +236,8 @@ class LayerBuilder:
 
     def _fuse(self, modules: list[Any], prologue: Prologue, *, in_arena: bool = True) -> FusedLinear:
         arena, backend = self._arena if in_arena else None, self._backend
-        matmuls = backend.lora, backend.matmul, backend.weight_loader
-        return FusedLinear(modules, prologue, self._workspace, *matmuls, self._dropout_ops, backend.ops, arena)
+        matmuls, dtype = (backend.lora, backend.matmul, backend.weight_loader), self._model.dtype
+        return FusedLinear(modules, prologue, self._workspace, *matmuls, self._dropout_ops, backend.ops, dtype, arena)
 
     def _build_activation(self, spec: LayerSpec) -> Activation | CompiledActivation | Glu:
         gated, cpu_ops, kind = self._model.family.gated, self._backend.cpu_ops, ACTIVATIONS.get(spec.activation)
@@ -275,6 +275,7 @@ class FastLoss:
         checkpoint_layers: the number of layers, from the first, that save only their input and are recomputed.
         warm: compile the CPU kernels ahead of time in another process.
         int8_matmul: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
+        dtype: compute in this dtype with a model whose weights are all trained, in fp32; default: that of the weights.
     """
 
     name = "fast"
@@ -285,18 +286,18 @@ class FastLoss:
 
     def __init__(
         self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True,
-        int8_matmul: bool = False,
+        int8_matmul: bool = False, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        reason = why_not_fast(model)
+        reason = why_not_fast(model, dtype)
         assert reason is None, reason
-        self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
+        self._model, self.checkpoint_layers = DecoderLayers(model, dtype), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
         self.masks = install_dropout(model, dropout_ops_for)
         warm_kernels = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
-        self._backend = backend_for(self._device, self._head.weight.dtype, warm=warm_kernels, int8_matmul=int8_matmul)
+        self._backend = backend_for(self._device, self._model.dtype, warm=warm_kernels, int8_matmul=int8_matmul)
         self._head_matmul = self._backend.head_matmul(self._head.weight)
         self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
         self._dropout_ops = dropout_ops_for(self._head.weight)
@@ -394,7 +395,7 @@ class FastLoss:
         if self.memory_watch is not None:
             self.memory_watch.begin()
         linears = [linear for layer in self._layers for linear in layer.linears]
-        self._backend.prepare_adapters(linears, self._head.weight.dtype)
+        self._backend.prepare_adapters(linears, self._model.dtype)
         self._gather("embedding")
         hidden = self._model.embed(batch.ids)
         if self._family.embedding_norm:

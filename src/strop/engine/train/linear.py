@@ -179,6 +179,7 @@ class FrozenLinear:
         arena: memory for saved tensors, on a CPU.
         dropped: the dropout of z before the adapters.
         trained_biases: the output ranges whose bias is trained.
+        trained_sizes: the number of outputs of each layer whose weight is trained; empty if the weight is frozen.
     """
 
     weight: Callable[[], Any]
@@ -193,6 +194,7 @@ class FrozenLinear:
     dora: Dora | None = None
     trained_biases: tuple[tuple[int, int], ...] = ()
     matmul: FrozenMatmul = frozen_matmul
+    trained_sizes: tuple[int, ...] = ()
 
     def adapter_inputs(self, z: Tensor) -> Tensor:
         """Return z. With dropout, return the concatenation of a masked copy of z for each adapter."""
@@ -223,6 +225,10 @@ class FrozenLinear:
         wide = torch.promote_types(grad.dtype, torch.float32)
         return [grad[:, start:end].sum(0, dtype=wide) for start, end in self.trained_biases]
 
+    def weight_gradients(self, grad: Tensor, z: Tensor) -> list[Tensor]:
+        """Return grad^T z of each trained layer, (n_i, k). Autograd casts it to the weight's dtype."""
+        return [part.t() @ z for part in torch.split(grad, [*self.trained_sizes], 1)] if self.trained_sizes else []
+
 
 class LoraLinear(Function):
     """Compute y = z W^T + bias + residual, and add scale_i (z_i A_i^T) B_i^T to y[:, columns_i] for each adapter i.
@@ -234,7 +240,8 @@ class LoraLinear(Function):
         x: (T, k), or (T, 2 k) for a gated activation.
         residual: (T, n), or None.
         parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ..., the magnitudes of DoRA m_1 (n_1,), m_2, ..., the trained biases,
-            and the trained weights of a norm in the prologue.
+            the trained weights of a norm in the prologue, and the trained weights of the layers, which then have no
+            adapters.
 
     Saves x and scale z A^T (T, sum of r). DoRA without dropout also saves y. Without a residual this takes no memory,
     because the next operation saves y too.
@@ -250,7 +257,7 @@ class LoraLinear(Function):
         ctx.generation = frozen.arena.generation if frozen.arena else 0
         y = new(len(z), len(weight), z)
         if not frozen.scales:
-            ctx.save_for_backward(*([] if prologue is None else [x]))
+            ctx.save_for_backward(*([] if prologue is None and not frozen.trained_sizes else [x]))
             return frozen.matmul(z, weight, True, y, None, frozen.bias, residual)
         adapters, magnitudes = frozen.split(parts)
         inputs, dora, dropped = frozen.adapter_inputs(z), frozen.dora, frozen.dropped_dora(adapters)
@@ -324,7 +331,7 @@ class LoraLinear(Function):
             grad_x = prologue.backward(grad_z, x) if isinstance(prologue, Norm) and grad_z is not None else None
         norm_grads = prologue.gradients(grad_z, x) if isinstance(prologue, Norm) and grad_z is not None else []
         if not saved:
-            return grad_x, None, None, grad_residual, *bias_grads, *norm_grads
+            return grad_x, None, None, grad_residual, *bias_grads, *norm_grads, *frozen.weight_gradients(grad, z)
         inputs = frozen.adapter_inputs(z) if inputs is None else inputs
         part_grads = frozen.lora.gradients(upstream, inputs, grad_za, saved_by_lora, adapters)
         return grad_x, None, None, grad_residual, *part_grads, *magnitude_grads, *bias_grads, *norm_grads
@@ -350,23 +357,31 @@ class Workspace:
                 part.copy_(base.weight.detach())
         return fused
 
+    def cast(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return weights (n_i, k), concatenated to (n, k) in another dtype."""
+        sizes = [len(weight) for weight in weights]
+        fused = self._weights(sum(sizes), weights[0].shape[1], weights[0].new_empty(0, dtype=dtype))
+        for weight, part in zip(weights, torch.split(fused, sizes), strict=True):
+            part.copy_(weight.detach())
+        return fused
+
 
 class FusedLinear:
-    """Linear modules with the same input, fused to one frozen layer, and their active adapters.
+    """Linear modules with the same input, fused to one layer, and their active adapters.
 
-    The modules' weights become views of the fused weight. Quantized modules are unchanged, and are dequantized when the
-    weight is needed.
+    The modules' weights become views of the fused weight. Quantized modules, and trained modules in another dtype, are
+    unchanged, and are converted when the weight is needed.
     """
 
     def __init__(
         self, modules: list[Any], prologue: Prologue, workspace: Workspace, lora_ops_for: LoraOpsFor,
         matmul_for: Callable[[Sequence[int]], FrozenMatmul], prepare_weight: PrepareWeight, dropout_ops: DropoutOps,
-        ops: Ops, arena: Arena | None = None,
+        ops: Ops, dtype: torch.dtype, arena: Arena | None = None,
     ) -> None:  # fmt: skip
         """Fuse the modules' weights.
 
         lora_ops_for, matmul_for, prepare_weight: Backend.lora, Backend.matmul and Backend.weight_loader. arena: memory
-        for the output, which is saved for the backward, on a CPU.
+        for the output, which is saved for the backward, on a CPU. dtype: of the computation.
         """
         self.modules, self.prologue = modules, prologue
         self._dropout_ops, self._ops, self._arena = dropout_ops, ops, arena
@@ -381,12 +396,16 @@ class FusedLinear:
         weights = [base.weight for base in self.bases]
         if any(isinstance(base, QuantizedLinear) for base in self.bases):
             self.weight = prepare_weight(lambda: workspace.dequantize(self.bases), self._fuse_int8_weight)
+        elif weights[0].dtype != dtype:
+            self.weight = lambda: workspace.cast([base.weight for base in self.bases], dtype)
         else:
             if not _are_contiguous(weights):
                 _fuse(weights)
             # The weights may be loaded later, so the view is created at the first call.
             self.weight = prepare_weight(cache(lambda: _fuse(weights)), lambda: None)
         self._locations = [_location(base.weight) for base in self.bases]
+        is_trained = all(weight.requires_grad for weight in weights)
+        self._trained_sizes = tuple(base.out_features for base in self.bases) if is_trained else ()
         self.prepared_lora_ops: LoraOps | None = None  # set by kernels.cuda.lora.prepare_adapters
 
     def _fuse_int8_weight(self) -> tuple[Tensor, Tensor] | None:
@@ -417,10 +436,11 @@ class FusedLinear:
         bias, trained_ranges, trained_biases = self._fuse_biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
             self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,
-            self._dropout_ops, self._dora_for(active.magnitudes), trained_ranges, self._matmul,
+            self._dropout_ops, self._dora_for(active.magnitudes), trained_ranges, self._matmul, self._trained_sizes,
         )  # fmt: skip
         norm_weights = prologue.trained if isinstance(prologue, Norm) else ()
-        parts = (*active.parts, *active.magnitudes, *trained_biases, *norm_weights)
+        trained_weights = [base.weight for base in self.bases] if self._trained_sizes else []
+        parts = (*active.parts, *active.magnitudes, *trained_biases, *norm_weights, *trained_weights)
         return apply(LoraLinear, x, frozen, prologue, residual, *parts)
 
     def _fuse_biases(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...], list[Tensor]]:

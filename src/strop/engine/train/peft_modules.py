@@ -78,10 +78,13 @@ def new_rows(module: Any) -> NewRows | None:
     return NewRows(tuple(adapter.token_indices[names[0]]), adapter.trainable_tokens_delta[names[0]])
 
 
-def embed(module: Any, ids: Tensor) -> Tensor:
-    """Return the embeddings (T, h) of tokens (T,), in the model's dtype. Equal to the module's own forward."""
+def embed(module: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the embeddings (T, h) of tokens (T,). Equal to the module's own forward in this dtype."""
     trained, base = new_rows(module), unwrap(module)
-    x: Tensor = current_module(module)(ids).to(base.weight.dtype)
+    if base.weight.dtype != dtype:  # the weights are trained in fp32
+        cast, scale = F.embedding(ids, base.weight, base.padding_idx).to(dtype), getattr(base, "embed_scale", None)
+        return cast if scale is None else cast * scale.to(dtype)
+    x: Tensor = current_module(module)(ids).to(dtype)
     if trained is None:
         return x
     row = _row_of_token(trained.ids, base.num_embeddings, trained.rows.device)[ids]

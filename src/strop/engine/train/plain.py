@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -50,6 +51,7 @@ class PlainLoss:
     """The implementation of engine.step.Step with the model's own forward, on rows padded on the right.
 
     model: any causal language model of transformers, with or without adapters. why: the reason for not using FastLoss.
+    dtype: compute in it with autocast, if it is not that of the weights.
     """
 
     name = "plain"
@@ -59,8 +61,8 @@ class PlainLoss:
     can_offload = False
     soft_loss: Tensor
 
-    def __init__(self, model: Any, why: str = "") -> None:
-        self.model, self.why = model, why
+    def __init__(self, model: Any, why: str = "", dtype: torch.dtype | None = None) -> None:
+        self.model, self.why, self._dtype = model, why, dtype
         self.masks = install_dropout(model, dropout_ops_for)
         self._head: nn.Module = model.get_output_embeddings()
         self._balance = load_balancing_coefficient(model.config)
@@ -164,7 +166,9 @@ class PlainLoss:
         def restore_keys(*_: Any) -> None:  # a layer may be recomputed in the backward
             self.masks.token_keys = keys
 
-        with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
+        computing = torch.autocast(device.type, self._dtype) if self._dtype is not None else nullcontext()
+        hooks = self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys)
+        with hooks[0], hooks[1], computing:
             return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
 
 
