@@ -38,7 +38,7 @@ class Session:
         command = {"/bye": "/quit", "/exit": "/quit"}.get(command, command)
         text = text.strip()
         if command in ("/base", "/tuned", "/compare"):
-            if self.model.adapter is None:
+            if not self.model.is_tuned:
                 console.print(f"{command}: this model has no adapter", style="yellow")
             else:
                 self.side = command[1:]
@@ -130,7 +130,7 @@ def chat_in_terminal(
         _classify_lines(model)
         return
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
-    if base and model.adapter is None:
+    if base and not model.is_tuned:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave out --base")
     overrides: dict[str, Any] = {field: value for field, value in sampling.items() if value is not None}
     settings = replace(model.sampling, **overrides)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from strop.config.names import ALWAYS, OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
 from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
-from strop.runs.folder import is_run
+from strop.runs.folder import RunFolder, is_run
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
@@ -113,6 +113,8 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     is_resumed = recipe_file is not None and is_run(recipe_file.parent)
     if model.adapter or is_resumed or not is_run(run):
         return resolved
+    if (folder := RunFolder(run)).has_model:
+        return resolved.decide([Choice("model.name", str(folder.model), "option", f"the run {model.name}")])
     base = read_resolved(run / "recipe.yaml").recipe.model
     values = {"model.name": base.name, "model.revision": base.revision, "model.adapter": model.name}
     return resolved.decide(Choice(name, value, "option", f"the run {model.name}") for name, value in values.items())

@@ -171,7 +171,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "started": float(first_time[1]) if first_time else None, "updated": heartbeat or None,
         "model": values.get("model.name"), "data": _join_text(values.get("data.train")),
         "objective": values.get("train.objective"), "preset": values.get("preset"),
-        "quantization": values.get("model.quantization"), "rank": values.get("lora.r"),
+        "quantization": values.get("model.quantization"),
+        "rank": None if values.get("train.method") == "full" else values.get("lora.r"),
         "step": report.get("steps", last_step), "steps": step.get("steps") or report.get("steps"),
         "epoch": step.get("epoch"), "seconds_left": step.get("seconds_left"),
         "seconds": report.get("seconds"), "loss": loss, "eval_loss": report.get("eval_loss", evaluated.get("loss")),
@@ -179,7 +180,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
-        "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
+        "has_adapter": folder.has_model or (folder.adapter / "adapter_config.json").is_file(),
         # a score head does not
         "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") != "SEQ_CLS",
         **read_notes(folder.path),
@@ -255,8 +256,9 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
     report, lock, newest = read_json(folder.report), read_json(folder.lock), history.newest
     data, start = newest.get("data") or {}, newest.get("start") or {}
     files = file_sizes(folder.path)
-    sizes = [size for name, size in files if name.startswith("adapter/")]
-    adapter = {"path": str(folder.adapter), "bytes": sum(sizes), "step": report.get("adapter_step")} if sizes else None
+    kind = folder.saved.name
+    sizes = [size for name, size in files if name.startswith(f"{kind}/")]
+    adapter = {"kind": kind, "path": str(folder.saved), "bytes": sum(sizes), "step": report.get("adapter_step")}
     return {
         **row,
         "recipe": history.choices or report.get("recipe") or [],
@@ -267,7 +269,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "notes": history.notes,
         "memory": _memory(report, newest.get("rehearsal") or {}),
         "checkpoints": _checkpoints(files, report),
-        "adapter": adapter,
+        "adapter": adapter if sizes else None,
         "report": {name: report.get(name) for name in _REPORTED if name in report} if report else None,
         "report_page": str(folder.page) if folder.page.is_file() else None,
         "lock": {name: lock.get(name) for name in ("base", "data", "template", "seed", "versions", "overrides")},

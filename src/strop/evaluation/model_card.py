@@ -106,7 +106,7 @@ vllm serve {location}
 
 def write_card(run: RunFolder, report: Mapping[str, Any]) -> None:
     """Write the card of a run's adapter or model from the content of its report.json."""
-    folder = run.model if run.has_model else run.adapter
+    folder = run.saved
     if folder.is_dir():  # a report may exist before the adapter
         write_atomic(folder / CARD_FILE, format_card(report))
 
@@ -114,7 +114,7 @@ def write_card(run: RunFolder, report: Mapping[str, Any]) -> None:
 def find_report(folder: Path) -> dict[str, Any] | None:
     """Return the report of the run whose adapter or model is in a folder, or None without a finished run."""
     run = RunFolder(folder.parent)
-    if not is_run(run.path) or folder not in (run.adapter, run.model):
+    if not is_run(run.path) or folder != run.saved:
         return None
     report = run.read_report()
     return report if "recipe" in report else None

@@ -56,10 +56,10 @@ def compare_preferences(
     if model.adapter is not None and adapter_kind(model.adapter) == "reward":
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}
-    if with_base or not model.adapter:
-        with model.base() if model.adapter else nullcontext():
+    if with_base or not model.is_tuned:
+        with model.base() if model.is_tuned else nullcontext():
             logprobs["base"] = _compute_pairs(step_for(model.module).log_probs, pairs, "base", advance, devices)
-    if model.adapter:
+    if model.is_tuned:
         logprobs["tuned"] = _compute_pairs(step_for(model.module).log_probs, pairs, "tuned", advance, devices)
     lengths = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
     result: dict[str, Any] = {"rows": len(pairs), "metric": PREFERENCE}

@@ -435,9 +435,9 @@ def read_scorable_rows(
 def find_run(name: str) -> RunFolder | None:
     """Return the run if `name` is a run folder or the folder of the adapter or model in it, else None."""
     path = Path(name).expanduser()
-    folder = adapter_folder(name) or (RunFolder(path).model if is_run(path) else path)
+    folder = adapter_folder(name) or (RunFolder(path).saved if is_run(path) else path)
     run = RunFolder(folder.parent)
-    return run if is_run(run.path) and folder in (run.adapter, run.model) else None
+    return run if is_run(run.path) and run.saved == folder else None
 
 
 def find_recipe(name: str) -> Recipe | None:

@@ -167,7 +167,9 @@ def _print_remedies(run: str, out: Console) -> None:
         "with the base's answers to general prompts": "--train.keep auto" if can_keep else "",
         "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",
         "a lower rate": f"--lr {recipe.train.learning_rate / 3:.2g}" if recipe.train.learning_rate else "",
-        "a lower rank": f"--rank {recipe.lora.r // 2} --alpha none" if recipe.lora.r > 1 else "",
+        "a lower rank": f"--rank {recipe.lora.r // 2} --alpha none"
+        if recipe.lora.r > 1 and recipe.train.method == "lora"
+        else "",
     }
     for what, options in remedies.items():
         if options:

@@ -18,6 +18,7 @@ from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format
 from strop.models.adapter_config import STROP_FILE, adapter_folder, read_adapter_config, read_base_name, read_identity
 from strop.models.adapters import check_adapter_weights
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
+from strop.runs.folder import RunFolder, is_run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -70,10 +71,12 @@ def push(
         with _translated_errors(api, repo):
             repo = f"{api.whoami()['name']}/{repo}"
     if folder is None:
-        kind, (contents, left_out), base = "model", _read_model(Path(name), base), None
+        path = Path(name).expanduser()
+        folder = RunFolder(path).saved if is_run(path) else path
+        kind, (contents, left_out), base = "model", _read_model(folder, base), None
     else:
         kind, (contents, left_out, base) = "adapter", _read_adapter(folder, base)
-    _prepare_card(folder or Path(name), contents, repo)
+    _prepare_card(folder, contents, repo)
     with _translated_errors(api, repo):
         private, existing = _open_repository(api, repo, public)
         adds = [

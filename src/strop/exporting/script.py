@@ -118,6 +118,7 @@ def _check_supported(recipe: Recipe) -> None:
         f"train.objective {recipe.train.objective}": recipe.train.objective not in ("sft", "dpo"),
         f"train.optimizer {recipe.train.optimizer}": recipe.train.optimizer not in OPTIMIZERS,
         "lora.init loftq": recipe.lora.init == "loftq",
+        "train.method full": recipe.train.method == "full",
         "train.keep": recipe.train.keep is not None,
         "train.teacher": recipe.train.teacher is not None,
         "lora.new_tokens": bool(recipe.lora.new_tokens),

@@ -13,8 +13,8 @@ from rich.table import Table
 from strop.config.schema import Recipe
 from strop.display.tables import Printed
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import MicroBatch, peak_live_bytes
-from strop.planning.memory import framework_bytes, train_phase
+from strop.planning.activations import MicroBatch
+from strop.planning.memory import train_phase
 from strop.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 # Bytes per parameter of full mixed-precision training with AdamW: 16-bit weights and gradients, fp32 weights, and two
 # moments (arXiv:1910.02054, section 3.1).
-FULL_BYTES = 16
 
 
 def print_findings(examination: DoctorReport, out: Console) -> None:
@@ -87,11 +86,13 @@ def compare_methods(
     """Compare the peak memory of each method on one row of `data.max_length` tokens, with all layers checkpointed."""
     tokens = recipe.data.max_length
     batch = MicroBatch.rows([tokens])
+    full_recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"method": "full"})})
     rows = []
     for name, shape, parameters in models:
         workload = Workload.from_recipe(recipe, shape, parameters=parameters)
         workload = workload.replace(scheme="none", resident_layers=0, checkpointed_layers=shape.layers)
-        full = FULL_BYTES * parameters + peak_live_bytes(workload, batch).total + framework_bytes(workload)
+        all_weights = Workload.from_recipe(full_recipe, shape, parameters=parameters)
+        full = train_phase(all_weights.replace(checkpointed_layers=shape.layers), batch).peak_bytes
         lora, qlora = (train_phase(workload.replace(scheme=scheme), batch).peak_bytes for scheme in ("none", "nf4"))
         rows.append(Row(name, parameters, tokens, full, lora, qlora, usable))
     return rows

@@ -57,6 +57,11 @@ class RunFolder:
         return (self.model / "config.json").is_file()
 
     @property
+    def saved(self) -> Path:
+        """The folder of the adapter, or of the model if all weights were trained."""
+        return self.model if self.has_model else self.adapter
+
+    @property
     def holder(self) -> int | None:
         """The id of another running process that has claimed the folder, or None."""
         return _find_claim_holder(self.path / _CLAIM_FILE)

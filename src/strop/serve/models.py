@@ -110,7 +110,9 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     stop_ids = generation_stop_ids(first.module.generation_config)
     base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids)
     if first.adapter is None:
-        return LoadedModels(first.module, {ids[0]: replace(base, id=ids[0])}, first.notes, first.dtype)
+        return LoadedModels(
+            first.module, {ids[0]: replace(base, id=ids[0], system=first.default_system)}, first.notes, first.dtype
+        )
     models = {ids[0]: replace(base, id=ids[0], adapter="default", system=first.default_system)}
     for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)

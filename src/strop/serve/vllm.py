@@ -108,7 +108,7 @@ def serve_vllm(
     vllm = query_vllm(program, config["architectures"][0], lora=folders[0] is not None)
     notes: list[str] = []
     if dtype == "auto":
-        trained = None if folders[0] is None else read_identity(folders[0]).get("dtype")
+        trained = read_identity(folders[0] or weights).get("dtype")
         dtype, notes = pick_generation_dtype(pick_device(device), trained)
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
     texts = {model: _select_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
@@ -202,7 +202,7 @@ def _compute_references(name: str, texts: list[Ids]) -> tuple[list[list[float]],
     """
     model = load(name, device="cpu", dtype="fp32", quantization="none")
     tuned = [_compute_logprobs(model.module, ids) for ids in texts]
-    if model.adapter is None:
+    if not model.is_tuned:
         return tuned, None
     with model.base():
         return tuned, [_compute_logprobs(model.module, ids) for ids in texts]

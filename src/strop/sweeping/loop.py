@@ -352,7 +352,7 @@ class SweepFolder:
         try:
             if seed is None:  # the trial's own report keeps its selection score
                 self._progress.status("scoring the default on the test rows")
-                samples = self._evaluate(str(self.trial_folder(0) / "adapter"), "test")["samples"]
+                samples = self._evaluate(str(RunFolder(self.trial_folder(0)).saved), "test")["samples"]
                 hits, result = [bool(row["tuned_hit"]) for row in samples], dict[str, Any]()
             else:
                 label = f"final check, {name} (seed {seed})"

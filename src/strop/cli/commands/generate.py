@@ -76,6 +76,7 @@ def evaluate(
     if not is_main:
         return
     from strop.evaluation.run import why_incomplete
+    from strop.models.adapter_config import adapter_folder
     from strop.runs.folder import is_run
 
     evaluations = result["runs"] if len(names) > 1 else [result]
@@ -90,7 +91,7 @@ def evaluate(
         raise stopped
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
-        delivery = [["merge", name, "--out", f"{label}-merged"]]
+        delivery = [] if adapter_folder(name) is None else [["merge", name, "--out", f"{label}-merged"]]
         delivery += [] if "classes" in result else [["export", "gguf", name, "--out", f"{label}.gguf"]]
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"

@@ -64,6 +64,7 @@ class Model:
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
+    _untuned: Any = None  # the base of a model whose weights were all trained, once it is loaded
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -179,13 +180,15 @@ class Model:
             return
         with self._lock:
             tuned, device = self.module, next(self.module.parameters()).device
-            storage: dict[str, Any] = {"quantization": self.quantization, "resident_layers": None}
-            self.module = load_base(self.base_source, DTYPES[self.dtype], str(device), **storage)
-            grow_vocabulary(self.module, tuned.get_input_embeddings().num_embeddings)
+            if self._untuned is None:
+                storage: dict[str, Any] = {"quantization": self.quantization, "resident_layers": None}
+                self._untuned = load_base(self.base_source, DTYPES[self.dtype], str(device), **storage)
+                grow_vocabulary(self._untuned, tuned.get_input_embeddings().num_embeddings)
+            self.module = self._untuned
             try:
                 yield
             finally:
-                drop_decoder(self.module)
+                drop_decoder(self.module)  # the two do not need their caches at once
                 self.module = tuned
 
     def answer(self, prompts: Sequence[Ids], **options: Any) -> list[Completion]:

@@ -38,6 +38,9 @@ const KINDS = {
   ollama: ["Ollama", "A folder for `ollama create`: GGUF, template, parameters.", "q8_0", GGUF_TYPES, "type"],
 };
 
+/** Return the exports of a run. One that trained all weights has nothing to merge. */
+const kindsOf = (run) => Object.entries(KINDS).filter(([kind]) => kind !== "merge" || run.adapter?.kind !== "model");
+
 export async function show(container, { run, signal }) {
   const jobs = h("div", { style: { "margin-top": "1rem" } }),
     forms = h("div", { class: "grid" });
@@ -52,7 +55,7 @@ export async function show(container, { run, signal }) {
   put(
     forms,
     canExport
-      ? Object.entries(KINDS).map(([kind, details]) =>
+      ? kindsOf(run).map(([kind, details]) =>
           form(run, kind, details, (job, onEnd) => {
             jobs.querySelector(":scope > p")?.remove();
             jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
@@ -69,7 +72,7 @@ export async function show(container, { run, signal }) {
 /** Return buttons that download files of the run. */
 function downloads(run, signal) {
   const files = [
-    run.adapter && ["adapter", `Adapter (zip, ${bytes(run.adapter.bytes)})`, `${run.name} adapter.zip`],
+    run.adapter?.kind === "adapter" && ["adapter", `Adapter (zip, ${bytes(run.adapter.bytes)})`, `${run.name} adapter.zip`],
     run.report_page && ["report", "Report (HTML)", `${run.name} report.html`],
     ["recipe", "Recipe (YAML)", `${run.name} recipe.yaml`],
   ].filter(Boolean);
@@ -86,7 +89,14 @@ function downloads(run, signal) {
         ),
       ),
     ),
-    run.adapter ? h("p", { class: "soft" }, "Adapter in PEFT format: ", h("code", {}, run.adapter.path)) : null,
+    run.adapter
+      ? h(
+          "p",
+          { class: "soft" },
+          run.adapter.kind === "model" ? `Model folder (${bytes(run.adapter.bytes)}): ` : "Adapter in PEFT format: ",
+          h("code", {}, run.adapter.path),
+        )
+      : null,
   );
 }
 
