@@ -102,7 +102,7 @@ class Plan(Printed):
     def phases_too_large(self) -> list[str]:
         """Phases after training that do not fit. Merging and exporting use host memory, not a GPU's."""
         later = ("evaluate", "serve", *(() if self.device == "cuda" else ("merge", "export")))
-        return [name for name in later if self.phases[name].needed_bytes > self.usable_bytes]
+        return [x for x in later if x in self.phases and self.phases[x].needed_bytes > self.usable_bytes]
 
     def _print(self, out: Console) -> None:
         print_plan(self, out)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from strop.machine.doctor import DoctorReport
 
 GIB = 1 << 30
-# Bytes per parameter of full mixed-precision training with AdamW: 16-bit weights and gradients, fp32 weights, and two
-# moments (arXiv:1910.02054, section 3.1).
 
 
 def print_findings(examination: DoctorReport, out: Console) -> None:

@@ -49,6 +49,7 @@ def adapters(
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
         from strop.exporting import adapters as adapter_folders
+        from strop.runs.folder import is_run
 
         status.update("reading the adapters")
         if out is not None:
@@ -56,7 +57,7 @@ def adapters(
             result = {**combined, "notes": adapter_folders.find_prompt_differences(names)}
         elif len(names) == 2:
             result = adapter_folders.compare(*names)
-        elif adapter_folders.is_adapter(names[0]):
+        elif adapter_folders.is_adapter(names[0]) or is_run(Path(names[0])):
             result = {**adapter_folders.read_info(names[0]), "norm": adapter_folders.compute_norm(names[0])}
             result["not_measured"] = adapter_folders.why_not_measured(names[0])
         else:

@@ -1,0 +1,259 @@
+"""train.method full: gradients of all weights, exact resume, and the saved model wherever a run is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import strop
+from strop.engine.step import step_for
+from strop.engine.train.fast import FastLoss
+from strop.engine.train.plain import PlainLoss
+from strop.errors import InputError, ModelError, RecipeError
+from strop.models.lora import train_all_weights
+from strop.testing import tiny_rows
+from tests.support.random_models import EXPERTS, FAMILY_CONFIGS, example, tiny_of
+from tests.support.tiny import save_tiny
+
+FULL: dict[str, Any] = {
+    "train.method": "full", "train.max_steps": 12, "train.save_steps": 4, "train.batch_size": 4,
+    "train.learning_rate": 1e-3, "model.device": "cpu", "model.dtype": "fp32", "lr_scheduler": "constant",
+}  # fmt: skip
+ROWS = [example(9, 0), example(14, 1, [0.0] * 5 + [1.0] * 9), example(20, 3)]
+# These have small parts that the fast step does not train.
+PLAIN = {"gemma4_text", "apertus", "gpt_oss"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "full"
+    return strop.train(model=str(base), data=str(rows), out=str(out), **FULL).folder
+
+
+def build(family: str) -> Any:
+    model = tiny_of(family)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "bias" in name or "norm" in name:
+            torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    return train_all_weights(model, (), None).train()
+
+
+def gradients(step: Any, model: Any) -> dict[str, torch.Tensor]:
+    loss = step.token_loss(ROWS)
+    loss.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return grads | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS.keys() - PLAIN))
+def test_all_gradients_equal_those_of_the_model_itself(family: str) -> None:
+    model, reference = build(family), build(family)
+    fast, plain = gradients(FastLoss(model, warm=False), model), gradients(PlainLoss(reference), reference)
+    assert fast.keys() == plain.keys()
+    largest = max(float(value.norm()) for name, value in plain.items() if name != "loss")
+    for name, expected in plain.items():
+        assert float((fast[name] - expected).norm()) < 2e-6 * largest + 1e-4 * float(expected.norm()), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "starcoder2"])
+def test_bf16_computes_with_fp32_weights(family: str) -> None:
+    model, reference = build(family), build(family)
+    fast = gradients(step_for(model, dtype=torch.bfloat16), model)
+    exact = gradients(PlainLoss(reference), reference)
+    assert all(value.dtype == torch.float32 for value in fast.values())
+    largest = max(float(value.norm()) for name, value in exact.items() if name != "loss")
+    for name, expected in exact.items():
+        assert float((fast[name] - expected).norm()) < 0.03 * float(expected.norm()) + 0.003 * largest, name
+
+
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_other_parts_are_trained_by_the_plain_step(family: str) -> None:
+    assert step_for(build(family)).name == "plain"
+
+
+def test_mixtures_are_trained_in_fp32() -> None:
+    model = tiny_of("mixtral", **EXPERTS)
+    train_all_weights(model, (), None)
+    assert step_for(model).name == "fast"
+    assert step_for(model, dtype=torch.bfloat16).name == "plain"
+
+
+def test_the_run_equals_a_loop_of_transformers_and_adamw(base: Path, rows: Path, run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    recorded = [event["loss"] for event in events(run) if event["event"] == "step"]
+    from strop.config.load import read_resolved
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
+    from strop.objectives.table import prepare_rows
+    from strop.training.state import batch_stream
+
+    recipe = read_resolved(run / "recipe.yaml").recipe
+    data = prepare_rows(recipe, load_tokenizer(locate(str(base))))
+    losses = []
+    for batch in batch_stream(recipe, len(data.train)):
+        examples = [data.train[row] for row in batch.rows]
+        total = sum(float(x.weights.sum()) for x in examples)
+        loss = PlainLoss(model).token_loss(examples) / total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (0.5 if not losses else 1.0)  # one step of warmup
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(recorded, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_saved_folder_is_the_trained_model(base: Path, run: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    newest = load_file(max((run / "checkpoints").glob("step-*")) / "weights.safetensors")
+    own = dict(saved.named_parameters())
+    dtype = torch.bfloat16 if "bfloat16" in (run / "model" / "config.json").read_text() else torch.float32
+    assert newest.keys() == own.keys()
+    for name, weight in newest.items():
+        assert torch.equal(own[name].detach(), weight.to(dtype).float()), name
+    before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    assert all(not torch.equal(own[name].detach(), before[name].detach()) for name in own)
+    assert "all weights of the text model" in (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert not (run / "adapter").exists()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_gives_equal_bits(base: Path, rows: Path, tmp_path: Path, dtype: str) -> None:
+    class Interrupted(Exception):
+        pass
+
+    options = {**FULL, "model": str(base), "data": str(rows), "model.dtype": dtype}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    strop.train(**options, out=str(whole))
+    for stop in (3, 6, 10):
+
+        def interrupt(event: dict[str, Any], stop: int = stop) -> None:
+            if event["event"] == "step" and event["step"] == stop:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            strop.train(**options, out=str(broken), resume_existing=True, callback=interrupt)
+    strop.train(**options, out=str(broken), resume_existing=True)
+    ends = [load_file(folder / "checkpoints" / "step-000012" / "weights.safetensors") for folder in (whole, broken)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    saved = load_file(broken / "model" / "model-00001.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+
+
+def test_eval_compares_with_the_untrained_base(run: Path, rows: Path, base: Path) -> None:
+    result = strop.evaluate(str(run), str(rows))
+    assert result["base"]["loss"] > result["tuned"]["loss"]
+    assert {"base", "tuned", "base_hit", "tuned_hit"} <= result["samples"][0].keys()
+    alone = strop.evaluate(str(base), str(rows), dtype="fp32")
+    assert alone["base"]["loss"] == pytest.approx(result["base"]["loss"], rel=1e-5)
+    assert result["train_rows"] == result["rows"]
+    assert "evaluation" in json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_names_its_model_everywhere(run: Path, rows: Path, tmp_path: Path) -> None:
+    model = strop.load(str(run))
+    tuned = model.generate("hi", max_new_tokens=3)
+    assert tuned == strop.load(str(run / "model")).generate("hi", max_new_tokens=3)
+    with model.base():
+        untrained = model.module
+    assert untrained is not model.module
+    again = strop.train(
+        model=str(run), data=str(rows), out=str(tmp_path / "lora"), max_steps=2, **{"model.device": "cpu"}
+    )
+    assert (again.folder / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((again.folder / "lock.json").read_text())["base"]["name"] == str((run / "model").resolve())
+    with pytest.raises(ModelError, match="all weights were trained, so there is no adapter"):
+        strop.merge(str(run), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train.objective": "dpo"}, "objective dpo"),
+        ({"train.objective": "grpo"}, "objective grpo"),
+        ({"model.quantization": "nf4"}, "quantized weights cannot be trained"),
+        ({"model.dtype": "fp16"}, "use bf16 or fp32"),
+        ({"train.int8_matmul": True}, "frozen weights"),
+        ({"train.lora_plus_ratio": 16}, "there are no adapters"),
+        ({"model.placement": "sharded"}, "each device has all weights"),
+        ({"lora.r": 8}, "lora.r 8: train.method full trains all weights"),
+        ({"lora.dropout": 0.1}, "lora.dropout 0.1"),
+    ],
+)
+def test_settings_without_effect_are_refused(
+    base: Path, rows: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((RecipeError, InputError), match=message):
+        strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **{**FULL, **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_of_adapters_do_not_get_in_the_way(base: Path, rows: Path, tmp_path: Path) -> None:
+    options = {**FULL, "preset": "low-memory", "model.quantization": "none", "train.max_steps": 2}
+    done = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options)
+    assert done.folder.joinpath("model", "config.json").is_file()
+
+
+def test_new_tokens_are_trained_and_saved(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "completion": f"<A> {i}"}) + "\n" for i in range(8)), encoding="utf-8"
+    )
+    options = {**FULL, "lora.new_tokens": ["<A>"], "train.max_steps": 3}
+    done = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options)
+    model = strop.load(str(done.folder))
+    number = model.tokenizer.convert_tokens_to_ids("<A>")
+    assert model.module.get_input_embeddings().num_embeddings > number
+    assert strop.evaluate(str(done.folder), str(rows))["base"]["loss"] > 0
+
+
+def test_preferences_without_a_reference(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    options = {**FULL, "train.objective": "orpo", "train.max_steps": 4}
+    done = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options)
+    result = strop.evaluate(str(done.folder), str(rows))
+    assert {"base", "tuned"} <= result.keys()
+
+
+def test_the_plan_counts_all_weights(base: Path, rows: Path) -> None:
+    plans = {
+        method: strop.plan(model=str(base), data=str(rows), **{"train.method": method, "model.device": "cpu"})
+        for method in ("lora", "full")
+    }
+    parameters = plans["full"].workload.base.parameters
+    assert plans["full"].workload.adapter_weights == parameters
+    parts = plans["full"].phases["train"].parts
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (
+        4 * parameters,
+        4 * parameters,
+        8 * parameters,
+    )
+    assert "merge" not in plans["full"].phases and "merge" in plans["lora"].phases
+    rates = [plans[method].resolved.recipe.train.learning_rate for method in ("full", "lora")]
+    assert rates[0] == pytest.approx(0.1 * rates[1], rel=0.05)
