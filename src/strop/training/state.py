@@ -36,6 +36,7 @@ from strop.training.criteria import Criterion, SupervisedCriterion
 from strop.training.samples import SamplePrompts
 
 Note = Callable[[str], None]
+MAX_SHARED = 1024  # elements of the tensors that weights may share: steps, and the code tables of 8-bit optimizers
 
 
 @dataclass
@@ -282,7 +283,8 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _to_tensor(value: Tensor | int | float) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous().clone()
+        tensor = value.detach().cpu().contiguous()
+        return tensor if tensor.numel() > MAX_SHARED else tensor.clone()
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
