@@ -194,16 +194,46 @@ def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "axolotl": ("base_model: m\n", "adapter"),
-    "llamafactory": ("model_name_or_path: m\nfinetuning_type: full\n", "finetuning_type"),
-    "torchtune": ("model: {_component_: torchtune.models.llama3.llama3_8b}\n", "llama3_8b"),
+    "axolotl": ("base_model: m\nadapter: llama-adapter\n", "adapter"),
+    "llamafactory": ("model_name_or_path: m\nfinetuning_type: freeze\n", "finetuning_type"),
+    "torchtune": ("tokenizer: {}\n", "no model is given"),
     "trl": ("from trl import GRPOConfig\nargs = GRPOConfig()\n", "GRPOConfig"),
     "unsloth": ("from trl import SFTConfig\nargs = SFTConfig()\n", "get_peft_model"),
 }
 
 
+FULL = {
+    "axolotl": "base_model: m\ndatasets: [{path: rows.jsonl, type: alpaca}]\nlearning_rate: 2e-5\nbf16: true\n",
+    "llamafactory": "model_name_or_path: m\nfinetuning_type: full\nlearning_rate: 2.0e-5\npure_bf16: true\n",
+    "torchtune": (
+        "model: {_component_: torchtune.models.llama3.llama3_8b}\ncheckpointer: {checkpoint_dir: m}\n"
+        "optimizer: {_component_: torch.optim.AdamW, lr: 2e-5}\n"
+    ),
+    "trl": (
+        "from trl import SFTConfig, SFTTrainer\nargs = SFTConfig(learning_rate=2e-5)\n"
+        "trainer = SFTTrainer(model='m', args=args, train_dataset=None)\n"
+    ),
+    "unsloth": (
+        "from unsloth import FastLanguageModel\nfrom trl import SFTConfig, SFTTrainer\n"
+        "model, tokenizer = FastLanguageModel.from_pretrained('m', full_finetuning=True)\n"
+        "trainer = SFTTrainer(model=model, args=SFTConfig(learning_rate=2e-5), train_dataset=None)\n"
+    ),
+}
+
+
 @pytest.mark.parametrize("peer", IMPORTERS)
-def test_configs_without_lora_are_refused(peer: str, tmp_path: Path) -> None:
+def test_configs_that_train_all_weights(peer: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text(FULL[peer], encoding="utf-8")
+    done = import_config(peer, file)
+    recipe = done.resolved.recipe
+    assert (recipe.train.method, recipe.model.quantization, recipe.train.learning_rate) == ("full", "none", 2e-5)
+    assert not any(name.startswith("lora.") for name in done.draft.fields)
+    assert "weights" in {note.key for note in done.draft.differs}
+
+
+@pytest.mark.parametrize("peer", IMPORTERS)
+def test_configs_of_other_methods_are_refused(peer: str, tmp_path: Path) -> None:
     text, expected = REFUSED[peer]
     file = tmp_path / "file"
     file.write_text(text, encoding="utf-8")

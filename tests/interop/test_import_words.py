@@ -663,7 +663,7 @@ def test_trained_adapter_without_lora_config_is_imported(tmp_path: Path) -> None
         expected = {"model.name": "demo", "model.adapter": "old", "model.quantization": "none"}
         assert fields == expected | ({} if dropout is None else {"lora.dropout": dropout}) and not draft.unsupported
     file.write_text(text.format("SFT").replace("PeftModel", "Other"), encoding="utf-8")
-    with pytest.raises(InputError, match="LoraConfig is not called: strop trains LoRA adapters only"):
+    with pytest.raises(InputError, match="LoraConfig is not called: strop trains LoRA adapters, or all weights"):
         import_config("trl", file)
 
 

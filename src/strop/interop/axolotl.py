@@ -62,8 +62,10 @@ def read(draft: Draft) -> None:
 
 def _read_model(draft: Draft, keys: Keys) -> None:
     adapter = keys.take("adapter")
-    if adapter not in ("lora", "qlora"):
-        raise draft.not_lora_error(f"adapter: {adapter}", "set adapter: lora or qlora in the file")
+    if adapter in (None, ""):
+        draft.put_full("no adapter")
+    elif adapter not in ("lora", "qlora"):
+        raise draft.not_supported_error(f"adapter: {adapter}", "set adapter: lora or qlora in the file")
     base = keys.peek("base_model")
     names = {"base_model": "model.name", "revision_of_model": "model.revision", "lora_model_dir": "model.adapter"}
     draft.put_fields(keys, names, str)

@@ -170,6 +170,13 @@ class Draft:
         if any(source.endswith(".txt") for source in self._train_files()):
             self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
+        if self.get("train.method") == "full":
+            self.fields = {
+                name: entry
+                for name, entry in self.fields.items()
+                if not name.startswith("lora.") or name == "lora.new_tokens"
+            }
+            self.differs = [note for note in self.differs if not note.key.startswith(("lora_", "target_modules"))]
         modules, key = self.fields.get("lora.modules_to_save", ([], ""))
         modules = [modules] if isinstance(modules, str) else modules
         if self.get("train.objective") == "reward" and "score" in modules:
@@ -206,8 +213,13 @@ class Draft:
             text = "the reference is the base without the adapter in the other tool, and with it in strop"
             self.add_difference("adapter_name_or_path", text)
 
-    def not_lora_error(self, setting: str, fix: str) -> InputError:
-        return InputError(f"{self.file}: {setting}: strop trains LoRA adapters only", fix=fix)
+    def put_full(self, source: str) -> None:
+        """Import that all weights are trained."""
+        self.put("train.method", "full", source)
+        self.add_difference("weights", "kept in fp32 while they are trained, also where model.dtype is bf16")
+
+    def not_supported_error(self, setting: str, fix: str) -> InputError:
+        return InputError(f"{self.file}: {setting}: strop trains LoRA adapters, or all weights", fix=fix)
 
     def read_yaml(self) -> dict[str, Any]:
         """Return the mapping in a YAML config. Raises InputError."""

@@ -35,11 +35,13 @@ _USUAL_TAGS = {
 
 
 def read(draft: Draft) -> None:
-    """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported stage."""
+    """Import a config. Raises InputError for another method than LoRA or full, or an unsupported stage."""
     keys = Keys(draft.read_yaml())
     finetuning_type = keys.take("finetuning_type", "lora")
-    if finetuning_type != "lora":
-        raise draft.not_lora_error(f"finetuning_type: {finetuning_type}", "set it to lora")
+    if finetuning_type == "full":
+        draft.put_full("finetuning_type")
+    elif finetuning_type != "lora":
+        raise draft.not_supported_error(f"finetuning_type: {finetuning_type}", "set it to lora or full")
     stage = keys.take("stage", "sft")
     if stage == "dpo":
         objective = draft.put_objective("pref_loss", keys.take("pref_loss", "sigmoid"), LOSSES)

@@ -78,8 +78,9 @@ def _take_component(keys: Keys, section: str) -> str:
 
 def _read_model(draft: Draft, keys: Keys) -> None:
     builder = _take_component(keys, "model")
-    if not builder.startswith(("lora_", "qlora_")):
-        raise draft.not_lora_error(f"model._component_: {builder}", "give the config of a lora_ or qlora_ model")
+    is_full = bool(builder) and not builder.startswith(("lora_", "qlora_"))
+    if is_full:
+        draft.put_full(f"model._component_: {builder}")
     names = {"checkpointer.checkpoint_dir": "model.name", "output_dir": "out", "checkpointer.output_dir": "out"}
     draft.put_fields(keys, names, str)
     if keys.take("resume_from_checkpoint"):
@@ -96,7 +97,10 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     targets += MLP_MODULES if keys.take("model.apply_lora_to_mlp") else []
     targets += ["lm_head"] if keys.take("model.apply_lora_to_output") else []
     draft.put("lora.target_modules", targets, "model.lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output")
-    draft.add_difference("model.lora_attn_modules", "strop uses the layer names of transformers: see `strop modules`")
+    if not is_full:
+        draft.add_difference(
+            "model.lora_attn_modules", "strop uses the layer names of transformers: see `strop modules`"
+        )
 
 
 def _read_loss(draft: Draft, keys: Keys) -> None:

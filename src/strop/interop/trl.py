@@ -304,7 +304,7 @@ def _read_yaml(draft: Draft) -> None:
     """Import a YAML file for `trl sft --config FILE`: script, training and model arguments in one mapping."""
     keys = Keys(draft.read_yaml())
     if not keys.take("use_peft"):
-        raise draft.not_lora_error("use_peft is not set", "set use_peft: true")
+        draft.put_full("use_peft is not set")
     if keys.peek("model_revision") == "main":
         keys.take("model_revision")
     names = {"model_name_or_path": "model.name", "dataset_name": "data.train", "model_revision": "model.revision"}
@@ -423,10 +423,10 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
         draft.put("data.max_length", 2048, keys.default_source("max_seq_length", "unsloth's default"))
         draft.put_int(keys, "max_seq_length", "data.max_length")
         in_4_bit, in_8_bit, in_16_bit = (keys.take(f"load_in_{bits}bit") for bits in (4, 8, 16))
-        if keys.take("full_finetuning"):
-            raise draft.not_lora_error("full_finetuning", "give a script that trains an adapter")
+        if full := keys.take("full_finetuning"):
+            draft.put_full("full_finetuning")
         source = "load_in_4bit" if in_4_bit is not None else "unsloth's default"
-        in_4_bit = not (in_8_bit or in_16_bit) if in_4_bit is None else in_4_bit
+        in_4_bit = not (in_8_bit or in_16_bit or full) if in_4_bit is None else in_4_bit
         draft.put("model.quantization", "nf4" if in_4_bit else "int8" if in_8_bit else "none", source)
     elif keys.peek("load_in_4bit") or keys.peek("load_in_8bit"):
         _read_bitsandbytes(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
@@ -502,8 +502,16 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
         return None  # the adapter has its own settings
     if adapters and any(call.name == "merge_and_unload" for call in script.calls):
         draft.fields.pop("model.adapter", None)  # it is merged into the base, and a new one is trained
+    if draft.get("train.method") == "full":
+        return None
+    loaders = [call.owner for call in script.calls if call.name == "from_pretrained"]
+    only_models = all(any(part in owner for part in ("Auto", "ForCausalLM", "Tokenizer")) for owner in loaders)
+    if not adapters and not is_unsloth and only_models and draft.get("model.quantization") in (None, "none"):
+        draft.put_full("no LoraConfig")
+        return None
     if not adapters:
-        raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
+        fix = "give a script that trains an adapter, or all weights of a base that is not quantized"
+        raise draft.not_supported_error(f"{function} is not called", fix)
     if is_unsloth:
         call = replace(adapters[0], arguments=adapters[0].arguments[1:], assigned_to="")
     else:
@@ -514,7 +522,7 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
         for part in (part for node in nodes for part in script.trace(node, adapters) if isinstance(part, ast.Call)):
             name = ast.unparse(part.func).rpartition(".")[2]
             if name.endswith("Config") and name != function:
-                raise draft.not_lora_error(f"peft_config: {name}", "give a script that passes a LoraConfig")
+                raise draft.not_supported_error(f"peft_config: {name}", "give a script that passes a LoraConfig")
         call = find_passed(draft, script, "peft_config", nodes, adapters, elsewhere=True) or adapters[0]
     default_rank = 16 if is_unsloth else 8
     positional = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias") if is_unsloth else ()
