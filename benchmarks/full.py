@@ -2,11 +2,13 @@
 
     python benchmarks/full.py speed --model FOLDER --data CHAT.jsonl [--steps 25] [--repeats 3] [--out FILE]
     python benchmarks/full.py quality --snips FOLDER [--rows 350] [--epochs 2] [--rates 0.03 0.1 0.3] [--out FILE]
+    python benchmarks/full.py rounding --snips FOLDER [--rows 350] [--steps 44] [--out FILE]
 
 `speed`: each tool runs in its own process, in turn, in fp32 with AdamW and batches of 4 rows, which TRL gets in strop's
 order; all tokens are supervised. Prints medians of tokens/s (real tokens, never padding), and the largest relative
 difference between the losses of a step. `quality`: exact answers on held-out rows for learning rates that are shares of
-LoRA's rule; `lora` is LoRA with its own rate. Prints a Markdown table; the file is updated after each run.
+LoRA's rule; `lora` is LoRA with its own rate. Prints a Markdown table; the file is updated after each run. `rounding`:
+the loss on held-out rows with weights that are rounded after each step: to bf16, to bf16 stochastically, or not.
 """
 
 from __future__ import annotations
@@ -146,7 +148,54 @@ def run_quality(args: argparse.Namespace, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def quality_row(one: dict[str, Any]) -> str:
+def run_rounding(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train with AdamW moments in fp32, and weights that are rounded after each step."""
+    import torch
+
+    import strop
+    from strop.data.prepare import prepare
+    from strop.engine.step import step_for
+    from strop.evaluation.compare import mean_loss
+    from strop.models.load import load_base
+    from strop.models.lora import train_all_weights
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
+    from strop.training.optim import rate_factor
+    from strop.training.state import batch_stream
+
+    train, held_out = args.snips / f"train_{args.rows}.jsonl", args.snips / "test_210.jsonl"
+    options = {"train.method": "full", "train.max_steps": args.steps}
+    recipe = strop.plan(model="demo", data=str(train), **options).resolved.recipe
+    source = locate("demo")
+    data = prepare(recipe.data.model_copy(update={"eval": str(held_out)}), load_tokenizer(source))
+    model = train_all_weights(load_base(source, torch.float32, "cpu"), (), None).train()
+    weights, step = list(model.parameters()), step_for(model)
+    optimizer = torch.optim.AdamW(weights, lr=recipe.train.learning_rate, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for number, batch in enumerate(batch_stream(recipe, len(data.train))):
+        examples = [data.train[row] for row in batch.rows]
+        (step.token_loss(examples) / sum(float(x.weights.sum()) for x in examples)).backward()
+        torch.nn.utils.clip_grad_norm_(weights, recipe.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.train.learning_rate * rate_factor(number, args.steps, 2, "cosine")
+        optimizer.step()
+        optimizer.zero_grad()
+        for weight in weights if name != "fp32" else ():
+            bits = weight.detach().view(torch.int32)
+            if name == "stochastic":
+                bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
+                bits &= -(1 << 16)
+            else:
+                weight.data.copy_(weight.data.bfloat16())
+    examples = [data.eval[row] for row in range(len(data.eval))]
+    loss = mean_loss(step.token_loss, examples, lambda block: [[row] for row in range(len(block))])
+    return {"name": name, "steps": args.steps, "rows": args.rows, "loss": loss}
+
+
+def row_of(one: dict[str, Any]) -> str:
+    """Return a row of a Markdown table."""
+    if "tuned" not in one:
+        return f"| {one['name']} | {one['steps']} steps | {one['loss']:.4f} |"
     low, high = one["interval"]
     score = f"{100 * one['tuned']['exact_json']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
     return f"| {one['name']} | {one['rows']} x {one['epochs']} | {score} | {one['tuned']['loss']:.4f} |"
@@ -154,7 +203,7 @@ def quality_row(one: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "quality"])
+    parser.add_argument("what", choices=["speed", "quality", "rounding"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--snips", type=Path)
@@ -173,18 +222,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(train(args, Path(folder))))
     elif args.one:
-        print(json.dumps(run_quality(args, args.one)))
+        print(json.dumps({"quality": run_quality, "rounding": run_rounding}[args.what](args, args.one)))
     elif args.what == "speed":
         measure_speed(args)
     else:
         results: list[dict[str, Any]] = []
         if args.out and args.out.is_file():
             results = json.loads(args.out.read_text(encoding="utf-8"))["results"]
-        finished = {(one["name"], one["rows"], one["epochs"]) for one in results}
-        jobs = [(name,) for name in ["lora", *args.rates] if (name, args.rows, args.epochs) not in finished]
-        command = [sys.executable, __file__, "quality", "--snips", str(args.snips), "--rows", str(args.rows)]
-        run_jobs([*command, "--epochs", str(args.epochs)], jobs, results, quality_row, args.out)
-        print("\n".join(map(quality_row, results)))
+        is_rounding = args.what == "rounding"
+        amount, names = ("steps", ["fp32", "stochastic", "bf16"]) if is_rounding else ("epochs", ["lora", *args.rates])
+        finished = {(one["name"], one["rows"], one[amount]) for one in results}
+        jobs = [(name,) for name in names if (name, args.rows, getattr(args, amount)) not in finished]
+        command = [sys.executable, __file__, args.what, "--snips", str(args.snips), "--rows", str(args.rows)]
+        command += [f"--{amount}", str(getattr(args, amount))]
+        run_jobs(command, jobs, results, row_of, args.out)
+        print("\n".join(map(row_of, results)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import strop
+from strop.cli import app
 from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError, RecipeError
 from strop.models.lora import train_all_weights
+from strop.serve.models import load_models
 from strop.testing import tiny_rows
+from tests import ROOT
+from tests.support.pages import SHELL, blocks, commands
 from tests.support.random_models import EXPERTS, FAMILY_CONFIGS, example, tiny_of
 from tests.support.tiny import save_tiny
 
@@ -257,3 +264,55 @@ def test_the_plan_counts_all_weights(base: Path, rows: Path) -> None:
     assert "merge" not in plans["full"].phases and "merge" in plans["lora"].phases
     rates = [plans[method].resolved.recipe.train.learning_rate for method in ("full", "lora")]
     assert rates[0] == pytest.approx(0.1 * rates[1], rel=0.05)
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/full.md run in order, with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    tiny_rows(tmp_path / "rows.jsonl", 24)
+    tiny_rows(tmp_path / "held-out.jsonl", 6)
+    outputs = {}
+    for block in blocks(ROOT / "docs" / "full.md"):
+        for words in commands(block.text) if block.language in SHELL else ():
+            words = [str(base) if word == "demo" else word for word in words[1:]]
+            words += ["--max-steps", "2", "--batch-size", "4"] if words[0] == "train" else []
+            monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["strop", *words])
+                with pytest.raises(SystemExit) as ended:
+                    app.main()
+            outputs[words[0]] = "".join(capsys.readouterr())
+            assert not ended.value.code, outputs[words[0]]
+    assert "(100.00%)" in outputs["plan"]
+    assert "model    runs/full/model" in outputs["train"]
+    assert "base" in outputs["eval"] and "tuned" in outputs["eval"] and "strop merge" not in outputs["eval"]
+    assert "system prompt" in outputs["chat"] or "Turn" in outputs["chat"] or outputs["chat"]
+
+
+def test_a_server_gives_the_trained_model(run: Path) -> None:
+    loaded = load_models([str(run)], device="cpu", dtype="fp32", quantization="none", force=False)
+    assert list(loaded.models) == ["full"]
+    trained = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.module.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_changed_base_is_refused(tmp_path: Path, rows: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    options = {**FULL, "train.max_steps": 2}
+    run = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options).folder
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}), encoding="utf-8")
+    with pytest.raises(ModelError, match="has changed since training"):
+        strop.evaluate(str(run), str(rows))
+    shutil.rmtree(base)
+    assert strop.load(str(run)).generate("hi", max_new_tokens=2)
+    alone = strop.evaluate(str(run), str(rows), force=True)
+    assert "difference" not in alone and any("not compared with it" in note for note in alone["notes"])
+
+
+def test_export_writes_the_trained_weights(run: Path, tmp_path: Path) -> None:
+    strop.export("gguf", str(run), str(tmp_path / "full.gguf"), type="f32", measure=False)
+    exported = strop.load(str(tmp_path / "full.gguf"), dtype="fp32")
+    assert exported.generate("hi", max_new_tokens=4) == strop.load(str(run)).generate("hi", max_new_tokens=4)

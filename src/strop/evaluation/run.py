@@ -247,7 +247,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     if folder is not None:
         check_adapter_kind(folder, "text")
     model = _load(name, request)
-    base_key = (str(model.base_source or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
+    base_key = (str(model.untuned or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     known_base = bases.get(base_key)
     compared = compare_rows(request.rows, metric=options.metric, base=known_base, with_base=options.base)

@@ -59,12 +59,12 @@ class Model:
     quantization: str = "none"  # of the base model
     dtype: str = "bf16"  # of the weights that are not quantized
     classes: Classes | None = None  # of a classifier, which generates no text
-    base_source: Source | None = None  # of the base of a model whose weights were all trained
+    untuned: Mapping[str, str] | None = None  # name and fingerprint of the base, if all weights were trained
     history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
-    _untuned: Any = None  # the base of a model whose weights were all trained, once it is loaded
+    _base: Any = None  # the base of a model whose weights were all trained, once it is loaded
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -74,7 +74,7 @@ class Model:
     @property
     def is_tuned(self) -> bool:
         """Whether `base` gives another model: with an adapter, or if all weights were trained."""
-        return self.adapter is not None or self.base_source is not None
+        return self.adapter is not None or self.untuned is not None
 
     @property
     def sampling(self) -> Sampling:
@@ -174,17 +174,18 @@ class Model:
         after `history.clear()`.
         """
         assert self.is_tuned
-        if self.base_source is None:
+        if self.untuned is None:
             with self._lock, adapter_disabled(self.module):
                 yield
             return
         with self._lock:
             tuned, device = self.module, next(self.module.parameters()).device
-            if self._untuned is None:
+            if self._base is None:
                 storage: dict[str, Any] = {"quantization": self.quantization, "resident_layers": None}
-                self._untuned = load_base(self.base_source, DTYPES[self.dtype], str(device), **storage)
-                grow_vocabulary(self._untuned, tuned.get_input_embeddings().num_embeddings)
-            self.module = self._untuned
+                source = _locate_untuned(self.untuned)
+                self._base = load_base(source, DTYPES[self.dtype], str(device), **storage)
+                grow_vocabulary(self._base, tuned.get_input_embeddings().num_embeddings)
+            self.module = self._base
             try:
                 yield
             finally:
@@ -337,15 +338,13 @@ def _make_renderer(folder: Path | None, source: Source) -> Renderer:
     return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
 
 
-def _locate_untuned(name: str, identity: Mapping[str, Any], source: Source, force: bool) -> Source | None:
-    """Return the base of a model whose weights were all trained, or None if `force` is given and it has changed."""
-    base = locate(name)
-    if fingerprint(base) == identity["base"]["fingerprint"]:
-        return base
-    if force:
-        return None
-    what = f"{source.name}: its base {name} has changed since training"
-    raise ModelError(what, fix="restore its files, or load it alone with --force")
+def _locate_untuned(base: Mapping[str, str]) -> Source:
+    """Return the base of a model whose weights were all trained. Raises ModelError if it is missing or has changed."""
+    source = locate(base["name"])
+    if fingerprint(source) != base["fingerprint"]:
+        fix = "restore its files, or use the model alone with --force"
+        raise ModelError(f"its base {base['name']} has changed since training", fix=fix)
+    return source
 
 
 def load(
@@ -397,10 +396,15 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
-        base_source = None if base_name is None else _locate_untuned(base_name, identity, source, force)
+        untuned = None if base_name is None else identity["base"]
+        if untuned is not None and force:
+            try:
+                _locate_untuned(untuned)
+            except ModelError as error:
+                untuned, notes = None, [*notes, f"{error.what}: not compared with it"]
         return Model(
             name, base, renderer.tokenizer, renderer, None, identity.get("system"), notes, source, scheme, dtype,
-            base_source=base_source,
+            untuned=untuned,
         )  # fmt: skip
     kind = adapter_kind(folder)
     expected = kind if kind == "classifier" else "reward" if scores else "text"
