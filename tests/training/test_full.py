@@ -200,7 +200,6 @@ def test_a_run_names_its_model_everywhere(run: Path, rows: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train.objective": "dpo"}, "objective dpo"),
         ({"train.objective": "grpo"}, "objective grpo"),
         ({"model.quantization": "nf4"}, "quantized weights cannot be trained"),
         ({"model.dtype": "fp16"}, "use bf16 or fp32"),
@@ -238,14 +237,41 @@ def test_new_tokens_are_trained_and_saved(base: Path, tmp_path: Path) -> None:
     assert strop.evaluate(str(done.folder), str(rows))["base"]["loss"] > 0
 
 
-def test_preferences_without_a_reference(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_preferences(base: Path, tmp_path: Path, objective: str) -> None:
     rows = tmp_path / "pairs.jsonl"
-    pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
-    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    options = {**FULL, "train.objective": "orpo", "train.max_steps": 4}
-    done = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options)
-    result = strop.evaluate(str(done.folder), str(rows))
-    assert {"base", "tuned"} <= result.keys()
+    pairs: list[dict[str, Any]] = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
+    labelled = [
+        {"prompt": f"p{i}", "completion": f"{w} {i}", "label": w == "good"} for i in range(6) for w in ("good", "bad")
+    ]
+    rows.write_text(
+        "".join(json.dumps(row) + "\n" for row in (labelled if objective == "kto" else pairs)), encoding="utf-8"
+    )
+    options = {**FULL, "train.objective": objective, "train.max_steps": 6, "train.save_steps": 2, "data": str(rows)}
+    whole = strop.train(**options, model=str(base), out=str(tmp_path / "whole"))
+    if objective != "kto":
+        assert {"base", "tuned"} <= strop.evaluate(str(whole.folder), str(rows)).keys()
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            raise Interrupted
+
+    broken = {**options, "model": str(base), "out": str(tmp_path / "broken"), "resume_existing": True}
+    with pytest.raises(Interrupted):
+        strop.train(**broken, callback=interrupt)
+    strop.train(**broken)
+    ends = [
+        load_file(tmp_path / name / "checkpoints" / "step-000006" / "weights.safetensors")
+        for name in ("whole", "broken")
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    if objective == "dpo":  # the reference is the model before training
+        first = next(event for event in events(whole.folder) if event["event"] == "step")
+        assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+        assert not any(name.startswith("weight/") for name in load_file(whole.folder / "reference.safetensors"))
 
 
 def test_the_plan_counts_all_weights(base: Path, rows: Path) -> None:

@@ -220,7 +220,7 @@ class LoraSection(Section):
 
 KEEP_AUTO = 0.15  # train.keep auto
 NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
-FULL_OBJECTIVES = ("sft", "orpo", "simpo")  # objectives of train.method full
+FULL_OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives of train.method full
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),

@@ -2,7 +2,8 @@
 
 The reference is the model at the start of training, with its adapters and without dropout. Log-probabilities are
 computed once, in the micro-batches of the first epoch. The run folder stores them with a key and the start weights.
-Those of the first step's rows are checked at the start and at the end of training.
+Those of the first step's rows are checked at the start and at the end of training. If all weights are trained, start
+weights are not stored: the log-probabilities are complete before the first step, and are checked at the start only.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
     own = _own_groups(job)
     groups = [own[row] for row in batch_stream(job.recipe, len(job.train)).rows(0) if row < len(own)] or [own[0]]
     at_start = job.state.progress.step == 0
+    if not at_start and _is_full(job):
+        return
     start = {} if at_start else _load_reference(job, key, {})[1]  # at the start, the model is the reference
     stored = torch.tensor([group.reference_logprobs for group in groups], dtype=torch.float64)
     recomputed = torch.full_like(stored, math.nan)
@@ -119,6 +122,10 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
         raise RunError(what, fix=fix)
     fields = {"loss": loss} if at_start else {}
     job.log.emit("reference-check", step=progress.step, rows=len(groups), off=max_difference, **fields)
+
+
+def _is_full(job: Job) -> bool:
+    return job.recipe.train.method == "full"
 
 
 def _own_groups(job: Job) -> Sequence[ExampleGroup]:
@@ -208,11 +215,15 @@ def _load_reference(
     try:
         with safe_open(path, framework="pt") as file:
             stored_key = json.loads(file.metadata()["key"])
-            start = {name: file.get_tensor(f"weight/{name}") for name in job.state.weights}
+            names = () if _is_full(job) else job.state.weights
+            start = {name: file.get_tensor(f"weight/{name}") for name in names}
             values = {name: file.get_tensor(name) for name in ("train", "eval")}
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
-        start = {}
-    if not start:
+        start, stored_key = {}, None
+    if _is_full(job) and job.state.progress.step and stored_key != dict(key):
+        what = f"{path}: the reference log-probabilities are missing, or of other rows"
+        raise CheckpointError(what, fix="start the run again with `strop train`")
+    if not start and not _is_full(job):
         if job.state.progress.step:
             what = f"{path}: the weights that the run started from are missing or damaged"
             raise CheckpointError(what, fix="start the run again with `strop train`")
