@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "inputs of layers in host memory": {
         **STREAMED, "train.gradient_checkpointing": "offload", "train.micro_batch_tokens": 64,
     },
+    "all weights, in bf16": {"train.method": "full", "lora.r": 16, "train.gradient_checkpointing": 1},
     "stopped and resumed": {"resume": True, "train.deterministic": True},
 }  # fmt: skip
 
