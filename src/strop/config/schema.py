@@ -219,17 +219,17 @@ class LoraSection(Section):
 
 
 KEEP_AUTO = 0.15  # train.keep auto
-NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
+NOT_KEEPING = ("reward", "grpo", "classify", "embed")  # objectives without train.keep
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
     *("rewards", "reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
-    *("labels", "class_weights"),
+    *("labels", "class_weights", "pooling", "temperature"),
 )  # fields of `train` that only some objectives read
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"] = Field(
         "sft",
         description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
         "reward model (reward), rewards (grpo) or classes (classify)",
@@ -287,6 +287,12 @@ class TrainSection(Section):
         None,
         description="weight of each class in the loss (classify): none, balanced (rare classes count as much as "
         "frequent ones) or a map from label to weight; default: none",
+    )
+    pooling: Literal["last", "mean"] | None = Field(
+        None, description="vector of a text (embed): hidden state of the last token, or mean of all; default: last"
+    )
+    temperature: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="divisor of the similarities in the loss (embed); default: 0.05"
     )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"

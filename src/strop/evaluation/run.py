@@ -50,7 +50,7 @@ from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
 from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind, read_identity
 from strop.models.adapters import locate_base, locate_tokenizer, read_classes
-from strop.models.load import refuse_classifier
+from strop.models.load import refuse_classifier, refuse_embedder
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, prepare_rows
@@ -153,6 +153,7 @@ def _check_request(
     for name in names:
         if adapter_folder(name) is None:
             refuse_classifier(locate(name))
+            refuse_embedder(locate(name))
     classifiers = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == "classifier"]
     if classifiers:
         return _check_class_request(names, classifiers, data, options, reading, notes, advance, devices)

@@ -188,8 +188,7 @@ def train_step(job: Job, batch: Batch, rate: float) -> StepResult:
     def prepare() -> list[Item]:
         return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # objectives whose `prepare` computes something need a single device
-    items = retry_with_less_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
+    items = retry_with_less_memory(job, rows, prepare) if job.criterion.prepares else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
         if not result.applied:

@@ -220,8 +220,9 @@ def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFact
 
 def trained_kind(train: TrainSection) -> AdapterKind:
     """Return the kind of adapter that an objective trains."""
-    if data_kind_of(train) == "classes":
-        return "classifier"
+    kinds: dict[str, AdapterKind] = {"classes": "classifier", "triplets": "embedder"}
+    if (kind := kinds.get(data_kind_of(train))) is not None:
+        return kind
     return "reward" if count_score_outputs(train) else "text"
 
 
