@@ -232,7 +232,7 @@ class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"] = Field(
         "sft",
         description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
-        "reward model (reward), rewards (grpo) or classes (classify)",
+        "reward model (reward), rewards (grpo), classes (classify) or embeddings (embed)",
     )
     beta: Finite | None = Field(
         None,
@@ -300,7 +300,7 @@ class TrainSection(Section):
     keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
         None,
         description="share of the tokens in rows with the model's own answers to general prompts, so that it "
-        f"keeps what it knows (not for reward, grpo and classify); auto: {KEEP_AUTO}",
+        f"keeps what it knows (not for reward, grpo, classify and embed); auto: {KEEP_AUTO}",
     )
     teacher: str | None = Field(
         None,
@@ -424,6 +424,9 @@ class Recipe(Section):
             ),
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
+            ),
+            "lora.new_tokens: objective embed does not support them, because sentence-transformers cannot load them": (
+                train.objective == "embed" and bool(lora.new_tokens)
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
             f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),

@@ -21,9 +21,9 @@ from strop.engine.decode.embed import Compute, Vectors
 from strop.engine.decode.model import Model
 from strop.errors import DataError, Location
 from strop.evaluation.compare import Progress, check_positions
-from strop.evaluation.metrics import compare_hits, mean_interval, paired_difference, wilson_interval
+from strop.evaluation.metrics import RETRIEVAL_SCORES, compare_hits, mean_interval, paired_difference, wilson_interval
 
-NEAREST = "accuracy_at_1"  # the share of anchors whose nearest text matches
+NEAREST = RETRIEVAL_SCORES[0]  # the share of anchors whose nearest text matches
 CUTOFF = 10  # of recall and nDCG
 BASELINE = "TF-IDF"
 BASELINE_PACKAGE = "pip install scikit-learn"
@@ -80,7 +80,7 @@ def score_retrieval(task: Retrieval, vectors: tuple[Any, Any]) -> Scores:
     share of the matching texts among the 10 nearest, `ndcg_at_10` as in Järvelin and Kekäläinen (ACM TOIS 20 (2002),
     422-446) with gain 1 for a match, `mrr` the reciprocal rank of the nearest match.
     """
-    columns: dict[str, list[float]] = {NEAREST: [], f"recall_at_{CUTOFF}": [], f"ndcg_at_{CUTOFF}": [], "mrr": []}
+    columns: dict[str, list[float]] = {name: [] for name in RETRIEVAL_SCORES}
     discounts = 1 / np.log2(np.arange(2, CUTOFF + 2))
     for begin in range(0, len(task.matches), BLOCK):
         block = slice(begin, begin + BLOCK)
@@ -117,7 +117,10 @@ def _interval(values: npt.NDArray[np.float64]) -> list[float] | None:
     """Return Wilson's interval of hits and misses, and Student's of other scores; None for a single one."""
     if np.isin(values, (0, 1)).all():
         return list(wilson_interval(int(values.sum()), len(values)))
-    return mean_interval(values.tolist()) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    low, high = mean_interval(values.tolist())
+    return [max(low, 0.0), min(high, 1.0)]
 
 
 def compare_retrieval(

@@ -228,6 +228,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
     if result.applied:
         set_rate(job.state.optimizer, rate)
         is_first, zero_expected = first is None, metrics.get("equal_groups") == 1 and "teacher_kl" not in metrics
+        zero_expected = zero_expected or loss == 0  # no candidate of the batch differs from the positives
         enabled = is_first and bool(total.metrics.keys() - {KEPT})
         with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()
