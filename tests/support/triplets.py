@@ -27,8 +27,9 @@ def triplets(number: int, seed: int = 0, negatives: int | None = 1, longest: int
 
 def rows(number: int, negatives: bool = False) -> list[dict[str, Any]]:
     """Return rows whose anchors and positives share a verb, a thing and a number."""
-    return [
-        {"anchor": f"{VERBS[n % 5]} {THINGS[n // 5 % 5]} {n}", "positive": f"{n}: {THINGS[n // 5 % 5]} to {VERBS[n % 5]}"}
-        | ({"negative": f"{n}: {THINGS[(n + 7) // 5 % 5]} to {VERBS[(n + 1) % 5]}"} if negatives else {})
-        for n in range(number)
-    ]
+    values = []
+    for n in range(number):
+        verb, thing = VERBS[n % 5], THINGS[n // 5 % 5]
+        row = {"anchor": f"{verb} {thing} {n}", "positive": f"{n}: {thing} to {verb}"}
+        values.append(row | ({"negative": f"{n}: {thing} to {VERBS[(n + 1) % 5]}"} if negatives else {}))
+    return values

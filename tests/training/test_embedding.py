@@ -15,11 +15,9 @@ from transformers import AutoModel
 
 from strop.config.schema import TrainSection
 from strop.data.types import Item, Triplet
-from strop.engine.decode.embed import embed_examples
 from strop.engine.step import Step, step_for
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import add_lora, trainable_parameters
-from strop.objectives.embedding import find_false_negatives
 from strop.training.contrastive import EmbedCriterion
 from tests.support import tiny, triplets
 from tests.training.test_classification import make_base

@@ -174,8 +174,8 @@ def write_cleaned_copy(
 
     Rows are written in the formats `messages`, `text`, `classification`, `triplet`, `preference`, `labelled` or
     `prompt`, with standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong
-    are dropped. Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for rows of several
-    formats, and FolderError if `out` exists or cannot be written.
+    are dropped. Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for
+    rows of several formats, and FolderError if `out` exists or cannot be written.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):

@@ -414,8 +414,8 @@ def load_conversation(text: bytes, file: str, line: int) -> Conversation:
     value = json.loads(text)
     messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
     tools, desirable, label = tuple(value.get("tools", ())), value.get("desirable"), value.get("label")
-    text, passages = value.get("text"), tuple(value.get("passages", ()))
-    return Conversation(file, line, messages, tools, text, rejected, desirable, _read_label(label), passages)
+    content, passages = value.get("text"), tuple(value.get("passages", ()))
+    return Conversation(file, line, messages, tools, content, rejected, desirable, _read_label(label), passages)
 
 
 def _read_label(value: Any) -> Any:

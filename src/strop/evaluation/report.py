@@ -102,7 +102,8 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
     rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
-    change = f"{metrics.score_name(metric, metric)} went from {_format_percent(base[metric])} to {_format_percent(tuned[metric])}{rows}"
+    before, after = (_format_percent(side[metric]) for side in (base, tuned))
+    change = f"{metrics.score_name(str(metric), metric)} went from {before} to {after}{rows}"
     if not evaluation.get("difference"):
         return "plain", f"{change}."
     kind, text = metrics.describe_change(evaluation)

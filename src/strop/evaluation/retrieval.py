@@ -190,9 +190,7 @@ def compare_retrieval(
     return result
 
 
-def _embed(
-    model: Model, examples: Sequence[Example], side: str, advance: Progress | None, devices: Devices
-) -> Vectors:
+def _embed(model: Model, examples: Sequence[Example], side: str, advance: Progress | None, devices: Devices) -> Vectors:
     done = 0
 
     def run(batches: list[list[int]], compute: Compute, weight: Callable[[list[int]], float]) -> list[Vectors]:

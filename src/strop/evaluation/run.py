@@ -95,8 +95,8 @@ def evaluate_models(
     """Evaluate each model, with and without its adapter, on the rows of `data`.
 
     Returns for each model the result of `compare` (of `compare_preferences` if the rows are pairs, and of
-    `compare_classes` for a classifier, of `compare_retrieval` for a model of embeddings) with `run`, `notes` and `train_rows`, the number of rows that are also training
-    rows (None if unknown). Options and rows are checked before a model is loaded. If the judge fails, `partial_result`
+    `compare_classes` for a classifier, of `compare_retrieval` for a model of embeddings) with `run`, `notes` and
+    `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked before a model is loaded. If the judge fails, `partial_result`
     of the RunError has the other results.
     """
     options = options or EvalOptions()
@@ -514,7 +514,8 @@ def _hash_row(row: Conversation, data_kind: DataKind) -> int:
     """Hash a row without its label, rejected answer and negatives. For "prompts", the right answer is also excluded."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
     positive = row.passages[:1]
-    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None, label=None, passages=positive)))
+    row = replace(row, messages=turns, rejected=(), desirable=None, label=None, passages=positive)
+    return digest(dump_conversation(row))
 
 
 def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:

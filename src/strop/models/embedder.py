@@ -32,7 +32,7 @@ def write_modules(folder: Path, pooling: Literal["last", "mean"], size: int, max
     write_json(folder / POOLING_FOLDER / "config.json", {"word_embedding_dimension": size, **modes})
     write_json(folder / MODULES_FILE, modules)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    settings = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    settings: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", settings)
 
 

@@ -48,7 +48,8 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
         model = restore_precision(cast_trainable_to_fp32(model), start)
         set_dropout(model, recipe.lora.dropout)
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, task=task_of(recipe.train), outputs=count_score_outputs(recipe.train))
+        outputs = count_score_outputs(recipe.train)
+        model = add_lora(base, recipe.lora, setup.tokenizer, task=task_of(recipe.train), outputs=outputs)
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
     return model.train()

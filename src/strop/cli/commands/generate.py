@@ -91,7 +91,8 @@ def evaluate(
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
         delivery = [["merge", name, "--out", f"{label}-merged"]]
-        delivery += [] if "classes" in result or "texts" in result else [["export", "gguf", name, "--out", f"{label}.gguf"]]
+        generates = not {"classes", "texts"} & result.keys()
+        delivery += [["export", "gguf", name, "--out", f"{label}.gguf"]] if generates else []
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"
             console.print(f"answers  {name}/report.html, or {page}", markup=False)

@@ -54,4 +54,4 @@ class Embedder:
                 parts = [compute(batch) for batch in batches]
             else:
                 parts = run(batches, compute, lambda batch: float(sum(lengths[row] for row in batch)))
-        return np.array(in_row_order(batches, parts), np.float32)
+        return np.array(in_row_order(batches, [list(part) for part in parts]), np.float32)
