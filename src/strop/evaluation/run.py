@@ -96,8 +96,8 @@ def evaluate_models(
 
     Returns for each model the result of `compare` (of `compare_preferences` if the rows are pairs, and of
     `compare_classes` for a classifier, of `compare_retrieval` for a model of embeddings) with `run`, `notes` and
-    `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked before a model is loaded. If the judge fails, `partial_result`
-    of the RunError has the other results.
+    `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked before
+    a model is loaded. If the judge fails, `partial_result` of the RunError has the other results.
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
