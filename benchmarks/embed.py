@@ -3,10 +3,10 @@
     python benchmarks/embed.py [--rates 5e-4] [--poolings last mean] [--batches 32] [--seeds 0] [--out FILE]
 
 The task finds a function of Python's standard library by its description: anchors are the first sentences of
-docstrings, positives are the names and parameters. They are read from the Python that runs this file (the results say
-which). A function is either in the training rows or held out, by a hash of its name, and the held-out functions are the
-candidates. Each run is a `strop.train` in its own process, and a `strop.evaluate`. Needs scikit-learn. Prints a Markdown
-table; the file is updated after each run.
+docstrings, positives are the names and parameters. They are read from the Python that runs this file (the results
+say which). A function is either in the training rows or held out, by a hash of its name, and the held-out functions are
+the candidates. Each run is a `strop.train` in its own process, and a `strop.evaluate`. Needs scikit-learn. Prints a
+Markdown table; the file is updated after each run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from typing import Any
 from measured import run_jobs
 
 MODULES = (
-    "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "cmath", "codecs", "collections", "configparser",
-    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "dis", "email.message", "email.utils",
-    "enum", "fileinput", "fnmatch", "fractions", "ftplib", "functools", "gettext", "glob", "gzip", "heapq", "html",
-    "http.client", "http.cookiejar", "imaplib", "importlib.util", "inspect", "ipaddress", "itertools", "json", "linecache",
-    "locale", "logging", "logging.handlers", "lzma", "mailbox", "math", "mimetypes", "mmap", "multiprocessing", "operator",
-    "os", "os.path", "pathlib", "pdb", "pickle", "pkgutil", "platform", "plistlib", "poplib", "pprint", "profile", "queue",
-    "random", "re", "sched", "secrets", "selectors", "shelve", "shlex", "shutil", "signal", "smtplib", "socket",
-    "socketserver", "sqlite3", "ssl", "statistics", "string", "struct", "subprocess", "symtable", "sys", "tarfile",
-    "tempfile", "textwrap", "threading", "time", "timeit", "token", "tokenize", "trace", "traceback", "turtle", "types",
-    "typing", "unicodedata", "unittest", "unittest.mock", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref",
+    "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "cmath", "codecs", "collections",
+    "configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "dis",
+    "email.message", "email.utils", "enum", "fileinput", "fnmatch", "fractions", "ftplib", "functools", "gettext",
+    "glob", "gzip", "heapq", "html", "http.client", "http.cookiejar", "imaplib", "importlib.util", "inspect",
+    "ipaddress", "itertools", "json", "linecache", "locale", "logging", "logging.handlers", "lzma", "mailbox",
+    "math", "mimetypes", "mmap", "multiprocessing", "operator", "os", "os.path", "pathlib", "pdb", "pickle",
+    "pkgutil", "platform", "plistlib", "poplib", "pprint", "profile", "queue", "random", "re", "sched", "secrets",
+    "selectors", "shelve", "shlex", "shutil", "signal", "smtplib", "socket", "socketserver", "sqlite3", "ssl",
+    "statistics", "string", "struct", "subprocess", "symtable", "sys", "tarfile", "tempfile", "textwrap",
+    "threading", "time", "timeit", "token", "tokenize", "trace", "traceback", "turtle", "types", "typing",
+    "unicodedata", "unittest", "unittest.mock", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref",
     "webbrowser", "xml.dom.minidom", "xml.etree.ElementTree", "zipapp", "zipfile", "zlib",
 )  # fmt: skip
 TRAINING_ROWS, HELD_OUT_ROWS = 1200, 400  # at most
