@@ -73,7 +73,7 @@ def sequences_per_row(train: TrainSection) -> int:
     objective = objective_of(train)
     if isinstance(objective, PolicyLoss):
         return int(train.group or objective.options["group"])
-    return 2 if data_kind_of(train) == "pairs" else 1
+    return 2 if data_kind_of(train) in ("pairs", "triplets") else 1
 
 
 def max_completion_tokens(train: TrainSection) -> int:
