@@ -32,6 +32,7 @@ from strop.training.contrastive import EmbedCriterion
 from tests import ROOT
 from tests.support import texts, tiny, triplets
 from tests.support.families import tokenizer
+from tests.support.pages import SHELL, blocks, commands
 from tests.support.runs import QUICK, run
 from tests.training.test_classification import make_base
 
@@ -346,3 +347,31 @@ def test_embedder_is_trained_further_and_refused_elsewhere(
     for command, message in commands:
         code, _, err = run(*command, capsys=capsys)
         assert code == 2 and message in " ".join(err.split()), (command, err)
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/embed.md run in order, with a tiny model; tests/serve has a test of the server."""
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    page = list(blocks(ROOT / "docs" / "embed.md"))
+    [shown_rows] = [block.text for block in page if block.language == "jsonl"]
+    written = [json.loads(line) for line in shown_rows.splitlines()]
+    rows = triplets.rows(90, negatives=True)
+    texts.write(tmp_path / "pairs.jsonl", [*written, *rows[:60]])
+    texts.write(tmp_path / "held-out.jsonl", rows[60:])
+    shown: list[Any] = []
+    for block in page:
+        if block.language == "python":
+            exec(block.text, {"print": shown.append})
+        for words in commands(block.text) if block.language in SHELL else ():
+            if words[0] != "strop" or words[1] == "serve":
+                continue
+            words = [str(tiny_folder) if word == "demo" else word for word in words[1:]]
+            words += [*QUICK[:2], *QUICK[4:], "--train.learning_rate", "0.02"] if words[0] == "train" else []
+            code, _, err = run(*words, capsys=capsys)
+            assert not code, err
+    similarities, adapter, merged = shown
+    assert similarities.shape == (2, 2) and similarities[0, 0] == pytest.approx(1)
+    assert adapter == merged == (2, 32)
