@@ -100,6 +100,13 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_line(
     assert texts(read(tmp_path, clean)) == texts(kept)
 
 
+def test_tables_are_read(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text('query,pos,neg\na,b,\nc,"[""d"", ""e""]",f\n')
+    prepared = prepare(DataSection(train=str(table)), tokenizer("chatml"), data_kind="triplets")
+    assert texts(prepared) == [("a", "b"), ("c", "d", "f"), ("c", "e", "f")]
+
+
 def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     words = tokenizer("llama3")  # which writes bos before a text
     file = write(tmp_path / "rows.jsonl", [*GOOD, {"anchor": "a <|eot_id|> b", "positive": " c "}])

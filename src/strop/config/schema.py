@@ -231,8 +231,8 @@ OBJECTIVE_OPTIONS = (
 class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"] = Field(
         "sft",
-        description="objective: completions (sft), pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a reward model "
-        "(reward), rewards (grpo), classes (classify) or embeddings (embed)",
+        description="objective: completions (sft), pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a reward "
+        "model (reward), rewards (grpo), classes (classify) or embeddings (embed)",
     )
     beta: Finite | None = Field(
         None,
