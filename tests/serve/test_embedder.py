@@ -14,6 +14,7 @@ import torch
 
 import strop
 from strop.errors import InputError, ModelError
+from strop.exporting.hub import _read_folder
 from strop.models.adapters import save_adapter
 from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
@@ -103,6 +104,17 @@ def test_openai_client(server: Server, folder: Path) -> None:
 def test_wrong_requests_are_refused(server: Server, path: str, body: Any, status: int, message: str) -> None:
     response = server.post(path, body)
     assert response.status_code == status and message in response.json()["error"]["message"]
+
+
+def test_a_push_includes_the_files_of_sentence_transformers(folder: Path) -> None:
+    contents, left_out = _read_folder(folder)
+    modules = {
+        "modules.json",
+        "1_Pooling/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+    }
+    assert modules < contents.keys() and not left_out
 
 
 def test_other_uses_are_refused(folder: Path, tiny_folder: Path) -> None:

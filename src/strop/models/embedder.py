@@ -10,6 +10,7 @@ from strop.models.adapter_config import read_identity
 from strop.runs.folder import read_json, write_json
 
 MODULES_FILE = "modules.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
 POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
 MODES = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
 OTHER_MODES = ("cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
@@ -33,7 +34,7 @@ def write_modules(folder: Path, pooling: Literal["last", "mean"], size: int, max
     write_json(folder / MODULES_FILE, modules)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     settings: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(folder / SETTINGS_FILE, settings)
 
 
 def set_padding(tokenizer: Any) -> None:
