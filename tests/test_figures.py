@@ -587,7 +587,7 @@ NOT_MEASURED: dict[str, list[str]] = {
         r"alpha 1?[03] % too (large|small)", "1 % noise",  # injected faults
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
-    "docs/embed.md": ["95 % intervals"],
+    "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/keep.md": ["95 % interval"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -171,12 +170,12 @@ def compare_retrieval(
     result |= compare_hits({side: hits[side] for side in ("base", "tuned") if side in hits}, sources)
     result["intervals"] |= {side: list(wilson_interval(sum(x), len(x))) for side, x in hits.items()}
     result["score_intervals"] = {side: {k: _interval(x) for k, x in values.items()} for side, values in scores.items()}
-    if "base" in scores:
+    if "base" in scores and len(anchors) > 1:
+        changes = {name: values - scores["base"][name] for name, values in scores["tuned"].items()}
         result["score_differences"] = {
-            name: {"value": statistics.fmean(values - scores["base"][name]),
-                   "interval": mean_interval((values - scores["base"][name]).tolist()) if len(values) > 1 else None}
-            for name, values in scores["tuned"].items()
-        }  # fmt: skip
+            name: dict(zip(("value", "low", "high"), (float(x.mean()), *mean_interval(x.tolist())), strict=True))
+            for name, x in changes.items()
+        }
     if "baseline" in hits:
         result["baseline_name"] = BASELINE
         result["baseline_difference"] = vars(paired_difference(hits["baseline"], hits["tuned"]))
