@@ -323,6 +323,23 @@ def class_rows(results: Any) -> list[str]:
     return lines
 
 
+def retrieval_rows(results: Any) -> list[str]:
+    """Return the scores of each model of embeddings beside its base and TF-IDF."""
+    lines = []
+    for one in results:
+        tuned, (low, high) = one["tuned"], (100 * end for end in one["intervals"]["tuned"])
+        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(100 * one["baseline_difference"][name] for name in ("value", "low", "high"))
+        )
+        lines.append(
+            f"| {one['rate']:g} | {100 * tuned['accuracy_at_1']:.1f} % ({low:.1f} to {high:.1f}) | "
+            f"{100 * tuned['ndcg_at_10']:.1f} % | {100 * one['base']['accuracy_at_1']:.1f} % | "
+            f"{100 * one['baseline']['accuracy_at_1']:.1f} % | {points} |"
+        )
+        lines.append(f"{one['training_rows']:,} training rows, {one['rows']} held-out functions")
+    return lines
+
+
 def sweep_verdict(results: Any) -> str:
     sweep = results["whole"]
     setting, difference = sweep["selection"]["setting"], sweep["result"]["difference"]
@@ -446,6 +463,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/after.md", "merge_rounding.json", rounding_rows),
     ("docs/keep.md", "keep_2026-11-29.json", keep_rows),
     ("docs/classify.md", "classify_2026-11-29.json", class_rows),
+    ("docs/embed.md", "embed_2026-11-30.json", retrieval_rows),
     ("docs/sweep.md", "sweep_2026-11-29.json", sweep_verdict),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
@@ -569,6 +587,7 @@ NOT_MEASURED: dict[str, list[str]] = {
         r"alpha 1?[03] % too (large|small)", "1 % noise",  # injected faults
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
+    "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/keep.md": ["95 % interval"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],

@@ -293,7 +293,7 @@ def evaluate(
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, a list of files, or rows in memory, as for `train`.
         metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function"; "preference" for pairs,
-            and "accuracy" for a classifier, are used by default.
+            "accuracy" for a classifier and "accuracy_at_1" for embeddings are used by default.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.

@@ -321,6 +321,17 @@ def test_log_shows_the_events_around_a_damaged_line(browser: Any, tmp_path: Path
         tab.check("a damaged line")
 
 
+def test_data_screen_shows_rows_of_texts_that_match(browser: Any, dash: Dash, dashboard: Path) -> None:
+    rows = [{"anchor": f"question {n}", "positive": f"answer {n}", "negative": "other"} for n in range(12)]
+    (dashboard / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {**json.loads(unquote(NEW)), "data.train": str(dashboard / "pairs.jsonl")}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={quote(json.dumps(options))}", "text=no format has the columns")
+        tab.page.select_option("[data-option='train.objective']", "embed")
+        tab.page.wait_for_selector(".tokens >> nth=9")
+        assert "question 3" in tab.page.inner_text("main") and "answer 3" in tab.page.inner_text("main")
+
+
 def test_data_screen_shows_classification_rows(browser: Any, dash: Dash, dashboard: Path, tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(12)]
     (dashboard / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -18,6 +18,7 @@ from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, suggest
+from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind
 
 SHOWN_CLASSES = 7  # of a classifier, for each line
 SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
@@ -119,6 +120,9 @@ def chat_in_terminal(
     force: bool = False,
 ) -> None:
     """Load a model and answer each line of stdin. sampling: None stands for the setting in the model's config."""
+    folder = adapter_folder(name)
+    if folder is not None and adapter_kind(folder) == "embedder":
+        check_adapter_kind(folder, "text")  # raises an error that says what to use
     with status_line("loading the model") as status:
         model = api.load(name, quantization=quantization, dtype=dtype, force=force, progress=status.update)
         for adapter in adapters:

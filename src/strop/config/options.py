@@ -58,7 +58,7 @@ class Options(TypedDict, total=False):
     modules_to_save: Sequence[str]
     new_tokens: Sequence[str]
     # train
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"]
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"]
     method: Literal["lora", "full"]
     beta: float | None
     gamma: float | None
@@ -77,6 +77,8 @@ class Options(TypedDict, total=False):
     updates: int | None
     labels: Sequence[str] | None
     class_weights: Mapping[str, float] | Literal["none", "balanced"] | None
+    pooling: Literal["last", "mean"] | None
+    temperature: float | None
     vllm_python: Any
     keep: float | Literal["auto"] | None
     teacher: str | None

@@ -219,21 +219,21 @@ class LoraSection(Section):
 
 
 KEEP_AUTO = 0.15  # train.keep auto
-NOT_KEEPING = ("reward", "grpo", "classify")  # objectives without train.keep
+NOT_KEEPING = ("reward", "grpo", "classify", "embed")  # objectives without train.keep
 FULL_OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives of train.method full
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
     *("rewards", "reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
-    *("labels", "class_weights"),
+    *("labels", "class_weights", "pooling", "temperature"),
 )  # fields of `train` that only some objectives read
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"] = Field(
         "sft",
-        description="objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
-        "reward model (reward), rewards (grpo) or classes (classify)",
+        description="objective: completions (sft), pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a reward "
+        "model (reward), rewards (grpo), classes (classify) or embeddings (embed)",
     )
     method: Literal["lora", "full"] = Field(
         "lora", description="what is trained: adapters (lora), or all weights of the text model (full)"
@@ -292,13 +292,19 @@ class TrainSection(Section):
         description="weight of each class in the loss (classify): none, balanced (rare classes count as much as "
         "frequent ones) or a map from label to weight; default: none",
     )
+    pooling: Literal["last", "mean"] | None = Field(
+        None, description="vector of a text (embed): hidden state of the last token, or mean of all; default: last"
+    )
+    temperature: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="divisor of the similarities in the loss (embed); default: 0.05"
+    )
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
     )
     keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
         None,
         description="share of the tokens in rows with the model's own answers to general prompts, so that it "
-        f"keeps what it knows (not for reward, grpo and classify); auto: {KEEP_AUTO}",
+        f"keeps what it knows (not for reward, grpo, classify and embed); auto: {KEEP_AUTO}",
     )
     teacher: str | None = Field(
         None,
@@ -424,6 +430,9 @@ class Recipe(Section):
             ),
             "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
                 is_grpo and data.overlong == "truncate-start"
+            ),
+            "lora.new_tokens: objective embed does not support them, because sentence-transformers cannot load them": (
+                train.objective == "embed" and bool(lora.new_tokens)
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
             f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),

@@ -23,7 +23,7 @@ from strop.dash.jobs import option_flags, shell_command
 from strop.data.check import split_tokens
 from strop.data.prepare import Prepared
 from strop.data.reading import sources
-from strop.data.store import Conversations, Examples, digest, dump_conversation
+from strop.data.store import Conversations, ExampleGroups, Examples, digest, dump_conversation
 from strop.data.types import Indices
 from strop.errors import InputError, StropError
 from strop.machine.memory import parse_memory
@@ -283,7 +283,7 @@ def _summarize(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     for name, (examples, conversations) in parts.items():
         summary[name] = {
             "lengths": _length_histogram(examples), "repeats": _find_duplicates(conversations),
-            "sharing": _shared_prefix(examples, batch, pairs=prepared.train_items is not None),
+            "sharing": _shared_prefix(examples, batch, pairs=isinstance(prepared.train_items, ExampleGroups)),
         }  # fmt: skip
     return summary
 

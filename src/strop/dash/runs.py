@@ -35,9 +35,11 @@ from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
 from strop.display.tables import describe_caveat
 from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows
+from strop.models.adapter_config import EMBED_TASK, SCORE_TASK
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
+NOT_GENERATING = (SCORE_TASK, EMBED_TASK)
 TAIL_BYTES = 16 << 10
 MAX_WHOLE_BYTES = 48 << 10  # the sparkline uses all steps of an events file up to this size
 NUM_SAMPLES, SAMPLE_BYTES = 40, 1024  # for the sparkline of a larger file
@@ -181,8 +183,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": folder.has_model or (folder.adapter / "adapter_config.json").is_file(),
-        # a score head does not
-        "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") != "SEQ_CLS",
+        # models with a score head and models of embeddings do not
+        "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") not in NOT_GENERATING,
         **read_notes(folder.path),
     }  # fmt: skip
 
@@ -208,7 +210,8 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError):
         pass
     if baseline := describe_baseline(evaluation):
-        score |= {"verdict": baseline[0], "words": f"{baseline[1][0].upper()}{baseline[1][1:]}."}
+        words = f"{baseline[1][0].upper()}{baseline[1][1:]}."
+        score |= {"verdict": baseline[0], "words": " ".join(filter(None, [score["words"], words]))}
     return score
 
 

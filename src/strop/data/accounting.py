@@ -21,7 +21,7 @@ from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
 from strop.data.store import Conversations, Examples, Store, count_labels
-from strop.data.types import RENDERED_PROMPTS, Classes, Conversation, DataKind, Example, Indices
+from strop.data.types import RENDERED_PROMPTS, TEXT_KINDS, Classes, Conversation, DataKind, Example, Indices
 from strop.errors import DataError, Location
 
 MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
@@ -169,13 +169,16 @@ def _count_stops(selection: Selection, renderer: Renderer) -> int:
 
 
 def _answer_statistics(selection: Selection) -> dict[str, Any]:
-    """Return statistics of prompts, texts to classify, labelled answers or pairs.
+    """Return statistics of prompts, texts to classify or match, labelled answers or pairs.
 
     length_accuracy: accuracy of always preferring the longer answer, or always the shorter one if that is higher.
     """
     supervised, labels = selection.examples.supervised, selection.examples.labels
     if selection.data_kind == "prompts":
         return {"prompts": len(selection.rows), "right_answers": int(selection.records["has_answer"].sum())}
+    if selection.data_kind == "triplets":
+        rows = len(selection.rows)
+        return {"triplets": rows, "negatives": len(selection.examples) - 2 * rows}
     if selection.classes is not None:
         all_labels, names, several = selection.store.labels, selection.classes.names, selection.classes.several
         without = [index for index, label in enumerate(all_labels) if not label]
@@ -222,7 +225,7 @@ def find_row_warnings(
     turns = (*conversation.messages, *conversation.rejected)
     if conversation.answer == PLACEHOLDER:
         yield "no answer yet: train.teacher answers them at the start of a run", ""
-    texts = [message.content for message in turns] or [conversation.text or ""]
+    texts = [message.content for message in turns] or [conversation.text or "", *conversation.passages]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
         yield "unfilled placeholders", f": {placeholders[0]}"
     if garbled := re.search("[\x80-\x9f\ufffd]", "".join(texts)):
@@ -232,7 +235,7 @@ def find_row_warnings(
         codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
         yield "characters that the tokenizer drops or changes", f": {codes}"
     if any(renderer.control.occurs_in(text) for text in texts):
-        as_text = "plain text" if conversation.text is None or data_kind != "classes" else "control tokens"
+        as_text = "plain text" if conversation.text is None or data_kind not in TEXT_KINDS else "control tokens"
         yield f"control tokens in the text, encoded as {as_text}", ""
     if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
         yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""
@@ -321,7 +324,8 @@ def _why_refused(
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
-        objective = {"train.objective": "classify"} if selection.data_kind == "classes" else {}
+        names = {"classes": "classify", "triplets": "embed"}
+        objective = {"train.objective": name} if (name := names.get(selection.data_kind)) else {}
         command = f"strop check {shlex.join(option_words({'data.train': data.train, **objective}))} --fix clean.jsonl"
         some_are_valid = len(errors) < num_read
         correct = (
@@ -380,7 +384,7 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
     """Return an error if the objective cannot be trained on rows of these formats, else None."""
     names = {
         "pairs": "preference pairs", "labelled": "labelled answers", "prompt": "prompts without answers",
-        "classification": "texts with a class",
+        "classification": "texts with a class", "triplet": "texts that match",
     }  # fmt: skip
     kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
     conversations = {*kinds.values()} - names.keys()
@@ -390,6 +394,7 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
         "labels": {"pairs", "labelled"},
         "prompts": (conversations | {"prompt"}) - {"text"},
         "classes": {"classification"},
+        "triplets": {"triplet"},
     }[data_kind]
     file, kind = next(((file, kind) for file, kind in kinds.items() if kind not in usable), ("", ""))
     if not kind:
@@ -407,6 +412,7 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
             "prompt": "--train.objective grpo, a model that answers them (--train.teacher), or rows with answers: "
             "--data.columns prompt=A,completion=B",
             "classification": "--train.objective classify",
+            "triplet": "--train.objective embed",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
     needed = {
@@ -414,8 +420,11 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
         "labels": "answers with a label, or pairs",
         "prompts": "prompts, with reference answers or without",
         "classes": "texts with a label: leave data.format out, or give classification",
+        "triplets": "texts that match: leave data.format out, or give triplet",
     }[data_kind]
-    objectives = {"labelled": "kto", "pairs": "dpo", "prompt": "grpo", "classification": "classify"}
+    objectives = {
+        "labelled": "kto", "pairs": "dpo", "prompt": "grpo", "classification": "classify", "triplet": "embed",
+    }  # fmt: skip
     objective = objectives.get(kind, "sft, or other data")
     fix = f"--train.objective {objective}"
     if data_kind == "labels" and "label" in facts["unused"]:

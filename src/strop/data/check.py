@@ -60,14 +60,14 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
     grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
     grid.add_row("length", f"median {tokens['p50']:,}, 95th percentile {tokens['p95']:,}, longest {tokens['max']:,}")
-    if not {"prompts", "classes"} & report["answers"].keys():
+    if not {"prompts", "classes", "triplets"} & report["answers"].keys():
         stops = int(report["stop_token"]["rows"])
         unit = "rows" if stops <= rows["read"] else "conversations"  # a row may have several
         grid.add_row("stop", f"{stops:,} {unit} end with a stop token that is trained on")
     for i, sentence in enumerate(report["template"]):
         grid.add_row("" if i else "template", Text(sentence))
     if answers := report["answers"]:
-        grid.add_row("answers", _describe_answers(answers))
+        grid.add_row("texts" if "triplets" in answers else "answers", _describe_answers(answers))
     grid.add_row("padding", f"{report['padding']['batched']:.0%} in batches of 8, which packing avoids")
     console.print(grid, highlight=False)
     if classes := report["answers"].get("classes"):
@@ -96,6 +96,8 @@ def _describe_answers(answers: Mapping[str, Any]) -> str:
         several = ", several per text" if answers["several"] else ""
         without = f", {answers['without_label']:,} texts without a label" if answers["without_label"] else ""
         return f"{len(answers['classes'])} classes{several}{without}"
+    if "triplets" in answers:
+        return f"{answers['triplets']:,} pairs of texts that match, with {answers['negatives']:,} negatives"
     if "prompts" in answers:
         return f"{answers['prompts']:,} prompts, {answers['right_answers']:,} of them with a reference answer"
     if "pairs" not in answers:
@@ -170,10 +172,10 @@ def write_cleaned_copy(
 ) -> list[Change]:
     """Write the usable rows of data.train to `out`, and the changes to OUT.changes.jsonl.
 
-    Rows are written in the formats `messages`, `text`, `classification`, `preference`, `labelled` or `prompt`, with
-    standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong are dropped.
-    Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for rows of several
-    formats, and FolderError if `out` exists or cannot be written.
+    Rows are written in the formats `messages`, `text`, `classification`, `triplet`, `preference`, `labelled` or
+    `prompt`, with standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong
+    are dropped. Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for
+    rows of several formats, and FolderError if `out` exists or cannot be written.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
@@ -256,6 +258,9 @@ def _clean_rows(
 
 def _to_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
     label = {"label": conversation.label} if conversation.label is not None else {}
+    if conversation.passages:
+        positive, *negatives = conversation.passages
+        return {"anchor": conversation.text, "positive": positive, "negatives": negatives}
     if conversation.text is not None:
         return {"text": conversation.text, **label}
     name = "prompt" if as_prompt else "chosen" if conversation.rejected else "messages"
@@ -269,7 +274,8 @@ def _to_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
 
 def _describe_change(value: dict[str, Any], conversation: Conversation, format: str) -> str:
     if format != "messages" or not isinstance(value.get("messages"), list):
-        return f"{format} row rewritten as {'text' if conversation.text is not None else 'messages'}"
+        form = "anchor" if conversation.passages else "text" if conversation.text is not None else "messages"
+        return f"{format} row rewritten as {form}"
     roles = Counter(
         f"{turn['role']} -> {message.role}"
         for turn, message in zip(value["messages"], conversation.messages, strict=False)

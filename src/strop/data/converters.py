@@ -35,6 +35,16 @@ CLASSIFIED: tuple[Keys, ...] = tuple(
         ("label", "labels", "intent", "category", "class", "sentiment"),
     )
 )
+ANSWERS_OF_PAIR = ("chosen", "rejected")
+TRIPLETS: tuple[Keys, ...] = (
+    *product(
+        ("anchor", "query", "question", "sentence1", "prompt"),
+        ("positive", "pos", "answer", "document", "sentence2", "response", "chosen", "completion"),
+    ),
+    ANSWERS_OF_PAIR,
+)
+NEGATIVES = ("negative", "negatives", "neg", "hard_negatives", "rejected", "rejected_response")
+SCORES = ("label", "score")  # of a pair of texts: 1 if they match
 SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
@@ -50,6 +60,7 @@ class ParsedRow:
     rejected: tuple[Message, ...] = ()
     desirable: bool | None = None
     label: Label | None = None
+    passages: tuple[str, ...] = ()
 
 
 def convert_messages(row: RowValue, keys: Keys) -> list[ParsedRow]:
@@ -335,6 +346,59 @@ def convert_classified(row: RowValue, keys: Keys) -> list[ParsedRow]:
     if content in TURNS and isinstance(row[content], str):  # a cell of a table
         row = {**row, content: _parse_json(row[content], "bad-messages", content)}
     return [replace(converted, label=parsed) for converted in convert(row, (content,))]
+
+
+def convert_triplet(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert an anchor, its positives and its negatives. Each positive becomes a triplet with all negatives."""
+    if any(isinstance(row[key], dict | list) and key in ("prompt", *ANSWERS_OF_PAIR, "completion") for key in keys):
+        row, keys = _flatten_messages(row, keys), ("prompt", "chosen")
+    if keys == ANSWERS_OF_PAIR:
+        raise InvalidRow("no-prompt", "chosen is a string and there is no prompt")
+    [anchor] = _list_texts(row, keys[0])
+    positives = _list_texts(row, keys[1])
+    names = [name for name in row if is_negative(name) and name not in keys and row[name] not in (None, "")]
+    negatives = tuple(dict.fromkeys(text for name in names for text in _list_texts(row, name)))
+    if not positives:
+        raise InvalidRow("no-positive", f"{keys[1]} is an empty list")
+    for name in SCORES:
+        if keys[0] == "sentence1" and row.get(name) not in (None, "", 1, "1"):
+            what = f"{name} is {str(row[name])[:40]!r}: the texts of a row must match"
+            raise InvalidRow("no-positive", f"{what}; leave out rows whose {name} is not 1")
+    if anchor in positives or anchor in negatives:
+        side = keys[1] if anchor in positives else "a negative"
+        raise InvalidRow("same-texts", f"{keys[0]} and {side} are the same text")
+    if both := [text for text in positives if text in negatives]:
+        raise InvalidRow("same-texts", f"{both[0][:40]!r} is both a positive and a negative")
+    return [ParsedRow(text=anchor, passages=(positive, *negatives)) for positive in dict.fromkeys(positives)]
+
+
+def is_negative(name: str) -> bool:
+    """Return whether a column has texts that do not match the anchor of its row."""
+    stem, _, number = name.rpartition("_")
+    return name in NEGATIVES or (stem == "negative" and number.isdecimal())
+
+
+def _list_texts(row: RowValue, key: str) -> list[str]:
+    """Return the text of a column in a list, or the texts of its list, which may be the JSON of one."""
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith('["'):  # a cell of a table
+        value = _parse_json(value, "not-text", key)
+    texts = value if isinstance(value, list) else [_require_text(row, key)]
+    for index, text in enumerate(texts):
+        name = key if texts is not value else f"{key}[{index}]"
+        if not _check_string(text, name).strip():
+            raise InvalidRow("empty-text", f"{name} is empty")
+    return texts
+
+
+def _flatten_messages(row: RowValue, keys: Keys) -> dict[str, Any]:
+    """Return the texts of preference pairs and prompts whose columns hold messages: one of the user, one answer."""
+    parsed = convert_preference(row, ANSWERS_OF_PAIR) if row.get("rejected") else convert_columns(row, keys)
+    sides = [[turn for turn in side if turn.role != "system"] for side in (parsed[0].messages, parsed[0].rejected)]
+    if any(side and [turn.role for turn in side] != ["user", "assistant"] for side in sides):
+        raise InvalidRow("bad-messages", "more than one message of the user and one answer: give texts instead")
+    (anchor, positive), *others = ([turn.content for turn in side] for side in sides if side)
+    return {"prompt": anchor, "chosen": positive, "rejected": [other[1] for other in others]}
 
 
 def _parse_class(value: Any, column: str) -> str:

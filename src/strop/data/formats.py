@@ -129,6 +129,13 @@ FORMATS: dict[str, Format] = {
             matches=lambda *_: False,  # read by data.format, or by the objective
         ),
         Format(
+            "triplet", converters.TRIPLETS, converters.NEGATIVES, converters.convert_triplet,
+            "an anchor, a text that matches it (or a list), and texts that do not (optional; a text, a list, or "
+            "negative_1, negative_2, ...): for `train.objective embed`",
+            {"anchor": "book a table", "positive": "reserve a seat", "negative": "play a song"},
+            matches=lambda *_: False,  # read by data.format, or by the objective
+        ),
+        Format(
             "text", (("text",),), (), converters.convert_text,
             "raw text, trained on unchanged (continued pretraining)",
             {"text": "Once upon a time ..."},
@@ -139,6 +146,7 @@ FORMATS: dict[str, Format] = {
 
 IMAGE_PLACEHOLDER = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
+TEXT_FORMATS: dict[DataKind, str] = {"classes": "classification", "triplets": "triplet"}
 
 # Columns that are metadata next to a prompt and an answer. Next to `text` they may be the answer, as in banking77.
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
@@ -187,7 +195,7 @@ class ConversationReader:
 
     format: name of a format, or `auto`. columns: a format's column names -> names in the file; other columns are then
     ignored. errors: receives the errors of single rows. data_kind: for "prompts", conversations without an answer are
-    prompts; for "classes", format `auto` means `classification`.
+    prompts; for "classes" and "triplets", format `auto` means `classification` and `triplet`.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -204,7 +212,7 @@ class ConversationReader:
         self._errors = errors
         self._answerless = data_kind == "prompts"
         self._columns = columns or {}
-        format = "classification" if data_kind == "classes" and format == "auto" else format
+        format = TEXT_FORMATS.get(data_kind, format) if format == "auto" else format
         self._requested = _requested_format(format, self._columns)
         self._first_known: Row | None = None  # first row of the current file with a known format
         self._first_unknown: Row | None = None  # first row of the current file with an unknown format
@@ -233,8 +241,9 @@ class ConversationReader:
         keys = entry.matching_keys(_present_columns(value)) or entry.matching_keys(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
-            if entry.name == "classification":
-                names = (", ".join(dict.fromkeys(columns)) for columns in zip(*entry.keys, strict=True))
+            if entry.name in TEXT_FORMATS.values():
+                pairs = [keys for keys in entry.keys if keys != converters.ANSWERS_OF_PAIR]
+                names = (", ".join(dict.fromkeys(columns)) for columns in zip(*pairs, strict=True))
                 needed = " and ".join(f"one of {listed}" for listed in names)
             what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
             raise InvalidRow("missing-column", what)
@@ -243,7 +252,8 @@ class ConversationReader:
         unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
         if entry.name == "classification" and keys[0] not in converters.TURNS:  # a text is used alone
             unread = {name for name in entry.optional if value.get(name)}
-        self.unused.update(set(value) - {*keys, *entry.optional} | unread)
+        used = {*keys, *entry.optional, *(filter(converters.is_negative, value) if entry.name == "triplet" else ())}
+        self.unused.update(set(value) - used | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
             raise InvalidRow("media", what)
@@ -341,7 +351,8 @@ def _suggest_options(value: RowValue) -> str:
     }
     if len(unread) > 1:
         unread.pop("prompt", None)  # the row has an answer
-    unread.pop("classification", None)
+    for name in TEXT_FORMATS.values():
+        unread.pop(name, None)
     options = [f"--data.format {name} (without {', '.join(columns)})" for name, columns in unread.items()]
     names = [key for key, item in value.items() if isinstance(item, str) and not is_row_number(key, item)]
     mapping = suggest_mapping(names)
@@ -354,6 +365,8 @@ def _suggest_options(value: RowValue) -> str:
         options.append(f"--data.columns {shlex.quote(f'text={names[0]}')}")
     if FORMATS["classification"].matching_keys(present):
         options.append("--train.objective classify, to train a classifier")
+    if "anchor" in present and FORMATS["triplet"].matching_keys(present):
+        options.append("--train.objective embed, to train a model of embeddings")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
 
 

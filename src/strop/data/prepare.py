@@ -30,7 +30,7 @@ from strop.data.accounting import DataReport, Selection, build_report, ends_with
 from strop.data.answers import Answers, NoAnswer, complete, key_of, lacks_answer, write_answers
 from strop.data.reading import sources
 from strop.data.rendering import overlong
-from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts
+from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts, render_triplets
 from strop.data.rendering.template_source import CHATML, template_source
 from strop.data.row_errors import TOO_LONG, RenderError, RowError
 from strop.data.store import (
@@ -42,6 +42,7 @@ from strop.data.store import (
     LazySequence,
     Prompts,
     Store,
+    Triplets,
     Writer,
     digest,
     dump_conversation,
@@ -50,6 +51,7 @@ from strop.data.store import (
 from strop.data.types import (
     PREFERENCE_KINDS,
     RENDERED_PROMPTS,
+    TEXT_KINDS,
     Classes,
     Conversation,
     DataKind,
@@ -65,11 +67,14 @@ from strop.runs.lock import sha256_file
 STORE_VERSION = 8  # increment it when prepared data changes for the same input
 EARLY_ROWS = 1000  # rows that are read before the libraries load
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
-JUDGED_KINDS = (*PREFERENCE_KINDS, "classes")  # kinds of data whose rows may contradict each other
-RENDER = {"pairs": render_pairs, "prompts": render_prompts, "classes": render_labelled}  # others: Renderer.render_many
+JUDGED_KINDS = (*PREFERENCE_KINDS, *TEXT_KINDS)  # kinds of data whose rows may contradict each other
+RENDER = {  # others: Renderer.render_many
+    "pairs": render_pairs, "prompts": render_prompts, "classes": render_labelled, "triplets": render_triplets,
+}  # fmt: skip
 
 _ANSWERED = {"prompt": "prompt-completion"}  # format without an answer -> with it
 
+Groups = ExampleGroups | Prompts | LabelledTexts | Triplets
 Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
 
 
@@ -85,8 +90,8 @@ class Prepared:
     hash: str  # hash of the rows used, their order and lengths, and the template; without rows of train.keep
     renderer: Renderer  # for prompts at inference after training on these rows
     # None for supervised fine-tuning without train.keep and train.teacher
-    train_items: ExampleGroups | Prompts | LabelledTexts | JoinedItems | LazySequence[Example] | None = None
-    eval_items: ExampleGroups | Prompts | LabelledTexts | None = None
+    train_items: Groups | JoinedItems | LazySequence[Example] | None = None
+    eval_items: Groups | None = None
     classes: Classes | None = None  # of texts to classify
     kept_hash: str | None = field(default=None, kw_only=True)  # hash of the rows of train.keep and their labels
     answers: Answers = field(default_factory=dict, kw_only=True)  # of a teacher, to rows without one
@@ -222,12 +227,14 @@ def _assemble(
         report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation)
     serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
     checksum = hashlib.sha256()
-    items: list[ExampleGroups | Prompts | LabelledTexts | None] = []
+    items: list[Groups | None] = []
     for selection in (training, evaluation):
         if selection is None or data_kind == "turns" or report.would_refuse:
             items.append(None)
         elif data_kind == "prompts":
             items.append(Prompts(selection.examples, selection.conversations, serving_renderer))
+        elif data_kind == "triplets":
+            items.append(Triplets(selection.examples))
         elif classes is not None:
             items.append(LabelledTexts(selection.examples, selection.store.labels, classes))
         else:
@@ -280,11 +287,17 @@ def _add_evaluation(
     report: DataReport, eval_report: DataReport, training: Selection, evaluation: Selection
 ) -> DataReport:
     """Return the report on the training rows with that on the evaluation rows, and their overlap in both."""
+    known_texts = list[str]()
+    if evaluation.data_kind == "triplets":
+        known = {text for row in training.conversations for text in row.passages}
+        texts = {text for row in evaluation.conversations for text in row.passages}
+        if texts & known:
+            known_texts = [f"{len(texts & known):,} of {len(texts):,} evaluation texts are also training texts"]
     across, prompts = (
         int(np.isin(evaluation.records[name], training.records[name]).sum()) for name in ("digest", "prompt")
     )
     overlap = {"across": across, "prompts": prompts}
-    warnings = [f"{across} evaluation rows are also training rows"] if across else []
+    warnings = [*([f"{across} evaluation rows are also training rows"] if across else []), *known_texts]
     if prompts > across:
         warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
     stop_token = report.stop_token
@@ -520,6 +533,8 @@ def find_contradiction(
 ) -> tuple[str, int] | None:
     """Return file and line of an opposite judgement of the same answers, or record this judgement if there is none."""
     ids = [example.ids.tobytes() for example in examples]
+    if conversation.passages:
+        return _find_opposite_match(conversation, ids, judgements)
     if conversation.label is not None:
         text, labelled = digest(ids[0]), digest(ids[0] + repr(conversation.label).encode())
         if text in judgements and labelled not in judgements:
@@ -537,6 +552,20 @@ def find_contradiction(
     if contradicted is None:
         judgements.setdefault(digest(judgement), (conversation.file, conversation.line))
     return contradicted
+
+
+def _find_opposite_match(
+    conversation: Conversation, texts: Sequence[bytes], judgements: Judgements
+) -> tuple[str, int] | None:
+    """Return file and line of a triplet that contradicts this one. texts: anchor, positive and negatives."""
+    anchor, *passages = texts
+    for index, text in enumerate(passages):
+        pair = len(anchor).to_bytes(8, "little") + anchor + text
+        match, opposite = (digest(pair + sign) for sign in ((b"+", b"-") if index == 0 else (b"-", b"+")))
+        if opposite in judgements:
+            return judgements[opposite]
+        judgements.setdefault(match, (conversation.file, conversation.line))
+    return None
 
 
 def split_pair(conversation: Conversation) -> tuple[Conversation, ...]:

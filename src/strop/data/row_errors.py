@@ -47,6 +47,8 @@ FORMAT_REASONS: dict[str, str] = {
     "bad-label": "a label that is neither good nor bad; in classification one that is not a string, an integer or a "
     "list of them, or a list if other rows have one label",
     "no-label": "a label is null or empty",
+    "no-positive": "a row of texts to match without a positive text, or whose texts do not match",
+    "same-texts": "a text is both a positive and a negative, or is the anchor itself",
     "media": "images, audio or video, which are not supported",
 }
 # Why a conversation cannot be rendered to an example.
@@ -78,8 +80,8 @@ REASONS: dict[str, str] = {
     TOO_LONG: "the row is longer than data.max_length",
     "no-teacher-answer": "the teacher has not answered the row",
     "unknown-label": "a label that is not in train.labels, or that no training row has",
-    "contradiction": "another row ranks the same answers the other way round, or labels the same answer or text "
-    "differently",
+    "contradiction": "another row ranks the same answers the other way round, labels the same answer or text "
+    "differently, or has the positive of this anchor as a negative",
 }
 FIXES: dict[str, str] = {
     "missing-column": "rename the columns, because --data.columns and --data.format apply to every file",

@@ -38,6 +38,7 @@ from strop.data.types import (
     Mask,
     Message,
     Prompt,
+    Triplet,
     label_names,
 )
 
@@ -228,6 +229,7 @@ class Examples(LazySequence[Example]):
         records = store.example_records[indices]
         self.lengths: Indices = records["length"].astype(np.int64)  # in tokens
         self.supervised: Indices = records["supervised"].astype(np.int64)  # in tokens
+        self.rows: Indices = records["row"].astype(np.int64)  # indices of the store's rows
         # label of the answer: 1 good, 0 bad, -1 none; of a text to classify, an index into Store.labels
         self.labels: Indices = store.row_records["label"][records["row"]].astype(np.int64)
 
@@ -328,6 +330,27 @@ class LabelledTexts(LazySequence[LabelledText]):
         return LabelledText((self._examples[i],), classes=self._indices[self._examples.labels[i]])
 
 
+class Triplets(LazySequence[Triplet]):
+    """Anchors with their positives and negatives, which are consecutive examples of one row each."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples = examples
+        starts = np.unique(examples.rows, return_index=True)[1]
+        self._ends = [*starts[1:].tolist(), len(examples)]
+        self._starts: list[int] = starts.tolist()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def item(self, i: int) -> Triplet:
+        return Triplet(tuple(self._examples[self._starts[i] : self._ends[i]]))
+
+    @property
+    def negatives(self) -> int:
+        """Number of negatives of all rows."""
+        return len(self._examples) - 2 * len(self)
+
+
 def count_labels(examples: Examples, labels: Sequence[Label], names: Sequence[str]) -> dict[str, int]:
     """Return the number of examples with each label. labels: see Examples.labels."""
     counts, known = dict.fromkeys(names, 0), examples.labels[examples.labels >= 0]
@@ -369,6 +392,8 @@ def dump_conversation(conversation: Conversation) -> bytes:
         value["desirable"] = conversation.desirable
     if conversation.label is not None:
         value["label"] = conversation.label
+    if conversation.passages:
+        value["passages"] = conversation.passages
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -389,7 +414,8 @@ def load_conversation(text: bytes, file: str, line: int) -> Conversation:
     value = json.loads(text)
     messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
     tools, desirable, label = tuple(value.get("tools", ())), value.get("desirable"), value.get("label")
-    return Conversation(file, line, messages, tools, value.get("text"), rejected, desirable, _read_label(label))
+    content, passages = value.get("text"), tuple(value.get("passages", ()))
+    return Conversation(file, line, messages, tools, content, rejected, desirable, _read_label(label), passages)
 
 
 def _read_label(value: Any) -> Any:

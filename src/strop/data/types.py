@@ -22,9 +22,10 @@ Mask = npt.NDArray[np.bool_]
 LogProbs = npt.NDArray[np.float64]
 
 # The data of an objective: conversations (their assistant turns are trained on), preference pairs, answers labelled
-# good or bad, prompts for which the model samples completions, or texts with their class.
-DataKind = Literal["turns", "pairs", "labels", "prompts", "classes"]
-RENDERED_PROMPTS: tuple[DataKind, ...] = ("prompts", "classes")  # without an answer, so without a stop token
+# good or bad, prompts for which the model samples completions, texts with their class, or texts that match.
+DataKind = Literal["turns", "pairs", "labels", "prompts", "classes", "triplets"]
+TEXT_KINDS: tuple[DataKind, ...] = ("classes", "triplets")  # texts are encoded without a chat template
+RENDERED_PROMPTS: tuple[DataKind, ...] = ("prompts", *TEXT_KINDS)  # without an answer, so without a stop token
 Label = str | tuple[str, ...]  # the class of a text, or all classes of a text that may have several
 PREFERENCE_KINDS: tuple[DataKind, ...] = ("pairs", "labels")
 
@@ -63,6 +64,7 @@ class Conversation:
     rejected: tuple[Message, ...] = ()  # the rejected conversation of a preference pair; `messages` is the chosen one
     desirable: bool | None = None  # whether a labelled answer is good
     label: Label | None = None  # of a text to classify
+    passages: tuple[str, ...] = ()  # of a triplet, whose anchor is `text`: the positive and the negatives
 
     @property
     def answer(self) -> str | None:
@@ -75,7 +77,7 @@ class Conversation:
         """The turns before the first assistant turn with a nonzero weight."""
         turns = enumerate(self.messages)
         end = next((i for i, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
-        return replace(self, messages=self.messages[:end], rejected=(), desirable=None, label=None)
+        return replace(self, messages=self.messages[:end], rejected=(), desirable=None, label=None, passages=())
 
     @property
     def sides(self) -> tuple[Conversation, ...]:
@@ -205,6 +207,24 @@ class LabelledText(ExampleGroup):
     """A text with its classes, as indices of the classifier's outputs. Only its last token is supervised."""
 
     classes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Triplet(ExampleGroup):
+    """An anchor, a text that matches it, and any number of texts that do not.
+
+    examples: anchor, positive and negatives; only the last token of each is supervised. The other fields are set in a
+    training step: the gradient of the batch's loss with respect to each text's vector, (n, h), fp32; the loss of the
+    anchor; and whether the positive is nearer to the anchor than all other texts of the batch.
+    """
+
+    gradients: npt.NDArray[np.float32] | None = None
+    loss: float = 0.0
+    is_first: bool = False
+
+    def computed_tokens(self, packed: bool, share_prompt: bool = True) -> int:
+        """Return the number of tokens computed for the texts in a micro-batch, including padding."""
+        return len(self) if packed else len(self.examples) * max(map(len, self.examples))
 
 
 @dataclass(frozen=True, slots=True)

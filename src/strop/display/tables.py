@@ -160,7 +160,7 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
     files = [] if read_eval_share(values.get("data.eval")) else evaluated
     measure = [["eval", run, *option_words({"data.train": files})]] if files else []
-    chat = [["chat", run]] if report.get("objective", {}).get("name") != "reward" else []
+    chat = [["chat", run]] if report.get("objective", {}).get("name") not in ("reward", "embed") else []
     print_next(*measure, *chat, ["dash", run])
     if not files:
         advice = "" if evaluated else "; --eval 5% keeps some back in the next run"

@@ -247,6 +247,10 @@ class RunProgress:
             low, high = event["accuracy_interval"]
             what = "accuracy" if "macro_f1" in event else "ranked correctly"
             metrics += f", {event['accuracy']:.1%} {what} ({low:.1%} to {high:.1%})"
+        if "accuracy_at_1" in event:
+            low, high = event["accuracy_at_1_interval"]
+            metrics += f", accuracy@1 {event['accuracy_at_1']:.1%} ({low:.1%} to {high:.1%})"
+            metrics += f", nDCG@10 {event['ndcg_at_10']:.1%}"
         best = " (best so far)" if event["best"] else ""
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
 

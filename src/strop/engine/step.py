@@ -60,6 +60,9 @@ class Step(Protocol):
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """Return the normalized hidden state of the last token of each example, (N, h), differentiable."""
 
+    def mean_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """Return the mean of the normalized hidden states of each example's tokens, (N, h), fp32, differentiable."""
+
     def checkpoint(self, layers: int | None = None) -> None:
         """Save only the inputs of the first layers, and recompute these layers in the backward.
 

@@ -52,8 +52,10 @@ MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosse
 SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
     "preference_sum": "preference, summed", "margin": "margin of rewards", "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
+    "micro_f1": "micro F1", "accuracy_at_1": "accuracy@1", "recall_at_10": "recall@10", "ndcg_at_10": "nDCG@10",
+    "mrr": "MRR",
 }  # fmt: skip
+RETRIEVAL_SCORES = ("accuracy_at_1", "recall_at_10", "ndcg_at_10", "mrr")
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
 
@@ -325,7 +327,7 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return as `describe_change` how a classifier compares with its baseline; None without one."""
+    """Return as `describe_change` how a model compares with its baseline; None without one."""
     if "baseline_difference" not in result:
         return None
     kind, text = describe_change({**result, "difference": result["baseline_difference"]})

@@ -17,6 +17,7 @@ from strop.evaluation.metrics import (
     describe_rows,
     format_points,
     rows_label,
+    score_name,
 )
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
@@ -28,6 +29,7 @@ LOCAL_FIELDS = {
     "model.device",
 }  # fmt: skip
 
+PIPELINES = {"classify": "text-classification", "embed": "sentence-similarity"}  # the Hub's name of the task
 REWARD_USAGE = """It scores an answer with one number (higher is better) and does not generate text.
 
 ```python
@@ -69,6 +71,29 @@ from transformers import pipeline
 
 classify = pipeline("text-classification", model="{location}", top_k=None)
 print(classify(texts, batch_size=8))
+```"""
+EMBED_USAGE = """It gives a vector of length 1 for a text, and generates no text.
+
+```python
+from sentence_transformers import SentenceTransformer  # loads the base too
+
+model = SentenceTransformer("{location}")
+vectors = model.encode(texts)
+print(vectors @ vectors.T)  # cosine similarities
+```
+
+```python
+import strop
+
+print(strop.load("{location}").embed(texts))
+```"""
+
+MERGED_EMBED_USAGE = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{location}")
+vectors = model.encode(texts)
+print(vectors @ vectors.T)  # cosine similarities
 ```"""
 CHATML_END = {"cut": "\n", "add": ""}  # default for reports without `answer_end`
 
@@ -134,11 +159,12 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     file_name = Path(lock["base"]["name"].partition("#")[0]).name  # the card must not contain local paths
     base_text = f"`{base_id}`" if base_id else f"`{file_name}` (not from the Hub)"
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
-    full, is_adapter = settings.get("train.method") == "full", merged is None
-    is_adapter = is_adapter and not full
+    objective, full = settings.get("train.objective", "sft"), settings.get("train.method") == "full"
+    is_adapter = merged is None and not full
     library, relation = ("peft", "adapter") if is_adapter else ("transformers", "finetune")
+    library = "sentence-transformers" if objective == "embed" else library
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
-    task = {"pipeline_tag": "text-classification"} if settings.get("train.objective") == "classify" else {}
+    task = {"pipeline_tag": PIPELINES[objective]} if objective in PIPELINES else {}
     front_matter = {"library_name": library, **task, **base_entry, "tags": ["strop"] if full else ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
@@ -156,8 +182,9 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     usages = {
         "reward": (REWARD_USAGE, MERGED_USAGE),
         "classify": (CLASSIFIER_USAGE, MERGED_CLASSIFIER_USAGE),
+        "embed": (EMBED_USAGE, MERGED_EMBED_USAGE),
     }
-    usage = usages.get(settings.get("train.objective", "sft"), (ADAPTER_USAGE, MERGED_USAGE))[not is_adapter]
+    usage = usages.get(objective, (ADAPTER_USAGE, MERGED_USAGE))[not is_adapter]
     title = f"A LoRA adapter for {base_text}" if is_adapter else f"{base_text} with a LoRA adapter merged into it"
     title = f"{base_text}, fine-tuned" if full else title
     several = (report.get("objective") or {}).get("several_labels")
@@ -200,6 +227,8 @@ def _describe_merge(merged: Mapping[str, Any]) -> str:
     if parity is None:
         return f"in {merged['dtype']}; not measured against the adapter"
     figures = f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}"
+    if parity.get("cosine_min") is not None:
+        figures = f"lowest cosine of a text's vectors {parity['cosine_min']:.6f}"
     positions = f"{parity['positions']:,} positions"
     return f"in {merged['dtype']}; measured against the adapter on its base: {figures}, {positions}"
 
@@ -219,8 +248,16 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, result in ((rows_label(evaluation or {}), evaluation), ("regression rows", regression)):
         if result and _has_both_sides(result):
             metric = result["metric"]
-            scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
+            before, after = (result[side][metric] for side in ("base", "tuned"))
+            scores = f"{score_name(metric, metric)} {before:.1%} before, {after:.1%} after"
             yield name, f"{describe_rows(result)}: {scores} ({describe_change(result)[1]})"
+        if result and "texts" in result:
+            tuned, baseline = result["tuned"], result.get("baseline")
+            figures = ", ".join(f"{score_name(score, None)} {value:.1%}" for score, value in tuned.items())
+            if baseline:
+                change = format_points(result["baseline_difference"])
+                figures += f"; {result['baseline_name']} {baseline[result['metric']]:.1%} ({change} points)"
+            yield "retrieval", f"among {result['texts']:,} texts: {figures}"
     if evaluation and "classes" in evaluation:
         tuned, baseline = evaluation["tuned"], evaluation.get("baseline")
         scores = f"accuracy {tuned['accuracy']:.1%}, macro F1 {tuned['macro_f1']:.1%}"
@@ -240,20 +277,21 @@ def _has_both_sides(result: Any) -> bool:
 
 def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence per limitation of the model or of its evaluation."""
-    is_classifier = settings.get("train.objective") == "classify"
-    if not _has_both_sides(report.get("evaluation")) and not (is_classifier and report.get("evaluation")):
+    objective = settings.get("train.objective")
+    if not _has_both_sides(report.get("evaluation")) and not (objective == "classify" and report.get("evaluation")):
         yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
     elif (train_rows := report["evaluation"].get("train_rows")) is None:
         yield "It is unknown whether it was trained on the rows that it was evaluated on."
     elif train_rows:
         yield f"{train_rows} of the {report['evaluation']['rows']} rows that it was evaluated on are also train rows."
     yield from (f"{text}." for text in describe_cut(report.get("evaluation") or {}))
-    if not is_classifier and not report.get("general") and not _has_both_sides(report.get("regression")):
+    has_other_tasks = report.get("general") or _has_both_sides(report.get("regression"))
+    if objective not in ("classify", "embed") and not has_other_tasks:
         yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:
         yield f"No row that it was trained on is longer than {longest:,} tokens."
-    if settings.get("train.objective") not in ("reward", "classify"):
+    if objective not in ("reward", "classify", "embed"):
         yield "It answers prompts in the chat template saved with it; other templates were not tried."
     yield "It was not checked for safety, bias or truth."
     yield "The license and the terms of the base apply to it too."

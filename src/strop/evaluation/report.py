@@ -102,7 +102,8 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
     rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
-    change = f"{metric} went from {_format_percent(base[metric])} to {_format_percent(tuned[metric])}{rows}"
+    before, after = (_format_percent(side[metric]) for side in (base, tuned))
+    change = f"{metrics.score_name(str(metric), metric)} went from {before} to {after}{rows}"
     if not evaluation.get("difference"):
         return "plain", f"{change}."
     kind, text = metrics.describe_change(evaluation)
@@ -137,6 +138,11 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         low, high = (_format_percent(end) for end in ranking["accuracy_interval"])
         name = "accuracy, held out" if "macro_f1" in ranking else "ranked correctly, held out"
         yield name, f"{_format_percent(ranking['accuracy'])} ({low} to {high})"
+    for score in metrics.RETRIEVAL_SCORES:
+        if _is_number(ranking.get(score)):
+            text, interval = _format_percent(ranking[score]), ranking.get(f"{score}_interval")
+            text += " ({} to {})".format(*map(_format_percent, interval)) if interval else ""
+            yield f"{metrics.score_name(score, None)}, held out", text
     if _is_number(ranking.get("reward")):
         low, high = ranking.get("reward_interval") or (ranking["reward"],) * 2
         yield "reward, held out", f"{ranking['reward']:.3f} ({low:.3f} to {high:.3f})"
@@ -160,6 +166,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
     names.pop("tokens_per_s", None)  # of the evaluation, which generates both answers at once
     for name in sorted(names, key=lambda name: name != metric):
         rates = (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum", "macro_f1", "micro_f1")
+        rates = (*rates, *metrics.RETRIEVAL_SCORES)
         is_rate = name in rates or name.endswith("_rate")
         cells = []
         for side in sides:
@@ -168,22 +175,26 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
             if _is_number(value):
                 cell["text"] = _format_percent(value) if is_rate else f"{value:,.4g}"
                 cell["share"] = 100 * value if is_rate else None
-            if name == metric and intervals.get(side):
-                low, high = (100 * float(end) for end in intervals[side])
+            interval = intervals.get(side) if name == metric else None
+            interval = interval or ((evaluation.get("score_intervals") or {}).get(side) or {}).get(name)
+            if interval:
+                low, high = (100 * float(end) for end in interval)
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}
 
 
 def _describe_baseline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return (CSS class, sentence) on a classifier and its baseline, or None without one."""
+    """Return (CSS class, sentence) on a model and its baseline, or None without one."""
     verdict = metrics.describe_baseline(evaluation)
     if verdict is None:
         return None
-    tuned, baseline = (_format_percent(evaluation[side]["accuracy"]) for side in ("tuned", "baseline"))
+    metric = str(evaluation["metric"])
+    tuned, baseline = (_format_percent(evaluation[side][metric]) for side in ("tuned", "baseline"))
     kind, text = verdict
     rows = metrics.describe_rows(evaluation)
-    return kind, f"{text[0].upper()}{text[1:]}: accuracy {tuned}, of the baseline {baseline}, on {rows}."
+    name = metrics.score_name(metric, metric)
+    return kind, f"{text[0].upper()}{text[1:]}: {name} {tuned}, of the baseline {baseline}, on {rows}."
 
 
 def _list_classes(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -48,9 +48,17 @@ from strop.evaluation.metrics import (
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind, is_tuned, read_identity
+from strop.evaluation.retrieval import NEAREST, compare_retrieval
+from strop.models.adapter_config import (
+    AdapterKind,
+    adapter_folder,
+    adapter_kind,
+    check_adapter_kind,
+    is_tuned,
+    read_identity,
+)
 from strop.models.adapters import locate_base, locate_tokenizer, read_classes
-from strop.models.load import refuse_classifier
+from strop.models.load import refuse_classifier, refuse_embedder
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, prepare_rows
@@ -58,6 +66,10 @@ from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
 
 SAMPLES_IN_REPORT = 20
+TEXT_MODELS: dict[AdapterKind, tuple[str, str, DataKind]] = {  # what they are, their metric and their rows
+    "classifier": ("a classifier", ACCURACY, "classes"),
+    "embedder": ("a model of embeddings", NEAREST, "triplets"),
+}
 READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields that are options of eval too
 
 
@@ -90,17 +102,18 @@ def evaluate_models(
     """Evaluate each model, with and without its adapter, on the rows of `data`.
 
     Returns for each model the result of `compare` (of `compare_preferences` if the rows are pairs, and of
-    `compare_classes` for a classifier) with `run`, `notes` and `train_rows`, the number of rows that are also training
-    rows (None if unknown). Options and rows are checked before a model is loaded. If the judge fails, `partial_result`
-    of the RunError has the other results.
+    `compare_classes` for a classifier, of `compare_retrieval` for a model of embeddings) with `run`, `notes` and
+    `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked before
+    a model is loaded. If the judge fails, `partial_result` of the RunError has the other results.
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, ...], Side] = {}
     results = []
     for name in names:
-        if request.are_classes:
-            results.append(_evaluate_classes(name, request))
+        if request.kind != "text":
+            evaluate = _evaluate_classes if request.kind == "classifier" else _evaluate_retrieval
+            results.append(evaluate(name, request))
             continue
         if _is_paired(request.rows):
             results.append(_evaluate_pairs(name, request))
@@ -131,7 +144,7 @@ class _Request:
     task_manager: Any  # the harness's TaskManager
     advance: Progress | None
     devices: Devices
-    are_classes: bool  # whether the models are classifiers
+    kind: AdapterKind = "text"  # of the adapters: text also for reward models
 
 
 def _check_request(
@@ -153,9 +166,11 @@ def _check_request(
     for name in names:
         if adapter_folder(name) is None:
             refuse_classifier(locate(name))
-    classifiers = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == "classifier"]
-    if classifiers:
-        return _check_class_request(names, classifiers, data, options, reading, notes, advance, devices)
+            refuse_embedder(locate(name))
+    for kind in TEXT_MODELS:
+        models = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == kind]
+        if models:
+            return _check_text_request(kind, names, models, data, options, reading, notes, advance, devices)
     rows = read_scorable_rows(names, reading, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
@@ -177,37 +192,35 @@ def _check_request(
     tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
     dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
     trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return _Request(
-        options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices, False
-    )
+    return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
 
 
-def _check_class_request(
-    names: Sequence[str], classifiers: Sequence[str], data: str | Sequence[str], options: EvalOptions,
+def _check_text_request(
+    kind: AdapterKind, names: Sequence[str], models: Sequence[str], data: str | Sequence[str], options: EvalOptions,
     reading: dict[str, Any], notes: list[str], advance: Progress | None, devices: Devices,
 ) -> _Request:  # fmt: skip
-    """Read the rows of classifiers, and check the options."""
-    if len(classifiers) < len(names):
-        other = next(name for name in names if name not in classifiers)
-        raise RecipeError(
-            f"{other}: not a classifier, unlike {classifiers[0]}", fix="evaluate it in a separate command"
-        )
-    if options.metric not in ("exact", ACCURACY):  # exact is the default
-        raise RecipeError(f"--metric {options.metric}: a classifier gives no text", fix=f"--metric {ACCURACY}")
+    """Read the rows of models that classify or embed texts, and check the options. models: those of this kind."""
+    what, metric, data_kind = TEXT_MODELS[kind]
+    if len(models) < len(names):
+        other = next(name for name in names if name not in models)
+        raise RecipeError(f"{other}: not {what}, unlike {models[0]}", fix="evaluate it in a separate command")
+    if options.metric not in ("exact", metric):  # exact is the default
+        raise RecipeError(f"--metric {options.metric}: {what} gives no text", fix=f"--metric {metric}")
     if options.general or options.regression_data or options.tasks or options.judge:
         fix = "leave --general, --regression-data, --tasks and --judge out"
-        raise RecipeError("a classifier generates nothing, so nothing else can be evaluated", fix=fix)
-    rows = read_conversations(data, data_kind="classes", **reading)
+        raise RecipeError(f"{what} generates nothing, so nothing else can be evaluated", fix=fix)
+    rows = read_conversations(data, data_kind=data_kind, **reading)
     if not rows:
-        raise DataError("no rows to evaluate on", fix="give rows with a text and a label")
-    for name in names:
+        needed = "a text and a label" if kind == "classifier" else "an anchor and a positive"
+        raise DataError("no rows to evaluate on", fix=f"give rows with {needed}")
+    for name in names if kind == "classifier" else ():
         folder = adapter_folder(name)
         assert folder is not None
         check_labels(rows, read_classes(folder))
     devices.require_same(
         {"the models": list(names), "the content of the rows": digest(b"\n".join(map(dump_conversation, rows)))}
     )
-    return _Request(options, rows, [], None, notes, None, [], None, advance, devices, True)
+    return _Request(options, rows, [], None, notes, None, [], None, advance, devices, kind)
 
 
 def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
@@ -220,6 +233,24 @@ def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
     result = _start_result(name, model, compared, request)
     result["notes"] += notes
     _add_row_notes(result, request.rows, train_rows)
+    if request.devices.is_main and is_run(Path(name)):
+        _store(RunFolder(Path(name)), result)
+    return result
+
+
+def _evaluate_retrieval(name: str, request: _Request) -> dict[str, Any]:
+    rows = list({row.text: row for row in reversed(request.rows)}.values())[::-1]  # the first of each anchor
+    train_rows = request.devices.run_on_main(partial(find_train_rows, name, rows))
+    prepared = _prepare_train_rows(name)
+    model = _load(name, request)
+    train_texts = None if prepared is None else prepared.train_conversations
+    compared = compare_retrieval(
+        model, request.rows, request.advance, request.devices, with_base=request.options.base, train_rows=train_texts
+    )
+    notes = compared.pop("notes")
+    result = _start_result(name, model, compared, request)
+    result["notes"] += notes
+    _add_row_notes(result, rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -350,6 +381,8 @@ def read_conversations(
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "classification" in kinds and data_kind != "classes":
         raise DataError("rows with the classes of texts", fix="give a run of --train.objective classify")
+    if "triplet" in kinds and data_kind != "triplets":
+        raise DataError("rows of texts that match", fix="give a run of --train.objective embed")
     if "labelled" in kinds:
         what = "rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
         raise DataError(what, fix="give rows with right answers, or pairs")
@@ -485,9 +518,11 @@ def _prepare_train_rows(name: str) -> Prepared | None:
 
 
 def _hash_row(row: Conversation, data_kind: DataKind) -> int:
-    """Hash a row without its label and rejected answer. For "prompts", the right answer is also excluded."""
+    """Hash a row without its label, rejected answer and negatives. For "prompts", the right answer is also excluded."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
-    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None, label=None)))
+    positive = row.passages[:1]
+    row = replace(row, messages=turns, rejected=(), desirable=None, label=None, passages=positive)
+    return digest(dump_conversation(row))
 
 
 def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:

@@ -71,8 +71,9 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         for side in sides:
             value = result[side][name]
             cell = f"{value:.{_DECIMALS[name]}f}" if name in _DECIMALS else f"{value:.1%}"
-            if name == result["metric"]:
-                low, high = result["intervals"][side]
+            interval = result["intervals"][side] if name == result["metric"] else _find_interval(result, side, name)
+            if interval:
+                low, high = interval
                 cell += f"  ({low:.1%} to {high:.1%})"
             cells.append(cell)
         table.add_row(escape(score_name(name, result["metric"])), *cells)
@@ -95,6 +96,12 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
             f"{'' if verdict.startswith('not a test') else 'tuned minus base: '}{verdict} "
             f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
         )
+
+
+def _find_interval(result: Mapping[str, Any], side: str, name: str) -> Sequence[float] | None:
+    """Return the interval of a score other than the metric, if the evaluation has one."""
+    interval: Sequence[float] | None = result.get("score_intervals", {}).get(side, {}).get(name)
+    return interval
 
 
 def _print_classes(result: Mapping[str, Any], out: Console) -> None:

@@ -17,6 +17,7 @@ from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format_card, hub_id
 from strop.models.adapter_config import STROP_FILE, adapter_folder, read_adapter_config, read_base_name, read_identity
 from strop.models.adapters import check_adapter_weights
+from strop.models.embedder import MODULES_FILE, NORMALIZE_FOLDER, POOLING_FOLDER, SETTINGS_FILE
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 from strop.runs.folder import RunFolder, is_run
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 UPLOADED = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "tekken.json", "vocab.json",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
-    "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
+    "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*", MODULES_FILE, SETTINGS_FILE,
 )  # fmt: skip
 NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # files of the repository that a push does not delete
 PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # JSON keys that may have local paths
@@ -144,11 +145,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
     """Return the content by file name and the files that are not uploaded. Removes local paths from JSON files."""
     contents: dict[str, bytes | Path] = {}
     left_out = []
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or not _matches(file.name, UPLOADED):
-            left_out.append(file.name)
+    modules = (POOLING_FOLDER, NORMALIZE_FOLDER)  # of sentence-transformers; the second is empty
+    for file in sorted([*folder.iterdir(), *(folder / POOLING_FOLDER).glob("config.json")]):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_file() or not _matches(name, UPLOADED):
+            left_out += [] if name in modules else [name]
             continue
-        contents[file.name] = file
+        contents[name] = file
         if file.suffix == ".json":
             try:
                 value = json.loads(file.read_text(encoding="utf-8"))
@@ -156,7 +159,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
                 fix = "restore it, or move it out of the folder"
                 raise ModelError(f"{file}: not JSON: {error}", fix=fix) from None
             if (cleaned := _remove_paths(value)) != value:
-                contents[file.name] = _to_json(cleaned)
+                contents[name] = _to_json(cleaned)
     return contents, left_out
 
 

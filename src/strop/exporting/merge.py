@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,14 +22,14 @@ from torch import Tensor
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
-from strop.data.store import LabelledTexts
-from strop.data.types import Classes, DataKind, Example, LabelledText
+from strop.data.types import DataKind, Example, Item
 from strop.engine.step import step_for
 from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError, Stopped
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
 from strop.exporting.classifier import SCORE_WEIGHT, compare_classifiers, read_score_weight, set_classes
+from strop.exporting.embedder import compare_embedders, set_architecture
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import (
@@ -52,9 +52,17 @@ from strop.models.adapters import (
     read_classes,
     restore_precision,
 )
+from strop.models.embedder import read_pooling, write_modules
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
 from strop.models.introspect import text_filter
-from strop.models.load import DTYPES, load_base, load_without_weights, stored_dtype, weights_folder
+from strop.models.load import (
+    DTYPES,
+    load_base,
+    load_without_weights,
+    refuse_embedder,
+    stored_dtype,
+    weights_folder,
+)
 from strop.models.lora import embedding_paths
 from strop.models.model_folder import make_config, write_generation_config
 from strop.models.quantize import dequantize_weight, quantize_weight
@@ -78,6 +86,7 @@ from strop.runs.lock import sha256_file, sha256_text
 
 LOG = logging.getLogger(__name__)
 SCORE_FILE = "model-score.safetensors"  # the score head of a classifier
+TEXT_KINDS: dict[AdapterKind, DataKind] = {"classifier": "classes", "embedder": "triplets"}  # and their rows
 MAX_ROWS = 2000  # maximum number of rows for the comparison
 BASE_CHOICE_ROWS = 64  # number of rows to choose between the original and the dequantized base
 ROUNDING_CHUNK = 1 << 23  # values that are rounded to fp16 at once, which takes about 200 MB
@@ -112,26 +121,30 @@ def merge(
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     check_new_output(out)
-    classes = read_classes(folder) if adapter_kind(folder) == "classifier" else None
-    tuned = TunedModel.open(name, "text" if classes is None else "classifier")
+    kind = adapter_kind(folder)
+    kind = kind if kind in TEXT_KINDS else "text"  # others are refused
+    tuned = TunedModel.open(name, kind)
     check_data_option(data, measure)
-    texts: list[LabelledText] = []
+    texts: Any = []
     if measure:
         check_memory(tuned.source, DTYPES[dtype].itemsize, progress)
-        if classes is None:
+        if kind == "text":
             tuned = tuned.load_rows(data)
         else:
-            texts = _read_texts(name, tuned.load_tokenizer(), data, classes)
+            labels = read_classes(folder).names if kind == "classifier" else None
+            texts = _read_texts(name, tuned.load_tokenizer(), data, TEXT_KINDS[kind], labels)
     with disk_errors(out.parent), exclusive_output(out), _resumable(out):
         merged_folder, parity = _write_merged(tuned, folder, out, dtype, progress), None
         if measure:
             progress("measuring the merged model against the adapter on its base")
-            if classes is None:
+            arguments = tuned.load, merged_folder, DTYPES[dtype], texts
+            if kind == "classifier":
+                parity = compare_classifiers(*arguments, read_classes(folder), LIMITS[dtype])
+            elif kind == "embedder":
+                parity = compare_embedders(*arguments, read_pooling(folder), LIMITS[dtype])
+            else:
                 load_merged = partial(_load_merged, merged_folder, DTYPES[dtype])
                 parity = compare(tuned.load, load_merged, tuned.examples, LIMITS[dtype])
-            else:
-                arguments = (tuned.load, merged_folder, DTYPES[dtype], texts, classes, LIMITS[dtype])
-                parity = compare_classifiers(*arguments)
             if not parity.passed:
                 shutil.rmtree(merged_folder)
             parity.check(str(out), "" if dtype == "fp32" else "--dtype fp32 rounds nothing")
@@ -235,6 +248,7 @@ class TunedModel:
         if quantization_method(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
+            refuse_embedder(source)
             return TunedModel(name, source)
         check_adapter_kind(folder, kind)
         check_adapter_base(folder, source)
@@ -320,18 +334,19 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
     return [examples[row] for row in good[:MAX_ROWS]]
 
 
-def _read_texts(name: str, tokenizer: Any, data: str | None, classes: Classes) -> list[LabelledText]:
-    """Read the texts to compare classifiers on, as `_read_rows`."""
+def _read_texts(
+    name: str, tokenizer: Any, data: str | None, data_kind: DataKind, labels: Sequence[str] | None
+) -> Sequence[Item]:
+    """Read the texts to compare classifiers or models of embeddings on, as `_read_rows`."""
     recipe = read_resolved(RunFolder(Path(name)).recipe).recipe if is_run(Path(name)) else None
     if recipe is None and data is None:
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
     section = recipe.data if recipe is not None else DataSection(train=str(data))
     if data is not None:
         section = section.model_copy(update={"train": data, "eval": None})
-    options: Any = {"data_kind": "classes", "labels": classes.names}
-    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", **options)
+    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", data_kind=data_kind, labels=labels)
     items = prepared.eval_items or prepared.train_items
-    assert isinstance(items, LabelledTexts)
+    assert items is not None, "rows of texts are groups"
     return items[:MAX_ROWS]
 
 
@@ -369,8 +384,9 @@ def _write_merged(
     index: dict[str, str] = {}
     tensors, meta_model = CheckpointTensors(weights_folder(source)), load_without_weights(source)
     layout, is_text_weight = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
-    is_classifier = adapter_kind(folder) == "classifier"
-    output_head = embedding_paths(meta_model)[1:] if is_classifier else []  # which a classifier does not have
+    kind = adapter_kind(folder)
+    is_classifier = kind == "classifier"
+    output_head = embedding_paths(meta_model)[1:] if kind in TEXT_KINDS else []  # which these models do not have
     shards = list(_split_into_shards(tensors, layout))
     for number, all_groups in enumerate(shards, 1):
         show(f"merging into {out}: shard {number} of {len(shards)}")
@@ -458,10 +474,15 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
     rows = trained_token_rows(read_adapter_config(folder))
     vocabulary = max((1 + row for indices in rows.values() for row in indices), default=0)
     config, tokenizer = make_config(source, DTYPES[dtype], vocabulary), load_tokenizer(locate_tokenizer(folder, source))
-    is_classifier = adapter_kind(folder) == "classifier"
-    if is_classifier:
+    kind = adapter_kind(folder)
+    if kind == "classifier":
         set_classes(config, tokenizer, read_classes(folder))
+    elif kind == "embedder":
+        set_architecture(config, tokenizer)
+        head: Any = load_without_weights(source).get_output_embeddings()  # type: ignore[operator]
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        write_modules(out, read_pooling(folder), head.weight.shape[1], positions)
     config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if not is_classifier:
+    if kind not in TEXT_KINDS:
         write_generation_config(source, config, make_renderer(tokenizer, read_identity(folder)).end_ids, out)

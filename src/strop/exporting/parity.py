@@ -49,6 +49,11 @@ class Limit:
         """
         return math.sqrt(2 * self.kl_mean)
 
+    @property
+    def cosine(self) -> float:
+        """The lowest cosine of a text's vectors: 0.99998 in fp32, 0.99 in bf16, 0.999 in fp16."""
+        return 1 - 20 * self.kl_mean
+
 
 # Measured mean KL of correct merges of SmolLM2-135M (docs/log): fp32 8e-10 to 4e-8, bf16 6e-5 to 1.4e-4, fp16 5e-7 to
 # 4e-6. It is 1.2e-3 or more if one of the 30 layers is not merged. Of 206 tiny random models, 3 exceed the bf16 limit.
@@ -73,6 +78,7 @@ class Parity:
     clear_flips: int  # number of positions; see Limit
     agreement: Estimate  # share of positions without a clear flip
     effect: Estimate | None  # share of the adapter's effect, ideally 1; None if it is too weak or there is no adapter
+    cosine_min: float | None = None  # lowest cosine of a text's two vectors; None unless they are embeddings
 
     @property
     def violations(self) -> list[str]:
@@ -89,6 +95,8 @@ class Parity:
             difference, error = abs(self.effect.value - 1), (self.effect.high - self.effect.low) / (2 * Z_95)
             if not difference <= EFFECT_TOLERANCE + STANDARD_ERRORS * error:
                 violations.append(f"{self.effect.value:.1%} of the adapter's effect (limit {EFFECT_TOLERANCE:.0%} off)")
+        if self.cosine_min is not None and not self.cosine_min >= limit.cosine:
+            violations.append(f"lowest cosine {self.cosine_min:.6f} (limit {limit.cosine:.6f})")
         return violations
 
     @property

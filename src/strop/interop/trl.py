@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
+from strop.interop import sentence_transformers
 from strop.interop.draft import (
     IGNORED_KEYS,
     LINE_BREAK_NOTE,
@@ -31,9 +32,12 @@ from strop.interop.script_parser import (
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
     "KTOConfig": "kto", "ORPOConfig": "orpo", "CPOConfig": "simpo", "RewardConfig": "reward",
+    sentence_transformers.ARGUMENTS: "embed",
 }  # fmt: skip
+PLAIN_ARGUMENTS = ("TrainingArguments", sentence_transformers.ARGUMENTS)  # with the defaults of transformers
 TRAINERS = (
     "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "RewardTrainer", "Trainer", "UnslothTrainer",
+    sentence_transformers.TRAINER,
 )  # fmt: skip
 UNSUPPORTED_CONFIGS = (
     "GRPOConfig", "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
@@ -58,14 +62,15 @@ CLASSIFIER_NOTE = (
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
-    "quantization_config",
+    "quantization_config", "loss",
 )  # fmt: skip
 # order of the trainers' arguments after `model`, and `ref_model` if they have one
 TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
+EMBEDDER_POSITIONS = ("args", "train_dataset", "eval_dataset", "loss", "evaluator", "data_collator")
 # arguments of the trainer that are code; the rest are those of its config, where older versions of TRL had them here
 _CODE_ARGUMENTS = (
     "compute_loss_func", "compute_metrics", "data_collator", "formatting_func", "model_init", "optimizers",
-    "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "ref_model",
+    "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "ref_model", "evaluator",
 )  # fmt: skip
 _ANSWERS_ONLY = "assistant_only_loss"
 LOSS_ON_ALL_NOTE = (
@@ -93,11 +98,17 @@ def read(draft: Draft) -> None:
     _read_model(draft, script, trainer_arguments, config, trainer)
     start_seed = _read_adapter(draft, script, trainer_arguments)
     moved = {key: node for key, node in trainer_arguments.items() if key not in (*TRAINER_ARGUMENTS, *_CODE_ARGUMENTS)}
-    keys = read_arguments(draft, script, replace(config, keywords={**moved, **config.keywords}), ("output_dir",))
+    given = {**moved, **config.keywords}
+    for name in sentence_transformers.IGNORED_ARGUMENTS:
+        if given.pop(name, None) is not None:
+            draft.add_ignored(name)
+    keys = read_arguments(draft, script, replace(config, keywords=given), ("output_dir",))
     loads_classifier = any(CLASSIFIER in call.owner for call in script.calls if call.name == "from_pretrained")
     if objective == "sft" and loads_classifier:
         objective = "classify"
-    _read_config(draft, keys, objective, is_plain=config.name == "TrainingArguments")
+    _read_config(draft, keys, objective, is_plain=config.name in PLAIN_ARGUMENTS)
+    if objective == "embed":
+        sentence_transformers.read_loss(draft, script, trainer_arguments.get("loss"))
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
     _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
@@ -143,7 +154,8 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     for run in runs[1:]:
         draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
-    names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *TRAINER_POSITIONS)
+    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else TRAINER_POSITIONS
+    names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
     for key, node in arguments.items():
@@ -164,6 +176,7 @@ def _find_config(
     nodes = [arguments["args"]] if "args" in arguments else []
     config = find_passed(draft, script, "args", nodes, configs, elsewhere=trainer is None or bool(trainer.unpacked))
     name = trainer_class.replace("Trainer", "Config")
+    name = sentence_transformers.ARGUMENTS if trainer_class == sentence_transformers.TRAINER else name
     if config is None and trainer is not None and not nodes and not trainer.unpacked:
         config = Call(name if name in CONFIGS else "TrainingArguments", "", trainer.line, [], {}, "", [])
     if config is None:
@@ -229,6 +242,8 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
     if objective == "classify":
         draft.put("train.objective", objective, CLASSIFIER)
         draft.add_difference("class of a text", CLASSIFIER_NOTE)
+    elif objective == "embed":
+        draft.put("train.objective", objective, sentence_transformers.TRAINER)
     elif objective != "sft":
         draft.put("train.objective", objective, "the config's class")
         draft.add_difference("stop token", LINE_BREAK_NOTE)
@@ -250,7 +265,7 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         model_keys.report_rest(draft, IGNORED_MODEL_KEYS)
     length, source = keys.take("max_length", keys.take("max_seq_length")), "max_length"
     model_length = draft.get("data.max_length")  # set by Unsloth's from_pretrained
-    has_default = objective != "classify" and (model_length is None or objective != "sft")
+    has_default = objective not in ("classify", "embed") and (model_length is None or objective != "sft")
     if length is None and "max_length" not in keys.null_keys and has_default:
         length, source = 1024, keys.default_source("max_length", "trl's default")
     if length is not None and (model_length is None or as_int("max_length", length) < model_length):
@@ -272,7 +287,7 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
 def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
     _read_text_column(draft, keys, objective)
     assistant_only, completion_only = keys.take(_ANSWERS_ONLY), keys.take("completion_only_loss")
-    if not assistant_only and not masked_by_collator and draft.get("data.columns") is None:
+    if objective != "embed" and not assistant_only and not masked_by_collator and draft.get("data.columns") is None:
         draft.note_string_rows("prompt")
     if objective != "sft" or assistant_only or completion_only or masked_by_collator:
         return
@@ -343,7 +358,7 @@ IGNORED_MODEL_KEYS = (
     "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
 )  # fmt: skip
 # calls that create a model, tokenizer or trainer, whose attributes a script may set later
-_CREATING_CALLS = ("from_pretrained", "get_peft_model", *TRAINERS)
+_CREATING_CALLS = ("from_pretrained", "get_peft_model", sentence_transformers.MODEL, *TRAINERS)
 _NOT_A_MODEL = re.compile("Tokenizer|Processor|Extractor|Config")  # other classes with a method `from_pretrained`
 # attributes and calls that do not change the result of training
 _HARMLESS_ATTRIBUTES = (
@@ -373,6 +388,7 @@ def _read_model(
     """Import the model that the script loads, or the trainer's `model` argument, which may be a name."""
     model_argument = trainer_arguments.get("model")
     loads = [call for call in script.calls if call.name == "from_pretrained" and not _NOT_A_MODEL.search(call.owner)]
+    loads += [call for call in script.calls if call.name == sentence_transformers.MODEL]
     trainer_line = float("inf") if trainer is None else trainer.line
     adapter_loads = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
     loads = [call for call in loads if "Peft" not in call.owner and call.line <= script.last_line]
@@ -409,6 +425,12 @@ def _read_model(
 
 
 def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
+    if call.name == sentence_transformers.MODEL:
+        model_keys = sentence_transformers.read_embedding_model(draft, script, replace(call, assigned_to=""))
+        if model_keys is not None:
+            _put_dtype(draft, model_keys)
+            model_keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "quantization_config"))
+        return
     is_unsloth = draft.tool == "unsloth"
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
     unsloth_positions = ("model_name", "max_seq_length", "dtype", "load_in_4bit")
@@ -453,13 +475,18 @@ def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> 
     adapter_line = min([trainer_line, *(call.line for call in script.calls if call.name == "get_peft_model")])
     for name in dict.fromkeys(filter(None, created)):
         for key, node, line, _ in script.find_attribute_assignments(name):
-            if key.rpartition(".")[2] in _HARMLESS_ATTRIBUTES:
+            length = script.value(node) if key.rpartition(".")[2] == "max_seq_length" else None
+            if isinstance(length, int):
+                draft.put("data.max_length", length, key)
+            elif key.rpartition(".")[2] in _HARMLESS_ATTRIBUTES:
                 draft.add_ignored(f"{name}.{key}", "", line)
             else:
                 report_expression(draft, f"{name}.{key}", node, "set by code, which is not executed")
     for call in script.calls:
         if call.name in _HARMLESS_CALLS:
             draft.add_ignored(call.name, "", call.line)
+        elif call.name == "add_adapter" and any(x.name == sentence_transformers.MODEL for x in script.calls):
+            pass  # its LoraConfig is read
         elif call.name in _MODEL_CHANGES and call.line < trainer_line:
             draft.add_unsupported(call.name, _MODEL_CHANGES[call.name], call.line)
         elif call.name == "requires_grad_" and (
@@ -526,6 +553,8 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
         call = find_passed(draft, script, "peft_config", nodes, adapters, elsewhere=True) or adapters[0]
     default_rank = 16 if is_unsloth else 8
     positional = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias") if is_unsloth else ()
+    # often a member of an enum, which cannot be read
+    call = replace(call, keywords={key: node for key, node in call.keywords.items() if key != "task_type"})
     keys = read_arguments(draft, script, call, positional)
     if "target_modules" not in keys and is_unsloth:
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -541,8 +570,7 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
     draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
-    for key in ("task_type", "inference_mode"):
-        keys.take(key)
+    keys.take("inference_mode")
     start_seed = keys.take("random_state")
     keys.report_rest(draft, ("use_gradient_checkpointing", "max_seq_length", "temporary_location"))
     return start_seed

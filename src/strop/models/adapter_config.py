@@ -18,8 +18,9 @@ from strop.runs.folder import RunFolder, is_run, suggest_path
 WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier
+EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
-AdapterKind = Literal["text", "reward", "classifier"]  # generates text, scores answers, or classifies texts
+AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates text, scores, classifies or embeds it
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
 
@@ -112,6 +113,8 @@ def count_outputs(folder: Path) -> int:
 
 
 def adapter_kind(folder: Path) -> AdapterKind:
+    if read_adapter_config(folder).get("task_type") == EMBED_TASK:
+        return "embedder"
     outputs = count_outputs(folder)
     return "text" if not outputs else "reward" if outputs == 1 else "classifier"
 
@@ -122,7 +125,7 @@ def check_adapter_kind(folder: Path, kind: AdapterKind) -> None:
     if actual == kind:
         return
     kinds = {
-        "text": ("generates text and has no score head", ""),
+        "text": ("generates text, and was not trained to score, classify or embed texts", ""),
         "reward": (
             "a reward model's adapter, which scores texts and generates none",
             "`strop eval RUN --data PAIRS`, or AutoModelForSequenceClassification of transformers",
@@ -131,9 +134,13 @@ def check_adapter_kind(folder: Path, kind: AdapterKind) -> None:
             "a classifier's adapter, which classifies texts and generates none",
             "`strop eval RUN --data ROWS`, `strop chat RUN`, `strop serve RUN` or `strop.load(run).classify(texts)`",
         ),
+        "embedder": (
+            "an adapter for embeddings, which generates no text",
+            "`strop eval RUN --data ROWS`, `strop serve RUN` or `strop.load(run).embed(texts)`",
+        ),
     }
     what, fix = kinds[actual]
-    needed = "a reward model" if kind == "reward" else "a classifier"
+    needed = {"reward": "a reward model", "classifier": "a classifier"}.get(kind, "a model of embeddings")
     raise ModelError(f"{folder}: {what}", fix=fix if kind == "text" else f"give the adapter of {needed}")
 
 

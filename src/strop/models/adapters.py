@@ -29,6 +29,8 @@ from strop.models.adapter_config import (
     read_identity,
     why_base_changed,
 )
+from strop.models.embedder import set_padding, write_modules
+from strop.models.introspect import max_positions
 from strop.models.lora import add_score_head, grow_vocabulary, ignore_peft_warnings, patch_lora_forward
 from strop.models.source import Source, fingerprint, locate, read_safetensors_header
 from strop.models.tensor_files import FLOATS, is_finite
@@ -39,12 +41,17 @@ from strop.runs.lock import sha256_file, versions
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
     """Write a PEFT adapter folder atomically: weights, config, tokenizer, chat template, strop.json."""
-    # identity: {base: {name, fingerprint}, template, data, system (a system prompt in all training rows), reasoning}
+    # identity: {base: {name, fingerprint}, template, data, system (a system prompt in all training rows), reasoning,
+    # pooling (of a model of embeddings)}
+    if pooling := identity.get("pooling"):
+        set_padding(tokenizer)
     with new_folder(folder) as temp:
         # By default PEFT queries the Hub to see whether embeddings were resized. Trained rows of the
         # embeddings are saved even so.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
+        if pooling:
+            write_modules(temp, pooling, cast(Any, model).get_output_embeddings().weight.shape[1], max_positions(model))
         (temp / "README.md").unlink()  # PEFT's model card, which is an empty template
         base, written = identity.get("base"), read_adapter_config(temp).get("base_model_name_or_path")
         if base and written != base["name"]:  # of a GGUF file: PEFT reads its weights from this folder

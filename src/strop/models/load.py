@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
+from strop.models.embedder import MODULES_FILE
 from strop.models.experts import dequantization_growth, dequantize_experts
 from strop.models.families.gguf import read_gguf_tensors
 from strop.models.quantize import FOUR_BIT, dequantize_layers
@@ -75,6 +76,18 @@ def is_classifier(source: Source) -> bool:
     """Return whether a folder has a score head in place of an output head."""
     architectures = read_config(config_folder(source)).get("architectures") or []
     return bool(architectures) and all(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
+def refuse_embedder(source: Source) -> None:
+    """Raise ModelError for a folder of sentence-transformers, such as a merged model of embeddings."""
+    if is_embedder(source):
+        what = f"{source.name}: a model of embeddings, which generates no text"
+        raise ModelError(what, fix="give the run that it was merged from, or use sentence-transformers")
+
+
+def is_embedder(source: Source) -> bool:
+    """Return whether a folder has a merged model of embeddings."""
+    return (config_folder(source) / MODULES_FILE).is_file()
 
 
 def load_config(source: Source) -> Any:

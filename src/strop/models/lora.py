@@ -71,10 +71,12 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     return names
 
 
-def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, outputs: int = 0) -> peft.PeftModel:
+def add_lora(
+    model: nn.Module, section: LoraSection, tokenizer: Any, *, task: str | None = None, outputs: int = 0
+) -> peft.PeftModel:
     """Add trainable fp32 adapters to a frozen base in place, and return the PEFT model."""
-    # `section.new_tokens` are added to `tokenizer`, and their embedding rows are trained. outputs: of a score
-    # head, 0 for none.
+    # `section.new_tokens` are added to `tokenizer`, and their embedding rows are trained. task: PEFT's task type.
+    # outputs: of a score head, 0 for none.
     assert section.alpha is not None
     names = check_lora(model, section)
     token_rows = _add_tokens(model, section.new_tokens, tokenizer)
@@ -89,7 +91,7 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, outputs:
         lora_dropout=section.dropout,
         init_lora_weights=section.init if section.init == "gaussian" else True,  # for loftq see init_loftq
         modules_to_save=modules_to_save or None,
-        task_type=SCORE_TASK if outputs else "CAUSAL_LM",
+        task_type=task or (SCORE_TASK if outputs else "CAUSAL_LM"),
         trainable_token_indices=token_rows or None,
         **placement,
     )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from strop.config.schema import OBJECTIVE_OPTIONS, Recipe, TrainSection
 from strop.data.types import DataKind
 from strop.errors import RecipeError
+from strop.models.adapter_config import EMBED_TASK, SCORE_TASK
 from strop.objectives import Objective
 from strop.objectives.classification import CLASSIFY
+from strop.objectives.embedding import EMBED
 from strop.objectives.policy import GRPO, PolicyLoss
 from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from strop.data.prepare import Prepared
 
 OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO, CLASSIFY)
+    objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO, CLASSIFY, EMBED)
 }
 
 
@@ -59,12 +61,19 @@ def count_score_outputs(train: TrainSection) -> int:
     return 0 if objective is None or not objective.scored else len(train.labels or ()) or 1
 
 
+def task_of(train: TrainSection) -> str:
+    """Return PEFT's task type of the adapter that the objective trains."""
+    if objective_of(train) is EMBED:
+        return EMBED_TASK
+    return SCORE_TASK if count_score_outputs(train) else "CAUSAL_LM"
+
+
 def sequences_per_row(train: TrainSection) -> int:
     """Return the number of sequences per row of the effective batch."""
     objective = objective_of(train)
     if isinstance(objective, PolicyLoss):
         return int(train.group or objective.options["group"])
-    return 2 if data_kind_of(train) == "pairs" else 1
+    return 2 if data_kind_of(train) in ("pairs", "triplets") else 1
 
 
 def max_completion_tokens(train: TrainSection) -> int:

@@ -33,6 +33,7 @@ class Rows(list[tuple[int, int]]):
     """The tokens and supervised tokens of each sequence."""
 
     prefix = 0  # length of the prefix that all rows share
+    rows = 0  # number of rows, if they differ in their number of sequences
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
     labels: Sequence[str] = ()  # of texts to classify
@@ -65,6 +66,7 @@ def measure_rows(recipe: Recipe) -> Rows:
         lengths = [int(length) + sampled for length in rows.lengths]
         sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]
         return sizes
+    sizes.rows = len(prepared.train_items or ()) if data_kind == "triplets" else 0
     for example in rows:
         sizes.append((len(example), example.supervised))
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None

@@ -153,7 +153,8 @@ def make_plan(
         "beyond": too_long,
     }
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
-        rows = Rows(rows)  # a copy without `prefix`
+        rows, number = Rows(rows), rows.rows  # a copy without `prefix`
+        rows.rows = number
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, rows)
     mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
@@ -189,7 +190,7 @@ def make_plan(
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
         seconds=_run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps),
         rate=rate,
-        data={"rows": len(rows) or None, "longest": longest, **facts},
+        data={"rows": rows.rows or len(rows) or None, "longest": longest, **facts},
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, budget, rate),
@@ -208,7 +209,10 @@ def _run_seconds(
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
     """Return the seconds of the run with the slowest link between devices, or None if its steps are unknown."""
-    train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
+    train, sequences = recipe.train, float(sequences_per_row(recipe.train))
+    if isinstance(sizes, Rows) and sizes.rows:
+        sequences = len(sizes) / sizes.rows
+    rows = round(len(sizes) / sequences)
     if not rows and train.max_steps is None:
         return None
     stream = BatchStream(
@@ -218,7 +222,7 @@ def _run_seconds(
         return stream.total_steps * (multi_device.compute_s + multi_device.link_times[0].seconds)
     if steps:
         return stream.total_steps * steps_seconds(workload, steps, rate) / len(steps)
-    rows_per_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
+    rows_per_step = sequences * stream.num_rows / stream.steps_per_epoch
     step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.num_sequences, rate)
     mean_prompt = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (rollouts := RolloutLoad.from_recipe(recipe, mean_prompt)) is not None:

@@ -168,6 +168,11 @@ def matmul_seconds(work: Work, rate: Rate) -> float:
 
 
 def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
+    """Return the seconds of a micro-batch, with its pass without gradients if the step has one (GradCache)."""
+    return _gradient_seconds(workload, batch, rate) * (1 + FORWARD * workload.compute.embeds_twice)
+
+
+def _gradient_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
     shape, compute = workload.shape, workload.compute
     passes = 0.0 if compute.int8_matmul else 2 + compute.checkpointed_layers / shape.layers
     unpacked = packed_weights(workload) * passes

@@ -13,7 +13,7 @@ from strop.errors import ModelError, suggest
 from strop.machine.probe import MAX_TILED_RANK, probe
 from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
 from strop.models.families.table import FAMILIES, Family
-from strop.objectives.table import count_score_outputs
+from strop.objectives.table import count_score_outputs, data_kind_of
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
@@ -58,6 +58,7 @@ class Compute:
     int8_matmul: bool = False  # matmuls with frozen weights are computed in int8
     checkpointed_layers: int = 0  # number of layers that are recomputed in the backward pass
     offload: bool = False  # inputs of recomputed layers are kept in host memory
+    embeds_twice: bool = False  # each text is also computed without gradients (GradCache)
     optimizer: str = "adamw"
 
 
@@ -125,6 +126,7 @@ class Workload:
                 int8_matmul=train.int8_matmul,
                 checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=is_plain),
                 offload=train.gradient_checkpointing == "offload",
+                embeds_twice=data_kind_of(train) == "triplets",
                 optimizer=train.optimizer,
             ),
         )

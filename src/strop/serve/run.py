@@ -15,14 +15,17 @@ from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, ModelError, RunError
 from strop.machine.probe import probe
-from strop.models.adapter_config import adapter_folder, adapter_kind
+from strop.models.adapter_config import AdapterKind, adapter_folder, adapter_kind
 from strop.models.introspect import max_positions
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
-from strop.serve.classifier import serve_classifier
+from strop.serve.classifier import CLASSIFY
+from strop.serve.embedder import EMBED
 from strop.serve.engine import Engine, Metrics, create_engine_thread
 from strop.serve.models import Grammars, LoadedModels, load_models
 from strop.serve.server import AccessRules, Address, Server
+from strop.serve.text_models import TextRoute, serve_texts
 
+ROUTES: dict[AdapterKind, TextRoute] = {"classifier": CLASSIFY, "embedder": EMBED}
 DEFAULT_MAX_CONTEXT = 4096  # limits the memory per slot
 SHUTDOWN_SECONDS = 5  # time that running requests have to finish after Ctrl-C
 EXTRA_CACHE_SLOTS = 2  # the cache is larger than the slots need by this many, for shared prefixes
@@ -39,13 +42,14 @@ def serve(
     cannot be served together, RunError if the engine failed.
     """
     options = {"device": device, "dtype": dtype, "quantization": quantization, "force": force}
-    classifier = next((name for name in names if (x := adapter_folder(name)) and adapter_kind(x) == "classifier"), None)
-    if classifier is not None:
-        if len(names) > 1:
-            raise ModelError(f"{classifier}: a classifier is served by itself", fix="give one run")
-        return serve_classifier(
-            classifier, address, queue=queue, max_body_bytes=max_body_bytes, options=options, on_ready=on_ready
-        )
+    for name in names:
+        route = ROUTES.get(adapter_kind(folder)) if (folder := adapter_folder(name)) else None
+        if route is not None and len(names) > 1:
+            raise ModelError(f"{name}: {route.what} is served by itself", fix="give one run")
+        if route is not None:
+            return serve_texts(
+                name, route, address, queue=queue, max_body_bytes=max_body_bytes, options=options, on_ready=on_ready
+            )
     thread = create_engine_thread()  # loads the models and runs them
     try:
         loaded, decoder, slots, context, notes = thread.submit(_prepare, names, slots, context, **options).result()

@@ -126,7 +126,7 @@ def make_request(
     if options.seeds < 1:
         raise RecipeError(f"--seeds {options.seeds}", fix="give at least 1; 3 tell a setting from luck")
     recipe = resolved.recipe
-    if options.metric not in ("preference", "accuracy"):
+    if options.metric not in ("preference", "accuracy", "accuracy_at_1"):
         find_metric(options.metric)
     request = Request(resolved, make_space(over or {}, resolved), options)
     for objective in request.space:

@@ -17,7 +17,7 @@ from strop.data.reading import sources
 from strop.data.reading.in_memory import to_json
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
-from strop.data.types import Conversation, DataKind, Row
+from strop.data.types import TEXT_KINDS, Conversation, DataKind, Row
 from strop.errors import DataError, FolderError, Location, RecipeError
 from strop.evaluation.run import read_scorable_rows
 from strop.models.source import locate
@@ -121,7 +121,7 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
         notes.append(f"{repeated} test rows have the prompt of a selection row, so the final check is not independent")
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: _write_part(folder, name, parts[name]) for name in PARTS}
-    for name in ("selection", "test") if kind != "classes" else ():
+    for name in ("selection", "test") if kind not in TEXT_KINDS else ():
         _check_scorable(files[name], parts[name], resolved, metric)
     return Split(files, {name: len(parts[name]) for name in PARTS}, notes, _hash_files(files), labels)
 

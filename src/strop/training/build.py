@@ -27,11 +27,13 @@ from strop.models.lora import (
 )
 from strop.models.sharding import load_sharded
 from strop.models.source import Source
+from strop.objectives.embedding import EMBED
 from strop.objectives.policy import PolicyLoss
-from strop.objectives.table import count_score_outputs, objective_of
+from strop.objectives.table import count_score_outputs, objective_of, task_of
 from strop.planning.choose import usable_bytes
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, write_json
+from strop.training.contrastive import EmbedCriterion
 from strop.training.criteria import Criterion, make_criterion
 from strop.training.optim import make_optimizer
 from strop.training.preflight import Setup, find_start_adapter, trained_kind
@@ -56,7 +58,8 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
         model = restore_precision(cast_trainable_to_fp32(model), start)
         set_dropout(model, recipe.lora.dropout)
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, outputs=count_score_outputs(recipe.train))
+        outputs = count_score_outputs(recipe.train)
+        model = add_lora(base, recipe.lora, setup.tokenizer, task=task_of(recipe.train), outputs=outputs)
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
     return model.train()
@@ -121,6 +124,9 @@ def build_job(
             objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, rewards, weights, log,
             columns=setup.columns, sampler=sampler, teacher=teacher,
         )  # fmt: skip
+    elif objective is EMBED:
+        disable_model_dropout(model)
+        criterion = EmbedCriterion(recipe.train, devices)
     else:
         criterion = make_criterion(recipe.train, model, devices, data.train_items)
     usable = usable_bytes(setup.machine, section.device)

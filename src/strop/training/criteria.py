@@ -50,6 +50,11 @@ class Criterion(ABC):
         """Optimizer steps on one effective batch."""
         return 1
 
+    @property
+    def prepares(self) -> bool:
+        """True if `prepare` computes something."""
+        return False
+
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
         """Return the items that step `index` (from 0) trains on, by default its rows."""
         return list(items)

@@ -30,6 +30,7 @@ from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
 from strop.planning.microbatch import searched_steps
 from strop.planning.workload import Workload
+from strop.training.contrastive import EmbedCriterion
 from strop.training.criteria import is_scored
 from strop.training.gradients import apply_memory_settings, micro_batches, retry_with_less_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
@@ -124,6 +125,8 @@ def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles:
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), step_continues)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
     pack_examples = pack_last_tokens if is_scored(job.criterion) else pack_examples
+    if isinstance(job.criterion, EmbedCriterion):  # no logits are computed, whatever the pooling
+        pack_examples = pack_last_tokens
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     return MicroBatch(len(packed.ids), len(packed.label_rows), documents, step_continues)

@@ -188,8 +188,7 @@ def train_step(job: Job, batch: Batch, rate: float) -> StepResult:
     def prepare() -> list[Item]:
         return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # objectives whose `prepare` computes something need a single device
-    items = retry_with_less_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
+    items = retry_with_less_memory(job, rows, prepare) if job.criterion.prepares else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
         if not result.applied:
@@ -229,6 +228,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
     if result.applied:
         set_rate(job.state.optimizer, rate)
         is_first, zero_expected = first is None, metrics.get("equal_groups") == 1 and "teacher_kl" not in metrics
+        zero_expected = zero_expected or loss == 0  # no candidate of the batch differs from the positives
         enabled = is_first and bool(total.metrics.keys() - {KEPT})
         with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()

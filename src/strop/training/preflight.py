@@ -19,7 +19,7 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe, TrainSection
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
-from strop.data.store import JoinedItems
+from strop.data.store import JoinedItems, Triplets
 from strop.data.types import Classes, Prompt
 from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
@@ -175,6 +175,8 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     if data.classes is not None:
         facts = _set_classes(facts, data.classes, data.train_items)
         resolved, recipe = facts.resolved, facts.resolved.recipe
+    if isinstance(data.train_items, Triplets):
+        _check_negatives(recipe, data.train_items)
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, folder.kept)
     columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data)
@@ -220,8 +222,9 @@ def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFact
 
 def trained_kind(train: TrainSection) -> AdapterKind:
     """Return the kind of adapter that an objective trains."""
-    if data_kind_of(train) == "classes":
-        return "classifier"
+    kinds: dict[str, AdapterKind] = {"classes": "classifier", "triplets": "embedder"}
+    if (kind := kinds.get(data_kind_of(train))) is not None:
+        return kind
     return "reward" if count_score_outputs(train) else "text"
 
 
@@ -263,7 +266,9 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     if not (full := recipe.train.method == "full"):
-        check_lora(bare, resolved.recipe.lora)
+        names = check_lora(bare, resolved.recipe.lora)
+        if trained_kind(recipe.train) == "embedder":
+            _check_embedder(bare, resolved.recipe, shape, names)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
         check_readable(source.path if source.kind == "folder" else source.path.parent)
@@ -273,6 +278,33 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     key = memory_key(resolved.recipe, machine, shape)
     num_weights = count_trainable(bare, resolved.recipe.lora, outputs=outputs, full=full)
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
+
+
+def _check_embedder(bare: Any, recipe: Recipe, shape: ModelShape, names: Sequence[str]) -> None:
+    """Raise RecipeError for adapters of a model of embeddings that cannot be trained or loaded. names: adapted."""
+    head = next(path for path, module in bare.named_modules() if module is bare.get_output_embeddings())
+    leaf = head.rpartition(".")[2]
+    for field, values in (("target_modules", names), ("modules_to_save", recipe.lora.modules_to_save)):
+        if leaf in values or head in values:
+            what = f"lora.{field}: {leaf} is the output head, which embeddings do not use"
+            raise RecipeError(what, fix=f"leave {leaf} out")
+    if recipe.lora.dropout and shape.expert_linears:
+        what = "lora.dropout: embed computes each text twice, and the masks of a mixture of experts cannot be repeated"
+        raise RecipeError(what, fix="leave lora.dropout out")
+
+
+def _check_negatives(recipe: Recipe, rows: Triplets) -> None:
+    """Raise InputError if there is no other text to compare a positive with."""
+    if rows.negatives:
+        return
+    if recipe.train.batch_size == 1:
+        what = "train.batch_size 1: the rows have no negatives, so a batch of one row has nothing to compare"
+        raise RecipeError(what, fix="use --train.batch_size 8 or more, or rows with negatives")
+    positives = (row.examples[1].ids.tobytes() for row in rows)
+    first = next(positives)
+    if all(positive == first for positive in positives):
+        what = "all training rows have the same positive, and none has negatives, so there is nothing to compare"
+        raise DataError(what, fix="give rows with different texts, or with negatives")
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:

@@ -108,6 +108,8 @@ def finish(
     identity["reasoning"] = setup.data.renderer.reasoning
     if (classes := setup.data.classes) is not None:
         identity |= {"labels": list(classes.names), "several_labels": classes.several}
+    if (pooling := job.recipe.train.pooling) is not None:
+        identity["pooling"] = pooling
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
     full = job.recipe.train.method == "full"
     if full:

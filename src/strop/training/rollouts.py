@@ -72,6 +72,10 @@ class PolicyCriterion(Criterion):
     teacher: Step | None = None  # of train.teacher
 
     @property
+    def prepares(self) -> bool:
+        return True
+
+    @property
     def updates(self) -> int:
         """Optimizer updates for each set of sampled completions."""
         return int(require(self.options.updates))
@@ -265,7 +269,7 @@ def _token_logprobs(step: Step, groups: Sequence[RolloutGroup], split: Split) ->
 
 
 def disable_model_dropout(model: nn.Module) -> None:
-    """Set the base model's dropout to 0, so that training computes the log-probabilities of sampling."""
+    """Set the base model's dropout to 0, so that training computes what was computed without gradients before."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -93,12 +93,15 @@ def merge(
 
 def _print_uses(model: Path) -> None:
     """Print how to use a new model; one without a chat template cannot chat."""
-    from strop.models.load import is_classifier
+    from strop.models.load import is_classifier, is_embedder
     from strop.models.source import locate
     from strop.models.tokenizer import has_template
 
     if is_classifier(locate(str(model))):
         console.print(f'next     transformers.pipeline("text-classification", model="{model}")', markup=False)
+        return
+    if is_embedder(locate(str(model))):
+        console.print(f'next     sentence_transformers.SentenceTransformer("{model}")', markup=False)
         return
     chat = [["chat", str(model)]] if has_template(locate(str(model))) else []
     print_next(*chat, ["serve", str(model)])
@@ -182,6 +185,7 @@ def _print_parity(parity: Parity | None) -> None:
         return
     flips = f"{parity.clear_flips} clear flip{'s' * (parity.clear_flips != 1)} in {parity.positions:,} positions"
     effect = "" if parity.effect is None else f"; {parity.effect.value:.1%} of the adapter's effect"
+    effect += "" if parity.cosine_min is None else f"; lowest cosine {parity.cosine_min:.6f}"
     console.print(
         f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
         f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"

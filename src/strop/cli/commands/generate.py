@@ -92,11 +92,13 @@ def evaluate(
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
         delivery = [] if adapter_folder(name) is None else [["merge", name, "--out", f"{label}-merged"]]
-        delivery += [] if "classes" in result else [["export", "gguf", name, "--out", f"{label}.gguf"]]
+        generates = not {"classes", "texts"} & result.keys()
+        delivery += [["export", "gguf", name, "--out", f"{label}.gguf"]] if generates else []
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"
             console.print(f"answers  {name}/report.html, or {page}", markup=False)
-        print_next(["chat", name], *(delivery if "tuned" in result else []), ["serve", name])
+        chat = [] if "texts" in result else [["chat", name]]
+        print_next(*chat, *(delivery if "tuned" in result else []), ["serve", name])
     print_json(result, as_json)
 
 

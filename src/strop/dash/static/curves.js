@@ -25,7 +25,7 @@ export const TITLES = {
   tokens_per_s: "tokens/s",
   resident_bytes: "process memory after each step",
   allocated_bytes: "GPU memory, allocated after each step",
-  accuracy: "answers ranked right",
+  accuracy: "ranked right",
   margin: "reward margin",
   chosen_nats: "chosen, log-probability per token",
   rejected_nats: "rejected, log-probability per token",

@@ -33,13 +33,14 @@ TYPES: dict[str, tuple[str, str]] = {
 COMPRESSION = (".gz", ".zst")
 
 # Column names of the formats in formats.FORMATS. They distinguish a CSV header from a first record, and a JSON row from
-# an object that contains a list of rows.
+# an object that contains a list of rows. Not here: `positive`, `negative`, `pos` and `neg`, which may be labels.
 COLUMN_NAMES = frozenset((
-    "answer", "answers", "category", "chosen", "chosen_messages", "class", "completion", "completions", "content",
-    "context", "conversation", "conversations", "history", "input", "instances", "instruction", "intent", "kto_tag",
-    "label", "labels", "messages", "output", "prompt", "query", "question", "rejected", "rejected_messages",
-    "rejected_response", "response", "responses", "scores", "sentence", "sentiment", "system", "system_message",
-    "system_prompt", "text", "thumbs", "tools", "utterance",
+    "anchor", "answer", "answers", "category", "chosen", "chosen_messages", "class", "completion", "completions",
+    "content", "context", "conversation", "conversations", "document", "hard_negatives", "history", "input",
+    "instances", "instruction", "intent", "kto_tag", "label", "labels", "messages", "negatives", "output", "prompt",
+    "query", "question", "rejected", "rejected_messages", "rejected_response", "response", "responses", "scores",
+    "sentence", "sentence1", "sentence2", "sentiment", "system", "system_message", "system_prompt", "text", "thumbs",
+    "tools", "utterance",
 ))  # fmt: skip
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (

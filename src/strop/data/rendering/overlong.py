@@ -30,19 +30,25 @@ def truncate_start(
 ) -> list[Example] | None:
     """Return the system turn and the last turns that fit in `limit` tokens. Raises RenderError.
 
-    If the last exchange is too long, only the end of its user turn is kept. Of a raw text, the end is kept. Returns
+    If the last exchange is too long, only the end of its user turn is kept. Of texts, the end is kept. Returns
     None if the answer is too long.
     """
     if conversation.text is not None:
-        [example] = examples
-        prefix = example.ids[: len(renderer.text_prefix)]
-        size = limit - len(prefix)
+        size = limit - len(renderer.text_prefix)
         if size < 2:  # nothing would be trained on
             return None
-        weights = np.concatenate([np.zeros(len(prefix), np.float32), _zero_first(example.weights[-size:])])
-        return [replace(example, ids=np.concatenate([prefix, example.ids[-size:]]), weights=weights)]
+        return [
+            _keep_end(example, len(renderer.text_prefix), size) if len(example) > limit else example
+            for example in examples
+        ]
     shorter = truncate_sides(renderer, [conversation], limit)
     return shorter[0] if shorter else None
+
+
+def _keep_end(example: Example, prefix: int, size: int) -> Example:
+    """Return the first `prefix` and the last `size` tokens of a text."""
+    weights = np.concatenate([np.zeros(prefix, np.float32), _zero_first(example.weights[-size:])])
+    return replace(example, ids=np.concatenate([example.ids[:prefix], example.ids[-size:]]), weights=weights)
 
 
 def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int) -> list[list[Example]] | None:

@@ -135,6 +135,7 @@ class Renderer:
     def render(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation: one, or one per assistant turn. Raises RenderError, ModelError."""
         render = Renderer.render_many if conversation.label is None else render_labelled
+        render = render_triplets if conversation.passages else render
         [(_, rendered)] = render(self, [conversation])
         if isinstance(rendered, RenderError):
             rendered.where = (Location(conversation.file, conversation.line, rendered.what),)
@@ -344,14 +345,43 @@ def render_labelled(renderer: Renderer, conversations: Iterable[Conversation]) -
                 else:
                     options = renderer.options_for(conversation.messages)
                     ids = renderer.prompt(conversation.messages, conversation.tools, options=options)
-                if not len(ids):
-                    raise RenderError("no-tokens")
+                example = _as_text_example(ids, conversation)
             except RenderError as error:
                 yield conversation, error
             else:
-                weights = np.zeros(len(ids), np.float32)
-                weights[-1] = 1.0
-                yield conversation, [Example(ids, weights, conversation.file, conversation.line)]
+                yield conversation, [example]
+
+
+def render_triplets(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each triplet with the examples of anchor, positive and negatives, or with the error, in order.
+
+    Texts are encoded as `tokenizer(text)` does, as in sentence-transformers. The last token of each is supervised.
+    """
+    source = iter(conversations)
+    while batch := list(islice(source, BATCH_ROWS)):
+        texts = [text for conversation in batch for text in (conversation.text or "", *conversation.passages)]
+        encoded = iter(renderer.tokenizer(texts, verbose=False)["input_ids"])
+        for conversation in batch:
+            rows = list(islice(encoded, 1 + len(conversation.passages)))
+            try:
+                examples = [_as_text_example(np.array(ids, np.int32), conversation) for ids in rows]
+            except RenderError as error:
+                yield conversation, error
+            else:
+                yield conversation, examples
+
+
+def _as_text_example(ids: Ids, conversation: Conversation) -> Example:
+    if not len(ids):
+        raise RenderError("no-tokens")
+    return text_example(ids, conversation.file, conversation.line)
+
+
+def text_example(ids: Ids, file: str, line: int) -> Example:
+    """Return the example of a text to classify or embed, of which the last token is supervised."""
+    weights = np.zeros(len(ids), np.float32)
+    weights[-1] = 1.0
+    return Example(ids, weights, file, line)
 
 
 def check_pair(*sides: list[Example] | RenderError) -> list[Example] | RenderError:

@@ -20,6 +20,7 @@ from strop.data.row_errors import InvalidRow
 from strop.data.types import Classes, Conversation, Example, Ids, Message
 from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.classify import Classifier
+from strop.engine.decode.embed import Embedder, Pooling, Vectors
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
@@ -35,8 +36,9 @@ from strop.models.adapters import (
     make_renderer,
     read_classes,
 )
+from strop.models.embedder import read_pooling
 from strop.models.introspect import max_positions
-from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base
+from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base, refuse_embedder
 from strop.models.lora import grow_vocabulary
 from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
@@ -59,6 +61,7 @@ class Model:
     quantization: str = "none"  # of the base model
     dtype: str = "bf16"  # of the weights that are not quantized
     classes: Classes | None = None  # of a classifier, which generates no text
+    pooling: Pooling | None = None  # of a model of embeddings, which generates no text
     untuned: Mapping[str, str] | None = None  # name and fingerprint of the base, if all weights were trained
     history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
@@ -149,17 +152,50 @@ class Model:
         assert self.classes is not None
         return [describe_classes(self.classes, row) for row in rows]
 
-    def encode_texts(self, texts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[Example]:
-        """Encode texts or conversations to classify, as in training. Raises InputError."""
+    def make_embedder(self) -> Embedder:
+        """Return the model of embeddings in its current state. Raises ModelError for another model."""
+        if self.pooling is None:
+            raise ModelError(f"{self.name}: not a model of embeddings", fix="give a run of --train.objective embed")
+        return Embedder(self.module, self.pooling)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The model of embeddings with its adapter. Raises ModelError for another model."""
+        return self.make_embedder()
+
+    def embed(self, texts: str | Sequence[str]) -> Vectors:
+        """Embed texts with a run of `train.objective: embed`.
+
+        Args:
+            texts: one or several texts.
+
+        Returns:
+            A vector of length 1 for each text, (N, D), float32. The dot product of two is their cosine similarity.
+
+        Raises:
+            InputError: if a text is empty, or has more tokens than the model supports.
+            ModelError: if the model is not one of embeddings.
+        """
+        embedder = self.embedder
+        examples = self.encode_texts([texts] if isinstance(texts, str) else texts, function="embed")
+        with self._lock, default_torch_state():
+            return embedder.embed(examples)
+
+    def encode_texts(
+        self, texts: Sequence[str | Sequence[Mapping[str, Any]]], function: str = "classify"
+    ) -> list[Example]:
+        """Encode texts to classify or embed, or conversations to classify, as in training. Raises InputError."""
         limit, examples = max_positions(self.module) or sys.maxsize, []
         for number, text in enumerate(texts, 1):
+            if function == "embed" and not isinstance(text, str):
+                raise InputError(f"embed: text {number} is not a string", fix="give a text or a list of texts")
             if isinstance(text, str) and not text.strip():
-                raise InputError(f"classify: text {number} is empty", fix="give a text")
+                raise InputError(f"{function}: text {number} is empty", fix="give a text")
             messages = () if isinstance(text, str) else tuple(_parse_messages(text))
             row = Conversation("text", number, messages, text=text if isinstance(text, str) else None, label="")
             [example] = self.renderer.render(row)
             if len(example) > limit:
-                what = f"classify: text {number} has {len(example):,} tokens, and the model supports {limit:,}"
+                what = f"{function}: text {number} has {len(example):,} tokens, and the model supports {limit:,}"
                 raise InputError(what, fix="shorten it")
             examples.append(example)
         return examples
@@ -196,6 +232,8 @@ class Model:
         """Return one completion for each prompt of token ids. options: keyword arguments of `generate`."""
         if self.classes is not None:
             raise ModelError(f"{self.name}: a classifier, which generates no text", fix="use `classify`")
+        if self.pooling is not None:
+            raise ModelError(f"{self.name}: a model of embeddings, which generates no text", fix="use `embed`")
         with self._lock, default_torch_state():
             return generate(self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, **options)
 
@@ -379,6 +417,8 @@ def load(
     check_device_and_dtype(device, dtype)
     folder = adapter_folder(name)
     source = locate(name) if folder is None else locate_base(folder)
+    if folder is None:
+        refuse_embedder(source)
     prepare_process()
     torch_device = pick_device(device)
     renderer = _make_renderer(folder, source)
@@ -407,9 +447,10 @@ def load(
             untuned=untuned,
         )  # fmt: skip
     kind = adapter_kind(folder)
-    expected = kind if kind == "classifier" else "reward" if scores else "text"
+    expected = kind if kind in ("classifier", "embedder") else "reward" if scores else "text"
     module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],
         source, scheme, dtype, read_classes(folder) if kind == "classifier" else None,
+        read_pooling(folder) if kind == "embedder" else None,
     )  # fmt: skip

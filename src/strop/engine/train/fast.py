@@ -27,7 +27,15 @@ from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
 from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, find_top_probs
 from strop.engine.train.linear import Activation, CompiledActivation, FusedLinear, Glu, Prologue, Workspace
 from strop.engine.train.norms import LayerNorm, Norm, normalize
-from strop.engine.train.packing import PackedBatch, pack, pack_last_tokens, pack_separately, sum_by_example
+from strop.engine.train.packing import (
+    PackedBatch,
+    mean_by_example,
+    pack,
+    pack_all_tokens,
+    pack_last_tokens,
+    pack_separately,
+    sum_by_example,
+)
 from strop.engine.train.peft_modules import base_module, current_module, dropout_spec, find_active_adapters, new_rows
 from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
 from strop.models.families.layers import ACTIVATIONS
@@ -337,6 +345,11 @@ class FastLoss:
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         batch = pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         return self._compute_hidden(batch, scaled=False)
+
+    def mean_hidden(self, examples: Sequence[Example]) -> Tensor:
+        batch = pack_all_tokens(examples, device=self._device)
+        assert batch.label_examples is not None
+        return mean_by_example(self._compute_hidden(batch, scaled=False), batch.label_examples, len(examples))
 
     def checkpoint(self, layers: int | None = None) -> None:
         self.checkpoint_layers = len(self._layers) if layers is None else layers

@@ -270,6 +270,23 @@ def pack_last_tokens(examples: Sequence[Example], *, prefix_sharing: bool, devic
     return replace(packed, rows=rows, label_rows=label_rows)
 
 
+def pack_all_tokens(examples: Sequence[Example], *, device: torch.device) -> PackedBatch:
+    """Pack without prefix sharing, with `rows` set to all tokens and `label_examples` to the example of each, (T,).
+
+    The labels and weights are not valid.
+    """
+    packed = pack_separately(examples, prefix_sharing=False, device=device)
+    numbers = np.repeat(np.arange(len(examples)), [len(example) for example in examples])
+    rows, label_examples = copy_to_device([np.arange(len(numbers)), numbers], device)
+    return replace(packed, rows=rows, label_rows=rows, label_examples=label_examples)
+
+
+def mean_by_example(values: Tensor, examples: Tensor, number: int) -> Tensor:
+    """Return the mean of the values (T, h) of each of `number` examples, (number, h), fp32. examples: (T,)."""
+    sums = values.new_zeros(number, values.shape[1], dtype=torch.float32).index_add(0, examples, values.float())
+    return sums / torch.bincount(examples, minlength=number)[:, None]
+
+
 class _Packer:
     """Collects the rows, documents and labels of a PackedBatch."""
 

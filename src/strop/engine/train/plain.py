@@ -17,7 +17,7 @@ from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import install_dropout, token_keys
 from strop.engine.train.head import CrossEntropy, divergence, select_top_probs
-from strop.engine.train.packing import sum_by_example
+from strop.engine.train.packing import mean_by_example, sum_by_example
 from strop.errors import ModelError
 from strop.models.families.layers import load_balancing_coefficient
 
@@ -86,14 +86,26 @@ class PlainLoss:
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """Return the input of the output head at the last token of each example (N, h), differentiable."""
+        rows, columns = np.arange(len(examples)), np.array([len(example) - 1 for example in examples])
+        return self._pick_hidden(examples, rows, columns)
+
+    def mean_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """Return the mean input of the output head over the tokens of each example (N, h), fp32, differentiable."""
+        rows = np.repeat(np.arange(len(examples)), [len(example) for example in examples])
+        hidden = self._pick_hidden(examples, rows, np.concatenate([np.arange(len(example)) for example in examples]))
+        return mean_by_example(hidden, torch.from_numpy(rows).to(hidden.device), len(examples))
+
+    def _pick_hidden(
+        self, examples: Sequence[Example], rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Return the input of the output head at these positions (M, h). rows, columns: (M,), of the padded batch."""
         picked: list[Tensor] = []
 
-        def pick_last(hidden: Tensor) -> Tensor:
-            ends = torch.tensor([len(example) - 1 for example in examples], device=hidden.device)
-            picked.append(hidden[torch.arange(len(examples), device=hidden.device), ends])
+        def pick(hidden: Tensor) -> Tensor:
+            picked.append(hidden[tuple(torch.from_numpy(index).to(hidden.device) for index in (rows, columns))])
             return picked[0][:1].detach()  # no logits are needed, but a model always computes some
 
-        self._forward(_PaddedBatch.of(examples), pick_last)
+        self._forward(_PaddedBatch.of(examples), pick)
         return picked[0]
 
     @torch.no_grad()

@@ -164,6 +164,7 @@ function parity(job) {
             ["KL divergence, mean", figure(measured.kl_mean)],
             ["KL divergence, largest", figure(measured.kl_max)],
             ["loss difference", figure(measured.loss_difference)],
+            ["lowest cosine of a text's vectors", measured.cosine_min == null ? null : measured.cosine_min.toFixed(6)],
             [
               "limit",
               measured.limit
