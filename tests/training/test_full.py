@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import strop
@@ -20,10 +20,14 @@ from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError, RecipeError
+from strop.evaluation.tables import print_evaluation
+from strop.exporting.hub import _read_model
 from strop.models.lora import train_all_weights
 from strop.serve.models import load_models
 from strop.testing import tiny_rows
 from tests import ROOT
+from tests.support import tiny_families
+from tests.support.families import tokenizer
 from tests.support.pages import SHELL, blocks, commands
 from tests.support.random_models import EXPERTS, FAMILY_CONFIGS, example, tiny_of
 from tests.support.tiny import save_tiny
@@ -219,7 +223,7 @@ def test_settings_without_effect_are_refused(
 
 
 def test_presets_of_adapters_do_not_get_in_the_way(base: Path, rows: Path, tmp_path: Path) -> None:
-    options = {**FULL, "preset": "low-memory", "model.quantization": "none", "train.max_steps": 2}
+    options = {**FULL, "preset": "low-memory", "train.max_steps": 2}
     done = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options)
     assert done.folder.joinpath("model", "config.json").is_file()
 
@@ -324,7 +328,9 @@ def test_a_server_gives_the_trained_model(run: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.module.parameters(), trained.parameters(), strict=True))
 
 
-def test_a_changed_base_is_refused(tmp_path: Path, rows: Path) -> None:
+def test_a_changed_or_missing_base(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = save_tiny(tmp_path / "base")
     options = {**FULL, "train.max_steps": 2}
     run = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options).folder
@@ -335,10 +341,88 @@ def test_a_changed_base_is_refused(tmp_path: Path, rows: Path) -> None:
     shutil.rmtree(base)
     assert strop.load(str(run)).generate("hi", max_new_tokens=2)
     alone = strop.evaluate(str(run), str(rows), force=True)
-    assert "difference" not in alone and any("not compared with it" in note for note in alone["notes"])
+    assert "tuned" in alone and "base" not in alone and any("not compared with it" in note for note in alone["notes"])
+    print_evaluation(alone, 2)
+    assert "base" not in json.loads((run / "report.json").read_text(encoding="utf-8"))["evaluation"]
+    with pytest.raises(ModelError, match="its base is not there"):
+        strop.evaluate(str(run), str(rows), force=True, general=True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n/base\nhi\n/tuned\nhi\n"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["strop", "chat", str(run), "--max-new-tokens", "2"])
+        app.main()
+    out, err = capsys.readouterr()
+    assert not ended.value.code and "no such model folder" in out + err and "answers: after training" in out + err
 
 
 def test_export_writes_the_trained_weights(run: Path, tmp_path: Path) -> None:
     strop.export("gguf", str(run), str(tmp_path / "full.gguf"), type="f32", measure=False)
     exported = strop.load(str(tmp_path / "full.gguf"), dtype="fp32")
     assert exported.generate("hi", max_new_tokens=4) == strop.load(str(run)).generate("hi", max_new_tokens=4)
+
+
+def test_weights_that_need_fp32_are_saved_in_it(tmp_path: Path, rows: Path) -> None:
+    """The bias that routes tokens to experts differs by less than a step of bf16."""
+    base = save_family("glm4_moe", tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    [name] = [name for name in state if name.endswith("e_score_correction_bias")]
+    state[name] = torch.tensor([8.0010, 8.0043, 8.0077, 8.0110])
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    for method in ("full", "lora"):
+        out = tmp_path / method
+        options = {**FULL, "train.method": method, "model.dtype": "bf16", "train.max_steps": 1}
+        strop.train(model=str(base), data=str(rows), out=str(out), **options)
+        folder = out / "model"
+        if method == "lora":
+            folder = tmp_path / "merged"
+            strop.merge(str(out), str(folder), measure=False)
+        saved = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+        assert torch.equal(saved[name], state[name])
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("llama", []), ("gemma4_text", ["<a1>", "<a2>"]), ("mllama", [])])
+def test_the_saved_folder_loads_again(tmp_path: Path, rows: Path, family: str, tokens: list[str]) -> None:
+    if family == "mllama":
+        tiny_families.save(family, tmp_path / "base", multimodal=True)
+    else:
+        save_family(family, tmp_path / "base")
+    if family == "llama":  # tied, and the checkpoint stores the head as well
+        state = load_file(tmp_path / "base" / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    options = {**FULL, "lora.new_tokens": tokens, "train.max_steps": 1}
+    run = strop.train(model=str(tmp_path / "base"), data=str(rows), out=str(tmp_path / "run"), **options).folder
+    assert strop.load(str(run)).generate("hi", max_new_tokens=2)
+
+
+def save_family(family: str, folder: Path) -> Path:
+    text = tokenizer("chatml")
+    tiny_of(
+        family, vocab_size=len(text), tie_word_embeddings=True, vocab_size_per_layer_input=len(text)
+    ).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
+
+
+def test_quantized_bases_are_refused_before_training(base: Path, rows: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "fp8")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with pytest.raises(
+        ModelError, match=r"quantized by fp8, and cannot be trained.*\n.*train.method lora|method=.lora"
+    ):
+        strop.train(model=str(tmp_path / "fp8"), data=str(rows), out=str(tmp_path / "run"), **FULL)
+
+
+def test_ollama_and_the_hub_get_the_prompt_and_no_path(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = ("system", "Be terse."), ("user", "hi"), ("assistant", "yes")
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    rows.write_text(f"{row}\n" * 4, encoding="utf-8")
+    options = {**FULL, "train.max_steps": 1}
+    run = strop.train(model=str(base), data=str(rows), out=str(tmp_path / "run"), **options).folder
+    strop.export("ollama", str(run), str(tmp_path / "ollama"), measure=False)
+    assert 'SYSTEM """Be terse."""' in (tmp_path / "ollama" / "Modelfile").read_text(encoding="utf-8")
+    contents, _ = _read_model(run / "model", None)
+    assert json.loads(contents["strop.json"])["base"]["name"] == base.name
+    assert f"`{base.name}`" in (run / "model" / "README.md").read_text(encoding="utf-8")

@@ -17,10 +17,11 @@ from strop.display.tables import SafeConsole, console, escape_control, print_not
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError, StropError, suggest
+from strop.errors import InputError, ModelError, StropError, suggest
 from strop.models.adapter_config import adapter_folder, adapter_kind, check_adapter_kind
 
 SHOWN_CLASSES = 7  # of a classifier, for each line
+WHOLE_SIDES = {"base": "before training", "tuned": "after training", "compare": "before and after training"}
 SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
 
 
@@ -42,8 +43,7 @@ class Session:
             if not self.model.is_tuned:
                 console.print(f"{command}: this model has no adapter", style="yellow")
             else:
-                self.side = command[1:]
-                console.print(f"answers: {SIDES[self.side]}", style="dim")
+                self._switch_side(command[1:])
             if text:
                 self.answer(text, _write)
         elif command == "/adapter":
@@ -60,6 +60,17 @@ class Session:
                 f"no command {command}{suggest(command, CHAT_COMMANDS)}: see /help", style="yellow", markup=False
             )
         return command != "/quit"
+
+    def _switch_side(self, side: str) -> None:
+        try:
+            with (
+                self.model.base() if side != "tuned" else nullcontext()
+            ):  # all weights were trained: the base may be gone
+                self.side = side
+        except ModelError as error:
+            console.print(f"/{side}: {error.what}", style="yellow", markup=False)
+        sides = SIDES if self.model.adapter is not None else WHOLE_SIDES
+        console.print(f"answers: {sides[self.side]}", style="dim")
 
     def _switch_adapter(self, name: str) -> None:
         loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []

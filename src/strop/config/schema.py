@@ -462,9 +462,6 @@ class Recipe(Section):
         known = ", ".join(FULL_OBJECTIVES)
         reasons = {
             f"objective {train.objective}, only with {known}": train.objective not in FULL_OBJECTIVES,
-            f"model.quantization {model.quantization}: quantized weights cannot be trained": (
-                model.quantization not in ("none", "auto")
-            ),
             "model.adapter: merge it first (`strop merge`), and give the merged model as model.name": (
                 model.adapter is not None
             ),

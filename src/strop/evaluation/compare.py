@@ -103,7 +103,7 @@ def compare(
     """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
-    with_base = with_base or not model.is_tuned
+    with_base = model.has_base and (with_base or not model.is_tuned)
     names = (["base"] if with_base and not base else []) + (["tuned"] if model.is_tuned else [])  # to generate answers
     generates = names and metric != "choice"
     prompts = [render_prompt(model.renderer, question.conversation) for question in questions]

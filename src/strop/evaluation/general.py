@@ -112,7 +112,7 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
     from lm_eval.models.huggingface import HFLM
 
     outputs: dict[str, Any] = {}
-    for side in ("base", "tuned") if model.is_tuned else ("base",):
+    for side in (("base", "tuned") if model.has_base else ("tuned",)) if model.is_tuned else ("base",):
         with model.base() if model.is_tuned and side == "base" else nullcontext():
             wrapped = HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=8)
             try:

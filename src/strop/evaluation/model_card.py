@@ -156,7 +156,8 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     settings = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])
-    file_name = Path(lock["base"]["name"].partition("#")[0]).name  # the card must not contain local paths
+    path = Path(lock["base"]["name"].partition("#")[0])
+    file_name = (path.parent if path.name == "model" else path).name  # the card must not contain local paths
     base_text = f"`{base_id}`" if base_id else f"`{file_name}` (not from the Hub)"
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     objective, full = settings.get("train.objective", "sft"), settings.get("train.method") == "full"

@@ -56,7 +56,7 @@ def compare_preferences(
     if model.adapter is not None and adapter_kind(model.adapter) == "reward":
         return _compare_scores(model, conversations, pairs, advance, devices)
     logprobs: dict[str, PairValues] = {}
-    if with_base or not model.is_tuned:
+    if model.has_base and (with_base or not model.is_tuned):
         with model.base() if model.is_tuned else nullcontext():
             logprobs["base"] = _compute_pairs(step_for(model.module).log_probs, pairs, "base", advance, devices)
     if model.is_tuned:

@@ -23,7 +23,7 @@ from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
-from strop.errors import DataError, InputError, Location, RecipeError, RunError, suggest
+from strop.errors import DataError, InputError, Location, ModelError, RecipeError, RunError, suggest
 from strop.evaluation.classes import ACCURACY, check_labels, compare_classes
 from strop.evaluation.compare import (
     EXTRA_SCORES,
@@ -278,6 +278,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     if folder is not None:
         check_adapter_kind(folder, "text")
     model = _load(name, request)
+    if not model.has_base and (options.general or request.regression or request.judge):
+        raise ModelError(f"{name}: its base is not there to compare with", fix="restore it, or evaluate --data alone")
     base_key = (str(model.untuned or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     known_base = bases.get(base_key)

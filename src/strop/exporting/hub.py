@@ -138,7 +138,11 @@ def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path]
     read_config(folder)
     for file in weight_files(folder):
         read_safetensors_header(file)
-    return _read_folder(folder)
+    contents, left_out = _read_folder(folder)
+    if trained_on := (identity := read_identity(folder)).get("base"):
+        name = hub_id(trained_on["name"]) or Path(trained_on["name"].partition("#")[0]).name  # no path of this machine
+        contents[STROP_FILE] = _to_json({**identity, "base": {**trained_on, "name": name}})
+    return contents, left_out
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:

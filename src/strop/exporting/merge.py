@@ -67,7 +67,13 @@ from strop.models.lora import embedding_paths
 from strop.models.model_folder import make_config, write_generation_config
 from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.models.source import Source, fingerprint, locate, quantization_method
-from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
+from strop.models.tensor_files import (
+    SHARD_BYTES,
+    CheckpointLayout,
+    CheckpointTensors,
+    TensorGroup,
+    dtype_caster,
+)
 from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.objectives.table import data_kind_of
 from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
@@ -384,6 +390,7 @@ def _write_merged(
     index: dict[str, str] = {}
     tensors, meta_model = CheckpointTensors(weights_folder(source)), load_without_weights(source)
     layout, is_text_weight = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
+    cast = dtype_caster(meta_model, DTYPES[dtype])
     kind = adapter_kind(folder)
     is_classifier = kind == "classifier"
     output_head = embedding_paths(meta_model)[1:] if kind in TEXT_KINDS else []  # which these models do not have
@@ -408,7 +415,9 @@ def _write_merged(
                 base = round_as_trained(name, weight) if is_text else weight
                 merged = merge_tensor(name, base)
                 is_changed = is_changed or merged is not base
-                parts[name] = round_weight(name, merged, base, DTYPES[dtype])
+                # some weights, such as the bias of a router, need fp32
+                to = cast(name, merged).dtype if merged.is_floating_point() else DTYPES[dtype]
+                parts[name] = round_weight(name, merged, base, to)
             if is_text or is_changed:
                 shard |= layout.write(group, parts)
             else:  # for example a vision tower, which is copied in its original dtype

@@ -77,7 +77,8 @@ def export_ollama(
     tuned = TunedModel.open(name)
     renderer = Renderer(tuned.load_tokenizer())
     pieces = TemplatePieces.split(renderer)
-    system = read_identity(tuned.folder).get("system") if tuned.folder is not None else None
+    folder = tuned.folder or (tuned.source.path if tuned.source.kind == "folder" else None)
+    system = None if folder is None else read_identity(folder).get("system")
     with exclusive_output(out), new_folder(out) as temp:
         exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data, measure=measure, progress=progress)
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""

@@ -38,7 +38,7 @@ def adapter_folder(name: str) -> Path | None:
         if RunFolder(path).has_model:
             return None
         fix = f"continue it with `strop resume {shlex.quote(str(path))}`"
-        raise ModelError(f"{path}: this run has no adapter yet", fix=fix)
+        raise ModelError(f"{path}: this run has not saved its adapter or model yet", fix=fix)
     return path if (path / "adapter_config.json").is_file() else None
 
 

@@ -15,7 +15,7 @@ from strop.models.adapter_config import STROP_FILE
 from strop.models.introspect import text_filter
 from strop.models.load import load_config, load_without_weights, weights_folder
 from strop.models.source import Source
-from strop.models.tensor_files import CheckpointLayout, CheckpointTensors, write_shards
+from strop.models.tensor_files import CheckpointLayout, CheckpointTensors, dtype_caster, write_shards
 from strop.runs.folder import new_folder, write_json
 from strop.runs.lock import versions
 
@@ -56,20 +56,27 @@ def write_generation_config(source: Source, config: Any, end_ids: Sequence[int],
 
 def save_model(
     model: nn.Module, tokenizer: Any, source: Source, folder: Path, dtype: torch.dtype, end_ids: Sequence[int],
-    identity: dict[str, Any],
+    identity: dict[str, Any], *, new_tokens: bool = False,
 ) -> None:  # fmt: skip
     """Write a model whose weights were all trained as a model folder, atomically.
 
     source: the base, from which weights that are not in the text model are copied. dtype: of the other weights.
-    identity: as of `save_adapter`.
+    identity: as of `save_adapter`. new_tokens: whether tokens were added to the vocabulary.
     """
     with new_folder(folder) as temp:
         write_shards(temp, _tuned_tensors(model, source, dtype), {})
-        config = make_config(source, dtype, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        own: Any = model.config
+        config = make_config(source, dtype, own.get_text_config().vocab_size if new_tokens else 0)
+        if new_tokens and hasattr(own.get_text_config(), "vocab_size_per_layer_input"):  # Gemma 4
+            config.get_text_config().vocab_size_per_layer_input = _per_layer_embedding(model).num_embeddings
         config.save_pretrained(temp)
         tokenizer.save_pretrained(temp)
         write_generation_config(source, config, end_ids, temp)
         write_json(temp / STROP_FILE, {**identity, "versions": versions()})
+
+
+def _per_layer_embedding(model: nn.Module) -> Any:
+    return next(module for path, module in model.named_modules() if path.endswith("embed_tokens_per_layer"))
 
 
 def _tuned_tensors(model: nn.Module, source: Source, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
@@ -80,10 +87,14 @@ def _tuned_tensors(model: nn.Module, source: Source, dtype: torch.dtype) -> Iter
         model.state_dict(),
     )
     layout, is_text = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
+    cast, written = dtype_caster(meta_model, dtype), set[int]()
     for group in layout.groups:
         names = layout.parameters(group)
         if not any(is_text(name) and name in state for name in names):
             yield {name: tensors.get(name) for name in group.names}
             continue
-        values = {name: state[name].detach().cpu() for name in names}
-        yield layout.write(group, {name: x.to(dtype) if x.is_floating_point() else x for name, x in values.items()})
+        parts = layout.write(group, {name: cast(name, state[name].detach().cpu()) for name in names})
+        for name, part in parts.items():  # a checkpoint may store a tied weight twice
+            parts[name] = part.clone() if part.data_ptr() in written else part
+            written.add(parts[name].data_ptr())
+        yield parts

@@ -90,17 +90,23 @@ def choose(
 
 
 def _leave_out_adapters(resolved: Resolved) -> list[Choice]:
-    """Reset the options of adapters, where all weights are trained. Raises RecipeError if the user has set one."""
+    """Reset options of adapters and quantization that a preset has set, where all weights are trained.
+
+    Raises RecipeError if the user has set one.
+    """
     defaults = dict(option_fields())
     choices = []
     for field, choice in resolved.choices.items():
         default = defaults[field].get_default(call_default_factory=True)
-        if not field.startswith("lora.") or field == "lora.new_tokens" or choice.value in (None, default):
+        is_quantization = field == "model.quantization"
+        is_unused = is_quantization or (field.startswith("lora.") and field != "lora.new_tokens")
+        if not is_unused or choice.value in (None, default) or (is_quantization and choice.value == "auto"):
             continue
+        why = "quantized weights cannot be trained" if is_quantization else "without adapters"
         if choice.origin != "preset":
-            what = f"--{field} {choice.value}: train.method full trains all weights, without adapters"
+            what = f"--{field} {choice.value}: train.method full trains all weights, {why}"
             raise RecipeError(what, fix=f"leave {field} out, or use --train.method lora")
-        choices.append(Choice(field, default, "plan", "all weights are trained, without adapters"))
+        choices.append(Choice(field, default, "plan", f"all weights are trained, {why}"))
     return choices
 
 

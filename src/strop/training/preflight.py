@@ -57,7 +57,7 @@ from strop.models.introspect import (
 )
 from strop.models.load import DTYPES, GGUF_NOTE, copies_needed, load_config, load_without_weights
 from strop.models.lora import check_lora, check_score_head, count_trainable
-from strop.models.source import Source, check_readable, fingerprint, locate, prequantized
+from strop.models.source import Source, check_readable, fingerprint, locate, prequantized, quantization_method
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives import require
 from strop.objectives.classification import class_weights
@@ -237,8 +237,15 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
         limit, free = memory / 2**20, machine.free_bytes / 2**20
         left = f"{free:,.0f} of {limit:,.0f} MiB are left in this process"
         what = f"--memory: the weights of the base need {needed / 2**20:,.0f} MiB, and {left}"
+        full = recipe.train.method == "full"
         smaller = (
-            "a smaller model or --model.quantization nf4" if recipe.model.quantization == "none" else "a smaller model"
+            "a smaller model or --train.method lora"
+            if full
+            else (
+                "a smaller model or --model.quantization nf4"
+                if recipe.model.quantization == "none"
+                else "a smaller model"
+            )
         )
         raise MemoryLimitError(what, fix=f"raise the limit, or use {smaller}")
 
@@ -265,7 +272,10 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
-    if not (full := recipe.train.method == "full"):
+    if (full := recipe.train.method == "full") and (method := quantization_method(source.config())):
+        what = f"train.method full: the weights of {source.name} are quantized by {method}, and cannot be trained"
+        raise ModelError(what, fix="use the model with 16-bit weights, or --train.method lora")
+    if not full:
         names = check_lora(bare, resolved.recipe.lora)
         if trained_kind(recipe.train) == "embedder":
             _check_embedder(bare, resolved.recipe, shape, names)

@@ -114,7 +114,9 @@ def finish(
     full = job.recipe.train.method == "full"
     if full:
         end_ids, dtype = setup.data.renderer.end_ids, DTYPES[model.dtype]
-        save_model(job.model, setup.tokenizer, setup.source, folder.model, dtype, end_ids, identity)
+        places = setup.source, folder.model
+        new_tokens = bool(job.recipe.lora.new_tokens)
+        save_model(job.model, setup.tokenizer, *places, dtype, end_ids, identity, new_tokens=new_tokens)
     else:
         save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()

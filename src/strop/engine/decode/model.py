@@ -63,6 +63,7 @@ class Model:
     classes: Classes | None = None  # of a classifier, which generates no text
     pooling: Pooling | None = None  # of a model of embeddings, which generates no text
     untuned: Mapping[str, str] | None = None  # name and fingerprint of the base, if all weights were trained
+    has_base: bool = True  # whether that base is there, if it is used without it because of `force`
     history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
@@ -436,15 +437,15 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
-        untuned = None if base_name is None else identity["base"]
+        untuned, has_base = None if base_name is None else identity["base"], True
         if untuned is not None and force:
             try:
                 _locate_untuned(untuned)
             except ModelError as error:
-                untuned, notes = None, [*notes, f"{error.what}: not compared with it"]
+                has_base, notes = False, [*notes, f"{error.what}: not compared with it"]
         return Model(
             name, base, renderer.tokenizer, renderer, None, identity.get("system"), notes, source, scheme, dtype,
-            untuned=untuned,
+            untuned=untuned, has_base=has_base,
         )  # fmt: skip
     kind = adapter_kind(folder)
     expected = kind if kind in ("classifier", "embedder") else "reward" if scores else "text"

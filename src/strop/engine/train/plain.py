@@ -65,6 +65,8 @@ class PlainLoss:
         self.model, self.why, self._dtype = model, why, dtype
         self.masks = install_dropout(model, dropout_ops_for)
         self._head: nn.Module = model.get_output_embeddings()
+        if dtype == next(self._head.parameters()).dtype:
+            self._dtype = None
         self._balance = load_balancing_coefficient(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
