@@ -307,6 +307,20 @@ def keep_rows(results: Any) -> list[str]:
     return lines
 
 
+def full_rows(results: Any) -> list[str]:
+    """Return exact answers and loss for each learning rate, and the loss for each rounding."""
+    lines = []
+    for one in results:
+        if "tuned" not in one:
+            lines.append(f"{one['loss']:.4f}")
+            continue
+        low, high = (100 * end for end in one["interval"])
+        lines.append(
+            f"{100 * one['tuned']['exact_json']:.1f} % ({low:.1f} to {high:.1f}) | {one['tuned']['loss']:.4f} |"
+        )
+    return lines
+
+
 def class_rows(results: Any) -> list[str]:
     """Return the accuracy of each classifier beside its baseline, and the intents of the model that writes JSON."""
     lines = []
@@ -467,6 +481,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/after.md", "merge_rounding.json", rounding_rows),
     ("docs/keep.md", "keep_2026-11-30.json", keep_rows),
     ("docs/classify.md", "classify_2026-11-29.json", class_rows),
+    ("docs/full.md", "full_2026-11-30.json", full_rows),
+    ("docs/full.md", "keep_2026-11-30.json", lambda it: "LoRA has 71 %"),
     ("docs/embed.md", "embed_2026-11-30.json", retrieval_rows),
     ("docs/sweep.md", "sweep_2026-11-29.json", sweep_verdict),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
@@ -592,6 +608,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
+    "docs/full.md": ["95 % interval"],
     "docs/keep.md": [r"95 % interval of the first", "54 % of the general questions"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
