@@ -85,3 +85,15 @@ def test_other_losses_and_full_training_are_refused_or_named(
     file.write_text(SCRIPT.replace(old, new))
     code, stdout, err = run("import", "trl", file, "--out", tmp_path / "recipe.yaml", capsys=capsys)
     assert message in stdout + err and (code == 2 or new == "print")
+
+
+def test_a_script_without_lora_gets_adapters_and_dropout_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [adapter] = [line for line in SCRIPT.splitlines() if "add_adapter" in line]
+    recipe, report = read(tmp_path, SCRIPT.replace(adapter, ""), capsys)
+    assert recipe["train"]["objective"] == "embed" and "method" not in recipe["train"]
+    assert "strop trains adapters on all linear layers" in report
+    (tmp_path / "recipe.yaml").unlink()
+    recipe, _ = read(tmp_path, SCRIPT.replace("r=8,", "r=8, lora_dropout=0.1,"), capsys)
+    assert recipe["lora"]["dropout"] == 0.1

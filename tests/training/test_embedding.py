@@ -26,6 +26,8 @@ from strop.data.types import Item, Triplet
 from strop.engine.decode.embed import embed_examples
 from strop.engine.step import Step, step_for
 from strop.engine.train.plain import PlainLoss
+from strop.errors import InputError, RecipeError
+from strop.models.embedder import read_pooling
 from strop.models.lora import add_lora, trainable_parameters
 from strop.objectives.embedding import contrastive_losses, find_false_negatives
 from strop.training.contrastive import EmbedCriterion
@@ -375,3 +377,51 @@ def test_the_guide_works_from_its_first_command_to_its_last(
     similarities, adapter, merged = shown
     assert similarities.shape == (2, 2) and similarities[0, 0] == pytest.approx(1)
     assert adapter == merged == (2, 32)
+
+
+def test_a_run_goes_on_with_the_pooling_that_it_starts_from(tiny_folder: Path, tmp_path: Path) -> None:
+    texts.write(tmp_path / "pairs.jsonl", triplets.rows(12))
+    options: dict[str, Any] = {
+        "data": str(tmp_path / "pairs.jsonl"), "train.objective": "embed", "train.max_steps": 1, "model.device": "cpu",
+        "model.dtype": "fp32",
+    }  # fmt: skip
+    first = strop.train(model=str(tiny_folder), out=str(tmp_path / "a"), **options, **{"train.pooling": "mean"}).folder
+    second = strop.train(model=str(first), out=str(tmp_path / "b"), **options).folder
+    assert read_pooling(second / "adapter") == "mean"
+    with pytest.raises(RecipeError, match="the adapter to start from has mean"):
+        strop.train(model=str(first), out=str(tmp_path / "c"), **options, **{"train.pooling": "last"})
+    strop.merge(str(first), str(tmp_path / "merged"), measure=False, dtype="fp32")
+    third = strop.train(model=str(tmp_path / "merged"), out=str(tmp_path / "d"), **options).folder
+    assert read_pooling(third / "adapter") == "mean"
+    model = strop.load(str(first))
+    assert model.embed([]).shape == (0, 32)
+    for wrong in (["\ud800"], None, [None]):
+        with pytest.raises(InputError, match="embed:"):
+            model.embed(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "message"),
+    [
+        ([{"query": "q", "pos": [f"d{i}" for i in range(6)]}], 4, "all training rows have the same anchor"),
+        (
+            [{"anchor": f"q{i}", "positive": f"d{i}", "negative": "n" if i else None} for i in range(8)],
+            1,
+            "1 rows have no",
+        ),
+        ([{"anchor": ["a", "b"], "positive": "x"}], 4, "anchor is a list of 2 texts"),
+        ([{"anchor": [], "positive": "x"}], 4, "anchor is a list of 0 texts"),
+        ([{"query": "q", "document": "d", "label": 0}], 4, "label is '0'"),
+        ([{"anchor": "q", "positive": "d", "is_duplicate": "0"}], 4, "is_duplicate is '0'"),
+        ([{"anchor": "q", "positive": "['a', 'b']"}], 4, "positive"),
+    ],
+)
+def test_rows_that_teach_nothing_or_the_wrong_thing(
+    tiny_folder: Path, tmp_path: Path, rows: list[dict[str, Any]], batch: int, message: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options: dict[str, Any] = {"train.objective": "embed", "train.batch_size": batch, "model.device": "cpu"}
+    with pytest.raises(InputError) as raised:
+        strop.train(model=str(tiny_folder), data=str(file), out=str(tmp_path / "run"), **options)
+    assert message in str(raised.value) + " ".join(str(place) for place in raised.value.where)

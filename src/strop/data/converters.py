@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
@@ -44,7 +45,7 @@ TRIPLETS: tuple[Keys, ...] = (
     ANSWERS_OF_PAIR,
 )
 NEGATIVES = ("negative", "negatives", "neg", "hard_negatives", "rejected", "rejected_response")
-SCORES = ("label", "score")  # of a pair of texts: 1 if they match
+SCORES = ("label", "is_duplicate", "score")  # of a pair of texts: 1 if they match
 SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
@@ -354,14 +355,19 @@ def convert_triplet(row: RowValue, keys: Keys) -> list[ParsedRow]:
         row, keys = _flatten_messages(row, keys), ("prompt", "chosen")
     if keys == ANSWERS_OF_PAIR:
         raise InvalidRow("no-prompt", "chosen is a string and there is no prompt")
-    [anchor] = _list_texts(row, keys[0])
+    anchors = _list_texts(row, keys[0])
+    if len(anchors) != 1:
+        raise InvalidRow("not-text", f"{keys[0]} is a list of {len(anchors)} texts: give one text")
+    anchor = anchors[0]
     positives = _list_texts(row, keys[1])
     names = [name for name in row if is_negative(name) and name not in keys and row[name] not in (None, "")]
     negatives = tuple(dict.fromkeys(text for name in names for text in _list_texts(row, name)))
     if not positives:
         raise InvalidRow("no-positive", f"{keys[1]} is an empty list")
     for name in SCORES:
-        if keys[0] == "sentence1" and row.get(name) not in (None, "", 1, "1"):
+        # A score may be that of a reranker, unless the columns are those of a data set of similarities.
+        is_read = name != "score" or keys[0] == "sentence1"
+        if is_read and row.get(name) not in (None, "", 1, "1", "1.0", "true", "True"):
             what = f"{name} is {str(row[name])[:40]!r}: the texts of a row must match"
             raise InvalidRow("no-positive", f"{what}; leave out rows whose {name} is not 1")
     if anchor in positives or anchor in negatives:
@@ -381,7 +387,7 @@ def is_negative(name: str) -> bool:
 def _list_texts(row: RowValue, key: str) -> list[str]:
     """Return the text of a column in a list, or the texts of its list, which may be the JSON of one."""
     value = row.get(key)
-    if isinstance(value, str) and value.lstrip().startswith('["'):  # a cell of a table
+    if isinstance(value, str) and re.fullmatch(r"""\s*\[\s*["'].*\]\s*""", value, re.S):  # a cell of a table
         value = _parse_json(value, "not-text", key)
     texts = value if isinstance(value, list) else [_require_text(row, key)]
     for index, text in enumerate(texts):

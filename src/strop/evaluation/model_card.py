@@ -294,6 +294,8 @@ def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iter
         yield f"No row that it was trained on is longer than {longest:,} tokens."
     if objective not in ("reward", "classify", "embed"):
         yield "It answers prompts in the chat template saved with it; other templates were not tried."
+    if settings.get("train.objective") == "embed" and settings.get("model.quantization", "none") != "none":
+        yield "It was trained on a quantized base. Libraries that load another one give other vectors: merge it first."
     yield "It was not checked for safety, bias or truth."
     yield "The license and the terms of the base apply to it too."
 

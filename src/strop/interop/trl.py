@@ -96,7 +96,7 @@ def read(draft: Draft) -> None:
     trainer_arguments, trainer, trainer_class = _read_trainer(draft, script)
     config, objective = _find_config(draft, script, trainer_arguments, trainer, trainer_class)
     _read_model(draft, script, trainer_arguments, config, trainer)
-    start_seed = _read_adapter(draft, script, trainer_arguments)
+    start_seed = _read_adapter(draft, script, trainer_arguments, objective)
     moved = {key: node for key, node in trainer_arguments.items() if key not in (*TRAINER_ARGUMENTS, *_CODE_ARGUMENTS)}
     given = {**moved, **config.keywords}
     for name in sentence_transformers.IGNORED_ARGUMENTS:
@@ -272,7 +272,7 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         draft.put("data.max_length", as_int("max_length", length), source)
     draft.note_max_length("max_length")
     keys.take("truncation_mode")
-    if keys.take("disable_dropout", True):
+    if keys.take("disable_dropout", True) and objective != "embed":
         draft.disable_dropout_for_preferences()
     strategy = keys.take("packing_strategy", "bfd")
     if keys.take("packing"):
@@ -520,7 +520,7 @@ def _read_bitsandbytes(draft: Draft, keys: Keys) -> None:
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
-def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr]) -> Any:
+def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr], objective: str) -> Any:
     """Import the LoraConfig or the arguments of Unsloth's get_peft_model. Return the seed of LoRA's start, if given."""
     is_unsloth = draft.tool == "unsloth"
     function = "get_peft_model" if is_unsloth else "LoraConfig"
@@ -530,6 +530,9 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
     if adapters and any(call.name == "merge_and_unload" for call in script.calls):
         draft.fields.pop("model.adapter", None)  # it is merged into the base, and a new one is trained
     if draft.get("train.method") == "full":
+        return None
+    if not adapters and objective == "embed":
+        draft.add_difference("weights", "all are trained there; strop trains adapters on all linear layers")
         return None
     loaders = [call.owner for call in script.calls if call.name == "from_pretrained"]
     only_models = all(any(part in owner for part in ("Auto", "ForCausalLM", "Tokenizer")) for owner in loaders)

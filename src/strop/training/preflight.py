@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.config.load import Resolved, read_resolved
+from strop.config.load import Choice, Resolved, read_resolved
 from strop.config.schema import Recipe, TrainSection
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
@@ -45,6 +45,7 @@ from strop.models.adapter_config import (
     read_identity,
 )
 from strop.models.adapters import locate_tokenizer, read_classes
+from strop.models.embedder import POOLING_FOLDER, read_pooling
 from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing_coefficient
 from strop.models.families.shape import ModelShape
@@ -269,6 +270,8 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     if outputs:
         check_score_head(bare.config)
     shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
+    if trained_kind(recipe.train) == "embedder":
+        resolved = resolved.decide(_choose_pooling(recipe, start, source))
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
@@ -290,6 +293,19 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
 
 
+def _choose_pooling(recipe: Recipe, start: Path | None, source: Source) -> list[Choice]:
+    """Choose the pooling of the adapter or model that training starts from. Raises RecipeError for another one."""
+    folder = start or (source.path if (source.path / POOLING_FOLDER).is_dir() else None)
+    given = recipe.train.pooling
+    if folder is None or (given is not None and start is None):
+        return []
+    pooling = read_pooling(folder)
+    if given not in (None, pooling):
+        what = f"--train.pooling {given}: the adapter to start from has {pooling}"
+        raise RecipeError(what, fix="leave train.pooling out, or train a new adapter")
+    return [Choice("train.pooling", pooling, "plan", "as in the model it starts from")] if given is None else []
+
+
 def _check_embedder(bare: Any, recipe: Recipe, shape: ModelShape, names: Sequence[str]) -> None:
     """Raise RecipeError for adapters of a model of embeddings that cannot be trained or loaded. names: adapted."""
     head = next(path for path, module in bare.named_modules() if module is bare.get_output_embeddings())
@@ -305,16 +321,13 @@ def _check_embedder(bare: Any, recipe: Recipe, shape: ModelShape, names: Sequenc
 
 def _check_negatives(recipe: Recipe, rows: Triplets) -> None:
     """Raise InputError if there is no other text to compare a positive with."""
-    if rows.negatives:
-        return
-    if recipe.train.batch_size == 1:
-        what = "train.batch_size 1: the rows have no negatives, so a batch of one row has nothing to compare"
+    if recipe.train.batch_size == 1 and (lacking := sum(len(row.examples) == 2 for row in rows)):
+        what = f"train.batch_size 1: {lacking:,} rows have no negatives, so a batch of one has nothing to compare"
         raise RecipeError(what, fix="use --train.batch_size 8 or more, or rows with negatives")
-    positives = (row.examples[1].ids.tobytes() for row in rows)
-    first = next(positives)
-    if all(positive == first for positive in positives):
-        what = "all training rows have the same positive, and none has negatives, so there is nothing to compare"
-        raise DataError(what, fix="give rows with different texts, or with negatives")
+    for side, name in enumerate(("anchor", "positive")) if not rows.negatives else ():
+        if len({row.examples[side].ids.tobytes() for row in rows}) == 1:
+            what = f"all training rows have the same {name}, and none has negatives, so there is nothing to compare"
+            raise DataError(what, fix="give rows with different texts, or with negatives")
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:

@@ -39,6 +39,7 @@ class Embedder:
 
     def __init__(self, module: nn.Module, pooling: Pooling) -> None:
         self._step, self._pooling = step_for(module), pooling
+        self._size: int = module.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
 
     def embed(self, examples: Sequence[Example], run: RunBatches | None = None) -> Vectors:
         """Return the vector of each example, (N, h). run: runs batches, on several devices."""
@@ -54,4 +55,6 @@ class Embedder:
                 parts = [compute(batch) for batch in batches]
             else:
                 parts = run(batches, compute, lambda batch: float(sum(lengths[row] for row in batch)))
+        if not parts:
+            return np.empty((0, self._size), np.float32)
         return np.array(in_row_order(batches, [list(part) for part in parts]), np.float32)

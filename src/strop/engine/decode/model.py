@@ -177,8 +177,10 @@ class Model:
             InputError: if a text is empty, or has more tokens than the model supports.
             ModelError: if the model is not one of embeddings.
         """
+        if not isinstance(texts, Iterable):
+            raise InputError(f"embed: {type(texts).__name__}, not a text", fix="give a text or a list of texts")
         embedder = self.embedder
-        examples = self.encode_texts([texts] if isinstance(texts, str) else texts, function="embed")
+        examples = self.encode_texts([texts] if isinstance(texts, str) else list(texts), function="embed")
         with self._lock, default_torch_state():
             return embedder.embed(examples)
 
@@ -190,6 +192,8 @@ class Model:
         for number, text in enumerate(texts, 1):
             if function == "embed" and not isinstance(text, str):
                 raise InputError(f"embed: text {number} is not a string", fix="give a text or a list of texts")
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError(f"{function}: text {number} has half of a character", fix="give valid Unicode")
             if isinstance(text, str) and not text.strip():
                 raise InputError(f"{function}: text {number} is empty", fix="give a text")
             messages = () if isinstance(text, str) else tuple(_parse_messages(text))
