@@ -579,7 +579,7 @@ def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, mo
     actual = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
     for name, value in (
         ("compare", actual), ("load", thinker), ("adapter_folder", tmp_path),
-        ("adapter_kind", "text"), ("check_adapter_kind", None), ("find_train_rows", None)
+        ("adapter_kind", "text"), ("check_adapter_kind", None), ("find_train_rows", None), ("is_tuned", True)
     ):  # fmt: skip
         monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
     (result,) = evaluate_models(["demo"], str(data), EvalOptions(judge=f"{file}:own"))

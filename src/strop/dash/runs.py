@@ -35,11 +35,10 @@ from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
 from strop.display.tables import describe_caveat
 from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows
-from strop.models.adapter_config import EMBED_TASK, SCORE_TASK
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
-NOT_GENERATING = (SCORE_TASK, EMBED_TASK)
+NOT_GENERATING = ("SEQ_CLS", "FEATURE_EXTRACTION")  # PEFT's task types; models.adapter_config would load pydantic
 TAIL_BYTES = 16 << 10
 MAX_WHOLE_BYTES = 48 << 10  # the sparkline uses all steps of an events file up to this size
 NUM_SAMPLES, SAMPLE_BYTES = 40, 1024  # for the sparkline of a larger file

@@ -437,7 +437,7 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reason", "build"),
     [
-        ("no peft adapter", lambda: tiny()),
+        ("no peft adapter", lambda: tiny().requires_grad_(False)),
         ("olmo is not in the table", lambda: adapted(OlmoConfig)),
         (
             "variant of LoRA",
