@@ -63,10 +63,10 @@ class Session:
 
     def _switch_side(self, side: str) -> None:
         try:
-            with (
-                self.model.base() if side != "tuned" else nullcontext()
-            ):  # all weights were trained: the base may be gone
-                self.side = side
+            if side != "tuned":
+                with self.model.base():  # raises if the base of a model whose weights were all trained is gone
+                    pass
+            self.side = side
         except ModelError as error:
             console.print(f"/{side}: {error.what}", style="yellow", markup=False)
         sides = SIDES if self.model.adapter is not None else WHOLE_SIDES

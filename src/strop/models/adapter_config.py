@@ -18,8 +18,8 @@ from strop.runs.folder import RunFolder, is_run, suggest_path
 WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier
-EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
+EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates text, scores, classifies or embeds it
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
@@ -44,10 +44,10 @@ def adapter_folder(name: str) -> Path | None:
 
 def find_adapter_folder(name: str) -> Path:
     """Return the adapter folder of a run or adapter folder. Raises ModelError if there is none."""
-    folder = adapter_folder(name)
-    if folder is None and is_run(Path(name).expanduser()):
+    folder, path = adapter_folder(name), Path(name).expanduser()
+    if folder is None and is_run(path):
         what = f"{name}: all weights were trained, so there is no adapter"
-        raise ModelError(what, fix=f"use its model: {RunFolder(Path(name).expanduser()).model}")
+        raise ModelError(what, fix=f"use its model: {RunFolder(path).model}")
     if folder is None:
         what = "no adapter there" if Path(name).exists() else f"no such run or adapter folder{suggest_path(name)}"
         raise ModelError(f"{name}: {what}", fix="give a run or adapter folder")

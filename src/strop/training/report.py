@@ -113,10 +113,10 @@ def finish(
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
     full = job.recipe.train.method == "full"
     if full:
-        end_ids, dtype = setup.data.renderer.end_ids, DTYPES[model.dtype]
-        places = setup.source, folder.model
-        new_tokens = bool(job.recipe.lora.new_tokens)
-        save_model(job.model, setup.tokenizer, *places, dtype, end_ids, identity, new_tokens=new_tokens)
+        save_model(
+            job.model, setup.tokenizer, setup.source, folder.model, DTYPES[model.dtype], setup.data.renderer.end_ids,
+            identity, new_tokens=bool(job.recipe.lora.new_tokens),
+        )  # fmt: skip
     else:
         save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()
