@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -32,6 +33,7 @@ class Session:
         self.model, self.side = model, side
         self.first_system = system  # used again by /reset
         self.system = system  # for the next line; None when the history contains it
+        self.images: list[str] = []  # files to show with the next line
         self._options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
 
     def run_command(self, line: str) -> bool:
@@ -48,8 +50,14 @@ class Session:
                 self.answer(text, _write)
         elif command == "/adapter":
             self._switch_adapter(text)
+        elif command == "/image":
+            if Path(text).expanduser().is_file():
+                self.images.append(text)
+                console.print(f"image {len(self.images)} of the next line: {text}", style="dim", markup=False)
+            else:
+                console.print(f"/image {text}: no such file", style="yellow", markup=False)
         elif command in ("/system", "/reset"):
-            self.model.history = []
+            self.model.history, self.images = [], []
             self.first_system = text if command == "/system" else self.first_system
             self.system = self.first_system
         elif command == "/help":
@@ -97,6 +105,7 @@ class Session:
                 self.model.history, self.system = history, system
                 tuned = self._generate(text, "tuned", None)
             _print_comparison(base, tuned)
+            self.images = []
         else:
             with status_line("reading the prompt") if console.is_terminal else nullcontext() as status:
 
@@ -106,6 +115,7 @@ class Session:
                     on_text(piece)
 
                 self._generate(text, self.side, show)
+            self.images = []
             print(flush=True)
             if self.model.was_cut:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
@@ -113,7 +123,8 @@ class Session:
 
     def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None) -> str:
         with self.model.base() if side == "base" else nullcontext():
-            answer = self.model.chat(text, system=self.system, on_text=on_text, **self._options)  # type: ignore[arg-type]
+            images = self.images or None
+            answer = self.model.chat(text, images=images, system=self.system, on_text=on_text, **self._options)  # type: ignore[arg-type]
         self.system = None
         return answer
 

@@ -42,6 +42,7 @@ CHAT_COMMANDS = {
     "/tuned": "answer with the adapter",
     "/compare": "answer each line without and with the adapter",
     "/adapter": "NAME: answer with this adapter; no name: list the adapters",
+    "/image": "FILE: show this image with the next line; may be repeated",
     "/system": "TEXT: start over with this system prompt",
     "/reset": "start over with the same system prompt",
     "/help": "show this list",

@@ -125,6 +125,9 @@ class DataSection(Section):
     columns: dict[str, Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
         None, description="columns to read, such as prompt=question,completion=answer"
     )
+    image_folder: str | None = Field(
+        None, description="folder in which relative paths of images start; default: that of the data file"
+    )
     max_length: int = Field(1024, ge=2, description="maximum length of a row in tokens")
     overlong: Literal["refuse", "drop", "truncate-start", "split"] = Field(
         "refuse", description="action for rows longer than max_length"

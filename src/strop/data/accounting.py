@@ -17,11 +17,21 @@ from strop.config.schema import DataSection
 from strop.data.answers import PLACEHOLDER
 from strop.data.converters import LABELS
 from strop.data.formats import PAIRED, find_placeholders
+from strop.data.images import IMAGE_NOTES
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
 from strop.data.store import Conversations, Examples, Store, count_labels
-from strop.data.types import RENDERED_PROMPTS, TEXT_KINDS, Classes, Conversation, DataKind, Example, Indices
+from strop.data.types import (
+    MARK,
+    RENDERED_PROMPTS,
+    TEXT_KINDS,
+    Classes,
+    Conversation,
+    DataKind,
+    Example,
+    Indices,
+)
 from strop.errors import DataError, Location
 
 MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
@@ -225,7 +235,10 @@ def find_row_warnings(
     turns = (*conversation.messages, *conversation.rejected)
     if conversation.answer == PLACEHOLDER:
         yield "no answer yet: train.teacher answers them at the start of a run", ""
-    texts = [message.content for message in turns] or [conversation.text or "", *conversation.passages]
+    texts = [message.content.replace(MARK, "") if message.images else message.content for message in turns] or [
+        conversation.text or "",
+        *conversation.passages,
+    ]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
         yield "unfilled placeholders", f": {placeholders[0]}"
     if garbled := re.search("[\x80-\x9f\ufffd]", "".join(texts)):
@@ -237,6 +250,8 @@ def find_row_warnings(
     if any(renderer.control.occurs_in(text) for text in texts):
         as_text = "plain text" if conversation.text is None or data_kind not in TEXT_KINDS else "control tokens"
         yield f"control tokens in the text, encoded as {as_text}", ""
+    for note in sorted({note for turn in turns for image in turn.images for note in image.notes}):
+        yield f"images {IMAGE_NOTES[note]}", ""
     if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
         yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""
     if conversation.messages and conversation.messages[-1].role != "assistant" and data_kind not in RENDERED_PROMPTS:

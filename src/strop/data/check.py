@@ -17,6 +17,7 @@ from rich.text import Text
 from strop.config.names import use_short_forms
 from strop.config.schema import DataSection
 from strop.data import formats
+from strop.data.images import FIRST_IMAGE_ID
 from strop.data.prepare import (
     JUDGED_KINDS,
     RENDER,
@@ -29,6 +30,7 @@ from strop.data.prepare import (
     split_pair,
 )
 from strop.data.reading import sources
+from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
@@ -139,16 +141,38 @@ def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) ->
 
 
 def split_tokens(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
-    """Yield text, ids and weight of each token. Tokens that encode parts of one character are joined."""
+    """Yield text, ids and weight of each token. Those of an image, or of parts of one character, are joined."""
     pending: list[int] = []
     ids, weights = example.ids.tolist(), example.weights.tolist()
+    marks = {begin: (end, text) for begin, end, text in _find_images(example, tokenizer)}
+    image_end = 0
     for i, token in enumerate(ids):
+        if i in marks:
+            image_end, text = marks[i]
+            yield text, ids[i:image_end], 0.0
+        if i < image_end:
+            continue
         pending.append(token)
         piece = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         is_last = i + 1 == len(ids) or (weights[i + 1] > 0) != (weights[i] > 0)
         if "\ufffd" not in piece or is_last or len(pending) >= 4:
             yield piece, pending, weights[i]
             pending = []
+
+
+def _find_images(example: Example, tokenizer: Any) -> Iterator[tuple[int, int, str]]:
+    """Yield first token, end and description of each image, with the tokens between its parts."""
+    encoder = image_encoder(tokenizer)
+    places = (example.ids >= FIRST_IMAGE_ID).nonzero()[0].tolist()
+    if encoder is None or not places:
+        return
+    table, begin = encoder.table, 0
+    while begin < len(places):
+        number = table.find(int(example.ids[places[begin]]))
+        end, image = begin + table.tokens(number), table.images[number]
+        text = f"[image {image.width}x{image.height}, {end - begin:,} tokens]"
+        yield places[begin], places[end - 1] + 1, text
+        begin = end
 
 
 def make_visible(text: str) -> str:
@@ -215,8 +239,9 @@ def _clean_rows(
     documents, columns = data.format == formats.DOCUMENT, data.columns
     rows = sources.read_rows(data.train, encoding=data.encoding, columns=columns, errors=errors, documents=documents)
     reader = formats.ConversationReader(
-        map(remember, rows), format=data.format, columns=columns, errors=errors, data_kind=data_kind
-    )
+        map(remember, rows), format=data.format, columns=columns, errors=errors, data_kind=data_kind,
+        image_folder=data.image_folder,
+    )  # fmt: skip
     render = RENDER.get(data_kind, render_pairs)
     judgements: Judgements = {}
     locations: dict[int, str] = {}  # hash of a conversation -> its first location

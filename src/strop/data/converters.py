@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+from strop.data.images import read_image
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.row_errors import InvalidRow
-from strop.data.types import Label, Message, Role, shared_prefix_length
+from strop.data.types import MARK, Image, Label, Message, Role, shared_prefix_length
 from strop.errors import suggest
 
 RowValue = Mapping[str, Any]  # column -> value
@@ -47,8 +49,19 @@ TRIPLETS: tuple[Keys, ...] = (
 NEGATIVES = ("negative", "negatives", "neg", "hard_negatives", "rejected", "rejected_response")
 SCORES = ("label", "is_duplicate", "score")  # of a pair of texts: 1 if they match
 SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text of the system message
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
+IMAGES = ("images", "image")  # columns, and keys of a message
+MEDIA = ("audio", "audios", "video", "videos")  # the same, which are not supported
+IMAGE_PLACEHOLDER = "<image>"  # in a text: the place of an image that is in a column
+_PLACE = re.compile(f"{MARK}|\n?{IMAGE_PLACEHOLDER}\n|\n?{IMAGE_PLACEHOLDER}")
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An image of a row that has not been read. value: None in a message: the next image in a column of the row."""
+
+    value: Any
+    location: str
 
 
 @dataclass(frozen=True)
@@ -142,9 +155,13 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
         raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
+    images = tuple(ImageSource(x, f"{location}.{key}") for key in IMAGES for x in list_images(turn.get(key)))
     if isinstance(content, list):
-        content, reasoning_parts, call_parts = _parse_parts(content, location)
+        content, reasoning_parts, call_parts, image_parts = _parse_parts(content, location)
         reasoning, calls = reasoning + reasoning_parts, calls + call_parts
+        if images and any(part.value is None for part in image_parts):  # the parts are the places of the images
+            images, image_parts = _fill_parts(images, image_parts, location), ()
+        images = (*images, *image_parts)
     if content is None:
         if not calls:
             raise InvalidRow("no-content", f"{location}: content is null or missing (allowed only next to tool calls)")
@@ -152,12 +169,99 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     content = _check_string(content, f"{location}: content")
     if role != "assistant" and (calls or reasoning):
         raise InvalidRow("bad-part", f"{location}: only an assistant message can have reasoning or tool calls")
+    if images and role == "assistant":
+        raise InvalidRow("bad-image", f"{location}: an assistant message has an image, which no model here writes")
     name = turn.get("name")
     if name is not None:
         _check_string(name, f"{location}: name")
     id = turn.get("tool_call_id") if role == "tool" else None
     call_id = id if isinstance(id, str) else None
-    return Message(role, content, "".join(reasoning) if reasoning else None, calls, name, weight, call_id)
+    text = "".join(reasoning) if reasoning else None
+    return Message(role, content, text, calls, name, weight, call_id, cast(Any, images))
+
+
+def _fill_parts(images: Sequence[ImageSource], parts: Sequence[ImageSource], location: str) -> tuple[ImageSource, ...]:
+    """Return the sources of image parts, of which those without a value are the next of the message's images."""
+    empty = sum(part.value is None for part in parts)
+    if empty != len(images):
+        raise InvalidRow("image-count", f"{location}: {empty} places for images and {len(images)} images")
+    rest = iter(images)
+    return tuple(next(rest) if part.value is None else part for part in parts)
+
+
+def list_images(value: Any) -> list[Any]:
+    """Return the images of a column or of a message's key: none, one, or a list, which may be the JSON of one."""
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table
+        value = _parse_json(value, "bad-image", "images")
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def attach_images(
+    turns: Sequence[Message], values: Sequence[ImageSource], read: Callable[[Any, str], Image]
+) -> tuple[Message, ...]:
+    """Return the messages with their images read, and the placeholder `<image>` replaced by marks.
+
+    A newline next to a placeholder belongs to it, as in LLaVA's files. Without any place for them, the row's images
+    are at the start of the first user message.
+
+    Args:
+        turns: messages whose `images` are of type ImageSource; those without a value are the row's next images.
+        values: the images in columns of the row.
+        read: returns the image of a value at a location.
+
+    Raises:
+        InvalidRow: if there are not as many places as images, or an image cannot be used.
+    """
+    places = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns)
+    places += sum(source.value is None for turn in turns for source in _sources(turn))
+    if values and not places:
+        first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is None:
+            raise InvalidRow("image-count", "the row has an image and no user message")
+        turn = turns[first]
+        content, images = IMAGE_PLACEHOLDER * len(values) + turn.content, turn.images
+        turns = [*turns[:first], replace(turn, content=content, images=images), *turns[first + 1 :]]
+    elif places != len(values):
+        raise InvalidRow("image-count", f"{places} places for images and {len(values)} images")
+    rest = iter(values)
+
+    def attach(turn: Message) -> Message:
+        sources, found = iter(_sources(turn)), list[Image]()
+
+        def replace_place(match: re.Match[str]) -> str:
+            source = next(sources) if MARK in match[0] else next(rest)
+            source = next(rest) if source.value is None else source
+            found.append(read(source.value, source.location))
+            return MARK
+
+        if turn.images and turn.content.count(MARK) != len(turn.images):
+            raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
+        content = _PLACE.sub(replace_place, turn.content) if turn.images or IMAGE_PLACEHOLDER in turn.content else ""
+        if found and content.count(MARK) != len(found):
+            raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
+        return replace(turn, content=content, images=tuple(found)) if found else turn
+
+    return tuple(map(attach, turns))
+
+
+def read_images(parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = ()) -> ParsedRow:
+    """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images."""
+
+    def read(value: Any, location: str) -> Image:
+        return read_image(value, folder, location)
+
+    if parsed.text is not None and values:
+        raise InvalidRow("image-count", "images need messages, and the row has a text without them")
+    messages, rejected = (
+        attach_images(turns, values, read) if turns else () for turns in (parsed.messages, parsed.rejected)
+    )
+    return replace(parsed, messages=messages, rejected=rejected)
+
+
+def _sources(turn: Message) -> tuple[ImageSource, ...]:
+    return cast(tuple[ImageSource, ...], turn.images)
 
 
 def _parse_weight(turn: dict[str, Any], location: str) -> float:
@@ -170,12 +274,19 @@ def _parse_weight(turn: dict[str, Any], location: str) -> float:
     return float(weights[0])
 
 
-_PART_ORDER = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # type of a content part -> order in a message
+IMAGE_PARTS = ("image", "image_url", "input_image")
+# type of a content part -> order in a message
+_PART_ORDER = {
+    "reasoning": 0, "thinking": 0, "text": 1, "input_text": 1, **dict.fromkeys(IMAGE_PARTS, 1), "tool_call": 2,
+}  # fmt: skip
 
 
-def _parse_parts(parts: list[Any], location: str) -> tuple[str | None, list[str], tuple[dict[str, Any], ...]]:
-    """Return the text, reasoning and calls of typed content parts, which must be in the order of chat templates."""
+def _parse_parts(
+    parts: list[Any], location: str
+) -> tuple[str | None, list[str], tuple[dict[str, Any], ...], tuple[ImageSource, ...]]:
+    """Return the text, reasoning, calls and images of typed content parts, in the order of chat templates."""
     texts: list[str] = []
+    images: list[ImageSource] = []
     reasoning: list[str] = []
     calls: tuple[dict[str, Any], ...] = ()
     previous = 0
@@ -188,13 +299,19 @@ def _parse_parts(parts: list[Any], location: str) -> tuple[str | None, list[str]
             what = f"{location}: {kind} after a later part; the order is reasoning, text, tool calls"
             raise InvalidRow("bad-part", what)
         previous = _PART_ORDER[kind]
+        if kind in IMAGE_PARTS:
+            fields = {key: item for key, item in part.items() if key not in ("type", "detail") and item is not None}
+            value = fields.get("image_url", fields.get("image", fields)) or None
+            images.append(ImageSource(value, f"{location}: an image"))
+            texts.append(MARK)
+            continue
         content = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
         if kind == "tool_call":
             calls += _parse_calls(content, location)
         else:
             text = _check_string(content, f"{location}: the content of a part of type {kind}")
-            (texts if kind == "text" else reasoning).append(text)
-    return "".join(texts) if texts else None, reasoning, calls
+            (texts if kind in ("text", "input_text") else reasoning).append(text)
+    return "".join(texts) if texts else None, reasoning, calls, tuple(images)
 
 
 def _parse_calls(raw: Any, location: str) -> tuple[dict[str, Any], ...]:

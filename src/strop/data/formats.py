@@ -11,10 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from strop.data import converters
-from strop.data.converters import MEDIA, METADATA, SYSTEM, Keys, ParsedRow, RowValue
+from strop.data.converters import (
+    IMAGES,
+    MEDIA,
+    METADATA,
+    SYSTEM,
+    ImageSource,
+    Keys,
+    ParsedRow,
+    RowValue,
+    list_images,
+    read_images,
+)
+from strop.data.reading.in_memory import describe_file
 from strop.data.reading.tables import describe_mapping, is_row_number, suggest_mapping
 from strop.data.row_errors import InvalidRow, RowError, file_error
 from strop.data.types import Conversation, DataKind, Row
@@ -144,7 +157,6 @@ FORMATS: dict[str, Format] = {
     )
 }  # fmt: skip
 
-IMAGE_PLACEHOLDER = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 TEXT_FORMATS: dict[DataKind, str] = {"classes": "classification", "triplets": "triplet"}
 
@@ -181,7 +193,7 @@ def _ambiguous_columns(value: RowValue, entry: Format) -> list[str]:
 
 def _unread_columns(value: RowValue, entry: Format) -> list[str]:
     """Return the columns that the format does not read although they may be training data."""
-    used = {*(entry.matching_keys(value) or ()), *entry.optional} | METADATA
+    used = {*(entry.matching_keys(value) or ()), *entry.optional, *IMAGES} | METADATA
     used |= _TOPICS if entry.name != "text" else set()
     columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
     columns = [key for key in columns if not is_row_number(key, value[key])]
@@ -195,7 +207,8 @@ class ConversationReader:
 
     format: name of a format, or `auto`. columns: a format's column names -> names in the file; other columns are then
     ignored. errors: receives the errors of single rows. data_kind: for "prompts", conversations without an answer are
-    prompts; for "classes" and "triplets", format `auto` means `classification` and `triplet`.
+    prompts; for "classes" and "triplets", format `auto` means `classification` and `triplet`. image_folder: where
+    relative paths of images start, by default the folder of each file.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -203,8 +216,9 @@ class ConversationReader:
 
     def __init__(
         self, rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,
-        errors: list[RowError], data_kind: DataKind = "turns",
+        errors: list[RowError], data_kind: DataKind = "turns", image_folder: str | None = None,
     ) -> None:  # fmt: skip
+        self._image_folder = image_folder
         self.formats: dict[str, str] = {}  # file -> name of its format
         self.unlabelled: dict[str, str] = {}  # file with labelled answers -> name of the format without the label
         self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
@@ -253,6 +267,7 @@ class ConversationReader:
         if entry.name == "classification" and keys[0] not in converters.TURNS:  # a text is used alone
             unread = {name for name in entry.optional if value.get(name)}
         used = {*keys, *entry.optional, *(filter(converters.is_negative, value) if entry.name == "triplet" else ())}
+        used |= set(IMAGES)
         self.unused.update(set(value) - used | unread)
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
@@ -263,10 +278,20 @@ class ConversationReader:
             if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.convert_messages:
                 raise
             parsed_rows = converters.convert_prompt(value, keys)
-        turns = (turn for parsed in parsed_rows for turn in (*parsed.messages, *parsed.rejected))
-        if any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
-            raise InvalidRow("media", f"the text contains {IMAGE_PLACEHOLDER}, but images are not supported")
-        return parsed_rows
+        return [self._attach_images(parsed, row) for parsed in parsed_rows]
+
+    def _attach_images(self, parsed: ParsedRow, row: Row) -> ParsedRow:
+        """Read the images of a row, and put their marks into its messages."""
+        columns = self._rename_columns(row.value) if self._columns else row.value
+        values = [
+            ImageSource(image, name if len(images) == 1 else f"{name}[{i}]")
+            for name in IMAGES
+            for images in (list_images(columns.get(name)),)
+            for i, image in enumerate(images)
+        ]
+        folder = Path() if describe_file(row.file) else Path(row.file).parent
+        folder = folder if self._image_folder is None else Path(self._image_folder).expanduser()
+        return read_images(parsed, folder, values)
 
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
@@ -319,7 +344,7 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
     named = FORMATS.get("text" if format == DOCUMENT else format)
     if not columns:
         return named
-    known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys}
+    known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys} | {*IMAGES}
     for key in columns:
         if key not in known:
             fix = f"use a column of a format before the =: {', '.join(sorted(known))}"

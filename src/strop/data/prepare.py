@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -179,8 +180,9 @@ def _open_rows(
         documents=data.format == formats.DOCUMENT,
     )  # fmt: skip
     return rows, formats.ConversationReader(
-        rows, format=data.format, columns=data.columns, errors=invalid, data_kind=data_kind
-    )
+        rows, format=data.format, columns=data.columns, errors=invalid, data_kind=data_kind,
+        image_folder=data.image_folder,
+    )  # fmt: skip
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:
@@ -409,18 +411,30 @@ def _build_store(
     """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
     key = (data_kind, *([checker.key] if checker else []), *([] if answers is None else [write_answers(answers)]))
     name = _cache_key(spec, data, renderer, key) if use_cache else f"rows-{len(list(folder.iterdir()))}"
-    if use_cache and (store := load_store(folder / name)):
+    images = renderer.image_table
+    if use_cache and images is not None:
+        _remove_changed(folder / name)
+    if use_cache and (store := load_store(folder / name, images)):
         if data.format != "auto" or data.columns or not store.facts["unused"].keys() & formats.NEWLY_READ:
             return store
         name += "-1"  # stores of version 0.1 lack the text of these columns
-        if store := load_store(folder / name):
+        if store := load_store(folder / name, images):
             return store
     writer = Writer(folder / name)
     try:
         reader = _Reader(spec, data, data_kind, renderer, answers)
-        return writer.commit(_write_rows(writer, reader, data, renderer, data_kind, checker))
+        return writer.commit(_write_rows(writer, reader, data, renderer, data_kind, checker), images)
     finally:
         writer.discard()
+
+
+def _remove_changed(folder: Path) -> None:
+    """Remove a store one of whose images is no longer the same: its rows are prepared again."""
+    store = load_store(folder)
+    for digest_, path, *_ in (store.facts.get("images") or ()) if store else ():
+        if not os.path.isfile(path) or (os.path.basename(path) != digest_ and sha256_file(Path(path)) != digest_):
+            shutil.rmtree(folder)
+            return
 
 
 def _write_rows(
@@ -514,7 +528,9 @@ def decide_outcome(
         return "used", rendered, None
     shorter: list[Example] | None = None
     try:
-        if data.overlong == "truncate-start" and data_kind == "pairs":
+        if conversation.has_images:  # a part of an image cannot be left out
+            pass
+        elif data.overlong == "truncate-start" and data_kind == "pairs":
             shorter = overlong.truncate_pair(renderer, conversation, limit)
         elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)

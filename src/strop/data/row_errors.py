@@ -49,7 +49,14 @@ FORMAT_REASONS: dict[str, str] = {
     "no-label": "a label is null or empty",
     "no-positive": "a row of texts to match without a positive text, or whose texts do not match",
     "same-texts": "a text is both a positive and a negative, or is the anchor itself",
-    "media": "images, audio or video, which are not supported",
+    "media": "audio or video, which are not supported",
+    "bad-image": "an image that is not given by a path, a data URL or bytes, or is in an assistant message",
+    "image-count": "more or fewer places for images in the text (<image>, or parts of type image) than images",
+    "image-missing": "the file of an image is not there",
+    "image-url": "an image on the network, which is not downloaded",
+    "image-unreadable": "an image that is empty, truncated, or of an unknown format",
+    "image-too-large": "an image with too many pixels or bytes",
+    "image-animated": "an image with several frames",
 }
 # Why a conversation cannot be rendered to an example.
 RENDERING_REASONS: dict[str, str] = {
@@ -71,6 +78,9 @@ RENDERING_REASONS: dict[str, str] = {
     "prompt-tokens-differ": "chosen and rejected do not begin with the same prompt tokens",
     "same-tokens": "chosen and rejected have the same tokens",
     "no-tokens": "the text has no tokens",
+    "no-images": "the row has an image, and the model reads only text",
+    "image-lost": "the chat template does not show an image",
+    "image-refused": "the model's image processor refuses an image",
 }
 TOO_LONG = "too-long"
 REASONS: dict[str, str] = {
@@ -93,6 +103,10 @@ FIXES: dict[str, str] = {
     "reasoning-off": "choose --data.reasoning drop to train without it, or turn it on in data.template_options",
     "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant message a weight above 0",
+    "image-url": "download the images, and give their paths",
+    "image-missing": "give paths relative to the data file, or their folder with --data.image_folder",
+    "no-images": "choose a model that reads images, such as SmolVLM, or leave the images out",
+    "image-lost": "use the model's own chat template",
     "no-teacher-answer": "raise --data.max_length if answers do not end, or choose another teacher",
     "other-weight": "choose --data.loss assistant, or remove these weights",
 }

@@ -18,6 +18,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -25,12 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from strop.data.images import FIRST_IMAGE_ID, ImageTable
 from strop.data.types import (
     Classes,
     Conversation,
     DataKind,
     Example,
     ExampleGroup,
+    Image,
     Indices,
     Item,
     Label,
@@ -39,6 +42,7 @@ from strop.data.types import (
     Message,
     Prompt,
     Triplet,
+    content_parts,
     label_names,
 )
 
@@ -84,14 +88,14 @@ class Writer:
 
         prompt: hash of the prompt. group: rows of a group are held out together; default: the hash of the content.
         """
-        text = dump_conversation(conversation)
+        text = dump_conversation(conversation, with_paths=True)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._num_bytes += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
         label = -1 if conversation.desirable is None else int(conversation.desirable)
         if conversation.label is not None:
             label = self._labels.setdefault(conversation.label, len(self._labels))
-        content = digest(text)
+        content = digest(dump_conversation(conversation))
         group = content if group is None else group
         has_answer = conversation.answer is not None
         record = (self._num_bytes, content, prompt, group, file, conversation.line, label, has_answer)
@@ -109,21 +113,26 @@ class Writer:
         self._checksums[name] = zlib.crc32(data, self._checksums[name])
         self._out[name].write(data)
 
-    def commit(self, facts: dict[str, Any]) -> Store:
-        """Complete the store and return it, or the identical store that another process wrote first."""
+    def commit(self, facts: dict[str, Any], images: ImageTable | None = None) -> Store:
+        """Complete the store and return it, or the identical store that another process wrote first.
+
+        images: the table in which the token ids of images are.
+        """
         self._close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
         names = {"files": list(self._files), "labels": list(self._labels)}
         facts = {**facts, **names, "sizes": sizes, "sums": self._checksums}
+        if images:
+            facts["images"] = images.records()
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         self._unlock()
         try:
             self._temp.rename(self._folder)
         except OSError:  # another run wrote the same rows first, or the existing folder is damaged
-            if load_store(self._folder) is None:
+            if load_store(self._folder, images) is None:
                 shutil.rmtree(self._folder)
                 self._temp.rename(self._folder)
-        store = load_store(self._folder)
+        store = load_store(self._folder, images)
         assert store is not None, "a store just written is not complete"
         return store
 
@@ -143,10 +152,11 @@ class Writer:
 
 
 class Store:
-    """A complete store. facts: the content of facts.json (see `Writer.commit`)."""
+    """A complete store. facts: the content of facts.json (see `Writer.commit`). images: gets the store's images."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], images: ImageTable | None = None) -> None:
         self.facts = facts
+        self._image_ids = images.adopt(facts["images"]) if images is not None and facts.get("images") else None
         arrays = (_map(folder / name, dtype) for name, dtype in _DTYPES.items())
         self._ids, self._weights, self.example_records, self.row_records = arrays
         self._text = _map(folder / "rows.jsonl", np.dtype(np.uint8))
@@ -162,6 +172,11 @@ class Store:
         span = slice(end - int(record["length"]), end)
         # copied, because memory maps are read-only and torch warns about read-only arrays
         ids, weights = np.array(self._ids[span]), np.array(self._weights[span])
+        if self._image_ids is not None:  # those of the table in which they were written -> those of this one
+            there, here = self._image_ids
+            is_image = ids >= FIRST_IMAGE_ID
+            number = np.searchsorted(there, ids[is_image], "right") - 1
+            ids[is_image] += (here - there)[number].astype(np.int32)
         return Example(ids, weights, self.facts["files"][row["file"]], int(row["line"]))
 
     def conversation(self, i: int) -> Conversation:
@@ -171,15 +186,18 @@ class Store:
         return load_conversation(text, self.facts["files"][row["file"]], int(row["line"]))
 
 
-def load_store(folder: Path) -> Store | None:
-    """Return the store in `folder`; None if there is none, or if it is incomplete or damaged."""
+def load_store(folder: Path, images: ImageTable | None = None) -> Store | None:
+    """Return the store in `folder`; None if there is none, or if it is incomplete or damaged.
+
+    images: the table to which its images are added, so that its token ids are those of the table.
+    """
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         intact = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
         intact = intact and all(_checksum(folder / name) == checksum for name, checksum in facts["sums"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Store(folder, facts) if intact else None
+    return Store(folder, facts, images) if intact else None
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -380,14 +398,18 @@ class Prompts(LazySequence[Prompt]):
         return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends, messages=messages)
 
 
-def dump_conversation(conversation: Conversation) -> bytes:
-    """Return the conversation as JSON, without file and line. Equal conversations give equal bytes."""
+def dump_conversation(conversation: Conversation, *, with_paths: bool = False) -> bytes:
+    """Return the conversation as JSON, without file and line. Equal conversations give equal bytes.
+
+    with_paths: with the paths of images, as load_conversation needs them.
+    """
+    to_json = partial(_stored_message, with_paths=with_paths)
     value: dict[str, Any] = {"text": conversation.text} if conversation.text is not None else {}
-    value["messages"] = [*map(message_json, conversation.messages)]
+    value["messages"] = [*map(to_json, conversation.messages)]
     if conversation.tools:
         value["tools"] = conversation.tools
     if conversation.rejected:
-        value["rejected"] = [*map(message_json, conversation.rejected)]
+        value["rejected"] = [*map(to_json, conversation.rejected)]
     if conversation.desirable is not None:
         value["desirable"] = conversation.desirable
     if conversation.label is not None:
@@ -395,6 +417,13 @@ def dump_conversation(conversation: Conversation) -> bytes:
     if conversation.passages:
         value["passages"] = conversation.passages
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _stored_message(message: Message, *, with_paths: bool) -> dict[str, Any]:
+    if not message.images:
+        return message_json(message)
+    images = [[x.digest, x.path, x.width, x.height, x.notes] if with_paths else [x.digest] for x in message.images]
+    return {**message_json(replace(message, images=())), "images": images}
 
 
 def message_json(message: Message) -> dict[str, Any]:
@@ -407,7 +436,10 @@ def message_json(message: Message) -> dict[str, Any]:
         "weight": message.weight if message.weight != 1.0 else None,
     }
     present = {name: value for name, value in fields.items() if value is not None}
-    return {"role": message.role, "content": message.content, **present}
+    content: str | list[dict[str, Any]] = message.content
+    if message.images:
+        content = list(content_parts(message, lambda image: {"type": "image", "path": image.path}))
+    return {"role": message.role, "content": content, **present}
 
 
 def load_conversation(text: bytes, file: str, line: int) -> Conversation:
@@ -427,6 +459,7 @@ def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
         Message(
             turn["role"], turn["content"], turn.get("reasoning_content"), tuple(turn.get("tool_calls", ())),
             turn.get("name"), turn.get("weight", 1.0), turn.get("tool_call_id"),
+            tuple(Image(*image[:4], notes=tuple(image[4])) for image in turn.get("images", ())),
         )
         for turn in turns
     )  # fmt: skip

@@ -6,7 +6,7 @@ examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ DataKind = Literal["turns", "pairs", "labels", "prompts", "classes", "triplets"]
 TEXT_KINDS: tuple[DataKind, ...] = ("classes", "triplets")  # texts are encoded without a chat template
 RENDERED_PROMPTS: tuple[DataKind, ...] = ("prompts", *TEXT_KINDS)  # without an answer, so without a stop token
 Label = str | tuple[str, ...]  # the class of a text, or all classes of a text that may have several
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # the place of an image in the text of a message
 PREFERENCE_KINDS: tuple[DataKind, ...] = ("pairs", "labels")
 
 
@@ -40,8 +41,23 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """An image of a message, without its pixels.
+
+    digest: SHA-256 of its bytes. path: the file with them. width, height: in pixels, upright. notes: what is done to
+    its pixels: `rotated`, `transparent`, `16-bit`.
+    """
+
+    digest: str
+    path: str
+    width: int
+    height: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """A turn of a conversation."""
+    """A turn of a conversation. images: one for each mark (MARK) in `content`, in order."""
 
     role: Role
     content: str
@@ -50,6 +66,25 @@ class Message:
     name: str | None = None
     weight: float = 1.0  # loss weight of the message's tokens; 0 excludes them
     call_id: str | None = None  # tool turns only: the id of the tool call
+    images: tuple[Image, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The content, with a description in place of each image."""
+        if not self.images:
+            return self.content
+        parts = content_parts(self, lambda image: {"text": f"[image {image.width}x{image.height}]"})
+        return "".join(part["text"] for part in parts)
+
+
+def content_parts(message: Message, image_part: Callable[[Image], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the text and the images of a message as content parts, in order."""
+    images = iter(message.images)
+    for i, text in enumerate(message.content.split(MARK) if message.images else [message.content]):
+        if i:
+            yield image_part(next(images))
+        if text:
+            yield {"type": "text", "text": text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +100,10 @@ class Conversation:
     desirable: bool | None = None  # whether a labelled answer is good
     label: Label | None = None  # of a text to classify
     passages: tuple[str, ...] = ()  # of a triplet, whose anchor is `text`: the positive and the negatives
+
+    @property
+    def has_images(self) -> bool:
+        return any(turn.images for turn in (*self.messages, *self.rejected))
 
     @property
     def answer(self) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strop.data.images import FIRST_IMAGE_ID
+from strop.engine.images import image_features, insert_features
 from strop.engine.train.peft_modules import base_module, current_module, embed, unwrap
 from strop.models.families.layers import (
     activation_name,
@@ -115,7 +117,10 @@ class DecoderLayers:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the scaled embeddings (T, hidden) of ids (T,), in the dtype of the computation."""
-        x = embed(self.embedding, ids, self.dtype)
+        features = image_features(self.decoder)
+        text_ids = ids if features is None else ids.masked_fill(ids >= FIRST_IMAGE_ID, 0)
+        x = embed(self.embedding, text_ids, self.dtype)
+        x = x if features is None else insert_features(features, ids, x)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def rope_kind(self, number: int) -> str | None:

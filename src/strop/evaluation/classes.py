@@ -187,7 +187,7 @@ def _join(row: Mask, classes: Classes) -> str:
 
 def text_of(conversation: Conversation) -> str:
     """Return a text, or the contents of messages in one text."""
-    return conversation.text or "\n".join(message.content for message in conversation.messages)
+    return conversation.text or "\n".join(message.text for message in conversation.messages)
 
 
 def has_baseline() -> bool:

@@ -58,7 +58,7 @@ def make_questions(conversations: Sequence[Conversation], renderer: Renderer | N
     for conversation in conversations:
         gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
         if gold is not None and conversation.messages[-1].weight:
-            user_texts = [message.content for message in conversation.messages[:-1] if message.role == "user"]
+            user_texts = [message.text for message in conversation.messages[:-1] if message.role == "user"]
             questions.append(Question(user_texts[-1] if user_texts else "", gold, conversation))
     return questions
 

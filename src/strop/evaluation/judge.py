@@ -75,7 +75,7 @@ def compare_by_judge(
         outcome = 0
         if base_answer != tuned_answer:
             messages = question.conversation.messages[:-1]
-            context = "\n\n".join(f"{message.role}: {message.content}" for message in messages), question.gold
+            context = "\n\n".join(f"{message.role}: {message.text}" for message in messages), question.gold
             replies = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
             unsaid += replies.count(None)
             verdicts = [replies[0], None if replies[1] is None else -replies[1]]

@@ -139,7 +139,7 @@ def _make_samples(conversations: Sequence[Conversation], hits: dict[str, list[bo
     samples = []
     for row, conversation in enumerate(conversations):
         chosen, rejected = (side.messages[-1].content[:SAMPLE_CHARACTERS] for side in conversation.sides)
-        prompt = next((message.content for message in reversed(conversation.messages) if message.role == "user"), "")
+        prompt = next((message.text for message in reversed(conversation.messages) if message.role == "user"), "")
         sample: dict[str, Any] = {"prompt": prompt, "gold": chosen}
         for name, hit in hits.items():
             sample |= {name: chosen if hit[row] else rejected, f"{name}_hit": hit[row]}

@@ -70,7 +70,12 @@ TEXT_MODELS: dict[AdapterKind, tuple[str, str, DataKind]] = {  # what they are, 
     "classifier": ("a classifier", ACCURACY, "classes"),
     "embedder": ("a model of embeddings", NEAREST, "triplets"),
 }
-READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields that are options of eval too
+READ_FIELDS = (
+    "data.format",
+    "data.columns",
+    "data.encoding",
+    "data.image_folder",
+)  # recipe fields that are options of eval too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,12 +378,15 @@ def read_conversations(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     encoding: str = "utf-8",
+    image_folder: str | None = None,
     data_kind: DataKind = "turns",
 ) -> list[Conversation]:
     """Read all rows of the data as conversations. Raises DataError if only some are preference pairs."""
     errors: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, errors=errors, documents=format == DOCUMENT)
-    reader = ConversationReader(rows, format=format, columns=columns, errors=errors, data_kind=data_kind)
+    reader = ConversationReader(
+        rows, format=format, columns=columns, errors=errors, data_kind=data_kind, image_folder=image_folder
+    )
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "classification" in kinds and data_kind != "classes":

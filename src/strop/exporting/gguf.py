@@ -100,6 +100,11 @@ def export_gguf(
         raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
     if measure:
         tuned = tuned.load_rows(data, choose_base=not adapter)
+    if tuned.has_images:
+        what = (
+            f"{name}: was trained on images, and llama.cpp needs a second file for them (mmproj), which is not written"
+        )
+        raise ModelError(what, fix="run `strop merge`, and llama.cpp's convert_hf_to_gguf.py with --mmproj")
     tuned = tuned.on_original_base() if adapter else tuned
     config = load_config(tuned.source)
     layout, renderer = GgufLayout(config), Renderer(tuned.load_tokenizer())

@@ -22,7 +22,9 @@ from torch import Tensor
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
+from strop.data.rendering.image_encoder import image_encoder
 from strop.data.types import DataKind, Example, Item
+from strop.engine.images import install_images
 from strop.engine.step import step_for
 from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError, Stopped
 from strop.evaluation.compare import mean_loss
@@ -149,7 +151,7 @@ def merge(
             elif kind == "embedder":
                 parity = compare_embedders(*arguments, read_pooling(folder), LIMITS[dtype])
             else:
-                load_merged = partial(_load_merged, merged_folder, DTYPES[dtype])
+                load_merged = partial(_load_merged, merged_folder, DTYPES[dtype], tuned.tokenizer)
                 parity = compare(tuned.load, load_merged, tuned.examples, LIMITS[dtype])
             if not parity.passed:
                 shutil.rmtree(merged_folder)
@@ -242,6 +244,13 @@ class TunedModel:
     base: str = "original"  # or "dequantized", if the adapter was trained on a quantized base
     base_losses: dict[str, float] = field(default_factory=dict)  # see Merged
     examples: list[Example] = field(default_factory=list)
+    tokenizer: Any = None  # with which `examples` were encoded
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images in the examples."""
+        encoder = image_encoder(self.tokenizer)
+        return encoder is not None and len(encoder.table) > 0
 
     @staticmethod
     def open(name: str, kind: AdapterKind = "text") -> TunedModel:
@@ -267,7 +276,8 @@ class TunedModel:
 
     def load_rows(self, data: str | None, *, choose_base: bool = True) -> TunedModel:
         """Load rows to compare models on, and with choose_base select the original or dequantized base by its loss."""
-        tuned = replace(self, examples=_read_rows(self.name, self.load_tokenizer(), data))
+        tokenizer = self.load_tokenizer()
+        tuned = replace(self, examples=_read_rows(self.name, tokenizer, data), tokenizer=tokenizer)
         if not choose_base or self.storage.scheme == "none":
             return tuned
         losses, rows = {}, tuned.examples[:BASE_CHOICE_ROWS]
@@ -287,7 +297,9 @@ class TunedModel:
     def load(self) -> Any:
         """Load the adapter on its base, with the base's weights rounded as in training and fp32 computation."""
         if self.folder is None:
-            return load_base(self.source, torch.float32, "cpu")
+            base = load_base(self.source, torch.float32, "cpu")
+            install_images(base, self.tokenizer, self.source)
+            return base
         storage = self.storage
         dtype = stored_dtype(self.source) if storage.scheme == "none" else storage.dtype
         base = load_base(
@@ -295,7 +307,9 @@ class TunedModel:
         )
         tuned = attach_adapter(base, self.folder, self.source, kind=adapter_kind(self.folder))[0].eval()
         tuned = compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
-        return restore_precision(tuned, self.folder)
+        tuned = restore_precision(tuned, self.folder)
+        install_images(tuned, self.tokenizer, self.source)
+        return tuned
 
     def load_merger(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
         """Return a function (name, base tensor) -> (merged tensor, base tensor as in training)."""
@@ -356,9 +370,12 @@ def _read_texts(
     return items[:MAX_ROWS]
 
 
-def _load_merged(folder: Path, dtype: torch.dtype) -> Any:
-    model = load_base(Source(str(folder), "folder", folder), dtype, "cpu")
-    return compute_in_fp32(model if linears_may_stay_16bit(model) else model.float())
+def _load_merged(folder: Path, dtype: torch.dtype, tokenizer: Any) -> Any:
+    source = Source(str(folder), "folder", folder)
+    model: Any = load_base(source, dtype, "cpu")
+    model = compute_in_fp32(model if linears_may_stay_16bit(model) else model.float())
+    install_images(model, tokenizer, source)
+    return model
 
 
 def linears_may_stay_16bit(model: Any) -> bool:

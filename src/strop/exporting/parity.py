@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from strop.data.images import hide_images
 from strop.data.types import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
@@ -321,6 +322,6 @@ def log_softmax_(logits: Tensor) -> Tensor:
 
 
 def _compute_loss(logprobs: Tensor, example: Example) -> float:
-    labels = torch.from_numpy(example.ids[1:].astype(np.int64))
+    labels = torch.from_numpy(hide_images(example.ids[1:]).astype(np.int64))
     weights = torch.from_numpy(example.weights[1:].copy())
     return float(-(logprobs.gather(1, labels[:, None])[:, 0] * weights).sum())

@@ -76,6 +76,8 @@ def export_script(run: Path, out: Path) -> ExportedScript:
     data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
     if data.hash != folder.read_lock()["data"]:
         raise InputError(f"{run}: its rows have changed since the training", fix="restore the data files")
+    if data.renderer.image_table:
+        raise InputError(f"{run}: scripts with images are not supported", fix="use `strop merge`")
     if data.renderer.template is not None:
         tokenizer.chat_template = data.renderer.template
     if recipe.model.quantization != "none" and source.kind == "gguf":

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from strop.data.rendering.image_encoder import save_processor
 from strop.data.rendering.render import Renderer
 from strop.data.types import Classes
 from strop.errors import ModelError
@@ -50,6 +51,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         # embeddings are saved even so.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
+        save_processor(tokenizer, temp)
         if pooling:
             write_modules(temp, pooling, cast(Any, model).get_output_embeddings().weight.shape[1], max_positions(model))
         (temp / "README.md").unlink()  # PEFT's model card, which is an empty template

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.config.schema import DataSection
+from strop.data.images import FIRST_IMAGE_ID
+from strop.data.rendering.image_encoder import attach_image_encoder
 from strop.data.types import DataKind
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
@@ -32,6 +34,7 @@ def load_tokenizer(source: Source) -> Any:
     if not tokenizer.is_fast:
         fix = "save the tokenizer with a current transformers"
         raise ModelError(f"{source.name}: no fast tokenizer (tokenizer.json)", fix=fix)
+    attach_image_encoder(tokenizer, folder)
     return tokenizer
 
 
@@ -142,7 +145,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._ids = [token for token in prompt[-CONTEXT_TOKENS:] if token < FIRST_IMAGE_ID]
         self._start = 0  # ids before it are not decoded again
         self._returned = len(self._ids)  # the text of the ids before it was returned
         if self._decode(self._returned).endswith(REPLACEMENT):  # the prompt ends within a character

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.converters import parse_request
+from strop.data.converters import parse_request, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
@@ -54,7 +54,7 @@ class ServedModel:
         if self.renderer.control.occurs_in(dict(template_options or {})):
             raise ApiError(400, "chat_template_kwargs: a value contains a control token", param="chat_template_kwargs")
         try:
-            conversation = parse_request({"messages": messages, "tools": tools})
+            conversation = read_images(parse_request({"messages": messages, "tools": tools}), None)
             if conversation.tools and not self.renderer.chat.traits.tools:
                 raise ApiError(400, "tools: not supported by the model's chat template", param="tools")
             turns = conversation.messages

@@ -12,6 +12,7 @@ from strop.config.schema import ModelSection
 from strop.distributed.devices import Devices
 from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
+from strop.engine.images import install_images
 from strop.engine.step import Step, step_for
 from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards
@@ -62,6 +63,7 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
         model = add_lora(base, recipe.lora, setup.tokenizer, task=task_of(recipe.train), outputs=outputs)
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
+    install_images(model, setup.tokenizer, setup.source)
     return model.train()
 
 

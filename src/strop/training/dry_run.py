@@ -16,14 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strop.data.images import FIRST_IMAGE_ID
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
+from strop.engine.images import image_features
 from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_last_tokens, pack_separately
 from strop.errors import ModelError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import generation_dtype, load_precision
+from strop.models.families.layers import text_decoder
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
@@ -44,6 +47,8 @@ SAFE_SHARE = 0.5  # share of the usable memory below which the dry run is skippe
 INT8_TOKENS = 512  # tokens of the rows on which int8 matmuls are compared with fp32
 INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative errors of the loss and of the gradient's norm
 
+IMAGE_ROWS = 100  # among which a row with an image is searched
+IMAGE_MAX_ERROR, IMAGE_MAX_ERROR_16_BIT = 1e-2, 0.2  # in nats a token
 CAUSAL_TOKENS = 32  # length of the test row
 CAUSAL_MAX_CHANGE = 5e-3  # maximum median change of log-probabilities in nats if later tokens change
 CAUSAL_MAX_SHARE = 0.15  # the same, relative to the change if earlier tokens change
@@ -250,6 +255,33 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
     by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
     if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
         raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
+
+
+def check_images(job: Job, items: Sequence[Item]) -> None:
+    """Raise ModelError if the step computes another loss on a row with an image than the model's own forward."""
+    features = image_features(text_decoder(_base_of(job.model))[0])
+    examples = [example for item in items for example in item.examples]
+    rows = (example for row in range(min(len(job.train), IMAGE_ROWS)) for example in job.train[row].examples)
+    found = (x for x in (*examples, *rows) if (x.ids >= FIRST_IMAGE_ID).any() and x.ids[-1] < FIRST_IMAGE_ID)
+    if features is None or is_scored(job.criterion) or (example := next(found, None)) is None:
+        return
+    with job.devices.all_or_none(), torch.no_grad():
+        expected, part = features.original_logprobs(job.model, example)
+        job.model.eval()
+        [computed] = job.devices.run_passes(lambda rank: [[part]], job.step.token_log_probs, backward=False)
+        job.model.train()
+        job.step.release_buffers()
+        error = float((computed.float().cpu() - expected).abs().mean())
+        limit = IMAGE_MAX_ERROR if job.recipe.model.dtype == "fp32" else IMAGE_MAX_ERROR_16_BIT
+        if not error <= limit:
+            kind = cast(Any, job.model).config.model_type
+            what = f"{kind}: on a row with an image, strop's step differs by {error:.2g} nats a token from the model's"
+            raise ModelError(what, fix="train on text, or choose another model that reads images")
+    job.log.emit("note", text=f"images: equal to the model's own forward on a row, to {error:.1e} nats a token")
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _make_changed_rows(items: Sequence[Item]) -> list[Example]:

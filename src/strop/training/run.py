@@ -36,7 +36,7 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
-from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
+from strop.training.dry_run import check_causal, check_images, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
 from strop.training.preflight import Setup, check_same_recipe, locked_device_count, set_up_on_all, startup_notes
 from strop.training.reference import check_reference, with_reference
@@ -237,6 +237,7 @@ def _execute(
                 if recipe.train.int8_matmul:
                     check_int8(job, expected.items)
                 check_causal(job, expected.items)
+                check_images(job, expected.items)
                 expected = try_largest_batch(job, expected, usable, memory)
                 job = with_reference(job, key)
                 try:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from strop.data.images import encode_png, is_pil_image, keep_bytes
 from strop.data.reading.tables import without_nulls
 from strop.errors import DataError, first_line
 from strop.runs.folder import cache_folder
@@ -70,7 +71,9 @@ def describe_file(path: str) -> str | None:
 
 
 def to_json(value: Any) -> Any:
-    """Convert dates to text, and arrays and scalars of NumPy and torch to lists and numbers."""
+    """Convert dates to text, arrays and scalars of NumPy and torch to lists and numbers, and images to files."""
+    if isinstance(value, bytes) or is_pil_image(value):
+        return str(keep_bytes(value if isinstance(value, bytes) else encode_png(value)))
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if hasattr(value, "tolist"):

@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from strop.data.rendering.template_source import DEFAULT_DAY, TEMPLATE_ERRORS, BoundedTemplate, compared_values
-from strop.data.types import Message, shared_prefix_length
+from strop.data.types import MARK, Image, Message, content_parts, shared_prefix_length
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class InputFormat:
     ids: Literal["unchanged", "generated", "nine_chars"] = "unchanged"
     # `fields`: reasoning is in a field of the message; `parts`, `blocks`: in a part or block of its content
     reasoning: Literal["fields", "parts", "blocks"] = "fields"
+    content_as_parts: bool = False  # texts without an image are lists of parts, too
     required: dict[str, Any] = field(default_factory=dict)  # variables that the template requires, and their values
 
     def tool_variables(self, tools: Sequence[Any] | None) -> dict[str, Any]:
@@ -47,6 +48,8 @@ class InputFormat:
         reasoning = reasoning and any(message.reasoning for message in messages)
         for message in messages:
             value: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.images or self.content_as_parts:
+                value["content"] = list(content_parts(message, lambda _: {"type": "image"}))
             if reasoning and message.role == "assistant" and (message.reasoning or self.reasoning == "blocks"):
                 value |= self._reasoning_fields(message)
             if message.tool_calls:
@@ -165,6 +168,7 @@ class Traits:
     reasoning: bool  # whether it shows reasoning
     reasoning_with_calls: bool  # whether it shows reasoning in turns with calls
     reasoning_ends: tuple[str, ...]  # texts between reasoning and answer
+    image_tokens: tuple[str, ...]  # tokens that it writes for an image
     reasoning_marks: tuple[tuple[str, str], ...]  # delimiters of reasoning, such as <think> and </think>
     needs_empty_block: bool  # prompts open or write a reasoning block, so rows without reasoning need an empty one
     default_mode: Mode  # for rows without reasoning
@@ -223,8 +227,15 @@ class Prober:
 
     def measure(self) -> Traits | None:
         """Return the traits, or None if the template shows no assistant turn or does not end it."""
-        self._input_format = self._find_plain_format()
+        self._input_format = plain = self._find_plain_format()
         conversation = self._render([QUESTION, PLAIN])
+        if ANSWER not in conversation or USER not in conversation:  # templates that only show lists of parts
+            self._input_format = replace(plain, content_as_parts=True)
+            as_parts = self._render_if_shown([QUESTION, PLAIN], ANSWER)
+            if ANSWER not in conversation or USER in as_parts:
+                conversation = as_parts
+            else:
+                self._input_format = plain
         if ANSWER not in conversation:
             return None
         tools = self._find_tools()
@@ -242,10 +253,11 @@ class Prober:
         fallback = replace(default, splices=splices)
         empty_block_mode = None if prompt_kind == "writes_block" else self._find_empty_block_mode(switches)
         two_exchanges = self._render_if_shown([QUESTION, PLAIN, NEXT_QUESTION], NEXT)
+        image_tokens = self._find_image_tokens()
         return Traits(
             input_format=self._input_format,
             opening=self._render([QUESTION], generation=True),
-            texts=(conversation, two_exchanges, self._render_if_shown(with_system, USER)),
+            texts=(conversation, two_exchanges, self._render_if_shown(with_system, USER), *image_tokens),
             system=bool(self._render_if_shown(with_system, SYSTEM, generation=True)),
             tools=tools,
             calls=self._calls,
@@ -254,6 +266,7 @@ class Prober:
             reasoning=bool(self._delimiters),
             reasoning_with_calls=any(self._render_if_shown(with_call, REASONING, options) for options in switches),
             reasoning_ends=tuple(dict.fromkeys(closing for _, closing in self._delimiters)),
+            image_tokens=image_tokens,
             reasoning_marks=tuple(dict.fromkeys(self._find_reasoning_marks())),
             needs_empty_block=prompt_kind in ("opens_block", "writes_block"),
             default_mode=default,
@@ -304,6 +317,13 @@ class Prober:
             if missing is None or (name := missing[1]) in required or name not in self._variables_read:
                 raise first_error
             required[name] = f"{DEFAULT_DAY:%Y-%m-%d}" if "date" in name else "[]" if _is_tools_name(name) else ""
+
+    def _find_image_tokens(self) -> tuple[str, ...]:
+        """Return the added tokens that the template writes for an image, in order."""
+        with_image = replace(QUESTION, content=MARK + USER, images=(Image("", "", 1, 1),))
+        text, plain = (self._render_if_shown([message], USER) for message in (with_image, QUESTION))
+        known = {token for *_, token in self._find_tokens(plain)}
+        return tuple(dict.fromkeys(token for *_, token in self._find_tokens(text) if token not in known))
 
     def _find_tools(self) -> bool:
         """Set the variable and format in which tools are shown. Return whether tools are supported."""

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from strop.data.images import FIRST_IMAGE_ID, ImageTable
 from strop.data.rendering.encoder import ControlText, Encoder, TokenStraddlesPrompt
+from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
 from strop.data.rendering.template_source import (
     DATE_OPTION,
@@ -53,6 +55,7 @@ class Renderer:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the model has no fast tokenizer", fix="choose a model with a tokenizer.json")
         self.tokenizer = tokenizer
+        self._images = image_encoder(tokenizer)
         self.loss = loss
         added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
         source = source or template_source(tokenizer, template)
@@ -60,6 +63,8 @@ class Renderer:
         if source:
             variables = tokenizer.special_tokens_map
             self._chat = ChatTemplate(source, added=added, variables=variables, options=options, reasoning=reasoning)
+        if self._images is not None and self._chat is not None and self._chat.traits.image_tokens:
+            self._images.candidates = self._chat.traits.image_tokens
         special = [token for token, is_special in added.items() if is_special]
         self.control = self._chat.control if self._chat else ControlText(special)
         self._encoder = Encoder(tokenizer, self.control)
@@ -72,6 +77,40 @@ class Renderer:
         plain, with_special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
         self.text_prefix: list[int] = with_special[: next(starts, 0)]  # ids before a raw text, such as bos
+
+    @property
+    def image_table(self) -> ImageTable | None:
+        """The images of rendered rows, or None for a model of texts."""
+        return None if self._images is None else self._images.table
+
+    def _expand_images(self, draft: Draft, messages: Iterable[Message]) -> Draft:
+        """Write the text of each image in a draft. messages: of the conversation. Raises RenderError."""
+        if not draft.images:
+            return draft
+        if self._images is None:
+            raise RenderError("no-images")
+        encoder = self._images
+        images = [image for message in messages for image in message.images][: draft.images]
+        return draft.expand(encoder.placeholder, [encoder.expand(image.width, image.height).text for image in images])
+
+    def _number_images(self, ids: Ids, messages: Iterable[Message]) -> Ids:
+        """Replace the image tokens with the ids of the images' features, in order. Raises RenderError."""
+        images = [image for message in messages for image in message.images]
+        if not images or self._images is None:
+            return ids
+        places = (ids == self._images.image_token_id).nonzero()[0]
+        numbers: list[int] = []
+        for image in images:
+            if len(numbers) == len(places):  # the others are in later turns
+                break
+            count = self._images.expand(image.width, image.height).tokens
+            start = self._images.table.add(image, count)
+            numbers += range(start, start + count)
+        if len(numbers) != len(places):
+            raise RenderError("image-lost", f"{len(places)} image tokens in place of {len(numbers)}")
+        ids = ids.copy()
+        ids[places] = numbers
+        return ids
 
     @property
     def chat(self) -> ChatTemplate:
@@ -98,6 +137,7 @@ class Renderer:
         """SHA-256 of everything that determines token ids and weights: tokenizer, template, reasoning, loss."""
         tokenizer = self.tokenizer
         names = [repr(tokenizer.special_tokens_map), repr(tokenizer("a")["input_ids"]), self.template_hash, self.loss]
+        names += [] if self._images is None else [self._images.fingerprint]
         text = "\n".join([tokenizer.backend_tokenizer.to_str(), *names, self.reasoning])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -161,7 +201,8 @@ class Renderer:
     def _make_drafts(self, conversation: Conversation) -> list[Draft] | RenderError:
         try:
             if conversation.text is None:
-                return self.chat.make_drafts(conversation, include_untrained=self.loss == "all")
+                drafts = self.chat.make_drafts(conversation, include_untrained=self.loss == "all")
+                return [self._expand_images(draft, conversation.messages) for draft in drafts]
             if self.tokenizer.eos_token_id is None:
                 raise ModelError("the tokenizer has no eos token to end a text with", fix="choose another model")
             masked = self.control.occurs_in(conversation.text)
@@ -201,8 +242,9 @@ class Renderer:
         """
         check_options(options or {}, self.chat.variables_read - {DATE_OPTION}, "chat_template_kwargs")
         messages = [self.chat.separate_reasoning(message) for message in messages]
-        encoder, text, _ = self._encoder_for(self.chat.prompt(messages, tools, options=options))
-        return encoder.true_ids(encoder.encode([text])[0])
+        draft = self._expand_images(self.chat.prompt(messages, tools, options=options), messages)
+        encoder, text, _ = self._encoder_for(draft)
+        return self._number_images(encoder.true_ids(encoder.encode([text])[0]), messages)
 
     def reference_answer(self, conversation: Conversation) -> str | None:
         """Return the reference answer without reasoning, as decoded text, or None if there is none.
@@ -288,6 +330,8 @@ class Renderer:
                 raise RenderError("no-stop-token")
             weights[begin:end] = weight
         weights[:1] = 0.0
+        ids = self._number_images(ids, conversation.messages)
+        weights[ids >= FIRST_IMAGE_ID] = 0.0
         if not weights.any():
             raise RenderError("nothing-supervised")
         return Example(ids, weights, conversation.file, conversation.line, separately)

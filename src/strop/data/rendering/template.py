@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, cast
 
 from strop.data.rendering.encoder import ControlText
 from strop.data.rendering.prober import Mode, Prober, PromptSplice
@@ -27,7 +29,7 @@ from strop.data.rendering.template_source import (
     write_options,
 )
 from strop.data.row_errors import RenderError
-from strop.data.types import Conversation, Message
+from strop.data.types import MARK, Conversation, Message
 from strop.errors import ModelError
 
 MAX_TEMPLATE_CHARS = 1_000_000
@@ -41,12 +43,26 @@ class Draft:
     """A training text and its supervised spans [start, end) in characters, each with its weight.
 
     A span extends from the end of the generation prompt to the end of the stop token. masked: control tokens in user
-    text are replaced with the private-use characters of ControlText.
+    text are replaced with the private-use characters of ControlText. images: number of images in the text.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...]
     masked: bool
+    images: int = 0
+
+    def expand(self, placeholder: str, texts: Sequence[str]) -> Draft:
+        """Replace the placeholder of each image with its text. Raises RenderError if there is not one for each."""
+        pieces = self.text.split(placeholder)
+        if len(pieces) - 1 != len(texts):
+            raise RenderError("image-lost", f"{len(pieces) - 1} of {len(texts)}")
+        ends = list(accumulate(len(piece) + len(placeholder) for piece in pieces))[:-1]
+        growth = [0, *accumulate(len(text) - len(placeholder) for text in texts)]
+        spans = tuple(
+            (*(at + growth[bisect_right(ends, at)] for at in (start, end)), weight) for start, end, weight in self.spans
+        )
+        text = pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
+        return replace(self, text=text, spans=cast(Any, spans))
 
 
 class ChatTemplate:
@@ -164,7 +180,7 @@ class ChatTemplate:
             raise RenderError("control-token", "in an option of the template")
         text = self._render(values, self._template_variables(tool_values, options or {}), generation=True)
         self._check_shown(messages, values, text)
-        return Draft(text, (), masked)
+        return Draft(text, (), masked, count_images(messages))
 
     def mode(self, messages: Sequence[Message]) -> Mode:
         """Return the mode in which to render a row. Raises RenderError if data.reasoning refuses it."""
@@ -193,7 +209,8 @@ class ChatTemplate:
         mode, has_reasoning = self.mode(messages), self.shows_reasoning(messages)
         values, tools, masked = self._prepare_inputs(messages, conversation.tools, has_reasoning)
         variables = self._template_variables(tools, mode.options)
-        turns: list[tuple[str, int, int, float]] = []  # text up to the end of the turn, its start, end, and weight
+        # text up to the end of the turn, its start, end, weight, and the number of images in the text
+        turns: list[tuple[str, int, int, float, int]] = []
         last_turn = 0
         for i, message in enumerate(messages):
             if message.role != "assistant" or not (message.weight or include_untrained):
@@ -211,14 +228,14 @@ class ChatTemplate:
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
             self._check_turn(message, values[i], text[len(prompt) :], has_reasoning)
-            turns.append((text, len(prompt), end, message.weight))
+            turns.append((text, len(prompt), end, message.weight, count_images(messages[: i + 1])))
         if not turns:
             raise RenderError("nothing-supervised")
         full_text = turns[-1][0]
         self._check_shown(messages[:last_turn], values[:last_turn], full_text, skip="assistant")
         if all(full_text.startswith(text) for text, *_ in turns):
-            return [Draft(full_text, tuple(turn[1:] for turn in turns), masked)]
-        return [Draft(text, ((start, end, weight),), masked) for text, start, end, weight in turns]
+            return [Draft(full_text, tuple(turn[1:4] for turn in turns), masked, turns[-1][4])]
+        return [Draft(text, ((start, end, weight),), masked, images) for text, start, end, weight, images in turns]
 
     def _prepare_inputs(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], reasoning: bool
@@ -267,7 +284,8 @@ class ChatTemplate:
         for message, value in zip(messages, values, strict=True):
             content = value["content"] if isinstance(value["content"], str) else self._mask(message.content)
             content = content.strip()
-            if message.role == skip or _contains(text, content):
+            parts = content.split(MARK) if message.images else [content]
+            if message.role == skip or all(_contains(text, part.strip()) for part in parts):
                 continue
             if message.role == "assistant" and "</think>" in content and content.split("</think>")[-1].strip() in text:
                 continue  # some templates move reasoning that is part of the content
@@ -281,6 +299,10 @@ class ChatTemplate:
             return self._jinja.render(messages=messages, add_generation_prompt=generation, **variables)
         except TEMPLATE_ERRORS as error:
             raise RenderError("template-refused", str(error)) from error
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    return sum(len(message.images) for message in messages)
 
 
 def _assignments(options: Mapping[str, Any]) -> str:

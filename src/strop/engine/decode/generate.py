@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from strop.data.images import hide_images
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop_decoder
 from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
@@ -91,7 +92,7 @@ def generate(
         return []
     sampling = sampling or Sampling()
     vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
-    if (largest := max(max(ids, default=-1) for ids in prompts)) >= vocabulary:
+    if (largest := max(max(hide_images(ids), default=-1) for ids in prompts)) >= vocabulary:
         what = f"the tokenizer returns token {largest}, but the model has {vocabulary:,} tokens"
         raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
     limits = [max_new_tokens] * len(prompts)

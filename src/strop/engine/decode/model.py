@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from strop.data.converters import convert_prompt
+from strop.data.converters import ImageSource, ParsedRow, convert_prompt, list_images, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Classes, Conversation, Example, Ids, Message
@@ -24,6 +24,7 @@ from strop.engine.decode.embed import Embedder, Pooling, Vectors
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
+from strop.engine.images import install_images
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
 from strop.models.adapter_config import adapter_folder, adapter_kind, base_of_model, read_identity
@@ -226,6 +227,7 @@ class Model:
                 source = _locate_untuned(self.untuned)
                 self._base = load_base(source, DTYPES[self.dtype], str(device), **storage)
                 grow_vocabulary(self._base, tuned.get_input_embeddings().num_embeddings)
+                install_images(self._base, self.tokenizer, source)
             self.module = self._base
             try:
                 yield
@@ -246,6 +248,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         *,
+        images: Any = None,
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -255,6 +258,9 @@ class Model:
 
         Args:
             prompts: one or several user messages.
+            images: for a model that reads images. For one message an image (a path, bytes or a PIL image) or a list of
+                images; for several messages one of these for each, or None. They are where the text has `<image>`, or
+                at its start.
             system: the system prompt. None: the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for each answer.
             sampling: None for greedy decoding.
@@ -264,7 +270,13 @@ class Model:
         texts = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
-        ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
+        images = [images] if isinstance(prompts, str) or images is None else images
+        images = [None] * len(texts) if images == [None] else images
+        if len(images) != len(texts):
+            what = f"generate: {len(images)} images for {len(texts)} messages"
+            raise InputError(what, fix="give one image, a list of images, or None for each message")
+        turns = [_user_message(text, own, "generate") for text, own in zip(texts, images, strict=True)]
+        ids = [self.renderer.prompt([*self._system_messages(system), turn]) for turn in turns]
         answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
         return [answer.text for answer in self._check_length(answers)]
 
@@ -272,6 +284,7 @@ class Model:
         self,
         text: str | Sequence[Mapping[str, Any]],
         *,
+        images: Any = None,
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -283,6 +296,7 @@ class Model:
         Args:
             text: the user's message; or a list of messages such as {"role": "user", "content": "hi"}, which is a new
                 conversation.
+            images: an image of the message (a path, bytes or a PIL image) or a list of images, as for `generate`.
             system: start a new conversation with this system prompt. None: continue the conversation. A new one starts
                 with the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for the answer.
@@ -298,7 +312,9 @@ class Model:
             if not text.strip():
                 raise InputError("chat: the message is empty", fix="give a text")
             history = self._system_messages(system) if system is not None or not self.history else self.history
-            messages = [*history, Message("user", text)]
+            messages = [*history, _user_message(text, images, "chat")]
+        elif images is not None:
+            raise InputError("chat: images next to messages", fix="give them as parts of the messages' content")
         else:
             messages = _parse_messages(text)
             if messages[0].role != "system":
@@ -330,6 +346,17 @@ class Model:
         return [] if text is None else [Message("system", text)]
 
 
+def _user_message(text: str, images: Any, function: str) -> Message:
+    """Return a message of the user with its images. Raises InputError."""
+    if images is None:
+        return Message("user", text)
+    values = [ImageSource(image, f"image {number}") for number, image in enumerate(list_images(images), 1)]
+    try:
+        return read_images(ParsedRow((Message("user", text),)), Path(), values).messages[0]
+    except InvalidRow as error:
+        raise InputError(f"{function}: {error.what}", fix="give a path, bytes or a PIL image") from None
+
+
 def describe_classes(classes: Classes, probabilities: Sequence[float]) -> dict[str, Any]:
     """Return the result of `Model.classify` for one text."""
     ranked = dict(sorted(zip(classes.names, probabilities, strict=True), key=lambda pair: -pair[1]))
@@ -342,7 +369,7 @@ def _parse_messages(messages: Any) -> list[Message]:
     """Parse a conversation that ends with a user or tool message. Raises InputError."""
     messages = [messages] if isinstance(messages, Mapping) else messages
     try:
-        return [*convert_prompt({"prompt": messages}, ("prompt",))[0].messages]
+        return [*read_images(convert_prompt({"prompt": messages}, ("prompt",))[0], Path()).messages]
     except InvalidRow as error:
         fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
         raise InputError(f"chat: {error.what}", fix=fix) from None
@@ -441,6 +468,7 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
+        install_images(base, renderer.tokenizer, source)
         untuned, has_base = None if base_name is None else identity["base"], True
         if untuned is not None and force:
             try:
@@ -454,6 +482,7 @@ def load(
     kind = adapter_kind(folder)
     expected = kind if kind in ("classifier", "embedder") else "reward" if scores else "text"
     module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)
+    install_images(module, renderer.tokenizer, source)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],
         source, scheme, dtype, read_classes(folder) if kind == "classifier" else None,

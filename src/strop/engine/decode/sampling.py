@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from strop.data.images import FIRST_IMAGE_ID
 from strop.data.types import Ids
 from strop.engine.kernels.dispatch import argmax, sample_token, token_logprobs
 
@@ -260,6 +261,7 @@ class SequenceState:
             scores = logits.copy()
             if sampling.repetition_penalty != 1:  # CTRL (arXiv:1909.05858)
                 earlier = np.unique(self.ids)
+                earlier = earlier[earlier < FIRST_IMAGE_ID]
                 penalty = np.float32(sampling.repetition_penalty)
                 scores[earlier] = np.where(scores[earlier] < 0, scores[earlier] * penalty, scores[earlier] / penalty)
             if self._mask is not None:

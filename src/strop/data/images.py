@@ -1,0 +1,279 @@
+"""Read the images of rows: find each file, check that it can be decoded, and describe it without its pixels."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import warnings
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+
+from strop.data.row_errors import InvalidRow
+from strop.data.types import Ids, Image
+from strop.errors import DataError
+from strop.runs.folder import cache_folder, write_atomic
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+FIRST_IMAGE_ID = 1 << 30  # token ids from here on are features of images
+MAX_PIXELS, MAX_BYTES = 50_000_000, 50 << 20  # of one image
+IMAGE_NOTES = {  # what is done to the pixels of an image
+    "rotated": "that were turned as their EXIF orientation says",
+    "transparent": "with transparency, which is put on white",
+    "16-bit": "with 16 bits a pixel, which are scaled to 8",
+}
+_TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels"
+_MODES_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def read_image(value: Any, folder: Path | None, location: str) -> Image:
+    """Check an image of a row, and return its description.
+
+    Args:
+        value: a path, a data URL, bytes, an object with one of them (`path`, `url`, `bytes` or `base64`), or a PIL
+            image.
+        folder: where relative paths start; None: paths are refused, as in requests to a server.
+        location: of the value in the row, for errors.
+
+    Raises:
+        InvalidRow: if there is no such image, or it cannot be used.
+    """
+    if isinstance(value, Mapping):
+        value = _find_content(value, location)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _store_bytes(bytes(value), location)
+    if isinstance(value, str):
+        if value.startswith("data:"):
+            return _store_bytes(_decode_data_url(value, location), location)
+        return _read_path(value, folder, location)
+    if is_pil_image(value):
+        return _store_bytes(encode_png(value), location)
+    raise InvalidRow("bad-image", f"{location} is {type(value).__name__}, not a path, a data URL or bytes")
+
+
+def is_pil_image(value: Any) -> bool:
+    """Return whether a value is a PIL image, without importing the library."""
+    return hasattr(value, "save") and hasattr(value, "getexif")
+
+
+def encode_png(image: PIL.Image.Image) -> bytes:
+    from PIL import ImageOps
+
+    buffer = io.BytesIO()
+    ImageOps.exif_transpose(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _find_content(value: Mapping[str, Any], location: str) -> Any:
+    for key in ("bytes", "path", "url", "image", "base64", "data"):
+        if (content := value.get(key)) is not None:
+            if key in ("base64", "data") and isinstance(content, str) and not content.startswith("data:"):
+                return _decode_base64(content, location)
+            return _find_content(content, location) if isinstance(content, Mapping) else content
+    raise InvalidRow("bad-image", f"{location} has no path, url or bytes")
+
+
+def _decode_data_url(value: str, location: str) -> bytes:
+    header, comma, content = value.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise InvalidRow("bad-image", f"{location}: the data URL is not base64")
+    return _decode_base64(content, location)
+
+
+def _decode_base64(content: str, location: str) -> bytes:
+    if len(content) > MAX_BYTES * 4 // 3 + 4:
+        raise InvalidRow("image-too-large", f"{location}: more than {MAX_BYTES >> 20} MiB")
+    try:
+        return base64.b64decode(re.sub(r"\s", "", content), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRow("bad-image", f"{location}: the base64 is damaged: {error}") from None
+
+
+def _store_bytes(content: bytes, location: str) -> Image:
+    """Keep the bytes of an image in the cache, where they are read again when it is computed."""
+    digest = hashlib.sha256(content).hexdigest()
+    width, height, notes = _inspect(content, location)
+    return Image(digest, str(keep_bytes(content)), width, height, notes)
+
+
+def keep_bytes(content: bytes) -> Path:
+    """Write the bytes of an image to the cache, in a file named after their hash, and return its path."""
+    digest = hashlib.sha256(content).hexdigest()
+    path = cache_folder() / "images" / digest[:2] / digest
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    return path
+
+
+def _read_path(value: str, folder: Path | None, location: str) -> Image:
+    if re.match(r"https?://", value, re.IGNORECASE):
+        raise InvalidRow("image-url", f"{location}: {value[:80]}")
+    if folder is None:
+        raise InvalidRow("bad-image", f"{location}: only data URLs are read here, not files")
+    if value.startswith("file://"):
+        value = unquote(urlparse(value).path)
+    path = folder / os.path.expanduser(value)
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        raise InvalidRow("image-missing", f"{location}: no file {path}") from None
+    if not path.is_file():
+        raise InvalidRow("image-missing", f"{location}: {path} is not a file")
+    if status.st_size > MAX_BYTES:
+        raise InvalidRow("image-too-large", f"{location}: {path.name} has more than {MAX_BYTES >> 20} MiB")
+    result = _read_file(str(path.absolute()), status.st_mtime_ns, status.st_size)
+    if isinstance(result, InvalidRow):
+        raise InvalidRow(result.code, f"{location}: {path.name}: {result.what}")
+    return result
+
+
+@lru_cache(maxsize=1 << 17)
+def _read_file(path: str, mtime_ns: int, size: int) -> Image | InvalidRow:
+    """Return the image of a file, or why it cannot be used. mtime_ns, size: so that a changed file is read again."""
+    try:
+        content = Path(path).read_bytes()
+        width, height, notes = _inspect(content, "")
+    except OSError as error:
+        return InvalidRow("image-missing", error.strerror or str(error))
+    except InvalidRow as error:
+        return InvalidRow(error.code, error.what.removeprefix(": "))
+    return Image(hashlib.sha256(content).hexdigest(), path, width, height, notes)
+
+
+def _inspect(content: bytes, location: str) -> tuple[int, int, tuple[str, ...]]:
+    """Return width, height and what is done to the pixels of an image. Raises InvalidRow."""
+    if len(content) > MAX_BYTES:
+        raise InvalidRow("image-too-large", f"{location}: more than {MAX_BYTES >> 20} MiB")
+    if not content:
+        raise InvalidRow("image-unreadable", f"{location}: empty")
+    image, notes = _decode(content, location)
+    return (*image.size, notes)
+
+
+def _decode(content: bytes, location: str) -> tuple[PIL.Image.Image, tuple[str, ...]]:
+    """Return the pixels as RGB, upright, and what was done to them. Raises InvalidRow."""
+    import PIL.Image
+    from PIL import ImageOps
+
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about large images and damaged metadata, which are checked here
+            image: PIL.Image.Image = PIL.Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidRow("image-too-large", f"{location}: {image.width} x {image.height}, {_TOO_LARGE}")
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise InvalidRow("image-animated", f"{location}: {frames} frames")
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+                notes.append("rotated")
+                image = ImageOps.exif_transpose(image)
+            image = _to_rgb(image, notes, location)
+    except InvalidRow:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise InvalidRow("image-unreadable", f"{location}: not an image of a known format") from None
+    except PIL.Image.DecompressionBombError:
+        raise InvalidRow("image-too-large", f"{location}: {_TOO_LARGE}") from None
+    except Exception as error:  # decoders raise many types for damaged files
+        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
+    return image, tuple(notes)
+
+
+def _to_rgb(image: PIL.Image.Image, notes: list[str], location: str) -> PIL.Image.Image:
+    """Convert to RGB: 16-bit grey is scaled (PIL would clip it to white), transparency is put on white."""
+    import PIL.Image
+
+    if image.mode in _MODES_16_BIT:
+        notes.append("16-bit")
+        return PIL.Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InvalidRow("image-unreadable", f"{location}: pixels of 32 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        if np.asarray(rgba)[..., 3].min() < 255:
+            notes.append("transparent")
+            white = PIL.Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            rgba = PIL.Image.alpha_composite(white, rgba)
+        return rgba.convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(image: Image) -> PIL.Image.Image:
+    """Return the pixels as RGB, upright. Raises DataError if the file has changed since the rows were prepared."""
+    try:
+        content = Path(image.path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{image.path}: {error.strerror}", fix="restore the image") from None
+    if hashlib.sha256(content).hexdigest() != image.digest:
+        raise DataError(f"{image.path}: the image has changed since the rows were prepared", fix="start again")
+    return _decode(content, image.path)[0]
+
+
+class ImageTable:
+    """The images of a run. Each feature of an image has a token id of its own, from FIRST_IMAGE_ID on.
+
+    An image has as many features as there are image tokens in its text, and the same ids wherever it occurs. So equal
+    token ids mean equal inputs of the model, also with images.
+    """
+
+    def __init__(self) -> None:
+        self.images: list[Image] = []
+        self.starts: list[int] = []  # the first id of each image
+        self._end = FIRST_IMAGE_ID
+        self._by_digest: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def add(self, image: Image, tokens: int) -> int:
+        """Return the first id of an image, which has `tokens` features."""
+        if image.digest not in self._by_digest:
+            self._by_digest[image.digest] = len(self.images)
+            self.images.append(image)
+            self.starts.append(self._end)
+            self._end += tokens
+        return self.starts[self._by_digest[image.digest]]
+
+    def tokens(self, number: int) -> int:
+        """Return the number of features of an image, by its index."""
+        return (*self.starts[number + 1 : number + 2], self._end)[0] - self.starts[number]
+
+    def find(self, id: int) -> int:
+        """Return the index of the image to which an id belongs."""
+        return bisect_right(self.starts, id) - 1
+
+    def records(self) -> list[tuple[str, str, int, int, list[str], int]]:
+        """Return the images and their numbers of features as JSON values, for `adopt`."""
+        return [
+            (x.digest, x.path, x.width, x.height, list(x.notes), self.tokens(number))
+            for number, x in enumerate(self.images)
+        ]
+
+    def adopt(self, records: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
+        """Add the images of another table, and return the first ids that they have there and here, (n,) int64."""
+        there, here, end = [], [], FIRST_IMAGE_ID
+        for digest, path, width, height, notes, tokens in records:
+            there.append(end)
+            here.append(self.add(Image(digest, path, width, height, tuple(notes)), tokens))
+            end += tokens
+        return np.array(there, np.int64), np.array(here, np.int64)
+
+
+def hide_images(ids: Ids | Sequence[int]) -> Ids:
+    """Return token ids with 0 in place of the features of images."""
+    array = np.asarray(ids, dtype=np.int32)
+    return np.where(array >= FIRST_IMAGE_ID, 0, array).astype(np.int32)

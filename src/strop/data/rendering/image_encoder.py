@@ -1,0 +1,124 @@
+"""Convert images to the text that stands for them in a prompt, and to the inputs of a model's image encoder.
+
+Both are made by the model's own processor (transformers' AutoProcessor), which is loaded when the first image is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strop.data.images import ImageTable
+from strop.data.row_errors import RenderError
+from strop.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PROBE_SIZE = (64, 48)  # width and height of the image with which placeholders are found
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The text that replaces the placeholder of an image, and how many image tokens are in it."""
+
+    text: str
+    tokens: int
+
+
+class ImageEncoder:
+    """The processor of a model that reads images.
+
+    folder: with the processor's files. tokenizer: of the model. table: the images of rendered rows.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.folder, self._tokenizer, self.table = folder, tokenizer, ImageTable()
+        self.candidates: Sequence[str] = ()  # the tokens that the chat template writes for an image, set by a Renderer
+        self.expand = lru_cache(maxsize=4096)(self._expand)
+
+    @property
+    def image_token_id(self) -> int:
+        """The token whose embeddings are replaced with the features of images."""
+        return int(self._processor.image_token_id)
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many types: files are missing, a library is missing, damaged JSON
+            what = f"{self.folder}: its image processor cannot be loaded: {first_line(error)}"
+            raise ModelError(what, fix="check the processor's files, or leave the images out") from None
+        if not hasattr(processor, "image_processor"):
+            raise ModelError(f"{self.folder}: a processor without images", fix="choose a model that reads images")
+        processor.tokenizer = self._tokenizer
+        return processor
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the processor's files."""
+        files = (self.folder / name for name in PROCESSOR_FILES)
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+
+    @cached_property
+    def placeholder(self) -> str:
+        """The token that the chat template writes for an image, and the processor replaces with the image's text.
+
+        Raises RenderError if there is none.
+        """
+        for token in self.candidates:
+            try:
+                if self._expand_placeholder(token, *_PROBE_SIZE).tokens:
+                    return token
+            except Exception:  # a processor may raise anything for a text without its placeholder
+                continue
+        raise RenderError("image-lost", "of any row")
+
+    def _expand(self, width: int, height: int) -> Expansion:
+        """Return the text that the processor writes for an image of this size. Raises RenderError."""
+        try:
+            return self._expand_placeholder(self.placeholder, width, height)
+        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+            raise RenderError("image-refused", f"{width} x {height}: {first_line(error)}") from None
+
+    def _expand_placeholder(self, placeholder: str, width: int, height: int) -> Expansion:
+        import PIL.Image
+
+        ids = self._process(placeholder, PIL.Image.new("RGB", (width, height)))["input_ids"][0].tolist()
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Expansion(text, ids.count(self.image_token_id))
+
+    def inputs(self, image: PIL.Image.Image) -> dict[str, Any]:
+        """Return the inputs of the model for an image alone: tensors with a batch of one."""
+        return dict(self._process(self.placeholder, image))
+
+    def _process(self, text: str, image: PIL.Image.Image) -> Any:
+        return self._processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
+
+
+def attach_image_encoder(tokenizer: Any, folder: Path) -> None:
+    """Attach the image encoder of a model folder to its tokenizer, if the folder has a processor."""
+    if any((folder / name).is_file() for name in PROCESSOR_FILES):
+        tokenizer.image_encoder = ImageEncoder(folder, tokenizer)
+
+
+def save_processor(tokenizer: Any, folder: Path) -> None:
+    """Copy the processor of a tokenizer's model to a folder, if there is one, so that transformers finds it there."""
+    if (encoder := image_encoder(tokenizer)) is not None:
+        for name in PROCESSOR_FILES:
+            if (encoder.folder / name).is_file():
+                shutil.copyfile(encoder.folder / name, folder / name)
+
+
+def image_encoder(tokenizer: Any) -> ImageEncoder | None:
+    """Return the image encoder of a tokenizer's model, or None for a model of texts."""
+    encoder: ImageEncoder | None = getattr(tokenizer, "image_encoder", None)
+    return encoder
