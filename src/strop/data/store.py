@@ -454,12 +454,17 @@ def _read_label(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _read_image(fields: Sequence[Any]) -> Image:
+    digest, path, width, height, notes = fields
+    return Image(digest, path, width, height, tuple(notes))
+
+
 def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
     return tuple(
         Message(
             turn["role"], turn["content"], turn.get("reasoning_content"), tuple(turn.get("tool_calls", ())),
             turn.get("name"), turn.get("weight", 1.0), turn.get("tool_call_id"),
-            tuple(Image(*image[:4], notes=tuple(image[4])) for image in turn.get("images", ())),
+            tuple(map(_read_image, turn.get("images", ()))),
         )
         for turn in turns
     )  # fmt: skip
