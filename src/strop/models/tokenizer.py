@@ -12,11 +12,11 @@ from typing import Any
 
 from strop.config.schema import DataSection
 from strop.data.images import FIRST_IMAGE_ID
-from strop.data.rendering.image_encoder import attach_image_encoder
+from strop.data.rendering.image_encoder import attach_image_encoder, has_processor
 from strop.data.types import DataKind
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
-from strop.models.source import Source
+from strop.models.source import Source, locate, read_config
 from strop.runs.folder import build_once, cache_folder, new_folder
 
 LOCAL_LOAD_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -34,7 +34,9 @@ def load_tokenizer(source: Source) -> Any:
     if not tokenizer.is_fast:
         fix = "save the tokenizer with a current transformers"
         raise ModelError(f"{source.name}: no fast tokenizer (tokenizer.json)", fix=fix)
-    attach_image_encoder(tokenizer, folder)
+    if has_processor(folder):
+        base = folder if (folder / "config.json").is_file() else config_folder(locate(source.name))  # of an adapter
+        attach_image_encoder(tokenizer, folder, read_config(base))
     return tokenizer
 
 

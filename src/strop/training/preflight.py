@@ -17,6 +17,7 @@ import torch
 
 from strop.config.load import Choice, Resolved, read_resolved
 from strop.config.schema import Recipe, TrainSection
+from strop.data.images import hide_images
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.store import JoinedItems, Triplets
@@ -367,7 +368,8 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
         return
     num_embeddings = int(load_without_weights(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
     for row in (row for rows in (data.train, data.eval or ()) for row in rows):
-        if (unknown := row.ids[row.ids >= num_embeddings]).size:
+        ids = hide_images(row.ids)
+        if (unknown := ids[ids >= num_embeddings]).size:
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
             what = f"{source.name} has {num_embeddings:,} embeddings, none for token {unknown[0]} ({token})"
             raise ModelError(

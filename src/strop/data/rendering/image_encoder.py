@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,18 +35,15 @@ class Expansion:
 class ImageEncoder:
     """The processor of a model that reads images.
 
-    folder: with the processor's files. tokenizer: of the model. table: the images of rendered rows.
+    folder: with the processor's files. tokenizer: of the model. image_token_id: the token whose embeddings the features
+    of images replace, from the model's config. table: the images of rendered rows.
     """
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.folder, self._tokenizer, self.table = folder, tokenizer, ImageTable()
+    def __init__(self, folder: Path, tokenizer: Any, image_token_id: int) -> None:
+        self.folder, self._tokenizer, self.image_token_id = folder, tokenizer, image_token_id
+        self.table = ImageTable()
         self.candidates: Sequence[str] = ()  # the tokens that the chat template writes for an image, set by a Renderer
         self.expand = lru_cache(maxsize=4096)(self._expand)
-
-    @property
-    def image_token_id(self) -> int:
-        """The token whose embeddings are replaced with the features of images."""
-        return int(self._processor.image_token_id)
 
     @cached_property
     def _processor(self) -> Any:
@@ -74,6 +71,7 @@ class ImageEncoder:
 
         Raises RenderError if there is none.
         """
+        self._processor  # noqa: B018 - its errors are not those of a token
         for token in self.candidates:
             try:
                 if self._expand_placeholder(token, *_PROBE_SIZE).tokens:
@@ -81,6 +79,16 @@ class ImageEncoder:
             except Exception:  # a processor may raise anything for a text without its placeholder
                 continue
         raise RenderError("image-lost", "of any row")
+
+    @cached_property
+    def reads_several(self) -> bool:
+        """Whether the text of an image is the same next to other images. LLaVA-OneVision cuts only a single image."""
+        import PIL.Image
+
+        images, whole = [PIL.Image.new("RGB", size) for size in (_PROBE_SIZE, _PROBE_SIZE[::-1])], list[int]()
+        for image in images:
+            whole += self._process(self.placeholder, [image])["input_ids"][0].tolist()
+        return bool(self._process(2 * self.placeholder, images)["input_ids"][0].tolist() == whole)
 
     def _expand(self, width: int, height: int) -> Expansion:
         """Return the text that the processor writes for an image of this size. Raises RenderError."""
@@ -92,22 +100,27 @@ class ImageEncoder:
     def _expand_placeholder(self, placeholder: str, width: int, height: int) -> Expansion:
         import PIL.Image
 
-        ids = self._process(placeholder, PIL.Image.new("RGB", (width, height)))["input_ids"][0].tolist()
+        ids = self._process(placeholder, [PIL.Image.new("RGB", (width, height))])["input_ids"][0].tolist()
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Expansion(text, ids.count(self.image_token_id))
 
     def inputs(self, image: PIL.Image.Image) -> dict[str, Any]:
         """Return the inputs of the model for an image alone: tensors with a batch of one."""
-        return dict(self._process(self.placeholder, image))
+        return dict(self._process(self.placeholder, [image]))
 
-    def _process(self, text: str, image: PIL.Image.Image) -> Any:
-        return self._processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
+    def _process(self, text: str, images: list[PIL.Image.Image]) -> Any:
+        return self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
 
 
-def attach_image_encoder(tokenizer: Any, folder: Path) -> None:
-    """Attach the image encoder of a model folder to its tokenizer, if the folder has a processor."""
-    if any((folder / name).is_file() for name in PROCESSOR_FILES):
-        tokenizer.image_encoder = ImageEncoder(folder, tokenizer)
+def has_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def attach_image_encoder(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """Attach the image encoder of a model folder to its tokenizer, if the model reads images. config: config.json."""
+    token = config.get("image_token_id", config.get("image_token_index"))
+    if has_processor(folder) and isinstance(token, int):
+        tokenizer.image_encoder = ImageEncoder(folder, tokenizer, token)
 
 
 def save_processor(tokenizer: Any, folder: Path) -> None:

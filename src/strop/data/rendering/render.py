@@ -90,6 +90,8 @@ class Renderer:
         if self._images is None:
             raise RenderError("no-images")
         encoder = self._images
+        if draft.images > 1 and not encoder.reads_several:
+            raise RenderError("image-refused", "the model reads several images in another way than one, so give one")
         images = [image for message in messages for image in message.images][: draft.images]
         return draft.expand(encoder.placeholder, [encoder.expand(image.width, image.height).text for image in images])
 
