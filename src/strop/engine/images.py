@@ -8,9 +8,10 @@ without knowing of them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -32,6 +34,10 @@ from strop.runs.folder import cache_folder, write_atomic
 
 MAX_CACHE_BYTES = 20 << 30  # on disk, of all models; the features that were not used for longest are removed
 MAX_MEMORY_BYTES = 1 << 30
+GRID = "image_grid_thw"  # argument of models with positions in space: frames, rows and columns of patches
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are features of images
+_BIDIRECTIONAL = "attention in both directions between the features of an image"
+FEATURES, LATER = "features", "deepstack."  # names of the tensors of an image; LATER with the number of a layer
 MAX_CHECKED = 16  # tokens of a row on which strop's step is compared with the model's own forward
 
 
@@ -52,7 +58,8 @@ class ImageFeatures:
     def __init__(self, model: Any, encoder: ImageEncoder, source: Source) -> None:
         self._model, self._encoder, self._source = model, encoder, source
         self._dtype: torch.dtype = model.get_input_embeddings().weight.dtype
-        self._recent: OrderedDict[str, Tensor] = OrderedDict()  # by digest
+        self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # by digest
+        self._token_types = [name for name in _TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
         self._recent_bytes = 0
         self.computed = 0  # images that were not in the cache
 
@@ -61,53 +68,79 @@ class ImageFeatures:
         key = f"{fingerprint(self._source)} {self._encoder.fingerprint} {self._dtype}"
         return cache_folder() / "features" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on."""
+    @property
+    def why_not_embeddings(self) -> str | None:
+        """Why features are more than embeddings in a causal sequence, or None. Only if there are images."""
+        if not self._token_types or not len(self._encoder.table):
+            return None
+        return "positions of images in space" if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
+
+    def rows(self, ids: Tensor, name: str = FEATURES) -> Tensor:
+        """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on. name: of the tensor of an image."""
         table, parts = self._encoder.table, list[Tensor]()
-        values, begin = ids.tolist(), 0
-        while begin < len(values):
-            number = table.find(values[begin])
-            start, count = table.starts[number], table.tokens(number)
-            end = begin + 1
-            while end < len(values) and values[end] == values[end - 1] + 1 < start + count:
-                end += 1
-            features = self.of_image(number)
-            parts.append(features[values[begin] - start : values[end - 1] - start + 1])
-            begin = end
+        for number, first, last in self._spans(ids):
+            start = table.starts[number]
+            parts.append(self.of_image(number)[name][first - start : last - start + 1])
         return torch.cat(parts)
 
-    def of_image(self, number: int) -> Tensor:
-        """Return the features (tokens, h) of an image of the table, on the model's device."""
+    def later_features(self, ids: Tensor) -> list[Tensor]:
+        """Return the features (n, h) that the first layers add to those of ids (n,), a tensor for each (DeepStack)."""
+        names = [name for name in self.of_image(self._encoder.table.find(int(ids[0]))) if name.startswith(LATER)]
+        return [self.rows(ids, name) for name in sorted(names)]
+
+    def _spans(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Yield index of the image, first and last id of each run of ids of an image."""
+        table, values, begin = self._encoder.table, ids.tolist(), 0
+        while begin < len(values):
+            number = table.find(values[begin])
+            limit, end = table.starts[number] + table.tokens(number), begin + 1
+            while end < len(values) and values[end] == values[end - 1] + 1 < limit:
+                end += 1
+            yield number, values[begin], values[end - 1]
+            begin = end
+
+    def arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of the model's forward, next to the token ids (b, s), that describe their images."""
+        is_image = ids >= FIRST_IMAGE_ID
+        if not self._token_types or not bool(is_image.any()):
+            return {}
+        arguments = {name: is_image.long() for name in self._token_types}
+        images = [number for row in ids for number, *_ in self._whole_images(row)]
+        grids = [self.of_image(number).get(GRID) for number in images]
+        if all(grid is not None for grid in grids):
+            arguments[GRID] = torch.cat(cast(list[Tensor], grids))
+        return arguments
+
+    def _whole_images(self, row: Tensor) -> Iterator[tuple[int, int, int]]:
+        return self._spans(row[row >= FIRST_IMAGE_ID])
+
+    def of_image(self, number: int) -> dict[str, Tensor]:
+        """Return `features` (tokens, h) of an image of the table, and its grid if the model has one, on its device."""
         digest = self._encoder.table.images[number].digest
-        if (features := self._recent.get(digest)) is not None:
+        if (tensors := self._recent.get(digest)) is not None:
             self._recent.move_to_end(digest)
-            return features
+            return tensors
         file = self._folder / digest[:2] / digest
-        features = self._read(file)
-        if features is None:
-            features = self._compute(number).cpu()
-            self._write(file, features)
-        features = features.to(self._model.device)
-        self._recent[digest] = features
-        self._recent_bytes += features.nbytes
+        tensors = self._read(file)
+        if tensors is None:
+            tensors = {name: value.cpu().contiguous() for name, value in self._compute(number).items()}
+            with suppress(OSError):  # a full disk: the features are computed again
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, save(tensors))
+        tensors = {name: value.to(self._model.device) for name, value in tensors.items()}
+        self._recent[digest] = tensors
+        self._recent_bytes += tensors[FEATURES].nbytes
         while self._recent_bytes > MAX_MEMORY_BYTES and len(self._recent) > 1:
-            self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
-        return features
+            self._recent_bytes -= self._recent.popitem(last=False)[1][FEATURES].nbytes
+        return tensors
 
-    def _read(self, file: Path) -> Tensor | None:
+    def _read(self, file: Path) -> dict[str, Tensor] | None:
         try:
-            features = load_file(file)["features"]
+            tensors: dict[str, Tensor] = load_file(file)
             os.utime(file)  # the cache removes the files that were not used for longest
-        except (OSError, ValueError, KeyError):
+        except (OSError, SafetensorError):
             return None
-        except Exception:
-            return None
-        return features
-
-    def _write(self, file: Path, features: Tensor) -> None:
-        with suppress(OSError):  # a full disk: the features are computed again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, save({"features": features.contiguous()}))
+        return tensors
 
     @torch.no_grad()
     def original_logprobs(self, model: Any, example: Example) -> tuple[Tensor, Example]:
@@ -141,7 +174,7 @@ class ImageFeatures:
         return logits.log_softmax(-1).cpu().gather(1, text[0, labels, None])[:, 0], part
 
     @torch.no_grad()
-    def _compute(self, number: int) -> Tensor:
+    def _compute(self, number: int) -> dict[str, Tensor]:
         """Run the image encoder on one image alone, so that the result does not depend on other images."""
         table = self._encoder.table
         self.computed += 1
@@ -150,23 +183,25 @@ class ImageFeatures:
         was_training = self._model.training
         self._model.eval()  # dropout of the image encoder
         try:
-            embeddings = capture_embeddings(self._model, inputs)
+            embeddings, later = capture_embeddings(self._model, inputs)
         finally:
             self._model.train(was_training)
         features = embeddings[0, inputs["input_ids"][0] == self._encoder.image_token_id]
         if len(features) != table.tokens(number):
             what = f"the model makes {len(features)} features of an image with {table.tokens(number)} image tokens"
             raise ModelError(what, fix="save the processor and the model with the same version of transformers")
-        return features.detach().clone()
+        others = {f"{LATER}{layer}": values for layer, values in enumerate(later)}
+        others |= {GRID: inputs[GRID]} if GRID in inputs else {}
+        return {name: value.detach().clone() for name, value in {FEATURES: features, **others}.items()}
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
 
 
-def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return the embeddings (1, n, h) that a multimodal model gives to its text model, which is not computed.
 
-    Raises ModelError for a model whose text model reads more than these embeddings of an image.
+    Also returns the features (tokens, h) that the first layers of the text model add (DeepStack, arXiv:2406.04334).
     """
     decoder = text_decoder(model)[0]
 
@@ -182,21 +217,7 @@ def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         raise ModelError(f"{model.config.model_type}: its text model is not called by its forward")
     finally:
         handle.remove()
-    check_positions(model, arguments)
-    return cast(Tensor, arguments["inputs_embeds"])
-
-
-def check_positions(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise ModelError if the text model reads images in a way that strop has not: positions in space, later layers."""
-    positions = arguments.get("position_ids")
-    has_other_positions = isinstance(positions, Tensor) and positions.dim() == 3
-    in_later_layers = any("deepstack" in name and value is not None for name, value in arguments.items())
-    if has_other_positions or in_later_layers or isinstance(arguments.get("attention_mask"), Mapping):
-        why = "positions in space" if has_other_positions else "features in later layers" if in_later_layers else (
-            "attention in both directions between image tokens"
-        )  # fmt: skip
-        what = f"{model.config.model_type}: images with {why} are not supported"
-        raise ModelError(what, fix="choose another model that reads images, such as SmolVLM, or train on texts")
+    return cast(Tensor, arguments["inputs_embeds"]), list(arguments.get("deepstack_visual_embeds") or ())
 
 
 def image_features(module: Any) -> ImageFeatures | None:
@@ -214,21 +235,31 @@ def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures 
     encoder = image_encoder(tokenizer)
     if encoder is None:
         return None
+    decoder = text_decoder(base)[0]
+    if (features := image_features(decoder)) is not None:
+        return features
     features, embedding = ImageFeatures(base, encoder, source), base.get_input_embeddings()
-
-    given: list[Tensor] = []  # the ids of the call that is computed
+    given: list[Tensor] = []  # the ids of the last call of the embedding
 
     def hide(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids, *rest = args
-        given.append(ids)
+        given[:] = [ids]
         return (ids.masked_fill(ids >= FIRST_IMAGE_ID, 0), *rest)
 
     def insert(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return insert_features(features, given.pop(), output)
+        return insert_features(features, given[0], output)
 
+    def add_later(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_image = given[0] >= FIRST_IMAGE_ID if given else None
+        if is_image is None or not bool(is_image.any()) or not (later := features.later_features(given[0][is_image])):
+            return None
+        return args, {**kwargs, "visual_pos_masks": is_image, "deepstack_visual_embeds": later}
+
+    decoder.image_features = features
     embedding.register_forward_pre_hook(hide)
     embedding.register_forward_hook(insert)
-    text_decoder(base)[0].image_features = features
+    if "deepstack_visual_embeds" in inspect.signature(type(decoder).forward).parameters:
+        decoder.register_forward_pre_hook(add_later, with_kwargs=True)
     return features
 
 

@@ -21,6 +21,7 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_hashes, blocks_for, root_hash
 from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, padded_head_size
 from strop.engine.decode.sampling import PassOutput, SequenceState
+from strop.engine.images import image_features
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.adapters import has_trained_biases
@@ -218,6 +219,9 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
     if not family.fully_fused:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
+    features = image_features(decoder)
+    if features is not None and (reason := features.why_not_embeddings) is not None:
+        return reason
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -26,9 +26,11 @@ from strop.engine.decode.batch import Batch
 from strop.engine.decode.decoder import Chunk
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
+from strop.engine.images import image_features
 from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError, first_line
 from strop.models.adapters import adapter_disabled, has_trained_biases
+from strop.models.families.layers import text_decoder
 from strop.models.lora import adapter_delta, add_to_base
 from strop.models.upstream_errors import convert_model_errors
 
@@ -68,12 +70,15 @@ def hf_generate(
     recorder = _LogProbRecorder() if with_log_probs else None
     # Rollouts do not use the hook, because the matmul of a contiguous copy rounds differently in fp32.
     hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_copy_input)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    features = image_features(text_decoder(base)[0])
+    images = {} if features is None else features.arguments(ids.to(device))
     model.eval()
     try:
         with convert_model_errors(str(model.config.model_type)), hook:
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer,
-                logits_processor=LogitsProcessorList([recorder] if recorder else []),
+                logits_processor=LogitsProcessorList([recorder] if recorder else []), **images,
             )  # fmt: skip
     finally:
         model.train(training)

@@ -18,6 +18,7 @@ from strop.engine.eligibility import (
     why_config_not_fast,
     why_full_not_fast,
 )
+from strop.engine.images import image_features
 from strop.engine.train.dropout import CounterDropout
 from strop.engine.train.peft_modules import base_module, current_module
 from strop.models.experts import is_weight_adapter
@@ -65,7 +66,9 @@ def why_not_fast(model: nn.Module, dtype: torch.dtype | None = None) -> str | No
         return why
     decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
-    why = why_base_unsupported(base, decoder, config, family)
+    features = image_features(decoder)
+    why = None if features is None else features.why_not_embeddings
+    why = why or why_base_unsupported(base, decoder, config, family)
     if why is None and not is_adapted:
         why = why_full_not_fast(config, "bf16" if dtype == torch.bfloat16 else "fp32")
     return why or _why_adapters_unsupported(model, base, decoder, family, all_weights=not is_adapted)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from strop.engine.images import image_features
 from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
@@ -19,7 +20,7 @@ from strop.engine.train.dropout import install_dropout, token_keys
 from strop.engine.train.head import CrossEntropy, divergence, select_top_probs
 from strop.engine.train.packing import mean_by_example, sum_by_example
 from strop.errors import ModelError
-from strop.models.families.layers import load_balancing_coefficient
+from strop.models.families.layers import load_balancing_coefficient, text_decoder
 
 if TYPE_CHECKING:
     from strop.data.types import Example
@@ -67,6 +68,8 @@ class PlainLoss:
         self._head: nn.Module = model.get_output_embeddings()
         if dtype == next(self._head.parameters()).dtype:
             self._dtype = None
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._images = image_features(text_decoder(base)[0])
         self._balance = load_balancing_coefficient(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
@@ -183,7 +186,8 @@ class PlainLoss:
         computing = torch.autocast(device.type, self._dtype) if self._dtype is not None else nullcontext()
         hooks = self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys)
         with hooks[0], hooks[1], computing:
-            return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
+            images = {} if self._images is None else self._images.arguments(ids)
+            return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True, **images)
 
 
 def _with_soft_labels(
