@@ -20,7 +20,6 @@ from strop.data.converters import (
     MEDIA,
     METADATA,
     SYSTEM,
-    ImageSource,
     Keys,
     ParsedRow,
     RowValue,
@@ -202,6 +201,13 @@ def _unread_columns(value: RowValue, entry: Format) -> list[str]:
     return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 
+def image_folder(file: str, chosen: str | None) -> Path:
+    """Return the folder in which relative paths of images start. chosen: value of data.image_folder."""
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    return Path() if describe_file(file) else Path(file).parent
+
+
 class ConversationReader:
     """Iterate over the conversations of rows, in order. Self-instruct and ranking rows may have several.
 
@@ -283,15 +289,8 @@ class ConversationReader:
     def _attach_images(self, parsed: ParsedRow, row: Row) -> ParsedRow:
         """Read the images of a row, and put their marks into its messages."""
         columns = self._rename_columns(row.value) if self._columns else row.value
-        values = [
-            ImageSource(image, name if len(images) == 1 else f"{name}[{i}]")
-            for name in IMAGES
-            for images in (list_images(columns.get(name)),)
-            for i, image in enumerate(images)
-        ]
-        folder = Path() if describe_file(row.file) else Path(row.file).parent
-        folder = folder if self._image_folder is None else Path(self._image_folder).expanduser()
-        return read_images(parsed, folder, values)
+        values = [source for name in IMAGES for source in list_images(columns.get(name), name)]
+        return read_images(parsed, image_folder(row.file, self._image_folder), values)
 
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
