@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +65,7 @@ class ImageSource:
     """
 
     value: Any
-    location: str
+    location: str = field(compare=False)  # the prompts of a pair are equal
     index: int | None = None
 
 
@@ -160,7 +160,7 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
         raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
-    images = [source for key in IMAGES for source in list_images(turn.get(key), f"{location}.{key}")]
+    images = find_images(turn, f"{location}.")
     parts: Sequence[ImageSource] = ()
     if isinstance(content, list):
         content, reasoning_parts, call_parts, parts = _parse_parts(content, location)
@@ -222,6 +222,15 @@ def _fill_places(
         return MARK
 
     return _PLACE.sub(fill, content), found
+
+
+def find_images(value: Mapping[str, Any], prefix: str = "") -> list[ImageSource]:
+    """Return the images of a row's columns or of a message's keys. prefix: of their location."""
+    columns = [images for key in IMAGES if (images := list_images(value.get(key), prefix + key))]
+    if len(columns) > 1:
+        what = f"{prefix}image and {prefix}images both have images, in an unclear order: leave one out"
+        raise InvalidRow("image-count", what)
+    return columns[0] if columns else []
 
 
 def list_images(value: Any, location: str) -> list[ImageSource]:

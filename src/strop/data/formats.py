@@ -23,7 +23,7 @@ from strop.data.converters import (
     Keys,
     ParsedRow,
     RowValue,
-    list_images,
+    find_images,
     read_images,
 )
 from strop.data.reading.in_memory import describe_file
@@ -289,8 +289,7 @@ class ConversationReader:
     def _attach_images(self, parsed: ParsedRow, row: Row) -> ParsedRow:
         """Read the images of a row, and put their marks into its messages."""
         columns = self._rename_columns(row.value) if self._columns else row.value
-        values = [source for name in IMAGES for source in list_images(columns.get(name), name)]
-        return read_images(parsed, image_folder(row.file, self._image_folder), values)
+        return read_images(parsed, image_folder(row.file, self._image_folder), find_images(columns))
 
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
