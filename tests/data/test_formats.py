@@ -220,7 +220,7 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("not-text", _with({**A, "name": 5})),
         ("not-text", {"question": "a", "answer": 5}),
         ("bad-part", _with({"role": "assistant", "content": ["a"]})),
-        ("bad-part", _with({"role": "assistant", "content": [{"type": "image"}]})),
+        ("bad-image", _with({"role": "assistant", "content": [{"type": "image"}]})),
         (
             "bad-part",
             _with(
@@ -238,8 +238,8 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("empty-answer", {"instruction": "a", "output": ""}),
         ("empty-prompt", {"prompt": "", "completion": "a"}),
         ("empty-text", {"text": " \n"}),
-        ("media", {"messages": [{**U, "images": ["a.png"]}, A]}),
-        ("media", {"prompt": "hi", "chosen": "yo", "rejected": "no <image>"}),
+        ("image-missing", {"messages": [{**U, "images": ["a.png"]}, A]}),
+        ("image-count", {"prompt": "hi", "chosen": "yo", "rejected": "no <image>"}),
         ("bad-tools", {"messages": [U, A], "tools": "[oops"}),
         ("bad-tools", {"messages": [U, A], "tools": {"name": "f"}}),
         ("bad-tools", {"messages": [U, A], "tools": [{"description": "f"}]}),

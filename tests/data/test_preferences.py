@@ -155,9 +155,9 @@ def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None
         ({"prompt": [U], "chosen": [{**A, "weight": 2}], "rejected": [NO]}, "answer-weight"),
         ({"prompt": [U], "chosen": [A], "rejected": [NO, MORE, {**A, "loss_weight": 0.5}]}, "answer-weight"),
         ({"prompt": "hi", "answers": [{**A, "weight": 0.5}, NO], "scores": [2, 1]}, "answer-weight"),
-        ({"messages": [U, A], "images": ["a.png"]}, "media"),
+        ({"messages": [U, A], "images": ["a.png"]}, "image-missing"),
         ({"messages": [U, A], "audio": "a.wav"}, "media"),
-        ({"messages": [{**U, "content": "<image>what is it"}, A]}, "media"),
+        ({"messages": [{**U, "content": "<image>what is it"}, A]}, "image-count"),
         ({**PAIR, "video": "a.mp4"}, "media"),
     ],
 )

@@ -15,7 +15,8 @@ SHORT_FORMS = {
     "lr": "train.learning_rate", "batch-size": "train.batch_size", "adapter": "model.adapter",
     "device": "model.device", "max-time": "train.max_time",
 }  # fmt: skip
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # that data.reading can read
+# that data.reading can read
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 # names in other tools, which errors translate to a field, or to a field and a value
 OTHER_NAMES = {
     "base_model": "model.name", "model_name_or_path": "model.name", "model_id": "model.name",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any, cast
 
 from strop.data.images import read_image
 from strop.data.reading.json_reader import JsonError, loads
-from strop.data.row_errors import InvalidRow
+from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import MARK, Image, Label, Message, Role, shared_prefix_length
 from strop.errors import suggest
 
@@ -52,16 +52,21 @@ SYSTEM = ("system", "system_prompt", "system_message")  # columns with the text 
 IMAGES = ("images", "image")  # columns, and keys of a message
 MEDIA = ("audio", "audios", "video", "videos")  # the same, which are not supported
 IMAGE_PLACEHOLDER = "<image>"  # in a text: the place of an image that is in a column
+_IMAGE_OF_ASSISTANT = "an assistant message has an image, which no model here writes"
 _PLACE = re.compile(f"{MARK}|\n?{IMAGE_PLACEHOLDER}\n|\n?{IMAGE_PLACEHOLDER}")
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image of a row that has not been read. value: None in a message: the next image in a column of the row."""
+    """An image of a row that has not been read.
+
+    value: None in a message: the next image in a column of the row. index: the index of that image, if the row has it.
+    """
 
     value: Any
-    location: str
+    location: str = field(compare=False)  # the prompts of a pair are equal
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,13 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
         raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
-    images = tuple(ImageSource(x, f"{location}.{key}") for key in IMAGES for x in list_images(turn.get(key)))
+    images = find_images(turn, f"{location}.")
+    parts: Sequence[ImageSource] = ()
     if isinstance(content, list):
-        content, reasoning_parts, call_parts, image_parts = _parse_parts(content, location)
+        content, reasoning_parts, call_parts, parts = _parse_parts(content, location)
         reasoning, calls = reasoning + reasoning_parts, calls + call_parts
-        if images and any(part.value is None for part in image_parts):  # the parts are the places of the images
-            images, image_parts = _fill_parts(images, image_parts, location), ()
-        images = (*images, *image_parts)
+    if images and isinstance(content, str | None):
+        content, parts = _place_images(content or "", parts, images, location)
     if content is None:
         if not calls:
             raise InvalidRow("no-content", f"{location}: content is null or missing (allowed only next to tool calls)")
@@ -169,33 +174,77 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     content = _check_string(content, f"{location}: content")
     if role != "assistant" and (calls or reasoning):
         raise InvalidRow("bad-part", f"{location}: only an assistant message can have reasoning or tool calls")
-    if images and role == "assistant":
-        raise InvalidRow("bad-image", f"{location}: an assistant message has an image, which no model here writes")
+    if parts and content.count(MARK) != len(parts):
+        raise InvalidRow("bad-image", f"{location}: a text with an image contains the character U+FFFC")
+    if parts and role == "assistant":
+        raise InvalidRow("bad-image", f"{location}: {_IMAGE_OF_ASSISTANT}")
     name = turn.get("name")
     if name is not None:
         _check_string(name, f"{location}: name")
     id = turn.get("tool_call_id") if role == "tool" else None
     call_id = id if isinstance(id, str) else None
     text = "".join(reasoning) if reasoning else None
-    return Message(role, content, text, calls, name, weight, call_id, cast(Any, images))
+    return Message(role, content, text, calls, name, weight, call_id, cast(Any, tuple(parts)))
 
 
-def _fill_parts(images: Sequence[ImageSource], parts: Sequence[ImageSource], location: str) -> tuple[ImageSource, ...]:
-    """Return the sources of image parts, of which those without a value are the next of the message's images."""
-    empty = sum(part.value is None for part in parts)
-    if empty != len(images):
-        raise InvalidRow("image-count", f"{location}: {empty} places for images and {len(images)} images")
-    rest = iter(images)
-    return tuple(next(rest) if part.value is None else part for part in parts)
+def _place_images(
+    content: str, parts: Sequence[ImageSource], images: Sequence[ImageSource], location: str
+) -> tuple[str, list[ImageSource]]:
+    """Put the images of a message's key where its text and its parts have places for them, or at the start.
+
+    Returns the text with a mark for each image, and all images of the message.
+    """
+    places = content.count(IMAGE_PLACEHOLDER) + sum(part.value is None for part in parts)
+    if not places and not parts:
+        return MARK * len(images) + content, list(images)
+    _check_count(places, len(images), f"{location}: ")
+    return _fill_places(content, parts, iter(images))
 
 
-def list_images(value: Any) -> list[Any]:
+def _check_count(places: int, images: int, location: str = "") -> None:
+    if places != images:
+        counts = [f"{n} {noun}{'s' * (n != 1)}" for n, noun in ((places, "place"), (images, "image"))]
+        raise InvalidRow("image-count", f"{location}{counts[0]} in the text for {counts[1]}")
+
+
+def _fill_places(
+    content: str, parts: Iterable[ImageSource], images: Iterator[ImageSource]
+) -> tuple[str, list[ImageSource]]:
+    """Return a text with a mark in each place of an image, and the images in these places.
+
+    parts: the images of marks; those without a value, and placeholders, are places for the next of `images`.
+    """
+    parts, found = iter(parts), list[ImageSource]()
+
+    def fill(place: re.Match[str]) -> str:
+        part = next(parts) if MARK in place[0] else None
+        found.append(next(images) if part is None or part.value is None else part)
+        return MARK
+
+    return _PLACE.sub(fill, content), found
+
+
+def find_images(value: Mapping[str, Any], prefix: str = "") -> list[ImageSource]:
+    """Return the images of a row's columns or of a message's keys. prefix: of their location."""
+    columns = [images for key in IMAGES if (images := list_images(value.get(key), prefix + key))]
+    if len(columns) > 1:
+        what = f"{prefix}image and {prefix}images both have images, in an unclear order: leave one out"
+        raise InvalidRow("image-count", what)
+    return columns[0] if columns else []
+
+
+def list_images(value: Any, location: str) -> list[ImageSource]:
     """Return the images of a column or of a message's key: none, one, or a list, which may be the JSON of one."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):  # a cell of a table
+        value = _parse_json(value, "bad-image", location)
     if value is None or value == "" or value == []:
         return []
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table
-        value = _parse_json(value, "bad-image", "images")
-    return list(value) if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    sources = [ImageSource(x, location if len(values) == 1 else f"{location}[{i}]") for i, x in enumerate(values)]
+    for source in sources:
+        if source.value is None or source.value == "":
+            raise InvalidRow("bad-image", f"{source.location} is {'null' if source.value is None else 'empty'}")
+    return sources
 
 
 def attach_images(
@@ -214,36 +263,36 @@ def attach_images(
     Raises:
         InvalidRow: if there are not as many places as images, or an image cannot be used.
     """
+    sources = [source for turn in turns for source in _sources(turn)]
     places = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns)
-    places += sum(source.value is None for turn in turns for source in _sources(turn))
+    places += sum(source.value is None for source in sources)
     if values and not places:
         first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
             raise InvalidRow("image-count", "the row has an image and no user message")
+        if sources:
+            raise InvalidRow("image-count", "images in a column and in the messages, and no places for the column's")
         turn = turns[first]
-        content, images = IMAGE_PLACEHOLDER * len(values) + turn.content, turn.images
-        turns = [*turns[:first], replace(turn, content=content, images=images), *turns[first + 1 :]]
-    elif places != len(values):
-        raise InvalidRow("image-count", f"{places} places for images and {len(values)} images")
+        with_places = replace(turn, content=IMAGE_PLACEHOLDER * len(values) + turn.content)
+        turns = [*turns[:first], with_places, *turns[first + 1 :]]
+    else:
+        _check_count(places, len(values))
+    indices = [source.index for source in sources if source.index is not None]
+    if indices != list(range(len(indices))):
+        raise InvalidRow("bad-image", "the parts of type image are not in the order of their index")
     rest = iter(values)
 
     def attach(turn: Message) -> Message:
-        sources, found = iter(_sources(turn)), list[Image]()
-
-        def replace_place(match: re.Match[str]) -> str:
-            source = next(sources) if MARK in match[0] else next(rest)
-            source = next(rest) if source.value is None else source
-            found.append(read(source.value, source.location))
-            return MARK
-
-        if turn.images and turn.content.count(MARK) != len(turn.images):
+        if not turn.images and IMAGE_PLACEHOLDER not in turn.content:
+            return turn
+        if turn.content.count(MARK) != len(turn.images):
             raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
-        content = _PLACE.sub(replace_place, turn.content) if turn.images or IMAGE_PLACEHOLDER in turn.content else ""
-        if found and content.count(MARK) != len(found):
-            raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
-        return replace(turn, content=content, images=tuple(found)) if found else turn
+        if turn.role == "assistant":
+            raise InvalidRow("bad-image", _IMAGE_OF_ASSISTANT)
+        content, found = _fill_places(turn.content, _sources(turn), rest)
+        return replace(turn, content=content, images=tuple(read(source.value, source.location) for source in found))
 
-    return tuple(map(attach, turns))
+    return tuple([attach(turn) for turn in turns])
 
 
 def read_images(parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = ()) -> ParsedRow:
@@ -275,6 +324,7 @@ def _parse_weight(turn: dict[str, Any], location: str) -> float:
 
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
+_NOT_OF_IMAGES = ("type", "detail", "index", "text")  # keys of such a part that do not name the image
 # type of a content part -> order in a message
 _PART_ORDER = {
     "reasoning": 0, "thinking": 0, "text": 1, "input_text": 1, **dict.fromkeys(IMAGE_PARTS, 1), "tool_call": 2,
@@ -300,9 +350,9 @@ def _parse_parts(
             raise InvalidRow("bad-part", what)
         previous = _PART_ORDER[kind]
         if kind in IMAGE_PARTS:
-            fields = {key: item for key, item in part.items() if key not in ("type", "detail") and item is not None}
-            value = fields.get("image_url", fields.get("image", fields)) or None
-            images.append(ImageSource(value, f"{location}: an image"))
+            fields = {key: item for key, item in part.items() if key not in _NOT_OF_IMAGES and item is not None}
+            value = fields.get("image_url", fields.get("image", fields or None))
+            images.append(ImageSource(value, f"{location}: an image", part.get("index")))
             texts.append(MARK)
             continue
         content = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
@@ -560,14 +610,6 @@ def _prepend_system(row: RowValue, turns: list[Message]) -> list[Message]:
 
 def _optional_text(row: RowValue, key: str) -> str:
     return "" if row.get(key) is None else _require_text(row, key)
-
-
-def type_name(value: Any) -> str:
-    if value is None:
-        return "null"
-    number = "a number"
-    names = {bool: "true or false", int: number, float: number, str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 # Values of a label, case-insensitive

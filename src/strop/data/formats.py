@@ -20,11 +20,10 @@ from strop.data.converters import (
     MEDIA,
     METADATA,
     SYSTEM,
-    ImageSource,
     Keys,
     ParsedRow,
     RowValue,
-    list_images,
+    find_images,
     read_images,
 )
 from strop.data.reading.in_memory import describe_file
@@ -202,6 +201,13 @@ def _unread_columns(value: RowValue, entry: Format) -> list[str]:
     return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 
+def image_folder(file: str, chosen: str | None) -> Path:
+    """Return the folder in which relative paths of images start. chosen: value of data.image_folder."""
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    return Path() if describe_file(file) else Path(file).parent
+
+
 class ConversationReader:
     """Iterate over the conversations of rows, in order. Self-instruct and ranking rows may have several.
 
@@ -283,15 +289,7 @@ class ConversationReader:
     def _attach_images(self, parsed: ParsedRow, row: Row) -> ParsedRow:
         """Read the images of a row, and put their marks into its messages."""
         columns = self._rename_columns(row.value) if self._columns else row.value
-        values = [
-            ImageSource(image, name if len(images) == 1 else f"{name}[{i}]")
-            for name in IMAGES
-            for images in (list_images(columns.get(name)),)
-            for i, image in enumerate(images)
-        ]
-        folder = Path() if describe_file(row.file) else Path(row.file).parent
-        folder = folder if self._image_folder is None else Path(self._image_folder).expanduser()
-        return read_images(parsed, folder, values)
+        return read_images(parsed, image_folder(row.file, self._image_folder), find_images(columns))
 
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 
-from strop.data.row_errors import InvalidRow
+from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import Ids, Image
 from strop.errors import DataError
 from strop.runs.folder import cache_folder, write_atomic
@@ -26,16 +26,21 @@ from strop.runs.folder import cache_folder, write_atomic
 if TYPE_CHECKING:
     import PIL.Image
 
-FIRST_IMAGE_ID = 1 << 30  # token ids from here on are features of images
+FIRST_IMAGE_ID, END_IMAGE_ID = 1 << 30, 1 << 31  # token ids in between are features of images; they are int32
 MAX_PIXELS, MAX_BYTES = 50_000_000, 50 << 20  # of one image
 IMAGE_NOTES = {  # what is done to the pixels of an image
     "rotated": "that were turned as their EXIF orientation says",
     "transparent": "with transparency, which is put on white",
     "16-bit": "with 16 bits a pixel, which are scaled to 8",
 }
+# Pillow's other formats start programs (EPS), draw vectors or are rare. A photo of a phone (MPO) is opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
 _TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels"
 _MODES_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-_ORIENTATION = 0x0112  # EXIF tag
+_MODES_32_BIT = ("I", "F")
+_MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_ORIENTATION, _TURNED = 0x0112, range(2, 9)  # EXIF tag, and its values for images that are not upright
+_CONTENT_KEYS = ("bytes", "path", "url", "image", "base64", "data")  # of an object with an image
 
 
 def read_image(value: Any, folder: Path | None, location: str) -> Image:
@@ -59,8 +64,8 @@ def read_image(value: Any, folder: Path | None, location: str) -> Image:
             return _store_bytes(_decode_data_url(value, location), location)
         return _read_path(value, folder, location)
     if is_pil_image(value):
-        return _store_bytes(encode_png(value), location)
-    raise InvalidRow("bad-image", f"{location} is {type(value).__name__}, not a path, a data URL or bytes")
+        return _store_bytes(encode_png(value, location), location)
+    raise InvalidRow("bad-image", f"{location} is {type_name(value)}, not a path, a data URL or bytes")
 
 
 def is_pil_image(value: Any) -> bool:
@@ -68,16 +73,30 @@ def is_pil_image(value: Any) -> bool:
     return hasattr(value, "save") and hasattr(value, "getexif")
 
 
-def encode_png(image: PIL.Image.Image) -> bytes:
+def encode_png(image: PIL.Image.Image, location: str = "a PIL image") -> bytes:
+    """Return a PIL image as the bytes of a PNG file, upright. Raises InvalidRow if it cannot be used."""
     from PIL import ImageOps
 
+    if image.mode in _MODES_32_BIT:  # a PNG file would have 16 of them
+        raise InvalidRow("image-unreadable", f"{location}: pixels of 32 bits")
+    if (frames := _count_frames(image)) > 1:
+        raise InvalidRow("image-animated", f"{location}: {frames} frames")
     buffer = io.BytesIO()
-    ImageOps.exif_transpose(image).save(buffer, "PNG")
+    try:
+        upright = ImageOps.exif_transpose(image)
+        (upright if upright.mode in _MODES_OF_PNG else upright.convert("RGB")).save(buffer, "PNG")
+    except Exception as error:  # of many types: the file is truncated or closed
+        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
     return buffer.getvalue()
 
 
+def _count_frames(image: PIL.Image.Image) -> int:
+    """Return the number of frames. The other pictures in a photo of a phone (MPO) are previews or depth."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 def _find_content(value: Mapping[str, Any], location: str) -> Any:
-    for key in ("bytes", "path", "url", "image", "base64", "data"):
+    for key in _CONTENT_KEYS:
         if (content := value.get(key)) is not None:
             if key in ("base64", "data") and isinstance(content, str) and not content.startswith("data:"):
                 return _decode_base64(content, location)
@@ -119,17 +138,19 @@ def keep_bytes(content: bytes) -> Path:
 
 
 def _read_path(value: str, folder: Path | None, location: str) -> Image:
-    if re.match(r"https?://", value, re.IGNORECASE):
-        raise InvalidRow("image-url", f"{location}: {value[:80]}")
-    if folder is None:
-        raise InvalidRow("bad-image", f"{location}: only data URLs are read here, not files")
     if value.startswith("file://"):
         value = unquote(urlparse(value).path)
+    elif re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
+        raise InvalidRow("image-url", f"{location}: {_shorten(value)}")
+    if folder is None:
+        raise InvalidRow("bad-image", f"{location}: only data URLs are read here, not files")
     path = folder / os.path.expanduser(value)
     try:
         status = path.stat()
-    except (OSError, ValueError):
-        raise InvalidRow("image-missing", f"{location}: no file {path}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise InvalidRow("image-missing", f"{location}: {path}: {error.strerror}") from None
+        raise InvalidRow("image-missing", f"{location}: no file {_shorten(str(path))}") from None
     if not path.is_file():
         raise InvalidRow("image-missing", f"{location}: {path} is not a file")
     if status.st_size > MAX_BYTES:
@@ -138,6 +159,11 @@ def _read_path(value: str, folder: Path | None, location: str) -> Image:
     if isinstance(result, InvalidRow):
         raise InvalidRow(result.code, f"{location}: {path.name}: {result.what}")
     return result
+
+
+def _shorten(text: str) -> str:
+    """Return a text for an error. It may be the base64 of a whole image."""
+    return text if len(text) <= 200 else f"{text[:100]} ... ({len(text):,} characters)"
 
 
 @lru_cache(maxsize=1 << 17)
@@ -168,17 +194,22 @@ def _decode(content: bytes, location: str) -> tuple[PIL.Image.Image, tuple[str, 
     import PIL.Image
     from PIL import ImageOps
 
+    PIL.Image.init()
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and damaged metadata, which are checked here
-            image: PIL.Image.Image = PIL.Image.open(io.BytesIO(content))
+            image: PIL.Image.Image = PIL.Image.open(
+                io.BytesIO(content), formats=[name for name in FORMATS if name in PIL.Image.OPEN]
+            )
             if image.width * image.height > MAX_PIXELS:
                 raise InvalidRow("image-too-large", f"{location}: {image.width} x {image.height}, {_TOO_LARGE}")
-            if (frames := getattr(image, "n_frames", 1)) > 1:
+            if not image.width * image.height:
+                raise InvalidRow("image-unreadable", f"{location}: {image.width} x {image.height} pixels")
+            if (frames := _count_frames(image)) > 1:
                 raise InvalidRow("image-animated", f"{location}: {frames} frames")
             image.load()
-            if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+            if image.getexif().get(_ORIENTATION) in _TURNED:
                 notes.append("rotated")
                 image = ImageOps.exif_transpose(image)
             image = _to_rgb(image, notes, location)
@@ -200,7 +231,7 @@ def _to_rgb(image: PIL.Image.Image, notes: list[str], location: str) -> PIL.Imag
     if image.mode in _MODES_16_BIT:
         notes.append("16-bit")
         return PIL.Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+    if image.mode in _MODES_32_BIT:
         raise InvalidRow("image-unreadable", f"{location}: pixels of 32 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -240,8 +271,11 @@ class ImageTable:
         return len(self.images)
 
     def add(self, image: Image, tokens: int) -> int:
-        """Return the first id of an image, which has `tokens` features."""
+        """Return the first id of an image, which has `tokens` features. Raises DataError if there are no ids left."""
         if image.digest not in self._by_digest:
+            if self._end + tokens > END_IMAGE_ID:
+                limit = f"more than {END_IMAGE_ID - FIRST_IMAGE_ID:,} features"
+                raise DataError(f"the images have {limit}", fix="train on fewer or smaller images")
             self._by_digest[image.digest] = len(self.images)
             self.images.append(image)
             self.starts.append(self._end)

@@ -33,7 +33,7 @@ from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts, render_triplets
 from strop.data.rendering.template_source import CHATML, template_source
-from strop.data.row_errors import TOO_LONG, RenderError, RowError
+from strop.data.row_errors import IMAGE_FILE_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
     ExampleGroups,
@@ -429,12 +429,21 @@ def _build_store(
 
 
 def _remove_changed(folder: Path) -> None:
-    """Remove a store one of whose images is no longer the same: its rows are prepared again."""
+    """Remove a store if one of its images has changed, or could not be read: its rows are prepared again."""
     store = load_store(folder)
-    for digest_, path, *_ in (store.facts.get("images") or ()) if store else ():
-        if not os.path.isfile(path) or (os.path.basename(path) != digest_ and sha256_file(Path(path)) != digest_):
-            shutil.rmtree(folder)
-            return
+    if store is None:
+        return
+    failed = any(code in IMAGE_FILE_REASONS for code, *_ in store.facts["faults"])
+    if failed or any(_has_changed(path, digest_) for digest_, path, *_ in store.facts.get("images") or ()):
+        shutil.rmtree(folder)
+
+
+def _has_changed(path: str, digest: str) -> bool:
+    """Return whether the file of an image is not the same. Those in the cache are named after their hash."""
+    try:
+        return not os.path.isfile(path) or (os.path.basename(path) != digest and sha256_file(Path(path)) != digest)
+    except OSError:
+        return True
 
 
 def _write_rows(
@@ -612,6 +621,8 @@ def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer,
     key = hashlib.sha256()
     for source in sources.resolve(spec):
         key.update(json.dumps([source.path, source.weight, len(source.files)]).encode())
+        if renderer.image_table is not None:
+            key.update(os.fsencode(formats.image_folder(source.path, data.image_folder).absolute()))
         for name in source.files:
             key.update(bytes.fromhex(sha256_file(Path(name))))
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})

@@ -6,6 +6,7 @@ The keys of the tables are the reason codes of `by_reason` and `dropped` in `str
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from strop.errors import DataError, Location
 
@@ -83,6 +84,8 @@ RENDERING_REASONS: dict[str, str] = {
     "image-refused": "the model's image processor refuses an image",
 }
 TOO_LONG = "too-long"
+# Reasons that depend on the files of images, which may change while the rows do not.
+IMAGE_FILE_REASONS = frozenset({"image-missing", "image-unreadable", "image-too-large", "image-animated"})
 REASONS: dict[str, str] = {
     **READING_REASONS,
     **FORMAT_REASONS,
@@ -103,6 +106,7 @@ FIXES: dict[str, str] = {
     "reasoning-off": "choose --data.reasoning drop to train without it, or turn it on in data.template_options",
     "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant message a weight above 0",
+    "image-count": "write <image> once for each image, or nowhere to have them at the start of the first message",
     "image-url": "download the images, and give their paths",
     "image-missing": "give paths relative to the data file, or their folder with --data.image_folder",
     "no-images": "choose a model that reads images, such as SmolVLM, or leave the images out",
@@ -127,6 +131,15 @@ class InvalidRow(ValueError):
         super().__init__(what)
         self.code = code
         self.what = what
+
+
+def type_name(value: Any) -> str:
+    """Return what a value is, for an error."""
+    if value is None:
+        return "null"
+    number = "a number"
+    names = {bool: "true or false", int: number, float: number, str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 class RenderError(DataError):

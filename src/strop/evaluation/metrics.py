@@ -26,8 +26,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from strop.data.converters import type_name
 from strop.data.reading.json_reader import loads
+from strop.data.row_errors import type_name
 from strop.data.types import Conversation
 from strop.errors import DataError, Location, RecipeError, RunError, suggest
 from strop.runs.lock import sha256_file

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from strop.data.row_errors import RowError, file_error
 from strop.errors import DataError, Location
 
-# suffix -> (reader, description). `.gz` and `.zst` may follow any suffix except .parquet.
+# suffix -> (reader, description). `.gz` and `.zst` may follow any suffix except .parquet and .arrow.
 TYPES: dict[str, tuple[str, str]] = {
     ".jsonl": ("json", "JSON Lines: one object a line. A JSON array works too; on one line, its rows are numbered"),
     ".ndjson": ("json", "the same as .jsonl"),
@@ -25,6 +25,7 @@ TYPES: dict[str, tuple[str, str]] = {
     ),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
+    ".arrow": ("arrow", "Arrow IPC, as `save_to_disk` of datasets writes it; the line is the number of the row"),
     ".txt": (
         "text",
         "plain text; a row is a paragraph (separated by blank lines), or the whole file with `data.format: document`",
@@ -62,12 +63,13 @@ _BOMS = (  # UTF-32 first, because its little-endian mark begins with that of UT
 
 
 def choose_reader(path: str) -> str:
-    """Return the reader for a file: json, csv, tsv, parquet or text. Raises DataError for an unknown suffix."""
+    """Return the reader for a file: json, csv, tsv, parquet, arrow or text. Raises DataError for an unknown suffix."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSION:
         suffix = os.path.splitext(stem)[1]
-        if suffix == ".parquet":
-            raise file_error(path, "compressed Parquet (Parquet compresses inside)", "decompress it")
+        if suffix in (".parquet", ".arrow"):
+            what = "compressed Parquet (Parquet compresses inside)" if suffix == ".parquet" else "compressed Arrow"
+            raise file_error(path, what, "decompress it")
     if suffix in TYPES:
         return TYPES[suffix][0]
     if suffix in _PICKLES:

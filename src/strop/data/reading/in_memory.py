@@ -13,6 +13,7 @@ from typing import Any
 
 from strop.data.images import encode_png, is_pil_image, keep_bytes
 from strop.data.reading.tables import without_nulls
+from strop.data.row_errors import InvalidRow
 from strop.errors import DataError, first_line
 from strop.runs.folder import cache_folder
 
@@ -29,12 +30,26 @@ def find_rows(value: Any) -> Iterable[Any] | None:
             raise DataError("two columns of the DataFrame have the same name", fix="rename one")
         records = value.astype(object).where(value.notna(), None).to_dict("records")
     elif hasattr(value, "with_format") and hasattr(value, "features"):  # datasets.Dataset and IterableDataset
-        records = value.with_format(None)
+        records = _without_decoding(value.with_format(None))
     elif hasattr(value, "to_pylist") or hasattr(value, "to_dicts"):  # pyarrow.Table, polars.DataFrame
         records = value.to_pylist() if hasattr(value, "to_pylist") else value.to_dicts()
     else:
         return None
     return ({key: without_nulls(cell) for key, cell in row.items()} for row in records)
+
+
+def _without_decoding(dataset: Any) -> Any:
+    """Return a Dataset or IterableDataset whose images are bytes and paths, as in its files, instead of PIL images."""
+    if hasattr(dataset, "decode"):  # IterableDataset
+        return dataset.decode(False)
+    pending: list[Any] = [dataset.features]  # a copy, which with_format made
+    while pending:
+        feature = pending.pop()
+        if hasattr(feature, "decode"):
+            feature.decode = False
+        inner = feature.values() if isinstance(feature, Mapping) else feature if isinstance(feature, list) else ()
+        pending += [*inner, *([feature.feature] if hasattr(feature, "feature") else [])]
+    return dataset
 
 
 def write_rows(name: str, rows: Iterable[Any]) -> str:
@@ -53,7 +68,9 @@ def write_rows(name: str, rows: Iterable[Any]) -> str:
                     line = json.dumps(row, default=to_json).encode() + b"\n"
                 except (TypeError, ValueError, RecursionError) as error:
                     what = f"{name}: row {number}: {first_line(error)}"
-                    raise DataError(what, fix="convert it to text, a number, a list or a dict") from None
+                    fix = "convert it to text, a number, a list or a dict"
+                    fix = "correct or remove the image" if isinstance(error, InvalidRow) else fix
+                    raise DataError(what, fix=fix) from None
                 digest.update(line)
                 file.write(line)
         path = folder / f"rows-{digest.hexdigest()[:12]}.jsonl"
@@ -71,9 +88,14 @@ def describe_file(path: str) -> str | None:
 
 
 def to_json(value: Any) -> Any:
-    """Convert dates to text, arrays and scalars of NumPy and torch to lists and numbers, and images to files."""
-    if isinstance(value, bytes) or is_pil_image(value):
-        return str(keep_bytes(value if isinstance(value, bytes) else encode_png(value)))
+    """Convert dates to text, arrays and scalars of NumPy and torch to lists and numbers, and images to files.
+
+    A file is an object, so that bytes are not used as text.
+    """
+    if isinstance(value, bytes | bytearray | memoryview) or is_pil_image(value):
+        return {"path": str(keep_bytes(encode_png(value) if is_pil_image(value) else bytes(value)))}
+    if isinstance(value, os.PathLike):
+        return {"path": os.fspath(value)}
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if hasattr(value, "tolist"):

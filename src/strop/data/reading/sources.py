@@ -81,9 +81,12 @@ def _resolve_one(spec: str) -> list[Source]:
     if os.path.isfile(spec):
         return [Source(describe_file(spec) or spec, (spec,))]
     if os.path.isdir(spec):
-        if {"state.json", "dataset_dict.json"} & {*os.listdir(spec)}:
-            what = "a folder written by save_to_disk of datasets, whose Arrow files are not supported"
-            raise file_error(spec, what, 'write it as Parquet: load_from_disk(FOLDER).to_parquet("rows.parquet")')
+        if os.path.isfile(os.path.join(spec, "dataset_dict.json")):
+            splits = [os.path.join(spec, name) for name in sorted(os.listdir(spec))]
+            fix = f"name one: {', '.join(path for path in splits if os.path.isdir(path))}"
+            raise file_error(spec, "a folder with several splits, written by save_to_disk of datasets", fix)
+        if os.path.isfile(os.path.join(spec, "state.json")):
+            return _find_saved_files(spec)
         suffixes = sorted({os.path.splitext(name)[1] for name in os.listdir(spec)} & {*files.TYPES, *files.COMPRESSION})
         globs = " or ".join(f"{os.path.join(spec, '*')}{suffix}" for suffix in suffixes)
         raise file_error(spec, "is a folder", f"name its files: {globs}" if globs else "it has no data files")
@@ -102,6 +105,22 @@ def _resolve_one(spec: str) -> list[Source]:
     if is_dataset(spec):
         return _download(spec)
     raise _missing_file_error(spec)
+
+
+def _find_saved_files(folder: str) -> list[Source]:
+    """Return the Arrow files of a folder written by save_to_disk of datasets, in order."""
+    try:
+        state = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
+        names = [os.path.basename(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        names = []
+    if not names:
+        what = "its state.json names no data files, as that of save_to_disk of datasets does"
+        raise file_error(folder, what, "name the files")
+    paths = [os.path.join(folder, name) for name in names]
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise file_error(missing[0], "no such file, although state.json names it", "save the data set again")
+    return [Source(path, (path,)) for path in paths]
 
 
 def _match_weight(spec: str) -> re.Match[str] | None:
@@ -342,6 +361,8 @@ def _read(
         return read_json(name, path, encoding, columns, errors)
     if reader == "parquet":
         return tables.read_parquet(name, path)
+    if reader == "arrow":
+        return tables.read_arrow(name, path)
     if reader == "text" and documents:
         return tables.read_document(name, files.read_text(path, encoding))
     lines = files.read_decoded_lines(name, path, encoding, errors)

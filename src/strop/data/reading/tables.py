@@ -1,4 +1,4 @@
-"""Read CSV, TSV, plain text, parallel text files and Parquet as rows. Cells of CSV and TSV files stay strings."""
+"""Read CSV, TSV, plain text, parallel files, Parquet and Arrow as rows. Cells of CSV and TSV files stay strings."""
 
 from __future__ import annotations
 
@@ -252,26 +252,59 @@ def read_parallel(
 
 
 def read_parquet(name: str, path: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file.
+    """Yield the rows of a Parquet file."""
+    from pyarrow import parquet
 
-    Null members of objects are removed: all objects of a Parquet column have the same members, null where absent.
+    def read() -> Iterator[Any]:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            yield file.schema_arrow
+            yield from file.iter_batches(batch_size=_batch_size(file.schema_arrow))
+
+    return _read_batches(name, "Parquet", read())
+
+
+def read_arrow(name: str, path: str) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, in the format of a stream or of a file."""
+    import pyarrow
+    from pyarrow import ipc
+
+    def read() -> Iterator[Any]:
+        with pyarrow.memory_map(path) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
+            yield reader.schema
+            size = _batch_size(reader.schema)
+            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+                yield from (batch.slice(start, size) for start in range(0, batch.num_rows, size))
+
+    return _read_batches(name, "Arrow", read())
+
+
+def _batch_size(schema: Any) -> int:
+    """Return how many rows to convert at a time: few if they may have images."""
+    return 16 if any("binary" in str(type) for type in schema.types) else 256
+
+
+def _read_batches(name: str, kind: str, batches: Iterator[Any]) -> Iterator[Row]:
+    """Yield the rows of record batches. batches: the schema, and the batches.
+
+    Null members of objects are removed: all objects of a column have the same members, null where absent.
     """
     import pyarrow
-    from pyarrow import parquet
 
     number = 0
     try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise file_error(name, "two columns have the same name", "rename one")
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield Row(name, number, {key: without_nulls(value) for key, value in record.items()})
+        names = next(batches).names
+        if len(set(names)) < len(names):
+            raise file_error(name, "two columns have the same name", "rename one")
+        for batch in batches:
+            for record in batch.to_pylist():
+                number += 1
+                yield Row(name, number, {key: without_nulls(value) for key, value in record.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a date out of range
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise file_error(name, f"Parquet cannot be read after row {number}: {what}") from error
+        raise file_error(name, f"{kind} cannot be read after row {number}: {what}") from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from strop.data.converters import ImageSource, ParsedRow, convert_prompt, list_images, read_images
+from strop.data.converters import ParsedRow, convert_prompt, list_images, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Classes, Conversation, Example, Ids, Message
@@ -350,9 +350,8 @@ def _user_message(text: str, images: Any, function: str) -> Message:
     """Return a message of the user with its images. Raises InputError."""
     if images is None:
         return Message("user", text)
-    values = [ImageSource(image, f"image {number}") for number, image in enumerate(list_images(images), 1)]
     try:
-        return read_images(ParsedRow((Message("user", text),)), Path(), values).messages[0]
+        return read_images(ParsedRow((Message("user", text),)), Path(), list_images(images, "images")).messages[0]
     except InvalidRow as error:
         raise InputError(f"{function}: {error.what}", fix="give a path, bytes or a PIL image") from None
 

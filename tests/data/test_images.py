@@ -1,0 +1,397 @@
+"""Images in every form of row and file, and what is done with them from the first run to the next."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import PIL.Image
+import pyarrow
+import pytest
+from pyarrow import ipc, parquet
+
+from strop.config.schema import DataSection
+from strop.data.formats import ConversationReader
+from strop.data.images import open_image
+from strop.data.reading.in_memory import find_rows, write_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
+from strop.data.store import dump_conversation
+from strop.data.types import MARK, Conversation, DataKind
+from strop.errors import DataError
+from tests.support.pictures import BLUE, GREEN, RED, data_url, encode, picture, write_picture
+
+ANSWER = {"role": "assistant", "content": "a square"}
+QUESTION = "What is it?"
+PNG = encode(picture(64, 48, RED))
+URL = data_url(PNG)
+THREE = ["a.png", "b.png", "c.png"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a folder with a.png (red), b.png (green) and c.png (blue), and another one the current folder."""
+    data = tmp_path / "data"
+    for name, size, color in (("a", (64, 48), RED), ("b", (40, 40), GREEN), ("c", (20, 60), BLUE)):
+        write_picture(data / f"{name}.png", *size, color)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return data
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(spec: str, data_kind: DataKind = "turns", **options: Any) -> list[Conversation]:
+    """Return the conversations of a file without errors."""
+    data, errors = DataSection(train=spec, **options), list[RowError]()
+    rows = read_rows(spec, columns=data.columns, errors=errors)
+    reader = ConversationReader(
+        rows, format=data.format, columns=data.columns, errors=errors, data_kind=data_kind,
+        image_folder=data.image_folder,
+    )  # fmt: skip
+    conversations = list(reader)
+    assert errors == []
+    return conversations
+
+
+def read_memory(value: Any) -> list[Conversation]:
+    rows = find_rows(value)
+    assert rows is not None
+    return read(write_rows("rows", rows))
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def parts(*items: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
+
+
+def colors(conversation: Conversation) -> list[tuple[int, ...]]:
+    """Return the color of each image of the messages, in order."""
+    images = [open_image(image) for turn in conversation.messages for image in turn.images]
+    return [tuple(np.asarray(image)[0, 0].tolist()) for image in images]
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def one_image_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows with the red image and the question, in every form, each with a name."""
+    plain, placed = [user(QUESTION), ANSWER], [user(f"<image>{QUESTION}"), ANSWER]
+    path, code = str(folder / "a.png"), base64.b64encode(PNG).decode()
+    for name, value in (
+        ("relative path", "a.png"), ("dot path", "./a.png"), ("path up", "../data/a.png"), ("absolute path", path),
+        ("file url", f"file://{path}"), ("data url", URL), ("data url of jpeg", URL.replace("/png", "/jpeg")),
+        ("object with path", {"path": "a.png"}), ("object with null bytes", {"bytes": None, "path": "a.png"}),
+        ("object with url", {"url": URL}), ("object with base64", {"base64": code}),
+    ):  # fmt: skip
+        yield f"image: {name}", {"messages": plain, "image": value}
+        yield f"images: {name}", {"messages": plain, "images": [value]}
+        yield f"part image: {name}", {"messages": [user(parts({"type": "image", "image": value}, QUESTION)), ANSWER]}
+        content = parts({"type": "image_url", "image_url": value}, QUESTION)
+        yield f"part image_url: {name}", {"messages": [user(content), ANSWER]}
+    yield "images: a string", {"messages": plain, "images": "a.png"}
+    yield "images: JSON", {"messages": plain, "images": '["a.png"]'}
+    yield "both columns, one empty", {"messages": plain, "image": "a.png", "images": []}
+    for name, text in (("", "<image>"), (" and newline", "<image>\n"), (" after a newline", "\n<image>")):
+        row = {"messages": [user(f"{text}{QUESTION}"), ANSWER], "images": ["a.png"]}
+        yield f"placeholder{name}", row
+        turns = [{"from": "human", "value": f"{text}{QUESTION}"}, {"from": "gpt", "value": "a square"}]
+        yield f"LLaVA{name}", {"id": "1", "conversations": turns, "image": "a.png"}
+    for name, part in (
+        ("OpenAI chat", {"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}),
+        ("OpenAI responses", {"type": "input_image", "image_url": URL, "detail": "low"}),
+        ("transformers path", {"type": "image", "path": "a.png"}),
+        ("transformers url", {"type": "image", "url": URL}),
+        ("transformers base64", {"type": "image", "base64": code}),
+    ):
+        yield name, {"messages": [user(parts(part, QUESTION)), ANSWER]}
+    content = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": QUESTION}]
+    yield "input_text", {"messages": [user(content), ANSWER]}
+    for name, part in (
+        ("part without image", {"type": "image"}),
+        ("part with nulls", {"type": "image", "text": None, "image": None}),
+        ("part with an index", {"type": "image", "index": 0, "text": None}),
+    ):
+        yield name, {"messages": [user(parts(part, QUESTION)), ANSWER], "images": ["a.png"]}
+        yield f"{name} in a message", {"messages": [user(parts(part, QUESTION), images=["a.png"]), ANSWER]}
+    yield "images of a message", {"messages": [user(QUESTION, images=["a.png"]), ANSWER]}
+    yield "image of a message", {"messages": [user(f"<image>{QUESTION}", image="a.png"), ANSWER]}
+    yield "images of a message with parts", {"messages": [user(parts(QUESTION), images=["a.png"]), ANSWER]}
+    yield "question-answer", {"question": QUESTION, "answer": "a square", "image": "a.png"}
+    yield "prompt-completion", {"prompt": QUESTION, "completion": "a square", "images": ["a.png"]}
+    yield "prompt-completion with messages", {"prompt": placed[:1], "completion": placed[1:], "images": ["a.png"]}
+    yield "alpaca", {"instruction": QUESTION, "input": "", "output": "a square", "images": ["a.png"]}
+    yield "messages as JSON", {"messages": json.dumps(placed), "images": '["a.png"]'}
+
+
+def test_every_form_of_an_image_gives_the_same_conversation(folder: Path) -> None:
+    rows = dict(one_image_rows(folder))
+    conversations = dict(zip(rows, [read(write(folder / "d.jsonl", row))[0] for row in rows.values()], strict=True))
+    different = {
+        name: turns.messages
+        for name, turns in conversations.items()
+        if turns.messages[0].content != f"{MARK}{QUESTION}" or colors(turns) != [RED]
+    }
+    assert different == {} and len(rows) > 60
+    assert len({dump_conversation(turns) for turns in conversations.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("<image> then <image>?"), ANSWER, user("And <image>\n?"), ANSWER], "images": THREE},
+        {
+            "messages": [
+                user(parts({"type": "image", "path": "a.png"}, " then ", {"type": "image", "image": "b.png"}, "?")),
+                ANSWER,
+                user(parts("And ", {"type": "image", "path": "c.png"}, "?")), ANSWER,
+            ]
+        },
+        {
+            "messages": [
+                user(parts({"type": "image"}, " then ", {"type": "image", "path": "b.png"}, "?")), ANSWER,
+                user("And <image>?"), ANSWER,
+            ],
+            "images": ["a.png", "c.png"],
+        },
+        {
+            "messages": [
+                user("<image> then <image>?", images=["a.png", "b.png"]), ANSWER,
+                user(parts("And ", {"type": "image"}, "?"), image="c.png"), ANSWER,
+            ]
+        },
+        {
+            "messages": [
+                user(parts({"type": "image", "index": 0}, " then ", {"type": "image", "index": 1}, "?")), ANSWER,
+                user(parts("And ", {"type": "image", "index": 2}, "?")), ANSWER,
+            ],
+            "images": THREE,
+        },
+        {
+            "prompt": "And <image>?", "completion": "a square", "history": [["<image> then <image>?", "a square"]],
+            "images": THREE,
+        },
+    ],
+)  # fmt: skip
+def test_several_images_keep_their_places_in_several_turns(folder: Path, row: dict[str, Any]) -> None:
+    [conversation] = read(write(folder / "d.jsonl", row))
+    contents = [turn.content for turn in conversation.messages]
+    assert contents == [f"{MARK} then {MARK}?", "a square", f"And {MARK}?", "a square"]
+    assert colors(conversation) == [RED, GREEN, BLUE]
+    assert [len(turn.images) for turn in conversation.messages] == [2, 0, 1, 0]
+
+
+def test_images_without_places_are_at_the_start_of_the_first_user_message(folder: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, user("q"), ANSWER, user("r"), ANSWER]
+    [conversation] = read(write(folder / "d.jsonl", {"messages": messages, "images": ["b.png", "a.png"]}))
+    assert conversation.messages[1].content == f"{MARK}{MARK}q" and colors(conversation) == [GREEN, RED]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "<image>q", "chosen": "yes", "rejected": "no", "images": ["a.png"]},
+        {"prompt": "q", "chosen": "yes", "rejected": "no", "image": "a.png"},
+        {"prompt": [user("q", images=["a.png"])], "chosen": "yes", "rejected": "no"},
+        {"prompt": [user(parts({"type": "image", "image": URL}, "q"))], "chosen": "yes", "rejected": "no"},
+        {"prompt": [user(parts({"type": "image"}, "q"))], "chosen": [{**ANSWER, "content": "yes"}],
+         "rejected": [{**ANSWER, "content": "no"}], "images": ["a.png"]},
+        {"chosen": [user(parts({"type": "image"}, "q")), {**ANSWER, "content": "yes"}],
+         "rejected": [user(parts({"type": "image"}, "q")), {**ANSWER, "content": "no"}], "images": ["a.png"]},
+        {"prompt": "q", "answers": ["no", "yes"], "scores": [0, 1], "images": ["a.png"]},
+    ],
+)  # fmt: skip
+def test_both_sides_of_a_pair_have_the_image(folder: Path, row: dict[str, Any]) -> None:
+    [pair] = read(write(folder / "d.jsonl", row), "pairs")
+    prompts = [side.messages[0] for side in pair.sides]
+    assert prompts[0] == prompts[1] and prompts[0].content == f"{MARK}q" and len(prompts[0].images) == 1
+    assert [side.messages[1].content for side in pair.sides] == ["yes", "no"]
+
+
+def test_prompts_and_labelled_answers_have_images(folder: Path) -> None:
+    [prompt] = read(write(folder / "p.jsonl", {"prompt": "q", "images": ["a.png"]}), "prompts")
+    label = {"prompt": "q", "completion": "a", "label": True, "images": ["a.png"]}
+    [labelled] = read(write(folder / "l.jsonl", label), "labels")
+    texts = {"messages": [user("<image>\nq")], "label": "red", "images": ["a.png"]}
+    [classified] = read(write(folder / "c.jsonl", texts), "classes")
+    assert [turns.messages[0].content for turns in (prompt, labelled, classified)] == [f"{MARK}q"] * 3
+    assert [colors(turns) for turns in (prompt, labelled, classified)] == [[RED]] * 3
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_columns_and_the_folder_of_images_are_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(
+        folder.parent / "d.jsonl", {"q": QUESTION, "a": "a square", "pictures": ["a.png"], "images": "nothing"}
+    )
+    columns = {"prompt": "q", "completion": "a", "images": "pictures"}
+    for chosen in (str(folder), os.path.join("..", "data")):
+        [conversation] = read(file, columns=columns, image_folder=chosen)
+        assert colors(conversation) == [RED]
+    monkeypatch.setenv("HOME", str(folder.parent))
+    [conversation] = read(file, columns=columns, image_folder="~/data")
+    assert colors(conversation) == [RED]
+    [without] = read(file, columns={"prompt": "q", "completion": "a"})
+    assert colors(without) == []
+
+
+@pytest.mark.parametrize("name", ["a b.png", "ünï-図.png", "[1].png", "a#b?.png", "%41.png", "a.PNG", "no suffix"])
+def test_unusual_file_names_are_found(folder: Path, name: str) -> None:
+    write_picture(folder / "sub" / name, 8, 8, BLUE)
+    [conversation] = read(write(folder / "d.jsonl", {"prompt": "q", "completion": "a", "images": [f"sub/{name}"]}))
+    assert colors(conversation) == [BLUE]
+
+
+def test_home_and_quoted_file_urls_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    write_picture(folder / "a b.png", 8, 8, BLUE)
+    paths = ["~/a b.png", f"file://{folder}/a%20b.png", f"file://{folder}/a b.png", (folder / "a b.png").as_uri()]
+    rows = [{"prompt": "q", "completion": "a", "image": path} for path in paths]
+    assert [colors(turns) for turns in read(write(folder.parent / "d.jsonl", *rows))] == [[BLUE]] * 4
+
+
+@pytest.mark.parametrize("cell", ["a.png", '["a.png"]', ' [ "a.png" ] ', URL, json.dumps([URL]), '[{"path": "a.png"}]'])
+def test_cells_of_tables_have_paths_or_json(folder: Path, cell: str) -> None:
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        out = io.StringIO()
+        csv.writer(out, delimiter=separator).writerows(
+            [["prompt", "completion", "images"], [QUESTION, "a square", cell]]
+        )
+        (folder / f"d{suffix}").write_text(out.getvalue(), encoding="utf-8")
+        assert [colors(turns) for turns in read(str(folder / f"d{suffix}"))] == [[RED]]
+
+
+def test_empty_cells_and_null_columns_are_rows_without_images(folder: Path) -> None:
+    (folder / "d.csv").write_text("prompt,completion,images\nq,a,\nq,b,[]\n", encoding="utf-8")
+    assert [colors(turns) for turns in read(str(folder / "d.csv"))] == [[], []]
+    rows = [{"prompt": "q", "completion": "a", "images": None}, {"prompt": "q", "completion": "b", "image": ""}]
+    assert [colors(turns) for turns in read(write(folder / "d.jsonl", *rows))] == [[], []]
+
+
+IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+
+
+def image_table(cells: list[Any], *, several: bool) -> pyarrow.Table:
+    """Return a table with the Image feature, as datasets writes it."""
+    kind = pyarrow.list_(IMAGE) if several else IMAGE
+    column = pyarrow.array([[cell] for cell in cells] if several else cells, kind)
+    texts = {"prompt": [QUESTION] * len(cells), "completion": ["a square"] * len(cells)}
+    return pyarrow.table({**texts, "images" if several else "image": column})
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_tables_with_the_image_feature_are_read(folder: Path, kind: str, several: bool) -> None:
+    cells = [{"bytes": PNG, "path": None}, {"bytes": PNG, "path": "gone.png"}, {"bytes": None, "path": "a.png"}] * 20
+    table = image_table(cells, several=several)
+    file = folder / ("d.parquet" if kind == "parquet" else "d.arrow")
+    if kind == "parquet":
+        parquet.write_table(table, file)
+    else:
+        with (ipc.new_stream if kind == "stream" else ipc.new_file)(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=25)
+    conversations = read(str(file))
+    assert [turns.line for turns in conversations] == list(range(1, 61))
+    assert all(colors(turns) == [RED] for turns in conversations)
+    assert len({dump_conversation(turns) for turns in conversations}) == 1
+
+
+def image_dataset(folder: Path) -> datasets.Dataset:
+    features = datasets.Features({
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "images": datasets.List(datasets.Image()),
+    })  # fmt: skip
+    columns = {"messages": [[user(QUESTION), ANSWER]] * 3, "images": [[str(folder / "a.png")], [picture()], []]}
+    return datasets.Dataset.from_dict(columns, features)
+
+
+def test_folders_of_save_to_disk_are_read(folder: Path) -> None:
+    data = image_dataset(folder)
+    data.save_to_disk(folder / "saved", num_shards=2)
+    assert [colors(turns) for turns in read(str(folder / "saved"))] == [[RED], [RED], []]
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(folder / "splits")
+    assert len(read(str(folder / "splits" / "test"))) == 3
+    with pytest.raises(DataError) as caught:
+        read(str(folder / "splits"))
+    assert str(folder / "splits" / "train") in caught.value.fix
+    (folder / "saved" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"although state\.json names it"):
+        read(str(folder / "saved"))
+    (folder / "saved" / "state.json").write_text('{"_data_files": [{"filename": "../../a.arrow"}]}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"saved.a\.arrow"):  # not a file outside the folder
+        read(str(folder / "saved"))
+
+
+# --- rows in memory ----------------------------------------------------------------------------------------------
+
+
+def test_images_in_memory_are_read(folder: Path) -> None:
+    red = picture()
+    images = [
+        red, PNG, bytearray(PNG), memoryview(PNG), folder / "a.png", str(folder / "a.png"), URL, {"bytes": PNG},
+        red.convert("RGBA"), red.convert("P"), red.convert("CMYK"), red.convert("YCbCr"),
+        PIL.Image.open(folder / "a.png"),
+    ]  # fmt: skip
+    rows = [{"prompt": QUESTION, "completion": "a square", "images": [image]} for image in images]
+    rows += [{"messages": [user(parts({"type": "image", "image": image}, QUESTION)), ANSWER]} for image in images]
+    for row in rows:
+        [conversation] = read_memory([row])
+        assert conversation.messages[0].content == f"{MARK}{QUESTION}"
+        assert np.abs(np.subtract(colors(conversation), [RED])).max() <= 2  # YCbCr is rounded
+
+
+def test_tables_in_memory_are_read(folder: Path) -> None:
+    frame = pandas.DataFrame({"prompt": ["q", "r"], "completion": ["a", "b"], "image": [picture(), None]})
+    assert [colors(turns) for turns in read_memory(frame)] == [[RED], []]
+    assert [colors(turns) for turns in read_memory(image_table([{"bytes": PNG, "path": None}], several=True))] == [
+        [RED]
+    ]
+    dataset = image_dataset(folder)
+    for value in (dataset, dataset.to_iterable_dataset()):
+        conversations = read_memory(value)
+        assert [colors(turns) for turns in conversations] == [[RED], [RED], []]
+        assert conversations[0].messages[0].images[0].digest == read(str_of_png(folder))[0].messages[0].images[0].digest
+    assert isinstance(dataset[0]["images"][0], PIL.Image.Image)  # unchanged
+
+
+def str_of_png(folder: Path) -> str:
+    return write(folder / "one.jsonl", {"prompt": "q", "completion": "a", "image": "a.png"})
+
+
+def test_bytes_in_memory_are_never_text() -> None:
+    for row in ({"text": b"abc"}, {"prompt": "q", "completion": b"abc"}, {"messages": [user(b"abc"), ANSWER]}):
+        errors: list[RowError] = []
+        rows = read_rows(write_rows("rows", [row]), errors=errors)
+        try:
+            conversations = list(ConversationReader(rows, errors=errors))
+        except DataError:
+            continue
+        assert conversations == [] and len(errors) == 1
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_in_memory_that_a_file_would_change_are_refused(mode: str) -> None:
+    with pytest.raises(DataError, match="row 2: a PIL image: pixels of 32 bits"):
+        write_rows("rows", [{"prompt": "q"}, {"prompt": "q", "image": PIL.Image.new(mode, (4, 4))}])
+
+
+def test_animations_in_memory_are_refused() -> None:
+    frames = encode(picture(), "GIF", save_all=True, append_images=[picture(color=BLUE)])
+    with pytest.raises(DataError, match="row 1: a PIL image: 2 frames"):
+        write_rows("rows", [{"prompt": "q", "image": PIL.Image.open(io.BytesIO(frames))}])
