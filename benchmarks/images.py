@@ -4,8 +4,8 @@
     python benchmarks/images.py data --task digits|receipts|charts --out FOLDER
     python benchmarks/images.py run --task digits|receipts|charts [--epochs 4] [--out FILE]
 
-`build` writes a model in the format of SmolVLM: SmolLM2-135M as the text model, under a small image encoder (4 layers of
-SigLIP's kind) and a projector with random weights. `data` writes images and rows: the 1,797 scanned digits of
+`build` writes a model in the format of SmolVLM: SmolLM2-135M as the text model, under a small image encoder (four
+layers of SigLIP's kind) and a projector with random weights. `data` writes images and rows: the 1,797 scanned digits of
 scikit-learn, or pictures drawn with Pillow; answers are JSON. `run` trains on them, scores base and tuned on held-out
 images, and writes the result with machine, versions and command.
 """
@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import tempfile
 from pathlib import Path
 from typing import Any
-
-from measured import child, run_jobs
 
 SIDE, PATCH, TOKENS = 48, 6, 16  # of an image, in pixels and in features
 SHOPS = ("Kiosk Nord", "Cafe Luna", "Book Barn", "Tea House", "Bike Shop", "City Deli")

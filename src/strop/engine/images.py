@@ -12,7 +12,7 @@ import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +20,27 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from strop.data.images import FIRST_IMAGE_ID, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
 from strop.data.types import Example
 from strop.errors import ModelError
 from strop.models.families.layers import text_decoder
+from strop.models.introspect import text_filter
 from strop.models.source import Source, fingerprint
 from strop.runs.folder import cache_folder, write_atomic
 
 MAX_CACHE_BYTES = 20 << 30  # on disk, of all models; the features that were not used for longest are removed
 MAX_MEMORY_BYTES = 1 << 30
 GRID = "image_grid_thw"  # argument of models with positions in space: frames, rows and columns of patches
+MAX_TOWER_OUTPUTS = 4096  # images whose output of the image encoder is kept for a trained projector
+_WRAPPERS = (LoraLayer, AuxiliaryTrainingWrapper)
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are features of images
 _BIDIRECTIONAL = "attention in both directions between the features of an image"
 FEATURES, LATER = "features", "deepstack."  # names of the tensors of an image; LATER with the number of a layer
@@ -61,6 +67,12 @@ class ImageFeatures:
         self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # by digest
         self._token_types = [name for name in _TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
         self._recent_bytes = 0
+        is_text = text_filter(model)
+        self._adapted = [  # trained modules outside of the text model, such as a projector
+            module for name, module in model.named_modules() if isinstance(module, _WRAPPERS) and not is_text(name)
+        ]
+        self._tower = find_image_tower(model)
+        self._tower_outputs: OrderedDict[str, Any] = OrderedDict()  # by digest
         self.computed = 0  # images that were not in the cache
 
     @cached_property
@@ -114,8 +126,18 @@ class ImageFeatures:
     def _whole_images(self, row: Tensor) -> Iterator[tuple[int, int, int]]:
         return self._spans(row[row >= FIRST_IMAGE_ID])
 
+    @property
+    def depends_on_adapter(self) -> bool:
+        """Whether the features with an adapter differ from those of the base."""
+        return bool(self._adapted)
+
     def of_image(self, number: int) -> dict[str, Tensor]:
-        """Return `features` (tokens, h) of an image of the table, and its grid if the model has one, on its device."""
+        """Return `features` (tokens, h) of an image of the table, and its grid if the model has one, on its device.
+
+        Those of a frozen encoder are kept. If a part of it is trained, they are computed each time, with gradients.
+        """
+        if self._adapted:
+            return self._compute(number)
         digest = self._encoder.table.images[number].digest
         if (tensors := self._recent.get(digest)) is not None:
             self._recent.move_to_end(digest)
@@ -173,17 +195,18 @@ class ImageFeatures:
         logits = output.logits[0, (labels - 1).to(self._model.device)].float()
         return logits.log_softmax(-1).cpu().gather(1, text[0, labels, None])[:, 0], part
 
-    @torch.no_grad()
     def _compute(self, number: int) -> dict[str, Tensor]:
         """Run the image encoder on one image alone, so that the result does not depend on other images."""
         table = self._encoder.table
         self.computed += 1
         inputs = self._encoder.inputs(open_image(table.images[number]))
         inputs = {name: self._move(value) for name, value in inputs.items() if isinstance(value, Tensor)}
+        has_gradient = self.depends_on_adapter and torch.is_grad_enabled()
         was_training = self._model.training
         self._model.eval()  # dropout of the image encoder
         try:
-            embeddings, later = capture_embeddings(self._model, inputs)
+            with torch.set_grad_enabled(has_gradient), self._tower_computed_once(table.images[number].digest):
+                embeddings, later = capture_embeddings(self._model, inputs)
         finally:
             self._model.train(was_training)
         features = embeddings[0, inputs["input_ids"][0] == self._encoder.image_token_id]
@@ -192,7 +215,31 @@ class ImageFeatures:
             raise ModelError(what, fix="save the processor and the model with the same version of transformers")
         others = {f"{LATER}{layer}": values for layer, values in enumerate(later)}
         others |= {GRID: inputs[GRID]} if GRID in inputs else {}
-        return {name: value.detach().clone() for name, value in {FEATURES: features, **others}.items()}
+        tensors = {FEATURES: features, **others}
+        return tensors if has_gradient else {name: value.detach().clone() for name, value in tensors.items()}
+
+    @contextmanager
+    def _tower_computed_once(self, digest: str) -> Iterator[None]:
+        """Keep the output of a frozen tower under a trained projector in memory, and return it the next time."""
+        tower = self._tower if self.depends_on_adapter else None
+        if tower is None or any(module in self._adapted for module in tower.modules()):
+            yield
+            return
+        compute = tower.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if digest not in self._tower_outputs:
+                with torch.no_grad():
+                    self._tower_outputs[digest] = compute(*args, **kwargs)
+                if len(self._tower_outputs) > MAX_TOWER_OUTPUTS:
+                    self._tower_outputs.popitem(last=False)
+            return self._tower_outputs[digest]
+
+        tower.forward = forward
+        try:
+            yield
+        finally:
+            tower.forward = compute
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
@@ -220,9 +267,18 @@ def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor
     return cast(Tensor, arguments["inputs_embeds"]), list(arguments.get("deepstack_visual_embeds") or ())
 
 
-def image_features(module: Any) -> ImageFeatures | None:
-    """Return what `install_images` installed on a model or its embeddings, or None."""
-    features: ImageFeatures | None = getattr(module, "image_features", None)
+def find_image_tower(model: Any) -> nn.Module | None:
+    """Return the part of a multimodal model that reads pixels: its largest model next to the text model, or None."""
+    inner = getattr(model, model.base_model_prefix, model)
+    text = text_decoder(model)[0]
+    towers = [child for child in inner.children() if isinstance(child, PreTrainedModel) and child is not text]
+    return max(towers, key=lambda tower: sum(weight.numel() for weight in tower.parameters()), default=None)
+
+
+def image_features(model: Any) -> ImageFeatures | None:
+    """Return what `install_images` installed on a model, with or without adapters, or None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    features: ImageFeatures | None = getattr(base, "image_features", None)
     return features
 
 
@@ -236,7 +292,7 @@ def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures 
     if encoder is None:
         return None
     decoder = text_decoder(base)[0]
-    if (features := image_features(decoder)) is not None:
+    if (features := image_features(base)) is not None:
         return features
     features, embedding = ImageFeatures(base, encoder, source), base.get_input_embeddings()
     given: list[Tensor] = []  # the ids of the last call of the embedding
@@ -255,7 +311,7 @@ def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures 
             return None
         return args, {**kwargs, "visual_pos_masks": is_image, "deepstack_visual_embeds": later}
 
-    decoder.image_features = features
+    base.image_features = features
     embedding.register_forward_pre_hook(hide)
     embedding.register_forward_hook(insert)
     if "deepstack_visual_embeds" in inspect.signature(type(decoder).forward).parameters:

@@ -97,6 +97,7 @@ class DecoderLayers:
     def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         """dtype: of the computation, if it differs from that of the weights."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = base
         self.decoder, self.config = text_decoder(base)
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
@@ -117,7 +118,7 @@ class DecoderLayers:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the scaled embeddings (T, hidden) of ids (T,), in the dtype of the computation."""
-        features = image_features(self.decoder)
+        features = image_features(self._base)
         text_ids = ids if features is None else ids.masked_fill(ids >= FIRST_IMAGE_ID, 0)
         x = embed(self.embedding, text_ids, self.dtype)
         x = x if features is None else insert_features(features, ids, x)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.data.images import FIRST_IMAGE_ID
+from strop.data.images import FIRST_IMAGE_ID, hide_images
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.images import image_features
@@ -26,7 +26,6 @@ from strop.errors import ModelError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import generation_dtype, load_precision
-from strop.models.families.layers import text_decoder
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
@@ -259,7 +258,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
 
 def check_images(job: Job, items: Sequence[Item]) -> None:
     """Raise ModelError if the step computes another loss on a row with an image than the model's own forward."""
-    features = image_features(text_decoder(_base_of(job.model))[0])
+    features = image_features(job.model)
     examples = [example for item in items for example in item.examples]
     rows = (example for row in range(min(len(job.train), IMAGE_ROWS)) for example in job.train[row].examples)
     found = (x for x in (*examples, *rows) if (x.ids >= FIRST_IMAGE_ID).any() and x.ids[-1] < FIRST_IMAGE_ID)
@@ -280,16 +279,12 @@ def check_images(job: Job, items: Sequence[Item]) -> None:
     job.log.emit("note", text=f"images: equal to the model's own forward on a row, to {error:.1e} nats a token")
 
 
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _make_changed_rows(items: Sequence[Item]) -> list[Example]:
     """Return a row, and copies of it with other tokens after and before the supervised tokens."""
     longest = max((example for item in items for example in item.examples), key=len)
     half, quarter, positions = CAUSAL_TOKENS // 2, CAUSAL_TOKENS // 4, np.arange(CAUSAL_TOKENS)
     weights = ((positions > quarter) & (positions < half)).astype(np.float32)
-    ids = np.resize(longest.ids, CAUSAL_TOKENS)
+    ids = np.resize(hide_images(longest.ids), CAUSAL_TOKENS)
     changed_later = np.where(positions >= half, ids[::-1], ids)
     changed_earlier = np.where(positions < quarter, ids[::-1], ids)
     return [replace(longest, ids=row, weights=weights) for row in (ids, changed_later, changed_earlier)]

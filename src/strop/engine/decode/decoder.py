@@ -27,6 +27,7 @@ from strop.engine.train.eligibility import why_adapter_unsupported, why_base_uns
 from strop.models.adapters import has_trained_biases
 from strop.models.families.layers import ACTIVATIONS, activation_name, linear_groups, text_decoder
 from strop.models.families.table import FAMILIES
+from strop.models.introspect import text_filter
 
 MAX_QUERY_HEADS = 48  # query heads that read the keys of a sequence together; more would not reduce memory traffic
 
@@ -219,11 +220,12 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
     if not family.fully_fused:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
-    features = image_features(decoder)
+    features = image_features(base)
     if features is not None and (reason := features.why_not_embeddings) is not None:
         return reason
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
-    for name, module in base.named_modules():
+    is_text = text_filter(base)
+    for name, module in ((name, module) for name, module in base.named_modules() if is_text(name)):
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
         if isinstance(module, LoraLayer) and (reason := why_adapter_unsupported(name, module, known)) is not None:

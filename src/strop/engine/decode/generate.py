@@ -22,6 +22,7 @@ from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop
 from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
+from strop.engine.images import image_features
 from strop.errors import InputError, ModelError, NonFiniteError
 from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
@@ -110,6 +111,15 @@ def generate(
         with adapter_disabled(cast(Any, model)):
             base = _generate_with_hf(*arguments, advance)
         return base + _generate_with_hf(*arguments, advance and (lambda done: advance(len(prompts) + done)))
+    features = image_features(model)
+    if both and features is not None and features.depends_on_adapter:  # the two need other inputs for an image
+        settings: dict[str, Any] = {
+            "stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "sampling": sampling, "expected": expected
+        }  # fmt: skip
+        with adapter_disabled(cast(Any, model)):
+            base = generate(model, tokenizer, prompts, advance=advance, partial=partial, **settings)
+        both_advance = advance and (lambda done: advance(len(prompts) + done))
+        return base + generate(model, tokenizer, prompts, advance=both_advance, partial=partial, **settings)
     adapters = [None, find_active_adapter(model)] if both else [find_active_adapter(model)]
     rows: list[list[SequenceState]] = []
     for i, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True)):

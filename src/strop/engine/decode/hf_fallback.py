@@ -30,7 +30,6 @@ from strop.engine.images import image_features
 from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError, first_line
 from strop.models.adapters import adapter_disabled, has_trained_biases
-from strop.models.families.layers import text_decoder
 from strop.models.lora import adapter_delta, add_to_base
 from strop.models.upstream_errors import convert_model_errors
 
@@ -70,8 +69,7 @@ def hf_generate(
     recorder = _LogProbRecorder() if with_log_probs else None
     # Rollouts do not use the hook, because the matmul of a contiguous copy rounds differently in fp32.
     hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_copy_input)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    features = image_features(text_decoder(base)[0])
+    features = image_features(model)
     images = {} if features is None else features.arguments(ids.to(device))
     model.eval()
     try:

@@ -24,6 +24,7 @@ from strop.engine.train.peft_modules import base_module, current_module
 from strop.models.experts import is_weight_adapter
 from strop.models.families.layers import layer_norms, linear_groups, model_computed_modules, text_decoder
 from strop.models.families.table import FAMILIES, Family
+from strop.models.introspect import text_filter
 from strop.models.quantize import QuantizedLinear
 
 # Substrings of the names of parameters that the fast step can train; `score` is a score head.
@@ -66,7 +67,7 @@ def why_not_fast(model: nn.Module, dtype: torch.dtype | None = None) -> str | No
         return why
     decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
-    features = image_features(decoder)
+    features = image_features(base)
     why = None if features is None else features.why_not_embeddings
     why = why or why_base_unsupported(base, decoder, config, family)
     if why is None and not is_adapted:
@@ -127,8 +128,8 @@ def _why_adapters_unsupported(
     model_computed = list(model_computed_modules(decoder, family))
     excluded = {id(module) for part in model_computed for module in part.modules()}
     head = base.get_output_embeddings()
-    known = {id(module) for module in (*linear_modules, head)}
-    for name, module in base.named_modules():
+    known, is_text = {id(module) for module in (*linear_modules, head)}, text_filter(base)
+    for name, module in ((name, module) for name, module in base.named_modules() if is_text(name)):
         if isinstance(module, LoraLayer) and id(module) not in excluded:
             if (why := why_adapter_unsupported(name, module, known)) is not None:
                 return why
@@ -149,8 +150,9 @@ def _why_adapters_unsupported(
     supported |= {id(base_module(module).bias) for module in linear_modules}
     if all_weights:
         supported |= {id(module.weight) for module in linear_modules}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in supported and not any(part in name for part in TRAINABLE):
+    for name, parameter in base.named_parameters():
+        is_supported = id(parameter) in supported or any(part in name for part in TRAINABLE)
+        if parameter.requires_grad and not is_supported and is_text(name):
             return f"{name} is trained in full"
     return None
 

@@ -20,7 +20,7 @@ from strop.engine.train.dropout import install_dropout, token_keys
 from strop.engine.train.head import CrossEntropy, divergence, select_top_probs
 from strop.engine.train.packing import mean_by_example, sum_by_example
 from strop.errors import ModelError
-from strop.models.families.layers import load_balancing_coefficient, text_decoder
+from strop.models.families.layers import load_balancing_coefficient
 
 if TYPE_CHECKING:
     from strop.data.types import Example
@@ -68,8 +68,7 @@ class PlainLoss:
         self._head: nn.Module = model.get_output_embeddings()
         if dtype == next(self._head.parameters()).dtype:
             self._dtype = None
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._images = image_features(text_decoder(base)[0])
+        self._images = image_features(model)
         self._balance = load_balancing_coefficient(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:

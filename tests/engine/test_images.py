@@ -1,0 +1,170 @@
+"""Images in each family: loss and gradients as transformers' own forward computes them from the pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from strop.config.schema import DataSection, LoraSection
+from strop.data.images import FIRST_IMAGE_ID
+from strop.data.prepare import Prepared, prepare
+from strop.data.types import Example
+from strop.engine.decode.generate import generate
+from strop.engine.images import image_features, install_images
+from strop.engine.step import step_for
+from strop.engine.train.plain import PlainLoss
+from strop.models.load import load_base
+from strop.models.lora import add_lora, trainable_parameters
+from strop.models.source import Source, locate
+from strop.models.tokenizer import load_tokenizer
+from tests.support.seeing import FAMILIES, save_seeing
+
+PLAIN = {"gemma3", "qwen2_5_vl", "qwen3_vl"}  # families whose images need the model's own forward
+ONE_IMAGE = {"llava_onevision"}  # families that cut a single image only, so that rows have at most one
+SIZES = [(50, 30), (30, 50), (64, 64), (33, 47)]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("model") / str(request.param)
+    return save_seeing(folder, request.param)
+
+
+def write_rows(folder: Path, *, several: bool) -> list[dict[str, Any]]:
+    """Write pictures and rows: with one image, with three in two turns, and without one."""
+    random = np.random.default_rng(0)
+    for number, (width, height) in enumerate(SIZES):
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+    def image(number: int) -> dict[str, str]:
+        return {"type": "image", "path": f"{number}.png"}
+
+    def text(content: str) -> dict[str, str]:
+        return {"type": "text", "text": content}
+
+    turns: list[list[Any]] = [
+        [[image(0), text("Which colour?")], "red"],
+        [[text("Compare "), image(1), text(" and "), image(2)], "both", [image(3), text("and this?")], "no image"],
+        ["hi", "hello"],
+    ]
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[i % 2], "content": part} for i, part in enumerate(row)]}
+        for row in (turns if several else [turns[0], turns[2]])
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def load_tuned(folder: Path, rows: Path) -> tuple[Any, Any, Source, Prepared]:
+    """Return a model with nonzero adapters, its tokenizer, its source and the rows."""
+    source = locate(str(folder))
+    tokenizer = load_tokenizer(source)
+    data = prepare(DataSection(train=str(rows / "rows.jsonl"), max_length=4000), tokenizer)
+    base = load_base(source, torch.float32, "cpu")
+    torch.manual_seed(1)
+    model = add_lora(base, LoraSection(r=4, alpha=8), tokenizer).eval()
+    for name, weight in trainable_parameters(model).items():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.2)
+    return model, tokenizer, source, data
+
+
+def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], example: Example, token: int) -> Any:
+    """Return the loss of a row with transformers' processor and forward."""
+    processor = AutoProcessor.from_pretrained(folder)
+    parts = [part for turn in row["messages"] if isinstance(turn["content"], list) for part in turn["content"]]
+    images = [Image.open(rows / part["path"]) for part in parts if part["type"] == "image"]
+    inputs = processor(
+        text=[processor.apply_chat_template(row["messages"])], images=[images] if images else None,
+        return_tensors="pt", add_special_tokens=False,
+    )  # fmt: skip
+    ids = inputs["input_ids"][0, : len(example)]
+    own = np.where(example.ids >= FIRST_IMAGE_ID, token, example.ids)
+    assert ids.tolist() == own.tolist()
+    logprobs = model(**inputs).logits[0, : len(example)].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    return -(logprobs * torch.from_numpy(example.weights[1:])).sum()
+
+
+def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
+    model, tokenizer, source, data = load_tuned(folder, tmp_path)
+    weights, examples = trainable_parameters(model), list(data.train)
+    token = tokenizer.image_encoder.image_token_id
+    losses = [
+        expected_loss(model, folder, tmp_path, row, example, token) for row, example in zip(rows, examples, strict=True)
+    ]
+    expected = torch.stack(losses).sum()
+    expected.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+    install_images(model, tokenizer, source)
+    step = step_for(model)
+    assert (step.name == "plain") == (folder.name in PLAIN)
+    for other in (step, PlainLoss(model)):
+        model.zero_grad()
+        loss = other.token_loss(examples)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        for name, weight in weights.items():
+            largest = float(gradients[name].abs().max())
+            assert float((weight.grad - gradients[name]).abs().max()) <= 1e-4 * largest, name  # type: ignore[operator]
+    one_by_one = sum(float(step.token_loss([example])) for example in examples)
+    assert one_by_one == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_generated_tokens_equal_transformers(folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, several=False)
+    model, tokenizer, source, data = load_tuned(folder, tmp_path)
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)
+    inputs = processor(
+        text=[text], images=[[Image.open(tmp_path / "0.png")]], return_tensors="pt", add_special_tokens=False
+    )
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    install_images(model, tokenizer, source)
+    conversation = data.train_conversations[0]
+    prompt = data.renderer.prompt(conversation.messages[:1])
+    [completion] = generate(model, tokenizer, [prompt], stop_ids=data.renderer.end_ids, max_new_tokens=8)
+    assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_features_are_computed_once_and_read_again_with_equal_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
+    results = []
+    for expected_computed in (True, False):
+        model, tokenizer, source, data = load_tuned(folder, tmp_path)
+        install_images(model, tokenizer, source)
+        features = image_features(model)
+        assert features is not None
+        losses = [float(step_for(model).token_loss([example])) for example in data.train for _ in range(2)]
+        images = len(tokenizer.image_encoder.table)
+        assert features.computed == (images if expected_computed else 0)
+        assert losses[::2] == losses[1::2]
+        results.append(losses)
+    assert results[0] == results[1]
+
+
+def test_equal_texts_with_other_images_share_no_prefix(tmp_path: Path) -> None:
+    folder = save_seeing(tmp_path / "model")
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (30, 30), colour).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": "Which colour?", "completion": "red", "image": f"{name}.png"} for name in ("a", "b", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model, tokenizer, source, data = load_tuned(folder, tmp_path)
+    install_images(model, tokenizer, source)
+    first, second, third = data.train
+    assert first.ids.tolist() == third.ids.tolist() != second.ids.tolist()
+    step = step_for(model)
+    with torch.no_grad():
+        losses = [float(step.token_loss([example])) for example in (first, second)]
+    assert losses[0] != losses[1]
+    assert float(step.token_loss([first, second])) == pytest.approx(sum(losses), rel=1e-5)
