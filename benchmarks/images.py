@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SIDE, PATCH, TOKENS = 48, 6, 16  # of an image, in pixels and in features
+SIDE, PATCH, TOKENS = 48, 12, 4  # of an image, in pixels and in features
 SHOPS = ("Kiosk Nord", "Cafe Luna", "Book Barn", "Tea House", "Bike Shop", "City Deli")
 FRUIT = ("apples", "pears", "plums", "figs")
 

@@ -189,6 +189,10 @@ class LoraSection(Section):
     modules_to_save: list[str] = Field(
         default_factory=list, description="modules trained in full instead of with LoRA (matched by name suffix)"
     )
+    vision: Literal["none", "projector"] = Field(
+        "none",
+        description="part of a model's image encoder that is trained: none, or its projector, in full",
+    )
     new_tokens: list[str] = Field(
         default_factory=list,
         description="tokens to add to the vocabulary, wherever rows have them; their embedding rows are trained",

@@ -119,7 +119,9 @@ def _why_lora_unsupported(lora: LoraSection, targets: Sequence[str], family: Fam
     if lora.new_tokens and family.head_bias:
         return "new tokens with an output head that has a bias"
     trained_kinds = (*EMBEDDINGS, *family.norms, family.q_norm, family.k_norm, family.final_norm)
-    if any(name.rpartition(".")[2] not in trained_kinds for name in lora.modules_to_save):
+    # With lora.vision, the projector is among them. It is not a part of the text model, which the fast step computes.
+    others = lora.modules_to_save if lora.vision == "none" else ()
+    if any(name.rpartition(".")[2] not in trained_kinds for name in others):
         return "linear layers trained in full"
     return None
 

@@ -25,14 +25,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from strop.data.images import FIRST_IMAGE_ID, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
 from strop.data.types import Example
 from strop.errors import ModelError
 from strop.models.families.layers import text_decoder
-from strop.models.introspect import text_filter
+from strop.models.introspect import find_image_tower, text_filter
 from strop.models.source import Source, fingerprint
 from strop.runs.folder import cache_folder, write_atomic
 
@@ -265,14 +264,6 @@ def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor
     finally:
         handle.remove()
     return cast(Tensor, arguments["inputs_embeds"]), list(arguments.get("deepstack_visual_embeds") or ())
-
-
-def find_image_tower(model: Any) -> nn.Module | None:
-    """Return the part of a multimodal model that reads pixels: its largest model next to the text model, or None."""
-    inner = getattr(model, model.base_model_prefix, model)
-    text = text_decoder(model)[0]
-    towers = [child for child in inner.children() if isinstance(child, PreTrainedModel) and child is not text]
-    return max(towers, key=lambda tower: sum(weight.numel() for weight in tower.parameters()), default=None)
 
 
 def image_features(model: Any) -> ImageFeatures | None:

@@ -162,6 +162,38 @@ def text_filter(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: name.startswith((prefix, *heads)) if prefix else True
 
 
+def find_image_tower(model: Any) -> nn.Module | None:
+    """Return the part of a multimodal model that reads pixels: its largest model next to the text model, or None."""
+    inner, text = _parts(model)
+    towers = [child for child in inner.children() if isinstance(child, PreTrainedModel) and child is not text]
+    return max(towers, key=lambda tower: sum(weight.numel() for weight in tower.parameters()), default=None)
+
+
+def find_projectors(model: Any) -> list[str]:
+    """Return the names of the modules between the image tower and the text model: children of a multimodal model.
+
+    Those of Qwen's models are in the tower.
+    """
+    tower, (inner, text) = find_image_tower(model), _parts(model)
+    if tower is None:
+        return []
+    names = [
+        name
+        for name, child in inner.named_children()
+        if child not in (tower, text) and any(True for _ in child.parameters())
+    ]
+    return names or [
+        name for name, child in tower.named_children() if "merger" in name and any(True for _ in child.parameters())
+    ]
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """Return the module that has the towers of a multimodal model, and its text model."""
+    inner = getattr(model, model.base_model_prefix, model)
+    prefix = text_path(model)
+    return inner, model.get_submodule(prefix.removesuffix(".")) if prefix else inner
+
+
 def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], meta_model: Any) -> ModelShape:
     """Return a model's shape, taking linear layers that the config does not determine from `meta_model`."""
     # stored: the content of config.json. config: the same with transformers' defaults.

@@ -54,6 +54,7 @@ from strop.models.introspect import (
     count_parameters,
     count_path_kinds,
     find_modules_to_save,
+    find_projectors,
     shape_from_model,
     text_path,
 )
@@ -273,6 +274,8 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
     if trained_kind(recipe.train) == "embedder":
         resolved = resolved.decide(_choose_pooling(recipe, start, source))
+    if recipe.lora.vision == "projector":
+        resolved = resolved.decide([_choose_projector(recipe, bare, source)])
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
@@ -292,6 +295,18 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     key = memory_key(resolved.recipe, machine, shape)
     num_weights = count_trainable(bare, resolved.recipe.lora, outputs=outputs, full=full)
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
+
+
+def _choose_projector(recipe: Recipe, bare: Any, source: Source) -> Choice:
+    """Add the projector to lora.modules_to_save. Raises RecipeError for a model without one."""
+    names = find_projectors(bare)
+    if not names:
+        raise RecipeError(f"lora.vision projector: {source.name} has no image encoder", fix="leave lora.vision out")
+    if recipe.train.method == "full":
+        what = "lora.vision projector: train.method full trains all weights of the text model, and no others"
+        raise RecipeError(what, fix="leave lora.vision out, or train with --train.method lora")
+    modules = list(dict.fromkeys([*recipe.lora.modules_to_save, *names]))
+    return Choice("lora.modules_to_save", modules, "plan", "lora.vision projector")
 
 
 def _choose_pooling(recipe: Recipe, start: Path | None, source: Source) -> list[Choice]:
