@@ -281,7 +281,9 @@ class ImageTable:
             self.images.append(image)
             self.starts.append(self._end)
             self._end += tokens
-        return self.starts[self._by_digest[image.digest]]
+        number = self._by_digest[image.digest]
+        self.images[number] = image  # its file may have moved
+        return self.starts[number]
 
     def tokens(self, number: int) -> int:
         """Return the number of features of an image, by its index."""
