@@ -149,6 +149,10 @@ BAD_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> reason, part
                   {"messages": [user("a"), {"role": "assistant", "content": part(path="good.png")}]}),
     "assistant's key": ("bad-image", "messages[1]: an assistant message has an image",
                         {"messages": [user("a"), {**ANSWER, "images": ["good.png"]}]}),
+    "tool call": ("bad-image", "messages[1]: an assistant message has an image", {"messages": [
+        user("a"), {"role": "function_call", "content": '{"name": "f"}', "images": ["good.png"]}, ANSWER]}),
+    "empty prompt with a placeholder elsewhere": ("empty-prompt", "empty", {
+        "messages": [user(""), ANSWER, user("<image>"), ANSWER], "images": ["good.png"]}),
     "assistant's placeholder": ("bad-image", "an assistant message has an image",
                                 {"messages": [user("a"), {"role": "assistant", "content": "<image>"}],
                                  "images": ["good.png"]}),

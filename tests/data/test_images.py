@@ -208,6 +208,22 @@ def test_images_without_places_are_at_the_start_of_the_first_user_message(folder
     assert conversation.messages[1].content == f"{MARK}{MARK}q" and colors(conversation) == [GREEN, RED]
 
 
+def test_an_image_is_enough_for_a_user_message(folder: Path) -> None:
+    rows = [
+        {"messages": [user(""), ANSWER], "images": ["a.png"]},
+        {"messages": [user(None, images=["a.png"]), ANSWER]},
+        {"messages": [user(parts({"type": "image", "path": "a.png"})), ANSWER]},
+        {"messages": [user("<image>"), ANSWER], "image": "a.png"},
+        {"prompt": "", "completion": "a square", "image": "a.png"},
+        {"instruction": "", "input": "", "output": "a square", "image": "a.png"},
+    ]
+    for row in rows:
+        [conversation] = read(write(folder / "d.jsonl", row))
+        assert conversation.messages[0].content == MARK and colors(conversation) == [RED]
+    [prompt] = read(write(folder / "d.jsonl", {"prompt": "", "images": ["a.png"]}), "prompts")
+    assert prompt.messages[0].content == MARK
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -135,9 +135,16 @@ def _make_row(turns: list[Message], row: RowValue) -> ParsedRow:
         blank = not turn.content.strip()
         if blank and turn.role == "assistant" and not turn.tool_calls and turn.weight:
             raise InvalidRow("empty-answer", "an assistant message is empty: it would train the model to stop at once")
-        if blank and turn.role == "user":
-            raise InvalidRow("empty-prompt", "a user message is empty")
+    _check_user_messages(dialogue, row)
     return ParsedRow(tuple(turns), _parse_tools(row))
+
+
+def _check_user_messages(dialogue: Sequence[Message], row: RowValue) -> None:
+    """Raise InvalidRow for an empty user message, unless it is where the images of the row's columns are put."""
+    has_images = any(row.get(key) for key in IMAGES) and not any(IMAGE_PLACEHOLDER in x.content for x in dialogue)
+    users = [turn for turn in dialogue if turn.role == "user"]
+    if any(not turn.content.strip() for turn in users[1 if has_images else 0 :]):
+        raise InvalidRow("empty-prompt", "a user message is empty")
 
 
 def _parse_message(turn: dict[str, Any], location: str) -> Message:
@@ -149,7 +156,10 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
         raise InvalidRow("media", f"{location}: {media[0]} is not supported")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _parse_weight(turn, location)
+    images = find_images(turn, f"{location}.")
     if role_name.lower() in CALL_ROLES:
+        if images:
+            raise InvalidRow("bad-image", f"{location}: {_IMAGE_OF_ASSISTANT}")
         return Message("assistant", "", tool_calls=_parse_calls(content, location), weight=weight)
     role = ROLES.get(role_name.lower())
     if role is None:
@@ -160,7 +170,6 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
         raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
-    images = find_images(turn, f"{location}.")
     parts: Sequence[ImageSource] = ()
     if isinstance(content, list):
         content, reasoning_parts, call_parts, parts = _parse_parts(content, location)
@@ -485,8 +494,7 @@ def convert_prompt(row: RowValue, keys: Keys) -> list[ParsedRow]:
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not dialogue or dialogue[-1].role not in ("user", "tool"):
         raise InvalidRow("no-question", "the last message is not the user's: there is nothing to answer")
-    if any(turn.role == "user" and not turn.content.strip() for turn in dialogue):
-        raise InvalidRow("empty-prompt", "a user message is empty")
+    _check_user_messages(dialogue, row)
     return [ParsedRow(tuple(turns), _parse_tools(row))]
 
 
