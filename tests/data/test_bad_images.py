@@ -422,3 +422,14 @@ def test_requests_have_images_as_data_urls() -> None:
     ):
         [turn] = read_images(parse_request({"messages": [message]}), None).messages
         assert turn.content == f"a{MARK}" and (turn.images[0].width, turn.images[0].height) == (64, 48)
+
+
+def test_images_of_a_request_are_limited_together() -> None:
+    url = data_url(encode(PIL.Image.new("1", (5000, 4000))))
+    for number in (2, 3):
+        messages = [user([{"type": "image_url", "image_url": {"url": url}}] * number)]
+        if number == 2:
+            assert len(read_images(parse_request({"messages": messages}), None).messages[0].images) == 2
+        else:
+            with pytest.raises(InvalidRow, match="more than 50 million pixels together"):
+                read_images(parse_request({"messages": messages}), None)

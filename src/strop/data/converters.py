@@ -10,7 +10,7 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any, cast
 
-from strop.data.images import read_image
+from strop.data.images import MAX_PIXELS, read_image
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import MARK, Image, Label, Message, Role, shared_prefix_length
@@ -305,10 +305,20 @@ def attach_images(
 
 
 def read_images(parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = ()) -> ParsedRow:
-    """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images."""
+    """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images.
+
+    The images of a request to a server (folder None) have at most MAX_PIXELS together.
+    """
+    pixels = 0
 
     def read(value: Any, location: str) -> Image:
-        return read_image(value, folder, location)
+        nonlocal pixels
+        image = read_image(value, folder, location)
+        pixels += image.width * image.height
+        if folder is None and pixels > MAX_PIXELS:
+            what = f"the images have more than {MAX_PIXELS // 1_000_000} million pixels together"
+            raise InvalidRow("image-too-large", what)
+        return image
 
     if parsed.text is not None and values:
         raise InvalidRow("image-count", "images need messages, and the row has a text without them")
