@@ -32,6 +32,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny-model"))
 
 
+@pytest.fixture(scope="session")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny random model that reads images."""
+    from tests.support.seeing import save_seeing
+
+    return save_seeing(tmp_path_factory.mktemp("seeing-model"))
+
+
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     from tests.support.tiny import write_rows

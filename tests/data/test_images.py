@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,16 +19,21 @@ import PIL.Image
 import pyarrow
 import pytest
 from pyarrow import ipc, parquet
+from rich.console import Console
 
 from strop.config.schema import DataSection
+from strop.data import check
 from strop.data.formats import ConversationReader
-from strop.data.images import open_image
+from strop.data.images import FIRST_IMAGE_ID, hide_images, open_image
+from strop.data.prepare import Prepared, prepare
 from strop.data.reading.in_memory import find_rows, write_rows
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import dump_conversation
 from strop.data.types import MARK, Conversation, DataKind
 from strop.errors import DataError
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
 from tests.support.pictures import BLUE, GREEN, RED, data_url, encode, picture, write_picture
 
 ANSWER = {"role": "assistant", "content": "a square"}
@@ -200,6 +206,22 @@ def test_images_without_places_are_at_the_start_of_the_first_user_message(folder
     messages = [{"role": "system", "content": "s"}, user("q"), ANSWER, user("r"), ANSWER]
     [conversation] = read(write(folder / "d.jsonl", {"messages": messages, "images": ["b.png", "a.png"]}))
     assert conversation.messages[1].content == f"{MARK}{MARK}q" and colors(conversation) == [GREEN, RED]
+
+
+def test_an_image_is_enough_for_a_user_message(folder: Path) -> None:
+    rows = [
+        {"messages": [user(""), ANSWER], "images": ["a.png"]},
+        {"messages": [user(None, images=["a.png"]), ANSWER]},
+        {"messages": [user(parts({"type": "image", "path": "a.png"})), ANSWER]},
+        {"messages": [user("<image>"), ANSWER], "image": "a.png"},
+        {"prompt": "", "completion": "a square", "image": "a.png"},
+        {"instruction": "", "input": "", "output": "a square", "image": "a.png"},
+    ]
+    for row in rows:
+        [conversation] = read(write(folder / "d.jsonl", row))
+        assert conversation.messages[0].content == MARK and colors(conversation) == [RED]
+    [prompt] = read(write(folder / "d.jsonl", {"prompt": "", "images": ["a.png"]}), "prompts")
+    assert prompt.messages[0].content == MARK
 
 
 @pytest.mark.parametrize(
@@ -395,3 +417,198 @@ def test_animations_in_memory_are_refused() -> None:
     frames = encode(picture(), "GIF", save_all=True, append_images=[picture(color=BLUE)])
     with pytest.raises(DataError, match="row 1: a PIL image: 2 frames"):
         write_rows("rows", [{"prompt": "q", "image": PIL.Image.open(io.BytesIO(frames))}])
+
+
+# --- preparation -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer(seeing_folder: Path) -> Any:
+    return load_tokenizer(locate(str(seeing_folder)))
+
+
+def run(
+    train: str, tokenizer: Any, *, data_kind: DataKind = "turns", cache: Path | None = None, **options: Any
+) -> Prepared:
+    return prepare(DataSection(train=train, **options), tokenizer, data_kind=data_kind, cache=cache)
+
+
+def chat(text: str = QUESTION, *images: str, answer: str = "a square") -> dict[str, Any]:
+    return {"messages": [user(text), {**ANSWER, "content": answer}], "images": list(images)}
+
+
+def shown(prepared: Prepared) -> list[list[tuple[int, ...]]]:
+    """Return the colors of the images of each training example, found by their token ids."""
+    table = prepared.renderer.image_table
+    assert table is not None
+    result = []
+    for example in prepared.train:
+        ids = example.ids[example.ids >= FIRST_IMAGE_ID]
+        numbers = dict.fromkeys(table.find(int(id)) for id in ids)
+        assert sum(map(table.tokens, numbers)) == len(ids)
+        pixels = [np.asarray(open_image(table.images[number]))[0, 0] for number in numbers]
+        result.append([tuple(pixel.tolist()) for pixel in pixels])
+    return result
+
+
+def test_changed_images_are_prepared_again(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    file = write(folder / "d.jsonl", chat(QUESTION, "a.png"))
+    first = run(file, tokenizer, cache=tmp_path / "cache")
+    assert shown(first) == [[RED]]
+    [store] = (tmp_path / "cache").glob("*/facts.json")
+    written = store.stat().st_mtime_ns
+    assert shown(run(file, tokenizer, cache=tmp_path / "cache")) == [[RED]]
+    assert store.stat().st_mtime_ns == written  # reused
+    write_picture(folder / "a.png", 30, 30, BLUE)
+    with pytest.raises(DataError, match="the image has changed since the rows were prepared"):
+        shown(first)
+    assert shown(run(file, tokenizer, cache=tmp_path / "cache")) == [[BLUE]]
+    (folder / "a.png").unlink()
+    with pytest.raises(DataError, match="No such file"):
+        shown(first)
+    with pytest.raises(DataError) as caught:
+        run(file, tokenizer, cache=tmp_path / "cache")
+    assert caught.value.where[0].what.startswith("images: no file")
+
+
+def test_restored_image_is_found_by_the_next_run(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    file = write(folder / "d.jsonl", chat(QUESTION, "a.png"), chat("And this?", "new.png"))
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "bad_rows": "drop"}
+    for content in (None, b"", encode(picture(40, 40, BLUE))[:60]):
+        if content is not None:
+            (folder / "new.png").write_bytes(content)
+        assert shown(run(file, tokenizer, **options)) == [[RED]]
+    write_picture(folder / "new.png", 30, 30, BLUE)
+    assert shown(run(file, tokenizer, **options)) == [[RED], [BLUE]]
+
+
+def test_folders_with_equal_rows_and_other_images_are_not_confused(
+    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, cache = chat(QUESTION, "a.png"), tmp_path / "cache"
+    other = tmp_path / "other"
+    write_picture(other / "a.png", 64, 48, BLUE)
+    for name, color in ((folder, RED), (other, BLUE)):
+        write(name / "d.jsonl", row)
+        monkeypatch.chdir(name)
+        assert shown(run("d.jsonl", tokenizer, cache=cache)) == [[color]]
+    for name, color in ((folder, RED), (other, BLUE)):
+        assert shown(run("d.jsonl", tokenizer, cache=cache, image_folder=str(name))) == [[color]]
+
+
+def test_moved_folder_is_read_at_its_new_place(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    write(folder / "d.jsonl", chat(QUESTION, "a.png"))
+    assert shown(run(str(folder / "d.jsonl"), tokenizer, cache=tmp_path / "cache")) == [[RED]]
+    moved = folder.rename(tmp_path / "moved")
+    prepared = run(str(moved / "d.jsonl"), tokenizer, cache=tmp_path / "cache")
+    assert shown(prepared) == [[RED]]
+    assert prepared.train_conversations[0].messages[0].images[0].path == str(moved / "a.png")
+
+
+def test_one_picture_under_two_names_is_a_repeated_row(folder: Path, tokenizer: Any) -> None:
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    rows = [chat(QUESTION, name) for name in ("a.png", "b.png", "copy.png", URL)]
+    prepared = run(write(folder / "d.jsonl", *rows), tokenizer)
+    assert "2 training rows repeat an earlier one" in prepared.report.warnings
+    first, other, copy, same = (example.ids.tolist() for example in prepared.train)
+    assert first == copy == same != other
+    evaluated = run(write(folder / "d.jsonl", *rows[:2]), tokenizer, eval=write(folder / "e.jsonl", rows[2]))
+    assert "1 evaluation rows are also training rows" in evaluated.report.warnings
+
+
+def test_token_ids_of_training_and_evaluation_images_differ(
+    folder: Path, tokenizer: Any, seeing_folder: Path, tmp_path: Path
+) -> None:
+    train = write(folder / "t.jsonl", chat("<image>x<image>", "a.png", "b.png"), chat("y", "c.png"))
+    held_out = write(folder / "e.jsonl", chat("z", "c.png"), chat("<image>x<image>", "b.png", "a.png"))
+    expected = {train: [[RED, GREEN], [BLUE]], held_out: [[BLUE], [GREEN, RED]]}
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        for first, second in ((train, held_out), (held_out, train)):
+            own = load_tokenizer(locate(str(seeing_folder)))
+            prepared = run(first, own, cache=cache, eval=second)
+            assert prepared.eval is not None
+            assert shown(prepared) == expected[first]
+            assert shown(dataclasses.replace(prepared, train=prepared.eval)) == expected[second]
+            ids = [{*example.ids[example.ids >= FIRST_IMAGE_ID].tolist()} for example in prepared.train]
+            others = [{*example.ids[example.ids >= FIRST_IMAGE_ID].tolist()} for example in prepared.eval]
+            assert ids[0] == others[1] and ids[1] == others[0]  # the same pictures
+            assert not ids[0] & ids[1]
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_no_image_token_is_supervised(folder: Path, tokenizer: Any, loss: str) -> None:
+    rows = [
+        chat("<image> and <image>?", "a.png", "b.png"),
+        {"messages": [user("a"), ANSWER, user("<image>b"), ANSWER, user("c"), ANSWER], "images": ["c.png"]},
+        chat("<|im_end|> is <image> text <fake_token_around_image>", "a.png"),
+    ]
+    prepared = run(write(folder / "d.jsonl", *rows), tokenizer, loss=loss)
+    table = prepared.renderer.image_table
+    assert table is not None and len(table) == 3
+    image_token = tokenizer.image_encoder.image_token_id
+    for example, conversation in zip(prepared.train, prepared.train_conversations, strict=True):
+        is_image = example.ids >= FIRST_IMAGE_ID
+        assert is_image.sum() == sum(
+            tokenizer.image_encoder.expand(image.width, image.height).tokens
+            for turn in conversation.messages
+            for image in turn.images
+        )
+        assert not example.weights[is_image].any() and image_token not in example.ids
+        supervised = tokenizer.decode(example.ids[example.weights > 0])
+        assert "a square<|im_end|>" in supervised
+        prompt = prepared.renderer.prompt(conversation.messages[:-1])
+        assert example.ids[: len(prompt)].tolist() == prompt.tolist()
+    assert "<|im_end|> is " in tokenizer.decode(hide_images(prepared.train[2].ids))
+
+
+@pytest.mark.parametrize("overlong", ["refuse", "drop", "truncate-start", "split"])
+def test_row_with_an_image_is_never_cut(folder: Path, tokenizer: Any, overlong: str) -> None:
+    long = {"messages": [user("word " * 60), ANSWER, user("<image>b"), ANSWER], "images": ["a.png"]}
+    file = write(folder / "d.jsonl", chat("a", "a.png"), long)
+    data = DataSection(train=file, overlong=overlong, max_length=80, bad_rows="drop")
+    prepared = prepare(data, tokenizer, strict=False)
+    assert shown(prepared) == [[RED]] and prepared.report.by_reason == {"too-long": 1}
+    assert (prepared.refusal is None) == (overlong != "refuse")
+
+
+def test_pairs_have_equal_prompts_with_the_same_image_tokens(folder: Path, tokenizer: Any) -> None:
+    row = {"prompt": "<image>q", "chosen": "yes", "rejected": "no", "images": ["a.png"]}
+    prepared = run(write(folder / "d.jsonl", row), tokenizer, data_kind="pairs")
+    chosen, rejected = prepared.train
+    length = chosen.prompt_length
+    assert (chosen.ids[:length] >= FIRST_IMAGE_ID).any() and chosen.ids[:length].tolist() == rejected.ids[
+        :length
+    ].tolist()
+
+
+def test_image_is_shown_as_one_mark(folder: Path, tokenizer: Any) -> None:
+    prepared = run(write(folder / "d.jsonl", chat("<image> or <image>? " + "word " * 30, "a.png", "b.png")), tokenizer)
+    for options in ({}, {"soft_wrap": True}):  # as the console of the commands
+        console = Console(file=io.StringIO(), width=60, **options)
+        check.print_examples(prepared, 1, console)
+        text = console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
+        for mark in ("[image 64x48, 20 tokens]", "[image 40x40, 20 tokens]"):
+            assert text.count(mark) == 1
+        assert text.count("word") == 30 and "<image>" not in text
+
+
+@pytest.mark.parametrize("kind", ["turns", "pairs", "prompts"])
+def test_cleaned_copy_has_the_same_images(folder: Path, tokenizer: Any, kind: DataKind) -> None:
+    rows: dict[DataKind, list[Any]] = {
+        "turns": [chat("<image>\nWhat <image>?", "a.png", URL), chat("a", "b.png"), chat("b", "gone.png"), chat("c")],
+        "pairs": [
+            {"prompt": "q", "chosen": "yes", "rejected": "no", "images": [name]} for name in ("a.png", "gone.png")
+        ],
+        "prompts": [{"prompt": "q", "images": [name]} for name in ("a.png", "gone.png")],
+    }
+    data = DataSection(train=write(folder / "d.jsonl", *rows[kind]))
+    clean = folder.parent / "elsewhere" / "clean.jsonl"
+    changes = check.write_cleaned_copy(data, tokenizer, clean, kind)
+    assert [change.change for change in changes if "gone" in change.change] == [
+        f"dropped: images: no file {folder / 'gone.png'}"
+    ]
+    before = prepare(data.model_copy(update={"bad_rows": "drop"}), tokenizer, data_kind=kind)
+    after = run(str(clean), tokenizer, data_kind=kind)
+    conversations = [[*map(dump_conversation, x.train_conversations)] for x in (before, after)]
+    assert conversations[0] == conversations[1] != []
+    assert [e.ids.tolist() for e in after.train] == [e.ids.tolist() for e in before.train]

@@ -37,7 +37,7 @@ from strop.data.store import digest, dump_conversation, message_json
 from strop.data.types import Conversation, DataKind, Example, Row
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
 
-SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"  # styles of tokens
+SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "cyan"  # styles of tokens
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
@@ -121,7 +121,7 @@ def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: 
     for example in prepared.train[:num_rows]:
         counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
         console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
-        console.print(format_tokens(example, prepared.renderer, ids=ids), overflow="fold")
+        console.print(format_tokens(example, prepared.renderer, ids=ids), overflow="fold", soft_wrap=False)
 
 
 def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:
@@ -130,6 +130,9 @@ def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) ->
     for supervised, pieces in groupby(split_tokens(example, renderer.tokenizer), key=lambda piece: piece[2] > 0):
         text.append("⟦" if supervised else "", SUPERVISED)
         for piece, token_ids, weight in pieces:
+            if token_ids[0] >= FIRST_IMAGE_ID:
+                text.append(piece, IMAGE)
+                continue
             style = (STOP if token_ids[-1] in stops else SUPERVISED) if supervised else CONTEXT
             text.append(make_visible(piece), style)
             if supervised and weight != 1:

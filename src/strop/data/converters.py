@@ -10,7 +10,7 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any, cast
 
-from strop.data.images import read_image
+from strop.data.images import MAX_PIXELS, read_image
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import MARK, Image, Label, Message, Role, shared_prefix_length
@@ -135,9 +135,16 @@ def _make_row(turns: list[Message], row: RowValue) -> ParsedRow:
         blank = not turn.content.strip()
         if blank and turn.role == "assistant" and not turn.tool_calls and turn.weight:
             raise InvalidRow("empty-answer", "an assistant message is empty: it would train the model to stop at once")
-        if blank and turn.role == "user":
-            raise InvalidRow("empty-prompt", "a user message is empty")
+    _check_user_messages(dialogue, row)
     return ParsedRow(tuple(turns), _parse_tools(row))
+
+
+def _check_user_messages(dialogue: Sequence[Message], row: RowValue) -> None:
+    """Raise InvalidRow for an empty user message, unless it is where the images of the row's columns are put."""
+    has_images = any(row.get(key) for key in IMAGES) and not any(IMAGE_PLACEHOLDER in x.content for x in dialogue)
+    users = [turn for turn in dialogue if turn.role == "user"]
+    if any(not turn.content.strip() for turn in users[1 if has_images else 0 :]):
+        raise InvalidRow("empty-prompt", "a user message is empty")
 
 
 def _parse_message(turn: dict[str, Any], location: str) -> Message:
@@ -149,7 +156,10 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
         raise InvalidRow("media", f"{location}: {media[0]} is not supported")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _parse_weight(turn, location)
+    images = find_images(turn, f"{location}.")
     if role_name.lower() in CALL_ROLES:
+        if images:
+            raise InvalidRow("bad-image", f"{location}: {_IMAGE_OF_ASSISTANT}")
         return Message("assistant", "", tool_calls=_parse_calls(content, location), weight=weight)
     role = ROLES.get(role_name.lower())
     if role is None:
@@ -160,7 +170,6 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
         raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
-    images = find_images(turn, f"{location}.")
     parts: Sequence[ImageSource] = ()
     if isinstance(content, list):
         content, reasoning_parts, call_parts, parts = _parse_parts(content, location)
@@ -296,10 +305,20 @@ def attach_images(
 
 
 def read_images(parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = ()) -> ParsedRow:
-    """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images."""
+    """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images.
+
+    The images of a request to a server (folder None) have at most MAX_PIXELS together.
+    """
+    pixels = 0
 
     def read(value: Any, location: str) -> Image:
-        return read_image(value, folder, location)
+        nonlocal pixels
+        image = read_image(value, folder, location)
+        pixels += image.width * image.height
+        if folder is None and pixels > MAX_PIXELS:
+            what = f"the images have more than {MAX_PIXELS // 1_000_000} million pixels together"
+            raise InvalidRow("image-too-large", what)
+        return image
 
     if parsed.text is not None and values:
         raise InvalidRow("image-count", "images need messages, and the row has a text without them")
@@ -485,8 +504,7 @@ def convert_prompt(row: RowValue, keys: Keys) -> list[ParsedRow]:
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not dialogue or dialogue[-1].role not in ("user", "tool"):
         raise InvalidRow("no-question", "the last message is not the user's: there is nothing to answer")
-    if any(turn.role == "user" and not turn.content.strip() for turn in dialogue):
-        raise InvalidRow("empty-prompt", "a user message is empty")
+    _check_user_messages(dialogue, row)
     return [ParsedRow(tuple(turns), _parse_tools(row))]
 
 

@@ -208,8 +208,9 @@ def _decode(content: bytes, location: str) -> tuple[PIL.Image.Image, tuple[str, 
                 raise InvalidRow("image-unreadable", f"{location}: {image.width} x {image.height} pixels")
             if (frames := _count_frames(image)) > 1:
                 raise InvalidRow("image-animated", f"{location}: {frames} frames")
+            orientation = image.getexif().get(_ORIENTATION)  # before TIFF images turn when they are loaded
             image.load()
-            if image.getexif().get(_ORIENTATION) in _TURNED:
+            if orientation in _TURNED:
                 notes.append("rotated")
                 image = ImageOps.exif_transpose(image)
             image = _to_rgb(image, notes, location)
@@ -280,7 +281,9 @@ class ImageTable:
             self.images.append(image)
             self.starts.append(self._end)
             self._end += tokens
-        return self.starts[self._by_digest[image.digest]]
+        number = self._by_digest[image.digest]
+        self.images[number] = image  # its file may have moved
+        return self.starts[number]
 
     def tokens(self, number: int) -> int:
         """Return the number of features of an image, by its index."""
