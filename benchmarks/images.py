@@ -1,13 +1,13 @@
 """Teach a small language model to see: digits that were scanned, and receipts and bar charts that are drawn.
 
     python benchmarks/images.py build --out MODEL
-    python benchmarks/images.py data --task digits|receipts|charts --out FOLDER
-    python benchmarks/images.py run --task digits|receipts|charts [--epochs 4] [--out FILE]
+    python benchmarks/images.py data --tasks digits|charts|receipts --out FOLDER
+    python benchmarks/images.py run [--tasks digits charts receipts] [--vision projector] [--epochs 4] [--out FILE]
 
 `build` writes a model in the format of SmolVLM: SmolLM2-135M as the text model, under a small image encoder (four
 layers of SigLIP's kind) and a projector with random weights. `data` writes images and rows: the 1,797 scanned digits of
 scikit-learn, or pictures drawn with Pillow; answers are JSON. `run` trains on them, scores base and tuned on held-out
-images, and writes the result with machine, versions and command.
+images, prints a Markdown table, and updates the file after each task.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SIDE, PATCH, TOKENS = 48, 12, 4  # of an image, in pixels and in features
+HELD_OUT, DRAWN = 300, 2300  # rows that are not trained on, and rows of a task whose pictures are drawn
 SHOPS = ("Kiosk Nord", "Cafe Luna", "Book Barn", "Tea House", "Bike Shop", "City Deli")
 FRUIT = ("apples", "pears", "plums", "figs")
 
@@ -68,44 +69,114 @@ def build(out: Path, side: int = SIDE, patch: int = PATCH) -> None:
     processor.save_pretrained(out)
 
 
-def write_digits(folder: Path) -> None:
+def write_data(task: str, folder: Path) -> None:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (image, question, answer) in enumerate(TASKS[task]()):
+        path = f"images/{number}.png"
+        image.save(folder / path)
+        user = [{"type": "image", "path": path}, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": json.dumps(answer)}]
+        rows.append(json.dumps({"messages": turns}) + "\n")
+    for name, part in (("test", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
+        (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+
+
+def digits() -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Yield the scanned digits of scikit-learn, which have 8 x 8 pixels, in random order."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in order.tolist():
-        pixels = (255 - digits.images[i] * 255 / 16).astype("uint8")
-        Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
-        rows.append(make_row(f"images/{i}.png", "Which digit is this?", {"digit": int(digits.target[i])}))
-    write_rows(folder, rows, held_out=300)
+    data = load_digits()
+    for i in np.random.default_rng(0).permutation(len(data.images)).tolist():
+        image = Image.fromarray((255 - data.images[i] * 255 / 16).astype("uint8"))
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        yield image, "Which digit is this?", {"digit": int(data.target[i])}
 
 
-def make_row(path: str, question: str, answer: dict[str, Any]) -> dict[str, Any]:
-    user = [{"type": "image", "path": path}, {"type": "text", "text": question}]
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": json.dumps(answer)}]}
+def charts() -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Yield bar charts with four bars of 1 to 9 units."""
+    from PIL import Image, ImageDraw
+
+    random_ = random.Random(0)
+    for _ in range(DRAWN):
+        values = {name: random_.randint(1, 9) for name in FRUIT}
+        image = Image.new("RGB", (SIDE, SIDE), "white")
+        draw = ImageDraw.Draw(image)
+        for i, (value, colour) in enumerate(zip(values.values(), ("red", "green", "blue", "orange"), strict=True)):
+            draw.rectangle((4 + 11 * i, SIDE - 2 - 5 * value, 11 + 11 * i, SIDE - 2), fill=colour)
+        draw.line((1, SIDE - 1, SIDE - 1, SIDE - 1), fill="black")
+        yield image, "Read the chart: apples, pears, plums, figs.", values
 
 
-def write_rows(folder: Path, rows: list[dict[str, Any]], held_out: int) -> None:
-    for name, part in (("test", rows[:held_out]), ("train", rows[held_out:])):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+def receipts() -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Yield receipts with a shop, a line that is not asked for, and a total."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    random_ = random.Random(0)
+    for _ in range(DRAWN):
+        shop, total, paid = random_.choice(SHOPS), random_.randint(10, 99), random_.randint(100, 999)
+        image = Image.new("RGB", (SIDE, SIDE), "white")
+        draw = ImageDraw.Draw(image)
+        draw.text((1, 0), shop, fill="black", font=ImageFont.load_default(9))
+        draw.text((1, 12), f"card {paid}", fill="grey", font=ImageFont.load_default(8))
+        draw.text((14, 22), str(total), fill="black", font=ImageFont.load_default(22))
+        yield image, "Which shop, and what is the total?", {"shop": shop, "total": total}
+
+
+TASKS = {"digits": digits, "charts": charts, "receipts": receipts}
+
+
+def run(args: argparse.Namespace, task: str, folder: Path) -> dict[str, Any]:
+    import strop
+
+    build(folder / "model")
+    write_data(task, folder / "rows")
+    options: dict[str, Any] = {"train.epochs": args.epochs, "lora.vision": args.vision}
+    data = str(folder / "rows" / "train.jsonl")
+    began = time.time()
+    done = strop.train(model=str(folder / "model"), data=data, out=folder / "run", **options)
+    seconds = time.time() - began
+    result = strop.evaluate(done.folder, str(folder / "rows" / "test.jsonl"))
+    return {
+        "task": task, "vision": args.vision, "rows": done.report["data"]["used"], "epochs": args.epochs, "tokens": done.report["tokens"],
+        "seconds": seconds, "memory": done.report["memory"], "held_out": result["rows"],
+        **{side: {"exact": result[side]["exact"], "interval": result["intervals"][side]} for side in ("base", "tuned")},
+    }  # fmt: skip
+
+
+def row(one: dict[str, Any]) -> str:
+    cells = []
+    for side in ("base", "tuned"):
+        low, high = one[side]["interval"]
+        cells.append(f"{100 * one[side]['exact']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+    return f"| {one['task']} | {one['vision']} | {one['rows']:,} x {one['epochs']:g} | {' | '.join(cells)} | {one['seconds'] / 60:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["build", "data", "run"])
-    parser.add_argument("--task", default="digits", choices=["digits"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--vision", default="projector", choices=["projector", "none"])
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what == "build":
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(run(args, args.one, Path(folder))))
+    elif args.what == "build":
         build(args.out)
     elif args.what == "data":
-        write_digits(args.out)
+        write_data(args.tasks[0], args.out)
+    else:
+        results: list[Any] = []
+        if args.out and args.out.is_file():
+            results = json.loads(args.out.read_text(encoding="utf-8"))["results"]
+        print("| task | vision | rows | base | tuned | minutes |\n|---|---|---|---|---|---|", flush=True)
+        command = [sys.executable, __file__, "run", "--vision", args.vision, "--epochs", str(args.epochs)]
+        run_jobs(command, [[task] for task in args.tasks], results, row, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import os
 import re
 import warnings
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ from strop.runs.folder import cache_folder, write_atomic
 if TYPE_CHECKING:
     import PIL.Image
 
+IN_MEMORY = "data:;base64,"  # start of the path of an image that is not in a file
+MAX_IN_MEMORY = 2048  # such images in a table; of older ones only the features are there
 FIRST_IMAGE_ID, END_IMAGE_ID = 1 << 30, 1 << 31  # token ids in between are features of images; they are int32
 MAX_PIXELS, MAX_BYTES = 50_000_000, 50 << 20  # of one image
 IMAGE_NOTES = {  # what is done to the pixels of an image
@@ -58,13 +62,13 @@ def read_image(value: Any, folder: Path | None, location: str) -> Image:
     if isinstance(value, Mapping):
         value = _find_content(value, location)
     if isinstance(value, bytes | bytearray | memoryview):
-        return _store_bytes(bytes(value), location)
+        return _describe_bytes(bytes(value), location, in_memory=folder is None)
     if isinstance(value, str):
         if value.startswith("data:"):
-            return _store_bytes(_decode_data_url(value, location), location)
+            return _describe_bytes(_decode_data_url(value, location), location, in_memory=folder is None)
         return _read_path(value, folder, location)
     if is_pil_image(value):
-        return _store_bytes(encode_png(value, location), location)
+        return _describe_bytes(encode_png(value, location), location, in_memory=folder is None)
     raise InvalidRow("bad-image", f"{location} is {type_name(value)}, not a path, a data URL or bytes")
 
 
@@ -120,11 +124,12 @@ def _decode_base64(content: str, location: str) -> bytes:
         raise InvalidRow("bad-image", f"{location}: the base64 is damaged: {error}") from None
 
 
-def _store_bytes(content: bytes, location: str) -> Image:
-    """Keep the bytes of an image in the cache, where they are read again when it is computed."""
+def _describe_bytes(content: bytes, location: str, *, in_memory: bool) -> Image:
+    """Describe an image. Its bytes are kept in the cache on disk, or (in_memory) in its path, as a data URL."""
     digest = hashlib.sha256(content).hexdigest()
     width, height, notes = _inspect(content, location)
-    return Image(digest, str(keep_bytes(content)), width, height, notes)
+    path = IN_MEMORY + base64.b64encode(content).decode() if in_memory else str(keep_bytes(content))
+    return Image(digest, path, width, height, notes)
 
 
 def keep_bytes(content: bytes) -> Path:
@@ -246,6 +251,8 @@ def _to_rgb(image: PIL.Image.Image, notes: list[str], location: str) -> PIL.Imag
 
 def open_image(image: Image) -> PIL.Image.Image:
     """Return the pixels as RGB, upright. Raises DataError if the file has changed since the rows were prepared."""
+    if image.path.startswith(IN_MEMORY):
+        return _decode(base64.b64decode(image.path.removeprefix(IN_MEMORY)), "an image of a request")[0]
     try:
         content = Path(image.path).read_bytes()
     except OSError as error:
@@ -267,6 +274,7 @@ class ImageTable:
         self.starts: list[int] = []  # the first id of each image
         self._end = FIRST_IMAGE_ID
         self._by_digest: dict[str, int] = {}
+        self._in_memory: deque[int] = deque()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -281,8 +289,14 @@ class ImageTable:
             self.images.append(image)
             self.starts.append(self._end)
             self._end += tokens
+            if image.path.startswith(IN_MEMORY):
+                self._in_memory.append(len(self.images) - 1)
         number = self._by_digest[image.digest]
         self.images[number] = image  # its file may have moved
+        while len(self._in_memory) > MAX_IN_MEMORY:
+            old = self._in_memory.popleft()
+            del self._by_digest[self.images[old].digest]
+            self.images[old] = replace(self.images[old], path="")
         return self.starts[number]
 
     def tokens(self, number: int) -> int:

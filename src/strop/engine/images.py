@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from strop.data.images import FIRST_IMAGE_ID, open_image
+from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
 from strop.data.types import Example
 from strop.errors import ModelError
@@ -41,6 +41,7 @@ GRID = "image_grid_thw"  # argument of models with positions in space: frames, r
 MAX_TOWER_OUTPUTS = 4096  # images whose output of the image encoder is kept for a trained projector
 _WRAPPERS = (LoraLayer, AuxiliaryTrainingWrapper)
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are features of images
+_IN_SPACE = "positions of images in space"
 _BIDIRECTIONAL = "attention in both directions between the features of an image"
 FEATURES, LATER = "features", "deepstack."  # names of the tensors of an image; LATER with the number of a layer
 MAX_CHECKED = 16  # tokens of a row on which strop's step is compared with the model's own forward
@@ -77,14 +78,21 @@ class ImageFeatures:
     @cached_property
     def _folder(self) -> Path:
         key = f"{fingerprint(self._source)} {self._encoder.fingerprint} {self._dtype}"
-        return cache_folder() / "features" / hashlib.sha256(key.encode()).hexdigest()[:24]
+        folder = cache_folder() / "features"
+        remove_oldest(folder, MAX_CACHE_BYTES)
+        return folder / hashlib.sha256(key.encode()).hexdigest()[:24]
 
     @property
     def why_not_embeddings(self) -> str | None:
-        """Why features are more than embeddings in a causal sequence, or None. Only if there are images."""
-        if not self._token_types or not len(self._encoder.table):
+        """Why features are more than embeddings in a causal sequence, or None."""
+        if not self._token_types:
             return None
-        return "positions of images in space" if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
+        return _IN_SPACE if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
+
+    @property
+    def why_model_computes(self) -> str | None:
+        """Why the model's own forward must compute the rows, or None. Without images it is never needed."""
+        return self.why_not_embeddings if len(self._encoder.table) else None
 
     def rows(self, ids: Tensor, name: str = FEATURES) -> Tensor:
         """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on. name: of the tensor of an image."""
@@ -137,19 +145,20 @@ class ImageFeatures:
         """
         if self._adapted:
             return self._compute(number)
-        digest = self._encoder.table.images[number].digest
-        if (tensors := self._recent.get(digest)) is not None:
-            self._recent.move_to_end(digest)
+        image = self._encoder.table.images[number]
+        if (tensors := self._recent.get(image.digest)) is not None:
+            self._recent.move_to_end(image.digest)
             return tensors
-        file = self._folder / digest[:2] / digest
+        file = self._folder / image.digest[:2] / image.digest
         tensors = self._read(file)
         if tensors is None:
             tensors = {name: value.cpu().contiguous() for name, value in self._compute(number).items()}
-            with suppress(OSError):  # a full disk: the features are computed again
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(file, save(tensors))
+            if not image.path.startswith(IN_MEMORY):  # images of requests are not written to disk
+                with suppress(OSError):  # a full disk: the features are computed again
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(file, save(tensors))
         tensors = {name: value.to(self._model.device) for name, value in tensors.items()}
-        self._recent[digest] = tensors
+        self._recent[image.digest] = tensors
         self._recent_bytes += tensors[FEATURES].nbytes
         while self._recent_bytes > MAX_MEMORY_BYTES and len(self._recent) > 1:
             self._recent_bytes -= self._recent.popitem(last=False)[1][FEATURES].nbytes
@@ -242,6 +251,21 @@ class ImageFeatures:
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
+
+
+def remove_oldest(folder: Path, max_bytes: int) -> None:
+    """Remove the files of a cache that were not used for longest, until the others have at most `max_bytes`."""
+    files = list[tuple[float, int, Path]]()
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # another process removed it
+            if file.is_file():
+                files.append((file.stat().st_mtime, file.stat().st_size, file))
+    total = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if total <= max_bytes:
+            break
+        file.unlink(missing_ok=True)
+        total -= size
 
 
 def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

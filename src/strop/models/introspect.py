@@ -177,14 +177,13 @@ def find_projectors(model: Any) -> list[str]:
     tower, (inner, text) = find_image_tower(model), _parts(model)
     if tower is None:
         return []
-    names = [
-        name
-        for name, child in inner.named_children()
-        if child not in (tower, text) and any(True for _ in child.parameters())
-    ]
-    return names or [
-        name for name, child in tower.named_children() if "merger" in name and any(True for _ in child.parameters())
-    ]
+    parts = {name: child for name, child in inner.named_children() if child not in (tower, text)}
+    parts = parts or {name: child for name, child in tower.named_children() if "merger" in name}
+    names = list[str]()
+    for name, child in parts.items():
+        inner_names = [f"{name}.{i}" for i in range(len(child))] if isinstance(child, nn.ModuleList) else [name]
+        names += inner_names if any(True for _ in child.parameters()) else []
+    return names
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from strop.data.converters import parse_request, read_images
+from strop.data.rendering.image_encoder import share_image_encoder
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Logits, Mask, NoToken
+from strop.engine.images import image_features
 from strop.errors import ModelError
 from strop.models.adapter_config import adapter_folder, read_identity
 from strop.models.adapters import locate_tokenizer, make_renderer
@@ -39,6 +41,7 @@ class ServedModel:
     renderer: Renderer
     system: str | None  # the system prompt of training, used for chats without one
     generation_stop_ids: tuple[int, ...] = ()  # from the model's generation config
+    why_no_images: str | None = None  # why images of requests are refused, though the model may read them
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -58,6 +61,8 @@ class ServedModel:
             if conversation.tools and not self.renderer.chat.traits.tools:
                 raise ApiError(400, "tools: not supported by the model's chat template", param="tools")
             turns = conversation.messages
+            if self.why_no_images is not None and any(turn.images for turn in turns):
+                raise ApiError(400, f"images: {self.why_no_images}", param="messages")
             if self.system is not None and turns[0].role != "system":
                 turns = (Message("system", self.system), *turns)
             return self.renderer.prompt(turns, conversation.tools, options=template_options)
@@ -108,7 +113,10 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
     stop_ids = generation_stop_ids(first.module.generation_config)
-    base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids)
+    features = image_features(first.module)
+    why = None if features is None else features.why_not_embeddings
+    why_no_images = None if why is None else f"models with {why} are not served by strop: use vLLM (--engine vllm)"
+    base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids, why_no_images)
     if first.adapter is None:
         return LoadedModels(
             first.module, {ids[0]: replace(base, id=ids[0], system=first.default_system)}, first.notes, first.dtype
@@ -118,14 +126,21 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
         tokenizer = load_tokenizer(locate_tokenizer(folder, first.source))
+        share_image_encoder(tokenizer, first.tokenizer)
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it by itself")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         renderer = make_renderer(tokenizer, identity)
         adapter, system = first.others[name], identity.get("system")
-        models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids)
+        models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids, why_no_images)
     models[BASE] = base
+    if features is not None and features.depends_on_adapter:  # the encoder has one state for all requests
+        why_no_images = f"the image encoder was trained, and is that of {ids[0]}: serve the other model by itself"
+        models = {
+            id: served if id == ids[0] else replace(served, why_no_images=why_no_images)
+            for id, served in models.items()
+        }
     return LoadedModels(first.module, models, first.notes, first.dtype)
 
 

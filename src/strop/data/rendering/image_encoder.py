@@ -131,6 +131,11 @@ def save_processor(tokenizer: Any, folder: Path) -> None:
                 shutil.copyfile(encoder.folder / name, folder / name)
 
 
+def share_image_encoder(tokenizer: Any, other: Any) -> None:
+    """Give a tokenizer the image encoder of another one of the same base, so that ids of images mean the same."""
+    tokenizer.image_encoder = image_encoder(other)
+
+
 def image_encoder(tokenizer: Any) -> ImageEncoder | None:
     """Return the image encoder of a tokenizer's model, or None for a model of texts."""
     encoder: ImageEncoder | None = getattr(tokenizer, "image_encoder", None)

@@ -221,7 +221,7 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
     features = image_features(base)
-    if features is not None and (reason := features.why_not_embeddings) is not None:
+    if features is not None and (reason := features.why_model_computes) is not None:
         return reason
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     is_text = text_filter(base)

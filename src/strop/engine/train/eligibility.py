@@ -68,7 +68,7 @@ def why_not_fast(model: nn.Module, dtype: torch.dtype | None = None) -> str | No
     decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
     features = image_features(base)
-    why = None if features is None else features.why_not_embeddings
+    why = None if features is None else features.why_model_computes
     why = why or why_base_unsupported(base, decoder, config, family)
     if why is None and not is_adapted:
         why = why_full_not_fast(config, "bf16" if dtype == torch.bfloat16 else "fp32")

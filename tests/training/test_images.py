@@ -1,0 +1,218 @@
+"""Train on rows with images: resume, objectives, the saved adapter, merge, chat and server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import strop
+from strop.errors import InputError, RecipeError, StropError
+from strop.evaluation.run import EvalOptions, evaluate_models
+from strop.runs.events import read_events
+from strop.runs.folder import cache_folder
+from tests.support.runs import QUICK, run
+from tests.support.seeing import save_seeing
+from tests.support.serving import CHAT, serving
+from tests.training.test_resume import Cut, adapter, cut_at, same
+
+COLOURS = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200)}
+OPTIONS: dict[str, Any] = {"train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_seeing(tmp_path_factory.mktemp("seeing") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    return write_rows(folder, [{"prompt": "Which colour?", "completion": name} for name in COLOURS for _ in range(3)])
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows with an image in the colour of the completion or the chosen answer."""
+    lines = []
+    for number, row in enumerate(rows):
+        name = f"{number}.png"
+        colour = COLOURS[row.get("completion") or row["chosen"]]
+        Image.new("RGB", (20 + number, 30), colour).save(folder / name)
+        lines.append(json.dumps({**row, "image": name}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {**OPTIONS, "train.max_steps": 60, "train.learning_rate": 0.01, "lora.vision": "projector"}
+    return strop.train(model=str(seeing), data=str(rows), out=tmp_path_factory.mktemp("run") / "run", **options).folder
+
+
+@pytest.mark.parametrize("vision", ["none", "projector"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision: str, dtype: str) -> None:
+    options = {
+        **OPTIONS, "train.max_steps": 12, "train.save_steps": 2, "lora.vision": vision, "model.dtype": dtype,
+        "lora.dropout": 0.1,
+    }  # fmt: skip
+    whole = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "whole", **options).folder
+    for step in (2, 6):
+        folder = tmp_path / str(step)
+        with pytest.raises(Cut):
+            strop.train(model=str(seeing), data=str(rows), out=folder, callback=cut_at("save", step), **options)
+        shutil.rmtree(cache_folder() / "features", ignore_errors=True)
+        shutil.rmtree(cache_folder() / "data", ignore_errors=True)
+        strop.resume(folder)
+        assert same(adapter(folder), adapter(whole))
+    [note] = [event["text"] for event in read_events(whole / "events.jsonl") if "images:" in event.get("text", "")]
+    assert "equal to the model's own forward" in note
+    names = [name for name in adapter(whole) if "connector" in name]
+    assert bool(names) == (vision == "projector")
+
+
+def test_the_adapter_loads_in_peft_with_equal_logits(seeing: Path, rows: Path, trained: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(seeing)
+    tuned = PeftModel.from_pretrained(model, str(trained / "adapter")).eval()
+    processor = AutoProcessor.from_pretrained(trained / "adapter")
+    loaded = strop.load(trained, dtype="fp32")
+    image = rows.parent / "0.png"
+    parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[Image.open(image)]], return_tensors="pt", add_special_tokens=False)
+    message = {"role": "user", "content": [{"type": "image", "path": str(image)}, parts[1]]}
+    prompt = loaded.renderer.prompt(strop.engine.decode.model._parse_messages([message]))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = tuned(**inputs).logits[0]
+        computed = loaded.module(input_ids=torch.from_numpy(prompt).long()[None]).logits[0]
+        with loaded.base():
+            base = loaded.module(input_ids=torch.from_numpy(prompt).long()[None]).logits[0]
+        expected_base = AutoModelForImageTextToText.from_pretrained(seeing)(**inputs).logits[0]
+    assert computed == pytest.approx(expected, abs=1e-4)
+    assert base == pytest.approx(expected_base, abs=1e-4)
+
+
+def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> None:
+    model = strop.load(trained, dtype="fp32")
+    images = [str(rows.parent / f"{number}.png") for number in (0, 3, 6)]
+    assert model.generate(["Which colour?"] * 3, images=images) == list(COLOURS)
+    assert model.generate("Which colour?", images=Image.open(images[2])) == ["blue"]
+    assert model.generate("Which colour?", images=Path(images[1]).read_bytes()) == ["green"]
+    assert model.chat("<image>Which colour?", images=images[0]) == "red"
+    assert model.history[0].images and "red" in model.chat("And now?")
+    model.history.clear()
+    part = {"type": "image_url", "image_url": {"url": images[1]}}
+    assert model.chat([{"role": "user", "content": [part, {"type": "text", "text": "Which colour?"}]}]) == "green"
+    with pytest.raises(InputError, match="2 images for 1 messages"):
+        model.generate(["x"], images=[images[0], images[1]])
+    with pytest.raises(InputError, match="image 1: no file"):
+        model.generate("x", images="absent.png")
+    [result] = evaluate_models([str(trained)], str(rows), EvalOptions(dtype="fp32"))
+    assert result["tuned"]["exact"] == 1.0 > result["base"]["exact"]
+    assert result["samples"][0]["prompt"] == "[image 20x30]Which colour?"
+
+
+def test_merge_keeps_towers_and_measures_on_images(trained: Path, seeing: Path, tmp_path: Path) -> None:
+    merged = strop.merge(trained, tmp_path / "merged", dtype="fp32")
+    assert merged.parity is not None and merged.parity.passed and merged.parity.kl_mean < 1e-6
+    before, after = (load_file(folder / "model.safetensors") for folder in (seeing, seeing))
+    after = {}
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        after |= load_file(file)
+    tower = [name for name in before if ".vision_model." in name]
+    assert tower and all(torch.equal(before[name], after[name]) for name in tower)
+    connector = [name for name in before if ".connector." in name]
+    assert connector and not any(torch.equal(before[name], after[name]) for name in connector)
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").image_processor is not None
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward"])
+def test_preferences_with_images(seeing: Path, tmp_path: Path, objective: str) -> None:
+    names = list(COLOURS)
+    pairs = [
+        {"prompt": "Which colour?", "chosen": name, "rejected": names[i - 1]} for i, name in enumerate(names)
+    ] * 3  # fmt: skip
+    data = write_rows(tmp_path, pairs)
+    options = {**OPTIONS, "train.objective": objective, "train.max_steps": 20, "train.learning_rate": 0.01}
+    done = strop.train(model=str(seeing), data=str(data), out=tmp_path / "run", **options)
+    losses = [event["loss"] for event in read_events(done.folder / "events.jsonl") if event["event"] == "step"]
+    assert losses[-1] < losses[0]
+
+
+def test_rewards_with_images(seeing: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def short(completion, gold):\n    return -len(completion)\n", encoding="utf-8")
+    options = {
+        **OPTIONS, "train.objective": "grpo", "train.rewards": f"{tmp_path}/reward.py:short", "train.max_steps": 2,
+        "train.group": 2, "train.answer_tokens": 4,
+    }  # fmt: skip
+    done = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "run", **options)
+    assert done.report["steps"] == 2
+
+
+def test_models_without_eyes_are_refused(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(StropError, match="9 of 9 training rows cannot be used") as error:
+        strop.train(model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **OPTIONS)
+    assert "choose a model that reads images" in str(error.value)
+    with pytest.raises(RecipeError, match="has no image encoder"):
+        strop.train(
+            model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **OPTIONS, **{"lora.vision": "projector"}
+        )
+
+
+def test_gguf_and_scripts_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run("export", "gguf", trained, "--out", tmp_path / "model.gguf", capsys=capsys)
+    assert code == 2 and "was trained on images" in err and "mmproj" in err
+    code, _, err = run("export", "script", trained, "--out", tmp_path / "script", capsys=capsys)
+    assert code == 2 and "images" in err
+
+
+def test_plan_and_train_on_the_terminal(
+    seeing: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", seeing, "--data", rows, "--lora.vision", "projector", *QUICK)
+    code, out, err = run("plan", *words, capsys=capsys)
+    assert code == 0 and "fast step" in out + err
+    code, out, err = run("train", *words, "--out", tmp_path / "run", capsys=capsys)
+    assert code == 0 and "fast step" in out + err and "['connector']" in out + err
+
+
+def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
+    openai = pytest.importorskip("openai")
+    content = (rows.parent / "3.png").read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+
+    def message(image: str) -> list[dict[str, Any]]:
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "Which colour?"}]
+        return [{"role": "user", "content": parts}]
+
+    with serving(trained, "--dtype", "fp32") as server:
+        model = trained.name
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            answer = client.chat.completions.create(model=model, messages=message(url), temperature=0, max_tokens=8)
+            assert answer.choices[0].message.content == "green"
+            assert answer.usage.prompt_tokens > 20
+            parts = client.chat.completions.create(
+                model=model, messages=message(url), temperature=0, max_tokens=8, stream=True
+            )
+            assert "".join(part.choices[0].delta.content or "" for part in parts) == "green"
+        for image, text in (
+            (str(rows.parent / "3.png"), "only data URLs are read here, not files"),
+            ("file:///etc/passwd", "only data URLs are read here, not files"),
+            ("http://example.com/a.png", "http://example.com/a.png"),
+            ("data:image/png;base64,AAAA", "not an image of a known format"),
+        ):
+            response = server.post(CHAT, {"model": model, "messages": message(image)})
+            assert response.status_code == 400 and text in response.json()["error"]["message"]
+        response = server.post(CHAT, {"model": "base", "messages": message(url)})
+        assert response.status_code == 400 and "serve the other model by itself" in response.json()["error"]["message"]
+        assert requests.get(server.url + "/health", timeout=10).ok
