@@ -14,8 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from measured import run_jobs
 
 SIDE, PATCH, TOKENS = 48, 12, 4  # of an image, in pixels and in features
 HELD_OUT, DRAWN = 300, 2300  # rows that are not trained on, and rows of a task whose pictures are drawn
@@ -140,7 +147,8 @@ def run(args: argparse.Namespace, task: str, folder: Path) -> dict[str, Any]:
     seconds = time.time() - began
     result = strop.evaluate(done.folder, str(folder / "rows" / "test.jsonl"))
     return {
-        "task": task, "vision": args.vision, "rows": done.report["data"]["used"], "epochs": args.epochs, "tokens": done.report["tokens"],
+        "task": task, "vision": args.vision, "rows": done.report["data"]["used"], "epochs": args.epochs,
+        "tokens": done.report["tokens"],
         "seconds": seconds, "memory": done.report["memory"], "held_out": result["rows"],
         **{side: {"exact": result[side]["exact"], "interval": result["intervals"][side]} for side in ("base", "tuned")},
     }  # fmt: skip
@@ -151,7 +159,8 @@ def row(one: dict[str, Any]) -> str:
     for side in ("base", "tuned"):
         low, high = one[side]["interval"]
         cells.append(f"{100 * one[side]['exact']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
-    return f"| {one['task']} | {one['vision']} | {one['rows']:,} x {one['epochs']:g} | {' | '.join(cells)} | {one['seconds'] / 60:.0f} |"
+    rows = f"{one['rows']:,} x {one['epochs']:g}"
+    return f"| {one['task']} | {one['vision']} | {rows} | {' | '.join(cells)} | {one['seconds'] / 60:.0f} |"
 
 
 def main() -> None:
