@@ -23,6 +23,7 @@ from rich.console import Console
 
 from strop.config.schema import DataSection
 from strop.data import check
+from strop.data.converters import parse_request, read_images
 from strop.data.formats import ConversationReader
 from strop.data.images import FIRST_IMAGE_ID, hide_images, open_image
 from strop.data.prepare import Prepared, prepare
@@ -34,6 +35,7 @@ from strop.data.types import MARK, Conversation, DataKind
 from strop.errors import DataError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
+from strop.training.teacher import _request_message
 from tests.support.pictures import BLUE, GREEN, RED, data_url, encode, picture, write_picture
 
 ANSWER = {"role": "assistant", "content": "a square"}
@@ -417,6 +419,16 @@ def test_animations_in_memory_are_refused() -> None:
     frames = encode(picture(), "GIF", save_all=True, append_images=[picture(color=BLUE)])
     with pytest.raises(DataError, match="row 1: a PIL image: 2 frames"):
         write_rows("rows", [{"prompt": "q", "image": PIL.Image.open(io.BytesIO(frames))}])
+
+
+def test_a_server_gets_images_as_data_urls(folder: Path) -> None:
+    row = {"messages": [user("<image>\nWhat?"), {**ANSWER, "weight": 0}], "images": ["a.png"]}
+    [conversation] = read(write(folder / "d.jsonl", row))
+    question, answer = map(_request_message, conversation.messages)
+    assert answer == ANSWER and str(folder) not in json.dumps(question)
+    [sent] = read_images(parse_request({"messages": [question]}), None).messages
+    assert sent.content == f"{MARK}What?"
+    assert colors(dataclasses.replace(conversation, messages=(sent,))) == [RED]
 
 
 # --- preparation -------------------------------------------------------------------------------------------------

@@ -255,6 +255,11 @@ def open_image(image: Image) -> PIL.Image.Image:
     return _decode(content, image.path)[0]
 
 
+def to_data_url(image: Image) -> str:
+    """Return the pixels as a data URL. Raises DataError if the file has changed since the rows were prepared."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(open_image(image))).decode()}"
+
+
 class ImageTable:
     """The images of a run. Each feature of an image has a token id of its own, from FIRST_IMAGE_ID on.
 

@@ -189,8 +189,9 @@ def _read_parts(spec: str | Sequence[str], data: DataSection, kind: DataKind) ->
         return row
 
     reader = ConversationReader(
-        map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind
-    )
+        map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind,
+        image_folder=data.image_folder,
+    )  # fmt: skip
     parts: list[Part] = []
     number = -1  # of the last row; a source with a weight gives the same row several times
     several: list[Location] = []
