@@ -300,7 +300,7 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=SHAPES)
 def test_any_row_with_images_is_used_or_has_a_reason(folder: Path, row: dict[str, Any]) -> None:
     (folder / "text.png").write_text("not an image", encoding="utf-8")

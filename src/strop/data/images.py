@@ -20,7 +20,7 @@ import numpy as np
 
 from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import Ids, Image
-from strop.errors import DataError
+from strop.errors import DataError, first_line
 from strop.runs.folder import cache_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def encode_png(image: PIL.Image.Image, location: str = "a PIL image") -> bytes:
         upright = ImageOps.exif_transpose(image)
         (upright if upright.mode in _MODES_OF_PNG else upright.convert("RGB")).save(buffer, "PNG")
     except Exception as error:  # of many types: the file is truncated or closed
-        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
+        raise InvalidRow("image-unreadable", f"{location}: cannot be decoded: {first_line(error)}") from None
     return buffer.getvalue()
 
 
@@ -221,7 +221,7 @@ def _decode(content: bytes, location: str) -> tuple[PIL.Image.Image, tuple[str, 
     except PIL.Image.DecompressionBombError:
         raise InvalidRow("image-too-large", f"{location}: {_TOO_LARGE}") from None
     except Exception as error:  # decoders raise many types for damaged files
-        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
+        raise InvalidRow("image-unreadable", f"{location}: cannot be decoded: {first_line(error)}") from None
     return image, tuple(notes)
 
 
