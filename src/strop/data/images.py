@@ -20,7 +20,7 @@ import numpy as np
 
 from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import Ids, Image
-from strop.errors import DataError, first_line
+from strop.errors import DataError, FolderError, first_line
 from strop.runs.folder import cache_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -128,12 +128,19 @@ def _store_bytes(content: bytes, location: str) -> Image:
 
 
 def keep_bytes(content: bytes) -> Path:
-    """Write the bytes of an image to the cache, in a file named after their hash, and return its path."""
+    """Write the bytes of an image to the cache, in a file named after their hash, and return its path.
+
+    Raises FolderError if the cache cannot be written.
+    """
     digest = hashlib.sha256(content).hexdigest()
     path = cache_folder() / "images" / digest[:2] / digest
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+    except OSError as error:
+        fix = "free space, or set STROP_CACHE to a writable folder"
+        raise FolderError(f"{path.parent}: an image cannot be stored: {error.strerror}", fix=fix) from None
     return path
 
 
