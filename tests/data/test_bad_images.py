@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from strop.config.schema import DataSection
 from strop.data import images
 from strop.data.converters import parse_request, read_images
+from strop.data.formats import ConversationReader
 from strop.data.images import FIRST_IMAGE_ID, MAX_BYTES, ImageTable, open_image, read_image
 from strop.data.prepare import Prepared, prepare
-from strop.data.row_errors import REASONS, InvalidRow
-from strop.data.types import MARK, Image
+from strop.data.row_errors import REASONS, InvalidRow, RowError
+from strop.data.types import MARK, Image, Row
 from strop.errors import DataError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
@@ -257,6 +260,67 @@ def test_every_bad_row_of_a_file_is_listed(folder: Path, tokenizer: Any) -> None
     report = prepared.report.as_json()
     assert len(rows) > 80 and report["rows"]["dropped"] == len(rows) and report["rows"]["used"] == 1
     assert [place["line"] for place in report["dropped"]] == list(range(2, len(rows) + 2))
+
+
+SCALARS = st.sampled_from([
+    None, "", "good.png", "gone.png", "text.png", "<image>", "[]", '["good.png"]', "[1]", "{}", "data:", "a\0", MARK,
+    data_url(PNG), 0, 1.5, True, False,
+])  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["path", "url", "bytes", "base64", "image", "data", "index", "x"]), inner, max_size=2
+        )
+    ),
+    max_leaves=4,
+)
+TEXTS = st.lists(st.sampled_from(["<image>", "\n", "q", MARK, "<im_end>", " ", ""]), max_size=5).map("".join)
+KINDS = st.sampled_from(["text", "image", "image_url", "input_image", "video", None])
+PARTS = st.lists(
+    st.fixed_dictionaries(
+        {"type": KINDS},
+        optional={"text": TEXTS, "image": VALUES, "image_url": VALUES, "path": VALUES, "index": SCALARS},
+    ),
+    max_size=4,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "user", "assistant", "system", "tool"]), "content": TEXTS | PARTS},
+        optional={"images": VALUES, "image": VALUES},
+    ),
+    min_size=1,
+    max_size=4,
+)
+SHAPES = st.one_of(
+    st.fixed_dictionaries({"messages": MESSAGES}, optional={"images": VALUES, "image": VALUES}),
+    st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}, optional={"images": VALUES, "image": VALUES}),
+    st.fixed_dictionaries({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}, optional={"images": VALUES}),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=SHAPES)
+def test_any_row_with_images_is_used_or_has_a_reason(folder: Path, row: dict[str, Any]) -> None:
+    (folder / "text.png").write_text("not an image", encoding="utf-8")
+    errors: list[RowError] = []
+    reader = ConversationReader([Row(str(folder / "d.jsonl"), 7, row)], format=list_format(row), errors=errors)
+    conversations = list(reader)
+    assert len(errors) + reader.num_used == 1
+    for error in errors:
+        assert error.code in REASONS and error.where.line == 7 and len(error.where.what) < 400
+    given_images = json.dumps(row).count("good.png") + json.dumps(row).count("data:image/png")
+    for conversation in conversations:
+        for side in conversation.sides:
+            for turn in side.messages:
+                assert not turn.images or turn.content.count(MARK) == len(turn.images)
+                assert not turn.images or ("<image>" not in turn.content and turn.role != "assistant")
+            assert sum(len(turn.images) for turn in side.messages) <= given_images
+
+
+def list_format(row: dict[str, Any]) -> str:
+    return "messages" if "messages" in row else "preference" if "chosen" in row else "prompt-completion"
 
 
 # --- images that are used ----------------------------------------------------------------------------------------

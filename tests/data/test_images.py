@@ -23,6 +23,7 @@ from rich.console import Console
 
 from strop.config.schema import DataSection
 from strop.data import check
+from strop.data.converters import parse_request, read_images
 from strop.data.formats import ConversationReader
 from strop.data.images import FIRST_IMAGE_ID, hide_images, open_image
 from strop.data.prepare import Prepared, prepare
@@ -31,9 +32,10 @@ from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import dump_conversation
 from strop.data.types import MARK, Conversation, DataKind
-from strop.errors import DataError
+from strop.errors import DataError, FolderError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
+from strop.training.teacher import _request_message
 from tests.support.pictures import BLUE, GREEN, RED, data_url, encode, picture, write_picture
 
 ANSWER = {"role": "assistant", "content": "a square"}
@@ -419,6 +421,16 @@ def test_animations_in_memory_are_refused() -> None:
         write_rows("rows", [{"prompt": "q", "image": PIL.Image.open(io.BytesIO(frames))}])
 
 
+def test_a_server_gets_images_as_data_urls(folder: Path) -> None:
+    row = {"messages": [user("<image>\nWhat?"), {**ANSWER, "weight": 0}], "images": ["a.png"]}
+    [conversation] = read(write(folder / "d.jsonl", row))
+    question, answer = map(_request_message, conversation.messages)
+    assert answer == ANSWER and str(folder) not in json.dumps(question)
+    [sent] = read_images(parse_request({"messages": [question]}), None).messages
+    assert sent.content == f"{MARK}What?"
+    assert colors(dataclasses.replace(conversation, messages=(sent,))) == [RED]
+
+
 # --- preparation -------------------------------------------------------------------------------------------------
 
 
@@ -612,3 +624,52 @@ def test_cleaned_copy_has_the_same_images(folder: Path, tokenizer: Any, kind: Da
     conversations = [[*map(dump_conversation, x.train_conversations)] for x in (before, after)]
     assert conversations[0] == conversations[1] != []
     assert [e.ids.tolist() for e in after.train] == [e.ids.tolist() for e in before.train]
+
+
+def test_images_that_cannot_be_stored_are_an_error(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FolderError, match="an image cannot be stored: Not a directory"):
+        run(write(folder / "d.jsonl", chat(QUESTION, URL)), tokenizer)
+    assert shown(run(write(folder / "d.jsonl", chat(QUESTION, "a.png")), tokenizer)) == [[RED]]  # a file needs no copy
+
+
+def test_messages_after_the_last_answer_leave_their_images_out(folder: Path, tokenizer: Any) -> None:
+    row = {"messages": [user("<image>q"), ANSWER, user("<image>r")], "images": ["a.png", "b.png"]}
+    assert shown(run(write(folder / "d.jsonl", row), tokenizer)) == [[RED]]
+
+
+def test_each_example_of_a_row_has_the_images_before_it(folder: Path, tokenizer: Any) -> None:
+    """A template that shows reasoning only in the last turn makes one example of each turn."""
+    reasoning = (
+        "{% if message.reasoning_content and loop.last %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    )
+    is_text = "{% if message['content'] is string %}"
+    template = tokenizer.chat_template.replace(is_text, reasoning + is_text)
+    (folder / "t.jinja").write_text(template, encoding="utf-8")
+    turns = [user("<image>q"), {**ANSWER, "reasoning": "hm"}, user("<image>r<image>"), {**ANSWER, "reasoning": "ha"}]
+    file = write(folder / "d.jsonl", {"messages": turns, "images": THREE})
+    for loss in ("assistant", "all"):
+        prepared = run(file, tokenizer, template=str(folder / "t.jinja"), loss=loss)
+        assert shown(prepared) == [[RED], [RED, GREEN, BLUE]]
+        assert not any(example.weights[example.ids >= FIRST_IMAGE_ID].any() for example in prepared.train)
+
+
+def test_templates_that_lose_or_repeat_images_are_refused(folder: Path, tokenizer: Any) -> None:
+    condition, place = "{%- if part['type'] == 'image' %}", "<image>"
+    assert condition + place in tokenizer.chat_template
+    for shown_place in (f"{place}{place}", "{% if not loop.first %}<image>{% endif %}", None):
+        other = tokenizer.chat_template.replace(condition + place, f"{condition}{shown_place}")
+        other = CHATML_TEXT if shown_place is None else other
+        (folder / "t.jinja").write_text(other, encoding="utf-8")
+        data = DataSection(train=write(folder / "d.jsonl", chat("<image>q", "a.png"), chat("q")), bad_rows="drop")
+        prepared = prepare(data.model_copy(update={"template": str(folder / "t.jinja")}), tokenizer)
+        assert prepared.report.by_reason == {"image-lost": 1} and [example.line for example in prepared.train] == [2]
+
+
+CHATML_TEXT = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from pathlib import Path
@@ -183,8 +183,6 @@ def _parse_message(turn: dict[str, Any], location: str) -> Message:
     content = _check_string(content, f"{location}: content")
     if role != "assistant" and (calls or reasoning):
         raise InvalidRow("bad-part", f"{location}: only an assistant message can have reasoning or tool calls")
-    if parts and content.count(MARK) != len(parts):
-        raise InvalidRow("bad-image", f"{location}: a text with an image contains the character U+FFFC")
     if parts and role == "assistant":
         raise InvalidRow("bad-image", f"{location}: {_IMAGE_OF_ASSISTANT}")
     name = turn.get("name")
@@ -216,17 +214,23 @@ def _check_count(places: int, images: int, location: str = "") -> None:
         raise InvalidRow("image-count", f"{location}{counts[0]} in the text for {counts[1]}")
 
 
+def _check_marks(content: str, parts: Sequence[ImageSource]) -> None:
+    if content.count(MARK) != len(parts):
+        raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
+
+
 def _fill_places(
-    content: str, parts: Iterable[ImageSource], images: Iterator[ImageSource]
+    content: str, parts: Sequence[ImageSource], images: Iterator[ImageSource]
 ) -> tuple[str, list[ImageSource]]:
     """Return a text with a mark in each place of an image, and the images in these places.
 
     parts: the images of marks; those without a value, and placeholders, are places for the next of `images`.
     """
-    parts, found = iter(parts), list[ImageSource]()
+    _check_marks(content, parts)
+    rest, found = iter(parts), list[ImageSource]()
 
     def fill(place: re.Match[str]) -> str:
-        part = next(parts) if MARK in place[0] else None
+        part = next(rest) if MARK in place[0] else None
         found.append(next(images) if part is None or part.value is None else part)
         return MARK
 
@@ -294,8 +298,6 @@ def attach_images(
     def attach(turn: Message) -> Message:
         if not turn.images and IMAGE_PLACEHOLDER not in turn.content:
             return turn
-        if turn.content.count(MARK) != len(turn.images):
-            raise InvalidRow("bad-image", "a text with an image contains the character U+FFFC")
         if turn.role == "assistant":
             raise InvalidRow("bad-image", _IMAGE_OF_ASSISTANT)
         content, found = _fill_places(turn.content, _sources(turn), rest)

@@ -22,7 +22,7 @@ import numpy as np
 
 from strop.data.row_errors import InvalidRow, type_name
 from strop.data.types import Ids, Image
-from strop.errors import DataError
+from strop.errors import DataError, FolderError, first_line
 from strop.runs.folder import cache_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def encode_png(image: PIL.Image.Image, location: str = "a PIL image") -> bytes:
         upright = ImageOps.exif_transpose(image)
         (upright if upright.mode in _MODES_OF_PNG else upright.convert("RGB")).save(buffer, "PNG")
     except Exception as error:  # of many types: the file is truncated or closed
-        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
+        raise InvalidRow("image-unreadable", f"{location}: cannot be decoded: {first_line(error)}") from None
     return buffer.getvalue()
 
 
@@ -133,12 +133,19 @@ def _describe_bytes(content: bytes, location: str, *, in_memory: bool) -> Image:
 
 
 def keep_bytes(content: bytes) -> Path:
-    """Write the bytes of an image to the cache, in a file named after their hash, and return its path."""
+    """Write the bytes of an image to the cache, in a file named after their hash, and return its path.
+
+    Raises FolderError if the cache cannot be written.
+    """
     digest = hashlib.sha256(content).hexdigest()
     path = cache_folder() / "images" / digest[:2] / digest
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+    except OSError as error:
+        fix = "free space, or set STROP_CACHE to a writable folder"
+        raise FolderError(f"{path.parent}: an image cannot be stored: {error.strerror}", fix=fix) from None
     return path
 
 
@@ -226,7 +233,7 @@ def _decode(content: bytes, location: str) -> tuple[PIL.Image.Image, tuple[str, 
     except PIL.Image.DecompressionBombError:
         raise InvalidRow("image-too-large", f"{location}: {_TOO_LARGE}") from None
     except Exception as error:  # decoders raise many types for damaged files
-        raise InvalidRow("image-unreadable", f"{location}: {error}") from None
+        raise InvalidRow("image-unreadable", f"{location}: cannot be decoded: {first_line(error)}") from None
     return image, tuple(notes)
 
 
@@ -260,6 +267,11 @@ def open_image(image: Image) -> PIL.Image.Image:
     if hashlib.sha256(content).hexdigest() != image.digest:
         raise DataError(f"{image.path}: the image has changed since the rows were prepared", fix="start again")
     return _decode(content, image.path)[0]
+
+
+def to_data_url(image: Image) -> str:
+    """Return the pixels as a data URL. Raises DataError if the file has changed since the rows were prepared."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(open_image(image))).decode()}"
 
 
 class ImageTable:

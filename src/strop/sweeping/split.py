@@ -189,8 +189,9 @@ def _read_parts(spec: str | Sequence[str], data: DataSection, kind: DataKind) ->
         return row
 
     reader = ConversationReader(
-        map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind
-    )
+        map(remember, rows), format=data.format, columns=data.columns, errors=errors, data_kind=kind,
+        image_folder=data.image_folder,
+    )  # fmt: skip
     parts: list[Part] = []
     number = -1  # of the last row; a source with a weight gives the same row several times
     several: list[Location] = []
@@ -238,7 +239,8 @@ def _check_scorable(files: Sequence[str], parts: Sequence[Part], resolved: Resol
     data = resolved.recipe.data
     try:
         format = "text" if data.format == DOCUMENT else data.format
-        read_scorable_rows((), {"format": format, "columns": data.columns}, (), files, metric)
+        reading = {"format": format, "columns": data.columns, "image_folder": data.image_folder}
+        read_scorable_rows((), reading, (), files, metric)
     except DataError as error:
         places: dict[tuple[str, int | None], Row] = {}
         for file, own in zip(files, _by_format(parts).values(), strict=True):
