@@ -24,10 +24,8 @@ from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
-from tests.support.seeing import FAMILIES, save_seeing
+from tests.support.seeing import FAMILIES, ONE_IMAGE, PLAIN, save_seeing
 
-PLAIN = {"gemma3", "qwen2_5_vl", "qwen3_vl"}  # families whose images need the model's own forward
-ONE_IMAGE = {"llava_onevision"}  # families that cut a single image only, so that rows have at most one
 SIZES = [(50, 30), (30, 50), (64, 64), (33, 47)]
 
 

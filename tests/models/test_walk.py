@@ -11,7 +11,7 @@ import strop
 from strop.errors import ModelError, RunError
 from strop.models.upstream_errors import convert_model_errors
 from tests.models.walk import PAGE, QUICK, walk
-from tests.support import tiny_families
+from tests.support import seeing, tiny_families
 from tests.support.tiny import write_rows
 
 FAMILIES = (
@@ -52,6 +52,7 @@ def test_base_without_linear_weights_is_not_quantized(tmp_path: Path) -> None:
 
 def test_page_lists_every_class_of_its_transformers_version() -> None:
     text = PAGE.read_text(encoding="utf-8")
+    assert text.endswith(seeing.table())
     made_with = text.partition("transformers ")[2].partition(" ")[0]
     assert made_with
     if made_with == transformers.__version__:

@@ -29,7 +29,7 @@ from strop.models.load import load_without_weights
 from strop.models.source import locate
 from strop.planning.plan import list_layers
 from strop.training import run as run_module
-from tests.support import tiny_families
+from tests.support import seeing, tiny_families
 from tests.support.tiny import write_rows
 
 COLUMNS = ("modules", "plan", "train", "answer", "merge bf16", "merge fp32", "nf4")
@@ -173,7 +173,12 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
     for name in ("plan", "train", "answer", "merge bf16", "merge fp32", "nf4"):
         attempts = [row[name] for row in results.values() if name in row]
         counts.append(f"{name}: {sum(result.startswith('ok') for result in attempts)} of {len(attempts)}")
-    return HEAD.format(version=transformers.__version__, counts="; ".join(counts) + ".") + "".join(rows)
+    return (
+        HEAD.format(version=transformers.__version__, counts="; ".join(counts) + ".")
+        + "".join(rows)
+        + "\n"
+        + seeing.table()
+    )
 
 
 def _cell(result: str) -> str:

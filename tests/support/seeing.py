@@ -237,3 +237,30 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VL", {"window_size": 32, "fullatt_block_indexes": [1]}),
     "qwen3_vl": lambda: _qwen("Qwen3VL", {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}),
 }
+
+PLAIN = {"gemma3", "qwen2_5_vl", "qwen3_vl"}  # families whose images need the model's own forward
+ONE_IMAGE = {"llava_onevision"}  # families that cut a single image only, so that rows have at most one
+NAMES = {  # of checkpoints that people use
+    "idefics3": "SmolVLM, Idefics 3", "smolvlm": "SmolVLM2", "llava": "LLaVA 1.5", "llava_onevision": "LLaVA-OneVision",
+    "internvl": "InternVL 2.5, 3", "mistral3": "Mistral Small 3.1, Pixtral", "lfm2_vl": "LFM2-VL",
+    "gemma3": "Gemma 3 (4B and larger)", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
+}  # fmt: skip
+TABLE = """## Images
+
+Models whose images are tested, on tiny random checkpoints with their processors: loss and gradients equal those of
+transformers from the pixels, with one and several images, and so do generated tokens ([train on images](images.md)).
+Other models with a processor in transformers work too if the check before the first step accepts them.
+
+| model | type | step | images in a row | `strop serve` |
+|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """Return the section of docs/models.md on images."""
+    rows = []
+    for family, name in NAMES.items():
+        step = "plain" if family in PLAIN else "fast"
+        images, serve = "one" if family in ONE_IMAGE else "several", "vLLM" if family in PLAIN else "yes"
+        rows.append(f"| {name} | {family} | {step} | {images} | {serve} |\n")
+    return TABLE + "".join(rows)

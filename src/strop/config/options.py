@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     # data
     format: str
     columns: Mapping[str, str] | None
+    image_folder: str | None
     max_length: int
     overlong: Literal["refuse", "drop", "truncate-start", "split"]
     bad_rows: Literal["refuse", "drop"]
@@ -56,6 +57,7 @@ class Options(TypedDict, total=False):
     rank_pattern: Mapping[str, int]
     alpha_pattern: Numbers
     modules_to_save: Sequence[str]
+    vision: Literal["none", "projector"]
     new_tokens: Sequence[str]
     # train
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"]

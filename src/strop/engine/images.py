@@ -90,9 +90,13 @@ class ImageFeatures:
         return _IN_SPACE if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
 
     @property
+    def has_images(self) -> bool:
+        return len(self._encoder.table) > 0
+
+    @property
     def why_model_computes(self) -> str | None:
         """Why the model's own forward must compute the rows, or None. Without images it is never needed."""
-        return self.why_not_embeddings if len(self._encoder.table) else None
+        return self.why_not_embeddings if self.has_images else None
 
     def rows(self, ids: Tensor, name: str = FEATURES) -> Tensor:
         """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on. name: of the tensor of an image."""
@@ -336,6 +340,8 @@ def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures 
 
 def insert_features(features: ImageFeatures, ids: Tensor, embeddings: Tensor) -> Tensor:
     """Return embeddings (..., h) with the features of images in place of those of their ids (...,)."""
+    if not features.has_images:  # rows of text need no search, which on a GPU would wait
+        return embeddings
     places = (ids >= FIRST_IMAGE_ID).nonzero(as_tuple=True)
     if not len(places[0]):
         return embeddings
