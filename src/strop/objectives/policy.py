@@ -116,7 +116,8 @@ GRPO = PolicyLoss(
     learning_rate_factor=0.1, reference=True,
     compute=grpo, advantages=group_advantages, token_weight=group_token_weight, divisor=group_divisor,
     options={
-        "beta": 0.04, "rewards": None, "environment": None, "turns": 4, "reward_timeout": 60.0, "group": 8, "answer_tokens": 256, "group_loss": "dapo",
+        "beta": 0.04, "rewards": None, "environment": None, "turns": 4, "reward_timeout": 60.0, "group": 8,
+        "answer_tokens": 256, "group_loss": "dapo",
         "clip_low": 0.2, "clip_high": 0.28, "updates": 1,
     },
 )  # fmt: skip

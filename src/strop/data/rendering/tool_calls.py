@@ -12,14 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any, Literal
 
 from strop.data.rendering.prober import CALLING, CALLING_TWICE, QUESTION, TOOL, TOOL_DEFINITION
 from strop.data.rendering.render import Renderer
 from strop.data.rendering.template import ChatTemplate
 from strop.data.row_errors import RenderError
-from strop.data.types import Conversation, Ids, Message
+from strop.data.types import Conversation, Ids, Message, shared_prefix_length
 from strop.errors import ModelError
 
 _NAME = r"[\w.-]+"
@@ -79,6 +78,15 @@ class CallFormat:
     nested: str = ""
     separator: str = ""
     several: bool = True
+
+    @property
+    def example(self) -> str:
+        """A call in this form, with its parts named."""
+        if self.shape == "named":
+            return f"{self.opening}NAME{self.separator}ARGUMENTS{self.closing}"
+        payload = f'{{"{self.name_key}": NAME, "{self.arguments_key}": ARGUMENTS}}'
+        payload = f'{{"{self.nested}": {payload}}}' if self.nested else payload
+        return self.opening + (f"[{payload}]" if self.shape == "list" else payload) + self.closing
 
     def parse(self, text: str) -> Turn:
         """Read the calls in a turn's text. Text that only looks like a call becomes an InvalidCall."""
@@ -222,8 +230,8 @@ def _per_call(opening: str, closing: str, two: str) -> tuple[str, str]:
     second = next((start for start, _ in _payload_spans(following)), len(following))
     named = following[:second].rfind(TOOL)
     between = following[: named if named >= 0 else second]
-    own_opening = commonprefix([opening[::-1], between[::-1]])[::-1]
-    own_closing = commonprefix([closing, between[: len(between) - len(own_opening)]])
+    own_opening = opening[len(opening) - shared_prefix_length(opening[::-1], between[::-1]) :]
+    own_closing = closing[: shared_prefix_length(closing, between[: len(between) - len(own_opening)])]
     return (own_opening, own_closing) if own_opening.strip() else (opening, closing)
 
 
@@ -341,12 +349,18 @@ class ToolDialogue:
         mark, texts = "qzmarkq", [*(message.content for message in messages), *results]
         while any(mark in text for text in texts):
             mark += "q"
-        names = [call.name if isinstance(call, Call) else self._first_tool for call in turn.calls]
-        calls = [call_json(Call(name, {"x": ""})) for name in names[:-1]]
-        calls.append(call_json(Call(names[-1], {"x": mark})))
-        answers = [Message("tool", result) for result in results]
-        stand_in = Message("assistant", "", tool_calls=tuple(calls))  # what it says does not change what follows
+        stand_in, *answers = self.rendered_turn(turn, results, mark)
         before, tools = self._convert([*messages, stand_in])
         if self.why_hermes is None:
             return self._renderer.continuation(before, answers, tools, mark=mark, options=options)
         return self._renderer.continuation(before, as_hermes(answers, (), system=True), mark=mark, options=options)
+
+    def rendered_turn(self, turn: Turn, results: Sequence[str], mark: str = "") -> list[Message]:
+        """Return messages in place of a turn with calls and its results: what a turn says does not change what follows.
+
+        They have valid calls, which a turn may not have, and no reasoning, which a template may remove.
+        """
+        names = [call.name if isinstance(call, Call) else self._first_tool for call in turn.calls]
+        calls = [call_json(Call(name, {"x": ""})) for name in names[:-1]]
+        calls.append(call_json(Call(names[-1], {"x": mark})))
+        return [Message("assistant", "", tool_calls=tuple(calls)), *(Message("tool", result) for result in results)]

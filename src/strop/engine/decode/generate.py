@@ -238,7 +238,10 @@ def _decode_turns(
         if any(sequence.finish_reason == "failed" for sequence in active):
             raise _non_finite_error()
         turns = [
-            (numbers[x], SampledCompletion(x.ids[starts[x] :].copy(), np.array(log_probs[x]), x.finish_reason == "stop"))
+            (
+                numbers[x],
+                SampledCompletion(x.ids[starts[x] :].copy(), np.array(log_probs[x]), x.finish_reason == "stop"),
+            )
             for x in active
         ]
         replies = respond(turns)
