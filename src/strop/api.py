@@ -647,7 +647,7 @@ def check_inputs(
         if spec:
             sources.check_exists(spec)
     for metric in metrics:
-        if metric not in (None, "preference", "accuracy"):
+        if metric not in (None, "preference", "accuracy", "mean_reward"):
             find_metric(metric)
 
 

@@ -22,7 +22,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from strop.data.converters import parse_request
 from strop.data.rendering.tool_calls import Call, InvalidCall
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Message
-from strop.errors import RecipeError, RunError, suggest
+from strop.errors import InputError, RecipeError, RunError, suggest
 from strop.evaluation.metrics import USER_CODE_ERRORS, load_function
 from strop.evaluation.rewards import CallError, call_together, call_within, is_async, read_parts
 from strop.runs.lock import sha256_file, sha256_text
@@ -53,12 +53,6 @@ class Environment:
     schemas: Mapping[str, dict[str, Any]]
     timeout: float
     _unused: list[Any] = field(default_factory=list, repr=False, compare=False)
-
-    @cached_property
-    def file_hash(self) -> str:
-        """SHA-256 of the spec without its folder and of the file, to detect changes."""
-        path = Path(self.spec.rpartition(":")[0])
-        return sha256_text(f"{self.spec.rpartition(':')[2]} {sha256_file(path)}")
 
     def take(self) -> Any:
         """Return an object that no trace uses. Raises RunError if it cannot be made."""
@@ -177,6 +171,21 @@ class Environment:
         if is_async(function):
             return call_together(calls, self.timeout)
         return [call_within(self.timeout, call) for call in calls]
+
+
+def check_hash(environment: str, recorded: str | None, current: str, *, force: bool) -> None:
+    """Raise InputError if the file of a run's environment is not the one of its training, before it is executed."""
+    if recorded not in (None, current) and not force:
+        what = f"environment {environment}: the file has changed since the run was trained"
+        raise InputError(what, fix="restore it, or use --force to run the new file")
+
+
+def hash_file(spec: str) -> str:
+    """Return the SHA-256 of the spec without its folder and of the file. Raises RecipeError if there is no file."""
+    path, _, names = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise RecipeError(f"environment {spec}: no such file", fix=FORM)
+    return sha256_text(f"{names} {sha256_file(Path(path))}")
 
 
 def has_member(used: Any, name: str) -> bool:

@@ -102,7 +102,7 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
     rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
-    before, after = (_format_percent(side[metric]) for side in (base, tuned))
+    before, after = (metrics.format_score(str(metric), side[metric]) for side in (base, tuned))
     change = f"{metrics.score_name(str(metric), metric)} went from {before} to {after}{rows}"
     if not evaluation.get("difference"):
         return "plain", f"{change}."
@@ -167,7 +167,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
     for name in sorted(names, key=lambda name: name != metric):
         rates = (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum", "macro_f1", "micro_f1")
         rates = (*rates, *metrics.RETRIEVAL_SCORES)
-        is_rate = name in rates or name.endswith("_rate")
+        is_rate = (name in rates or name.endswith("_rate")) and not metrics.is_number(name)
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
@@ -179,7 +179,8 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
             interval = interval or ((evaluation.get("score_intervals") or {}).get(side) or {}).get(name)
             if interval:
                 low, high = (100 * float(end) for end in interval)
-                cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
+                text = f"{low:.1f} to {high:.1f}%" if is_rate else f"{interval[0]:.3f} to {interval[1]:.3f}"
+                cell["interval"] = {"low": low, "high": high, "text": text}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}
 

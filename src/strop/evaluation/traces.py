@@ -10,13 +10,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from strop.config.schema import TrainSection
 from strop.data.rendering.render import Renderer
-from strop.data.rendering.tool_calls import ToolDialogue, Turn
+from strop.data.rendering.tool_calls import Call, ToolDialogue, Turn
 from strop.data.row_errors import RenderError
 from strop.data.store import LazySequence, message_json
 from strop.data.types import Example, Ids, LogProbs, Message, Prompt
@@ -27,6 +28,7 @@ from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_
 from strop.objectives import require
 from strop.objectives.table import max_completion_tokens, max_turns
 
+RESET = -1  # number in a group of the seed for `reset`, which is the same for all of the group
 COUNTS = ("turns", "tool_calls", "tool_errors", "truncated")  # of a trace
 SampleTurns = Callable[[Sequence[Ids], Sequence[int], Respond], None]  # prompts, seeds, what follows a turn
 
@@ -152,7 +154,7 @@ class Tracer:
             trace.parts.append((completion.ids, completion.log_probs))
             turn = self.dialogue.read_turn(completion.ids)
             trace.turns, trace.answer, trace.truncated = trace.turns + 1, turn.content, not completion.stopped
-            trace.messages.append(turn.as_message())
+            trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
             if completion.stopped and turn.calls:
                 turns[i] = turn
         results: dict[int, list[str]] = {i: [] for i in turns}
@@ -166,7 +168,8 @@ class Tracer:
         replies: dict[int, Ids] = {}
         for i, turn in turns.items():
             trace = traces[i]
-            trace.messages += [Message("tool", text) for text in results[i]]
+            names = [call.name if isinstance(call, Call) else None for call in turn.calls]
+            trace.messages += [Message("tool", x, name=name) for x, name in zip(results[i], names, strict=True)]
             if trace.turns >= self.turns or self.environment.is_done(trace.environment, trace.place):
                 continue
             try:
@@ -197,6 +200,12 @@ class Tracer:
             what = f"environment {self.environment.spec}: the reward has the parts {different}, and {before} before"
             raise RunError(what, fix="return a dict with the same names for any trace")
         return result
+
+
+def rollout_seed(seed: int, index: int, row: int, number: int) -> int:
+    """Return the seed of a completion. seed: of the run. index: of the step, from 0; -1 in an evaluation."""
+    text = f"{seed} {index} {row} {number}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def _as_messages(prompt: Prompt) -> list[Message]:

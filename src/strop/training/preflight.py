@@ -35,7 +35,7 @@ from strop.errors import (
     RecipeError,
     RunError,
 )
-from strop.evaluation.environments import has_member
+from strop.evaluation.environments import has_member, hash_file
 from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_rewards, read_columns
 from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe_environment, make_tracer
 from strop.machine.probe import Machine, probe
@@ -203,7 +203,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         "teacher": data.teacher_hash,
         "template": data.renderer.template_hash,
         "rewards": rewards_hash,
-        "environment": None if tracer is None else tracer.environment.file_hash,
+        "environment": None if tracer is None else hash_file(tracer.environment.spec),
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": _get_values(resolved),
         "seed": recipe.seed,

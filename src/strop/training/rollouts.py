@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +40,7 @@ from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import mean_interval, wilson_interval
 from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards
-from strop.evaluation.traces import COUNTS, SampleTurns, Trace, Tracer, mean_counts
+from strop.evaluation.traces import COUNTS, RESET, SampleTurns, Trace, Tracer, mean_counts, rollout_seed
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
@@ -53,7 +52,6 @@ from strop.training.criteria import BLOCK, Criterion, Metrics, Split
 from strop.training.state import temporary_values
 from strop.training.teacher import teacher_weight
 
-RESET = -1  # number in a group of the seed for `reset`, which is the same for all of the group
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
 VLLM_GPU_SHARE = 0.3  # share of the GPU's memory for vLLM's copy of the base and its cache
 VLLM_MAX_SEQUENCES = 256
@@ -269,8 +267,7 @@ class PolicyCriterion(Criterion):
         )
 
     def _sample_seed(self, index: int, row: int, number: int) -> int:
-        text = f"{self.seed} {index} {row} {number}".encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+        return rollout_seed(self.seed, index, row, number)
 
     def _make_groups(
         self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[SampledCompletion]]
