@@ -231,6 +231,8 @@ def _per_call(opening: str, closing: str, two: str) -> tuple[str, str]:
     named = following[:second].rfind(TOOL)
     between = following[: named if named >= 0 else second]
     own_opening = opening[len(opening) - shared_prefix_length(opening[::-1], between[::-1]) :]
+    if own_opening != opening:  # markers of different kinds may end with the same signs
+        own_opening = own_opening[re.search(r"[<\[]|$", own_opening).start() :]  # type: ignore[union-attr]
     own_closing = closing[: shared_prefix_length(closing, between[: len(between) - len(own_opening)])]
     return (own_opening, own_closing) if own_opening.strip() else (opening, closing)
 
