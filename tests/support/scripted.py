@@ -112,9 +112,7 @@ def make_desk_job(
     assert isinstance(job.criterion, PolicyCriterion)
     train = job.recipe.train
     environment = load_environment(str(train.environment), 5.0)
-    tracer = make_tracer(
-        train, job.recipe.data.max_length, Renderer(tokenizer("chatml")), {}, environment
-    )
+    tracer = make_tracer(train, job.recipe.data.max_length, Renderer(tokenizer("chatml")), {}, environment)
     sampler = None if write is None else written_turns(write)
     criterion = replace(job.criterion, rewards=[], tracer=tracer, sampler=sampler, stop_ids=(STOP,))
     return replace(job, criterion=criterion), criterion

@@ -83,7 +83,9 @@ def test_loss_and_gradient_of_fixed_traces_by_definition(tmp_path: Path, group_l
     job, criterion = make_desk_job(tmp_path, 2, first_calls, **{"train.group_loss": group_loss, "train.group": 4})
     options = criterion.options
     items = sample_groups(job)
-    assert len({len(group.examples) for group in items}) == 1 and any(group.counts_of_traces["turns"] for group in items)
+    assert len({len(group.examples) for group in items}) == 1 and any(
+        group.counts_of_traces["turns"] for group in items
+    )
     start = {name: weight.detach().clone() for name, weight in job.state.weights.items()}
     job = move_from_reference(job)
     result = loop.compute_gradients(job, items)
@@ -156,7 +158,7 @@ def test_errors_of_tools_are_part_of_the_trace(tmp_path: Path) -> None:
 
 
 def test_several_calls_of_a_turn_are_answered_in_order(tmp_path: Path) -> None:
-    two = f'{ADD}\n{CALL("add", chr(123) + chr(34) + "a" + chr(34) + ": 1, " + chr(34) + "b" + chr(34) + ": 1}")}'
+    two = f"{ADD}\n{CALL('add', chr(123) + chr(34) + 'a' + chr(34) + ': 1, ' + chr(34) + 'b' + chr(34) + ': 1}')}"
     job, criterion = make_desk_job(
         tmp_path, 1, lambda text, seed: "done" if "response" in text else two, **{"train.answer_tokens": 150}
     )
@@ -283,8 +285,10 @@ def test_steps_and_evaluations_report_turns_and_calls(tmp_path: Path) -> None:
     seen = read_events(job.folder.events)
     step = next(event for event in seen if event["event"] == "step")
     names = {"turns", "tool_calls", "tool_errors", "truncated", "reward", "reward/Desk.calls", "reward/Desk.length"}
-    assert names <= set(step) and 1 <= step["turns"] <= 2 and step["reward"] == pytest.approx(
-        step["reward/Desk.calls"] + step["reward/Desk.length"]
+    assert (
+        names <= set(step)
+        and 1 <= step["turns"] <= 2
+        and step["reward"] == pytest.approx(step["reward/Desk.calls"] + step["reward/Desk.length"])
     )
     shown = next(event for event in seen if event["event"] == "answers")
     assert shown["messages"][0]["role"] == "user" and shown["answer"]

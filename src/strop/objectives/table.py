@@ -84,6 +84,21 @@ def max_completion_tokens(train: TrainSection) -> int:
     return 0
 
 
+def longest_sequence(recipe: Recipe) -> int:
+    """Return the maximum number of tokens of a row with what is sampled after it.
+
+    data.max_length is the longest prompt, or in an environment the longest trace.
+    """
+    has_environment = recipe.train.environment is not None
+    return recipe.data.max_length + (0 if has_environment else max_completion_tokens(recipe.train))
+
+
+def max_sampled_tokens(recipe: Recipe, prompt: int = 0) -> int:
+    """Return the maximum number of sampled tokens after a prompt, in all turns, or 0 if nothing is sampled."""
+    sampled = max_completion_tokens(recipe.train) * max_turns(recipe.train)
+    return sampled if recipe.train.environment is None else max(1, min(sampled, recipe.data.max_length - prompt))
+
+
 def max_turns(train: TrainSection) -> int:
     """Return the maximum number of the model's turns in a sampled trace, 1 without an environment."""
     objective = objective_of(train)

@@ -391,7 +391,7 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
-    if not shape.learned or not (text := shape.too_long_message(_row_lengths(data), completion_tokens)):
+    if not shape.learned or not (text := _too_long_message(recipe, shape, data)):
         return
     choices = " or ".join(allowed_overlong(data_kind_of(recipe.train)))
     fix = f"--data.max_length {shape.positions}, with --data.overlong {choices}"
@@ -574,8 +574,14 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
             listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
             total = sum(kinds.values())
             yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
-    if text := shape.too_long_message(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+    if text := _too_long_message(recipe, shape, setup.data):
         yield text
+
+
+def _too_long_message(recipe: Recipe, shape: ModelShape, data: Prepared) -> str | None:
+    if recipe.train.environment is not None:  # a trace may have this length
+        return shape.too_long_message(np.array([recipe.data.max_length]), 0)
+    return shape.too_long_message(_row_lengths(data), max_completion_tokens(recipe.train))
 
 
 def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:

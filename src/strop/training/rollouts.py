@@ -46,7 +46,13 @@ from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
-from strop.objectives.table import data_kind_of, max_completion_tokens, max_turns, sequences_per_row
+from strop.objectives.table import (
+    data_kind_of,
+    longest_sequence,
+    max_completion_tokens,
+    max_turns,
+    sequences_per_row,
+)
 from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, Criterion, Metrics, Split
 from strop.training.state import temporary_values
@@ -438,7 +444,7 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     """Run vLLM on the base of `model` inside the block. Raises InputError, ModelError or RunError."""
     train, weights = recipe.train, weights_folder(source)
     python = find_vllm_python(train.vllm_python, OPTION)
-    config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
+    config, longest = read_config(weights), longest_sequence(recipe)
     vllm_info = query_vllm(python, config["architectures"][0], lora=True)
     arguments: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
