@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +27,7 @@ from strop.evaluation.metrics import (
 )
 from strop.evaluation.rewards import Reward, Rewarded
 from strop.evaluation.traces import RESET, Trace, Tracer, check_prompts, mean_counts, rollout_seed
-
-SAMPLE_CHARACTERS = 400  # longer messages of a sample are cut
+from strop.runs.events import describe_turns
 
 
 def make_prompts(model: Model, conversations: Sequence[Conversation]) -> list[Prompt]:
@@ -148,17 +147,4 @@ def _make_sample(
 def describe_trace(trace: Trace) -> str:
     """Return the turns after the prompt as text: calls, results and answers, a line each."""
     start = next((i for i, message in enumerate(trace.messages) if message.role == "assistant"), len(trace.messages))
-    return "\n".join(describe_turns(cast("Any", list(map(message_json, trace.messages[start:])))))
-
-
-def describe_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return messages as lines: `tool(argument=value)` for a call, `-> text` for its result."""
-    lines = []
-    for message in messages:
-        content = str(message.get("content") or "").strip()[:SAMPLE_CHARACTERS]
-        lines += [f"-> {content}"] if message["role"] == "tool" else [content] if content else []
-        for call in message.get("tool_calls") or ():
-            function = call["function"]
-            arguments = ", ".join(f"{name}={value!r}" for name, value in function["arguments"].items())
-            lines.append(f"{function['name']}({arguments})")
-    return lines
+    return describe_turns(list(map(message_json, trace.messages[start:])))

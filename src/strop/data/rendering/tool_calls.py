@@ -82,9 +82,16 @@ class CallFormat:
     @property
     def example(self) -> str:
         """A call in this form, with its parts named."""
+        return self._write("NAME", "NAME", "ARGUMENTS")
+
+    def write(self, call: Call) -> str:
+        """Return a call as text. What a template adds, such as an id, is left out."""
+        return self._write(call.name, json.dumps(call.name), json.dumps(call.arguments, ensure_ascii=False))
+
+    def _write(self, name: str, quoted_name: str, arguments: str) -> str:
         if self.shape == "named":
-            return f"{self.opening}NAME{self.separator}ARGUMENTS{self.closing}"
-        payload = f'{{"{self.name_key}": NAME, "{self.arguments_key}": ARGUMENTS}}'
+            return f"{self.opening}{name}{self.separator}{arguments}{self.closing}"
+        payload = f'{{"{self.name_key}": {quoted_name}, "{self.arguments_key}": {arguments}}}'
         payload = f'{{"{self.nested}": {payload}}}' if self.nested else payload
         return self.opening + (f"[{payload}]" if self.shape == "list" else payload) + self.closing
 
