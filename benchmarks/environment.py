@@ -1,6 +1,6 @@
 """Measure whether GRPO in an environment teaches a model to call the right tool.
 
-    python benchmarks/environment.py [--model demo] [--seeds 0] [--steps 40] [--out FILE]
+    python benchmarks/environment.py [--model demo] [--seeds 0] [--steps 24] [--out FILE]
 
 The environment is tool_office.py. The model is fine-tuned on a few written traces with two of six phrasings for each
 tool, and merged. GRPO then trains it on questions in all phrasings. `strop eval` compares both on other questions:
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--traces", type=int, default=16, help="written traces for fine-tuning")
     parser.add_argument("--epochs", type=float, default=2, help="of fine-tuning")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=4, help="of a step")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--rows", type=int, default=200, help="held-out questions")
+    parser.add_argument("--rows", type=int, default=150, help="held-out questions")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tools = list(load_environment(ENVIRONMENT, 60.0).schemas.values())
