@@ -113,8 +113,9 @@ def test_public_methods_are_tools_with_schemas(tmp_path: Path) -> None:
 def test_results_and_errors_become_texts_for_the_model(tmp_path: Path) -> None:
     environment = load(tmp_path)
     results = call(
-        environment, Call("price", {"item": "tea"}), Call("stock", {}), Call("greet", {}), Call("price", {"item": "sofa"}),
-        Call("price", {"thing": "tea"}), Call("prise", {"item": "tea"}), Call("reset", {"row": {}}), Call("leave", {}),
+        environment, Call("price", {"item": "tea"}), Call("stock", {}), Call("greet", {}),
+        Call("price", {"item": "sofa"}), Call("price", {"thing": "tea"}), Call("prise", {"item": "tea"}),
+        Call("reset", {"row": {}}), Call("leave", {}),
         InvalidCall("the call is not valid JSON"),
     )  # fmt: skip
     tools = "price, wait, block, stock, leave, greet"
@@ -122,7 +123,8 @@ def test_results_and_errors_become_texts_for_the_model(tmp_path: Path) -> None:
         ("3", False), ('{"tea": [1, 2.5], "cup": null}', False), ("hello", False), ("error: KeyError: 'sofa'", True),
         ("error: price: missing a required argument: 'item'", True),
         (f"error: there is no tool prise (did you mean price?); the tools are {tools}", True),
-        (f"error: there is no tool reset (did you mean greet?); the tools are {tools}", True), ("error: SystemExit: 3", True),
+        (f"error: there is no tool reset (did you mean greet?); the tools are {tools}", True),
+        ("error: SystemExit: 3", True),
         ("error: the call is not valid JSON", True),
     ]  # fmt: skip
 
@@ -234,7 +236,8 @@ def test_spec_without_file_and_class_is_refused(spec: str) -> None:
 
 
 def test_functions_are_an_environment_without_state(tmp_path: Path) -> None:
-    code = "def add(a: int, b: int) -> int:\n    '''Add.\n\n    Args:\n        a: one\n        b: two\n    '''\n    return a + b\n"
+    docs = "    '''Add.\n\n    Args:\n        a: one\n        b: two\n    '''\n"
+    code = f"def add(a: int, b: int) -> int:\n{docs}    return a + b\n"
     environment = load(tmp_path, f"{code}def other() -> str:\n    '''Other.'''\n    return 'x'\n", "add,other")
     assert list(environment.schemas) == ["add", "other"]
     used = environment.take()
@@ -265,14 +268,15 @@ def test_reward_and_done_are_attributes_properties_or_methods(tmp_path: Path) ->
         environment.reward(used, "", [], {}, "f:1")
 
 
-@pytest.mark.parametrize(("code", "expected"), [
-    ("def own(completion, row, messages, environment):\n    return len(messages) + environment + row['n']", [6.0, 16.0]),
-    ("def own(completions, rows, messages, environments):\n    return [len(m) + e for m, e in zip(messages, environments)]",
-     [3.0, 13.0]),
-    ("def own(environments, **kwargs):\n    return environments", [1.0, 11.0]),  # as in TRL
+@pytest.mark.parametrize(("parameters", "result", "expected"), [
+    ("completion, row, messages, environment", "len(messages) + environment + row['n']", [6.0, 16.0]),
+    ("completions, rows, messages, environments", "[len(m) + e for m, e in zip(messages, environments)]", [3.0, 13.0]),
+    ("environments, **kwargs", "environments", [1.0, 11.0]),  # as in TRL
 ])  # fmt: skip
-def test_reward_functions_get_messages_and_environment(tmp_path: Path, code: str, expected: list[float]) -> None:
-    (tmp_path / "own.py").write_text(code, encoding="utf-8")
+def test_reward_functions_get_messages_and_environment(
+    tmp_path: Path, parameters: str, result: str, expected: list[float]
+) -> None:
+    (tmp_path / "own.py").write_text(f"def own({parameters}):\n    return {result}\n", encoding="utf-8")
     (reward,) = parse_rewards(f"{tmp_path / 'own.py'}:own")
     assert reward.reads_traces and reward.reads_rows
     rows = {("rows.jsonl", 7): {"n": 3}}

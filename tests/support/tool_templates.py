@@ -40,7 +40,8 @@ _NAMED = """{% if tools %}<|im_start|>tools
 {{ tools | tojson }}<|im_end|>
 {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.tool_calls %}<|calls|>{% for call in m.tool_calls %}<|call|>{{ call.function.name }}<|sep|>
-{{ call.function.arguments | tojson }}<|called|>{% endfor %}<|end of calls|>{% else %}{{ m.content }}{% endif %}<|im_end|>
+{{ call.function.arguments | tojson }}<|called|>{% endfor %}<|end of calls|>{% else %}{{ m.content }}
+{%- endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 

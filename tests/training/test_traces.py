@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,8 +23,11 @@ from strop.training import loop, state
 from strop.training.gradients import micro_batches
 from strop.training.loop import fit
 from strop.training.state import Job, batch_stream
+from tests import ROOT
 from tests.support.families import tokenizer
-from tests.support.scripted import CALL, make_desk_job
+from tests.support.pages import SHELL, blocks, commands
+from tests.support.runs import QUICK, run
+from tests.support.scripted import CALL, ENVIRONMENT, make_desk_job
 from tests.support.tiny import move_from_reference
 
 ADD = CALL("add", '{"a": 20, "b": 3}')
@@ -303,3 +307,164 @@ def test_longest_group_bounds_every_group(tmp_path: Path) -> None:
         assert max(map(len, longest.examples)) == 900 >= max(map(len, group.examples))
         assert longest.supervised == 2 * 80 * 3 >= group.supervised
         assert len(longest.sampling_logprobs) == longest.supervised
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/environments.md run in order, with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    page = list(blocks(ROOT / "docs" / "environments.md"))
+    [code] = [block.text for block in page if block.language == "python"]
+    [rows] = [block.text for block in page if block.language == "jsonl"]
+    Path("shop.py").write_text(code, encoding="utf-8")
+    Path("rows.jsonl").write_text(rows * 4, encoding="utf-8")
+    Path("held-out.jsonl").write_text(rows.replace("a tea", "one tea").replace("a cup", "one cup"), encoding="utf-8")
+    outputs = []
+    for block in page:
+        for words in commands(block.text) if block.language in SHELL else ():
+            words = [str(tiny_folder) if word == "demo" else word for word in words[1:]]
+            words += [*QUICK[:4], "--train.group", "2"] if words[0] == "train" else []
+            code_, out, err = run(*words, capsys=capsys)
+            assert not code_, err
+            outputs.append(out + err)
+    checked, trained, evaluated = (" ".join(text.split()) for text in outputs)
+    assert "environment shop.py:Shop: tools price; at most 4 turns" in checked and "sampled from" in checked
+    assert "the form of Hermes: the chat template shows no tools" in checked and "⟧" in checked
+    assert "turns" in trained and "mean reward" not in evaluated and "reward" in evaluated
+    report = json.loads(Path("runs/shop/report.json").read_text(encoding="utf-8"))
+    assert report["evaluation"]["metric"] == "mean_reward" and report["evaluation"]["rows"] == 2
+    assert {"low", "high"} <= set(report["evaluation"]["difference"])
+    assert "A sampled trace" in Path("runs/shop/report.html").read_text(encoding="utf-8")
+
+
+def write_files(folder: Path) -> tuple[Path, Path]:
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"what is {n}?", "n": n}) + "\n" for n in range(6)), encoding="utf-8")
+    (folder / "desk.py").write_text(ENVIRONMENT, encoding="utf-8")
+    return rows, folder / "desk.py"
+
+
+def train_words(model: Path, rows: Path, spec: str, out: Path) -> list[Any]:
+    return [
+        "train", "--model", model, "--data", rows, "--data.format", "prompt", "--train.objective", "grpo",
+        "--train.environment", spec, "--train.group", "2", "--train.answer_tokens", "8", "--out", out, *QUICK,
+        "--train.max_steps", "2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "options", "message"), [
+    ("desk.py:Des", [], "no such function in the file"),
+    ("desk.py", [], "not a file and a class"),
+    ("desk.py:Desk", ["--train.teacher", "demo"], "cannot be combined with --train.environment"),
+    ("desk.py:Desk", ["--data.max_length", "64"], "rows.jsonl:1"),
+    ("desk.py:Desk", ["--train.objective", "dpo"], "objective dpo does not read it"),
+    ("desk.py:NoReward", [], "it has no reward, and there are no --train.rewards"),
+    ("desk.py:Broken", [], "reset: row"),
+])  # fmt: skip
+def test_invalid_environments_are_refused_before_loading(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, options: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows, file = write_files(tmp_path)
+    tool = "    def look(self) -> str:\n        '''Look.'''\n        return 'x'\n"
+    more = f"class NoReward:\n    def reset(self): ...\n{tool}\nclass Broken:\n    def reset(self, colour): ...\n{tool}"
+    file.write_text(ENVIRONMENT + more, encoding="utf-8")
+    code, _, err = run(*train_words(tiny_folder, rows, spec, tmp_path / "run"), *options, capsys=capsys)
+    assert code == 2 and message in " ".join(err.split()), err
+    assert not (tmp_path / "run" / "lock.json").exists()
+
+
+def test_turns_without_an_environment_are_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, _ = write_files(tmp_path)
+    words = ["train", "--model", tiny_folder, "--data", rows, "--train.objective", "grpo", "--train.turns", "3"]
+    code, _, err = run(*words, "--train.rewards", "exact", capsys=capsys)
+    assert code == 2 and "--train.turns: needs --train.environment" in err
+    (tmp_path / "own.py").write_text("def own(completion, row, environment):\n    return 1\n", encoding="utf-8")
+    words = [*words[:-2], "--data.format", "prompt", "--train.rewards", f"{tmp_path / 'own.py'}:own"]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "there is no environment" in err
+
+
+def test_rows_with_tools_are_refused(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, file = write_files(tmp_path)
+    tool = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
+    row = {"prompt": "hi", "tools": [tool]}
+    rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    words = train_words(tiny_folder, rows, f"{file}:Desk", tmp_path / "run")
+    code, _, err = run(*words, "--data.template", "chatml", capsys=capsys)
+    assert code == 2 and "rows.jsonl:1" in err and "the environment has its own" in " ".join(err.split())
+
+
+def test_changed_environment_is_noticed(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, file = write_files(tmp_path)
+    out = tmp_path / "run"
+    assert run(*train_words(tiny_folder, rows, f"{file}:Desk", out), capsys=capsys)[0] == 0
+    file.write_text(ENVIRONMENT + "\n# changed\n", encoding="utf-8")
+    code, _, err = run("eval", out, "--data", rows, capsys=capsys)
+    assert code == 2 and "the file has changed since the run was trained" in " ".join(err.split())
+    code, stdout, err = run("eval", out, "--data", rows, "--force", "--json", capsys=capsys)
+    assert code == 0, err
+    result = json.loads(stdout)
+    assert result["metric"] == "mean_reward" and result["train_rows"] == 6
+    assert {"mean_reward", "turns", "tool_calls", "reward/Desk.calls"} <= set(result["base"])
+    code, _, err = run("eval", out, "--data", rows, "--force", "--general", capsys=capsys)
+    assert code == 2 and "only its reward is evaluated" in err
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 2 and "--allow-changed environment" in err
+
+
+def test_functions_are_tools_and_rewards_are_added(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, _ = write_files(tmp_path)
+    file = tmp_path / "tools.py"
+    tool = "def look() -> str:\n    '''Look.'''\n    return 'x'\n"
+    own = "def own(completion, row, messages, environment):\n    return row['n'] + len(messages)\n"
+    file.write_text(tool + own, encoding="utf-8")
+    words = train_words(tiny_folder, rows, f"{file}:look", tmp_path / "run")
+    code, _, err = run(*words, "--train.rewards", f"{file}:own", capsys=capsys)
+    assert code == 0, err
+    steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+    assert len(steps) == 2 and all(step["reward"] >= 2 for step in steps)
+
+
+def test_unsampled_model_is_shown_with_scripted_calls(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, file = write_files(tmp_path)
+    monkeypatch.setattr("strop.evaluation.trace_preview.MAX_SHARE", 0.0)
+    words = ["check", "--model", tiny_folder, "--data", rows, "--data.format", "prompt", "--train.objective", "grpo"]
+    code, out, err = run(*words, "--train.environment", f"{file}:Desk", "--show", "1", capsys=capsys)
+    text = (out + err).replace("·", " ")
+    assert code == 0 and "with a scripted call of each tool" in " ".join(text.split()), err
+    assert "⟦<tool_call>↵" in text and '{"name": "add", "arguments": {"a": 1, "b": 1}}' in text
+    assert "<tool_response>↵\n2↵" in text
+
+
+def test_unsupported_family_is_sampled_by_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    reads_calls(monkeypatch)
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 1200}
+    sizes |= {"vocab_size": len(tokenizer("chatml")), "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
+    tokenizer("chatml").save_pretrained(folder)
+    rows, file = write_files(tmp_path)
+    words = train_words(folder, rows, f"{file}:Desk", tmp_path / "run")
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 0, err
+    steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+    assert len(steps) == 2 and all(event["off"] < 1e-4 for event in steps) and "transformers' generate" in err
