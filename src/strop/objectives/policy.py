@@ -107,7 +107,8 @@ def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
     """
     if options.group_loss == "dapo":
         return float(sum(lengths))
-    longest = require(options.answer_tokens) * (options.turns or 1)
+    turns = require(options.turns) if options.environment is not None else 1
+    longest = require(options.answer_tokens) * turns
     return float(len(lengths)) * (1 if options.group_loss == "grpo" else longest)
 
 
