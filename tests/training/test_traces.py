@@ -468,3 +468,24 @@ def test_unsupported_family_is_sampled_by_transformers(
     assert code == 0, err
     steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
     assert len(steps) == 2 and all(event["off"] < 1e-4 for event in steps) and "transformers' generate" in err
+
+
+def test_class_and_functions_are_given_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from strop.api import flatten_options
+    from strop.errors import InputError
+
+    (tmp_path / "desk_of_test.py").write_text(ENVIRONMENT + "\ndef f(): ...\ndef g(): ...\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("desk_of_test")
+    file = str(tmp_path / "desk_of_test.py")
+    assert flatten_options({"environment": module.Desk}) == {"train.environment": f"{file}:Desk"}
+    assert flatten_options({"environment": [module.f, module.g]}) == {"train.environment": f"{file}:f,g"}
+    assert flatten_options({"environment": "a.py:B"}) == {"train.environment": "a.py:B"}
+
+    class Local:
+        pass
+
+    with pytest.raises(InputError, match="not at the top of one Python file"):
+        flatten_options({"environment": Local})
