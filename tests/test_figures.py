@@ -364,6 +364,25 @@ def retrieval_rows(results: Any) -> list[str]:
     return lines
 
 
+def learned_tools(results: Any) -> list[str]:
+    """Return the mean reward before and after GRPO in the environment of benchmarks/environment.py."""
+    lines = []
+    for one in results:
+        cells = []
+        for side in ("base", "tuned"):
+            low, high = one[side]["interval"]
+            cells.append(f"{one[side]['mean_reward']:.3f} ({low:.3f} to {high:.3f})")
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(
+            *(one["difference"][name] for name in ("value", "low", "high"))
+        )
+        errors = " | ".join(f"{one[side]['tool_errors']:.2f}" for side in ("base", "tuned"))
+        lines += [
+            f"| {one['seed']} | {' | '.join(cells)} | {difference} | {errors} |",
+            f"{one['rows']} other questions",
+        ]
+    return lines
+
+
 def sweep_verdict(results: Any) -> str:
     sweep = results["whole"]
     setting, difference = sweep["selection"]["setting"], sweep["result"]["difference"]

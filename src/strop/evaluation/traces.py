@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -29,6 +29,7 @@ from strop.objectives import require
 from strop.objectives.table import max_completion_tokens, max_turns
 
 RESET = -1  # number in a group of the seed for `reset`, which is the same for all of the group
+MAX_CACHED = 10_000  # prompts whose tokens are kept; rendering one takes about a millisecond
 COUNTS = ("turns", "tool_calls", "tool_errors", "truncated")  # of a trace
 SampleTurns = Callable[[Sequence[Ids], Sequence[int], Respond], None]  # prompts, seeds, what follows a turn
 
@@ -238,11 +239,15 @@ class ToolPrompts(LazySequence[Prompt]):
 
     def __init__(self, prompts: Sequence[Prompt], tracer: Tracer) -> None:
         self._prompts, self._tracer = prompts, tracer
+        self._render = lru_cache(MAX_CACHED)(self._make_item)
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def item(self, i: int) -> Prompt:
+        return self._render(i)
+
+    def _make_item(self, i: int) -> Prompt:
         prompt = self._prompts[i]
         ids = self._tracer.prompt_ids(prompt)
         example = replace(prompt.examples[0], ids=ids, weights=np.zeros(len(ids), np.float32))
