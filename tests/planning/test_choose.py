@@ -12,6 +12,7 @@ from strop.errors import RecipeError
 from strop.machine.memory import save_measured
 from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
+from strop.objectives.table import longest_sequence, max_sampled_tokens
 from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
 from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
