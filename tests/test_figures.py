@@ -364,6 +364,25 @@ def retrieval_rows(results: Any) -> list[str]:
     return lines
 
 
+def learned_tools(results: Any) -> list[str]:
+    """Return the mean reward before and after GRPO in the environment of benchmarks/environment.py."""
+    lines = []
+    for one in results:
+        cells = []
+        for side in ("base", "tuned"):
+            low, high = one[side]["interval"]
+            cells.append(f"{one[side]['mean_reward']:.3f} ({low:.3f} to {high:.3f})")
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(
+            *(one["difference"][name] for name in ("value", "low", "high"))
+        )
+        errors = " | ".join(f"{one[side]['tool_errors']:.2f}" for side in ("base", "tuned"))
+        lines += [
+            f"| {one['seed']} | {' | '.join(cells)} | {difference} | {errors} |",
+            f"{one['rows']} other questions",
+        ]
+    return lines
+
+
 def sweep_verdict(results: Any) -> str:
     sweep = results["whole"]
     setting, difference = sweep["selection"]["setting"], sweep["result"]["difference"]
@@ -615,6 +634,8 @@ NOT_MEASURED: dict[str, list[str]] = {
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
+    "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
+    "docs/images.md": ["--eval 10%", "50 million pixels, 50 MiB", "at most 20 GiB", "at most 4 MiB"],
     "docs/full.md": ["95 % interval", "less than 1 %"],
     "docs/keep.md": [r"95 % interval of the first", "54 % of the general questions"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select

@@ -17,7 +17,9 @@ of the command line where stderr is a log.
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -647,7 +649,7 @@ def check_inputs(
         if spec:
             sources.check_exists(spec)
     for metric in metrics:
-        if metric not in (None, "preference", "accuracy"):
+        if metric not in (None, "preference", "accuracy", "mean_reward"):
             find_metric(metric)
 
 
@@ -737,9 +739,30 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
             if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):
                 raise InputError(f"{dotted}: a function is given by its name", fix="give 'file.py:function'")
+            if dotted == "train.environment":
+                value = _environment_spec(value)
             is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)
             flat[dotted] = _data_files(value, dotted) if is_files else _paths_to_text(value)
     return flat
+
+
+def _environment_spec(value: Any) -> Any:
+    """Return a class, or functions of one file, as "FILE.py:NAME,NAME". Raises InputError if they are in no file."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not all(callable(part) and hasattr(part, "__qualname__") for part in parts):
+        return value
+    files = {inspect.getsourcefile(part) for part in parts if _is_in_module(part)}
+    if len(files) != 1 or not str(file := files.pop()).endswith(".py"):
+        names = ", ".join(part.__qualname__ for part in parts)
+        fix = "put it into a file, and give the file and the name as text: 'file.py:Class'"
+        raise InputError(f"train.environment: {names}: not at the top of one Python file", fix=fix)
+    return f"{file}:{','.join(part.__name__ for part in parts)}"
+
+
+def _is_in_module(part: Any) -> bool:
+    """Return whether a class or function is at the top of a module that comes from a file."""
+    module = sys.modules.get(part.__module__)
+    return part.__qualname__ == part.__name__ and getattr(module, "__file__", None) is not None
 
 
 def _paths_to_text(value: Any) -> Any:

@@ -1390,3 +1390,53 @@ def test_axolotl_truncation_does_not_apply_to_texts(tmp_path: Path) -> None:
     for rows, noted in (("datasets: [{path: a.txt, type: completion}]\n", False), (ROWS, True)):
         draft = axolotl(tmp_path, "excess_length_strategy: truncate\n", rows)
         assert ("excess_length_strategy" in find_row_warnings(draft.unsupported)) is noted
+
+
+# --- GRPO in an environment --------------------------------------------------------------------------------------
+
+GRPO = """
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from shop import Shop, add as plus, look, asked
+{more}
+args = GRPOConfig(output_dir="out", num_generations=4, max_completion_length=64, {arguments})
+trainer = GRPOTrainer("demo", {code}, args=args, peft_config=LoraConfig(r=4, lora_dropout=0.05),
+                      train_dataset=load_dataset("json", data_files="a.jsonl", split="train"))
+trainer.train()
+"""
+
+
+def grpo(folder: Path, code: str, arguments: str = "", more: str = "") -> Draft:
+    (folder / "shop.py").write_text("", encoding="utf-8")
+    file = folder / "train.py"
+    file.write_text(GRPO.format(code=code, arguments=arguments, more=more), encoding="utf-8")
+    return import_config("trl", file).draft
+
+
+def test_environment_and_its_rewards_are_imported(tmp_path: Path) -> None:
+    draft = grpo(tmp_path, "environment_factory=Shop, reward_funcs=[asked]", "max_tool_calling_iterations=3, beta=0.02")
+    values = {name: value for name, (value, _) in draft.fields.items()}
+    expected = {
+        "train.objective": "grpo", "train.environment": f"{tmp_path / 'shop.py'}:Shop", "train.turns": 4,
+        "train.rewards": [f"{tmp_path / 'shop.py'}:asked"], "train.group": 4, "train.answer_tokens": 64,
+        "train.beta": 0.02, "train.batch_size": 2, "train.clip_high": 0.2, "lora.dropout": 0.0,
+    }  # fmt: skip
+    assert expected.items() <= values.items()
+    assert not draft.unsupported, draft.unsupported
+
+
+def test_tools_are_imported_as_functions(tmp_path: Path) -> None:
+    draft = grpo(tmp_path, "tools=[plus, look], reward_funcs=asked", 'loss_type="dr_grpo", epsilon_high=0.28')
+    assert draft.get("train.environment") == f"{tmp_path / 'shop.py'}:add,look"
+    assert draft.get("train.group_loss") == "dr_grpo" and draft.get("train.clip_high") == 0.28
+
+
+def test_code_of_the_script_is_named_with_the_field_that_takes_it(tmp_path: Path) -> None:
+    more = "class Own:\n    pass\n\ndef judge(environments, **kwargs):\n    return [1.0] * len(environments)\n"
+    draft = grpo(tmp_path, "environment_factory=Own, reward_funcs=judge", more=more)
+    texts = {note.key: note.text for note in draft.unsupported}
+    assert "train.environment FILE.py:" in texts["environment_factory"] and "train.rewards" in texts["reward_funcs"]
+    assert draft.get("train.environment") is None
+    with pytest.raises(InputError, match="GRPOConfig"):
+        grpo(tmp_path, "reward_funcs=[asked]")

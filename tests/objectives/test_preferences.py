@@ -107,9 +107,8 @@ def test_every_option_has_a_default_or_is_refused() -> None:
         required = {"rewards": "exact"} if "rewards" in objective.options else {}
         defaults = default_options(TrainSection(objective=name, **required))  # type: ignore[arg-type]
         values = {field.removeprefix("train."): value for field, value, _ in defaults}
-        assert values == {
-            option: value for option, value in objective.options.items() if option not in ("rewards", "labels")
-        }
+        others = ("rewards", "labels", "environment", "turns")  # turns: with an environment
+        assert values == {option: value for option, value in objective.options.items() if option not in others}
     with pytest.raises(RecipeError, match="gamma: objective dpo"):
         list(default_options(TrainSection(objective="dpo", gamma=1.0)))
     with pytest.raises(RecipeError, match=r"train\.rewards"):

@@ -12,6 +12,7 @@ from strop.errors import RecipeError
 from strop.machine.memory import save_measured
 from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
+from strop.objectives.table import longest_sequence, max_sampled_tokens
 from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
 from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
@@ -239,6 +240,12 @@ def test_rollouts_are_planned_at_their_maximum_length() -> None:
     rollouts = RolloutLoad.from_recipe(result.recipe)
     assert rollouts == RolloutLoad(completions=12, group=4, prompt=60, answer=100)
     assert RolloutLoad.from_recipe(plan(60).recipe) is None
+    desk = {"train.objective": "grpo", "train.environment": "desk.py:Desk", "train.turns": 3, "data.max_length": 400}
+    traces = resolve(None, {"model": "m", "data": "d", **desk, "train.answer_tokens": 50, "train.group": 4}).recipe
+    load = RolloutLoad.from_recipe(traces, 60)
+    assert load is not None and (load.prompt, load.answer) == (60, 340)  # each trace may reach data.max_length
+    assert longest_sequence(traces) == 400 and max_sampled_tokens(traces, 60) == 150
+    assert max_sampled_tokens(traces, 300) == 100
     workload = Workload.from_recipe(result.recipe, LLAMA_8B)
     evaluation = EvaluationLoad.from_rows([], 60)
     planned = predict_phases(workload, batch, evaluation, 8 << 30, rollouts, dtype="bf16")

@@ -64,10 +64,7 @@ def make_job(
     return with_reference(job, preferences.KEY)
 
 
-_NONE = {
-    f"train.{name}": None
-    for name in ("reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates", "beta")
-}
+_NONE = {f"train.{name}": None for name in GRPO.options}
 
 
 def write_prompts(path: Path, number: int, answered: bool = True) -> Path:

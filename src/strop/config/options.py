@@ -70,6 +70,8 @@ class Options(TypedDict, total=False):
     desirable_weight: float | None
     undesirable_weight: float | None
     rewards: Names | None
+    environment: Any
+    turns: int | None
     reward_timeout: float | None
     group: int | None
     answer_tokens: int | None

@@ -231,7 +231,8 @@ FULL_OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives of
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
-    *("rewards", "reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
+    *("rewards", "environment", "turns", "reward_timeout", "group", "answer_tokens", "group_loss"),
+    *("clip_low", "clip_high", "updates"),
     *("labels", "class_weights", "pooling", "temperature"),
 )  # fields of `train` that only some objectives read
 
@@ -270,12 +271,19 @@ class TrainSection(Section):
         description="reward functions (grpo): exact, exact_json, contains, regex, file.py:function; several with "
         "weights: A,B=0.2",
     )
+    environment: str | None = Field(
+        None,
+        description="tools that the model calls while it answers (grpo): FILE.py:Class, or FILE.py:function,function",
+    )
+    turns: int | None = Field(
+        None, ge=1, description="maximum number of the model's turns in an environment (grpo); default: 4"
+    )
     reward_timeout: Finite | None = Field(
-        None, gt=0, description="maximum seconds of a call of a reward function (grpo); default: 60"
+        None, gt=0, description="maximum seconds of a call of a reward function or a tool (grpo); default: 60"
     )
     group: int | None = Field(None, ge=2, description="completions sampled per prompt (grpo); default: 8")
     answer_tokens: int | None = Field(
-        None, ge=1, description="maximum length of a sampled completion in tokens (grpo); default: 256"
+        None, ge=1, description="maximum length of a completion, or of a turn, in tokens (grpo); default: 256"
     )
     group_loss: Literal["dapo", "grpo", "dr_grpo"] | None = Field(
         None,
@@ -447,6 +455,10 @@ class Recipe(Section):
                 train.teacher is not None and train.objective not in ("sft", "grpo")
             ),
             "train.teacher: cannot be combined with train.keep": train.teacher is not None and train.keep is not None,
+            "train.turns: needs train.environment": train.turns is not None and train.environment is None,
+            "train.teacher: cannot be combined with train.environment": (
+                train.teacher is not None and train.environment is not None
+            ),
             "train.teacher: needs data.loss assistant": train.teacher is not None and data.loss != "assistant",
             "train.teacher_weight: there is no train.teacher": (
                 train.teacher_weight is not None and train.teacher is None

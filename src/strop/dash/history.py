@@ -12,6 +12,7 @@ import math
 import os
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from strop.dash.files import CONTENT_ERRORS, open_file
 from strop.machine.memory import trim_heap
-from strop.runs.events import parse_event
+from strop.runs.events import describe_turns, parse_event, split_prompt
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
@@ -188,10 +189,10 @@ class History:
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
         if kind == "samples" and isinstance(step, int):
-            self.samples.pop(step, None)
-            self.samples[step] = [_sample(sample) for sample in event["samples"][:MAX_SAMPLES]]
-            if len(self.samples) > MAX_SAMPLE_STEPS:
-                del self.samples[next(iter(self.samples))]
+            self._add_samples(step, event["samples"][:MAX_SAMPLES])
+        if kind == "answers" and isinstance(step, int) and isinstance(event.get("messages"), list):
+            prompt, turns = split_prompt(event["messages"])
+            self._add_samples(step, [{"prompt": prompt, "completion": describe_turns(turns)}])
         last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
         if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
             self._undo(last_valid)
@@ -210,6 +211,12 @@ class History:
             self.marks_left_out += 1
             return
         self.marks.append(mark)
+
+    def _add_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        self.samples.pop(step, None)
+        self.samples[step] = [_sample(sample) for sample in samples]
+        if len(self.samples) > MAX_SAMPLE_STEPS:
+            del self.samples[next(iter(self.samples))]
 
     def _undo(self, step: int) -> None:
         """Remove the values after `step`, because the run repeats these steps, and add their losses to `undone`."""
@@ -367,7 +374,7 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return [_number(event.get(name)) for event in events]
 
 
-def _sample(sample: dict[str, Any]) -> dict[str, str]:
+def _sample(sample: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(sample.get(name) or "")[:MAX_SAMPLE_CHARS] for name in ("prompt", "reference", "completion")}
 
 

@@ -34,7 +34,7 @@ from strop.dash.files import (
 from strop.dash.history import History, round_significant
 from strop.dash.notes import NOTES_FILE, read_notes
 from strop.display.tables import describe_caveat
-from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows
+from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows, format_score, score_name
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
@@ -204,7 +204,8 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     score |= {"verdict": "plain", "words": "", "caveat": describe_caveat(evaluation)}
     try:
         kind, words = describe_change(evaluation)
-        text = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {describe_rows(evaluation)}"
+        before, after = (format_score(str(metric), side[metric]) for side in (base, tuned))
+        text = f"{score_name(str(metric), metric)} went from {before} to {after} on {describe_rows(evaluation)}"
         score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {text}."}
     except (KeyError, TypeError, ValueError):
         pass

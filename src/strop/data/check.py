@@ -116,12 +116,17 @@ def _describe_answers(answers: Mapping[str, Any]) -> str:
 
 def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
     """Print the tokens of the first rows: supervised tokens green in ⟦ ⟧, stop tokens reversed, white space visible."""
+    print_tokens(prepared.train[:num_rows], prepared.renderer, console, ids=ids)
+
+
+def print_tokens(examples: Sequence[Example], renderer: Renderer, console: Console, *, ids: bool = False) -> None:
+    """Print the tokens of examples; see `print_examples`."""
     marks = ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
     console.print(Text.assemble(("context", CONTEXT), "  ", *marks))
-    for example in prepared.train[:num_rows]:
+    for example in examples:
         counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
         console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
-        console.print(format_tokens(example, prepared.renderer, ids=ids), overflow="fold", soft_wrap=False)
+        console.print(format_tokens(example, renderer, ids=ids), overflow="fold", soft_wrap=False)
 
 
 def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:

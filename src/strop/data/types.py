@@ -295,6 +295,7 @@ class RolloutGroup(ExampleGroup):
     stopped: tuple[bool, ...] = ()  # whether a stop token ended the completion, one entry per example
     rewards: tuple[float, ...] = ()  # one entry per sampled completion
     reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name; entries as in rewards
+    counts_of_traces: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # in an environment; as in rewards
     sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     teacher_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))

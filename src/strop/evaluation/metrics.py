@@ -53,8 +53,18 @@ SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
     "preference_sum": "preference, summed", "margin": "margin of rewards", "macro_f1": "macro F1",
     "micro_f1": "micro F1", "accuracy_at_1": "accuracy@1", "recall_at_10": "recall@10", "ndcg_at_10": "nDCG@10",
-    "mrr": "MRR",
+    "mrr": "MRR", "mean_reward": "reward", "tool_calls": "tool calls", "tool_errors": "tool errors",
+    "truncated": "traces cut at a limit",
 }  # fmt: skip
+MEAN_REWARD = "mean_reward"  # metric of runs with train.environment
+NUMBERS = {
+    "loss": 3,
+    "perplexity": 3,
+    "tokens_per_answer": 1,
+    "turns": 2,
+    "tool_calls": 2,
+    "tool_errors": 2,
+}  # decimals
 RETRIEVAL_SCORES = ("accuracy_at_1", "recall_at_10", "ndcg_at_10", "mrr")
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
@@ -307,17 +317,29 @@ def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
     return Scores(metric.name, tuple(row[metric.name] for row in rows), rates)
 
 
-def describe_difference(difference: Mapping[str, float]) -> tuple[str, str]:
+def is_number(score: str) -> bool:
+    """Return whether a score is a number, and not a rate, which is shown in percent."""
+    return score in NUMBERS or score == MEAN_REWARD or score.startswith("reward/")
+
+
+def format_score(score: str, value: float) -> str:
+    """Return a score as text: a rate in percent, others as a number."""
+    return f"{value:.{NUMBERS.get(score, 3)}f}" if is_number(score) else f"{value:.1%}"
+
+
+def describe_difference(difference: Mapping[str, float], metric: str | None = None) -> tuple[str, str]:
     """Return (better | worse | unclear, sentence). The difference is unclear if its interval contains zero."""
-    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
+    value, low, high = (difference[end] for end in ("value", "low", "high"))
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
     text = "no clear difference" if kind == "unclear" else kind
-    return kind, f"{text}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+    if metric is not None and is_number(metric):
+        return kind, f"{text}: {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    return kind, f"{text}: {100 * value:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
     """Return (better | worse | unclear, sentence) for an evaluation; unclear for training rows and cut references."""
-    kind, text = describe_difference(result["difference"])
+    kind, text = describe_difference(result["difference"], result.get("metric"))
     reasons = [describe_cut(result)[0]] if result.get("answers", {}).get("references_cut") else []
     if result.get("train_rows"):
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")

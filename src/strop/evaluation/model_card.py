@@ -16,6 +16,7 @@ from strop.evaluation.metrics import (
     describe_general,
     describe_rows,
     format_points,
+    format_score,
     rows_label,
     score_name,
 )
@@ -250,7 +251,8 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if result and _has_both_sides(result):
             metric = result["metric"]
             before, after = (result[side][metric] for side in ("base", "tuned"))
-            scores = f"{score_name(metric, metric)} {before:.1%} before, {after:.1%} after"
+            before, after = format_score(metric, before), format_score(metric, after)
+            scores = f"{score_name(metric, metric)} {before} before, {after} after"
             yield name, f"{describe_rows(result)}: {scores} ({describe_change(result)[1]})"
         if result and "texts" in result:
             tuned, baseline = result["tuned"], result.get("baseline")

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.evaluation import metrics
+from strop.runs.events import describe_turns, split_prompt
 from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
@@ -25,13 +26,15 @@ MAX_SAMPLES = 12
 SHADE = 40  # percent of colour behind the number of all rows of a class, so that it stays readable
 NORMAL_EVENTS = {
     "machine", "recipe", "data", "reference", "rehearsal", "start", "step", "eval", "samples", "save",
-    "reference-check", "end", "note",
+    "reference-check", "end", "note", "answers",
 }  # fmt: skip
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
     "accuracy": "accuracy", "margin": "margin of rewards", "reward": "reward of completions",
     "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
     "answer_length": "tokens per completion",
+    "turns": "turns per trace", "tool_calls": "tool calls per trace", "tool_errors": "tool errors per trace",
+    "truncated": "traces cut at a limit",
     "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
     "rejected_nats": "rejected, log-probability per token",
     "resident_bytes": "process memory after each step, GiB",
@@ -90,6 +93,7 @@ def render(
         confusion=_format_confusion(evaluation),
         tasks=list(metrics.format_task_scores(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
+        trace=_find_trace(events),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
     # JSON may contain a lone surrogate, which UTF-8 cannot encode.
@@ -102,7 +106,7 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
     rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
-    before, after = (_format_percent(side[metric]) for side in (base, tuned))
+    before, after = (metrics.format_score(str(metric), side[metric]) for side in (base, tuned))
     change = f"{metrics.score_name(str(metric), metric)} went from {before} to {after}{rows}"
     if not evaluation.get("difference"):
         return "plain", f"{change}."
@@ -167,7 +171,7 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
     for name in sorted(names, key=lambda name: name != metric):
         rates = (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum", "macro_f1", "micro_f1")
         rates = (*rates, *metrics.RETRIEVAL_SCORES)
-        is_rate = name in rates or name.endswith("_rate")
+        is_rate = (name in rates or name.endswith("_rate")) and not metrics.is_number(name)
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
@@ -179,7 +183,8 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
             interval = interval or ((evaluation.get("score_intervals") or {}).get(side) or {}).get(name)
             if interval:
                 low, high = (100 * float(end) for end in interval)
-                cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f}%"}
+                text = f"{low:.1f} to {high:.1f}%" if is_rate else f"{interval[0]:.3f} to {interval[1]:.3f}"
+                cell["interval"] = {"low": low, "high": high, "text": text}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}
 
@@ -248,6 +253,15 @@ def _format_general(
 def _percents(share: float, interval: Sequence[float]) -> Interval:
     low, high = interval
     return 100 * low, 100 * share, 100 * high
+
+
+def _find_trace(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return {step, prompt, turns} of the last trace in an environment that the run has logged, or None."""
+    logged = [event for event in events if event.get("event") == "answers" and event.get("messages")]
+    if not logged:
+        return None
+    prompt, turns = split_prompt(logged[-1]["messages"])
+    return {"step": logged[-1].get("step"), "prompt": _truncate(prompt), "turns": describe_turns(turns)}
 
 
 def _format_sample(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,10 @@ It may be `async`; the calls of a step then run at the same time. It returns a f
 whose sum is the reward; the batch form returns a list of them. A row is a dict with all columns of the row as in the
 data file. `prompt` (the last user message), `messages` (of the prompt) and `answer` (the right answer) are added unless
 the row has columns of these names.
+
+With train.environment, the first two forms may also have the parameters `messages` (all turns of a trace) and
+`environment` (`environments` in the second form, where both are lists); `f(environments)` is a second form too, as in
+TRL. `completion` is then the text of the last turn.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -46,6 +50,8 @@ from strop.runs.lock import sha256_file
 Form = Literal["metric", "golds", "row", "batch"]
 Rows = Mapping[tuple[str, int], Mapping[str, Any]]  # (file, line) -> columns
 RETURNS = "a finite number, or a dict of finite numbers"
+TRACE_PARAMETERS = {"row": ("messages", "environment"), "batch": ("messages", "environments")}  # by form
+BATCH_PARAMETERS = ("completions", "rows")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Candidate:
 
     text: str  # without reasoning
     prompt: Prompt
+    messages: Sequence[Mapping[str, Any]] = ()  # of the whole trace, in an environment
+    environment: Any = None  # the object whose tools were called
 
     @property
     def place(self) -> str:
@@ -70,6 +78,7 @@ class Reward:
     form: Form
     metric: Metric | None = None  # for form "metric"
     function: Callable[..., Any] | None = None  # for the other forms
+    parameters: tuple[str, ...] = ()  # those that are given by name: all of a batch, and those of a trace
     _names: set[str] = field(default_factory=set, compare=False, repr=False)  # of the parts, known from the first call
 
     @property
@@ -87,17 +96,26 @@ class Reward:
         function = self.function
         assert function is not None
         if self.form == "batch":
-            texts, given = [c.text for c in candidates], [row_of(c.prompt, rows) for c in candidates]
-            results = self._call([(texts, given)], candidates[:1], timeout)[0]
+            columns = {
+                "completions": [c.text for c in candidates], "rows": [row_of(c.prompt, rows) for c in candidates],
+                "messages": [list(c.messages) for c in candidates],
+                "environments": [c.environment for c in candidates],
+            }  # fmt: skip
+            named = {name: columns[name] for name in self.parameters or BATCH_PARAMETERS}
+            results = self._call([partial(function, **named)], candidates[:1], timeout)[0]
             results = results.tolist() if hasattr(results, "tolist") else results  # of NumPy or torch
             if not isinstance(results, Sequence) or isinstance(results, str) or len(results) != len(candidates):
                 what = f"reward {self.spec}: returns {results!r:.80} for {len(candidates)} completions"
                 raise RunError(what, fix="return a list with a number for each completion, in their order")
         elif self.form == "row":
-            results = self._call([(c.text, row_of(c.prompt, rows)) for c in candidates], candidates, timeout)
+            calls = [partial(function, c.text, row_of(c.prompt, rows), **self._name_trace(c)) for c in candidates]
+            results = self._call(calls, candidates, timeout)
         else:
-            results = self._call([(c.prompt.gold or "", c.text) for c in candidates], candidates, timeout)
-        parts = [self._read(result, candidate) for result, candidate in zip(results, candidates, strict=True)]
+            results = self._call(
+                [partial(function, c.prompt.gold or "", c.text) for c in candidates], candidates, timeout
+            )
+        what = f"reward {self.spec}"
+        parts = [read_parts(self.name, what, result, c.place) for result, c in zip(results, candidates, strict=True)]
         self._names.update(() if self._names else parts[0])
         if different := next((names for names in map(set, parts) if names != self._names), None):
             before = ", ".join(sorted(self._names))
@@ -105,42 +123,47 @@ class Reward:
             raise RunError(what, fix="return a dict with the same names for any answer")
         return parts
 
-    def _call(self, calls: Sequence[tuple[Any, Any]], candidates: Sequence[Candidate], timeout: float) -> list[Any]:
-        """Call the function with each pair of arguments. Raises RunError if a call fails or takes too long."""
-        function, results = self.function, []
-        assert function is not None
-        pending = None
-        # also for a function that `functools.wraps` decorates
-        if inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(
-            type(function).__call__
-        ):
-            pending = _run_together([partial(function, *arguments) for arguments in calls], timeout)
-        for arguments, candidate in zip(calls, candidates, strict=True):
-            try:
-                results.append(_call_within(timeout, function, arguments) if pending is None else next(pending))
-            except USER_CODE_ERRORS as error:
-                prefix = f"reward {self.spec}: row {candidate.place}"
-                if isinstance(error, _TooSlow):
-                    what = f"{prefix}: takes more than {timeout:g} s"
-                    raise RunError(what, fix="make it faster, or raise --train.reward_timeout") from None
-                what = f"{prefix}: {type(error).__name__}: {error} (for the answer {candidate.text[:80]!r})"
-                raise RunError(what, fix=f"a reward function must return {RETURNS} for any answer") from None
-        return results
+    @property
+    def reads_traces(self) -> bool:
+        """Whether the function gets the messages or the environment of a trace."""
+        return not {"messages", "environment", "environments"}.isdisjoint(self.parameters)
 
-    def _read(self, result: Any, candidate: Candidate) -> dict[str, float]:
-        """Check the result of a call, and return it as named parts."""
-        is_dict = isinstance(result, Mapping) and bool(result)
-        values = {f"{self.name}.{part}": value for part, value in result.items()} if is_dict else {self.name: result}
-        for name, value in values.items():
-            try:
-                values[name] = float(value)
-            except (TypeError, ValueError, OverflowError):
-                values[name] = math.nan
-            if not math.isfinite(values[name]):
-                part = f" for {name}" if is_dict else ""
-                what = f"reward {self.spec}: row {candidate.place}: returns {value!r:.80}{part}"
-                raise RunError(what, fix=f"return {RETURNS} for any answer")
+    def _name_trace(self, candidate: Candidate) -> dict[str, Any]:
+        values = {"messages": list(candidate.messages), "environment": candidate.environment}
+        return {name: values[name] for name in self.parameters}
+
+    def _call(self, calls: Sequence[Callable[[], Any]], candidates: Sequence[Candidate], timeout: float) -> list[Any]:
+        """Return the results of calls of the function. Raises RunError if one fails or takes too long."""
+        assert self.function is not None
+        together = is_async(self.function)
+        results = call_together(calls, timeout) if together else (call_within(timeout, call) for call in calls)
+        values = []
+        for result, candidate in zip(results, candidates, strict=True):
+            if isinstance(result, CallError):
+                prefix = f"reward {self.spec}: row {candidate.place}"
+                if result.timed_out:
+                    what = f"{prefix}: takes more than {timeout:g} s"
+                    raise RunError(what, fix="make it faster, or raise --train.reward_timeout")
+                what = f"{prefix}: {result.text} (for the answer {candidate.text[:80]!r})"
+                raise RunError(what, fix=f"a reward function must return {RETURNS} for any answer")
+            values.append(result)
         return values
+
+
+def read_parts(name: str, what: str, result: Any, place: str) -> dict[str, float]:
+    """Check the result of a reward, and return it as named parts. Raises RunError. what: names the reward in errors."""
+    is_dict = isinstance(result, Mapping) and bool(result)
+    values = {f"{name}.{part}": value for part, value in result.items()} if is_dict else {name: result}
+    for part, value in values.items():
+        try:
+            values[part] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            values[part] = math.nan
+        if not math.isfinite(values[part]):
+            of_part = f" for {part}" if is_dict else ""
+            text = f"{what}: row {place}: returns {value!r:.80}{of_part}"
+            raise RunError(text, fix=f"return {RETURNS} for any answer")
+    return values
 
 
 @dataclass(frozen=True)
@@ -196,6 +219,9 @@ def _find_reward(spec: str, weight: float) -> Reward:
         parameters = []
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    traced = {form: tuple(name for name in extra if name in names) for form, extra in TRACE_PARAMETERS.items()}
+    if "environments" in names and {*names} <= {*BATCH_PARAMETERS, *TRACE_PARAMETERS["batch"]}:
+        return Reward(spec, weight, name, "batch", function=function, parameters=tuple(names))
     fix = "write f(completion, row), f(completions, rows) or f(right_answer, answer)"
     if parameters and all(p.kind in variable for p in parameters):
         what = f"reward {spec}: its parameters have no names, from which its form follows"
@@ -203,12 +229,15 @@ def _find_reward(spec: str, weight: float) -> Reward:
     forms: tuple[tuple[Form, str, str], ...] = (("row", "completion", "row"), ("batch", "completions", "rows"))
     for form, completion, row in forms:
         if row in names or names[:1] == [completion] or "completions" in names:
-            if len(names) != 2 or names[1] != row:
+            own_names = [name for name in names if name not in traced[form]]
+            if len(own_names) != 2 or own_names[1] != row or names[:2] != own_names:
                 if form == "row" and "completions" in names:
                     continue  # the other form
                 what = f"reward {spec}({', '.join(names)}): not a form of a reward function"
                 raise RecipeError(what, fix=fix)
-            return Reward(spec, weight, name, form, function=function)
+            return Reward(
+                spec, weight, name, form, function=function, parameters=traced[form] if form == "row" else tuple(names)
+            )
     return Reward(spec, weight, name, "golds", function=load_metric("reward", file, name).function)
 
 
@@ -219,10 +248,10 @@ def row_of(prompt: Prompt, rows: Rows) -> dict[str, Any]:
     return deepcopy({**extra, **rows.get((prompt.file, prompt.line), {})})  # the function may change it
 
 
-def read_columns(rewards: Sequence[Reward], data: DataSection) -> Rows:
-    """Return the columns of all rows of the data, or nothing if no reward reads them."""
+def read_columns(rewards: Sequence[Reward], data: DataSection, *, all_rows: bool = False) -> Rows:
+    """Return the columns of all rows of the data, or nothing if no reward reads them. all_rows: something else does."""
     specs = [data.train] if read_eval_share(data.eval) or data.eval is None else [data.train, data.eval]
-    if not any(reward.reads_rows for reward in rewards):
+    if not all_rows and not any(reward.reads_rows for reward in rewards):
         return {}
     return {
         (row.file, row.line): row.value
@@ -256,6 +285,8 @@ def check_rewards(rewards: Sequence[Reward], prompts: Sequence[Prompt], rows: Ro
     missing = [Location(*place, "no right answer") for place, p in zip(places, prompts, strict=True) if p.gold is None]
     answered = [prompt for prompt in prompts if prompt.gold is not None]
     for reward in rewards:
+        if reward.reads_traces:  # there is no trace yet
+            continue
         if reward.reads_rows:
             first = [Candidate(prompt.gold or "", prompt) for prompt in prompts[:1]]
             try:
@@ -274,30 +305,41 @@ class _TooSlow(Exception):
     """A call took longer than the time limit."""
 
 
-def _call_within(timeout: float, function: Callable[..., Any], arguments: tuple[Any, Any]) -> Any:
-    """Call the function. Raises _TooSlow if it takes longer, even if it catches the exception that ends it."""
+@dataclass(frozen=True)
+class CallError:
+    """The failure of a call of the user's code. text: the exception as text."""
+
+    text: str
+    timed_out: bool = False
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Return whether a function is `async`, also one that `functools.wraps` decorates."""
+    return inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def call_within(timeout: float, function: Callable[[], Any]) -> Any:
+    """Return the result of a call, or a CallError, also if the function catches the exception that ends it."""
     started, result = time.monotonic(), None
     try:
         with time_limit(timeout, cpu_time=False):
-            result = function(*arguments)
-    except TimeoutError:
-        if time.monotonic() - started < timeout:
-            raise  # the function's own
-    if time.monotonic() - started >= timeout:
-        raise _TooSlow
-    return result
+            result = function()
+    except USER_CODE_ERRORS as error:
+        if not isinstance(error, TimeoutError) or time.monotonic() - started < timeout:
+            return _call_error(error)
+    return CallError("", timed_out=True) if time.monotonic() - started >= timeout else result
 
 
-def _run_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> Iterator[Any]:
-    """Run coroutines at the same time. Yields their results in order, or raises the exception of one."""
+def call_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> list[Any]:
+    """Run coroutines at the same time. Returns the result of each in order, or its CallError."""
 
     async def call_guarded(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         try:
             return await call()
         except (SystemExit, KeyboardInterrupt) as error:  # would end the loop's thread
-            return _Ended(error)
+            return _call_error(SystemExit(str(error)))
 
-    async def call_within(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def call_one(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         started, result = time.monotonic(), None
         try:
             result = await asyncio.wait_for(call_guarded(call), timeout)
@@ -309,21 +351,17 @@ def _run_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeo
         return result
 
     async def gather() -> list[Any]:
-        return await asyncio.gather(*map(call_within, calls), return_exceptions=True)
+        return await asyncio.gather(*map(call_one, calls), return_exceptions=True)
 
-    for result in asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result():
-        if isinstance(result, BaseException):
-            raise result
-        if isinstance(result, _Ended):
-            raise SystemExit(str(result.error))
-        yield result
+    results = asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result()
+    unexpected = (x for x in results if isinstance(x, BaseException) and not isinstance(x, USER_CODE_ERRORS))
+    if (error := next(unexpected, None)) is not None:
+        raise error
+    return [_call_error(result) if isinstance(result, BaseException) else result for result in results]
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """A call that tried to end the process."""
-
-    error: BaseException
+def _call_error(error: BaseException) -> CallError:
+    return CallError(f"{type(error).__name__}: {error}", timed_out=isinstance(error, _TooSlow))
 
 
 @cache

@@ -35,9 +35,12 @@ from strop.evaluation.compare import (
     read_side,
     remove_reasoning,
 )
+from strop.evaluation.environment_rewards import compare_traces, difference_of, make_prompts
+from strop.evaluation.environments import check_hash, hash_file
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, make_judge
 from strop.evaluation.metrics import (
+    MEAN_REWARD,
     MIN_CLAIM_ROWS,
     check_golds,
     describe_cut,
@@ -49,6 +52,8 @@ from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
 from strop.evaluation.retrieval import NEAREST, compare_retrieval
+from strop.evaluation.rewards import Rows, check_rewards, parse_rewards
+from strop.evaluation.traces import make_tracer
 from strop.models.adapter_config import (
     AdapterKind,
     adapter_folder,
@@ -61,6 +66,7 @@ from strop.models.adapters import locate_base, locate_tokenizer, read_classes
 from strop.models.load import refuse_classifier, refuse_embedder
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
+from strop.objectives import require
 from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
@@ -116,6 +122,9 @@ def evaluate_models(
     bases: dict[tuple[str, ...], Side] = {}
     results = []
     for name in names:
+        if request.environments:
+            results.append(_evaluate_environment(name, request))
+            continue
         if request.kind != "text":
             evaluate = _evaluate_classes if request.kind == "classifier" else _evaluate_retrieval
             results.append(evaluate(name, request))
@@ -150,6 +159,8 @@ class _Request:
     advance: Progress | None
     devices: Devices
     kind: AdapterKind = "text"  # of the adapters: text also for reward models
+    environments: Mapping[str, Recipe] = field(default_factory=dict)  # recipes of runs with train.environment, by name
+    columns: Rows = field(default_factory=dict)  # of the rows, for environments
 
 
 def _check_request(
@@ -172,6 +183,8 @@ def _check_request(
         if adapter_folder(name) is None:
             refuse_classifier(locate(name))
             refuse_embedder(locate(name))
+    if (environments := {name: recipe for name in names if (recipe := find_environment(name, options.metric))}) != {}:
+        return _check_environment_request(environments, names, data, options, reading, notes, advance, devices)
     for kind in TEXT_MODELS:
         models = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == kind]
         if models:
@@ -198,6 +211,62 @@ def _check_request(
     dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
     trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
     return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
+
+
+def find_environment(name: str, metric: str) -> Recipe | None:
+    """Return the recipe of a run with train.environment, or None, also if the metric is one of answers."""
+    recipe = find_recipe(name)
+    has_environment = recipe is not None and recipe.train.environment is not None
+    return recipe if has_environment and metric in ("exact", MEAN_REWARD) else None  # exact is the default
+
+
+def _check_environment_request(
+    environments: Mapping[str, Recipe], names: Sequence[str], data: str | Sequence[str], options: EvalOptions,
+    reading: dict[str, Any], notes: list[str], advance: Progress | None, devices: Devices,
+) -> _Request:  # fmt: skip
+    """Read the rows of runs in an environment, and check the options."""
+    if other := next((name for name in names if name not in environments), None):
+        what = f"{other}: not a run with train.environment, unlike {next(iter(environments))}"
+        raise RecipeError(what, fix="evaluate it in a separate command, or give --metric exact_json or another")
+    if options.general or options.regression_data or options.tasks or options.judge:
+        fix = "leave --general, --regression-data, --tasks and --judge out, or give a --metric of answers"
+        raise RecipeError("an environment: only its reward is evaluated", fix=fix)
+    if devices.world_size > 1:
+        raise RecipeError("an environment: traces are sampled on one device", fix="leave --devices out")
+    rows = read_conversations(data, data_kind="prompts", **reading)
+    if not rows:
+        raise DataError("no rows to evaluate on", fix="give rows with prompts")
+    columns, encoding = reading.get("columns"), reading.get("encoding", "utf-8")
+    values = {(row.file, row.line): row.value for row in read_rows(data, encoding=encoding, columns=columns, errors=[])}
+    return _Request(
+        options, rows, [], None, notes, None, [], None, advance, devices, environments=environments, columns=values
+    )
+
+
+def _evaluate_environment(name: str, request: _Request) -> dict[str, Any]:
+    """Evaluate a run with train.environment on traces in it."""
+    recipe, run, options = request.environments[name], find_run(name), request.options
+    spec = recipe.train.environment
+    assert run is not None and spec is not None
+    check_hash(spec, run.read_lock().get("environment"), hash_file(spec), force=options.force)
+    train = recipe.train
+    if options.max_new_tokens is not None:
+        train = train.model_copy(update={"answer_tokens": options.max_new_tokens})
+    model = _load(name, request)
+    rewards = parse_rewards(train.rewards)
+    tracer = make_tracer(train, recipe.data.max_length, model.renderer, request.columns)
+    prompts = make_prompts(model, request.rows)
+    if rewards:
+        check_rewards(rewards, prompts, request.columns, require(train.reward_timeout))
+    compared = compare_traces(
+        model, prompts, tracer, rewards, recipe.seed, request.advance, with_base=options.base and model.has_base
+    )
+    result = _start_result(name, model, compared, request)
+    result["environment"] = spec
+    _add_row_notes(result, request.rows, find_train_rows(name, request.rows))
+    if is_run(Path(name)):
+        _store(RunFolder(Path(name)), result)
+    return result
 
 
 def _check_text_request(
@@ -357,6 +426,8 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     entries: list[tuple[dict[str, Any], str, Side]] = []
     for result in results:
+        if result["metric"] == MEAN_REWARD:
+            return _rank_by_reward(results)
         if "interrupted" not in result:
             name = "tuned" if "tuned" in result else "base"
             entries.append((result, name, read_side(result, name)))
@@ -368,6 +439,21 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
             "loss": side.scores.get("loss"), "behind": behind, "verdict": describe_difference(behind)[0],
+        })  # fmt: skip
+    return ranking
+
+
+def _rank_by_reward(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank runs in environments by their mean reward, as `rank_models`."""
+    side = {id(result): "tuned" if "tuned" in result else "base" for result in results}
+    ordered = sorted(results, key=lambda result: -result[side[id(result)]][MEAN_REWARD])
+    rewards = [[row[f"{side[id(result)]}_reward"] for row in result["samples"]] for result in ordered]
+    ranking = []
+    for result, values in zip(ordered, rewards, strict=True):
+        behind, (low, high) = asdict(difference_of(rewards[0], values)), result["intervals"][side[id(result)]]
+        ranking.append({
+            "run": result["run"], "score": result[side[id(result)]][MEAN_REWARD], "low": low, "high": high,
+            "loss": None, "behind": behind, "verdict": describe_difference(behind)[0],
         })  # fmt: skip
     return ranking
 

@@ -21,13 +21,13 @@ from strop.evaluation.metrics import (
     describe_difference,
     describe_general,
     format_points,
+    format_score,
     format_task_scores,
     rows_label,
     score_name,
 )
 
 MAX_MATRIX = 15  # classes of a confusion matrix in a terminal
-_DECIMALS = {"loss": 3, "perplexity": 3, "tokens_per_answer": 1}  # of scores that are not percentages
 
 
 class Evaluation(Printed, dict[str, Any]):
@@ -70,11 +70,11 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
         cells = []
         for side in sides:
             value = result[side][name]
-            cell = f"{value:.{_DECIMALS[name]}f}" if name in _DECIMALS else f"{value:.1%}"
+            cell = format_score(name, value)
             interval = result["intervals"][side] if name == result["metric"] else _find_interval(result, side, name)
             if interval:
                 low, high = interval
-                cell += f"  ({low:.1%} to {high:.1%})"
+                cell += f"  ({format_score(name, low)} to {format_score(name, high)})"
             cells.append(cell)
         table.add_row(escape(score_name(name, result["metric"])), *cells)
     out.print(table)
@@ -195,14 +195,15 @@ def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out
     """Print models by score, best first, with the difference from the best on the same rows."""
     table = Table(Column(overflow="fold"), escape(metric), "95 % interval", "loss", "gap to the best")
     for entry in leaderboard:
-        low, value, high = (100 * entry["behind"][name] for name in ("low", "value", "high"))
+        behind = entry["behind"]
+        change = describe_difference(behind, metric)[1].partition(": ")[2].replace(", 95 % interval ", " (") + ")"
         unclear = ": no clear difference" if entry["verdict"] == "unclear" else ""
         table.add_row(
             escape(entry["run"]),
-            f"{entry['score']:.1%}",
-            f"{entry['low']:.1%} to {entry['high']:.1%}",
+            format_score(metric, entry["score"]),
+            f"{format_score(metric, entry['low'])} to {format_score(metric, entry['high'])}",
             "" if entry["loss"] is None else f"{entry['loss']:.3f}",
-            "" if entry is leaderboard[0] else f"{value:+.1f} points ({low:+.1f} to {high:+.1f}){unclear}",
+            "" if entry is leaderboard[0] else f"{change}{unclear}",
         )
     out.print(table)
 

@@ -129,6 +129,7 @@ def _find_local_files(recipe: Recipe) -> tuple[str, ...]:
     """Return the local files, folders and glob patterns that the recipe refers to."""
     data, model, rewards = recipe.data, recipe.model, recipe.train.rewards
     names: list[str | None] = [model.name, model.adapter, data.template]
+    names.append((recipe.train.environment or "").rpartition(":")[0])
     for sources in (data.train, data.eval):
         names += [sources] if isinstance(sources, str) else sources or []
     for reward in rewards.split(",") if isinstance(rewards, str) else rewards or []:

@@ -202,6 +202,16 @@ class Script:
             if isinstance(node, ast.Assign) and any(getattr(x, "attr", "") == attribute for x in node.targets):
                 yield node
 
+    def find_import(self, name: str) -> tuple[str, str]:
+        """Return (module, name there) of a name that is imported from a module, or ("", "")."""
+        for node in ast.walk(self._tree):
+            if not isinstance(node, ast.ImportFrom) or node.level or not name:
+                continue
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return node.module or "", alias.name
+        return "", ""
+
     def find_subclasses(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
         """Return (class, base, line) of each class derived from one of `names`."""
         classes = [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop import sentence_transformers
+from strop.interop import sentence_transformers, trl_grpo
 from strop.interop.draft import (
     IGNORED_KEYS,
     LINE_BREAK_NOTE,
@@ -32,15 +32,15 @@ from strop.interop.script_parser import (
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
     "KTOConfig": "kto", "ORPOConfig": "orpo", "CPOConfig": "simpo", "RewardConfig": "reward",
-    sentence_transformers.ARGUMENTS: "embed",
+    sentence_transformers.ARGUMENTS: "embed", trl_grpo.CONFIG: "grpo",
 }  # fmt: skip
 PLAIN_ARGUMENTS = ("TrainingArguments", sentence_transformers.ARGUMENTS)  # with the defaults of transformers
 TRAINERS = (
     "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "RewardTrainer", "Trainer", "UnslothTrainer",
-    sentence_transformers.TRAINER,
+    sentence_transformers.TRAINER, trl_grpo.TRAINER,
 )  # fmt: skip
 UNSUPPORTED_CONFIGS = (
-    "GRPOConfig", "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
+    "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
     "PRMConfig",
 )  # fmt: skip
 LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}  # defaults by objective; 1e-6 for the other objectives
@@ -88,8 +88,8 @@ def read(draft: Draft) -> None:
         return
     script = Script(path)
     for call in script.calls:
-        if call.name == "GRPOConfig":
-            raise grpo_error(f"{path}:{call.line}: GRPOConfig")
+        if call.name in (trl_grpo.CONFIG, trl_grpo.TRAINER) and not trl_grpo.has_environment(script):
+            raise grpo_error(f"{path}:{call.line}: {call.name}")
         if call.name in UNSUPPORTED_CONFIGS:
             fix = "use sft, dpo, ipo, kto, orpo, simpo or reward"
             raise InputError(f"{path}:{call.line}: {call.name}: not an objective of strop", fix=fix)
@@ -97,7 +97,8 @@ def read(draft: Draft) -> None:
     config, objective = _find_config(draft, script, trainer_arguments, trainer, trainer_class)
     _read_model(draft, script, trainer_arguments, config, trainer)
     start_seed = _read_adapter(draft, script, trainer_arguments, objective)
-    moved = {key: node for key, node in trainer_arguments.items() if key not in (*TRAINER_ARGUMENTS, *_CODE_ARGUMENTS)}
+    known = (*TRAINER_ARGUMENTS, *_CODE_ARGUMENTS, *(trl_grpo.CODE_ARGUMENTS if objective == "grpo" else ()))
+    moved = {key: node for key, node in trainer_arguments.items() if key not in known}
     given = {**moved, **config.keywords}
     for name in sentence_transformers.IGNORED_ARGUMENTS:
         if given.pop(name, None) is not None:
@@ -106,7 +107,11 @@ def read(draft: Draft) -> None:
     loads_classifier = any(CLASSIFIER in call.owner for call in script.calls if call.name == "from_pretrained")
     if objective == "sft" and loads_classifier:
         objective = "classify"
+    loss_type = keys.take("loss_type") if objective == "grpo" else None
     _read_config(draft, keys, objective, is_plain=config.name in PLAIN_ARGUMENTS)
+    if objective == "grpo":
+        trl_grpo.read_config(draft, keys, loss_type)
+        trl_grpo.read_code(draft, script, trainer_arguments)
     if objective == "embed":
         sentence_transformers.read_loss(draft, script, trainer_arguments.get("loss"))
     draft.note_seed("random_state", start_seed)
@@ -155,6 +160,7 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
         draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
     positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else TRAINER_POSITIONS
+    positions = trl_grpo.POSITIONS if base == trl_grpo.TRAINER else positions
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)

@@ -100,11 +100,16 @@ def group_token_weight(length: int, options: TrainSection) -> float:
 
 
 def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
-    """Return the divisor of the weighted loss sum: the number of completions (grpo), of tokens (dapo), or of
-    completions times train.answer_tokens (dr_grpo)."""
+    """Return the divisor of the weighted loss sum.
+
+    It is the number of completions (grpo), of tokens (dapo), or of completions times the most tokens that each may have
+    (dr_grpo): train.answer_tokens, in an environment for each of train.turns.
+    """
     if options.group_loss == "dapo":
         return float(sum(lengths))
-    return float(len(lengths)) * (1 if options.group_loss == "grpo" else require(options.answer_tokens))
+    turns = require(options.turns) if options.environment is not None else 1
+    longest = require(options.answer_tokens) * turns
+    return float(len(lengths)) * (1 if options.group_loss == "grpo" else longest)
 
 
 GRPO = PolicyLoss(
@@ -112,7 +117,8 @@ GRPO = PolicyLoss(
     learning_rate_factor=0.1, reference=True,
     compute=grpo, advantages=group_advantages, token_weight=group_token_weight, divisor=group_divisor,
     options={
-        "beta": 0.04, "rewards": None, "reward_timeout": 60.0, "group": 8, "answer_tokens": 256, "group_loss": "dapo",
+        "beta": 0.04, "rewards": None, "environment": None, "turns": 4, "reward_timeout": 60.0, "group": 8,
+        "answer_tokens": 256, "group_loss": "dapo",
         "clip_low": 0.2, "clip_high": 0.28, "updates": 1,
     },
 )  # fmt: skip

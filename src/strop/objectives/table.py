@@ -84,6 +84,29 @@ def max_completion_tokens(train: TrainSection) -> int:
     return 0
 
 
+def longest_sequence(recipe: Recipe) -> int:
+    """Return the maximum number of tokens of a row with what is sampled after it.
+
+    data.max_length is the longest prompt, or in an environment the longest trace.
+    """
+    has_environment = recipe.train.environment is not None
+    return recipe.data.max_length + (0 if has_environment else max_completion_tokens(recipe.train))
+
+
+def max_sampled_tokens(recipe: Recipe, prompt: int = 0) -> int:
+    """Return the maximum number of sampled tokens after a prompt, in all turns, or 0 if nothing is sampled."""
+    sampled = max_completion_tokens(recipe.train) * max_turns(recipe.train)
+    return sampled if recipe.train.environment is None else max(1, min(sampled, recipe.data.max_length - prompt))
+
+
+def max_turns(train: TrainSection) -> int:
+    """Return the maximum number of the model's turns in a sampled trace, 1 without an environment."""
+    objective = objective_of(train)
+    if objective is None or train.environment is None:
+        return 1
+    return int(train.turns or objective.options["turns"])
+
+
 def check_devices(train: TrainSection, devices: int) -> None:
     """Raise RecipeError if the objective does not support this number of devices."""
     if devices > 1 and data_kind_of(train) == "prompts":
@@ -104,8 +127,11 @@ def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
             readers = [known.name for known in OBJECTIVES.values() if name in known.options]
             what = f"--train.{name}: objective {train.objective} does not read it"
             raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
-        if value is None and name == "rewards" and name in defaults and train.teacher is None:
-            what = f"objective {train.objective} needs --train.rewards or --train.teacher"
+        has_rewards = train.teacher is not None or train.environment is not None
+        if value is None and name == "rewards" and name in defaults and not has_rewards:
+            what = f"objective {train.objective} needs --train.rewards, --train.environment or --train.teacher"
             raise RecipeError(what, fix="give --train.rewards exact, exact_json, contains, regex or file.py:function")
+        if name == "turns" and train.environment is None:
+            continue
         if value is None and objective is not None and defaults.get(name) is not None:
             yield f"train.{name}", defaults[name], f"usual for {objective.name} ({objective.source})"

@@ -10,7 +10,7 @@ from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
+from strop.objectives.table import data_kind_of, longest_sequence, sequences_per_row
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, mean_micro_batch
@@ -212,7 +212,7 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
     if not recipe.model.device.startswith("cuda") or current is None or resolved.choices[field].origin != "plan":
         return []
     rows = recipe.train.batch_size * sequences_per_row(recipe.train)
-    step_tokens = rows * (recipe.data.max_length + max_completion_tokens(recipe.train))
+    step_tokens = rows * (longest_sequence(recipe))
     for tokens in GPU_MICRO_BATCH_TOKENS:
         is_useful = current < tokens and tokens // 2 < step_tokens
         if is_useful and budget.fits(_with_train(recipe, micro_batch_tokens=tokens)):

@@ -74,16 +74,22 @@ class RolloutLoad:
     completions: int
     group: int  # completions per prompt
     prompt: int  # tokens of a prompt
-    answer: int  # maximum number of tokens of a completion
+    answer: int  # maximum number of tokens of a completion; in an environment, of all that follows the prompt
 
     @staticmethod
     def from_recipe(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
-        """Return the load of a recipe, or None if it samples nothing. prompt: tokens of a prompt."""
+        """Return the load of a recipe, or None if it samples nothing. prompt: tokens of a prompt.
+
+        A trace in an environment is assumed to reach data.max_length, because the length of tool results is not known.
+        """
         train, answer = recipe.train, max_completion_tokens(recipe.train)
         if not answer:
             return None
-        group = sequences_per_row(train)
-        return RolloutLoad(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
+        group, prompt = sequences_per_row(train), prompt or recipe.data.max_length
+        if train.environment is not None:
+            prompt = max(1, min(prompt, recipe.data.max_length - answer))
+            answer = recipe.data.max_length - prompt
+        return RolloutLoad(train.batch_size * group, group, prompt, answer)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ from strop.data.reading.sources import needs_download
 from strop.errors import StropError
 from strop.models.source import Source, is_on_disk, locate
 from strop.models.tokenizer import check_template, load_tokenizer
-from strop.objectives.table import data_kind_of, max_completion_tokens, prepare_rows, sequences_per_row
+from strop.objectives.table import (
+    data_kind_of,
+    longest_sequence,
+    max_completion_tokens,
+    max_sampled_tokens,
+    prepare_rows,
+    sequences_per_row,
+)
 from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
 from strop.planning.workload import Workload
 
@@ -63,8 +70,9 @@ def measure_rows(recipe: Recipe) -> Rows:
     sizes.warnings = [*prepared.report.warnings, *(held_out.warnings if held_out else ())]
     sizes.labels = prepared.classes.names if prepared.classes else ()
     if sampled := max_completion_tokens(recipe.train):
-        lengths = [int(length) + sampled for length in rows.lengths]
-        sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]
+        whole = recipe.data.max_length if recipe.train.environment is not None else None
+        pairs = [(whole or int(length) + sampled, max_sampled_tokens(recipe, int(length))) for length in rows.lengths]
+        sizes += [pair for pair in pairs for _ in range(sequences_per_row(recipe.train))]
         return sizes
     sizes.rows = len(prepared.train_items or ()) if data_kind == "triplets" else 0
     for example in rows:
@@ -109,7 +117,7 @@ def largest_micro_batch(recipe: Recipe, workload: Workload, rows: Rows | None = 
         steps = first_steps(recipe, rows, workload.compute.step == "fast", searched_steps(_stream(recipe, rows)))
         return max((batch for step in steps for batch in step), key=lambda x: peak_live_bytes(workload, x).total)
     # Rows of up to MAX_SAVED_KEYS tokens save attention probabilities, so they may need more memory than longer ones.
-    longest = recipe.data.max_length + max_completion_tokens(recipe.train)
+    longest = longest_sequence(recipe)
     if rows:
         longest = min(longest, max(tokens for tokens, _ in rows))
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
@@ -134,8 +142,7 @@ def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> Mi
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     sequences = sequences_per_row(recipe.train)
     if not rows:
-        sampled = max_completion_tokens(recipe.train)
-        length = recipe.data.max_length + sampled
+        sampled, length = max_completion_tokens(recipe.train) and max_sampled_tokens(recipe), longest_sequence(recipe)
         rows = [(length, sampled or length - 1)] * recipe.train.batch_size * sequences
     train, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * sequences))

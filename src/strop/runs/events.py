@@ -6,6 +6,8 @@ Every event has `event` (its kind), `time` (seconds since 1970), and fields that
 - start, resume, override (a changed setting), stop, end
 - step, eval, samples (completions of evaluation prompts), save, reference-check, note. A step of grpo has train.updates
   optimizer steps: its loss, kl, clip_share and grad_norm are those of the last one, its tokens those of all
+- answers: a sampled completion of a step; in an environment all `messages` of its trace. The step event then has the
+  means of turns, tool_calls, tool_errors and truncated over its traces
 - skip (a rejected update), doubt (an applied update with an unusual loss), rollback
 - shrink (a setting that was changed after running out of memory)
 """
@@ -15,9 +17,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+TURN_CHARACTERS = 400  # longer messages are cut where a trace is shown
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -82,6 +86,28 @@ def find_rewind_step(event: Event) -> int | None:
     """Return the step from which a resume or rollback continues, or None for other events."""
     field = {"resume": "step", "rollback": "to"}.get(event["event"])
     return None if field is None else int(event[field])
+
+
+def describe_turns(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return messages as lines of text: `tool(argument=value)` for a call, `-> text` for its result."""
+    lines = []
+    for message in messages:
+        content = str(message.get("content") or "").strip()[:TURN_CHARACTERS]
+        lines += [f"-> {content}"] if message.get("role") == "tool" else [content] if content else []
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or {}
+            arguments = function.get("arguments") or {}
+            values = arguments.items() if isinstance(arguments, Mapping) else ()
+            lines.append(f"{function.get('name')}({', '.join(f'{name}={value!r}' for name, value in values)})")
+    return "\n".join(lines)
+
+
+def split_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
+    """Return the text of the last user message before the first turn of the model, and the messages from that turn."""
+    roles = [message.get("role") for message in messages]
+    start = roles.index("assistant") if "assistant" in roles else len(messages)
+    users = [str(message.get("content") or "") for message in messages[:start] if message.get("role") == "user"]
+    return users[-1] if users else "", messages[start:]
 
 
 def parse_event(line: str | bytes) -> Event | None:

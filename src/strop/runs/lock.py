@@ -28,7 +28,7 @@ FIXED_FIELDS = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
     "lora.new_tokens", "lora.init", "train.objective", "train.teacher",
 }  # fmt: skip
-HASHED_PARTS = ("base", "data", "kept", "teacher", "template", "rewards")  # fields of lock.json
+HASHED_PARTS = ("base", "data", "kept", "teacher", "template", "rewards", "environment")  # fields of lock.json
 FIELD_GROUPS = {  # names for several fields in --allow-changed
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},

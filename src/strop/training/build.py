@@ -124,7 +124,7 @@ def build_job(
         rewards = parse_rewards(recipe.train.rewards)
         criterion = PolicyCriterion(
             objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, rewards, weights, log,
-            columns=setup.columns, sampler=sampler, teacher=teacher,
+            columns=setup.columns, sampler=sampler, teacher=teacher, tracer=setup.tracer,
         )  # fmt: skip
     elif objective is EMBED:
         disable_model_dropout(model)

@@ -34,8 +34,11 @@ from strop.errors import (
     MemoryLimitError,
     ModelError,
     RecipeError,
+    RunError,
 )
+from strop.evaluation.environments import has_member, hash_file
 from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_rewards, read_columns
+from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe_environment, make_tracer
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     AdapterKind,
@@ -100,6 +103,7 @@ class Setup(RecipeFacts):
     lock: dict[str, Any]
     columns: Rows  # of the rows, if a reward reads them
     teacher: Teacher | None  # of a policy objective
+    tracer: Tracer | None  # of train.environment
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
@@ -182,8 +186,13 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         _check_negatives(recipe, data.train_items)
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, folder.kept)
-    columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data)
+    has_environment = recipe.train.environment is not None
+    columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data, all_rows=has_environment)
     rewards_hash = _check_rewards(recipe, data, columns)
+    tracer = None
+    if has_environment:
+        tracer = make_tracer(recipe.train, recipe.data.max_length, data.renderer, columns)
+        data = _add_tools(recipe, data, tracer)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
         _check_vocabulary(source, shape, tokenizer, data)
@@ -196,6 +205,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         "teacher": data.teacher_hash,
         "template": data.renderer.template_hash,
         "rewards": rewards_hash,
+        "environment": None if tracer is None else hash_file(tracer.environment.spec),
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": _get_values(resolved),
         "seed": recipe.seed,
@@ -207,8 +217,37 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     }
     return Setup(
         **vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock, columns=columns,
-        teacher=teacher,
+        teacher=teacher, tracer=tracer,
     )  # fmt: skip
+
+
+def _add_tools(recipe: Recipe, data: Prepared, tracer: Tracer) -> Prepared:
+    """Return the data with the tools of an environment in its prompts, after `reset` was called for the first row.
+
+    Raises DataError for rows that cannot be its prompts, and RecipeError for an environment that gives no reward.
+    """
+    spec, items = tracer.environment.spec, (data.train_items, data.eval_items)
+    with_tools = [
+        Location(row.file, row.line, "the row has tools, and the environment has its own")
+        for rows in (data.train_conversations, data.eval_conversations)
+        for row in rows or ()
+        if row.tools
+    ]
+    if with_tools:
+        raise DataError(f"{len(with_tools)} rows have tools", fix="remove the column `tools`", where=with_tools)
+    prompts = [cast("Sequence[Prompt]", rows) for rows in items if rows is not None]
+    for rows in prompts:
+        check_prompts(tracer, rows)
+    try:
+        first = tracer.start(prompts[0][0], recipe.seed)
+    except RunError as error:
+        raise RecipeError(error.what, fix=error.fix) from None
+    if not has_member(first.environment, "reward") and not recipe.train.rewards:
+        what = f"environment {spec}: it has no reward, and there are no --train.rewards"
+        raise RecipeError(what, fix="add an attribute or a method `reward`, or give --train.rewards")
+    tracer.environment.give_back(first.environment)
+    train, held_out = (None if rows is None else ToolPrompts(cast("Any", rows), tracer) for rows in items)
+    return replace(data, train_items=cast("Any", train), eval_items=cast("Any", held_out))
 
 
 def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFacts:
@@ -368,7 +407,7 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
-    if not shape.learned or not (text := shape.too_long_message(_row_lengths(data), completion_tokens)):
+    if not shape.learned or not (text := _too_long_message(recipe, shape, data)):
         return
     choices = " or ".join(allowed_overlong(data_kind_of(recipe.train)))
     fix = f"--data.max_length {shape.positions}, with --data.overlong {choices}"
@@ -396,6 +435,9 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
 def _check_rewards(recipe: Recipe, data: Prepared, rows: Rows) -> str | None:
     """Check that the rewards can judge all rows, and return the hash of what they depend on."""
     rewards = parse_rewards(recipe.train.rewards)
+    if recipe.train.environment is None and (reward := next((x for x in rewards if x.reads_traces), None)):
+        what = f"reward {reward.spec}: its parameters are those of a trace, and there is no environment"
+        raise RecipeError(what, fix="give --train.environment, or remove messages and environment")
     for prompts in (data.train_items, data.eval_items) if rewards else ():
         if prompts is not None:
             check_rewards(rewards, cast("Sequence[Prompt]", prompts), rows, require(recipe.train.reward_timeout))
@@ -446,6 +488,8 @@ def startup_notes(setup: Setup) -> list[str]:
     """Return notes to log before training, such as unused options and hardware."""
     values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
     notes = [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
+    if setup.tracer is not None:
+        notes += describe_environment(setup.tracer)
     return [*notes, *_list_cut_references(setup), *filter(None, [_kept_note(setup), _teacher_note(setup)])]
 
 
@@ -547,8 +591,14 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
             listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
             total = sum(kinds.values())
             yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
-    if text := shape.too_long_message(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+    if text := _too_long_message(recipe, shape, setup.data):
         yield text
+
+
+def _too_long_message(recipe: Recipe, shape: ModelShape, data: Prepared) -> str | None:
+    if recipe.train.environment is not None:  # a trace may have this length
+        return shape.too_long_message(np.array([recipe.data.max_length]), 0)
+    return shape.too_long_message(_row_lengths(data), max_completion_tokens(recipe.train))
 
 
 def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:

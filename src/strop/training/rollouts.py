@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -29,17 +28,31 @@ from torch import Tensor, nn
 from strop.config.schema import Recipe, TrainSection
 from strop.data.types import Example, Ids, Item, Prompt, RolloutGroup, strip_reasoning
 from strop.engine.decode.batch import drop_decoder
-from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
+from strop.engine.decode.generate import (
+    Respond,
+    SampledCompletion,
+    Sampler,
+    generate,
+    sample_completions,
+    sample_turns,
+)
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import mean_interval, wilson_interval
 from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards
+from strop.evaluation.traces import COUNTS, RESET, SampleTurns, Trace, Tracer, mean_counts, rollout_seed
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
-from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
+from strop.objectives.table import (
+    data_kind_of,
+    longest_sequence,
+    max_completion_tokens,
+    max_turns,
+    sequences_per_row,
+)
 from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, Criterion, Metrics, Split
 from strop.training.state import temporary_values
@@ -70,10 +83,15 @@ class PolicyCriterion(Criterion):
     start: Mapping[str, Tensor] = field(default_factory=dict)  # the weights' values in the reference model, if any
     sampler: Sampler | None = None  # used instead of strop's decoder
     teacher: Step | None = None  # of train.teacher
+    tracer: Tracer | None = None  # of train.environment
 
     @property
     def prepares(self) -> bool:
         return True
+
+    @property
+    def is_rewarded(self) -> bool:
+        return bool(self.rewards) or self.tracer is not None
 
     @property
     def updates(self) -> int:
@@ -85,14 +103,19 @@ class PolicyCriterion(Criterion):
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         numbers, limit = range(sequences_per_row(self.options)), max_completion_tokens(self.options)
         seeds = [[self._sample_seed(index, prompt.row, number) for number in numbers] for prompt in prompts]
-        ids = [prompt.examples[0].ids for prompt in prompts]
-        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
-        seconds = time.perf_counter() - started
-        groups = self._make_groups(prompts, sampled)
-        first, example = groups[0], groups[0].examples[0]
+        if self.tracer is not None:
+            groups, trace = self._sample_traces(self.tracer, prompts, seeds, index)
+            answer, messages = trace.answer, {"messages": trace.as_json(LOGGED_CHARACTERS)}
+        else:
+            ids = [prompt.examples[0].ids for prompt in prompts]
+            sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
+            groups, messages = self._make_groups(prompts, sampled), {}
+            example = groups[0].examples[0]
+            answer = self._decode(example.ids[example.prompt_length :])
+        first, seconds = groups[0], time.perf_counter() - started
         self.log.emit(
             "answers", step=index + 1, seconds=round(seconds, 3), row=f"{first.file}:{first.line}",
-            answer=self._decode(example.ids[example.prompt_length :])[:LOGGED_CHARACTERS], rewards=first.rewards,
+            answer=answer[:LOGGED_CHARACTERS], rewards=first.rewards, **messages,
         )  # fmt: skip
         if self.teacher is not None:
             logprobs = _token_logprobs(self.teacher, groups, split)
@@ -104,14 +127,22 @@ class PolicyCriterion(Criterion):
         return [*groups]
 
     def longest(self, item: Item) -> Item:
-        """Return the largest possible group of a prompt: different completions of the maximum length."""
+        """Return the largest possible group of a prompt: different completions of the maximum length.
+
+        Traces have the maximum length of all their tokens, and as many sampled tokens as possible.
+        """
         size, limit = sequences_per_row(self.options), max_completion_tokens(self.options)
+        length = limit if self.tracer is None else self.tracer.max_length - len(item.examples[0])
+        limit = min(limit * max_turns(self.options), length)
         completions = [
-            SampledCompletion(np.full(limit, number + 1, np.int32), np.zeros(limit), True) for number in range(size)
+            SampledCompletion(np.full(length, number + 1, np.int32), np.zeros(length), True) for number in range(size)
         ]
+        examples = [_as_example(item.examples[0], completion, 1) for completion in completions]
+        for example in examples:  # the first sampled token follows the prompt
+            example.weights[len(item.examples[0]) + 1 : len(example) - limit + 1] = 0.0
         logprobs, zeros = np.zeros(size * limit), (0.0,) * size
         return RolloutGroup(
-            tuple(_as_example(item.examples[0], completion, 1) for completion in completions),
+            tuple(examples),
             advantages=zeros, stopped=(True,) * size, rewards=zeros,
             sampling_logprobs=logprobs, reference_token_logprobs=logprobs,
             teacher_token_logprobs=logprobs if self.teacher is not None else logprobs[:0],
@@ -159,7 +190,7 @@ class PolicyCriterion(Criterion):
             values |= {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
             values |= {"kl": result.kl} if self.options.beta else {}
             metrics = {name: column.repeat_interleave(copies) for name, column in values.items()}
-        return total, {**_group_metrics(groups, logprobs, rewarded=bool(self.rewards)), **metrics}
+        return total, {**_group_metrics(groups, logprobs, rewarded=self.is_rewarded), **metrics}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
         """Evaluate greedy completions. The loss is the negative mean reward.
@@ -167,25 +198,31 @@ class PolicyCriterion(Criterion):
         Without rewards, completions are sampled with fixed seeds, and the loss is their divergence from the teacher.
         """
         prompts = cast("Sequence[Prompt]", items)
-        if not self.rewards:
+        if not self.is_rewarded:
             return self._evaluate_divergence(prompts, split)
+        if self.tracer is not None:
+            return self._evaluate_traces(self.tracer, prompts)
         try:
             ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
             answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
         finally:
             drop_decoder(self.model)
         rewarded = self._reward([(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)])
-        rewards = [reward.total for reward in rewarded]
-        mean = statistics.fmean(rewards)
-        n, are_hits = len(rewards), {*rewards} <= {0, 1}
-        interval = (
-            list(wilson_interval(round(sum(rewards)), n)) if are_hits else mean_interval(rewards) if n > 1 else None
-        )
-        intervals = {} if interval is None else {"reward_interval": interval}
         stop_rate = statistics.fmean(answer.stopped for answer in answers)
         length = statistics.fmean(answer.tokens for answer in answers)
-        parts = {f"reward/{name}": statistics.fmean(r.parts[name] for r in rewarded) for name in _part_names(rewarded)}
-        return {"loss": -mean, "reward": mean, **intervals, **parts, "stop_rate": stop_rate, "answer_length": length}
+        return {**summarize_rewards(rewarded), "stop_rate": stop_rate, "answer_length": length}
+
+    def _evaluate_traces(self, tracer: Tracer, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        resets = [self._sample_seed(-1, prompt.row, RESET) for prompt in prompts]
+        groups = tracer.sample(prompts, [[0]] * len(prompts), resets, self._turn_sampler(tracer, greedy=True))
+        traces = [group[0] for group in groups]
+        rewarded = tracer.reward(traces, self.rewards)
+        tracer.release(groups)
+        length = statistics.fmean(trace.as_example().supervised for trace in traces)
+        counts = mean_counts(traces)
+        return {
+            **summarize_rewards(rewarded), "stop_rate": 1 - counts["truncated"], "answer_length": length, **counts,
+        }  # fmt: skip
 
     def _evaluate_divergence(self, prompts: Sequence[Prompt], split: Split) -> dict[str, Any]:
         """Return the mean KL(student || teacher) per token, estimated on a sampled completion of each prompt."""
@@ -202,9 +239,41 @@ class PolicyCriterion(Criterion):
             "answer_length": statistics.fmean(len(completion.ids) for completion in completions),
         }  # fmt: skip
 
+    def _turn_sampler(self, tracer: Tracer, *, greedy: bool = False) -> SampleTurns:
+        def sample(prompts: Sequence[Ids], seeds: Sequence[int], respond: Respond) -> None:
+            sample_turns(
+                self.model, prompts, seeds, self.stop_ids, respond, turn_tokens=tracer.turn_tokens,
+                max_length=tracer.max_length, greedy=greedy, sampler=self.sampler,
+            )  # fmt: skip
+
+        return sample
+
+    def _sample_traces(
+        self, tracer: Tracer, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], index: int
+    ) -> tuple[list[RolloutGroup], Trace]:
+        """Return a group of traces of each prompt, and the first trace that calls a tool, to log it."""
+        resets = [self._sample_seed(index, prompt.row, RESET) for prompt in prompts]  # equal for a group
+        sampled = tracer.sample(prompts, seeds, resets, self._turn_sampler(tracer))
+        traces = [trace for group in sampled for trace in group]
+        rewarded = iter(tracer.reward(traces, self.rewards))
+        groups = [self._make_trace_group(group, [next(rewarded) for _ in group]) for group in sampled]
+        tracer.release(sampled)
+        return groups, next((trace for trace in sampled[0] if trace.tool_calls), sampled[0][0])
+
+    def _make_trace_group(self, traces: Sequence[Trace], rewarded: Sequence[Rewarded]) -> RolloutGroup:
+        rewards = [reward.total for reward in rewarded]
+        return RolloutGroup(
+            tuple(trace.as_example() for trace in traces),
+            advantages=tuple(self.objective.advantages(rewards, self.options)),
+            stopped=tuple(not trace.truncated for trace in traces),
+            rewards=tuple(rewards),
+            reward_parts={name: tuple(r.parts[name] for r in rewarded) for name in _part_names(rewarded)},
+            counts_of_traces={name: tuple(trace.counts[name] for trace in traces) for name in COUNTS},
+            sampling_logprobs=np.concatenate([trace.log_probs for trace in traces]),
+        )
+
     def _sample_seed(self, index: int, row: int, number: int) -> int:
-        text = f"{self.seed} {index} {row} {number}".encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+        return rollout_seed(self.seed, index, row, number)
 
     def _make_groups(
         self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[SampledCompletion]]
@@ -289,6 +358,17 @@ def _part_names(rewarded: Sequence[Rewarded]) -> list[str]:
     return names if len(names) > 1 or "." in "".join(names) else []
 
 
+def summarize_rewards(rewarded: Sequence[Rewarded]) -> dict[str, Any]:
+    """Return the mean reward of held-out rows with its interval, its parts, and the loss, which is minus the mean."""
+    rewards = [reward.total for reward in rewarded]
+    mean = statistics.fmean(rewards)
+    n, are_hits = len(rewards), {*rewards} <= {0, 1}
+    interval = list(wilson_interval(round(sum(rewards)), n)) if are_hits else mean_interval(rewards) if n > 1 else None
+    intervals = {} if interval is None else {"reward_interval": interval}
+    parts = {f"reward/{name}": statistics.fmean(r.parts[name] for r in rewarded) for name in _part_names(rewarded)}
+    return {"loss": -mean, "reward": mean, **intervals, **parts}
+
+
 def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor, *, rewarded: bool) -> Metrics:
     completions = [
         (float(example.supervised), float(stopped))
@@ -306,6 +386,8 @@ def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor, *, rewarded: bo
         "answer_length": [length for length, _ in completions],
         "stop_rate": [stopped for _, stopped in completions],
     }
+    for name in groups[0].counts_of_traces:
+        columns[name] = [value for group in groups for value in group.counts_of_traces[name]]
     for name in groups[0].reward_parts:
         columns[f"reward/{name}"] = [value for group in groups for value in group.reward_parts[name]]
     return {name: like.new_tensor(column) for name, column in columns.items()}
@@ -362,7 +444,7 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     """Run vLLM on the base of `model` inside the block. Raises InputError, ModelError or RunError."""
     train, weights = recipe.train, weights_folder(source)
     python = find_vllm_python(train.vllm_python, OPTION)
-    config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
+    config, longest = read_config(weights), longest_sequence(recipe)
     vllm_info = query_vllm(python, config["architectures"][0], lora=True)
     arguments: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],

@@ -149,7 +149,9 @@ def check(
     data_check.print_report(report.as_json(), console)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
     print_notes([note] if note else [])
-    if show:
+    if show and checked.recipe.train.environment is not None and not report.refusal:
+        _show_traces(checked, show, ids)
+    elif show:
         data_check.print_examples(checked.prepared, show, console, ids=ids)
     if fix is not None:
         changes = data_check.write_cleaned_copy(
@@ -172,6 +174,18 @@ def check(
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
         raise typer.Exit(InputError.exit_code)
+
+
+def _show_traces(checked: api.CheckedRows, show: int, ids: bool) -> None:
+    """Print traces in the recipe's environment, token by token."""
+    from strop.data.check import print_tokens
+    from strop.evaluation.trace_preview import preview_traces
+
+    with status_line("sampling traces"):
+        traces, notes = preview_traces(checked.recipe, checked.prepared, show)
+    print_notes(notes)
+    examples = [trace.as_example() for trace in traces]
+    print_tokens(examples, checked.prepared.renderer, console, ids=ids)
 
 
 def _note_on_length(recipe: Recipe, lengths: Indices) -> str | None:

@@ -27,6 +27,10 @@ export const TITLES = {
   allocated_bytes: "GPU memory, allocated after each step",
   accuracy: "ranked right",
   margin: "reward margin",
+  turns: "turns per trace",
+  tool_calls: "tool calls per trace",
+  tool_errors: "tool errors per trace",
+  truncated: "traces cut at a limit",
   chosen_nats: "chosen, log-probability per token",
   rejected_nats: "rejected, log-probability per token",
 };

@@ -248,6 +248,19 @@ class Renderer:
         encoder, text, _ = self._encoder_for(draft)
         return self._number_images(encoder.true_ids(encoder.encode([text])[0]), messages)
 
+    def continuation(
+        self, messages: Sequence[Message], results: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
+        mark: str, options: Mapping[str, Any] | None = None,
+    ) -> Ids:  # fmt: skip
+        """Return the token ids between the stop token of the last of `messages` and the next turn: the results of its
+        tool calls and the generation prompt. See ChatTemplate.continuation."""
+        draft = self.chat.continuation(messages, results, tools, mark=mark, options=options)
+        encoder, text, _ = self._encoder_for(draft)
+        ids = encoder.true_ids(encoder.encode([text])[0])
+        if int(ids[0]) not in self.stop_ids:
+            raise RenderError("no-stop-token")
+        return ids[1:]
+
     def reference_answer(self, conversation: Conversation) -> str | None:
         """Return the reference answer without reasoning, as decoded text, or None if there is none.
 

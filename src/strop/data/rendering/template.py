@@ -182,6 +182,28 @@ class ChatTemplate:
         self._check_shown(messages, values, text)
         return Draft(text, (), masked, count_images(messages))
 
+    def continuation(
+        self, messages: Sequence[Message], results: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
+        mark: str, options: Mapping[str, Any] | None = None,
+    ) -> Draft:  # fmt: skip
+        """Return the stop token of the last of `messages`, and what follows it in the prompt of the next turn.
+
+        It is the difference of two renderings, with and without `results`. mark: a text that only the last of
+        `messages` has, in its content or in its last call. Raises RenderError if the turn is written differently when
+        results follow it.
+        """
+        values, tool_values, masked = self._prepare_inputs([*messages, *results], tools, False)
+        variables = self._template_variables(tool_values, options or {})
+        text = self._render(values[: len(messages)], variables)
+        end, text = _end_turn(text, self.mode(messages), calls=bool(messages[-1].tool_calls))
+        ending = text[:end].rpartition(mark)[2]
+        whole = self._render(values, variables, generation=True)
+        before, _, following = whole.rpartition(mark)
+        stop = max((stop for stop in self.stops if ending.endswith(stop)), key=len)
+        if not before or not following.startswith(ending):
+            raise RenderError("turn-rewritten")
+        return Draft(stop + following[len(ending) :], (), masked)
+
     def mode(self, messages: Sequence[Message]) -> Mode:
         """Return the mode in which to render a row. Raises RenderError if data.reasoning refuses it."""
         if self.shows_reasoning(messages):

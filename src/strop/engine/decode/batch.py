@@ -44,14 +44,15 @@ class Batch:
     def __init__(
         self, decoder: Decoder, max_sequences: int, *, prefill_rows: int = PREFILL_ROWS, speculative: bool = True
     ) -> None:
-        self._decoder, self._max_sequences = decoder, max_sequences
+        self._decoder, self.max_sequences = decoder, max_sequences
         self._speculative, self._prefill_rows = speculative, prefill_rows
         self.sequences: list[SequenceState] = []
+        self.paused: list[SequenceState] = []  # between two turns; they keep their space
         self._followers: dict[SequenceState, list[SequenceState]] = {}  # sequences that wait for a leader's prompt
 
     def add(self, sequence: SequenceState) -> bool:
         """Admit a sequence. Return False if there is no space now. Raise CacheFull if the sequence is too long."""
-        if len(self.sequences) + self._num_waiting >= self._max_sequences:
+        if len(self.sequences) + len(self.paused) + self._num_waiting >= self.max_sequences:
             return False
         try:
             self._decoder.admit(sequence)
@@ -72,7 +73,8 @@ class Batch:
         if not self.add(leader):
             return 0
         followers = self._followers.setdefault(leader, [])
-        for sequence in group[1 : self._max_sequences - self._num_waiting - len(self.sequences) + 1]:
+        num_others = self._num_waiting + len(self.sequences) + len(self.paused)
+        for sequence in group[1 : self.max_sequences - num_others + 1]:
             try:
                 self._decoder.admit_follower(sequence, leader)
             except CacheFull:
@@ -86,12 +88,19 @@ class Batch:
 
     def remove(self, sequence: SequenceState) -> None:
         """Remove a sequence, and the followers that wait for its prompt."""
-        self.sequences.remove(sequence)
+        (self.paused if sequence in self.paused else self.sequences).remove(sequence)
         for removed in (sequence, *self._followers.pop(sequence, ())):
             self._decoder.release(removed)
 
+    def resume(self, sequence: SequenceState) -> None:
+        """Continue a paused sequence, which was extended. What it has in the cache is not processed again."""
+        self.paused.remove(sequence)
+        self.sequences.append(sequence)
+
     def step(self) -> list[Progress]:
         """Run one pass, return the new tokens, and remove finished sequences from the batch.
+
+        A sequence that may have more turns is paused after a stop token.
 
         A sequence with an expected completion (a given text to score) returns no tokens until all of it is scored.
         """
@@ -115,7 +124,11 @@ class Batch:
             process = _score if chunk.sequence.is_scoring else _append_samples
             progress.append(Progress(chunk.sequence, process(chunk, rows)))
         for sequence in [sequence for sequence in self.sequences if sequence.finish_reason]:
-            self.remove(sequence)
+            if sequence.has_turns and sequence.finish_reason == "stop":
+                self.sequences.remove(sequence)
+                self.paused.append(sequence)
+            else:
+                self.remove(sequence)
         return progress
 
     def _plan_pass(self) -> list[Chunk]:
@@ -125,7 +138,7 @@ class Batch:
         spare = self._decoder.num_cheap_rows - len(decoding) if self._speculative and not prefilling else 0
         chunks = []
         for i, sequence in enumerate(decoding):
-            num_remaining = sequence.max_new_tokens - (sequence.length - sequence.prompt_length) - 1
+            num_remaining = sequence.max_end - sequence.length - 1
             draft = propose_draft(sequence.ids, min(max(0, spare) // (len(decoding) - i), num_remaining))
             spare -= len(draft)
             chunks.append(Chunk(sequence, sequence.num_uncached, 1 + len(draft), draft))

@@ -5,7 +5,7 @@ Models that the compiled decoder does not support use transformers' generate (hf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from typing import Any, cast
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from strop.data.images import hide_images
 from strop.data.types import Ids, LogProbs
-from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop_decoder
+from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups, drop_decoder
 from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
@@ -62,6 +62,12 @@ Sampler = Callable[
     [nn.Module, Sequence[Ids], Sequence[Sequence[int]], Sequence[int], int], list[list[SampledCompletion]]
 ]
 """The signature of `sample_completions`."""
+
+Respond = Callable[[Sequence[tuple[int, SampledCompletion]]], Mapping[int, Ids]]
+"""What follows the turns that ended: gets (trace, turn) of each, returns the tokens after those that have another turn.
+
+A trace with its next tokens must be shorter than `max_length` of `sample_turns`.
+"""
 
 
 def generate(
@@ -188,6 +194,108 @@ def sample_completions(
     return [list(map(make_completion, group)) for group in groups]
 
 
+def sample_turns(
+    model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[int], stop_ids: Sequence[int], respond: Respond, *,
+    turn_tokens: int, max_length: int, greedy: bool = False, sampler: Sampler | None = None,
+) -> None:  # fmt: skip
+    """Sample traces turn by turn: a trace is a prompt, a turn, what `respond` appends, another turn, and so on.
+
+    Tokens are sampled at temperature 1 from the whole vocabulary, or greedily. A trace depends only on the weights, its
+    prompt, its seed and what is appended (without the compiled decoder, also on the other traces). The compiled decoder
+    keeps the keys and values of a trace between its turns, so each token is processed once. transformers' generate and
+    `sampler` process a trace again in each turn. The decoder is freed afterwards.
+
+    Args:
+        prompts: one for each trace; equal ones in a row are processed once. Each is shorter than max_length.
+        turn_tokens: maximum number of tokens of a turn.
+        max_length: maximum number of tokens of a trace.
+        greedy: log-probabilities are then not computed by the compiled decoder.
+
+    Raises:
+        NonFiniteError: if the logits are not finite.
+    """
+    if sampler is not None or why_decoder_unsupported(model) is not None:
+        _resample_turns(model, prompts, seeds, stop_ids, respond, turn_tokens, max_length, greedy, sampler)
+        return
+    adapter = find_active_adapter(model)
+    sequences = [
+        SequenceState(
+            prompt, adapter, stop_ids=stop_ids, max_new_tokens=max_length - len(prompt), turn_tokens=turn_tokens,
+            sampling=Sampling() if greedy else Sampling(1.0, seed=seed), num_logprobs=None if greedy else 0,
+        )
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]  # fmt: skip
+    drop_decoder(model)
+    try:
+        batch = batch_for(model, sequences)
+        for begin in range(0, len(sequences), batch.max_sequences):
+            _decode_turns(batch, sequences[begin : begin + batch.max_sequences], begin, respond, turn_tokens)
+    finally:
+        drop_decoder(model)  # for the memory of the training step
+
+
+def _decode_turns(
+    batch: Batch, sequences: Sequence[SequenceState], first: int, respond: Respond, turn_tokens: int
+) -> None:
+    """Decode traces that are in the batch together. first: the number of the first trace."""
+    numbers = {sequence: first + i for i, sequence in enumerate(sequences)}
+    starts = {sequence: sequence.length for sequence in sequences}
+    groups = [list(group) for _, group in groupby(sequences, key=lambda sequence: sequence.ids.tobytes())]
+    active = list(sequences)
+    while active:
+        log_probs: dict[SequenceState, list[float]] = {sequence: [] for sequence in active}
+        for progress in decode_groups(batch, groups):
+            log_probs[progress.sequence] += [token.logprob for token in progress.tokens]
+        if any(sequence.finish_reason == "failed" for sequence in active):
+            raise _non_finite_error()
+        turns = [
+            (
+                numbers[x],
+                SampledCompletion(x.ids[starts[x] :].copy(), np.array(log_probs[x]), x.finish_reason == "stop"),
+            )
+            for x in active
+        ]
+        replies = respond(turns)
+        active = [sequence for sequence in active if numbers[sequence] in replies]
+        for sequence in list(batch.paused):
+            if sequence not in active:
+                batch.remove(sequence)
+        for sequence in active:
+            sequence.extend(replies[numbers[sequence]], turn_tokens)
+            starts[sequence] = sequence.length
+            batch.resume(sequence)
+        groups = []
+
+
+def _resample_turns(
+    model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[int], stop_ids: Sequence[int], respond: Respond,
+    turn_tokens: int, max_length: int, greedy: bool, sampler: Sampler | None,
+) -> None:  # fmt: skip
+    """Implement `sample_turns` without a cache between turns."""
+    ids, active, turn = dict(enumerate(prompts)), list(range(len(prompts))), 0
+    while active:
+        turns = []
+        turn_seeds = {trace: seeds[trace] + turn for trace in active}  # each turn has its own random numbers
+        for begin in range(0, len(active), HF_BATCH_SIZE):
+            traces = active[begin : begin + HF_BATCH_SIZE]
+            limit = min(turn_tokens, max_length - min(len(ids[trace]) for trace in traces))
+            texts, batch_seeds = [ids[trace] for trace in traces], [turn_seeds[trace] for trace in traces]
+            if sampler is not None and not greedy:
+                sampled = [x[0] for x in sampler(model, texts, [[seed] for seed in batch_seeds], stop_ids, limit)]
+            else:
+                sampled = _sample_batch_with_hf(model, texts, batch_seeds[0], stop_ids, limit, greedy)
+            for trace, completion in zip(traces, sampled, strict=True):
+                room = max_length - len(ids[trace])
+                if len(completion.ids) > room:
+                    completion = SampledCompletion(completion.ids[:room], completion.log_probs[:room], False)
+                turns.append((trace, completion))
+        sampled_ids = {trace: completion.ids for trace, completion in turns}
+        replies = respond(turns)
+        active = [trace for trace in active if trace in replies]
+        ids = {trace: np.concatenate([ids[trace], sampled_ids[trace], replies[trace]]) for trace in active}
+        turn += 1
+
+
 def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
     """Return the stop tokens of a model's generation_config.json, or () if the model has no such file."""
     ids = None if config._from_model_config else config.eos_token_id
@@ -221,12 +329,18 @@ def _sample_with_hf(
     model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[SampledCompletion]:
     """Sample all completions of a prompt together, with the first seed."""
+    return _sample_batch_with_hf(model, [prompt] * len(seeds), seeds[0], stop_ids, max_new_tokens, False)
+
+
+def _sample_batch_with_hf(
+    model: Any, prompts: Sequence[Ids], seed: int, stop_ids: Sequence[int], max_new_tokens: int, greedy: bool
+) -> list[SampledCompletion]:
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seeds[0])
+        torch.manual_seed(seed)
         tokens, log_probs = hf_generate(
-            model, [prompt] * len(seeds), Sampling(temperature=1.0), stop_ids=stop_ids, max_new_tokens=max_new_tokens,
-            pad_id=stop_ids[0], with_log_probs=True,
+            model, prompts, Sampling(temperature=0.0 if greedy else 1.0), stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens, pad_id=stop_ids[0], with_log_probs=True,
         )  # fmt: skip
     assert log_probs is not None
     if not np.isfinite(log_probs).all():

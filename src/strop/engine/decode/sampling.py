@@ -150,6 +150,8 @@ class SequenceState:
         expected: a reference completion, which is processed and scored together with the prompt. The completion is the
             longest prefix of it that greedy decoding generates, and the first token that differs. Allowed only if
             `needs_argmax_only`.
+        turn_tokens: maximum length of a turn, if the completion is sampled turn by turn: a stop token then pauses the
+            sequence, and `extend` continues it. max_new_tokens is the limit for all turns and the text between them.
 
     Attributes:
         first_scored: first position whose logits are needed; the cache is searched only for the tokens before it.
@@ -162,10 +164,12 @@ class SequenceState:
     def __init__(
         self, prompt: Ids, adapter: str | None, *, stop_ids: Sequence[int] = (), max_new_tokens: int = 1,
         sampling: Sampling | None = None, num_logprobs: int | None = None, mask: Mask | None = None,
-        expected: ExpectedCompletion | None = None,
+        expected: ExpectedCompletion | None = None, turn_tokens: int | None = None,
     ) -> None:  # fmt: skip
         assert len(prompt) and max_new_tokens
         self.adapter, self.stop_ids, self.max_new_tokens = adapter, frozenset(stop_ids), max_new_tokens
+        self.has_turns = turn_tokens is not None
+        self.max_end = len(prompt) + min(max_new_tokens, turn_tokens or max_new_tokens)  # length that ends the turn
         self.prompt_length = len(prompt)
         self.expected = expected
         reference = np.empty(0, np.int32) if expected is None else expected.ids
@@ -243,8 +247,15 @@ class SequenceState:
         self.length += 1
         if token in self.stop_ids:
             self.finish_reason = "stop"
-        elif self.length - self.prompt_length >= self.max_new_tokens:
+        elif self.length >= self.max_end:
             self.finish_reason = "length"
+
+    def extend(self, ids: Ids, turn_tokens: int) -> None:
+        """Append text between two turns, and start the next turn. Its end must be below the limit of all turns."""
+        assert self.finish_reason == "stop" and self.length + len(ids) < self.max_length
+        self._ids[self.length : self.length + len(ids)] = ids
+        self.length += len(ids)
+        self.max_end, self.finish_reason = min(self.length + turn_tokens, self.max_length), ""
 
     def sample(self, output: PassOutput, row: int) -> Token:
         """Sample the next token from a row of the output, without appending it. Raises NoToken."""

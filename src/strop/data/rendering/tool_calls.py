@@ -1,0 +1,375 @@
+"""Tool calls in the form of a chat template: find the form, read calls in generated text, write results.
+
+The form is found by rendering known calls, so it needs no list of models. Forms with JSON are supported: an object or a
+list after a marker (Hermes and Qwen, Mistral), an object without a marker (Llama 3), and a name followed by an object
+with the arguments (DeepSeek, newer Mistral). For a template that knows no tools, strop writes the form of Hermes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from strop.data.rendering.prober import CALLING, CALLING_TWICE, QUESTION, TOOL, TOOL_DEFINITION
+from strop.data.rendering.render import Renderer
+from strop.data.rendering.template import ChatTemplate
+from strop.data.row_errors import RenderError
+from strop.data.types import Conversation, Ids, Message, shared_prefix_length
+from strop.errors import ModelError
+
+_NAME = r"[\w.-]+"
+_DECODER = json.JSONDecoder(strict=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InvalidCall:
+    """A text in place of a call. why: what is wrong with it, for the model."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the model: its text before the first call, all of its text, and its calls in order."""
+
+    content: str
+    text: str
+    calls: tuple[Call | InvalidCall, ...]
+
+    def as_message(self) -> Message:
+        """Return the turn as a message. Invalid calls stay text."""
+        calls = [call for call in self.calls if isinstance(call, Call)]
+        if len(calls) < len(self.calls) or not calls:
+            return Message("assistant", self.text)
+        return Message("assistant", self.content, tool_calls=tuple(map(call_json, calls)))
+
+
+def call_json(call: Call) -> dict[str, Any]:
+    """Return a call in the `messages` format."""
+    return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """The form of calls in a template.
+
+    opening, closing: text around each call; for `list`, around the list. shape: `object` and `list` are JSON with the
+    name and the arguments, `named` is the name, `separator` and the arguments as JSON. nested: the field of another
+    object in which it is, if any. several: whether a turn may have more than one call.
+    """
+
+    opening: str
+    closing: str
+    shape: Literal["object", "list", "named"] = "object"
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    nested: str = ""
+    separator: str = ""
+    several: bool = True
+
+    @property
+    def example(self) -> str:
+        """A call in this form, with its parts named."""
+        return self._write("NAME", "NAME", "ARGUMENTS")
+
+    def write(self, call: Call) -> str:
+        """Return a call as text. What a template adds, such as an id, is left out."""
+        return self._write(call.name, json.dumps(call.name), json.dumps(call.arguments, ensure_ascii=False))
+
+    def _write(self, name: str, quoted_name: str, arguments: str) -> str:
+        if self.shape == "named":
+            return f"{self.opening}{name}{self.separator}{arguments}{self.closing}"
+        payload = f'{{"{self.name_key}": {quoted_name}, "{self.arguments_key}": {arguments}}}'
+        payload = f'{{"{self.nested}": {payload}}}' if self.nested else payload
+        return self.opening + (f"[{payload}]" if self.shape == "list" else payload) + self.closing
+
+    def parse(self, text: str) -> Turn:
+        """Read the calls in a turn's text. Text that only looks like a call becomes an InvalidCall."""
+        calls = list(self._iter_calls(text))
+        if not calls:
+            return Turn(text.strip(), text.strip(), ())
+        content = text[: calls[0][0]].strip()
+        found = [call for _, group in calls for call in group]
+        return Turn(content, text.strip(), tuple(found if self.several else found[:1]))
+
+    def _iter_calls(self, text: str) -> Iterator[tuple[int, list[Call | InvalidCall]]]:
+        """Yield the position of each call in the text, and the calls there."""
+        opening, closing = self.opening.strip(), self.closing.strip()
+        if not opening:
+            yield from self._iter_bare_calls(text)
+            return
+        start = text.find(opening)
+        while start >= 0:
+            begin = start + len(opening)
+            calls, end = self._read_payload(text, begin)
+            yield start, calls
+            if end == begin and closing and (closed := text.find(closing, begin)) >= 0:
+                end = closed
+            start = text.find(opening, max(end, begin))
+
+    def _iter_bare_calls(self, text: str) -> Iterator[tuple[int, list[Call | InvalidCall]]]:
+        """Yield calls without a marker: a text that is one or more JSON objects with a name."""
+        begin = len(text) - len(text.lstrip())
+        while re.match(r'\{\s*"', text[begin:]):
+            calls, end = self._read_payload(text, begin)
+            is_call = isinstance(calls[0], Call) or re.match(rf'\{{\s*"{self.name_key}"\s*:', text[begin:])
+            if not is_call:
+                return
+            yield begin, calls
+            if end == begin:
+                return
+            begin = end + len(text[end:]) - len(text[end:].lstrip(" \n;,"))
+
+    def _read_payload(self, text: str, begin: int) -> tuple[list[Call | InvalidCall], int]:
+        """Return the calls at a position after an opening, and the position after them (begin: unreadable)."""
+        name = ""
+        if self.shape == "named":
+            match = re.compile(rf"\s*({_NAME})\s*{re.escape(self.separator.strip())}").match(text, begin)
+            if match is None:
+                return [InvalidCall("the name of the function is missing")], begin
+            name, begin = match[1], match.end()
+        while begin < len(text) and text[begin].isspace():
+            begin += 1
+        try:
+            value, end = _DECODER.raw_decode(text, begin)
+        except ValueError as error:
+            return [InvalidCall(f"the call is not valid JSON: {error}")], begin
+        if self.shape == "named":
+            return [_make_call(name, value)], end
+        values = value if self.shape == "list" and isinstance(value, list) else [value]
+        return [self._read_call(item) for item in values] or [InvalidCall("the list of calls is empty")], end
+
+    def _read_call(self, value: Any) -> Call | InvalidCall:
+        if self.nested and isinstance(value, dict):
+            value = value.get(self.nested, value)
+        if not isinstance(value, dict) or not isinstance(value.get(self.name_key), str):
+            return InvalidCall(f'the call has no "{self.name_key}"')
+        known = (self.arguments_key, "arguments", "parameters")
+        return _make_call(value[self.name_key], next((value[key] for key in known if key in value), {}))
+
+
+def _make_call(name: str, arguments: Any) -> Call | InvalidCall:
+    if isinstance(arguments, str):  # JSON in a string
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            return InvalidCall("the arguments are not valid JSON")
+    if not isinstance(arguments, dict):
+        return InvalidCall("the arguments are not an object")
+    return Call(name, arguments)
+
+
+HERMES = CallFormat("<tool_call>\n", "\n</tool_call>")
+
+
+def derive_call_format(chat: ChatTemplate) -> CallFormat | None:
+    """Return the form in which a template writes calls, or None if it is none of the supported forms."""
+    one = _rendered_turn(chat, CALLING)
+    two = _rendered_turn(chat, CALLING_TWICE) if chat.traits.parallel_calls else None
+    found = _find_payload(one) if one is not None else None
+    if one is None or found is None:
+        return None
+    form, begin, end = found
+    opening, closing = one[:begin], one[end:]
+    if two is not None and form.shape != "list":
+        opening, closing = _per_call(opening, closing, two)
+    fields = {**vars(form), "opening": opening, "closing": closing, "several": two is not None}
+    derived = CallFormat(**fields)
+    expected = [Call(TOOL, call["function"]["arguments"]) for call in CALLING_TWICE.tool_calls]
+    reads_one = derived.parse(one).calls == (expected[0],)
+    return derived if reads_one and (two is None or derived.parse(two).calls == tuple(expected)) else None
+
+
+def _rendered_turn(chat: ChatTemplate, turn: Message) -> str | None:
+    """Return the text of a turn with calls, without its stop token."""
+    try:
+        draft = chat.make_drafts(Conversation("", 0, (QUESTION, turn), (TOOL_DEFINITION,)))[-1]
+    except RenderError:
+        return None
+    start, end, _ = draft.spans[-1]
+    text = draft.text[start:end]
+    return text.removesuffix(max((stop for stop in chat.stops if text.endswith(stop)), key=len))
+
+
+def _find_payload(text: str) -> tuple[CallFormat, int, int] | None:
+    """Return the form of the call in a text, and the positions of its JSON (for `named`: of its name)."""
+    arguments = CALLING.tool_calls[0]["function"]["arguments"]
+    for match in re.finditer(r"[{\[]", text):
+        begin = match.start()
+        try:
+            value, end = _DECODER.raw_decode(text, begin)
+        except ValueError:
+            continue
+        if value == arguments and TOOL in text[:begin]:
+            name_start = text[:begin].rindex(TOOL)
+            return CallFormat("", "", "named", separator=text[name_start + len(TOOL) : begin]), name_start, end
+        items = value if isinstance(value, list) else [value]
+        item = items[0] if len(items) == 1 else None
+        if not isinstance(item, dict):
+            continue
+        nested = "" if TOOL in item.values() else next((key for key, x in item.items() if isinstance(x, dict)), "")
+        item = item[nested] if nested else item
+        names = [key for key, part in item.items() if part == TOOL]
+        keys = [key for key, part in item.items() if part == arguments or part == json.dumps(arguments)]
+        if names and keys:
+            shape: Literal["list", "object"] = "list" if isinstance(value, list) else "object"
+            return CallFormat("", "", shape, names[0], keys[0], nested), begin, end
+    return None
+
+
+def _per_call(opening: str, closing: str, two: str) -> tuple[str, str]:
+    """Return the parts of `opening` and `closing` that are written around each call of a turn with two calls."""
+    rest = two.removeprefix(opening)
+    first = next((end for start, end in _payload_spans(rest) if start == 0 or TOOL in rest[:start]), 0)
+    following = rest[first:]
+    second = next((start for start, _ in _payload_spans(following)), len(following))
+    named = following[:second].rfind(TOOL)
+    between = following[: named if named >= 0 else second]
+    own_opening = opening[len(opening) - shared_prefix_length(opening[::-1], between[::-1]) :]
+    if own_opening != opening:  # markers of different kinds may end with the same signs
+        own_opening = own_opening[re.search(r"[<\[]|$", own_opening).start() :]  # type: ignore[union-attr]
+    own_closing = closing[: shared_prefix_length(closing, between[: len(between) - len(own_opening)])]
+    return (own_opening, own_closing) if own_opening.strip() else (opening, closing)
+
+
+def _payload_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the positions of JSON objects in a text."""
+    end = 0
+    for match in re.finditer(r"\{", text):
+        if match.start() >= end:
+            try:
+                _, end = _DECODER.raw_decode(text, match.start())
+            except ValueError:
+                continue
+            yield match.start(), end
+
+
+def as_hermes(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, system: bool) -> list[Message]:
+    """Return messages with tools, calls and results as plain messages in the form of Hermes.
+
+    system: whether the template supports a system message. Otherwise the tools are in the first user message.
+    """
+    listed = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+    call_form = HERMES.opening + '{"name": ..., "arguments": ...}' + HERMES.closing
+    text = f"You can call these functions:\n<tools>{listed}\n</tools>\nA call is written as {call_form}"
+    plain: list[Message] = []
+    results: list[str] = []
+    for message in [*messages, None]:
+        if message is not None and message.role == "tool":
+            results.append(f"<tool_response>\n{message.content}\n</tool_response>")
+            continue
+        if results:
+            plain.append(Message("user", "\n".join(results)))
+            results = []
+        if message is not None and message.tool_calls:
+            calls = (json.dumps(_name_and_arguments(call), ensure_ascii=False) for call in message.tool_calls)
+            parts = [message.content, *(HERMES.opening + call + HERMES.closing for call in calls)]
+            message = Message("assistant", "\n".join(filter(None, parts)), reasoning=message.reasoning)
+        plain += [message] if message is not None else []
+    if not tools:
+        return plain
+    role: Literal["system", "user"] = "system" if system else "user"
+    first = next((i for i, message in enumerate(plain) if message.role == role), None)
+    if first is None or (system and first):
+        return [Message(role, text), *plain]
+    content = f"{plain[first].content}\n\n{text}" if system else f"{text}\n\n{plain[first].content}"
+    return [*plain[:first], Message(role, content), *plain[first + 1 :]]
+
+
+def _name_and_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: call["function"][name] for name in ("name", "arguments")}
+
+
+class ToolDialogue:
+    """Renders and reads a dialogue with tools for one template.
+
+    tools: JSON schemas of functions, at least one. `why_hermes` is why calls are written in the form of Hermes, or
+    None if the template has a form.
+
+    Raises ModelError for a template whose calls cannot be read, or that writes a turn differently when results follow.
+    """
+
+    def __init__(self, renderer: Renderer, tools: Sequence[dict[str, Any]]) -> None:
+        traits = renderer.chat.traits
+        self._renderer, self.tools = renderer, tuple(tools)
+        missing = [] if traits.tools else ["tools"]
+        missing += [] if traits.calls else ["tool calls"]
+        self.why_hermes = f"the chat template shows no {' and no '.join(missing)}" if missing else None
+        form = HERMES if missing else derive_call_format(renderer.chat)
+        fix = "choose --data.template chatml, or another model"
+        if form is None:
+            raise ModelError("the chat template writes tool calls in a form that strop cannot read", fix=fix)
+        self.format = form
+        try:
+            self.continuation([QUESTION], Turn("", "", (Call(self._first_tool, {}),)), ["1"])
+        except RenderError as error:
+            what = f"the chat template cannot continue after a tool call: {error.what}"
+            raise ModelError(what, fix=error.fix or fix) from None
+
+    @property
+    def _first_tool(self) -> str:
+        return str(self.tools[0]["function"]["name"])
+
+    def prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> Ids:
+        """Return the token ids of a prompt with the tools. Raises RenderError."""
+        messages, tools = self._convert(messages)
+        return self._renderer.prompt(messages, tools, options=options)
+
+    def _convert(self, messages: Sequence[Message]) -> tuple[Sequence[Message], tuple[dict[str, Any], ...]]:
+        if self.why_hermes is None:
+            return messages, self.tools
+        return as_hermes(messages, self.tools, system=self._renderer.chat.traits.system), ()
+
+    @cached_property
+    def _reasoning_ends(self) -> list[str]:
+        return [end.strip() for end in self._renderer.chat.traits.reasoning_ends if end.strip()]
+
+    def read_turn(self, ids: Ids) -> Turn:
+        """Return the turn with these token ids. Calls in its reasoning are not read."""
+        tokenizer = self._renderer.tokenizer
+        ids = ids[:-1] if len(ids) and int(ids[-1]) in self._renderer.end_ids else ids
+        text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        end = next((end for end in self._reasoning_ends if end in text), None)
+        turn = self.format.parse(text if end is None else text.partition(end)[2])
+        if turn.calls:
+            return turn
+        plain = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+        return Turn(plain, plain, ())
+
+    def continuation(
+        self, messages: Sequence[Message], turn: Turn, results: Sequence[str], options: Mapping[str, Any] | None = None
+    ) -> Ids:
+        """Return the token ids that follow the stop token of a turn with calls, up to the start of the next turn.
+
+        messages: those before the turn. results: one text for each call. Raises RenderError.
+        """
+        mark, texts = "qzmarkq", [*(message.content for message in messages), *results]
+        while any(mark in text for text in texts):
+            mark += "q"
+        stand_in, *answers = self.rendered_turn(turn, results, mark)
+        before, tools = self._convert([*messages, stand_in])
+        if self.why_hermes is None:
+            return self._renderer.continuation(before, answers, tools, mark=mark, options=options)
+        return self._renderer.continuation(before, as_hermes(answers, (), system=True), mark=mark, options=options)
+
+    def rendered_turn(self, turn: Turn, results: Sequence[str], mark: str = "") -> list[Message]:
+        """Return messages in place of a turn with calls and its results: what a turn says does not change what follows.
+
+        They have valid calls, which a turn may not have, and no reasoning, which a template may remove.
+        """
+        names = [call.name if isinstance(call, Call) else self._first_tool for call in turn.calls]
+        calls = [call_json(Call(name, {"x": ""})) for name in names[:-1]]
+        calls.append(call_json(Call(names[-1], {"x": mark})))
+        return [Message("assistant", "", tool_calls=tuple(calls)), *(Message("tool", result) for result in results)]

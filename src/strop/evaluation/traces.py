@@ -1,0 +1,279 @@
+"""Traces: the turns of a model in an environment, with the tool calls between them.
+
+A trace is a sequence of tokens: the prompt, the tokens of a turn as they were sampled, what the template writes between
+two turns (tool results and the header of the next turn), and so on. Sampled tokens are never encoded again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from strop.config.schema import TrainSection
+from strop.data.rendering.render import Renderer
+from strop.data.rendering.tool_calls import Call, ToolDialogue, Turn
+from strop.data.row_errors import RenderError
+from strop.data.store import LazySequence, message_json
+from strop.data.types import Example, Ids, LogProbs, Message, Prompt
+from strop.engine.decode.generate import Respond, SampledCompletion
+from strop.errors import DataError, Location, RunError
+from strop.evaluation.environments import Environment, load_environment
+from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards, row_of
+from strop.objectives import require
+from strop.objectives.table import max_completion_tokens, max_turns
+
+RESET = -1  # number in a group of the seed for `reset`, which is the same for all of the group
+MAX_CACHED = 10_000  # prompts whose tokens are kept; rendering one takes about a millisecond
+COUNTS = ("turns", "tool_calls", "tool_errors", "truncated")  # of a trace
+SampleTurns = Callable[[Sequence[Ids], Sequence[int], Respond], None]  # prompts, seeds, what follows a turn
+
+
+@dataclass(eq=False)
+class Trace:
+    """A trace while it is sampled, and afterwards.
+
+    parts: token ids in order, each with its log-probabilities if it was sampled. messages: of all turns. truncated: the
+    trace ended because a turn or the trace reached its maximum length.
+    """
+
+    prompt: Prompt
+    environment: Any
+    messages: list[Message]
+    prompt_ids: Ids
+    options: Mapping[str, Any] | None = None  # of the template
+    parts: list[tuple[Ids, LogProbs | None]] = field(default_factory=list)
+    turns: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    truncated: bool = False
+    answer: str = ""  # text of the last turn
+    _rendered: list[Message] = field(default_factory=list)  # the dialogue that is rendered to continue the trace
+
+    @property
+    def place(self) -> str:
+        return f"{self.prompt.file}:{self.prompt.line}"
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, with the prompt."""
+        return len(self.prompt_ids) + sum(len(ids) for ids, _ in self.parts)
+
+    @property
+    def log_probs(self) -> LogProbs:
+        """The log-probability of each sampled token when it was sampled, fp64."""
+        return np.concatenate([log_probs for _, log_probs in self.parts if log_probs is not None])
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return {name: float(getattr(self, name)) for name in COUNTS}
+
+    def as_example(self) -> Example:
+        """Return the tokens up to the last sampled one. Only sampled tokens are supervised."""
+        parts = list(self.parts)
+        while parts and parts[-1][1] is None:
+            parts.pop()
+        weights = [np.full(len(ids), 0.0 if log_probs is None else 1.0, np.float32) for ids, log_probs in parts]
+        ids = np.concatenate([self.prompt_ids, *(ids for ids, _ in parts)])
+        start = np.zeros(len(self.prompt_ids), np.float32)
+        return replace(self.prompt.examples[0], ids=ids, weights=np.concatenate([start, *weights]))
+
+    def as_json(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the messages in the `messages` format, with texts of at most `limit` characters."""
+        values = map(message_json, self.messages)
+        return [{**value, "content": value["content"][:limit]} for value in values]
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """Samples traces in an environment.
+
+    turns: maximum number of the model's turns in a trace. turn_tokens: maximum number of tokens of a turn. max_length:
+    maximum number of tokens of a trace. columns: of the rows.
+    """
+
+    environment: Environment
+    dialogue: ToolDialogue
+    renderer: Renderer
+    turns: int
+    turn_tokens: int
+    max_length: int
+    columns: Rows
+
+    def options_for(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the template's options for a prompt, which depend on whether its right answer has reasoning."""
+        chat = self.renderer.chat
+        return chat.traits.thinking_mode.options if prompt.reasoning_ends else chat.mode(_as_messages(prompt)).options
+
+    def prompt_ids(self, prompt: Prompt) -> Ids:
+        """Return the token ids of the prompt of a row, before `reset` has changed it. Raises RenderError."""
+        return self.dialogue.prompt(_as_messages(prompt), self.options_for(prompt))
+
+    def start(self, prompt: Prompt, seed: int) -> Trace:
+        """Reset an environment, and return a trace without turns. Raises RunError."""
+        used, place = self.environment.take(), f"{prompt.file}:{prompt.line}"
+        row = row_of(prompt, self.columns)
+        messages = self.environment.reset(used, row, _as_messages(prompt), seed, place)
+        options = self.options_for(prompt)
+        try:
+            ids = self.dialogue.prompt(messages, options)
+        except RenderError as error:
+            raise RunError(f"environment {self.environment.spec}: row {place}: {error.what}", fix=error.fix) from None
+        if len(ids) >= self.max_length:
+            what = f"environment {self.environment.spec}: row {place}: the prompt has {len(ids)} tokens after reset"
+            raise RunError(f"{what}, and a trace at most {self.max_length}", fix="raise --data.max_length")
+        return Trace(prompt, used, list(messages), ids, options, _rendered=list(messages))
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], resets: Sequence[int], sample: SampleTurns
+    ) -> list[list[Trace]]:
+        """Return a trace of each prompt for each of its seeds. resets: a seed for `reset` of each prompt."""
+        groups = [
+            [self.start(prompt, reset) for _ in group]
+            for prompt, group, reset in zip(prompts, seeds, resets, strict=True)
+        ]
+        traces = [trace for group in groups for trace in group]
+        flat_seeds = [seed for group in seeds for seed in group]
+        sample([trace.prompt_ids for trace in traces], flat_seeds, partial(self._respond, traces))
+        return groups
+
+    def release(self, groups: Sequence[Sequence[Trace]]) -> None:
+        """Let other traces use the environments of these."""
+        for trace in (trace for group in groups for trace in group):
+            self.environment.give_back(trace.environment)
+
+    def _respond(self, traces: Sequence[Trace], finished: Sequence[tuple[int, SampledCompletion]]) -> dict[int, Ids]:
+        """Add a turn to traces and call its tools. Returns what follows the turns of traces that go on."""
+        turns: dict[int, Turn] = {}
+        for i, completion in finished:
+            trace = traces[i]
+            trace.parts.append((completion.ids, completion.log_probs))
+            turn = self.dialogue.read_turn(completion.ids)
+            trace.turns, trace.answer, trace.truncated = trace.turns + 1, turn.content, not completion.stopped
+            trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
+            if completion.stopped and turn.calls:
+                turns[i] = turn
+        results: dict[int, list[str]] = {i: [] for i in turns}
+        for position in range(max((len(turn.calls) for turn in turns.values()), default=0)):  # in the order of a turn
+            calling = [i for i, turn in turns.items() if position < len(turn.calls)]
+            calls = [(traces[i].environment, turns[i].calls[position]) for i in calling]
+            for i, (text, failed) in zip(calling, self.environment.call_tools(calls), strict=True):
+                results[i].append(text)
+                traces[i].tool_calls += 1
+                traces[i].tool_errors += failed
+        replies: dict[int, Ids] = {}
+        for i, turn in turns.items():
+            trace = traces[i]
+            names = [call.name if isinstance(call, Call) else None for call in turn.calls]
+            trace.messages += [Message("tool", x, name=name) for x, name in zip(results[i], names, strict=True)]
+            if trace.turns >= self.turns or self.environment.is_done(trace.environment, trace.place):
+                continue
+            try:
+                following = self.dialogue.continuation(trace._rendered, turn, results[i], trace.options)
+            except RenderError as error:
+                what = f"row {trace.place}: the results of a tool cannot be rendered: {error.what}"
+                raise RunError(what, fix=error.fix or "return other texts from the tools") from None
+            if trace.length + len(following) >= self.max_length:
+                trace.truncated = True
+                continue
+            trace._rendered += self.dialogue.rendered_turn(turn, results[i])
+            trace.parts.append((following, None))
+            replies[i] = following
+        return replies
+
+    def reward(self, traces: Sequence[Trace], rewards: Sequence[Reward]) -> list[Rewarded]:
+        """Return the reward of each trace: the environment's own, plus the weighted others. Raises RunError."""
+        candidates = [Candidate(trace.answer, trace.prompt, trace.as_json(), trace.environment) for trace in traces]
+        others = compute_rewards(rewards, candidates, self.columns, self.environment.timeout)
+        result = []
+        for trace, candidate, other in zip(traces, candidates, others, strict=True):
+            row = row_of(trace.prompt, self.columns)
+            own = self.environment.reward(trace.environment, trace.answer, candidate.messages, row, trace.place)
+            result.append(Rewarded(other.total + sum(own.values()), {**own, **other.parts}))
+        names = {tuple(rewarded.parts) for rewarded in result}
+        if len(names) > 1:
+            before, different = (", ".join(group) for group in list(names)[:2])
+            what = f"environment {self.environment.spec}: the reward has the parts {different}, and {before} before"
+            raise RunError(what, fix="return a dict with the same names for any trace")
+        return result
+
+
+def rollout_seed(seed: int, index: int, row: int, number: int) -> int:
+    """Return the seed of a completion. seed: of the run. index: of the step, from 0; -1 in an evaluation."""
+    text = f"{seed} {index} {row} {number}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _as_messages(prompt: Prompt) -> list[Message]:
+    return [
+        Message(
+            value["role"], value["content"], value.get("reasoning_content"), tuple(value.get("tool_calls") or ()),
+            value.get("name"), value.get("weight", 1.0), value.get("tool_call_id"),
+        )
+        for value in prompt.messages
+    ]  # fmt: skip
+
+
+def mean_counts(traces: Sequence[Trace]) -> dict[str, float]:
+    """Return the mean of each of COUNTS."""
+    return {name: statistics.fmean(trace.counts[name] for trace in traces) for name in COUNTS}
+
+
+def make_tracer(
+    train: TrainSection, max_length: int, renderer: Renderer, columns: Rows, environment: Environment | None = None
+) -> Tracer:
+    """Return the tracer of a recipe with train.environment. Raises RecipeError, ModelError."""
+    assert train.environment is not None
+    environment = environment or load_environment(train.environment, require(train.reward_timeout))
+    dialogue = ToolDialogue(renderer, list(environment.schemas.values()))
+    return Tracer(environment, dialogue, renderer, max_turns(train), max_completion_tokens(train), max_length, columns)
+
+
+class ToolPrompts(LazySequence[Prompt]):
+    """Prompts with the tools of an environment, as they are before `reset` changes them."""
+
+    def __init__(self, prompts: Sequence[Prompt], tracer: Tracer) -> None:
+        self._prompts, self._tracer = prompts, tracer
+        self._render = lru_cache(MAX_CACHED)(self._make_item)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def item(self, i: int) -> Prompt:
+        return self._render(i)
+
+    def _make_item(self, i: int) -> Prompt:
+        prompt = self._prompts[i]
+        ids = self._tracer.prompt_ids(prompt)
+        example = replace(prompt.examples[0], ids=ids, weights=np.zeros(len(ids), np.float32))
+        return replace(prompt, examples=(example,))
+
+
+def check_prompts(tracer: Tracer, prompts: Sequence[Prompt]) -> None:
+    """Raise DataError for rows whose prompt with the tools leaves no room for a turn, or cannot be rendered."""
+    where = []
+    for prompt in prompts:
+        try:
+            length = len(tracer.prompt_ids(prompt))
+        except RenderError as error:
+            where.append(Location(prompt.file, prompt.line, error.what))
+            continue
+        if length >= tracer.max_length:
+            text = f"the prompt has {length} tokens with the tools, and data.max_length is {tracer.max_length}"
+            where.append(Location(prompt.file, prompt.line, text))
+    if where:
+        what = f"{len(where)} rows cannot be prompts of environment {tracer.environment.spec}"
+        raise DataError(what, fix="raise --data.max_length, or change these rows", where=where)
+
+
+def describe_environment(tracer: Tracer) -> list[str]:
+    """Return notes on the tools, and on how calls are written."""
+    environment, dialogue = tracer.environment, tracer.dialogue
+    tools = f"environment {environment.spec}: tools {', '.join(environment.schemas)}; at most {tracer.turns} turns"
+    form = f"calls are written as {dialogue.format.example!r}"
+    return [tools, f"{form}, the form of Hermes: {dialogue.why_hermes}" if dialogue.why_hermes else form]

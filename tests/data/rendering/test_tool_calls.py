@@ -1,0 +1,165 @@
+"""Tool calls in the form of a template: found, read, and what is written between two turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from strop.data.rendering.render import Renderer
+from strop.data.rendering.tool_calls import (
+    HERMES,
+    Call,
+    CallFormat,
+    InvalidCall,
+    ToolDialogue,
+    Turn,
+    as_hermes,
+    call_json,
+    derive_call_format,
+)
+from strop.data.types import Conversation, Message
+from strop.errors import ModelError
+from tests.support import families, tool_templates
+from tests.support.templates import TOOL, user
+
+OTHER = {**TOOL, "function": {**TOOL["function"], "name": "add"}}
+TOOLS = [TOOL, OTHER]
+HERMES_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "phi")
+
+
+def renderer_of(name: str) -> Renderer:
+    if name.startswith("plain-"):
+        return Renderer(families.tokenizer(name.removeprefix("plain-")))
+    if name.startswith("as-chatml-"):
+        return Renderer(families.tokenizer(name.removeprefix("as-chatml-")), template="chatml")
+    return Renderer(tool_templates.tokenizer(name))
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("qwen3", {"opening": "<tool_call>\n", "closing": "\n</tool_call>", "shape": "object"}),
+    ("qwen3-thinking", {"opening": "<tool_call>\n", "closing": "\n</tool_call>", "shape": "object"}),
+    ("llama3", {"opening": "", "closing": "", "arguments_key": "parameters", "several": False}),
+    ("mistral", {"opening": "[TOOL_CALLS] ", "closing": "", "shape": "list", "several": True}),
+    ("named", {"opening": "<|call|>", "closing": "<|called|>", "shape": "named", "separator": "<|sep|>\n"}),
+    ("as-chatml-chatml", {"opening": "<tool_call>\n", "closing": "\n</tool_call>", "shape": "object"}),
+])  # fmt: skip
+def test_form_of_calls_is_found_by_rendering(name: str, expected: dict[str, Any]) -> None:
+    form = derive_call_format(renderer_of(name).chat)
+    assert form is not None
+    found = {key: getattr(form, key) for key in expected}
+    assert {**found, "opening": form.opening.lstrip()} == expected
+
+
+NAMES = ["qwen3", "llama3", "mistral", "named", "as-chatml-chatml", "as-chatml-phi"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"plain-{family}" for family in HERMES_FAMILIES)])
+@pytest.mark.parametrize("result", ["22 degrees", "", 'a "quoted"\nline', "<|im_end|></s><|eot_id|><end_of_turn>"])
+def test_trace_has_the_tokens_of_the_whole_dialogue(name: str, result: str) -> None:
+    """Prompt, and what is written between turns, are those of a rendering of the whole with the same turns."""
+    renderer = renderer_of(name)
+    dialogue = ToolDialogue(renderer, TOOLS)
+    calls = [Call("get_weather", {"city": "Paris", "days": 2}), Call("add", {"city": "Rome"})]
+    calls = calls if dialogue.format.several else calls[:1]
+    results = [result, "7"][: len(calls)]
+    first = Message("assistant", "", tool_calls=tuple(map(call_json, calls)))
+    second = replace(first, tool_calls=first.tool_calls[:1])
+    answers = [Message("tool", text) for text in results]
+    messages = [user("how warm?"), first, *answers, second, answers[0], Message("assistant", "It is warm.")]
+    if dialogue.why_hermes:
+        supports_system = renderer.chat.traits.system
+        whole = Conversation("f", 1, tuple(as_hermes(messages, TOOLS, system=supports_system)))
+    else:
+        whole = Conversation("f", 1, tuple(messages), tuple(TOOLS))
+    [example] = renderer.render(whole)
+    supervised = np.flatnonzero(np.diff(np.concatenate([[0], example.weights > 0, [0]])))
+    spans = list(zip(supervised[::2], supervised[1::2], strict=True))
+    assert len(spans) == 3
+    assert dialogue.prompt(messages[:1]).tolist() == example.ids[: spans[0][0]].tolist()
+    turn = dialogue.read_turn(example.ids[slice(*spans[0])])
+    assert turn.calls == tuple(calls)
+    between = dialogue.continuation(messages[:1], turn, results)
+    assert between.tolist() == example.ids[spans[0][1] : spans[1][0]].tolist()
+    again = dialogue.read_turn(example.ids[slice(*spans[1])])
+    before = [*messages[:1], *dialogue.rendered_turn(turn, results)]
+    between = dialogue.continuation(before, again, results[:1])
+    assert between.tolist() == example.ids[spans[1][1] : spans[2][0]].tolist()
+    last = dialogue.read_turn(example.ids[slice(*spans[2])])
+    assert last == Turn(last.text, last.text, ()) and last.text.strip() == "It is warm."
+
+
+def test_template_that_rewrites_earlier_turns_continues_a_trace() -> None:
+    """It writes an empty block of reasoning into the last turn only, so the whole has no single rendering."""
+    dialogue = ToolDialogue(renderer_of("qwen3-thinking"), TOOLS)
+    turn = Turn("", "", (Call("add", {"city": "Rome"}),))
+    between = dialogue.continuation([user("how warm?")], turn, ["7"]).tolist()
+    following = dialogue.prompt([user("how warm?"), turn.as_message(), Message("tool", "7")]).tolist()
+    assert following[-len(between) :] == between
+
+
+@pytest.mark.parametrize(("text", "calls"), [
+    ('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', [Call("f", {"x": 1})]),
+    ('Let me see.\n<tool_call>\n{"name": "f", "arguments": "{\\"x\\": 1}"}', [Call("f", {"x": 1})]),
+    ('<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g", "parameters": {}}', [Call("f", {}), Call("g", {})]),
+    ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [InvalidCall("the arguments are not an object")]),
+    ('<tool_call>{"nam": "f"}</tool_call>', [InvalidCall('the call has no "name"')]),
+    ('<tool_call>f(1)</tool_call> <tool_call>{"name": "g"}', ["not valid JSON", Call("g", {})]),
+    ("an answer", []),
+    ('{"name": "f", "arguments": {}}', []),
+])  # fmt: skip
+def test_hermes_calls_are_read(text: str, calls: list[Any]) -> None:
+    read = HERMES.parse(text).calls
+    assert len(read) == len(calls)
+    for got, expected in zip(read, calls, strict=True):
+        assert got == expected or (isinstance(got, InvalidCall) and isinstance(expected, str) and expected in got.why)
+
+
+@pytest.mark.parametrize(("text", "calls"), [
+    ('{"name": "f", "parameters": {"x": 1}}', [Call("f", {"x": 1})]),
+    (' {"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {}}', [Call("f", {"x": 1})]),
+    ('{"x": 1}', []),
+    ('{"name": "f", "parameters": {', ["not valid JSON"]),
+    ("It is {x}.", []),
+])  # fmt: skip
+def test_calls_without_a_marker_are_read(text: str, calls: list[Any]) -> None:
+    form = CallFormat("", "", arguments_key="parameters", several=False)
+    read = form.parse(text).calls
+    assert len(read) == len(calls)
+    for got, expected in zip(read, calls, strict=True):
+        assert got == expected or (isinstance(got, InvalidCall) and isinstance(expected, str) and expected in got.why)
+
+
+def test_text_before_a_call_is_content_and_calls_in_reasoning_are_not_read() -> None:
+    turn = HERMES.parse('I look.\n<tool_call>{"name": "f"}</tool_call>')
+    assert (turn.content, turn.as_message().tool_calls) == ("I look.", (call_json(Call("f", {})),))
+    renderer = renderer_of("qwen3")
+    text = '<think>\n<tool_call>{"name": "f"}</tool_call>\n</think>\n\nNo.<|im_end|>'
+    turn = ToolDialogue(renderer, TOOLS).read_turn(np.array(renderer.tokenizer.encode(text), np.int32))
+    assert not turn.calls and turn.text.endswith("No.")
+
+
+def test_hermes_is_written_where_the_template_shows_no_tools() -> None:
+    dialogue = ToolDialogue(renderer_of("plain-gemma"), TOOLS)
+    assert dialogue.why_hermes == "the chat template shows no tools and no tool calls"
+    text = dialogue._renderer.tokenizer.decode(dialogue.prompt([user("how warm?")]))
+    assert json.dumps(TOOL) in text and "<tool_call>" in text and text.count("<start_of_turn>") == 2
+    with_system = as_hermes([Message("system", "Be brief."), user("hi")], TOOLS, system=True)
+    assert [message.role for message in with_system] == ["system", "user"]
+    assert with_system[0].content.startswith("Be brief.\n\nYou can call")
+
+
+def test_template_whose_calls_cannot_be_read_is_refused() -> None:
+    with pytest.raises(ModelError, match="writes tool calls in a form that strop cannot read") as refused:
+        ToolDialogue(renderer_of("xml"), TOOLS)
+    assert "data.template chatml" in str(refused.value.fix)
+
+
+def test_template_without_an_end_of_a_turn_is_refused() -> None:
+    from tests.support import templates
+
+    with pytest.raises(ModelError, match="cannot continue after a tool call"):
+        ToolDialogue(Renderer(templates.tokenizer("ends-with-nothing")), TOOLS)
