@@ -635,7 +635,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
-    "docs/images.md": ["--eval 10%", "50 million pixels, 50 MiB", "at most 20 GiB", "at most 4 MiB"],
+    "docs/images.md": ["50 million pixels, 50 MiB", "at most 20 GiB", "at most 4 MiB"],
     "docs/full.md": ["95 % interval", "less than 1 %"],
     "docs/keep.md": [r"95 % interval of the first", "54 % of the general questions"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from strop.errors import InputError, RecipeError, StropError
 from strop.evaluation.run import EvalOptions, evaluate_models
 from strop.runs.events import read_events
 from strop.runs.folder import cache_folder
+from tests import ROOT
+from tests.support.pages import SHELL, blocks, commands
 from tests.support.runs import QUICK, run
 from tests.support.seeing import save_seeing
 from tests.support.serving import CHAT, serving
@@ -217,3 +221,31 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
         response = server.post(CHAT, {"model": "base", "messages": message(url)})
         assert response.status_code == 400 and "serve the other model by itself" in response.json()["error"]["message"]
         assert requests.get(server.url + "/health", timeout=10).ok
+
+
+def test_the_guide_works_from_its_first_command_to_its_last(
+    seeing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/images.md run in order, with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    page = list(blocks(ROOT / "docs" / "images.md"))
+    [shown_row] = [block.text for block in page if block.language == "jsonl"]
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(1, 13):
+        Image.new("RGB", (20, 20 + number), (20 * number, 100, 100)).save(tmp_path / "images" / f"{number}.jpg")
+        rows.append(shown_row.strip().replace("images/1.jpg", f"images/{number}.jpg") + "\n")
+    for name in ("receipts", "held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/image images/1.jpg\nWhat was bought?\n"))
+    shown: list[Any] = []
+    for block in page:
+        if block.language == "python":
+            exec(block.text, {"print": shown.append})
+        for words in commands(block.text) if block.language in SHELL else ():
+            if words[0] != "strop":
+                continue
+            words = [str(seeing) if word.startswith("HuggingFaceTB/") else word for word in words[1:]]
+            code, _, err = run(*words, *(QUICK if words[0] == "train" else ()), capsys=capsys)
+            assert not code, err
+    assert len(shown) == 1 and len(shown[0]) == 1

@@ -20,7 +20,8 @@ from strop.config.names import SHORT_FORMS, full_name
 from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
 from strop.dash.jobs import option_flags, shell_command
-from strop.data.check import split_tokens
+from strop.data.check import find_images, split_tokens
+from strop.data.images import thumbnail
 from strop.data.prepare import Prepared
 from strop.data.reading import sources
 from strop.data.store import Conversations, ExampleGroups, Examples, digest, dump_conversation
@@ -36,6 +37,7 @@ from strop.planning.microbatch import NO_DATA, Rows, measure_rows, plan_options
 from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.runs.folder import free_bytes
 
+IMAGE_SIDE = 192  # pixels of the pictures next to rows
 TARGET_CACHE_S = 10.0  # short, because the free memory of the machine changes
 MODEL_CACHE_S = 60.0
 ROWS_WAIT_S = 1.5  # time to wait for row lengths; without them, the plan assumes rows of maximum length
@@ -304,6 +306,7 @@ def _row(prepared: Prepared, example: Any, index: int, with_ids: bool) -> dict[s
         "row": index, "file": example.file, "line": example.line, "tokens": len(example),
         "supervised": example.supervised,
         "pieces": [[text, weight, weight > 0 and ids[-1] in stop_ids] for text, ids, weight in pieces],
+        "images": [thumbnail(image, IMAGE_SIDE) for _, _, image, _ in find_images(example, renderer.tokenizer)],
     }  # fmt: skip
     return {**row, "ids": [ids for _, ids, _ in pieces]} if with_ids else row
 

@@ -34,7 +34,7 @@ from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import Conversation, DataKind, Example, Row
+from strop.data.types import Conversation, DataKind, Example, Image, Row
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "cyan"  # styles of tokens
@@ -152,7 +152,10 @@ def split_tokens(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[i
     """Yield text, ids and weight of each token. Those of an image, or of parts of one character, are joined."""
     pending: list[int] = []
     ids, weights = example.ids.tolist(), example.weights.tolist()
-    marks = {begin: (end, text) for begin, end, text in _find_images(example, tokenizer)}
+    marks = {
+        begin: (end, f"[image {image.width}x{image.height}, {tokens:,} tokens]")
+        for begin, end, image, tokens in find_images(example, tokenizer)
+    }
     image_end = 0
     for i, token in enumerate(ids):
         if i in marks:
@@ -168,8 +171,8 @@ def split_tokens(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[i
             pending = []
 
 
-def _find_images(example: Example, tokenizer: Any) -> Iterator[tuple[int, int, str]]:
-    """Yield first token, end and description of each image, with the tokens between its parts."""
+def find_images(example: Example, tokenizer: Any) -> Iterator[tuple[int, int, Image, int]]:
+    """Yield first token, end, description and number of features of each image, whose parts may be apart."""
     encoder = image_encoder(tokenizer)
     places = (example.ids >= FIRST_IMAGE_ID).nonzero()[0].tolist()
     if encoder is None or not places:
@@ -177,9 +180,8 @@ def _find_images(example: Example, tokenizer: Any) -> Iterator[tuple[int, int, s
     table, begin = encoder.table, 0
     while begin < len(places):
         number = table.find(int(example.ids[places[begin]]))
-        end, image = begin + table.tokens(number), table.images[number]
-        text = f"[image {image.width}x{image.height}, {end - begin:,} tokens]"
-        yield places[begin], places[end - 1] + 1, text
+        end = begin + table.tokens(number)
+        yield places[begin], places[end - 1] + 1, table.images[number], end - begin
         begin = end
 
 

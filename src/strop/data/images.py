@@ -274,6 +274,16 @@ def to_data_url(image: Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(encode_png(open_image(image))).decode()}"
 
 
+def thumbnail(image: Image, side: int) -> str:
+    """Return a small copy of an image, at most `side` pixels wide and high, as a data URL; "" if its file is gone."""
+    try:
+        pixels = open_image(image)
+    except DataError:
+        return ""
+    pixels.thumbnail((side, side))
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
+
+
 class ImageTable:
     """The images of a run. Each feature of an image has a token id of its own, from FIRST_IMAGE_ID on.
 

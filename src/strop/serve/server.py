@@ -31,7 +31,7 @@ HEAD_SECONDS = 15.0  # time to send the headers, from the start of the connectio
 BODY_SECONDS = 30.0  # time to send the body
 CLOSE_SECONDS = 2  # time that an endpoint has to end after its connection is closed, when the server stops
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = [

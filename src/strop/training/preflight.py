@@ -174,6 +174,9 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     LOG.info("reading and checking the rows")
     prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
     data = prepare()
+    if recipe.train.teacher is not None and teacher_weight(recipe.train) and data.renderer.image_table:
+        what = "train.teacher: the probabilities of a teacher for rows with images are not supported"
+        raise RecipeError(what, fix="--train.teacher_weight 0, which trains on its answers, or leave the teacher out")
     if recipe.train.teacher is not None and recipe.train.objective == "sft":
         data = add_teacher(recipe, tokenizer, lambda answers: prepare(answers=answers), folder)
     teacher = find_policy_teacher(recipe, tokenizer)

@@ -257,6 +257,13 @@ export async function show(container, { query, signal }) {
               h("code", {}, `${row.file}:${row.line}`),
               h("span", { class: "soft" }, `${count(row.tokens)} tokens, ${count(row.supervised)} trained on`),
             ),
+            row.images.length
+              ? h(
+                  "div",
+                  { class: "pictures" },
+                  row.images.map((src, i) => h("img", { src, alt: `image ${i + 1} of the row` })),
+                )
+              : null,
             h("div", { class: "tokens mono" }, tokensOf(row)),
           ),
         ),
