@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from urllib.parse import quote, unquote
 
 import psutil
 import pytest
+from PIL import Image
 
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
@@ -341,6 +343,29 @@ def test_data_screen_shows_classification_rows(browser: Any, dash: Dash, dashboa
         tab.page.select_option("[data-option='train.objective']", "classify")
         tab.page.wait_for_selector(".tokens >> nth=9")
         assert "text 3" in tab.page.inner_text("main")
+
+
+def test_data_screen_shows_pictures_next_to_tokens(
+    browser: Any, dash: Dash, dashboard: Path, seeing_folder: Path
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (300, 200), (80 * number, 100, 50)).save(dashboard / f"picture{number}.png")
+    rows = [{"prompt": "Which colour?", "completion": "green", "image": f"picture{n}.png"} for n in range(3)]
+    (dashboard / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {
+        **json.loads(unquote(NEW)),
+        "model.name": str(seeing_folder),
+        "data.train": str(dashboard / "pictures.jsonl"),
+    }
+    with open_tab(browser, dash) as tab:
+        tab.page.goto(at(dash, f"/data?options={quote(json.dumps(options))}"))
+        tab.page.wait_for_selector(".pictures img >> nth=2", timeout=90_000)  # the image processor imports torch
+        tab.page.wait_for_selector(".screen:not([aria-busy])")
+        widths = tab.page.evaluate("[...document.querySelectorAll('.pictures img')].map((image) => image.naturalWidth)")
+        assert widths == [192] * 3
+        assert "[image 300x200, 20 tokens]" in tab.page.inner_text("main")
+        if folder := os.environ.get("STROP_PICTURES"):
+            tab.page.screenshot(path=f"{folder}/images.png")
 
 
 def test_smoothing_is_a_choice_in_the_address(browser: Any, dash: Dash) -> None:
