@@ -448,6 +448,7 @@ def test_unsampled_model_is_shown_with_scripted_calls(
     assert code == 0 and "with a scripted call of each tool" in " ".join(text.split()), err
     assert "⟦<tool_call>↵" in text and '{"name": "add", "arguments": {"a": 1, "b": 1}}' in text
     assert "<tool_response>↵\n2↵" in text
+    assert '"description": "first"}, "b": {"type": "integer", "description": "second"}' in text  # long lines are whole
 
 
 def test_unsupported_family_is_sampled_by_transformers(

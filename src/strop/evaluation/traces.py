@@ -20,7 +20,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.rendering.tool_calls import Call, ToolDialogue, Turn
 from strop.data.row_errors import RenderError
 from strop.data.store import LazySequence, message_json
-from strop.data.types import Example, Ids, LogProbs, Message, Prompt
+from strop.data.types import Example, Ids, LogProbs, Message, Prompt, strip_reasoning
 from strop.engine.decode.generate import Respond, SampledCompletion
 from strop.errors import DataError, Location, RunError
 from strop.evaluation.environments import Environment, load_environment
@@ -52,7 +52,7 @@ class Trace:
     tool_calls: int = 0
     tool_errors: int = 0
     truncated: bool = False
-    answer: str = ""  # text of the last turn
+    answer: str = ""  # text of the last turn, without reasoning
     _rendered: list[Message] = field(default_factory=list)  # the dialogue that is rendered to continue the trace
 
     @property
@@ -154,7 +154,8 @@ class Tracer:
             trace = traces[i]
             trace.parts.append((completion.ids, completion.log_probs))
             turn = self.dialogue.read_turn(completion.ids)
-            trace.turns, trace.answer, trace.truncated = trace.turns + 1, turn.content, not completion.stopped
+            trace.turns, trace.truncated = trace.turns + 1, not completion.stopped
+            trace.answer = strip_reasoning(turn.content, trace.prompt.reasoning_ends)
             trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
             if completion.stopped and turn.calls:
                 turns[i] = turn
