@@ -106,6 +106,18 @@ def test_the_adapter_loads_in_peft_with_equal_logits(seeing: Path, rows: Path, t
     assert base == pytest.approx(expected_base, abs=1e-4)
 
 
+def test_the_card_has_code_that_runs(seeing: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+    strop.merge(trained, tmp_path / "merged", measure=False, dtype="fp32")
+    for folder in (trained / "adapter", tmp_path / "merged"):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "pipeline_tag: image-text-to-text" in card and "9 images" in card
+        code = card.split("```python\n")[2].partition("```")[0].replace("THIS_FOLDER", str(folder))
+        shown: list[Any] = []
+        code = code.replace("BASE", str(seeing)).replace("picture.jpg", str(rows.parent / "3.png"))
+        exec(code.replace('"text": "..."', '"text": "Which colour?"'), {"print": shown.append})
+        assert "green" in shown[0][0]
+
+
 def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> None:
     model = strop.load(trained, dtype="fp32")
     images = [str(rows.parent / f"{number}.png") for number in (0, 3, 6)]

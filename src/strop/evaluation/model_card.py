@@ -118,6 +118,31 @@ strop merge RUN --out MERGED             # a full model, for tools that do not l
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
 
+IMAGE_USAGE = """```python
+import strop
+
+print(strop.load("{location}").chat("...", images="picture.jpg"))
+```
+
+```python
+{load}
+parts = [{{"type": "image"}}, {{"type": "text", "text": "..."}}]
+text = processor.apply_chat_template([{{"role": "user", "content": parts}}], add_generation_prompt=True)
+inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt", add_special_tokens=False)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=256)))
+```"""
+LOAD_ADAPTER_FOR_IMAGES = """from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}"), "{location}")
+processor = AutoProcessor.from_pretrained("{location}")  # with the chat template it was trained with"""
+LOAD_MODEL_FOR_IMAGES = """from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{location}")
+processor = AutoProcessor.from_pretrained("{location}")  # with the chat template it was trained with"""
+
 MERGED_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,18 +191,20 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     library, relation = ("peft", "adapter") if is_adapter else ("transformers", "finetune")
     library = "sentence-transformers" if objective == "embed" else library
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
-    task = {"pipeline_tag": PIPELINES[objective]} if objective in PIPELINES else {}
+    pipeline = PIPELINES.get(objective, "image-text-to-text" if report.get("images") else None)
+    task = {} if pipeline is None else {"pipeline_tag": pipeline}
     front_matter = {"library_name": library, **task, **base_entry, "tags": ["strop"] if full else ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
         storage = f"{scheme}, computed in {storage}"
+    images = f", {report['images']:,} images" if report.get("images") else ""
     rows = [
         ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
         ("trained", "all weights of the text model") if full else ("adapter", _describe_adapter(settings)),
         *([("merged", _describe_merge(merged))] if merged is not None else []),
         ("training", _describe_training(report, settings)),
-        ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
+        ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`{images}"),
         *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
         *_list_scores(report),
     ]
@@ -187,12 +214,17 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         "embed": (EMBED_USAGE, MERGED_EMBED_USAGE),
     }
     usage = usages.get(objective, (ADAPTER_USAGE, MERGED_USAGE))[not is_adapter]
+    load = ""
+    if report.get("images") and objective not in usages:
+        usage = IMAGE_USAGE
+        load = LOAD_ADAPTER_FOR_IMAGES if is_adapter else LOAD_MODEL_FOR_IMAGES
+        load = load.format(location=LOCATION, base=base_id or "BASE")
     title = f"A LoRA adapter for {base_text}" if is_adapter else f"{base_text} with a LoRA adapter merged into it"
     title = f"{base_text}, fine-tuned" if full else title
     several = (report.get("objective") or {}).get("several_labels")
     usage = usage.format(
         location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report),
-        labels=json.dumps(settings.get("train.labels"), ensure_ascii=False),
+        load=load, labels=json.dumps(settings.get("train.labels"), ensure_ascii=False),
         problem=f"{'multi' if several else 'single'}_label_classification",
     )  # fmt: skip
     lines = [

@@ -131,6 +131,7 @@ def finish(
         "diagnosis": diagnose(read_events(folder.events), change),
         "ended": ended,
         "data": {**data["rows"], "by_reason": data["by_reason"]},
+        **({"images": len(images)} if (images := setup.data.renderer.image_table) else {}),
         "data_report": data,
         "memory": {
             "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
