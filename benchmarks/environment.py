@@ -129,7 +129,10 @@ def main() -> None:
                     side: {key: sum(event[key] for event in part) / len(part) for key in SHOWN}
                     for side, part in ends.items()
                 },
-                "samples": evaluated["samples"][:4],
+                "samples": [
+                    {key: value for key, value in sample.items() if key != "place"}
+                    for sample in evaluated["samples"][:4]
+                ],
             })  # fmt: skip
             print(json.dumps(results[-1], indent=1), flush=True)
     if args.out is not None:

@@ -386,6 +386,9 @@ def learned_tools(results: Any) -> list[str]:
             f"| {one['seed']} | {' | '.join(cells)} | {difference} | {errors} |",
             f"{one['rows']} other questions",
         ]
+        lines.append(f"{100 * one['base']['truncated']:.0f} % of the traces were cut at a limit")
+        first, last = (one["of_ten_steps"][part]["reward"] for part in ("first", "last"))
+        lines.append(f"ten steps rose from {first:.2f} to {last:.2f}")
     return lines
 
 
@@ -517,6 +520,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/full.md", "full_700_2026-11-30.json", full_rows),
     ("docs/full.md", "full_700_2026-11-30.json", full_memory),
     ("docs/embed.md", "embed_2026-11-30.json", retrieval_rows),
+    ("docs/environments.md", "environment_2026-11-30.json", learned_tools),
     ("docs/sweep.md", "sweep_2026-11-29.json", sweep_verdict),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
@@ -643,6 +647,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
     "docs/images.md": ["50 million pixels, 50 MiB", "at most 20 GiB", "at most 4 MiB"],
+    "docs/environments.md": ["95 % intervals", "95 % interval", "15 minutes of one core"],  # CPU time, in the log
     "docs/full.md": ["95 % interval", "less than 1 %"],
     "docs/keep.md": [r"95 % interval of the first", "54 % of the general questions"],
     "docs/sweep.md": ["15 % of the rows", "if the 95 % interval", "at most 2 points behind"],  # sweeping.split, select
