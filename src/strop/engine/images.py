@@ -32,6 +32,7 @@ from strop.data.types import Example
 from strop.errors import ModelError
 from strop.models.families.layers import text_decoder
 from strop.models.introspect import find_image_tower, text_filter
+from strop.models.quantize import QuantizedLinear
 from strop.models.source import Source, fingerprint
 from strop.runs.folder import cache_folder, write_atomic
 
@@ -77,7 +78,10 @@ class ImageFeatures:
 
     @cached_property
     def _folder(self) -> Path:
-        key = f"{fingerprint(self._source)} {self._encoder.fingerprint} {self._dtype}"
+        # a quantized image encoder computes other features, as does another kind of device
+        schemes = {module.scheme for module in self._model.modules() if isinstance(module, QuantizedLinear)}
+        parts = fingerprint(self._source), self._encoder.fingerprint, self._dtype, schemes, self._model.device.type
+        key = " ".join(map(str, parts))
         folder = cache_folder() / "features"
         remove_oldest(folder, MAX_CACHE_BYTES)
         return folder / hashlib.sha256(key.encode()).hexdigest()[:24]
