@@ -22,7 +22,7 @@ from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
-from strop.models.source import Source, locate
+from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from tests.support.seeing import FAMILIES, ONE_IMAGE, PLAIN, save_seeing
 
@@ -60,8 +60,8 @@ def write_rows(folder: Path, *, several: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def load_tuned(folder: Path, rows: Path) -> tuple[Any, Any, Source, Prepared]:
-    """Return a model with nonzero adapters, its tokenizer, its source and the rows."""
+def load_tuned(folder: Path, rows: Path) -> tuple[Any, Any, Prepared]:
+    """Return a model with nonzero adapters, its tokenizer and the rows."""
     source = locate(str(folder))
     tokenizer = load_tokenizer(source)
     data = prepare(DataSection(train=str(rows / "rows.jsonl"), max_length=4000), tokenizer)
@@ -71,7 +71,7 @@ def load_tuned(folder: Path, rows: Path) -> tuple[Any, Any, Source, Prepared]:
     for name, weight in trainable_parameters(model).items():
         if "lora_B" in name:
             weight.data.normal_(std=0.2)
-    return model, tokenizer, source, data
+    return model, tokenizer, data
 
 
 def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], example: Example, token: int) -> Any:
@@ -92,7 +92,7 @@ def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], exa
 
 def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
-    model, tokenizer, source, data = load_tuned(folder, tmp_path)
+    model, tokenizer, data = load_tuned(folder, tmp_path)
     weights, examples = trainable_parameters(model), list(data.train)
     token = tokenizer.image_encoder.image_token_id
     losses = [
@@ -101,7 +101,7 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -
     expected = torch.stack(losses).sum()
     expected.backward()  # type: ignore[no-untyped-call]
     gradients = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
-    install_images(model, tokenizer, source)
+    install_images(model, tokenizer)
     step = step_for(model)
     assert (step.name == "plain") == (folder.name in PLAIN)
     for other in (step, PlainLoss(model)):
@@ -118,14 +118,14 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -
 
 def test_generated_tokens_equal_transformers(folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path, several=False)
-    model, tokenizer, source, data = load_tuned(folder, tmp_path)
+    model, tokenizer, data = load_tuned(folder, tmp_path)
     processor = AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)
     inputs = processor(
         text=[text], images=[[Image.open(tmp_path / "0.png")]], return_tensors="pt", add_special_tokens=False
     )
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    install_images(model, tokenizer, source)
+    install_images(model, tokenizer)
     conversation = data.train_conversations[0]
     prompt = data.renderer.prompt(conversation.messages[:1])
     [completion] = generate(model, tokenizer, [prompt], stop_ids=data.renderer.end_ids, max_new_tokens=8)
@@ -139,8 +139,8 @@ def test_features_are_computed_once_and_read_again_with_equal_bits(
     write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
     results = []
     for expected_computed in (True, False):
-        model, tokenizer, source, data = load_tuned(folder, tmp_path)
-        install_images(model, tokenizer, source)
+        model, tokenizer, data = load_tuned(folder, tmp_path)
+        install_images(model, tokenizer)
         features = image_features(model)
         assert features is not None
         losses = [float(step_for(model).token_loss([example])) for example in data.train for _ in range(2)]
@@ -157,8 +157,8 @@ def test_equal_texts_with_other_images_share_no_prefix(tmp_path: Path) -> None:
         Image.new("RGB", (30, 30), colour).save(tmp_path / f"{name}.png")
     rows = [{"prompt": "Which colour?", "completion": "red", "image": f"{name}.png"} for name in ("a", "b", "a")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    model, tokenizer, source, data = load_tuned(folder, tmp_path)
-    install_images(model, tokenizer, source)
+    model, tokenizer, data = load_tuned(folder, tmp_path)
+    install_images(model, tokenizer)
     first, second, third = data.train
     assert first.ids.tolist() == third.ids.tolist() != second.ids.tolist()
     step = step_for(model)

@@ -19,8 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import strop
+from strop.data import images
+from strop.data.converters import parse_request, read_images
+from strop.data.rendering.render import Renderer
+from strop.engine.images import install_images
 from strop.errors import InputError, RecipeError, StropError
 from strop.evaluation.run import EvalOptions, evaluate_models
+from strop.models.load import load_base
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
 from strop.runs.events import read_events
 from strop.runs.folder import cache_folder
 from tests import ROOT
@@ -132,7 +139,7 @@ def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> 
     assert model.chat([{"role": "user", "content": [part, {"type": "text", "text": "Which colour?"}]}]) == "green"
     with pytest.raises(InputError, match="2 images for 1 messages"):
         model.generate(["x"], images=[images[0], images[1]])
-    with pytest.raises(InputError, match="image 1: no file"):
+    with pytest.raises(InputError, match="images: no file"):
         model.generate("x", images="absent.png")
     [result] = evaluate_models([str(trained)], str(rows), EvalOptions(dtype="fp32"))
     assert result["tuned"]["exact"] == 1.0 > result["base"]["exact"]
@@ -233,6 +240,86 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
         response = server.post(CHAT, {"model": "base", "messages": message(url)})
         assert response.status_code == 400 and "serve the other model by itself" in response.json()["error"]["message"]
         assert requests.get(server.url + "/health", timeout=10).ok
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_rewards_and_later_layers_with_a_trained_projector(rows: Path, tmp_path: Path, family: str) -> None:
+    """Completions are sampled in inference mode, whose tensors cannot be in a backward."""
+    model = save_seeing(tmp_path / "model", family)
+    objective: dict[str, Any] = {"train.objective": "grpo", "train.rewards": "contains", "train.answer_tokens": 4}
+    options = {**OPTIONS, "lora.vision": "projector", "train.max_steps": 2, **(objective if family == "llava" else {})}
+    done = strop.train(model=str(model), data=str(rows), out=tmp_path / "run", **options)
+    assert done.report["steps"] == 2
+
+
+def test_features_of_a_quantized_encoder_are_kept_apart(rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    model = save_seeing(tmp_path / "model", "llava")
+    losses = {}
+    for name, scheme in (("first", "none"), ("quantized", "nf4"), ("again", "none")):
+        if name == "again":
+            assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
+        options = {**OPTIONS, "train.max_steps": 2, "model.quantization": scheme}
+        done = strop.train(model=str(model), data=str(rows), out=tmp_path / name, **options)
+        losses[name] = done.report["loss"]
+    assert losses["first"] == losses["again"] != losses["quantized"]
+
+
+def test_an_added_adapter_brings_its_projector(seeing: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "train.max_steps": 2}
+    plain = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "plain", **options).folder
+    image = str(rows.parent / "3.png")
+    alone = strop.load(trained, dtype="fp32").generate("Which colour?", images=image)
+    model = strop.load(plain, dtype="fp32")
+    before = model.generate("Which colour?", images=image, max_new_tokens=8)
+    model.add(str(trained))
+    model.use(str(trained))
+    assert model.generate("Which colour?", images=image) == alone == ["green"]
+    model.use(str(plain))
+    assert model.generate("Which colour?", images=image, max_new_tokens=8) == before
+    with pytest.raises(RecipeError, match="the adapter to start from has no projector"):
+        more: dict[str, Any] = {"lora.vision": "projector", "model.adapter": str(plain)}
+        strop.train(model=str(seeing), data=str(rows), out=tmp_path / "more", **options, **more)
+
+
+def test_biases_of_the_encoder_stay_frozen(seeing: Path, rows: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "train.max_steps": 2, "lora.bias": "all"}
+    done = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "run", **options)
+    base = load_file(seeing / "model.safetensors")
+    for name, tensor in adapter(done.folder).items():
+        if "vision_model" in name:
+            assert torch.equal(tensor, base[name.removeprefix("base_model.model.")])
+    [note] = [x["text"] for x in read_events(done.folder / "events.jsonl") if "its text model is" in x.get("text", "")]
+    assert note.startswith("idefics3: its text model is trained")
+
+
+def test_a_flood_of_images_leaves_those_of_waiting_requests(seeing: Path, monkeypatch: Any) -> None:
+    tokenizer = load_tokenizer(locate(str(seeing)))
+    model = load_base(locate(str(seeing)), torch.float32, "cpu")
+    features = install_images(model, tokenizer)
+    assert features is not None
+    monkeypatch.setattr(images, "MAX_IN_MEMORY_BYTES", 1000)
+    renderer = Renderer(tokenizer)
+
+    def ask(colour: tuple[int, int, int]) -> Any:
+        part = {"type": "image_url", "image_url": {"url": png(colour)}}
+        request = parse_request({"messages": [{"role": "user", "content": [part]}]})
+        return renderer.prompt(read_images(request, None).messages)
+
+    waiting = ask((1, 2, 3))
+    held = features.images_of(waiting)
+    again = [ask((n, 0, 0)) for n in range(60)]
+    [(number, _)] = held
+    assert renderer.image_table is not None and renderer.image_table.images[number].path == ""
+    features.load(held)
+    assert features.computed == 1
+    assert ask((1, 2, 3)).tolist() == waiting.tolist() != again[-1].tolist()
+
+
+def png(colour: tuple[int, int, int]) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_the_guide_works_from_its_first_command_to_its_last(

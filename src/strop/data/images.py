@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 IN_MEMORY = "data:;base64,"  # start of the path of an image that is not in a file
-MAX_IN_MEMORY = 2048  # such images in a table; of older ones only the features are there
+MAX_IN_MEMORY_BYTES = 256 << 20  # of such images in a table
 FIRST_IMAGE_ID, END_IMAGE_ID = 1 << 30, 1 << 31  # token ids in between are features of images; they are int32
 MAX_PIXELS, MAX_BYTES = 50_000_000, 50 << 20  # of one image
 IMAGE_NOTES = {  # what is done to the pixels of an image
@@ -296,7 +296,7 @@ class ImageTable:
         self.starts: list[int] = []  # the first id of each image
         self._end = FIRST_IMAGE_ID
         self._by_digest: dict[str, int] = {}
-        self._in_memory: deque[int] = deque()
+        self._in_memory: OrderedDict[int, int] = OrderedDict()  # bytes of images that are not in files, by index
 
     def __len__(self) -> int:
         return len(self.images)
@@ -311,15 +311,20 @@ class ImageTable:
             self.images.append(image)
             self.starts.append(self._end)
             self._end += tokens
-            if image.path.startswith(IN_MEMORY):
-                self._in_memory.append(len(self.images) - 1)
         number = self._by_digest[image.digest]
-        self.images[number] = image  # its file may have moved
-        while len(self._in_memory) > MAX_IN_MEMORY:
-            old = self._in_memory.popleft()
-            del self._by_digest[self.images[old].digest]
-            self.images[old] = replace(self.images[old], path="")
+        self.keep(number, image)
         return self.starts[number]
+
+    def keep(self, number: int, image: Image) -> None:
+        """Keep where an image is read from: its file may have moved, and of old requests only the ids are kept."""
+        self.images[number] = image
+        if not image.path.startswith(IN_MEMORY):
+            return
+        self._in_memory[number] = len(image.path)
+        self._in_memory.move_to_end(number)
+        while sum(self._in_memory.values()) > MAX_IN_MEMORY_BYTES and len(self._in_memory) > 1:
+            old = self._in_memory.popitem(last=False)[0]
+            self.images[old] = replace(self.images[old], path="")
 
     def tokens(self, number: int) -> int:
         """Return the number of features of an image, by its index."""

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
-from strop.data.types import Example
+from strop.data.types import Example, Ids, Image
 from strop.errors import ModelError
 from strop.models.families.layers import text_decoder
 from strop.models.introspect import find_image_tower, text_filter
-from strop.models.quantize import QuantizedLinear
-from strop.models.source import Source, fingerprint
 from strop.runs.folder import cache_folder, write_atomic
 
 MAX_CACHE_BYTES = 20 << 30  # on disk, of all models; the features that were not used for longest are removed
@@ -45,6 +43,7 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say whi
 _IN_SPACE = "positions of images in space"
 _BIDIRECTIONAL = "attention in both directions between the features of an image"
 FEATURES, LATER = "features", "deepstack."  # names of the tensors of an image; LATER with the number of a layer
+SAMPLED = 4096  # elements of each weight that identify an image encoder
 MAX_CHECKED = 16  # tokens of a row on which strop's step is compared with the model's own forward
 
 
@@ -59,32 +58,37 @@ class _Captured(Exception):
 class ImageFeatures:
     """The features of images, which a frozen model computes.
 
-    model: the base. encoder: of its tokenizer. source: of the base; features are kept on disk by its fingerprint.
+    model: the base. encoder: of its tokenizer. Features are kept on disk, by the weights of the encoder.
     """
 
-    def __init__(self, model: Any, encoder: ImageEncoder, source: Source) -> None:
-        self._model, self._encoder, self._source = model, encoder, source
+    def __init__(self, model: Any, encoder: ImageEncoder) -> None:
+        self._model, self._encoder = model, encoder
         self._dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # by digest
         self._token_types = [name for name in _TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
         self._recent_bytes = 0
-        is_text = text_filter(model)
-        self._adapted = [  # trained modules outside of the text model, such as a projector
-            module for name, module in model.named_modules() if isinstance(module, _WRAPPERS) and not is_text(name)
-        ]
         self._tower = find_image_tower(model)
+        self.refresh()
         self._tower_outputs: OrderedDict[str, Any] = OrderedDict()  # by digest
         self.computed = 0  # images that were not in the cache
 
+    def refresh(self) -> None:
+        """Find the trained modules outside of the text model, such as a projector, again: an adapter was added."""
+        is_text = text_filter(self._model)
+        modules = self._model.named_modules()
+        self._adapted = [module for name, module in modules if isinstance(module, _WRAPPERS) and not is_text(name)]
+
     @cached_property
     def _folder(self) -> Path:
-        # a quantized image encoder computes other features, as does another kind of device
-        schemes = {module.scheme for module in self._model.modules() if isinstance(module, QuantizedLinear)}
-        parts = fingerprint(self._source), self._encoder.fingerprint, self._dtype, schemes, self._model.device.type
-        key = " ".join(map(str, parts))
+        key = hashlib.sha256(f"{self._encoder.fingerprint} {self._dtype} {self._model.device.type}".encode())
+        is_text = text_filter(self._model)
+        for name, weight in self._model.named_parameters():
+            if not is_text(name):  # also if it was quantized, and dequantized again
+                sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
+                key.update(f"{name} {weight.shape} {weight.dtype}".encode() + sample.float().cpu().numpy().tobytes())
         folder = cache_folder() / "features"
         remove_oldest(folder, MAX_CACHE_BYTES)
-        return folder / hashlib.sha256(key.encode()).hexdigest()[:24]
+        return folder / key.hexdigest()[:24]
 
     @property
     def why_not_embeddings(self) -> str | None:
@@ -141,6 +145,17 @@ class ImageFeatures:
     def _whole_images(self, row: Tensor) -> Iterator[tuple[int, int, int]]:
         return self._spans(row[row >= FIRST_IMAGE_ID])
 
+    def images_of(self, ids: Ids) -> list[tuple[int, Image]]:
+        """Return the images of token ids (n,) with their indices, so that they are kept for `load`."""
+        numbers = dict.fromkeys(self._encoder.table.find(int(id)) for id in ids[ids >= FIRST_IMAGE_ID])
+        return [(number, self._encoder.table.images[number]) for number in numbers]
+
+    def load(self, images: Sequence[tuple[int, Image]]) -> None:
+        """Compute features before they are used. Raises DataError if a file is gone."""
+        for number, image in images:
+            self._encoder.table.keep(number, image)
+            self.of_image(number)
+
     @property
     def depends_on_adapter(self) -> bool:
         """Whether the features with an adapter differ from those of the base."""
@@ -167,9 +182,9 @@ class ImageFeatures:
                     write_atomic(file, save(tensors))
         tensors = {name: value.to(self._model.device) for name, value in tensors.items()}
         self._recent[image.digest] = tensors
-        self._recent_bytes += tensors[FEATURES].nbytes
+        self._recent_bytes += count_bytes(tensors)
         while self._recent_bytes > MAX_MEMORY_BYTES and len(self._recent) > 1:
-            self._recent_bytes -= self._recent.popitem(last=False)[1][FEATURES].nbytes
+            self._recent_bytes -= count_bytes(self._recent.popitem(last=False)[1])
         return tensors
 
     def _read(self, file: Path) -> dict[str, Tensor] | None:
@@ -245,7 +260,7 @@ class ImageFeatures:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if digest not in self._tower_outputs:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():  # sampling computes under inference_mode
                     self._tower_outputs[digest] = compute(*args, **kwargs)
                 if len(self._tower_outputs) > MAX_TOWER_OUTPUTS:
                     self._tower_outputs.popitem(last=False)
@@ -259,6 +274,10 @@ class ImageFeatures:
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
+
+
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:
@@ -305,10 +324,10 @@ def image_features(model: Any) -> ImageFeatures | None:
     return features
 
 
-def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures | None:
+def install_images(model: Any, tokenizer: Any) -> ImageFeatures | None:
     """Make the input embeddings of a model return the features of images. Return None if it reads only text.
 
-    model: with or without adapters. tokenizer: with which rows and prompts are encoded. source: of the base.
+    model: with or without adapters. tokenizer: with which rows and prompts are encoded.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     encoder = image_encoder(tokenizer)
@@ -317,20 +336,24 @@ def install_images(model: Any, tokenizer: Any, source: Source) -> ImageFeatures 
     decoder = text_decoder(base)[0]
     if (features := image_features(base)) is not None:
         return features
-    features, embedding = ImageFeatures(base, encoder, source), base.get_input_embeddings()
-    given: list[Tensor] = []  # the ids of the last call of the embedding
+    features, embedding = ImageFeatures(base, encoder), base.get_input_embeddings()
+    given: list[Tensor] = []  # the ids of the calls of the embedding; the features of an image are a call inside one
+    last: list[Tensor] = []  # the ids of the last call that is complete
 
     def hide(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids, *rest = args
-        given[:] = [ids]
+        given.append(ids)
         return (ids.masked_fill(ids >= FIRST_IMAGE_ID, 0), *rest)
 
     def insert(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return insert_features(features, given[0], output)
+        ids = given[-1]
+        output = insert_features(features, ids, output)
+        last[:] = [given.pop()]
+        return output
 
     def add_later(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_image = given[0] >= FIRST_IMAGE_ID if given else None
-        if is_image is None or not bool(is_image.any()) or not (later := features.later_features(given[0][is_image])):
+        is_image = last[0] >= FIRST_IMAGE_ID if last else None
+        if is_image is None or not bool(is_image.any()) or not (later := features.later_features(last[0][is_image])):
             return None
         return args, {**kwargs, "visual_pos_masks": is_image, "deepstack_visual_embeds": later}
 

@@ -298,7 +298,7 @@ class TunedModel:
         """Load the adapter on its base, with the base's weights rounded as in training and fp32 computation."""
         if self.folder is None:
             base = load_base(self.source, torch.float32, "cpu")
-            install_images(base, self.tokenizer, self.source)
+            install_images(base, self.tokenizer)
             return base
         storage = self.storage
         dtype = stored_dtype(self.source) if storage.scheme == "none" else storage.dtype
@@ -308,7 +308,7 @@ class TunedModel:
         tuned = attach_adapter(base, self.folder, self.source, kind=adapter_kind(self.folder))[0].eval()
         tuned = compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
         tuned = restore_precision(tuned, self.folder)
-        install_images(tuned, self.tokenizer, self.source)
+        install_images(tuned, self.tokenizer)
         return tuned
 
     def load_merger(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
@@ -374,7 +374,7 @@ def _load_merged(folder: Path, dtype: torch.dtype, tokenizer: Any) -> Any:
     source = Source(str(folder), "folder", folder)
     model: Any = load_base(source, dtype, "cpu")
     model = compute_in_fp32(model if linears_may_stay_16bit(model) else model.float())
-    install_images(model, tokenizer, source)
+    install_images(model, tokenizer)
     return model
 
 

@@ -195,6 +195,10 @@ def add_to_base(base: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
 
 def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
     """Cast trainable weights to fp32, as bf16 rounds small updates away, and outputs of modules_to_save back."""
+    is_text = text_filter(model.get_base_model())
+    for name, weight in model.get_base_model().named_parameters():
+        if not is_text(name) and ".modules_to_save." not in name:  # biases of image encoders, with lora.bias all
+            weight.requires_grad_(False)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()

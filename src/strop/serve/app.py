@@ -248,6 +248,7 @@ async def _respond(
         max_new_tokens=min(limit or remaining, remaining),
         sampling=state.sampling.override(body.temperature, body.top_p, body.seed), on_piece=pieces.put_nowait,
         stop_strings=body.stop_strings, num_logprobs=num_logprobs, mask=mask, continues_prompt=not chat,
+        load_images=model.image_loader(ids),
     )  # fmt: skip
     try:
         state.engine.submit(job)

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from strop.data.types import Ids
 from strop.engine.decode.batch import Batch, Progress
 from strop.engine.decode.decoder import Decoder
 from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
+from strop.errors import StropError
 from strop.machine.memory import is_out_of_memory
 from strop.models.tokenizer import TextStream
 
@@ -74,6 +75,7 @@ class Job:
     mask: Mask | None = None
     continues_prompt: bool = False  # a plain completion: its text continues that of the prompt
     num_cached: int = 0  # prompt tokens found in the cache; set by the engine
+    load_images: Callable[[], None] | None = None  # computes the images of the prompt
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -244,13 +246,26 @@ class Engine:
 
     def _step(self) -> None:
         if self._batch.sequences:
-            pieces: list[tuple[Job, Piece]] = []
+            pieces = list(self._load_images())
             try:
                 for progress in self._batch.step():
                     if piece := self._make_piece(progress):
                         pieces.append(piece)
             finally:  # deliver finished requests even if the next one fails
                 self._deliver(pieces)
+
+    def _load_images(self) -> Iterator[tuple[Job, Piece]]:
+        """Compute the images of new requests. Yield the failure of those whose images cannot be computed."""
+        for sequence, active in list(self._active.items()):
+            load, active.job.load_images = active.job.load_images, None
+            try:
+                if load is not None:
+                    load()
+            except StropError:
+                sequence.finish_reason = "failed"
+                self._remove(sequence)
+                self._metrics.finished.labels(active.job.model, "failed").inc()
+                yield active.job, Piece("", (), "failed")
 
     def _make_piece(self, progress: Progress) -> tuple[Job, Piece] | None:
         """Return the new output of a sequence, and remove it from the batch if it is finished."""

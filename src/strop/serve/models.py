@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Logits, Mask, NoToken
-from strop.engine.images import image_features
+from strop.engine.images import ImageFeatures, image_features
 from strop.errors import ModelError
 from strop.models.adapter_config import adapter_folder, read_identity
 from strop.models.adapters import locate_tokenizer, make_renderer
@@ -42,6 +43,7 @@ class ServedModel:
     system: str | None  # the system prompt of training, used for chats without one
     generation_stop_ids: tuple[int, ...] = ()  # from the model's generation config
     why_no_images: str | None = None  # why images of requests are refused, though the model may read them
+    features: ImageFeatures | None = None  # of a model that reads images
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -72,6 +74,11 @@ class ServedModel:
             raise ApiError(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
         except RenderError as error:  # its fix is for training rows
             raise ApiError(400, error.what, param="messages") from None
+
+    def image_loader(self, ids: Ids) -> Callable[[], None] | None:
+        """Return a function that computes the images of a prompt, or None without images."""
+        images = [] if self.features is None else self.features.images_of(ids)
+        return partial(self.features.load, images) if self.features is not None and images else None
 
     def tokenize(self, text: str) -> Ids:
         """Return the token ids of plain text, which may contain control tokens."""
@@ -116,7 +123,7 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     features = image_features(first.module)
     why = None if features is None else features.why_not_embeddings
     why_no_images = None if why is None else f"models with {why} are not served by strop: use vLLM (--engine vllm)"
-    base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids, why_no_images)
+    base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids, why_no_images, features)
     if first.adapter is None:
         return LoadedModels(
             first.module, {ids[0]: replace(base, id=ids[0], system=first.default_system)}, first.notes, first.dtype
@@ -133,7 +140,9 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         identity = read_identity(folder)
         renderer = make_renderer(tokenizer, identity)
         adapter, system = first.others[name], identity.get("system")
-        models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids, why_no_images)
+        models[model_id] = ServedModel(
+            model_id, adapter, tokenizer, renderer, system, stop_ids, why_no_images, features
+        )
     models[BASE] = base
     if features is not None and features.depends_on_adapter:  # the encoder has one state for all requests
         why_no_images = f"the image encoder was trained, and is that of {ids[0]}: serve the other model by itself"

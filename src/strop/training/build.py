@@ -63,7 +63,7 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
         model = add_lora(base, recipe.lora, setup.tokenizer, task=task_of(recipe.train), outputs=outputs)
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
-    install_images(model, setup.tokenizer, setup.source)
+    install_images(model, setup.tokenizer)
     return model.train()
 
 

@@ -47,7 +47,7 @@ INT8_TOKENS = 512  # tokens of the rows on which int8 matmuls are compared with 
 INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative errors of the loss and of the gradient's norm
 
 IMAGE_ROWS = 100  # among which a row with an image is searched
-IMAGE_MAX_ERROR, IMAGE_MAX_ERROR_16_BIT = 1e-2, 0.2  # in nats a token
+IMAGE_MAX_ERROR, IMAGE_MAX_ERROR_16_BIT = 1e-3, 0.05  # in nats a token
 CAUSAL_TOKENS = 32  # length of the test row
 CAUSAL_MAX_CHANGE = 5e-3  # maximum median change of log-probabilities in nats if later tokens change
 CAUSAL_MAX_SHARE = 0.15  # the same, relative to the change if earlier tokens change

@@ -317,7 +317,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     if trained_kind(recipe.train) == "embedder":
         resolved = resolved.decide(_choose_pooling(recipe, start, source))
     if recipe.lora.vision == "projector":
-        resolved = resolved.decide([_choose_projector(recipe, bare, source)])
+        resolved = resolved.decide([_choose_projector(recipe, bare, source, start)])
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
@@ -339,9 +339,12 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
 
 
-def _choose_projector(recipe: Recipe, bare: Any, source: Source) -> Choice:
+def _choose_projector(recipe: Recipe, bare: Any, source: Source, start: Path | None) -> Choice:
     """Add the projector to lora.modules_to_save. Raises RecipeError for a model without one."""
     names = find_projectors(bare)
+    if start is not None and not set(names) <= set(read_adapter_config(start).get("modules_to_save") or ()):
+        what = "lora.vision projector: the adapter to start from has no projector"
+        raise RecipeError(what, fix="leave lora.vision out, or train a new adapter")
     if not names:
         raise RecipeError(f"lora.vision projector: {source.name} has no image encoder", fix="leave lora.vision out")
     if recipe.train.method == "full":
@@ -587,7 +590,8 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
         yield GGUF_NOTE
     bare = load_without_weights(setup.source)
     if setup.source.kind != "gguf" and text_path(bare):
-        yield f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
+        projector = " and the projector of images are" if recipe.lora.vision == "projector" else " is"
+        yield f"{config.model_type}: its text model{projector} trained; image and audio encoders are frozen"
     for name in recipe.lora.modules_to_save:
         kinds = count_path_kinds(find_modules_to_save(bare, name))
         if len(kinds) > 1:

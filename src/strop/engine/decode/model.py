@@ -24,7 +24,7 @@ from strop.engine.decode.embed import Embedder, Pooling, Vectors
 from strop.engine.decode.generate import Completion, generate
 from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
-from strop.engine.images import install_images
+from strop.engine.images import image_features, install_images
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
 from strop.models.adapter_config import adapter_folder, adapter_kind, base_of_model, read_identity
@@ -109,6 +109,8 @@ class Model:
         peft_name = f"adapter{len(self.others) + 1}"
         with self._lock, isolated_torch_state():
             notes = attach_another_adapter(self.module, folder, self.source, peft_name, force=force)
+        if (features := image_features(self.module)) is not None:
+            features.refresh()
         for what in ("quantization", "dtype"):
             if own.get(what) and identity.get(what) not in (None, own[what]):
                 notes.append(f"{name}: was trained on another {what} of the base than {self.name}, which is used here")
@@ -227,7 +229,7 @@ class Model:
                 source = _locate_untuned(self.untuned)
                 self._base = load_base(source, DTYPES[self.dtype], str(device), **storage)
                 grow_vocabulary(self._base, tuned.get_input_embeddings().num_embeddings)
-                install_images(self._base, self.tokenizer, source)
+                install_images(self._base, self.tokenizer)
             self.module = self._base
             try:
                 yield
@@ -467,7 +469,7 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:
-        install_images(base, renderer.tokenizer, source)
+        install_images(base, renderer.tokenizer)
         untuned, has_base = None if base_name is None else identity["base"], True
         if untuned is not None and force:
             try:
@@ -481,7 +483,7 @@ def load(
     kind = adapter_kind(folder)
     expected = kind if kind in ("classifier", "embedder") else "reward" if scores else "text"
     module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)
-    install_images(module, renderer.tokenizer, source)
+    install_images(module, renderer.tokenizer)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],
         source, scheme, dtype, read_classes(folder) if kind == "classifier" else None,
