@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
@@ -296,6 +297,7 @@ class ImageTable:
         self.starts: list[int] = []  # the first id of each image
         self._end = FIRST_IMAGE_ID
         self._by_digest: dict[str, int] = {}
+        self._lock = Lock()
         self._in_memory: OrderedDict[int, int] = OrderedDict()  # bytes of images that are not in files, by index
 
     def __len__(self) -> int:
@@ -320,11 +322,12 @@ class ImageTable:
         self.images[number] = image
         if not image.path.startswith(IN_MEMORY):
             return
-        self._in_memory[number] = len(image.path)
-        self._in_memory.move_to_end(number)
-        while sum(self._in_memory.values()) > MAX_IN_MEMORY_BYTES and len(self._in_memory) > 1:
-            old = self._in_memory.popitem(last=False)[0]
-            self.images[old] = replace(self.images[old], path="")
+        with self._lock:  # a server renders prompts and computes images in two threads
+            self._in_memory[number] = len(image.path)
+            self._in_memory.move_to_end(number)
+            while sum(self._in_memory.values()) > MAX_IN_MEMORY_BYTES and len(self._in_memory) > 1:
+                old = self._in_memory.popitem(last=False)[0]
+                self.images[old] = replace(self.images[old], path="")
 
     def tokens(self, number: int) -> int:
         """Return the number of features of an image, by its index."""
