@@ -171,7 +171,7 @@ def test_reset_gets_row_and_seed_and_objects_are_reused(tmp_path: Path) -> None:
     ("self, price, **rest", {"price": 3, "rest": {"prompt": "buy"}}),
     ("self, price, seed=0", {"price": 3, "seed": 5}),
     ("self", {}),
-    ("self, row, **rest", {"row": {"price": 3, "prompt": "buy"}, "rest": {}}),
+    ("self, row, **rest", {"row": {"price": 3, "prompt": "buy"}, "rest": {"price": 3, "prompt": "buy"}}),
 ])  # fmt: skip
 def test_reset_gets_what_it_names(tmp_path: Path, signature: str, given: dict[str, Any]) -> None:
     body = f"    def reset({signature}):\n        self.given = {{k: v for k, v in locals().items() if k != 'self'}}\n"
@@ -283,3 +283,131 @@ def test_reward_functions_get_messages_and_environment(
     candidates = [Candidate("a", prompt(), [{}, {}], environment) for environment in (1, 11)]
     parts = reward.compute(candidates, rows, 5.0)
     assert [part["own"] for part in parts] == expected
+
+
+ODD = '''
+import asyncio
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Odd:
+    def reset(self, row):
+        pass
+
+    def pop(self, items: list[str]) -> str:
+        """Take an item.
+
+        Args:
+            items: all
+        """
+        return items.pop()
+
+    async def cancel(self) -> str:
+        """Cancel."""
+        raise asyncio.CancelledError
+
+    def broken(self):
+        """Return an object without a text."""
+        return Broken()
+
+    def fail(self) -> str:
+        """Fail with an exception without a text."""
+        raise NoText
+
+    def half(self) -> str:
+        """Return half of a character."""
+        return "\\ud83d"
+
+
+class Broken:
+    def __str__(self):
+        raise ValueError("no")
+
+
+class NoText(Exception):
+    def __str__(self):
+        raise ValueError("no")
+
+
+@dataclass(slots=True)
+class Slots:
+    n: int = 0
+
+    def reset(self, row):
+        self.n = 0
+
+    def tool(self) -> int:
+        """Count."""
+        return self.n
+
+
+def decorated(function):
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def plain() -> str:
+    """Return a text."""
+    return "yes"
+
+
+def many(*numbers: int) -> int:
+    """Add.
+
+    Args:
+        numbers: all
+    """
+    return sum(numbers)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def paint(colour: Colour) -> str:
+    """Paint.
+
+    Args:
+        colour: which
+    """
+    return "painted"
+
+
+def done() -> str:
+    """End."""
+    return "done"
+'''
+
+
+def test_odd_tools_are_errors_in_the_trace(tmp_path: Path) -> None:
+    environment = load(tmp_path, ODD, "Odd")
+    used = environment.take()
+    call = Call("pop", {"items": ["a", "b"]})
+    results = environment.call_tools(
+        [(used, call), *((used, Call(name, {})) for name in ("cancel", "broken", "fail", "half"))]
+    )
+    assert call.arguments == {"items": ["a", "b"]}  # the tool changed a copy
+    assert [failed for _, failed in results] == [False, True, True, True, False]
+    assert results[0][0] == "b" and results[4][0] == "?" and "CancelledError" in results[1][0]
+    slots = load(tmp_path, ODD, "Slots")
+    assert not slots.is_done(slots.take(), "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("many", "the parameter numbers cannot be given by name"), ("paint", "is an Enum"),
+    ("done", "done is not a name of a tool"),
+])  # fmt: skip
+def test_tools_that_no_call_can_reach_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path, ODD, name)
+
+
+def test_rewards_with_a_default_get_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def f(completion, row, environment=None):\n    return float(environment == 'seen')\n", encoding="utf-8"
+    )
+    [reward] = parse_rewards(f"{tmp_path}/reward.py:f")
+    assert reward.parameters == ("environment",)

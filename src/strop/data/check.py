@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -126,7 +126,9 @@ def print_tokens(examples: Sequence[Example], renderer: Renderer, console: Conso
     for example in examples:
         counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
         console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
-        console.print(format_tokens(example, renderer, ids=ids), overflow="fold", soft_wrap=False)
+        # with soft wrap, Rich would cut lines that are to be folded
+        overflow: Literal["ignore", "fold"] = "ignore" if console.soft_wrap else "fold"
+        console.print(format_tokens(example, renderer, ids=ids), overflow=overflow)
 
 
 def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:

@@ -21,10 +21,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from strop.data.converters import parse_request
 from strop.data.rendering.tool_calls import Call, InvalidCall
@@ -119,7 +121,7 @@ class Environment:
             except TypeError as error:
                 results[i] = CallError(f"{call.name}: {error}")
                 continue
-            function = partial(tool, **call.arguments)
+            function = partial(tool, **deepcopy(call.arguments))  # a tool may change them
             if is_async(tool):
                 pending.append((i, function))
             else:
@@ -128,16 +130,15 @@ class Environment:
             done = call_together([function for _, function in pending], self.timeout)
             for (i, _), result in zip(pending, done, strict=True):
                 results[i] = result
+        texts = [x if isinstance(x, CallError) else call_within(self.timeout, partial(_as_text, x)) for x in results]
         return [
-            (f"error: {_describe(x, self.timeout)}", True) if isinstance(x, CallError) else (_as_text(x), False)
-            for x in results
+            (_as_text(f"error: {_describe(x, self.timeout)}"), True) if isinstance(x, CallError) else (x, False)
+            for x in texts
         ]
 
     def is_done(self, used: Any, place: str) -> bool:
         """Return whether the trace has ended. Raises RunError if `done` fails."""
-        return (
-            bool(self._read(used, "done", {}, place)) if hasattr(type(used), "done") or "done" in vars(used) else False
-        )
+        return has_member(used, "done") and bool(self._read(used, "done", {}, place))
 
     def reward(
         self, used: Any, completion: str, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any], place: str
@@ -198,21 +199,23 @@ def _describe(error: CallError, timeout: float) -> str:
 
 
 def _as_text(result: Any) -> str:
-    if isinstance(result, str):
-        return result
-    try:
-        return json.dumps(result, ensure_ascii=False)
-    except (TypeError, ValueError):
-        return str(result)
+    """Return the result of a tool as text. Raises what its own code raises."""
+    text = result
+    if not isinstance(text, str):
+        try:
+            text = json.dumps(result, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            text = str(result)
+    return str(text).encode("utf-8", "replace").decode()  # half of a character is no text
 
 
 def _reset_arguments(reset: Callable[..., Any], row: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return the arguments of `reset`: `row`, `seed`, and columns of the row by name. **kwargs gets all columns."""
     parameters = inspect.signature(reset).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    given = {**row, "row": dict(row), "seed": seed}
+    given = {"seed": seed, **row, "row": dict(row)}
     named = {name: given[name] for name in parameters if name in given}
-    return {**(row if takes_all and "row" not in parameters else {}), **named}
+    return {**(row if takes_all else {}), **named}
 
 
 class _Functions:
@@ -230,7 +233,8 @@ def load_environment(spec: str, timeout: float) -> Environment:
     file, _, names = spec.rpartition(":")
     if not file.endswith(".py") or not names:
         raise RecipeError(f"--train.environment {spec}: not a file and a class", fix=FORM)
-    found = [load_function("environment", file, name.strip()) for name in names.split(",")]
+    found_names = [name.strip() for name in names.split(",")]
+    found = [load_function("environment", file, name) for name in found_names]
     factory: Callable[[], Any]
     if inspect.isclass(found[0]) and len(found) == 1:
         factory, name = found[0], found[0].__name__
@@ -239,8 +243,10 @@ def load_environment(spec: str, timeout: float) -> Environment:
         if wrong := next((each for each in found if not inspect.isroutine(each)), None):
             what = f"environment {spec}: {getattr(wrong, '__name__', wrong)} is not a function"
             raise RecipeError(what, fix=FORM)
+        if reserved := [name for name in found_names if name in NOT_TOOLS]:
+            raise RecipeError(f"environment {spec}: {reserved[0]} is not a name of a tool", fix="rename the function")
         factory, name = _Functions, "functions"
-        tools = {function.__name__: function for function in found}
+        tools = dict(zip(found_names, found, strict=True))
         factory = type("Functions", (_Functions,), {key: staticmethod(value) for key, value in tools.items()})
     if not callable(getattr(factory, "reset", None)):
         raise RecipeError(f"environment {spec}: it has no method reset", fix="add `def reset(self, row): ...`")
@@ -251,8 +257,18 @@ def load_environment(spec: str, timeout: float) -> Environment:
     if isinstance(first, CallError):
         what = f"environment {spec}: {name}(): {_describe(first, timeout)}"
         raise RecipeError(what, fix="make a class that is created without arguments")
-    schemas = {tool: _describe_tool(spec, file, getattr(first, tool)) for tool in tools}
+    schemas = {tool: _describe_tool(spec, file, tool, getattr(first, tool)) for tool in tools}
     return Environment(spec, name, factory, schemas, timeout, [first])
+
+
+def _check_parameters(tool: Callable[..., Any]) -> None:
+    """Raise TypeError for parameters that a call with JSON cannot give."""
+    hints = get_type_hints(tool)
+    for name, parameter in inspect.signature(tool).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"the parameter {name} cannot be given by name")
+        if isinstance(hint := hints.get(name), type) and issubclass(hint, Enum):
+            raise TypeError(f"the parameter {name} is an Enum, and a call gives a text: use Literal")
 
 
 def _list_tools(factory: type) -> Iterator[tuple[str, Any]]:
@@ -264,16 +280,17 @@ def _list_tools(factory: type) -> Iterator[tuple[str, Any]]:
                 yield name, member
 
 
-def _describe_tool(spec: str, file: str, tool: Callable[..., Any]) -> dict[str, Any]:
+def _describe_tool(spec: str, file: str, name: str, tool: Callable[..., Any]) -> dict[str, Any]:
     """Return the JSON schema of a tool. Raises RecipeError."""
     from transformers.utils import get_json_schema
 
     try:
-        schema = dict(get_json_schema(tool)["function"])
+        _check_parameters(tool)
+        schema = {**get_json_schema(tool)["function"], "name": name}  # a decorator may have another name
     except USER_CODE_ERRORS as error:  # transformers raises plain exceptions for some hints
         line = getattr(getattr(inspect.unwrap(tool), "__code__", None), "co_firstlineno", None)
         where = f"{file}:{line}" if line else file
-        what = f"{where}: environment {spec}: the tool {tool.__name__}: {error}"
+        what = f"{where}: environment {spec}: the tool {name}: {error}"
         fix = "give each parameter a type hint, and a docstring with a line for each under Args:"
         raise RecipeError(what, fix=f"{fix}; a method that is no tool begins with _") from None
     schema.pop("return", None)  # not part of the tools that a client sends to a server

@@ -218,7 +218,8 @@ def _find_reward(spec: str, weight: float) -> Reward:
     except (TypeError, ValueError):  # some C functions have no signature
         parameters = []
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    optional = {name for extra in TRACE_PARAMETERS.values() for name in extra}  # they are given with a default, too
+    names = [p.name for p in parameters if (p.default is p.empty or p.name in optional) and p.kind not in variable]
     traced = {form: tuple(name for name in extra if name in names) for form, extra in TRACE_PARAMETERS.items()}
     if "environments" in names and {*names} <= {*BATCH_PARAMETERS, *TRACE_PARAMETERS["batch"]}:
         return Reward(spec, weight, name, "batch", function=function, parameters=tuple(names))
@@ -354,14 +355,19 @@ def call_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeo
         return await asyncio.gather(*map(call_one, calls), return_exceptions=True)
 
     results = asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result()
-    unexpected = (x for x in results if isinstance(x, BaseException) and not isinstance(x, USER_CODE_ERRORS))
+    known = (*USER_CODE_ERRORS, asyncio.CancelledError)  # the function's own: nobody else cancels it
+    unexpected = (x for x in results if isinstance(x, BaseException) and not isinstance(x, known))
     if (error := next(unexpected, None)) is not None:
         raise error
     return [_call_error(result) if isinstance(result, BaseException) else result for result in results]
 
 
 def _call_error(error: BaseException) -> CallError:
-    return CallError(f"{type(error).__name__}: {error}", timed_out=isinstance(error, _TooSlow))
+    try:
+        text = str(error)
+    except USER_CODE_ERRORS:  # its own __str__ fails
+        text = "no text"
+    return CallError(f"{type(error).__name__}: {text}", timed_out=isinstance(error, _TooSlow))
 
 
 @cache

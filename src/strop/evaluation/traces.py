@@ -155,7 +155,7 @@ class Tracer:
             trace.parts.append((completion.ids, completion.log_probs))
             turn = self.dialogue.read_turn(completion.ids)
             trace.turns, trace.truncated = trace.turns + 1, not completion.stopped
-            trace.answer = strip_reasoning(turn.content, trace.prompt.reasoning_ends)
+            trace.answer = strip_reasoning(turn.text, trace.prompt.reasoning_ends)
             trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
             if completion.stopped and turn.calls:
                 turns[i] = turn
@@ -211,6 +211,9 @@ def rollout_seed(seed: int, index: int, row: int, number: int) -> int:
 
 
 def _as_messages(prompt: Prompt) -> list[Message]:
+    """Return the messages of a prompt. Raises RenderError for one with images."""
+    if any(not isinstance(value["content"], str) for value in prompt.messages):
+        raise RenderError("image-refused", "images in an environment are not supported")
     return [
         Message(
             value["role"], value["content"], value.get("reasoning_content"), tuple(value.get("tool_calls") or ()),

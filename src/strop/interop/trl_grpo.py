@@ -45,6 +45,11 @@ def read_code(draft: Draft, script: Script, arguments: dict[str, ast.expr]) -> N
             draft.put("train.environment", f"{files.pop()}:{','.join(name for _, name in specs)}", key)
         else:
             report_expression(draft, key, node, "tools of several files: import them into one file, and name that")
+    if {"environment_factory", "reward_funcs"} <= set(arguments):
+        text = (
+            "if the environment has an attribute `reward`, strop adds it to these: rename it, as TRL does not count it"
+        )
+        draft.add_difference("reward_funcs", text)
     for key in ("rollout_func", "reward_processing_classes"):
         if key in arguments:
             report_expression(draft, key, arguments[key], "not supported")
@@ -84,6 +89,8 @@ def read_config(draft: Draft, keys: Keys, loss_type: Any) -> None:
         draft.put("train.updates", as_int("num_iterations", updates), "num_iterations")
     if (calls := keys.take("max_tool_calling_iterations")) is not None:
         draft.put("train.turns", as_int("max_tool_calling_iterations", calls) + 1, "max_tool_calling_iterations")
+    elif draft.get("train.environment") is not None:
+        draft.add_difference("max_tool_calling_iterations", "trl has no limit by default; strop's is train.turns, 4")
     loss = loss_type or "dapo"
     if loss in LOSSES:
         draft.put("train.group_loss", loss, "loss_type")

@@ -163,3 +163,39 @@ def test_template_without_an_end_of_a_turn_is_refused() -> None:
 
     with pytest.raises(ModelError, match="cannot continue after a tool call"):
         ToolDialogue(Renderer(templates.tokenizer("ends-with-nothing")), TOOLS)
+
+
+@pytest.mark.parametrize("arguments", [
+    '{"x": 1e999}', '{"x": NaN}', r'{"x": "\ud83d"}', '{"x": ' + "[" * 5000, '"{\\"x\\": NaN}"',
+])  # fmt: skip
+def test_calls_that_cannot_be_logged_are_invalid(arguments: str) -> None:
+    [call] = HERMES.parse(f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call>').calls
+    assert isinstance(call, InvalidCall)
+
+
+def test_a_second_object_in_a_block_is_not_dropped_in_silence() -> None:
+    call = '{"name": "add", "arguments": {}}'
+    [found] = HERMES.parse(f"<tool_call>\n{call}\n{call}\n</tool_call>").calls
+    assert isinstance(found, InvalidCall) and "text after the JSON" in found.why
+
+
+def test_ids_that_the_model_writes_are_those_of_the_results() -> None:
+    dialogue = ToolDialogue(renderer_of("mistral"), TOOLS)
+    name = TOOL["function"]["name"]
+    calls = [{"name": name, "arguments": {"x": "1"}, "id": f"Ab3dE6gH{number}"} for number in range(2)]
+    turn = dialogue.format.parse(f"[TOOL_CALLS] {json.dumps(calls)}")
+    ids = dialogue.continuation([user("hi")], turn, ["one", "two"])
+    text = renderer_of("mistral").tokenizer.decode(ids)
+    assert "Ab3dE6gH0" in text and "Ab3dE6gH1" in text and "call0000" not in text
+
+
+def test_reasoning_that_is_not_closed_has_no_calls() -> None:
+    dialogue = ToolDialogue(renderer_of("qwen3-thinking"), TOOLS)
+    encode = renderer_of("qwen3-thinking").tokenizer.encode
+    call = '<tool_call>\n{"name": "add", "arguments": {"x": "a"}}\n</tool_call>'
+
+    def calls(text: str) -> int:
+        return len(dialogue.read_turn(np.array(encode(text, add_special_tokens=False), np.int32)).calls)
+
+    assert calls(f"<think> maybe {call} no") == 0
+    assert calls(f"<think> maybe {call} no </think> {call}") == 1

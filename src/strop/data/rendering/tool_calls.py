@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ _DECODER = json.JSONDecoder(strict=False)
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool."""
+    """A call of a tool. id: as the model wrote it, for templates that write it with the result."""
 
     name: str
     arguments: dict[str, Any]
+    id: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Turn:
 
 def call_json(call: Call) -> dict[str, Any]:
     """Return a call in the `messages` format."""
-    return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    function = {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return function if call.id is None else {"id": call.id, **function}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class CallFormat:
         while start >= 0:
             begin = start + len(opening)
             calls, end = self._read_payload(text, begin)
+            closed = text.find(closing, end) if closing else -1
+            if isinstance(calls[0], Call) and closed >= 0 and text[end:closed].strip():
+                calls = [InvalidCall("there is text after the JSON of the call")]
             yield start, calls
             if end == begin and closing and (closed := text.find(closing, begin)) >= 0:
                 end = closed
@@ -124,8 +129,10 @@ class CallFormat:
         begin = len(text) - len(text.lstrip())
         while re.match(r'\{\s*"', text[begin:]):
             calls, end = self._read_payload(text, begin)
-            is_call = isinstance(calls[0], Call) or re.match(rf'\{{\s*"{self.name_key}"\s*:', text[begin:])
-            if not is_call:
+            # an answer may be JSON with a name, too
+            keys = "|".join(map(re.escape, (self.arguments_key, "arguments", "parameters")))
+            has_arguments = re.search(rf'"({keys})"\s*:', text[begin:])
+            if not (has_arguments and re.match(rf'\{{\s*"({re.escape(self.name_key)}|{keys})"\s*:', text[begin:])):
                 return
             yield begin, calls
             if end == begin:
@@ -146,6 +153,8 @@ class CallFormat:
             value, end = _DECODER.raw_decode(text, begin)
         except ValueError as error:
             return [InvalidCall(f"the call is not valid JSON: {error}")], begin
+        except RecursionError:
+            return [InvalidCall("the call is nested too deep")], begin
         if self.shape == "named":
             return [_make_call(name, value)], end
         values = value if self.shape == "list" and isinstance(value, list) else [value]
@@ -157,18 +166,24 @@ class CallFormat:
         if not isinstance(value, dict) or not isinstance(value.get(self.name_key), str):
             return InvalidCall(f'the call has no "{self.name_key}"')
         known = (self.arguments_key, "arguments", "parameters")
-        return _make_call(value[self.name_key], next((value[key] for key in known if key in value), {}))
+        id = value.get("id")
+        arguments: Any = next((value[key] for key in known if key in value), {})
+        return _make_call(value[self.name_key], arguments, id if isinstance(id, str) else None)
 
 
-def _make_call(name: str, arguments: Any) -> Call | InvalidCall:
+def _make_call(name: str, arguments: Any, id: str | None = None) -> Call | InvalidCall:
     if isinstance(arguments, str):  # JSON in a string
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return InvalidCall("the arguments are not valid JSON")
     if not isinstance(arguments, dict):
         return InvalidCall("the arguments are not an object")
-    return Call(name, arguments)
+    try:
+        json.dumps([name, arguments, id], ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return InvalidCall("the call has half of a character, or a number that is not finite")
+    return Call(name, arguments, id)
 
 
 HERMES = CallFormat("<tool_call>\n", "\n</tool_call>")
@@ -341,7 +356,13 @@ class ToolDialogue:
         tokenizer = self._renderer.tokenizer
         ids = ids[:-1] if len(ids) and int(ids[-1]) in self._renderer.end_ids else ids
         text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        begins = any(text.lstrip().startswith(begin) for begin, _ in self._renderer.chat.traits.reasoning_marks)
         end = next((end for end in self._reasoning_ends if end in text), None)
+        if begins and end is None:  # reasoning that does not end
+            return Turn(text.strip(), text.strip(), ())
+        if end is not None and not begins and not self._renderer.chat.traits.needs_empty_block:
+            call = text.find(self.format.opening.strip())  # the end may be in an argument of a call
+            end = None if self.format.opening.strip() and 0 <= call < text.index(end) else end
         turn = self.format.parse(text if end is None else text.partition(end)[2])
         if turn.calls:
             return turn
@@ -370,6 +391,8 @@ class ToolDialogue:
         They have valid calls, which a turn may not have, and no reasoning, which a template may remove.
         """
         names = [call.name if isinstance(call, Call) else self._first_tool for call in turn.calls]
-        calls = [call_json(Call(name, {"x": ""})) for name in names[:-1]]
-        calls.append(call_json(Call(names[-1], {"x": mark})))
-        return [Message("assistant", "", tool_calls=tuple(calls)), *(Message("tool", result) for result in results)]
+        ids = [call.id if isinstance(call, Call) else None for call in turn.calls]
+        values = [*[""] * (len(names) - 1), mark]
+        calls = [call_json(Call(name, {"x": x}, id)) for name, x, id in zip(names, values, ids, strict=True)]
+        answers = [Message("tool", result, call_id=id) for result, id in zip(results, ids, strict=False)]
+        return [Message("assistant", "", tool_calls=tuple(calls)), *answers]
