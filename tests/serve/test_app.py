@@ -230,7 +230,10 @@ BAD = {
     "an empty stop": ({"stop": ""}, "stop"),
     "no messages": ({"messages": []}, "messages"),
     "an unknown role": ({"messages": [{"role": "boss", "content": "x"}]}, "unknown role"),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "no path, url",
+    ),
     "no content": ({"messages": [{"role": "user", "content": None}]}, "content is null"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "requires stream"),
 }

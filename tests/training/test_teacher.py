@@ -257,7 +257,7 @@ def test_other_vocabulary_is_refused_unless_only_answers_count(
         (["--train.teacher", "demo", "--train.objective", "classify"], "does not support it"),
         (["--train.teacher", "http://127.0.0.1:9/v1", "--train.objective", "grpo"], "sampled completions"),
         (["--train.teacher", "http://x:y@127.0.0.1/v1", "--train.objective", "grpo"], "STROP_TEACHER_KEY"),
-        (["--train.objective", "grpo"], "needs --train.rewards or --train.teacher"),
+        (["--train.objective", "grpo"], "needs --train.rewards, --train.environment or --train.teacher"),
     ],
 )
 def test_invalid_teachers_are_refused(

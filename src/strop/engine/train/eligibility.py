@@ -151,7 +151,7 @@ def _why_adapters_unsupported(
     if all_weights:
         supported |= {id(module.weight) for module in linear_modules}
     for name, parameter in base.named_parameters():
-        is_supported = id(parameter) in supported or any(part in name for part in TRAINABLE)
+        is_supported = id(parameter) in supported or any(part in f".{name}" for part in TRAINABLE)
         if parameter.requires_grad and not is_supported and is_text(name):
             return f"{name} is trained in full"
     return None
