@@ -22,6 +22,8 @@ import strop
 from strop.data import images
 from strop.data.converters import parse_request, read_images
 from strop.data.rendering.render import Renderer
+from strop.data.types import Message
+from strop.engine.decode import generate
 from strop.engine.images import install_images
 from strop.errors import InputError, RecipeError, StropError
 from strop.evaluation.run import EvalOptions, evaluate_models
@@ -263,6 +265,31 @@ def test_features_of_a_quantized_encoder_are_kept_apart(rows: Path, tmp_path: Pa
         done = strop.train(model=str(model), data=str(rows), out=tmp_path / name, **options)
         losses[name] = done.report["loss"]
     assert losses["first"] == losses["again"] != losses["quantized"]
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])  # while the base answers, and while the adapter does
+def test_an_interrupted_comparison_has_the_same_rows_on_both_sides(
+    trained: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_all = generate.decode_all
+
+    def one_by_one(batch: Any, sequences: Any) -> Any:
+        return (progress for sequence in sequences for progress in decode_all(batch, [sequence]))
+
+    monkeypatch.setattr(generate, "decode_all", one_by_one)
+    model = strop.load(trained, dtype="fp32")
+    texts = ("Which colour?", "What is it?", "Name the colour of it.")
+    prompts = [model.renderer.prompt([Message("user", text)]) for text in texts]
+
+    def interrupt(done: int) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    complete = model.answer(prompts, max_new_tokens=4, both=True)
+    answers = model.answer(prompts, max_new_tokens=4, both=True, partial=True, advance=interrupt)
+    rows = len(answers) // 2
+    assert 0 < rows < 3
+    assert answers == complete[:rows] + complete[3:][:rows]
 
 
 def test_an_added_adapter_brings_its_projector(seeing: Path, rows: Path, trained: Path, tmp_path: Path) -> None:

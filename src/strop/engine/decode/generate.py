@@ -64,7 +64,9 @@ Sampler = Callable[
 """The signature of `sample_completions`."""
 
 Respond = Callable[[Sequence[tuple[int, SampledCompletion]]], Mapping[int, Ids]]
-"""What follows the turns that ended: gets (trace, turn) of each, returns the tokens after those that have another turn.
+"""Continues traces: gets (trace, turn) of the turns that ended, returns by trace the tokens before its next turn.
+
+Traces that it does not return are complete.
 
 A trace with its next tokens must be shorter than `max_length` of `sample_turns`.
 """
@@ -92,6 +94,19 @@ def generate(
         InputError: if max_new_tokens is below 1, or a prompt is too long for a model with learned positions.
         ModelError: if a token is not in the model's vocabulary, or the logits are not finite.
     """
+    if both and _needs_two_passes(model):
+        settings: dict[str, Any] = {
+            "stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text,
+            "partial": partial,
+        }  # fmt: skip
+        with adapter_disabled(cast(Any, model)):
+            base = generate(model, tokenizer, prompts, advance=advance, expected=expected, **settings)
+        finished = len(base)  # fewer after Ctrl-C
+        adapted_advance = advance and (lambda done: advance(len(prompts) + done))
+        adapted = generate(
+            model, tokenizer, prompts[:finished], advance=adapted_advance, expected=expected[:finished], **settings
+        )
+        return base[: len(adapted)] + adapted
     stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: must be at least 1", fix="give 1 or more")
@@ -111,21 +126,7 @@ def generate(
         limits = [min(max_new_tokens, positions - len(ids)) for ids in prompts]
     if why_decoder_unsupported(model) is not None:
         streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
-        arguments = model, tokenizer, prompts, stop_ids, limits, sampling, streamer
-        if not both:
-            return _generate_with_hf(*arguments, advance)
-        with adapter_disabled(cast(Any, model)):
-            base = _generate_with_hf(*arguments, advance)
-        return base + _generate_with_hf(*arguments, advance and (lambda done: advance(len(prompts) + done)))
-    features = image_features(model)
-    if both and features is not None and features.depends_on_adapter:  # the two need other inputs for an image
-        settings: dict[str, Any] = {
-            "stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "sampling": sampling, "expected": expected
-        }  # fmt: skip
-        with adapter_disabled(cast(Any, model)):
-            base = generate(model, tokenizer, prompts, advance=advance, partial=partial, **settings)
-        both_advance = advance and (lambda done: advance(len(prompts) + done))
-        return base + generate(model, tokenizer, prompts, advance=both_advance, partial=partial, **settings)
+        return _generate_with_hf(model, tokenizer, prompts, stop_ids, limits, sampling, streamer, advance)
     adapters = [None, find_active_adapter(model)] if both else [find_active_adapter(model)]
     rows: list[list[SequenceState]] = []
     for i, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True)):
@@ -155,6 +156,12 @@ def generate(
         on_text(detokenizer.end())
     ordered = [row[i] for i in range(len(adapters)) for row in rows]
     return [_decode_completion(tokenizer, x.completion, stop_ids, x.expected_logprobs) for x in ordered]
+
+
+def _needs_two_passes(model: nn.Module) -> bool:
+    """Return whether base and adapter cannot be decoded in one batch, such as with other features of an image."""
+    features = image_features(model)
+    return why_decoder_unsupported(model) is not None or (features is not None and features.depends_on_adapter)
 
 
 def sample_completions(
