@@ -272,7 +272,7 @@ def open_image(image: Image) -> PIL.Image.Image:
 
 def to_data_url(image: Image) -> str:
     """Return the pixels as a data URL. Raises DataError if the file has changed since the rows were prepared."""
-    return f"data:image/png;base64,{base64.b64encode(encode_png(open_image(image))).decode()}"
+    return _png_data_url(open_image(image))
 
 
 def thumbnail(image: Image, side: int) -> str:
@@ -282,6 +282,10 @@ def thumbnail(image: Image, side: int) -> str:
     except DataError:
         return ""
     pixels.thumbnail((side, side))
+    return _png_data_url(pixels)
+
+
+def _png_data_url(pixels: PIL.Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 

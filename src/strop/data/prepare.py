@@ -48,6 +48,7 @@ from strop.data.store import (
     digest,
     dump_conversation,
     load_store,
+    read_facts,
 )
 from strop.data.types import (
     PREFERENCE_KINDS,
@@ -430,11 +431,13 @@ def _build_store(
 
 def _remove_changed(folder: Path) -> None:
     """Remove a store if one of its images has changed, or could not be read: its rows are prepared again."""
-    store = load_store(folder)
-    if store is None:
+    try:
+        facts = read_facts(folder)
+        failed = any(code in IMAGE_FILE_REASONS for code, *_ in facts["faults"])
+        changed = failed or any(_has_changed(path, digest_) for digest_, path, *_ in facts.get("images") or ())
+    except (OSError, ValueError, KeyError, TypeError):  # there is no store, or `load_store` refuses it
         return
-    failed = any(code in IMAGE_FILE_REASONS for code, *_ in store.facts["faults"])
-    if failed or any(_has_changed(path, digest_) for digest_, path, *_ in store.facts.get("images") or ()):
+    if changed:
         shutil.rmtree(folder)
 
 

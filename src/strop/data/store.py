@@ -192,12 +192,18 @@ def load_store(folder: Path, images: ImageTable | None = None) -> Store | None:
     images: the table to which its images are added, so that its token ids are those of the table.
     """
     try:
-        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        facts = read_facts(folder)
         intact = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
         intact = intact and all(_checksum(folder / name) == checksum for name, checksum in facts["sums"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Store(folder, facts, images) if intact else None
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of a store's facts.json. Raises OSError or ValueError if it cannot be read."""
+    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return facts
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -70,6 +70,7 @@ class ImageFeatures:
         self._tower = find_image_tower(model)
         self.refresh()
         self._tower_outputs: OrderedDict[str, Any] = OrderedDict()  # by digest
+        self._grids: dict[int, Tensor | None] = {}
         self.computed = 0  # images that were not in the cache
 
     def refresh(self) -> None:
@@ -92,7 +93,7 @@ class ImageFeatures:
 
     @property
     def why_not_embeddings(self) -> str | None:
-        """Why features are more than embeddings in a causal sequence, or None."""
+        """Return why features are more than embeddings in a causal sequence, or None."""
         if not self._token_types:
             return None
         return _IN_SPACE if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
@@ -103,21 +104,21 @@ class ImageFeatures:
 
     @property
     def why_model_computes(self) -> str | None:
-        """Why the model's own forward must compute the rows, or None. Without images it is never needed."""
+        """Return why the model's own forward must compute the rows, or None. Without images it is never needed."""
         return self.why_not_embeddings if self.has_images else None
 
-    def rows(self, ids: Tensor, name: str = FEATURES) -> Tensor:
-        """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on. name: of the tensor of an image."""
-        table, parts = self._encoder.table, list[Tensor]()
-        for number, first, last in self._spans(ids):
-            start = table.starts[number]
-            parts.append(self.of_image(number)[name][first - start : last - start + 1])
-        return torch.cat(parts)
+    def rows(self, ids: Tensor) -> list[Tensor]:
+        """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on.
 
-    def later_features(self, ids: Tensor) -> list[Tensor]:
-        """Return the features (n, h) that the first layers add to those of ids (n,), a tensor for each (DeepStack)."""
-        names = [name for name in self.of_image(self._encoder.table.find(int(ids[0]))) if name.startswith(LATER)]
-        return [self.rows(ids, name) for name in sorted(names)]
+        Followed by those that the first layers add (DeepStack), a tensor for each layer.
+        """
+        spans = list(self._spans(ids))
+        images = {number: self.of_image(number) for number, *_ in spans}
+        starts = self._encoder.table.starts
+        return [
+            torch.cat([images[i][name][first - starts[i] : last - starts[i] + 1] for i, first, last in spans])
+            for name in (FEATURES, *sorted(name for name in images[spans[0][0]] if name.startswith(LATER)))
+        ]
 
     def _spans(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
         """Yield index of the image, first and last id of each run of ids of an image."""
@@ -136,14 +137,18 @@ class ImageFeatures:
         if not self._token_types or not bool(is_image.any()):
             return {}
         arguments = {name: is_image.long() for name in self._token_types}
-        images = [number for row in ids for number, *_ in self._whole_images(row)]
-        grids = [self.of_image(number).get(GRID) for number in images]
+        images = [number for row in ids for number, *_ in self._spans(row[row >= FIRST_IMAGE_ID])]
+        grids = [self._grid(number) for number in images]
         if all(grid is not None for grid in grids):
             arguments[GRID] = torch.cat(cast(list[Tensor], grids))
         return arguments
 
-    def _whole_images(self, row: Tensor) -> Iterator[tuple[int, int, int]]:
-        return self._spans(row[row >= FIRST_IMAGE_ID])
+    def _grid(self, number: int) -> Tensor | None:
+        """Return the grid of an image. It is kept: a trained projector would compute its features for it again."""
+        if number not in self._grids:
+            with torch.inference_mode(False), torch.no_grad():  # sampling computes under inference_mode
+                self._grids[number] = self.of_image(number).get(GRID)
+        return self._grids[number]
 
     def images_of(self, ids: Ids) -> list[tuple[int, Image]]:
         """Return the images of token ids (n,) with their indices, so that they are kept for `load`."""
@@ -158,7 +163,7 @@ class ImageFeatures:
 
     @property
     def depends_on_adapter(self) -> bool:
-        """Whether the features with an adapter differ from those of the base."""
+        """Return whether a part that makes the features, such as a projector, is trained."""
         return bool(self._adapted)
 
     def of_image(self, number: int) -> dict[str, Tensor]:
@@ -338,7 +343,7 @@ def install_images(model: Any, tokenizer: Any) -> ImageFeatures | None:
         return features
     features, embedding = ImageFeatures(base, encoder), base.get_input_embeddings()
     given: list[Tensor] = []  # the ids of the calls of the embedding; the features of an image are a call inside one
-    last: list[Tensor] = []  # the ids of the last call that is complete
+    later: list[Tensor] = []  # of the last complete call, as `insert_features` returns them
 
     def hide(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids, *rest = args
@@ -346,16 +351,16 @@ def install_images(model: Any, tokenizer: Any) -> ImageFeatures | None:
         return (ids.masked_fill(ids >= FIRST_IMAGE_ID, 0), *rest)
 
     def insert(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        ids = given[-1]
-        output = insert_features(features, ids, output)
-        last[:] = [given.pop()]
+        output, later[:] = insert_features(features, given[-1], output)
+        given.pop()
         return output
 
     def add_later(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_image = last[0] >= FIRST_IMAGE_ID if last else None
-        if is_image is None or not bool(is_image.any()) or not (later := features.later_features(last[0][is_image])):
+        if not later:
             return None
-        return args, {**kwargs, "visual_pos_masks": is_image, "deepstack_visual_embeds": later}
+        is_image, *added = later
+        later.clear()
+        return args, {**kwargs, "visual_pos_masks": is_image, "deepstack_visual_embeds": added}
 
     base.image_features = features
     embedding.register_forward_pre_hook(hide)
@@ -365,11 +370,17 @@ def install_images(model: Any, tokenizer: Any) -> ImageFeatures | None:
     return features
 
 
-def insert_features(features: ImageFeatures, ids: Tensor, embeddings: Tensor) -> Tensor:
-    """Return embeddings (..., h) with the features of images in place of those of their ids (...,)."""
+def insert_features(features: ImageFeatures, ids: Tensor, embeddings: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return embeddings (..., h) with the features of images in place of those of their ids (...,).
+
+    Also returns what the first layers add (DeepStack): the mask (...,) of the features, and their rows for each layer.
+    It is empty for other models, and without images.
+    """
     if not features.has_images:  # rows of text need no search, which on a GPU would wait
-        return embeddings
-    places = (ids >= FIRST_IMAGE_ID).nonzero(as_tuple=True)
+        return embeddings, []
+    is_image = ids >= FIRST_IMAGE_ID
+    places = is_image.nonzero(as_tuple=True)
     if not len(places[0]):
-        return embeddings
-    return embeddings.index_put(places, features.rows(ids[places]).to(embeddings.dtype))
+        return embeddings, []
+    rows, *later = features.rows(ids[places])
+    return embeddings.index_put(places, rows.to(embeddings.dtype)), [is_image, *later] if later else []

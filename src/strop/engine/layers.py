@@ -121,7 +121,7 @@ class DecoderLayers:
         features = image_features(self._base)
         text_ids = ids if features is None else ids.masked_fill(ids >= FIRST_IMAGE_ID, 0)
         x = embed(self.embedding, text_ids, self.dtype)
-        x = x if features is None else insert_features(features, ids, x)
+        x = x if features is None else insert_features(features, ids, x)[0]
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def rope_kind(self, number: int) -> str | None:

@@ -83,7 +83,7 @@ class Reward:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether the function gets the columns of the row."""
+        """Return whether the function gets the columns of the row."""
         return self.form in ("row", "batch")
 
     def compute(self, candidates: Sequence[Candidate], rows: Rows, timeout: float) -> list[dict[str, float]]:
@@ -125,7 +125,7 @@ class Reward:
 
     @property
     def reads_traces(self) -> bool:
-        """Whether the function gets the messages or the environment of a trace."""
+        """Return whether the function gets the messages or the environment of a trace."""
         return not {"messages", "environment", "environments"}.isdisjoint(self.parameters)
 
     def _name_trace(self, candidate: Candidate) -> dict[str, Any]:

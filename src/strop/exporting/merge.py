@@ -248,7 +248,7 @@ class TunedModel:
 
     @property
     def has_images(self) -> bool:
-        """Whether there are images in the examples."""
+        """Return whether there are images in the examples."""
         encoder = image_encoder(self.tokenizer)
         return encoder is not None and len(encoder.table) > 0
 

@@ -82,7 +82,7 @@ class ImageEncoder:
 
     @cached_property
     def reads_several(self) -> bool:
-        """Whether the text of an image is the same next to other images. LLaVA-OneVision cuts only a single image."""
+        """Return whether an image has the same text next to others. LLaVA-OneVision cuts only an image alone."""
         import PIL.Image
 
         images, whole = [PIL.Image.new("RGB", size) for size in (_PROBE_SIZE, _PROBE_SIZE[::-1])], list[int]()
