@@ -28,6 +28,11 @@ class Block:
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
 
+    @property
+    def commands(self) -> list[list[str]]:
+        """The commands as words, if this is a shell block."""
+        return list(commands(self.text)) if self.language in SHELL else []
+
 
 def blocks(page: Path) -> list[Block]:
     """Return fenced and indented blocks, in order."""

@@ -25,7 +25,7 @@ from strop.runs.events import read_events
 from strop.runs.folder import read_json
 from strop.sweeping import loop
 from tests import ROOT
-from tests.support.pages import SHELL, blocks, commands
+from tests.support.pages import blocks
 from tests.support.runs import run
 
 COLOURS = ("red", "green", "blue")
@@ -438,7 +438,7 @@ def test_the_guide_works_from_its_first_command_to_its_last(
             text = block.text.replace('"demo"', repr(str(tiny_folder)))
             text = text.replace("trials=4", "trials=2, seeds=1, max_steps=2, dtype='fp32', max_new_tokens=4")
             exec(text, {"print": lambda *values: shown.append(values)})
-        for line in commands(block.text) if block.language in SHELL else ():
+        for line in block.commands:
             if line[0] != "strop":
                 continue
             command = [str(tiny_folder) if word == "demo" else word for word in line[1:]]

@@ -29,7 +29,7 @@ from strop.training.criteria import ClassCriterion
 from tests import ROOT
 from tests.support import texts, tiny
 from tests.support.families import tokenizer
-from tests.support.pages import SHELL, blocks, commands
+from tests.support.pages import blocks
 from tests.support.random_models import tiny_of
 from tests.support.runs import QUICK, run
 
@@ -241,7 +241,7 @@ def test_the_guide_works_from_its_first_command_to_its_last(
     for block in blocks(ROOT / "docs" / "classify.md"):
         if block.language == "python":
             exec(block.text, {"print": shown.append})
-        for words in commands(block.text) if block.language in SHELL else ():
+        for words in block.commands:
             if words[0] != "strop" or words[1] == "serve":
                 continue
             words = [str(tiny_folder) if word == "demo" else word for word in words[1:]]

@@ -28,7 +28,7 @@ from strop.testing import tiny_rows
 from tests import ROOT
 from tests.support import tiny_families
 from tests.support.families import tokenizer
-from tests.support.pages import SHELL, blocks, commands
+from tests.support.pages import blocks
 from tests.support.random_models import EXPERTS, FAMILY_CONFIGS, example, tiny_of
 from tests.support.tiny import save_tiny
 
@@ -305,7 +305,7 @@ def test_the_guide_works_from_its_first_command_to_its_last(
     tiny_rows(tmp_path / "held-out.jsonl", 6)
     outputs = {}
     for block in blocks(ROOT / "docs" / "full.md"):
-        for words in commands(block.text) if block.language in SHELL else ():
+        for words in block.commands:
             words = [str(base) if word == "demo" else word for word in words[1:]]
             words += ["--max-steps", "2", "--batch-size", "4"] if words[0] == "train" else []
             monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))

@@ -33,7 +33,7 @@ from strop.models.tokenizer import load_tokenizer
 from strop.runs.events import read_events
 from strop.runs.folder import cache_folder
 from tests import ROOT
-from tests.support.pages import SHELL, blocks, commands
+from tests.support.pages import blocks
 from tests.support.runs import QUICK, run
 from tests.support.seeing import save_seeing
 from tests.support.serving import CHAT, serving
@@ -368,7 +368,7 @@ def test_the_guide_works_from_its_first_command_to_its_last(
     for block in page:
         if block.language == "python":
             exec(block.text, {"print": shown.append})
-        for words in commands(block.text) if block.language in SHELL else ():
+        for words in block.commands:
             if words[0] != "strop":
                 continue
             words = [str(seeing) if word.startswith("HuggingFaceTB/") else word for word in words[1:]]

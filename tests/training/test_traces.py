@@ -25,7 +25,7 @@ from strop.training.loop import fit
 from strop.training.state import Job, batch_stream
 from tests import ROOT
 from tests.support.families import tokenizer
-from tests.support.pages import SHELL, blocks, commands
+from tests.support.pages import blocks
 from tests.support.runs import QUICK, run
 from tests.support.scripted import CALL, ENVIRONMENT, make_desk_job
 from tests.support.tiny import move_from_reference
@@ -325,7 +325,7 @@ def test_the_guide_works_from_its_first_command_to_its_last(
     Path("held-out.jsonl").write_text(rows.replace("a tea", "one tea").replace("a cup", "one cup"), encoding="utf-8")
     outputs = []
     for block in page:
-        for words in commands(block.text) if block.language in SHELL else ():
+        for words in block.commands:
             words = [str(tiny_folder) if word == "demo" else word for word in words[1:]]
             words += [*QUICK[:4], "--train.group", "2"] if words[0] == "train" else []
             code_, out, err = run(*words, capsys=capsys)
