@@ -431,12 +431,17 @@ def test_template_that_loses_images_refuses_them(folder: Path, tokenizer: Any) -
     assert "does not show an image" in caught.value.where[0].what
 
 
-def test_model_of_texts_refuses_images(folder: Path) -> None:
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ '' + m.content }}"])  # that shows parts, or refuses them
+def test_model_of_texts_refuses_images(folder: Path, content: str) -> None:
     from tests.support import families
 
+    text = families.tokenizer("chatml")
+    turn = "<|im_start|>{{ m.role }}\n" + content + "<|im_end|>\n"
+    text.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    text.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     file = write(folder / "d.jsonl", chat(images=["good.png"]), chat("b"))
     with pytest.raises(DataError, match="cannot be used") as caught:
-        run(file, families.tokenizer("chatml"))
+        run(file, text)
     assert caught.value.where[0].line == 1 and "the model reads only text" in caught.value.where[0].what
 
 

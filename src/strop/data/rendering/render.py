@@ -83,12 +83,15 @@ class Renderer:
         """The images of rendered rows, or None for a model of texts."""
         return None if self._images is None else self._images.table
 
+    def _check_images(self, messages: Iterable[Message]) -> None:
+        """Raise RenderError for images if the model reads only text, whose chat template may refuse them in any way."""
+        if self._images is None and any(message.images for message in messages):
+            raise RenderError("no-images")
+
     def _expand_images(self, draft: Draft, messages: Iterable[Message]) -> Draft:
         """Write the text of each image in a draft. messages: of the conversation. Raises RenderError."""
-        if not draft.images:
+        if not draft.images or self._images is None:
             return draft
-        if self._images is None:
-            raise RenderError("no-images")
         encoder = self._images
         if draft.images > 1 and not encoder.reads_several:
             raise RenderError("image-refused", "the model reads several images in another way than one, so give one")
@@ -203,6 +206,7 @@ class Renderer:
     def _make_drafts(self, conversation: Conversation) -> list[Draft] | RenderError:
         try:
             if conversation.text is None:
+                self._check_images(conversation.messages)
                 drafts = self.chat.make_drafts(conversation, include_untrained=self.loss == "all")
                 return [self._expand_images(draft, conversation.messages) for draft in drafts]
             if self.tokenizer.eos_token_id is None:
@@ -243,6 +247,7 @@ class Renderer:
         does not read.
         """
         check_options(options or {}, self.chat.variables_read - {DATE_OPTION}, "chat_template_kwargs")
+        self._check_images(messages)
         messages = [self.chat.separate_reasoning(message) for message in messages]
         draft = self._expand_images(self.chat.prompt(messages, tools, options=options), messages)
         encoder, text, _ = self._encoder_for(draft)
