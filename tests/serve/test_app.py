@@ -348,6 +348,19 @@ def test_foreign_hosts_origins_and_content_types_are_rejected(server: Server) ->
     assert preflight.status_code == 403 and "access-control-allow-origin" not in preflight.headers
 
 
+def test_refused_request_may_send_its_body_after_the_response(server: Server) -> None:
+    """With a connection that is closed at once, such a client gets a reset in place of the response."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20) as connection:
+        for body in (b"x" * 300_000, b"{}"):
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode())
+            received = b""
+            while b"content type must be" not in received:
+                received += connection.recv(4096)
+            assert received.startswith(b"HTTP/1.1 415 ")
+            connection.sendall(body)
+
+
 def test_large_bodies_and_prompts_are_rejected(server: Server) -> None:
     large = {"model": "calm", "messages": [{"role": "user", "content": "x" * (1 << 20)}]}
     assert server.post(CHAT, large).status_code == 413

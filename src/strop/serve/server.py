@@ -75,7 +75,12 @@ class AccessRules:
 
 
 class HeaderTimeoutProtocol(H11Protocol):
-    """Closes connections that do not send complete headers in time, so that they cannot block all others."""
+    """Closes connections that do not send complete headers in time, so that they cannot block all others.
+
+    uvicorn discards the rest of a body whose request was answered early, such as a wrong key. If the connection were
+    closed at once, a client that is still sending would get a reset in place of the response. The time for the next
+    headers includes that for this rest.
+    """
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -96,7 +101,8 @@ class HeaderTimeoutProtocol(H11Protocol):
         self._stop_timer()
 
     def _update_timer(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # the headers are complete, or the client has disconnected
+        answered_early = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        if self.conn.their_state is not h11.IDLE and not answered_early:  # in a request, or disconnected
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -185,10 +191,7 @@ class Guard:
 
 async def _send_error(send: Any, status: int, message: str) -> None:
     body = json.dumps(error_body(status, message)).encode()
-    headers = [
-        (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # the client may still be sending the body
-    ]  # fmt: skip
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
