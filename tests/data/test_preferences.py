@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from strop.config.schema import DataSection
 from strop.data import check
@@ -200,6 +202,14 @@ def test_columns_that_are_no_part_of_the_prompt_of_a_pair_are_reported(
 ) -> None:
     warnings = run(write(tmp_path / "a.jsonl", [{**PAIR, **more}])).report.warnings
     assert warnings == ([unread] if unread else [])
+
+
+def test_other_columns_of_prompts_are_for_the_rewards(tmp_path: Path) -> None:
+    report = run(write(tmp_path / "a.jsonl", [{"prompt": "hi", "cost": 3}]), "prompts", format="prompt").report
+    screen = io.StringIO()
+    check.print_report(report.as_json(), Console(file=screen, width=80))
+    assert report.warnings == [] and f"tokens    {report.tokens.all} in prompts" in screen.getvalue()
+    assert "supervised" not in screen.getvalue()
 
 
 def test_history_and_exchanges_of_a_question_are_read() -> None:

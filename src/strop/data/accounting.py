@@ -129,7 +129,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         outcomes = {name: int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split", "dropped")}
         counts = {"read": facts["read"], **outcomes}
         num_used, num_stops = len(selection.store.row_records), facts["stops"]
-        warnings = [*renderer.warnings, *_row_warnings(facts)]
+        warnings = [*renderer.warnings, *_row_warnings(facts, selection.data_kind)]
         if 0 < num_with_reasoning < num_conversations:
             num_without = num_conversations - num_with_reasoning
             warnings.append(f"{num_with_reasoning} {role} rows have reasoning and {num_without} have none")
@@ -273,9 +273,9 @@ def _null_names(conversation: Conversation) -> Iterator[str]:
     return (name for item in objects if isinstance(item, dict) for name, value in item.items() if value is None)
 
 
-def _row_warnings(facts: dict[str, Any]) -> list[str]:
+def _row_warnings(facts: dict[str, Any], data_kind: DataKind) -> list[str]:
     warnings = [f"{count} rows have {warning} ({first})" for warning, count, first in facts["notes"]]
-    if facts["unused"]:
+    if facts["unused"] and data_kind != "prompts":  # functions as rewards and environments get all columns
         columns = ", ".join(f"{name or '(unnamed)'} ({count} rows)" for name, count in sorted(facts["unused"].items()))
         warnings.append(f"columns not read: {columns}")
     return warnings + [

@@ -60,7 +60,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     for reason, count in report["by_reason"].items():
         grid.add_row("", Text(f"{count:,} dropped: {reason}", style="red"))
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
-    grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
+    trained = f", of which {tokens['supervised']:,} supervised ({share:.0%})"
+    grid.add_row("tokens", f"{tokens['all']:,}{' in prompts' if 'prompts' in report['answers'] else trained}")
     grid.add_row("length", f"median {tokens['p50']:,}, 95th percentile {tokens['p95']:,}, longest {tokens['max']:,}")
     if not {"prompts", "classes", "triplets"} & report["answers"].keys():
         stops = int(report["stop_token"]["rows"])
