@@ -3,11 +3,14 @@
     python benchmarks/images.py build --out MODEL
     python benchmarks/images.py data --tasks digits|charts|receipts --out FOLDER
     python benchmarks/images.py run [--tasks digits charts receipts] [--vision projector] [--epochs 4] [--out FILE]
+    python benchmarks/images.py speed [--tower small|siglip] [--rows 48] [--epochs 3] [--repeats 3] [--out FILE]
 
 `build` writes a model in the format of SmolVLM: SmolLM2-135M as the text model, under a small image encoder (four
 layers of SigLIP's kind) and a projector with random weights. `data` writes images and rows: the 1,797 scanned digits of
 scikit-learn, or pictures drawn with Pillow; answers are JSON. `run` trains on them, scores base and tuned on held-out
-images, prints a Markdown table, and updates the file after each task.
+images, prints a Markdown table, and updates the file after each task. `speed` trains LoRA on the text model with strop
+and with TRL's SFTTrainer on the same batches, in fp32, in turn; `siglip` is an image encoder as large as SmolVLM's (93
+million parameters, 1,024 patches). Tokens include those of images, and never padding. It also compares the first loss.
 """
 
 from __future__ import annotations
@@ -15,22 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from measured import run_jobs
+from measured import child, run_jobs, write
 
-SIDE, PATCH, TOKENS = 48, 12, 4  # of an image, in pixels and in features
+SIDE, PATCH = 48, 12  # of an image, in pixels
+BATCH, RATE = 4, 1e-4  # of `speed`
 HELD_OUT, DRAWN = 300, 2300  # rows that are not trained on, and rows of a task whose pictures are drawn
 SHOPS = ("Kiosk Nord", "Cafe Luna", "Book Barn", "Tea House", "Bike Shop", "City Deli")
 FRUIT = ("apples", "pears", "plums", "figs")
 
 
-def build(out: Path, side: int = SIDE, patch: int = PATCH) -> None:
+def build(out: Path, tower: str = "small") -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Idefics3Config, Idefics3ForConditionalGeneration
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -47,12 +53,12 @@ def build(out: Path, side: int = SIDE, patch: int = PATCH) -> None:
     text = AutoModelForCausalLM.from_pretrained(weights_folder(source), dtype=torch.float32)
     size = text.get_input_embeddings().weight.std().item()
     text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    vision = {
-        "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6,
-        "image_size": side, "patch_size": patch,
-    }  # fmt: skip
+    side, patch, scale = (SIDE, PATCH, 2) if tower == "small" else (512, 16, 4)
+    sizes = (192, 384, 4, 6) if tower == "small" else (768, 3072, 12, 12)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {**dict(zip(names, sizes, strict=True)), "image_size": side, "patch_size": patch}
     config = Idefics3Config(
-        text_config=text.config.to_dict(), vision_config=vision, scale_factor=2, tie_word_embeddings=True,
+        text_config=text.config.to_dict(), vision_config=vision, scale_factor=scale, tie_word_embeddings=True,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -71,15 +77,18 @@ def build(out: Path, side: int = SIDE, patch: int = PATCH) -> None:
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": side}, max_image_size={"longest_edge": side}, do_image_splitting=False
     )
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=(side // patch) ** 2 // 4, chat_template=template)
+    image_tokens = (side // patch // scale) ** 2
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=image_tokens, chat_template=template)
     model.to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
 
 
-def write_data(task: str, folder: Path) -> None:
+def write_data(task: str, folder: Path, count: int | None = None) -> None:
+    """Write images, and rows to train on (all, or `count`) and to hold out."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (image, question, answer) in enumerate(TASKS[task]()):
+    drawn = TASKS[task]() if count is None else islice(TASKS[task](), HELD_OUT + count)
+    for number, (image, question, answer) in enumerate(drawn):
         path = f"images/{number}.png"
         image.save(folder / path)
         user = [{"type": "image", "path": path}, {"type": "text", "text": question}]
@@ -154,6 +163,125 @@ def run(args: argparse.Namespace, task: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def speed_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    return {
+        "model": str(folder / "model"), "data": str(folder / "rows" / "train.jsonl"), "train.epochs": args.epochs,
+        "train.batch_size": BATCH, "train.learning_rate": RATE, "train.lr_scheduler": "constant", "train.warmup": 0,
+        "model.dtype": "fp32", "model.device": "cpu", "lora.r": 16, "lora.alpha": 32,
+    }  # fmt: skip
+
+
+def train_with_strop(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import strop
+    from strop.runs.events import read_events
+
+    with tempfile.TemporaryDirectory() as run_folder:
+        done = strop.train(out=f"{run_folder}/run", **speed_options(args, folder))
+        steps = [event for event in read_events(done.folder / "events.jsonl") if event["event"] == "step"]
+    counts = [event["tokens"] for event in steps]
+    tokens = [end - begin for begin, end in zip([0, *counts], counts, strict=False)]
+    seconds = [n / event["tokens_per_s"] for n, event in zip(tokens, steps, strict=True)]
+    return {"losses": [event["loss"] for event in steps], "tokens": tokens, "seconds": seconds}
+
+
+def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train on the rows in the order of strop's batches."""
+    import torch
+    from datasets import Dataset, Features, Image, List, Value
+    from peft import LoraConfig
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from strop.config.load import resolve
+    from strop.training.state import batch_stream
+
+    file = folder / "rows" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    steps = args.epochs * len(rows) // BATCH
+    recipe = resolve(None, {**speed_options(args, folder), "train.max_steps": steps}).recipe
+    ordered = [rows[i] for batch in batch_stream(recipe, len(rows)) for i in batch.rows]
+    table = list[dict[str, Any]]()
+    for user, assistant in (one["messages"] for one in ordered):
+        image, text = user["content"]
+        table.append({
+            "images": [str(file.parent / image["path"])], "prompt": [{"role": "user", "content": text["text"]}],
+            "completion": [assistant],
+        })  # fmt: skip
+    turns = List({"role": Value("string"), "content": Value("string")})
+    features = Features({"images": List(Image()), "prompt": turns, "completion": turns})
+    begun, seconds, tokens = 0.0, list[float](), list[int]()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begun
+            begun = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - begun)
+
+    config = SFTConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=BATCH, num_train_epochs=1,
+        learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
+        max_length=None, gradient_checkpointing=False, train_sampling_strategy="sequential", weight_decay=0.0,
+        adam_beta2=0.999, disable_tqdm=True,
+    )  # fmt: skip
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=rf".*text_model.*\.({names})", task_type="CAUSAL_LM")
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    ended = "<|im_end|>\n{% endfor %}"  # the line break after a turn is not a part of strop's answer
+    processor.chat_template = processor.chat_template.replace(
+        ended, "<|im_end|>{{ '' if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32), args=config,
+        train_dataset=Dataset.from_list(table, features=features), peft_config=lora, processing_class=processor,
+        callbacks=[Clock()],
+    )  # fmt: skip
+    original = trainer.training_step
+
+    def counted(module: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        tokens.append(int(inputs["attention_mask"].sum()))
+        return original(module, inputs, *more, **named)
+
+    trainer.training_step = counted
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "tokens": tokens, "seconds": seconds}
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    tools = {"strop": train_with_strop, "trl": train_with_trl}
+    if args.one:
+        print(json.dumps(tools[args.one](args, args.folder)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(folder / "model", args.tower)
+        write_data("charts", folder / "rows", args.rows)
+        command = [sys.executable, __file__, "speed", "--rows", str(args.rows), "--epochs", f"{args.epochs:g}", "--folder", name, "--one"]
+        runs = {tool: list[dict[str, Any]]() for tool in tools}
+        for _ in range(args.repeats):
+            for tool, found in runs.items():
+                found.append(child([*command, tool]))
+    epoch = args.rows // BATCH  # in steps
+    seconds = {
+        tool: [[sum(run["seconds"][i : i + epoch]) for i in range(0, len(run["seconds"]), epoch)] for run in found]
+        for tool, found in runs.items()
+    }
+    for tool, found in runs.items():
+        tokens = sum(found[0]["tokens"][epoch:])
+        rates = [tokens / sum(epochs[1:]) for epochs in seconds[tool]]
+        by_epoch = ", ".join(f"{statistics.median(times):.1f}" for times in zip(*seconds[tool], strict=True))
+        print(
+            f"| {tool} | {statistics.median(rates):,.0f} tokens/s from the second epoch on | epochs of {by_epoch} s |"
+        )
+    ratios = [sum(b[1:]) / sum(a[1:]) for a, b in zip(seconds["strop"], seconds["trl"], strict=True)]
+    first = [found[0]["losses"][0] for found in runs.values()]
+    print(f"strop / TRL: {statistics.median(ratios):.2f}; first losses {first[0]:.5f} and {first[1]:.5f}")
+    if args.out:
+        write(args.out, {"tower": args.tower, "rows": args.rows, "seconds": seconds, "ratios": ratios, "runs": runs})
+
+
 def row(one: dict[str, Any]) -> str:
     cells = []
     for side in ("base", "tuned"):
@@ -165,14 +293,20 @@ def row(one: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["build", "data", "run"])
+    parser.add_argument("what", choices=["build", "data", "run", "speed"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--vision", default="projector", choices=["projector", "none"])
     parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--tower", default="small", choices=["small", "siglip"])
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    for hidden, kind in (("--one", str), ("--folder", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
+    if args.what == "speed":
+        measure_speed(args)
+    elif args.one:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(run(args, args.one, Path(folder))))
     elif args.what == "build":
