@@ -258,7 +258,8 @@ def measure_speed(args: argparse.Namespace) -> None:
         folder = Path(name)
         build(folder / "model", args.tower)
         write_data("charts", folder / "rows", args.rows)
-        command = [sys.executable, __file__, "speed", "--rows", str(args.rows), "--epochs", f"{args.epochs:g}", "--folder", name, "--one"]
+        command = [sys.executable, __file__, "speed", "--rows", str(args.rows), "--epochs", f"{args.epochs:g}"]
+        command += ["--folder", name, "--one"]
         runs = {tool: list[dict[str, Any]]() for tool in tools}
         for _ in range(args.repeats):
             for tool, found in runs.items():

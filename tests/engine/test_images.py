@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from strop.engine.decode.generate import generate
 from strop.engine.images import image_features, install_images
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
+from strop.models.introspect import find_projectors
 from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import locate
@@ -60,14 +62,15 @@ def write_rows(folder: Path, *, several: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def load_tuned(folder: Path, rows: Path) -> tuple[Any, Any, Prepared]:
-    """Return a model with nonzero adapters, its tokenizer and the rows."""
+def load_tuned(folder: Path, rows: Path, vision: Any = "none") -> tuple[Any, Any, Prepared]:
+    """Return a model with nonzero adapters, its tokenizer and the rows. vision: lora.vision."""
     source = locate(str(folder))
     tokenizer = load_tokenizer(source)
     data = prepare(DataSection(train=str(rows / "rows.jsonl"), max_length=4000), tokenizer)
     base = load_base(source, torch.float32, "cpu")
     torch.manual_seed(1)
-    model = add_lora(base, LoraSection(r=4, alpha=8), tokenizer).eval()
+    projectors = [] if vision == "none" else find_projectors(base)
+    model = add_lora(base, LoraSection(r=4, alpha=8, vision=vision, modules_to_save=projectors), tokenizer).eval()
     for name, weight in trainable_parameters(model).items():
         if "lora_B" in name:
             weight.data.normal_(std=0.2)
@@ -90,9 +93,10 @@ def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], exa
     return -(logprobs * torch.from_numpy(example.weights[1:])).sum()
 
 
-def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vision", ["none", "all"])
+def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, vision: str) -> None:
     rows = write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
-    model, tokenizer, data = load_tuned(folder, tmp_path)
+    model, tokenizer, data = load_tuned(folder, tmp_path, vision)
     weights, examples = trainable_parameters(model), list(data.train)
     token = tokenizer.image_encoder.image_token_id
     losses = [
@@ -101,6 +105,8 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -
     expected = torch.stack(losses).sum()
     expected.backward()  # type: ignore[no-untyped-call]
     gradients = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+    encoders = {name for name in weights if re.search(r"\.vis[^.]*\..*lora_", name)}  # LLaVA leaves out its last layer
+    assert len(encoders & gradients.keys()) >= len(encoders) / 2 > 0 if vision == "all" else not encoders
     install_images(model, tokenizer)
     step = step_for(model)
     assert (step.name == "plain") == (folder.name in PLAIN)
@@ -109,9 +115,10 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path) -
         loss = other.token_loss(examples)
         loss.backward()  # type: ignore[no-untyped-call]
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        for name, weight in weights.items():
-            largest = float(gradients[name].abs().max())
-            assert float((weight.grad - gradients[name]).abs().max()) <= 1e-4 * largest, name  # type: ignore[operator]
+        assert {name for name, weight in weights.items() if weight.grad is not None} == gradients.keys()
+        for name, gradient in gradients.items():
+            largest = float(gradient.abs().max())
+            assert float((weights[name].grad - gradient).abs().max()) <= 1e-4 * largest, name  # type: ignore[operator]
     one_by_one = sum(float(step.token_loss([example]).detach()) for example in examples)
     assert one_by_one == pytest.approx(float(expected.detach()), rel=1e-5)
 

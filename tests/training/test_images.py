@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -66,13 +67,17 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder / "rows.jsonl"
 
 
+def load_folder(folder: Path) -> dict[str, Any]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 @pytest.fixture(scope="module")
 def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {**OPTIONS, "train.max_steps": 60, "train.learning_rate": 0.01, "lora.vision": "projector"}
     return strop.train(model=str(seeing), data=str(rows), out=tmp_path_factory.mktemp("run") / "run", **options).folder
 
 
-@pytest.mark.parametrize("vision", ["none", "projector"])
+@pytest.mark.parametrize("vision", ["none", "projector", "all"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision: str, dtype: str) -> None:
     options = {
@@ -90,8 +95,10 @@ def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision:
         assert same(adapter(folder), adapter(whole))
     [note] = [event["text"] for event in read_events(whole / "events.jsonl") if "images:" in event.get("text", "")]
     assert "equal to the model's own forward" in note
-    names = [name for name in adapter(whole) if "connector" in name]
-    assert bool(names) == (vision == "projector")
+    trained = adapter(whole)
+    assert any("connector" in name for name in trained) == (vision != "none")
+    encoder = [weight for name, weight in trained.items() if "vision_model" in name and "lora_B" in name]
+    assert bool(encoder) == (vision == "all") and all(bool(weight.any()) for weight in encoder)
 
 
 def test_the_adapter_loads_in_peft_with_equal_logits(seeing: Path, rows: Path, trained: Path) -> None:
@@ -151,10 +158,7 @@ def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> 
 def test_merge_keeps_towers_and_measures_on_images(trained: Path, seeing: Path, tmp_path: Path) -> None:
     merged = strop.merge(trained, tmp_path / "merged", dtype="fp32")
     assert merged.parity is not None and merged.parity.passed and merged.parity.kl_mean < 1e-6
-    before, after = (load_file(folder / "model.safetensors") for folder in (seeing, seeing))
-    after = {}
-    for file in (tmp_path / "merged").glob("*.safetensors"):
-        after |= load_file(file)
+    before, after = load_file(seeing / "model.safetensors"), load_folder(tmp_path / "merged")
     tower = [name for name in before if ".vision_model." in name]
     assert tower and all(torch.equal(before[name], after[name]) for name in tower)
     connector = [name for name in before if ".connector." in name]
@@ -304,9 +308,41 @@ def test_an_added_adapter_brings_its_projector(seeing: Path, rows: Path, trained
     assert model.generate("Which colour?", images=image) == alone == ["green"]
     model.use(str(plain))
     assert model.generate("Which colour?", images=image, max_new_tokens=8) == before
-    with pytest.raises(RecipeError, match="the adapter to start from has no projector"):
+    with pytest.raises(RecipeError, match="the adapter to start from was trained with none"):
         more: dict[str, Any] = {"lora.vision": "projector", "model.adapter": str(plain)}
         strop.train(model=str(seeing), data=str(rows), out=tmp_path / "more", **options, **more)
+
+
+def test_a_trained_encoder_is_merged_and_trained_further(seeing: Path, rows: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "train.max_steps": 6, "train.learning_rate": 0.01, "lora.vision": "all"}
+    done = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "run", **options)
+    merged = strop.merge(done.folder, tmp_path / "merged", dtype="fp32")
+    assert merged.parity is not None and merged.parity.passed and merged.parity.kl_mean < 1e-6
+    before, after = load_file(seeing / "model.safetensors"), load_folder(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    encoder = {name for name in before if re.search(r"vision_model.*layers.*(proj|fc.)\.weight", name)}
+    assert encoder and {name for name in changed if "vision_model" in name} == encoder
+    image = str(rows.parent / "3.png")
+    models = (done.folder, tmp_path / "merged")
+    answers = [strop.load(one, dtype="fp32").generate("Which colour?", images=image) for one in models]
+    assert answers[0] == answers[1]
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(seeing), str(done.folder / "adapter"))
+    assert [name for name, _ in model.named_parameters() if "vision_model" in name and "lora_" in name]
+    more = {**OPTIONS, "train.max_steps": 2, "model.adapter": str(done.folder)}
+    further = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "more", **more).folder
+    old, new = adapter(done.folder), adapter(further)
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old if "vision_model" in name and "lora_B" in name)
+    with pytest.raises(RecipeError, match="the adapter to start from was trained with all"):
+        strop.train(model=str(seeing), data=str(rows), out=tmp_path / "no", **more, **{"lora.vision": "projector"})
+
+
+def test_the_output_head_of_a_model_with_images_is_adapted(rows: Path, tmp_path: Path) -> None:
+    model = save_seeing(tmp_path / "model", "llava")
+    options = {**OPTIONS, "train.max_steps": 2, "lora.target_modules": ["q_proj", "lm_head"]}
+    done = strop.train(model=str(model), data=str(rows), out=tmp_path / "run", **options)
+    assert [name for name in adapter(done.folder) if "lm_head" in name]
+    assert not [name for name in adapter(done.folder) if "vision" in name]
 
 
 def test_biases_of_the_encoder_stay_frozen(seeing: Path, rows: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Options(TypedDict, total=False):
     rank_pattern: Mapping[str, int]
     alpha_pattern: Numbers
     modules_to_save: Sequence[str]
-    vision: Literal["none", "projector"]
+    vision: Literal["none", "projector", "all"]
     new_tokens: Sequence[str]
     # train
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"]

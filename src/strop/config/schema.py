@@ -189,9 +189,9 @@ class LoraSection(Section):
     modules_to_save: list[str] = Field(
         default_factory=list, description="modules trained in full instead of with LoRA (matched by name suffix)"
     )
-    vision: Literal["none", "projector"] = Field(
+    vision: Literal["none", "projector", "all"] = Field(
         "none",
-        description="part of a model's image encoder that is trained: none, or its projector, in full",
+        description="parts trained for images: the projector (in full), or all, which adds adapters in the encoder",
     )
     new_tokens: list[str] = Field(
         default_factory=list,

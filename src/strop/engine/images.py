@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
@@ -238,13 +239,12 @@ class ImageFeatures:
         inputs = self._encoder.inputs(open_image(table.images[number]))
         inputs = {name: self._move(value) for name, value in inputs.items() if isinstance(value, Tensor)}
         has_gradient = self.depends_on_adapter and torch.is_grad_enabled()
-        was_training = self._model.training
-        self._model.eval()  # dropout of the image encoder
-        try:
-            with torch.set_grad_enabled(has_gradient), self._tower_computed_once(table.images[number].digest):
-                embeddings, later = capture_embeddings(self._model, inputs)
-        finally:
-            self._model.train(was_training)
+        encode = partial(self._encode, inputs, table.images[number].digest)
+        if has_gradient and self._tower_is_trained:  # the backward pass keeps one image's activations
+            embeddings, later = checkpoint(encode, use_reentrant=False, preserve_rng_state=False)
+        else:
+            with torch.set_grad_enabled(has_gradient):
+                embeddings, later = encode()
         features = embeddings[0, inputs["input_ids"][0] == self._encoder.image_token_id]
         if len(features) != table.tokens(number):
             what = f"the model makes {len(features)} features of an image with {table.tokens(number)} image tokens"
@@ -254,11 +254,25 @@ class ImageFeatures:
         tensors = {FEATURES: features, **others}
         return tensors if has_gradient else {name: value.detach().clone() for name, value in tensors.items()}
 
+    @property
+    def _tower_is_trained(self) -> bool:
+        return self._tower is not None and any(module in self._adapted for module in self._tower.modules())
+
+    def _encode(self, inputs: Mapping[str, Tensor], digest: str) -> tuple[Tensor, list[Tensor]]:
+        """Return `capture_embeddings` of an image, without dropout."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with self._tower_computed_once(digest):
+                return capture_embeddings(self._model, inputs)
+        finally:
+            self._model.train(was_training)
+
     @contextmanager
     def _tower_computed_once(self, digest: str) -> Iterator[None]:
         """Keep the output of a frozen tower under a trained projector in memory, and return it the next time."""
         tower = self._tower if self.depends_on_adapter else None
-        if tower is None or any(module in self._adapted for module in tower.modules()):
+        if tower is None or self._tower_is_trained:
             yield
             return
         compute = tower.forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a rewar
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
 EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates text, scores, classifies or embeds it
+_IN_TOWER = re.compile(r"\.(vision|visual)[^.]*\.")  # in paths of the image encoders of transformers' models
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
 
@@ -194,12 +196,21 @@ def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, 
     return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 
 
+def adapts_image_encoder(folder: Path) -> bool:
+    """Return whether an adapter has LoRA matrices in the image encoder of a model."""
+    return any(".lora_" in name and _IN_TOWER.search(name) for name in read_safetensors_header(folder / WEIGHTS_FILE))
+
+
 def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
-    """Return the names of adapted layers and experts; a pattern becomes the names of its matches in the weights."""
+    """Return the names of adapted layers and experts of the text model.
+
+    A pattern becomes the names of its matches in the weights.
+    """
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
         paths = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
+        paths = {path for path in paths if not _IN_TOWER.search(path)}
         wrapper_names = ("base_layer", *(name.partition(".")[0] for name in parameters))
         targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in wrapper_names]
     return sorted({*targets, *parameters})

@@ -186,6 +186,22 @@ def find_projectors(model: Any) -> list[str]:
     return names
 
 
+def tower_linears(model: Any) -> list[str]:
+    """Return the paths of the linear layers in the repeated layers of the image tower.
+
+    Its embeddings, a head that pools the whole image, and a projector in it are left out.
+    """
+    tower, projectors = find_image_tower(model), tuple(f"{name}." for name in find_projectors(model))
+    if tower is None:
+        return []
+    [root] = [path for path, module in model.named_modules() if module is tower]
+    return [
+        f"{root}.{path}"
+        for path, module in tower.named_modules()
+        if re.search(r"\.\d+\.", path) and is_plain_linear(module) and not path.startswith(projectors)
+    ]
+
+
 def _parts(model: Any) -> tuple[Any, Any]:
     """Return the module that has the towers of a multimodal model, and its text model."""
     inner = getattr(model, model.base_model_prefix, model)

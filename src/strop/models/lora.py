@@ -37,6 +37,7 @@ from strop.models.introspect import (
     linear_kinds,
     text_filter,
     text_path,
+    tower_linears,
 )
 from strop.models.load import load_without_weights, weights_folder
 from strop.models.quantize import QuantizedLinear, addmm_linear
@@ -81,6 +82,8 @@ def add_lora(
     names = check_lora(model, section)
     token_rows = _add_tokens(model, section.new_tokens, tokenizer)
     placement, modules_to_save = _peft_placement(model, names), list(section.modules_to_save)
+    if section.vision == "all":
+        placement |= _with_tower(model, placement)
     if outputs:
         check_score_head(cast(Any, model).config)
         add_score_head(model, outputs)
@@ -128,11 +131,22 @@ def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"target_modules": modules}
     if parameters:
         fields["target_parameters"] = parameters
-    if prefix and any(has_suffix(path, modules) and not path.startswith(prefix) for path, _ in model.named_modules()):
-        fields["exclude_modules"] = rf"(?!{re.escape(prefix)}).*"
+    matched = [path for path, _ in model.named_modules() if has_suffix(path, modules) and not path.startswith(prefix)]
+    if not all(map(text_filter(model), matched)):
+        heads = [rf"{re.escape(path)}$" for path in filter(text_filter(model), matched)]
+        fields["exclude_modules"] = rf"(?!{'|'.join([re.escape(prefix), *heads])}).*"
     if any(kind.type == "Conv1D" and kind.name in modules for kind in kinds):
         fields["fan_in_fan_out"] = True
     return fields
+
+
+def _with_tower(model: nn.Module, placement: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of LoraConfig that select the linear layers of the image tower too, as one pattern."""
+    names, is_text = placement["target_modules"], text_filter(model)
+    paths = [path for path, _ in model.named_modules() if has_suffix(path, names) and is_text(path)]
+    kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path, count=1) for path in (*paths, *tower_linears(model)))
+    pattern = "|".join(re.escape(kind).replace(r"\.N\.", r"\.\d+\.") for kind in kinds)
+    return {"target_modules": pattern, "exclude_modules": None}
 
 
 def _adapted_paths(model: nn.Module, names: list[str], modules_to_save: Sequence[str]) -> list[str]:
@@ -197,7 +211,8 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
     """Cast trainable weights to fp32, as bf16 rounds small updates away, and outputs of modules_to_save back."""
     is_text = text_filter(model.get_base_model())
     for name, weight in model.get_base_model().named_parameters():
-        if not is_text(name) and ".modules_to_save." not in name:  # biases of image encoders, with lora.bias all
+        is_adapter = ".lora_" in name or ".modules_to_save." in name
+        if not is_text(name) and not is_adapter:  # biases of image encoders, with lora.bias all
             weight.requires_grad_(False)
     for weight in model.parameters():
         if weight.requires_grad:

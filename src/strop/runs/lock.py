@@ -26,7 +26,7 @@ IGNORED_FIELDS = {
 # fields that a resume cannot change: they determine the shapes of trained weights, or are used only at the start
 FIXED_FIELDS = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
-    "lora.new_tokens", "lora.init", "train.objective", "train.teacher",
+    "lora.new_tokens", "lora.init", "lora.vision", "train.objective", "train.teacher",
 }  # fmt: skip
 HASHED_PARTS = ("base", "data", "kept", "teacher", "template", "rewards", "environment")  # fields of lock.json
 FIELD_GROUPS = {  # names for several fields in --allow-changed

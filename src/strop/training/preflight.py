@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     AdapterKind,
+    adapts_image_encoder,
     check_adapter_kind,
     expand_adapter_config,
     find_adapter_folder,
@@ -316,8 +317,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
     if trained_kind(recipe.train) == "embedder":
         resolved = resolved.decide(_choose_pooling(recipe, start, source))
-    if recipe.lora.vision == "projector":
-        resolved = resolved.decide([_choose_projector(recipe, bare, source, start)])
+    resolved = resolved.decide(_choose_vision(recipe, bare, source, start))
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
@@ -339,19 +339,29 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
 
 
-def _choose_projector(recipe: Recipe, bare: Any, source: Source, start: Path | None) -> Choice:
-    """Add the projector to lora.modules_to_save. Raises RecipeError for a model without one."""
-    names = find_projectors(bare)
-    if start is not None and not set(names) <= set(read_adapter_config(start).get("modules_to_save") or ()):
-        what = "lora.vision projector: the adapter to start from has no projector"
-        raise RecipeError(what, fix="leave lora.vision out, or train a new adapter")
+def _choose_vision(recipe: Recipe, bare: Any, source: Source, start: Path | None) -> list[Choice]:
+    """Add the projector to lora.modules_to_save, and follow the adapter to start from. Raises RecipeError."""
+    vision, names, choices = recipe.lora.vision, find_projectors(bare), list[Choice]()
+    if start is not None:
+        saved = read_adapter_config(start).get("modules_to_save") or ()
+        trained: Literal["none", "projector", "all"] = "none"
+        if names and set(names) <= set(saved):
+            trained = "all" if adapts_image_encoder(start) else "projector"
+        if vision not in ("none", trained):
+            what = f"lora.vision {vision}: the adapter to start from was trained with {trained}"
+            raise RecipeError(what, fix="leave lora.vision out, or train a new adapter")
+        if vision != trained:
+            vision = trained
+            choices = [Choice("lora.vision", vision, "plan", "as in the adapter to start from")]
+    if vision == "none":
+        return []
     if not names:
-        raise RecipeError(f"lora.vision projector: {source.name} has no image encoder", fix="leave lora.vision out")
+        raise RecipeError(f"lora.vision {vision}: {source.name} has no image encoder", fix="leave lora.vision out")
     if recipe.train.method == "full":
-        what = "lora.vision projector: train.method full trains all weights of the text model, and no others"
+        what = f"lora.vision {vision}: train.method full trains all weights of the text model, and no others"
         raise RecipeError(what, fix="leave lora.vision out, or train with --train.method lora")
     modules = list(dict.fromkeys([*recipe.lora.modules_to_save, *names]))
-    return Choice("lora.modules_to_save", modules, "plan", "lora.vision projector")
+    return [*choices, Choice("lora.modules_to_save", modules, "plan", f"lora.vision {vision}")]
 
 
 def _choose_pooling(recipe: Recipe, start: Path | None, source: Source) -> list[Choice]:
@@ -590,8 +600,12 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
         yield GGUF_NOTE
     bare = load_without_weights(setup.source)
     if setup.source.kind != "gguf" and text_path(bare):
-        projector = " and the projector of images are" if recipe.lora.vision == "projector" else " is"
-        yield f"{config.model_type}: its text model{projector} trained; image and audio encoders are frozen"
+        parts = {
+            "none": "text model is trained; image and audio encoders are frozen",
+            "projector": "text model and the projector of images are trained; image and audio encoders are frozen",
+            "all": "text model, its image encoder and the projector are trained",
+        }  # fmt: skip
+        yield f"{config.model_type}: its {parts[recipe.lora.vision]}"
     for name in recipe.lora.modules_to_save:
         kinds = count_path_kinds(find_modules_to_save(bare, name))
         if len(kinds) > 1:
