@@ -31,6 +31,7 @@ from tests import ROOT
 from tests.distributed.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
 from tests.support import texts, tiny, tiny_families
+from tests.support.seeing import save_seeing, seeing_rows
 
 NEAR = 1e-6
 STEPS = 12
@@ -250,6 +251,15 @@ def classification(lab: Lab) -> None:
         for kind in ("step", "eval"):
             shown = [[event["accuracy"] for event in events(out, kind)] for out in (one, several)]
             assert shown[0] == shown[1] and shown[0]
+
+
+def images(lab: Lab) -> None:
+    """Batches in which some ranks have images, and others only text, with a trained image encoder."""
+    model, rows = save_seeing(lab.folder / "seeing"), seeing_rows(lab.folder / "seen", 13)
+    more = ["--model", str(model), "--data", str(rows), "--lora.vision", "all"]
+    for exact in ("false", "true"):
+        off = apart(*(lab.good(world, *more, "--train.exact", exact) for world in (1, 3)))
+        assert off == 0.0 if exact == "true" else off < NEAR, (exact, off)
 
 
 def evaluation(lab: Lab, general: bool = True) -> None:

@@ -14,7 +14,7 @@ from tests.support.jobs import ASKED, WHY_NOT
 
 CASES = [
     "equals_one_device(lab, [3])", "samples(lab)", "unusual_batches(lab)", "resume_on_other_counts(lab)",
-    "preference_objectives(lab)", "classification(lab)",
+    "preference_objectives(lab)", "classification(lab)", "images(lab)",
     "evaluation(lab, general=False)", "nan_on_one_rank(lab)", "out_of_memory_on_one_rank(lab)", "failing_ranks(lab)",
     "flipped_bit(lab)", "killed_rank(lab)", "hanging_rank(lab)", "restarted_by_torchrun(lab)",
     "nan_weight_at_save(lab)", "judge_runs_on_one_rank(lab)", "idle_experts(lab)", "unusual_models(lab)",

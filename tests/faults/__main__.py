@@ -18,12 +18,13 @@ from strop.machine.probe import probe
 from strop.runs.lock import versions
 from tests.faults import suite
 from tests.faults.suite import Lab, Tally
+from tests.support.seeing import save_seeing, seeing_rows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 ORDER = (
-    "kills", "crash_points", "cold", "real", "damage", "full_disk", "not_finite", "out_of_memory", "interrupts",
-    "two_at_once",
+    "kills", "crash_points", "cold", "real", "images", "damage", "full_disk", "not_finite", "out_of_memory",
+    "interrupts", "two_at_once",
 )  # fmt: skip
 PEER_OF = {  # strop's case -> TRL's
     "kills": "kills", "damage": "damage", "full_disk": "full_disk", "not_finite": "not_finite",
@@ -53,6 +54,7 @@ def main() -> None:
             "crash_points": lambda: suite.crash_points(lab, 4),
             "cold": lambda: suite.cold_kills(lambda out: lab.words(out, "fast"), Path(folder) / "cold", options.cold),
             "real": lambda: suite.cold_kills(_real_words, Path(folder) / "real", options.real),
+            "images": lambda: suite.cold_kills(_image_words(Path(folder)), Path(folder) / "images", options.cold),
         }
         selected = options.cases.split(",") if options.cases else list(cases)
         for name in selected:
@@ -80,6 +82,14 @@ def _real_words(out: Path) -> list[str]:
     rows = Path(suite.__file__).parents[2] / "src" / "strop" / "demo" / "train.jsonl"
     quick = ["--train.max_steps", "20", "--train.batch_size", "4", "--train.save_steps", "1"]
     return ["train", "--model", "demo", "--data", str(rows), "--out", str(out), *quick]
+
+
+def _image_words(folder: Path) -> Callable[[Path], list[str]]:
+    """Return the command of a run on images and texts that trains the image encoder too, with dropout."""
+    model, rows = save_seeing(folder / "seeing"), seeing_rows(folder / "image_rows", 24)
+    how = ["--lora.vision", "all", "--lora.r", "4", "--lora.dropout", "0.1", "--model.dtype", "fp32"]
+    quick = ["--train.max_steps", "20", "--train.batch_size", "4", "--train.save_steps", "1"]
+    return lambda out: ["train", "--model", str(model), "--data", str(rows), "--out", str(out), *how, *quick]
 
 
 def _peer(python: str, lab: Path) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def _page(result: dict[str, Any]) -> str:
     ]
     tallies = {name: result[name] for name in ORDER if name in result}
     for name, tally in tallies.items():
-        what = tally["what"] + (" (SmolLM2-135M)" if name == "real" else "")
+        what = tally["what"] + {"real": " (SmolLM2-135M)", "images": " (images; encoder trained)"}.get(name, "")
         theirs = _theirs(peer.get(PEER_OF.get(name, ""), []))
         lines.append(f"| {what} | {tally['tried']} | {_ours(tally)} | {theirs} |")
     wrong = [f"- {tally['what']}: {text}" for tally in tallies.values() for text in tally["wrong"]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
@@ -35,6 +36,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE,
     "patch_size": 8,
 }  # fmt: skip
+COLOURS = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200)}
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 
 
@@ -254,6 +256,22 @@ Other models with a processor in transformers work too if the check before the f
 | model | type | step | images in a row | `strop serve` |
 |---|---|---|---|---|
 """
+
+
+def seeing_rows(folder: Path, number: int) -> Path:
+    """Write rows of which every second one has an image in the colour of its answer, and return their file."""
+    folder.mkdir(parents=True)
+    lines = []
+    for place in range(number):
+        name, colour = list(COLOURS.items())[place % len(COLOURS)]
+        row = {"prompt": f"Say {name}.", "completion": name}
+        if place % 2 == 0:
+            Image.new("RGB", (20 + place, 30), colour).save(folder / f"{place}.png")
+            row |= {"prompt": "Which colour?", "image": f"{place}.png"}
+        lines.append(json.dumps(row) + "\n")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
 def table() -> str:

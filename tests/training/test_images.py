@@ -36,11 +36,10 @@ from strop.runs.folder import cache_folder
 from tests import ROOT
 from tests.support.pages import blocks
 from tests.support.runs import QUICK, run
-from tests.support.seeing import save_seeing
+from tests.support.seeing import COLOURS, save_seeing
 from tests.support.serving import CHAT, serving
 from tests.training.test_resume import Cut, adapter, cut_at, same
 
-COLOURS = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200)}
 OPTIONS: dict[str, Any] = {"train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32"}
 
 
