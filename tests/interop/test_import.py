@@ -11,7 +11,7 @@ import yaml
 import strop
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import IMPORTERS, NO_LIMIT_NOTE, TRUNCATION_NOTE, Imported, import_config
+from strop.interop.draft import IMPORTERS, IN_FULL_NOTE, NO_LIMIT_NOTE, TRUNCATION_NOTE, Imported, import_config
 from strop.interop.script_parser import UNREADABLE, Script
 from tests.support.runs import run
 
@@ -40,7 +40,7 @@ UNSUPPORTED = {
     "trl-kto.py": set(),
     "trl-config.yaml": set(),
     "unsloth-alpaca.py": {"map"},
-    "unsloth-chat.py": {"SFTConfig.fp16", "finetune_vision_layers"},
+    "unsloth-chat.py": {"SFTConfig.fp16"},
     "unsloth-dpo.py": {"max_prompt_length"},
     "unsloth-rslora.py": set(),
     "unsloth-text.py": {"embedding_learning_rate"},
@@ -289,3 +289,50 @@ def test_missing_dataset_info_leaves_data_train_missing(tmp_path: Path, tiny_fol
         resolve(recipe)
     assert "data.train" in raised.value.lines()[0]
     assert resolve(recipe, {"data": "rows.jsonl"}).recipe.data.train == "rows.jsonl"
+
+
+UNSLOTH_VISION = """
+from unsloth import FastVisionModel
+from unsloth.trainer import UnslothVisionDataCollator
+from trl import SFTConfig, SFTTrainer
+model, processor = FastVisionModel.from_pretrained("m", load_in_4bit=True, use_gradient_checkpointing="unsloth")
+model = FastVisionModel.get_peft_model(model, finetune_language_layers=True{})
+trainer = SFTTrainer(
+    model=model, data_collator=UnslothVisionDataCollator(model, processor), args=SFTConfig(output_dir="out"),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "vision"),
+    [("", "all"), (", finetune_vision_layers=True", "all"), (", finetune_vision_layers=False", None)],
+)
+def test_trained_image_encoder_of_unsloth(flag: str, vision: str | None, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(UNSLOTH_VISION.format(flag), encoding="utf-8")
+    draft = import_config("unsloth", tmp_path / "train.py").draft
+    assert draft.get("lora.vision") == vision
+    assert (IN_FULL_NOTE in [note.text for note in draft.differs]) == (vision == "all")
+    assert not {"finetune_vision_layers", "finetune_language_layers"} & {note.key for note in draft.unsupported}
+    assert not any("collator" in note.key or "checkpointing" in note.key for note in draft.unsupported)
+
+
+@pytest.mark.parametrize(
+    ("lines", "vision"),
+    [
+        ("freeze_vision_tower: false\n", "all"), ("freeze_multi_modal_projector: false\n", "projector"),
+        ("freeze_vision_tower: false\nfreeze_multi_modal_projector: false\n", "all"),
+        ("freeze_vision_tower: true\n", None), ("", None),
+    ],
+)  # fmt: skip
+def test_trained_image_encoder_of_llamafactory(lines: str, vision: str | None, tmp_path: Path) -> None:
+    entry = {
+        "file_name": "rows.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"seen": entry}), encoding="utf-8")
+    config = f"model_name_or_path: m\ndataset: seen\ndataset_dir: .\nmedia_dir: pictures\n{lines}"
+    (tmp_path / "a.yaml").write_text(config, encoding="utf-8")
+    draft = import_config("llamafactory", tmp_path / "a.yaml").draft
+    assert draft.get("lora.vision") == vision and draft.get("data.image_folder") == "pictures"
+    assert not draft.unsupported

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import IGNORED_KEYS, LINE_BREAK_NOTE, Columns, Draft, Keys, as_int, as_number, format_value
+from strop.interop.draft import (
+    IGNORED_KEYS,
+    IN_FULL_NOTE,
+    LINE_BREAK_NOTE,
+    Columns,
+    Draft,
+    Keys,
+    as_int,
+    as_number,
+    format_value,
+)
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -16,7 +26,7 @@ DEFAULTS = {
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
 MORE_IGNORED_KEYS = (
-    "cache_dir", "data_shared_file_system", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage", "media_dir",
+    "cache_dir", "data_shared_file_system", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage",
     "overwrite_cache", "plot_loss", "preprocessing_batch_size", "preprocessing_num_workers", "print_param_status",
     "quantization_device_map", "upcast_layernorm", "use_fast_tokenizer", "use_reentrant_gc",
     "use_unsloth", "use_unsloth_gc",
@@ -83,6 +93,11 @@ def _read_model(draft: Draft, keys: Keys) -> None:
             draft.add_unsupported("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
     rank = as_int("lora_rank", keys.peek("lora_rank", 8))
     draft.put_lora(keys, "lora_rank", "lora_target", {"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0})
+    frozen = [keys.take(key, True) for key in ("freeze_vision_tower", "freeze_multi_modal_projector")]
+    if not all(frozen):
+        key = "freeze_multi_modal_projector" if frozen[0] else "freeze_vision_tower"
+        draft.put("lora.vision", "projector" if frozen[0] else "all", key)
+        draft.add_difference(key, IN_FULL_NOTE)
     lists = {"additional_target": "lora.modules_to_save", "add_tokens": "lora.new_tokens"}
     draft.put_fields(keys, lists, lambda value: [part.strip() for part in str(value).split(",")])
     if "lora.new_tokens" in draft.fields:
@@ -92,6 +107,7 @@ def _read_model(draft: Draft, keys: Keys) -> None:
 
 def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
     folder = keys.take("dataset_dir", "data")
+    draft.put_fields(keys, {"media_dir": "data.image_folder"}, str)
     info_file = _find_dataset_info(draft.file, str(folder))
     column_maps: list[Columns] = []
     for key, field in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
@@ -178,7 +194,7 @@ def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str, fi
     for key, column in (given or (defaults if is_alpaca else {"messages": "conversations"})).items():
         if key in known_columns and column:
             columns[known_columns[key]] = str(column)
-        elif column:
+        elif column and (key, column) != ("images", "images"):  # which strop reads by itself
             draft.add_unsupported(f"{name}.columns.{key}", str(column))
     if stage == "pt":
         columns = {"text": columns["instruction"]} if given and "instruction" in columns else {}

@@ -11,6 +11,7 @@ from strop.errors import InputError, RecipeError
 from strop.interop import sentence_transformers, trl_grpo
 from strop.interop.draft import (
     IGNORED_KEYS,
+    IN_FULL_NOTE,
     LINE_BREAK_NOTE,
     Draft,
     Keys,
@@ -167,6 +168,8 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     for key, node in arguments.items():
         if key == "data_collator" and _masks_prompts(script):
             draft.add_ignored(key, "loss on assistant turns only, as in strop by default", node.lineno)
+        elif key == "data_collator" and re.fullmatch(r"UnslothVisionDataCollator\(\w+, \w+\)", ast.unparse(node)):
+            draft.add_ignored(key, "strop reads images by itself", node.lineno)
         elif key == "formatting_func":
             report_expression(draft, key, node, f"rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}")
         elif key in _CODE_ARGUMENTS and script.value(node) is not None:
@@ -458,7 +461,7 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
         draft.put("model.quantization", "nf4" if in_4_bit else "int8" if in_8_bit else "none", source)
     elif keys.peek("load_in_4bit") or keys.peek("load_in_8bit"):
         _read_bitsandbytes(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
-    keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "load_in_4bit", "load_in_8bit"))
+    keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "load_in_4bit", "load_in_8bit", "use_gradient_checkpointing"))
 
 
 def _read_labels(draft: Draft, keys: Keys) -> None:
@@ -576,6 +579,7 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
     draft.put_fields(keys, {name: f"lora.{name}" for name in names})
     if is_unsloth:
         _read_unsloth_targets(draft, keys)
+        _read_unsloth_vision(draft, keys, is_default="FastVisionModel" in call.owner)
     draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
@@ -598,6 +602,15 @@ def _read_unsloth_targets(draft: Draft, keys: Keys) -> None:
             saved = draft.get("lora.modules_to_save") or []
             text = "target_modules: unsloth trains these in full"
             draft.put("lora.modules_to_save", list(dict.fromkeys([*saved, *whole])), text)
+
+
+def _read_unsloth_vision(draft: Draft, keys: Keys, *, is_default: bool) -> None:
+    """Import the parts of a model with images that are trained. is_default: whether its encoder is by default."""
+    if keys.take("finetune_language_layers") is False:
+        draft.add_unsupported("finetune_language_layers", "false: strop always trains adapters in the text model")
+    if keys.take("finetune_vision_layers", is_default):
+        draft.put("lora.vision", "all", "finetune_vision_layers")
+        draft.add_difference("finetune_vision_layers", IN_FULL_NOTE)
 
 
 _UNSLOTH_FLAGS = {
