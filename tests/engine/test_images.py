@@ -18,16 +18,18 @@ from strop.data.images import FIRST_IMAGE_ID
 from strop.data.prepare import Prepared, prepare
 from strop.data.types import Example
 from strop.engine.decode.generate import generate
-from strop.engine.images import image_features, install_images
+from strop.engine.images import capture_embeddings, image_features, install_images
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
-from strop.models.introspect import find_projectors
+from strop.errors import ModelError
+from strop.models.introspect import find_image_tower, find_projectors
 from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from tests.support.seeing import FAMILIES, ONE_IMAGE, PLAIN, save_seeing
+from tests.support.seeing import FAMILIES, ONE_IMAGE, PLAIN, REFUSED, UNSERVED, save_seeing
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
 SIZES = [(50, 30), (30, 50), (64, 64), (33, 47)]
 
 
@@ -84,7 +86,7 @@ def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], exa
     images = [Image.open(rows / part["path"]) for part in parts if part["type"] == "image"]
     inputs = processor(
         text=[processor.apply_chat_template(row["messages"])], images=[images] if images else None,
-        return_tensors="pt", add_special_tokens=False,
+        return_tensors="pt", add_special_tokens=False, padding=False,
     )  # fmt: skip
     ids = inputs["input_ids"][0, : len(example)]
     own = np.where(example.ids >= FIRST_IMAGE_ID, token, example.ids)
@@ -110,6 +112,9 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
     install_images(model, tokenizer)
     step = step_for(model)
     assert (step.name == "plain") == (folder.name in PLAIN)
+    features = image_features(model)
+    assert features is not None and (features.why_not_embeddings is not None) == (folder.name in UNSERVED)
+    assert tokenizer.image_encoder.reads_several == (folder.name not in ONE_IMAGE)
     for other in (step, PlainLoss(model)):
         model.zero_grad()
         loss = other.token_loss(examples)
@@ -129,14 +134,16 @@ def test_generated_tokens_equal_transformers(folder: Path, tmp_path: Path) -> No
     processor = AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)
     inputs = processor(
-        text=[text], images=[[Image.open(tmp_path / "0.png")]], return_tensors="pt", add_special_tokens=False
-    )
+        text=[text], images=[[Image.open(tmp_path / "0.png")]], return_tensors="pt", add_special_tokens=False,
+        padding=False,
+    )  # fmt: skip
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = next((i for i, token in enumerate(expected) if token in data.renderer.end_ids), len(expected))
     install_images(model, tokenizer)
     conversation = data.train_conversations[0]
     prompt = data.renderer.prompt(conversation.messages[:1])
     [completion] = generate(model, tokenizer, [prompt], stop_ids=data.renderer.end_ids, max_new_tokens=8)
-    assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert completion.text == tokenizer.decode(expected[:end], skip_special_tokens=True)
 
 
 def test_features_are_computed_once_and_read_again_with_equal_bits(
@@ -174,3 +181,17 @@ def test_equal_texts_with_other_images_share_no_prefix(tmp_path: Path) -> None:
         losses = [float(step.token_loss([example])) for example in (first, second)]
         together = float(step.token_loss([first, second]))
     assert losses[0] != losses[1] and together == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_cross_attention_is_refused_by_the_names_of_its_arguments() -> None:
+    model, processor = REFUSED["mllama"]()
+    inputs = processor(images=[[Image.new("RGB", (30, 30))]], text=["<|image|>a"], return_tensors="pt")
+    with pytest.raises(ModelError, match=r"mllama: its layers read images apart from the tokens \(.*cross_attention_s"):
+        capture_embeddings(model, inputs)
+
+
+def test_a_model_that_also_hears_trains_only_the_projector_of_images() -> None:
+    model, _ = FAMILIES["gemma4"]()
+    assert model.model.audio_tower is not None
+    assert find_image_tower(model) is model.model.vision_tower
+    assert find_projectors(model) == ["embed_vision"]

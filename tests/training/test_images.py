@@ -26,7 +26,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.engine.decode import generate
 from strop.engine.images import install_images
-from strop.errors import InputError, RecipeError, StropError
+from strop.errors import InputError, ModelError, RecipeError, StropError
 from strop.evaluation.run import EvalOptions, evaluate_models
 from strop.models.load import load_base
 from strop.models.source import locate
@@ -98,6 +98,23 @@ def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision:
     assert any("connector" in name for name in trained) == (vision != "none")
     encoder = [weight for name, weight in trained.items() if "vision_model" in name and "lora_B" in name]
     assert bool(encoder) == (vision == "all") and all(bool(weight.any()) for weight in encoder)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("llama4", "llama4: transformers fails on its images"),
+        *((family, f"{family}: its processor changes the text") for family in ("idefics2", "mllama", "paligemma")),
+    ],
+)
+def test_a_family_that_does_not_fit_is_refused_before_training(
+    family: str, reason: str, rows: Path, tmp_path: Path
+) -> None:
+    model = save_seeing(tmp_path / family, family)
+    with pytest.raises(ModelError, match=reason):
+        strop.train(model=str(model), data=str(rows), out=tmp_path / "run", **OPTIONS)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_the_adapter_loads_in_peft_with_equal_logits(seeing: Path, rows: Path, trained: Path) -> None:

@@ -33,6 +33,7 @@ IN_MEMORY = "data:;base64,"  # start of the path of an image that is not in a fi
 MAX_IN_MEMORY_BYTES = 256 << 20  # of such images in a table
 FIRST_IMAGE_ID, END_IMAGE_ID = 1 << 30, 1 << 31  # token ids in between are features of images; they are int32
 MAX_PIXELS, MAX_BYTES = 50_000_000, 50 << 20  # of one image
+MAX_TOWER_OUTPUTS = 4096  # images whose output of the image encoder is kept for a trained projector
 IMAGE_NOTES = {  # what is done to the pixels of an image
     "rotated": "that were turned as their EXIF orientation says",
     "transparent": "with transparency, which is put on white",

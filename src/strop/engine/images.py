@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, open_image
+from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, MAX_TOWER_OUTPUTS, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
 from strop.data.types import Example, Ids, Image
 from strop.errors import ModelError
@@ -38,9 +38,13 @@ from strop.runs.folder import cache_folder, write_atomic
 MAX_CACHE_BYTES = 20 << 30  # on disk, of all models; the features that were not used for longest are removed
 MAX_MEMORY_BYTES = 1 << 30
 GRID = "image_grid_thw"  # argument of models with positions in space: frames, rows and columns of patches
-MAX_TOWER_OUTPUTS = 4096  # images whose output of the image encoder is kept for a trained projector
 _WRAPPERS = (LoraLayer, AuxiliaryTrainingWrapper)
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are features of images
+_OF_TEXT = (  # arguments of a text model that strop makes from token ids and features
+    "inputs_embeds", "attention_mask", "position_ids", "per_layer_inputs", "visual_pos_masks",
+    "deepstack_visual_embeds",
+)  # fmt: skip
+_TENSORS = (Tensor, list, tuple, dict)
 _IN_SPACE = "positions of images in space"
 _BIDIRECTIONAL = "attention in both directions between the features of an image"
 FEATURES, LATER = "features", "deepstack."  # names of the tensors of an image; LATER with the number of a layer
@@ -92,12 +96,25 @@ class ImageFeatures:
         remove_oldest(folder, MAX_CACHE_BYTES)
         return folder / key.hexdigest()[:24]
 
-    @property
+    @cached_property
     def why_not_embeddings(self) -> str | None:
         """Return why features are more than embeddings in a causal sequence, or None."""
-        if not self._token_types:
-            return None
-        return _IN_SPACE if "mm_token_type_ids" in self._token_types else _BIDIRECTIONAL
+        if GRID in inspect.signature(type(self._model).forward).parameters:
+            return _IN_SPACE
+        return _BIDIRECTIONAL if self._token_types and self._attends_by_type() else None
+
+    @torch.no_grad()
+    def _attends_by_type(self) -> bool:
+        """Return whether the model's attention mask depends on which tokens are features (not in small Gemma 4)."""
+        ids = torch.zeros(1, 4, dtype=torch.long, device=self._model.device)
+        types = ids, torch.tensor([[0, 1, 1, 0]], device=ids.device)
+        masks = [
+            capture_arguments(self._model, {"input_ids": ids, **dict.fromkeys(self._token_types, value)})[
+                "attention_mask"
+            ]
+            for value in types
+        ]
+        return not _equal_masks(*masks)
 
     @property
     def has_images(self) -> bool:
@@ -212,6 +229,7 @@ class ImageFeatures:
         places = (ids >= FIRST_IMAGE_ID).nonzero()[0]
         number = table.find(int(ids[places[0]]))
         count = table.tokens(number)
+        self.of_image(number)  # its errors are more precise than those of the forward
         end = int(places[count]) if len(places) > count else len(ids)
         weights = np.zeros(end, np.float32)
         weights[max(int(places[count - 1]) + 1, end - MAX_CHECKED) :] = 1.0
@@ -318,6 +336,19 @@ def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor
     """Return the embeddings (1, n, h) that a multimodal model gives to its text model, which is not computed.
 
     Also returns the features (tokens, h) that the first layers of the text model add (DeepStack, arXiv:2406.04334).
+    Raises ModelError if the text model gets more of an image, as for cross-attention.
+    """
+    arguments = capture_arguments(model, inputs)
+    if unknown := [name for name, value in arguments.items() if name not in _OF_TEXT and isinstance(value, _TENSORS)]:
+        what = f"{model.config.model_type}: its layers read images apart from the tokens ({', '.join(unknown)})"
+        raise ModelError(what, fix="train on text, or choose another model that reads images")
+    return cast(Tensor, arguments["inputs_embeds"]), list(arguments.get("deepstack_visual_embeds") or ())
+
+
+def capture_arguments(model: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return the arguments with which a multimodal model calls its text model, which is not computed.
+
+    Raises ModelError if it is not called.
     """
     decoder = text_decoder(model)[0]
 
@@ -328,12 +359,19 @@ def capture_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor
     try:
         model(**inputs, use_cache=False)
     except _Captured as captured:
-        arguments = captured.arguments
-    else:
-        raise ModelError(f"{model.config.model_type}: its text model is not called by its forward")
+        return captured.arguments
     finally:
         handle.remove()
-    return cast(Tensor, arguments["inputs_embeds"]), list(arguments.get("deepstack_visual_embeds") or ())
+    raise ModelError(f"{model.config.model_type}: its text model is not called by its forward")
+
+
+def _equal_masks(one: Any, other: Any) -> bool:
+    """Return whether two attention masks are equal: tensors, one for each type of layer, or None."""
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and all(_equal_masks(one[name], other[name]) for name in one)
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    return one is None and other is None
 
 
 def image_features(model: Any) -> ImageFeatures | None:
@@ -378,6 +416,9 @@ def install_images(model: Any, tokenizer: Any) -> ImageFeatures | None:
 
     base.image_features = features
     embedding.register_forward_pre_hook(hide)
+    if (per_layer := getattr(decoder, "embed_tokens_per_layer", None)) is not None:  # Gemma 4: features are padding
+        padding = base.config.get_text_config().pad_token_id
+        per_layer.register_forward_pre_hook(lambda _, args: (args[0].masked_fill(args[0] >= FIRST_IMAGE_ID, padding),))
     embedding.register_forward_hook(insert)
     if "deepstack_visual_embeds" in inspect.signature(type(decoder).forward).parameters:
         decoder.register_forward_pre_hook(add_later, with_kwargs=True)

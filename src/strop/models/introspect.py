@@ -165,7 +165,10 @@ def text_filter(model: nn.Module) -> Callable[[str], bool]:
 def find_image_tower(model: Any) -> nn.Module | None:
     """Return the part of a multimodal model that reads pixels: its largest model next to the text model, or None."""
     inner, text = _parts(model)
-    towers = [child for child in inner.children() if isinstance(child, PreTrainedModel) and child is not text]
+    towers = [
+        child for child in inner.children()
+        if isinstance(child, PreTrainedModel) and child is not text and child.main_input_name != "input_features"
+    ]  # fmt: skip
     return max(towers, key=lambda tower: sum(weight.numel() for weight in tower.parameters()), default=None)
 
 
@@ -177,7 +180,7 @@ def find_projectors(model: Any) -> list[str]:
     tower, (inner, text) = find_image_tower(model), _parts(model)
     if tower is None:
         return []
-    parts = {name: child for name, child in inner.named_children() if child not in (tower, text)}
+    parts = {name: x for name, x in inner.named_children() if x not in (tower, text) and "audio" not in name}
     parts = parts or {name: child for name, child in tower.named_children() if "merger" in name}
     names = list[str]()
     for name, child in parts.items():

@@ -169,7 +169,9 @@ def _fix_text_forward(model: nn.Module) -> None:
         return
 
     def forward(input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
-        assert pixel_values is None
+        if pixel_values is not None:
+            fix = "train on text, or choose another model that reads images"
+            raise ModelError("llama4: transformers fails on its images", fix=fix)
         return wrapper.language_model(input_ids=input_ids, **kwargs)
 
     wrapper.forward = forward

@@ -69,16 +69,27 @@ class ImageEncoder:
     def placeholder(self) -> str:
         """The token that the chat template writes for an image, and the processor replaces with the image's text.
 
-        Raises RenderError if there is none.
+        Raises RenderError if there is none, and ModelError if the processor also changes the text around it.
         """
         self._processor  # noqa: B018 - its errors are not those of a token
         for token in self.candidates:
             try:
-                if self._expand_placeholder(token, *_PROBE_SIZE).tokens:
-                    return token
+                expansion = self._expand_placeholder(token, *_PROBE_SIZE)
             except Exception:  # a processor may raise anything for a text without its placeholder
                 continue
+            if expansion.tokens:
+                self._check_replacement(token, expansion)
+                return token
         raise RenderError("image-lost", "of any row")
+
+    def _check_replacement(self, token: str, expansion: Expansion) -> None:
+        import PIL.Image
+
+        start = f"{self._tokenizer.bos_token or ''}a"  # some processors add the token if it is absent
+        processed = self._process(f"{start}{token}a", [PIL.Image.new("RGB", _PROBE_SIZE)])["input_ids"][0].tolist()
+        if processed != self._tokenizer(f"{start}{expansion.text}a", add_special_tokens=False)["input_ids"]:
+            what = f"{self.folder}: its processor changes the text around an image, which strop does not support"
+            raise ModelError(what, fix="train on text, or choose another model that reads images")
 
     @cached_property
     def reads_several(self) -> bool:
@@ -104,12 +115,19 @@ class ImageEncoder:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Expansion(text, ids.count(self.image_token_id))
 
+    def count_values(self, width: int, height: int) -> int:
+        """Return how many values the processor makes of the pixels of an image of this size, with its padding."""
+        import PIL.Image
+
+        return int(self.inputs(PIL.Image.new("RGB", (width, height)))["pixel_values"].numel())
+
     def inputs(self, image: PIL.Image.Image) -> dict[str, Any]:
         """Return the inputs of the model for an image alone: tensors with a batch of one."""
         return dict(self._process(self.placeholder, [image]))
 
     def _process(self, text: str, images: list[PIL.Image.Image]) -> Any:
-        return self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+        options = {"add_special_tokens": False, "padding": False, "return_tensors": "pt"}
+        return self._processor(text=[text], images=[images], **options)
 
 
 def has_processor(folder: Path) -> bool:

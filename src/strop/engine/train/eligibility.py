@@ -112,6 +112,10 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         return f"base weights in {weights[0].dtype}"
     if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
         return why
+    kind, changes_logits = base.config.model_type, family.logit_scale(config) != 1
+    changes_logits = changes_logits or bool(getattr(config, "final_logit_softcapping", None))
+    if changes_logits and not config.model_type.startswith(kind):  # Aya Vision does not scale its logits as Cohere 2
+        return f"{kind} may scale the logits of {config.model_type} differently"
     experts = ("experts", "block_sparse_moe")
     if any(getattr(layer, name, None) is not None for layer in decoder.layers for name in experts):
         return "experts next to the MLP"

@@ -69,7 +69,8 @@ def layer_norms(decoder: Any, family: Family) -> Iterator[Any]:
 
 def text_decoder(base: Any) -> tuple[Any, Any]:
     """Return (decoder, config) of a causal language model, or of a multimodal model's language model."""
-    inner = getattr(base, base.base_model_prefix, None) or base.model  # Llama 4 has no attribute of this name
+    # Llama 4 has no attribute of this name, and with images it has its language model itself.
+    inner = getattr(base, base.base_model_prefix, None) or getattr(base, "model", base)
     candidates = (getattr(inner, name, None) for name in ("language_model", "text_model"))
     return next((module for module in candidates if module is not None), inner), base.config.get_text_config()
 
