@@ -12,6 +12,7 @@ from strop.config.names import full_name
 from strop.config.schema import Recipe, keep_share
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.reading.sources import needs_download
+from strop.data.rendering.image_encoder import image_encoder
 from strop.errors import StropError
 from strop.models.source import Source, is_on_disk, locate
 from strop.models.tokenizer import check_template, load_tokenizer
@@ -24,6 +25,7 @@ from strop.objectives.table import (
     sequences_per_row,
 )
 from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
+from strop.planning.images import ImageLoad
 from strop.planning.workload import Workload
 
 MICRO_BATCH_TOKENS = 2048
@@ -45,6 +47,7 @@ class Rows(list[tuple[int, int]]):
     refused: StropError | None = None  # why a run would reject them
     labels: Sequence[str] = ()  # of texts to classify
     warnings: Sequence[str] = ()  # of `strop check`
+    images: ImageLoad | None = None
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -63,7 +66,9 @@ def measure_rows(recipe: Recipe) -> Rows:
         return sizes
     data_kind = data_kind_of(recipe.train)
     check_template(source, recipe.data, data_kind)
-    prepared = prepare_rows(recipe, load_tokenizer(source), strict=False)
+    tokenizer = load_tokenizer(source)
+    prepared = prepare_rows(recipe, tokenizer, strict=False)
+    sizes.images = ImageLoad.measure(image_encoder(tokenizer), source)
     rows, prefix = prepared.train, None
     sizes.refused = prepared.refusal
     held_out = prepared.report.eval

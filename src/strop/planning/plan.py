@@ -57,7 +57,7 @@ from strop.planning.memory import (
 )
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, mean_micro_batch
 from strop.planning.multi_device import Devices, MultiDevicePlan, plan_devices
-from strop.planning.time import FORWARD, Rate, rollout_seconds, step_seconds, steps_seconds, tokens_per_s
+from strop.planning.time import FORWARD, Rate, image_seconds, rollout_seconds, step_seconds, steps_seconds, tokens_per_s
 from strop.planning.workload import Workload, why_recipe_not_fast
 
 CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
@@ -91,7 +91,7 @@ class Plan(Printed):
     tokens_per_s: float
     seconds: float | None  # predicted time of the run; None if its number of rows is unknown
     rate: Rate
-    data: dict[str, Any]  # number of rows, tokens of the longest row, and why rows are invalid or unknown
+    data: dict[str, Any]  # numbers of rows and images, tokens of the longest row, and why rows are invalid or unknown
     largest: dict[str, int]  # the largest max_length and micro_batch_tokens that fit
     disk_bytes: int
     suggestions: list[Suggestion]  # changes to the recipe that would make it fit; empty if it fits
@@ -153,8 +153,8 @@ def make_plan(
         "beyond": too_long,
     }
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
-        rows, number = Rows(rows), rows.rows  # a copy without `prefix`
-        rows.rows = number
+        copy = Rows(rows)  # without `prefix`
+        copy.rows, copy.images, rows = rows.rows, rows.images, copy
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, rows)
     mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
@@ -176,6 +176,13 @@ def make_plan(
         steps = first_steps(recipe, rows, packed=workload.compute.step == "fast")
         tokens = sum(batch.tokens + batch.shared for step in steps for batch in step)
         speed = tokens / steps_seconds(workload, steps, rate)
+    seconds = _run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps)
+    if (images := rows.images) is not None:
+        facts |= {"images": images.images, "image_seconds": None}
+        if images.flops is not None:
+            row_count = rows.rows or len(rows) / sequences_per_row(recipe.train)
+            facts["image_seconds"] = image_seconds(images.flops * images.passes(recipe, row_count), rate)
+            seconds = None if seconds is None else seconds + facts["image_seconds"]
     why = why_recipe_not_fast(recipe, shape)
     return Plan(
         fits=fits,
@@ -188,7 +195,7 @@ def make_plan(
         workload=workload,
         engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
-        seconds=_run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps),
+        seconds=seconds,
         rate=rate,
         data={"rows": rows.rows or len(rows) or None, "longest": longest, **facts},
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
@@ -377,7 +384,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
-    seconds = f", {_format_duration(plan.seconds)} in all" if plan.seconds else ""
+    seconds = f", {_format_duration(plan.seconds)} in all{_describe_images(plan)}" if plan.seconds else ""
     out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"max_length {length:,}"
@@ -421,6 +428,15 @@ def _describe_rows(plan: Plan) -> str:
     if data["rows"]:
         return f"{data['rows']:,}, the longest of {data['longest']:,} tokens"
     return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(data['unknown'] or 'none are given')}"
+
+
+def _describe_images(plan: Plan) -> str:
+    if not (images := plan.data.get("images")):
+        return ""
+    seconds = plan.data["image_seconds"]
+    if seconds is None:
+        return f", without the image encoder on {images:,} images, which has unknown layers"
+    return f", of which {_format_duration(seconds)} for the image encoder on {images:,} images"
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:

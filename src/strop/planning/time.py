@@ -225,6 +225,11 @@ def _update_seconds(workload: Workload, rate: Rate) -> float:
     return UPDATE_BYTES * workload.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * tensors)
 
 
+def image_seconds(flops: float, rate: Rate) -> float:
+    """Return the seconds of an image encoder's forward pass, which is that of transformers."""
+    return flops / (GPU_SHARE * rate.flops) if rate.peak else flops / rate.flops * (rate.plain or PLAIN)
+
+
 def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> float:
     """Return the seconds to sample the completions of a step, all of the maximum length."""
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt

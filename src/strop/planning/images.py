@@ -1,0 +1,55 @@
+"""Predict the work of a model's image encoder, from the shapes in its weight files and a sample of the images."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from strop.config.schema import Recipe
+from strop.data.images import MAX_TOWER_OUTPUTS
+from strop.data.rendering.image_encoder import ImageEncoder
+from strop.models.source import Source, read_headers
+
+SAMPLED_IMAGES = 32
+_TOWER = re.compile(r"(^|\.)(vision|visual)")  # names of weights: vision_tower, vision_model, visual
+_TABLE = re.compile(r"pos(ition)?_embed")  # of positions, which are added without a matmul
+_PATCH_WEIGHT = re.compile(r"patch_(emb|conv).*weight$")  # (hidden, values of a patch), the latter in 1 to 4 dimensions
+_PROJECTOR_IN_TOWER = ".merger."  # of Qwen's and GLM's models
+
+
+@dataclass(frozen=True)
+class ImageLoad:
+    """The images of the rows.
+
+    images: number of distinct ones. flops: of one pass of the encoder over them, or None if its layers have
+    unknown names. in_tower: whether the projector is a part of the encoder.
+    """
+
+    images: int
+    flops: float | None = None
+    in_tower: bool = False
+
+    @staticmethod
+    def measure(encoder: ImageEncoder | None, source: Source) -> ImageLoad | None:
+        """Return the images that the rows of a tokenizer have, or None without images."""
+        if encoder is None or not encoder.table.images:
+            return None
+        images, entries = encoder.table.images, (x for _, header in read_headers(source.path) for x in header.items())
+        shapes = {name: entry["shape"] for name, entry in entries if _TOWER.search(name) and not _TABLE.search(name)}
+        patch = next((shape for name, shape in shapes.items() if _PATCH_WEIGHT.search(name) and len(shape) > 1), None)
+        if patch is None:
+            return ImageLoad(len(images))
+        sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
+        values = sum(encoder.count_values(image.width, image.height) for image in sample) / len(sample)
+        patches = len(images) * values / math.prod(patch[1:])
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        return ImageLoad(len(images), 2.0 * weights * patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
+
+    def passes(self, recipe: Recipe, rows: float) -> float:
+        """Return how often the encoder computes each image in a run: once, or with some projectors in each epoch."""
+        if recipe.lora.vision != "projector" or (not self.in_tower and self.images <= MAX_TOWER_OUTPUTS):
+            return 1.0
+        train: Any = recipe.train
+        return float(train.epochs) if train.max_steps is None else max(1.0, train.max_steps * train.batch_size / rows)
