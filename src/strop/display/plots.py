@@ -19,6 +19,7 @@ MAX_SMOOTHING_RADIUS = 10
 # Placeholder colours, which are replaced by CSS colours that depend on light or dark mode.
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
 CSS_COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
+TITLE_STYLE: dict[str, Any] = {"color": INK, "loc": "left", "fontsize": 10, "fontweight": "bold", "y": 1}
 PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
 
 
@@ -87,11 +88,11 @@ def _xy(series: Series) -> tuple[list[float], list[float]]:
 
 def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     """Create a figure with the given size in inches, without pyplot, which would keep it in global state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
-    axes.set_title(title, color=INK, loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(title, **TITLE_STYLE)
     axes.tick_params(colors=INK, length=0)
     axes.xaxis.label.set_color(INK)
     axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.7)
@@ -103,10 +104,27 @@ def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _set_margins(figure: Any) -> None:
+    """Leave room for the texts around the axes, whose sizes depend on the fonts of the page anyway.
+
+    matplotlib's layout engines measure all texts, which takes twice as long as the drawing.
+    """
+    axes, (width, height) = figure.axes[0], figure.get_size_inches()
+    formatter = axes.yaxis.get_major_formatter()
+    longest = max(map(len, formatter.format_ticks(axes.get_yticks())))
+    above = 0.27
+    if formatter.get_offset():  # a power of ten above the axis, below the title
+        above += 0.17
+        axes.set_title(axes.get_title("left"), pad=18, **TITLE_STYLE)
+    below = 0.42 if axes.get_xlabel() else 0.24
+    figure.subplots_adjust((0.06 + 0.085 * longest) / width, below / height, 1 - 0.06 / width, 1 - above / height)
+
+
 def _to_svg(figure: Any, label: str) -> Markup:
     """Return the figure as an inline SVG element without metadata, whose text stays text."""
     buffer = io.StringIO()
     with matplotlib.rc_context(PLOT_STYLE):
+        _set_margins(figure)
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

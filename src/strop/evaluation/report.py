@@ -9,11 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
@@ -53,8 +54,6 @@ def render(
     report: Mapping[str, Any], events: Sequence[Mapping[str, Any]], notes: Mapping[str, Any] | None = None
 ) -> str:
     """Return the page. notes: the run's note and tags."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
     interval = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced samples are representative
@@ -62,7 +61,7 @@ def render(
     recipe, regression = report.get("recipe") or [], _describe_change(report.get("regression") or {})
     train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
-    page = template.render(
+    page = _template().render(
         title=Path(str(report.get("run") or "run")).name,
         dates=_describe_dates(events),
         tags=tags if isinstance(tags := (notes or {}).get("tags"), list) else [],
@@ -98,6 +97,12 @@ def render(
     )
     # JSON may contain a lone surrogate, which UTF-8 cannot encode.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
 
 
 def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
