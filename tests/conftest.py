@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.support.forks import Forks
     from tests.support.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -53,6 +54,16 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path)
     from tests.support.serving import save_adapters
 
     return save_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Run a process that has imported strop and its libraries, whose forks start at once."""
+    from tests.support.forks import Forks
+
+    forks = Forks()
+    yield forks
+    forks.stop()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from strop.training.criteria import make_criterion
 from tests import ROOT
 from tests.distributed.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
-from tests.support import texts, tiny, tiny_families
+from tests.support import texts, tiny, tiny_families, triplets
 from tests.support.seeing import save_seeing, seeing_rows
 
 NEAR = 1e-6
@@ -262,6 +262,14 @@ def images(lab: Lab) -> None:
         assert off == 0.0 if exact == "true" else off < NEAR, (exact, off)
 
 
+def embedding(lab: Lab) -> None:
+    """Rows of texts that match are never split over ranks."""
+    rows = texts.write(lab.folder / "triplets.jsonl", triplets.rows(30, negatives=True))
+    more = ["--data", str(rows), "--train.objective", "embed", "--train.exact", "true", "--data.eval", "20%"]
+    one, two = lab.good(1, *more), lab.good(2, *more)
+    assert apart(one, two) == 0.0, apart(one, two)
+
+
 def evaluation(lab: Lab, general: bool = True) -> None:
     """`strop eval` gives the same answers and scores on 1 and 3 ranks: of rows, the general set, regression data, and
     pairs (by log-probabilities and by a reward model)."""
@@ -427,7 +435,7 @@ def killed_rank(lab: Lab) -> None:
 
 def hanging_rank(lab: Lab) -> None:
     """A rank that does not answer is named after train.timeout."""
-    asleep = at_step(3, lambda job: time.sleep(60))
+    asleep = at_step(3, lambda job: time.sleep(12))
     out = lab.out()
     running = lab.start(3, lab.words(out, "--train.timeout", "3s"), {1: asleep})
     ended = running.end(within=25)

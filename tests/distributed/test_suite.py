@@ -1,20 +1,17 @@
-"""Several ranks on this machine. Each case runs in its own process, because forks need a parent without threads."""
+"""Several ranks on this machine. Each case runs in a fork of a process without threads."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests.support.forks import Forks
 from tests.support.jobs import ASKED, WHY_NOT
 
 CASES = [
     "equals_one_device(lab, [3])", "samples(lab)", "unusual_batches(lab)", "resume_on_other_counts(lab)",
-    "preference_objectives(lab)", "classification(lab)", "images(lab)",
+    "preference_objectives(lab)", "classification(lab)", "embedding(lab)", "images(lab)",
     "evaluation(lab, general=False)", "nan_on_one_rank(lab)", "out_of_memory_on_one_rank(lab)", "failing_ranks(lab)",
     "flipped_bit(lab)", "killed_rank(lab)", "hanging_rank(lab)", "restarted_by_torchrun(lab)",
     "nan_weight_at_save(lab)", "judge_runs_on_one_rank(lab)", "idle_experts(lab)", "unusual_models(lab)",
@@ -29,20 +26,15 @@ IMPORTS += "from tests.distributed.kills import *"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_case(case: str, tmp_path: Path) -> None:
-    in_own_process(case, tmp_path)
+def test_case(case: str, tmp_path: Path, forks: Forks) -> None:
+    run_case(forks, case, tmp_path)
 
 
 @pytest.mark.skipif(not ASKED, reason=WHY_NOT)
 @pytest.mark.parametrize("case", ["equals_one_device(lab)", "evaluation(lab)", "kills(lab, 100)"])
-def test_long_case(case: str, tmp_path: Path) -> None:
-    in_own_process(case, tmp_path, seconds=5400)
+def test_long_case(case: str, tmp_path: Path, forks: Forks) -> None:
+    run_case(forks, case, tmp_path, seconds=5400)
 
 
-def in_own_process(case: str, tmp_path: Path, seconds: float = 600) -> None:
-    code = f"{IMPORTS}; lab = Lab(Path({str(tmp_path)!r})); {case}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=seconds, env=environment
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def run_case(forks: Forks, case: str, tmp_path: Path, seconds: float = 600) -> None:
+    forks.run(f"{IMPORTS}; lab = Lab(Path({str(tmp_path)!r})); {case}", tmp_path, seconds)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests.support.forks import Forks
 
-# Forks need a parent without threads, so each case runs in its own process.
 CASES = {
     "kills": "suite.kills(lab, 6)",
     "crash points": "suite.crash_points(lab, 60)",
@@ -24,11 +21,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fault(case: str, tmp_path: Path) -> None:
+def test_fault(case: str, tmp_path: Path, forks: Forks) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.faults import suite\n"
         f"with suite.one_thread():\n    lab = suite.Lab(Path({str(tmp_path)!r}))\n    tally = {CASES[case]}\n"
         "print(tally.tried, tally.wrong[:3]); sys.exit(1 if tally.wrong or not tally.tried else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    forks.run(code, tmp_path, seconds=300)

@@ -6,8 +6,6 @@ import copy
 import json
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,29 +291,6 @@ def test_resumed_run_equals_the_uninterrupted_one(
     whole, again = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
-
-
-def test_two_devices_train_the_weights_of_one(tiny_folder: Path, tmp_path: Path) -> None:
-    data = texts.write(tmp_path / "rows.jsonl", triplets.rows(30, negatives=True))
-    for number in ("1", "2"):
-        words = [
-            "train",
-            "--model",
-            tiny_folder,
-            "--data",
-            data,
-            "--out",
-            tmp_path / number,
-            *QUICK,
-            "--devices",
-            number,
-        ]
-        words += ["--train.objective", "embed", "--train.exact", "true", "--eval", "20%"]
-        command = [sys.executable, "-m", "strop", *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("1", "2"))
-    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
 def test_embedder_is_trained_further_and_refused_elsewhere(
