@@ -15,7 +15,7 @@ from tests.support.dash import Dash, run_dash
 from tests.support.tiny import write_rows
 
 NAME = "the run"
-MORE = 3_000  # longer than the page's polling interval
+MORE = 1_000  # longer than the page's polling interval
 
 
 @pytest.fixture(scope="module")
