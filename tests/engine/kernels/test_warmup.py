@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,13 +142,12 @@ def run_python(arguments: list[str], **environment: str) -> str:
 def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
     """Run both parts of a warm-up at the same time and return the environment in which their kernels are found."""
     environment = {"NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    with ThreadPoolExecutor(2) as pool:
-        parts = [
-            pool.submit(run_python, ["-m", MODULE, *arguments, part], **environment)
-            for part in ("attention", "matmuls")
-        ]
-    for part in parts:
-        part.result()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        compiler = warmup.Compiler()
+    code, last_line = compiler.run([[MODULE, *arguments, part] for part in ("attention", "matmuls")])
+    assert code == 0, last_line
     return environment
 
 
