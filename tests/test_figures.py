@@ -382,6 +382,21 @@ def retrieval_rows(results: Any) -> list[str]:
     return lines
 
 
+def image_speed(results: Any) -> list[str]:
+    """Return the ends of a row of the table of `benchmarks/images.py speed`: rates, times of epochs, and the ratio."""
+    cells, epoch = [], results["rows"] // 4
+    medians = {
+        tool: [statistics.median(times) for times in zip(*runs, strict=True)]
+        for tool, runs in results["seconds"].items()
+    }
+    for tool in ("strop", "trl"):
+        tokens = sum(results["runs"][tool][0]["tokens"][epoch:])
+        cells.append(f"{statistics.median(tokens / sum(run[1:]) for run in results['seconds'][tool]):,.0f}")
+    for tool in ("strop", "trl"):
+        cells.append(f"{medians[tool][0]:.1f}, then {statistics.median(medians[tool][1:]):.1f}")
+    return [f"| {' | '.join(cells)} | {statistics.median(results['ratios']):.1f} |"]
+
+
 def taught(results: Any) -> list[str]:
     """Return the ends of the rows of the table of benchmarks/teacher.py, without the teacher's own."""
     cells = []
@@ -540,6 +555,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/full.md", "full_2026-11-30.json", full_rows),
     ("docs/full.md", "full_speed_2026-11-30.json", full_speed),
     ("docs/images.md", "images_2026-11-30.json", image_rows),
+    ("docs/images.md", "image_speed_siglip_2026-11-30.json", image_speed),
+    ("docs/images.md", "image_speed_small_2026-11-30.json", image_speed),
     ("docs/full.md", "full_700_2026-11-30.json", full_rows),
     ("docs/full.md", "full_700_2026-11-30.json", full_memory),
     ("docs/embed.md", "embed_2026-11-30.json", retrieval_rows),

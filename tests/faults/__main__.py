@@ -102,9 +102,9 @@ def _peer(python: str, lab: Path) -> dict[str, Any]:
 
 def _page(result: dict[str, Any]) -> str:
     peer = result.get("peer", {})
-    machine, ours = probe(), versions()
-    cpus = dict.fromkeys(tally["machine"] for tally in result.values() if "machine" in tally)
-    where = f"{time.strftime('%Y-%m-%d')}, {' and '.join(cpus)}, {machine.cores} cores, {platform.system()}"
+    ours = versions()
+    dates, cpus = (dict.fromkeys(x[name] for x in result.values() if name in x) for name in ("date", "machine"))
+    where = f"{' and '.join(dates)}, {' and '.join(cpus)}, {platform.system()}"
     what = f"strop {ours['strop']}, torch {ours['torch']}"
     if peer:
         known = peer["versions"]
