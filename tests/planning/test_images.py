@@ -76,6 +76,8 @@ def test_a_projector_in_the_encoder_is_counted_in_each_epoch(tmp_path: Path) -> 
     for steps in ({"train.epochs": 3}, {"train.max_steps": 9, "train.batch_size": 2}):
         seconds = plan(tmp_path, "qwen3_5", **{"lora.vision": "projector", **steps}).data["image_seconds"]
         assert seconds == pytest.approx(3 * once)
+        seconds = plan(tmp_path, "qwen3_5", **{"lora.vision": "all", **steps}).data["image_seconds"]
+        assert seconds == pytest.approx(3 * 3 * once)  # forward, again in the backward pass, and that
 
 
 def test_an_encoder_with_unknown_layers_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from strop.config.schema import Recipe
 from strop.data.images import MAX_TOWER_OUTPUTS
@@ -13,6 +13,7 @@ from strop.data.rendering.image_encoder import ImageEncoder
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
+TRAINED_PASSES = 3  # of an encoder with adapters: forward, again in the backward pass, and the gradient of its inputs
 _TOWER = re.compile(r"(^|\.)(vision|visual)")  # names of weights: vision_tower, vision_model, visual
 _TABLE = re.compile(r"pos(ition)?_embed")  # of positions, which are added without a matmul
 _PATCH_WEIGHT = re.compile(r"patch_(emb|conv).*weight$")  # (hidden, values of a patch), the latter in 1 to 4 dimensions
@@ -48,8 +49,9 @@ class ImageLoad:
         return ImageLoad(len(images), 2.0 * weights * patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
 
     def passes(self, recipe: Recipe, rows: float) -> float:
-        """Return how often the encoder computes each image in a run: once, or with some projectors in each epoch."""
-        if recipe.lora.vision != "projector" or (not self.in_tower and self.images <= MAX_TOWER_OUTPUTS):
+        """Return the passes of the encoder over each image in a run: one, or some in each epoch if it is not kept."""
+        vision, train = recipe.lora.vision, cast(Any, recipe.train)
+        if vision == "none" or (vision == "projector" and not self.in_tower and self.images <= MAX_TOWER_OUTPUTS):
             return 1.0
-        train: Any = recipe.train
-        return float(train.epochs) if train.max_steps is None else max(1.0, train.max_steps * train.batch_size / rows)
+        epochs = float(train.epochs) if train.max_steps is None else max(1.0, train.max_steps * train.batch_size / rows)
+        return epochs * (TRAINED_PASSES if vision == "all" else 1)
