@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 import strop
 from strop.data.answers import PLACEHOLDER
 from strop.engine.step import step_for
-from strop.errors import DataError, InputError, RecipeError
+from strop.errors import DataError, InputError, RecipeError, RunError
 from strop.runs.events import read_events
 from strop.training import loop, teacher
 from strop.training.gradients import micro_batches
@@ -311,6 +311,33 @@ def test_teacher_on_a_server(served: str, student: Path, files: list[Path], tmp_
     answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
     assert set(answers) == {"yes"} and len(answers) == 12 and done.report["data"]["used"] == 24
     assert math.isfinite(done.report["loss"]["last"]) and not (out / "teacher.safetensors").exists()
+
+
+def test_answers_of_a_server_are_kept_if_a_later_request_fails(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    failure: list[BaseException] = [RunError("teacher: 401"), KeyboardInterrupt()]
+
+    def answer(_: Any, messages: Any, **__: Any) -> str:
+        text = messages[-1]["content"]
+        if failure and text == "say 5":
+            raise failure.pop(0)
+        asked.append(text)
+        return "yes"
+
+    monkeypatch.setattr(teacher.ChatServer, "models", lambda _: ["one"])
+    monkeypatch.setattr(teacher.ChatServer, "answer", answer)
+    monkeypatch.setattr(teacher, "REQUESTS", 2)
+    rows = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {**QUICK, "train.teacher": "http://127.0.0.1:1/v1"}
+    for error in (RunError, KeyboardInterrupt):
+        with pytest.raises(error):
+            strop.train(model=student, data=str(rows), out=tmp_path / "run", **options)
+    done = strop.train(model=student, data=str(rows), out=tmp_path / "run", **options)
+    assert sorted(asked) == sorted(row["prompt"] for row in PROMPTS)  # each is paid for once
+    assert done.report["data"]["used"] == len(PROMPTS)
+    assert not list((tmp_path / "cache" / "teacher").glob("*.part"))
 
 
 def test_teacher_answers_with_the_system_prompt_it_was_trained_with(student: Path, tmp_path: Path) -> None:

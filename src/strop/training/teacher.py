@@ -67,6 +67,7 @@ class Teacher:
         assert recipe.train.teacher is not None
         self.name, self._recipe = recipe.train.teacher, recipe
         self.on_server = is_address(self.name)
+        self.received: dict[int, str | NoAnswer] = {}  # texts from a server, of the current call
         self._loaded: Model | None = None
         if self.on_server:
             self.key = f"{self.name} {recipe.train.teacher_model}"
@@ -85,6 +86,21 @@ class Teacher:
         LOG.info("train.teacher: answering 0 of %d rows", len(rows))
         texts = self._ask_server(rows) if self.on_server else self._generate(rows)
         return {key_of(row): text for row, text in zip(rows, texts, strict=True)}
+
+    def answer_in_parts(self, rows: Sequence[Conversation], file: Path) -> Answers:
+        """Return `answer`. The answers of a server are kept in a file if a later request fails, and read from it."""
+        answered = dict(read_answers(file)) if file.is_file() else {}
+        left = [row for row in rows if key_of(row) not in answered]
+        try:
+            answered |= self.answer(left)
+        except BaseException:  # also Ctrl-C
+            answered |= self.received
+            if answered:
+                write_atomic(file, write_answers(answered))
+                LOG.warning("train.teacher: %d answers are kept; the same command asks for the others", len(answered))
+            raise
+        file.unlink(missing_ok=True)
+        return {key_of(row): answered[key_of(row)] for row in rows}
 
     def _generate(self, rows: Sequence[Conversation]) -> list[str | NoAnswer]:
         from strop.engine.decode.generate import generate
@@ -121,6 +137,13 @@ class Teacher:
         LOG.info("train.teacher: %s answers", server.model)
 
         def ask(row: Conversation) -> str | NoAnswer:
+            text = request(row)
+            if isinstance(text, str):  # another try may answer the others
+                self.received[key_of(row)] = text
+                LOG.info("train.teacher: answering %d of %d rows", len(self.received), len(rows))
+            return text
+
+        def request(row: Conversation) -> str | NoAnswer:
             options = {"tools": list(row.tools)} if row.tools else {}
             try:
                 text = server.answer([*map(_request_message, row.messages)], **options)
@@ -268,7 +291,8 @@ def _read_or_ask(
         cached = cache_folder() / "teacher" / f"{key[:32]}.jsonl"
         if not cached.is_file() or teacher.on_server:  # a server may have another model next time
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, write_answers(teacher.answer(missing)))
+            answers = teacher.answer_in_parts(missing, cached.with_suffix(".part"))
+            write_atomic(cached, write_answers(answers))
         known = {**known, **read_answers(cached)}
     if not file.is_file() or missing:
         store(file, write_answers(known).encode())
