@@ -296,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["build", "data", "run", "speed"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--vision", default="projector", choices=["projector", "none"])
+    parser.add_argument("--vision", default="projector", choices=["none", "projector", "all"])
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--tower", default="small", choices=["small", "siglip"])
     parser.add_argument("--rows", type=int, default=48)
