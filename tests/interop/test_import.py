@@ -11,7 +11,15 @@ import yaml
 import strop
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import IMPORTERS, IN_FULL_NOTE, NO_LIMIT_NOTE, TRUNCATION_NOTE, Imported, import_config
+from strop.interop.draft import (
+    IMPORTERS,
+    IN_FULL_NOTE,
+    NO_LIMIT_NOTE,
+    PROJECTOR_NOTE,
+    TRUNCATION_NOTE,
+    Imported,
+    import_config,
+)
 from strop.interop.script_parser import UNREADABLE, Script
 from tests.support.runs import run
 
@@ -336,3 +344,33 @@ def test_trained_image_encoder_of_llamafactory(lines: str, vision: str | None, t
     draft = import_config("llamafactory", tmp_path / "a.yaml").draft
     assert draft.get("lora.vision") == vision and draft.get("data.image_folder") == "pictures"
     assert not draft.unsupported
+
+
+@pytest.mark.parametrize(
+    ("lines", "vision", "differs", "unsupported"),
+    [
+        ("freeze_multi_modal_projector: false\n", "projector", [PROJECTOR_NOTE], []),
+        ("freeze_language_model: false\n", None, [], []),
+        ("freeze_language_model: true\n", None, [], ["freeze_language_model"]),
+        ("finetuning_type: full\nfreeze_vision_tower: false\n", None, [], ["freeze_vision_tower"]),
+    ],
+)
+def test_frozen_parts_of_llamafactory(
+    lines: str, vision: str | None, differs: list[str], unsupported: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(f"model_name_or_path: m\n{lines}", encoding="utf-8")
+    draft = import_config("llamafactory", tmp_path / "a.yaml").draft
+    assert draft.get("lora.vision") == vision
+    assert [note.text for note in draft.differs if "projector" in note.text] == differs
+    assert [note.key for note in draft.unsupported] == unsupported
+
+
+def test_flags_and_the_collator_of_unsloth_for_images(tmp_path: Path) -> None:
+    code = UNSLOTH_VISION.format(", finetune_mlp_modules=False")
+    mask = "(model, processor, train_on_responses_only=True, instruction_part='a', response_part='b', resize=512)"
+    code = code.replace("Collator(model, processor)", f"Collator{mask}")
+    (tmp_path / "train.py").write_text(code, encoding="utf-8")
+    draft = import_config("unsloth", tmp_path / "train.py").draft
+    assert any("finetune_mlp_modules leave out layers of the encoder too" in note.text for note in draft.differs)
+    assert [note.key for note in draft.unsupported] == ["UnslothVisionDataCollator.resize"]
+    assert not any("trains on all tokens" in note.text for note in draft.differs)

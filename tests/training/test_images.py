@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import requests
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import strop
+from strop.config.load import resolve
 from strop.data import images
 from strop.data.converters import parse_request, read_images
 from strop.data.rendering.render import Renderer
@@ -33,6 +34,7 @@ from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.events import read_events
 from strop.runs.folder import cache_folder
+from strop.sweeping.split import Split, data_options, split_rows
 from tests import ROOT
 from tests.support.pages import blocks
 from tests.support.runs import QUICK, run
@@ -359,6 +361,90 @@ def test_the_output_head_of_a_model_with_images_is_adapted(rows: Path, tmp_path:
     done = strop.train(model=str(model), data=str(rows), out=tmp_path / "run", **options)
     assert [name for name in adapter(done.folder) if "lm_head" in name]
     assert not [name for name in adapter(done.folder) if "vision" in name]
+
+
+def test_gemma4_in_bf16_trains_its_encoder_and_is_merged(rows: Path, tmp_path: Path) -> None:
+    """Its projector is called by keyword, and its encoder converts pixels to the dtype of a weight."""
+    model = save_seeing(tmp_path / "model", "gemma4")
+    options = {**OPTIONS, "train.max_steps": 2, "lora.vision": "all", "model.dtype": "bf16"}
+    done = strop.train(model=str(model), data=str(rows), out=tmp_path / "run", **options)
+    merged = strop.merge(done.folder, tmp_path / "merged", dtype="fp32")
+    assert merged.parity is not None and merged.parity.passed
+
+
+def test_adjacent_images_are_trained_on(rows: Path, tmp_path: Path) -> None:
+    """The check before the first step needs text after the first image: such rows have none."""
+    model = save_seeing(tmp_path / "model", "llava")
+    row = {"images": [str(rows.parent / "0.png"), str(rows.parent / "1.png")], "prompt": "Same?", "completion": "yes"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    options = {**OPTIONS, "train.max_steps": 1}
+    done = strop.train(model=str(model), data=str(file), out=tmp_path / "run", **options)
+    assert done.report["steps"] == 1
+
+
+@pytest.mark.parametrize("vision", ["none", "projector", "all"])
+def test_plan_counts_what_is_trained(seeing: Path, rows: Path, tmp_path: Path, vision: str) -> None:
+    options = {**OPTIONS, "train.max_steps": 1, "lora.vision": vision}
+    planned = strop.plan(model=str(seeing), data=str(rows), **options).workload.adapter_weights
+    done = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "run", **options)
+    assert planned == sum(tensor.numel() for tensor in adapter(done.folder).values())
+
+
+def save_peft(seeing: Path, folder: Path, targets: Any) -> Path:
+    base = AutoModelForImageTextToText.from_pretrained(seeing)
+    config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapters_of_peft_with_an_encoder_are_trained_further(
+    seeing: Path, rows: Path, tmp_path: Path, targets: Any
+) -> None:
+    start = save_peft(seeing, tmp_path / "start", targets)
+    options = {**OPTIONS, "lora.r": 2, "train.max_steps": 2, "model.adapter": str(start)}
+    done = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "run", **options).folder
+    saved = load_file(start / "adapter_model.safetensors")
+    changed = [name for name, x in adapter(done).items() if not torch.equal(x, saved[name])]
+    assert adapter(done).keys() == saved.keys() and [name for name in changed if "vision_model" in name]
+    notes = [event["text"] for event in read_events(done / "events.jsonl") if event["event"] == "note"]
+    assert [text for text in notes if "its text model and the image encoder are trained" in text]
+
+
+def test_settings_for_images_without_effect_are_refused(seeing: Path, rows: Path, tmp_path: Path) -> None:
+    start = save_peft(seeing, tmp_path / "start", ["q_proj", "v_proj"])
+    only = save_peft(seeing, tmp_path / "only", r".*vision_model.*q_proj")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding="utf-8")
+    options = {**OPTIONS, "lora.r": 2}
+    for data, more, message in (
+        (rows, {"model.adapter": str(start), "lora.vision": "none"}, "was trained with all"),
+        (rows, {"model.adapter": str(only)}, "adapts only the image encoder"),
+        (text, {"lora.vision": "projector"}, "no row has an image"),
+    ):
+        with pytest.raises(StropError, match=message):
+            strop.train(model=str(seeing), data=str(data), out=tmp_path / "run", **options, **more)
+
+
+def test_sweeps_find_images_next_to_the_rows(seeing: Path, rows: Path, tmp_path: Path) -> None:
+    file = rows.parent / "many.jsonl"
+    lines = [{"prompt": f"Which colour {n}?", "completion": "red", "image": f"{n % 9}.png"} for n in range(120)]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    resolved = resolve(None, {"model.name": str(seeing), "data.train": str(file)})
+    split = split_rows(resolved, tmp_path / "data", selection=None, test=None, metric="exact")
+    restored = Split.from_json(split.as_json(), tmp_path / "data")
+    options = data_options(restored, resolved.recipe.data)
+    assert options["data.image_folder"] == str(rows.parent)
+    train = {"data": options["data.train"], "data.image_folder": options["data.image_folder"]}
+    assert strop.check(model=str(seeing), **train)["refusal"] is None
+
+
+def test_next_command_after_an_evaluation_on_images(
+    rows: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run("eval", trained, "--data", rows, "--dtype", "fp32", capsys=capsys)
+    assert code == 0 and "strop merge" in out + err and "gguf" not in out + err
 
 
 def test_biases_of_the_encoder_stay_frozen(seeing: Path, rows: Path, tmp_path: Path) -> None:

@@ -218,6 +218,14 @@ class ImageFeatures:
             return None
         return tensors
 
+    def is_comparable(self, example: Example) -> bool:
+        """Return whether there is text after the first image of an example, as `original_logprobs` needs it."""
+        places = (example.ids >= FIRST_IMAGE_ID).nonzero()[0]
+        if not len(places):
+            return False
+        end = int(places[self._encoder.table.tokens(self._encoder.table.find(int(example.ids[places[0]]))) - 1]) + 1
+        return end < len(example) and bool(example.ids[end] < FIRST_IMAGE_ID)
+
     @torch.no_grad()
     def original_logprobs(self, model: Any, example: Example) -> tuple[Tensor, Example]:
         """Return the log-probabilities (M,) that the model's own forward computes from the pixels of an image.

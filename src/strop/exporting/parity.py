@@ -282,7 +282,7 @@ def compute_in_fp32(model: Any) -> Any:
 
 def _linear_in_fp32(module: nn.Linear, x: Tensor) -> Tensor:
     bias = None if module.bias is None else module.bias.float()
-    return F.linear(x, module.weight.float(), bias)
+    return F.linear(x.float(), module.weight.float(), bias)  # encoders may give it pixels in the dtype of its weight
 
 
 def select_rows(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:

@@ -57,7 +57,8 @@ STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_s
 MAX_READ_ROWS = 1000  # of a data file, to see which columns it has
 LAYER_NAME = re.compile(r"[\w.\- ]*$")  # does not match regular expressions
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # of strop and of all imported tools
-IN_FULL_NOTE = "strop trains the projector in full, and adapters in the encoder"
+PROJECTOR_NOTE = "strop trains the projector in full"
+IN_FULL_NOTE = f"{PROJECTOR_NOTE}, and adapters in the encoder"
 TRUNCATION_NOTE = (
     "the other tool truncates longer rows, whose answers may lose their stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"

@@ -11,6 +11,7 @@ from strop.interop.draft import (
     IGNORED_KEYS,
     IN_FULL_NOTE,
     LINE_BREAK_NOTE,
+    PROJECTOR_NOTE,
     Columns,
     Draft,
     Keys,
@@ -93,16 +94,27 @@ def _read_model(draft: Draft, keys: Keys) -> None:
             draft.add_unsupported("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
     rank = as_int("lora_rank", keys.peek("lora_rank", 8))
     draft.put_lora(keys, "lora_rank", "lora_target", {"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0})
-    frozen = [keys.take(key, True) for key in ("freeze_vision_tower", "freeze_multi_modal_projector")]
-    if not all(frozen):
-        key = "freeze_multi_modal_projector" if frozen[0] else "freeze_vision_tower"
-        draft.put("lora.vision", "projector" if frozen[0] else "all", key)
-        draft.add_difference(key, IN_FULL_NOTE)
+    _read_vision(draft, keys)
     lists = {"additional_target": "lora.modules_to_save", "add_tokens": "lora.new_tokens"}
     draft.put_fields(keys, lists, lambda value: [part.strip() for part in str(value).split(",")])
     if "lora.new_tokens" in draft.fields:
         text = "the embeddings and the head are trained in full there; strop trains the rows of the new tokens"
         draft.add_difference("add_tokens", text)
+
+
+def _read_vision(draft: Draft, keys: Keys) -> None:
+    """Import which parts of a model with images are trained."""
+    if keys.take("freeze_language_model"):
+        draft.add_unsupported("freeze_language_model", "true: strop always trains the text model")
+    frozen = {key: keys.take(key, True) for key in ("freeze_vision_tower", "freeze_multi_modal_projector")}
+    trained = [key for key, is_frozen in frozen.items() if not is_frozen]
+    if not trained:
+        return
+    if draft.get("train.method") == "full":
+        draft.add_unsupported(trained[0], "false: with train.method full, strop trains only the text model")
+        return
+    draft.put("lora.vision", "projector" if frozen["freeze_vision_tower"] else "all", trained[0])
+    draft.add_difference(trained[0], PROJECTOR_NOTE if frozen["freeze_vision_tower"] else IN_FULL_NOTE)
 
 
 def _read_data(draft: Draft, keys: Keys, stage: str) -> None:

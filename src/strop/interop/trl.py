@@ -165,10 +165,14 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
+    collator = _vision_collator(script)
+    for name, value in () if collator is None else collator.keywords.items():
+        if name not in _VISION_MASK:
+            report_expression(draft, f"UnslothVisionDataCollator.{name}", value, "not supported")
     for key, node in arguments.items():
         if key == "data_collator" and _masks_prompts(script):
             draft.add_ignored(key, "loss on assistant turns only, as in strop by default", node.lineno)
-        elif key == "data_collator" and re.fullmatch(r"UnslothVisionDataCollator\(\w+, \w+\)", ast.unparse(node)):
+        elif key == "data_collator" and collator is not None:
             draft.add_ignored(key, "strop reads images by itself", node.lineno)
         elif key == "formatting_func":
             report_expression(draft, key, node, f"rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}")
@@ -213,12 +217,20 @@ def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None) -> None
                 draft.add_unsupported("early_stopping_threshold", f"{threshold}: strop has no threshold", call.line)
 
 
+_VISION_MASK = ("train_on_responses_only", "instruction_part", "response_part")  # of Unsloth's collator
 _MASKS = ("DataCollatorForCompletionOnlyLM", "train_on_responses_only")
 
 
 def _masks_prompts(script: Script) -> bool:
     """Return whether the script limits the loss to assistant turns."""
-    return any(call.name in _MASKS for call in script.calls)
+    collator = _vision_collator(script)
+    node = None if collator is None else collator.keywords.get(_VISION_MASK[0])
+    is_masked = node is not None and script.value(node) is True
+    return is_masked or any(call.name in _MASKS for call in script.calls)
+
+
+def _vision_collator(script: Script) -> Call | None:
+    return next((call for call in script.calls if call.name == "UnslothVisionDataCollator"), None)
 
 
 def _report_masks(draft: Draft, script: Script) -> None:
@@ -578,8 +590,9 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
     names = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
     draft.put_fields(keys, {name: f"lora.{name}" for name in names})
     if is_unsloth:
+        left_out = [flag for flag in _UNSLOTH_FLAGS if keys.peek(flag) is False]
         _read_unsloth_targets(draft, keys)
-        _read_unsloth_vision(draft, keys, is_default="FastVisionModel" in call.owner)
+        _read_unsloth_vision(draft, keys, left_out, is_default="FastVisionModel" in call.owner)
     draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
@@ -604,13 +617,19 @@ def _read_unsloth_targets(draft: Draft, keys: Keys) -> None:
             draft.put("lora.modules_to_save", list(dict.fromkeys([*saved, *whole])), text)
 
 
-def _read_unsloth_vision(draft: Draft, keys: Keys, *, is_default: bool) -> None:
-    """Import the parts of a model with images that are trained. is_default: whether its encoder is by default."""
+def _read_unsloth_vision(draft: Draft, keys: Keys, left_out: list[str], *, is_default: bool) -> None:
+    """Import the parts of a model with images that are trained.
+
+    left_out: flags that leave out kinds of layers. is_default: whether the encoder is trained by default.
+    """
     if keys.take("finetune_language_layers") is False:
         draft.add_unsupported("finetune_language_layers", "false: strop always trains adapters in the text model")
     if keys.take("finetune_vision_layers", is_default):
         draft.put("lora.vision", "all", "finetune_vision_layers")
         draft.add_difference("finetune_vision_layers", IN_FULL_NOTE)
+        if left_out:
+            text = f"{', '.join(left_out)} leave out layers of the encoder too; strop adapts all of its linear layers"
+            draft.add_difference("finetune_vision_layers", text)
 
 
 _UNSLOTH_FLAGS = {

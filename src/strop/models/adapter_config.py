@@ -23,6 +23,7 @@ SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
 EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates text, scores, classifies or embeds it
 _IN_TOWER = re.compile(r"\.(vision|visual)[^.]*\.")  # in paths of the image encoders of transformers' models
+_IN_TEXT = re.compile(r"\.(language|text)_model\.")  # the same of the text model, next to an encoder
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
 
@@ -208,9 +209,16 @@ def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
     """
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
+    every = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
+    paths = {path for path in every if not _IN_TOWER.search(path)}
+    if any(map(_IN_TEXT.search, paths)):  # without a projector
+        paths = {path for path in paths if _IN_TEXT.search(path) or path.endswith(".lm_head")}
+    if every and not paths:
+        what = f"{weights.parent}: adapts only the image encoder, and strop trains adapters in the text model too"
+        raise ModelError(what, fix="train a new adapter with --lora.vision all")
+    if paths != every and not isinstance(targets, str):  # some names may be those of layers in the encoder only
+        targets = [name for name in targets if any(path.endswith(f".{name}") for path in paths)]
     if isinstance(targets, str):
-        paths = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
-        paths = {path for path in paths if not _IN_TOWER.search(path)}
         wrapper_names = ("base_layer", *(name.partition(".")[0] for name in parameters))
         targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in wrapper_names]
     return sorted({*targets, *parameters})

@@ -224,6 +224,7 @@ def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], meta_
         sizes["num_hidden_layers"] = max([1, *map(len, lists)])
         shape = ModelShape.from_config({**sizes, "model_type": config.get("model_type")})
     shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(meta_model) is not None)
+    shape = _with_image_parts(shape, meta_model)
     if shape.known:
         return shape
     active = next((linear.active for linear in shape.expert_linears), 1.0)
@@ -267,9 +268,18 @@ def refine_with_model(info: ModelInfo, *, lora: LoraSection | None = None, is_ca
     if is_causal and (reason := why_not_causal(meta_model.config)):
         info = replace(info, refused=reason)
     if info.shape.known:
-        return info
+        return replace(info, shape=_with_image_parts(info.shape, meta_model))
     shape = shape_from_model(full_config.to_dict(), config, meta_model)
     return replace(info, shape=shape, parameters=count_parameters(meta_model))
+
+
+def _with_image_parts(shape: ModelShape, meta_model: Any) -> ModelShape:
+    """Return a shape with the sizes of what lora.vision trains."""
+    linears = [meta_model.get_submodule(path) for path in tower_linears(meta_model)]
+    modules = [x for name in find_projectors(meta_model) for x in find_modules_to_save(meta_model, name).values()]
+    weights = {id(weight): weight.numel() for module in modules for weight in module.parameters()}
+    sizes = sum(linear.in_features + linear.out_features for linear in linears)
+    return replace(shape, projector_weights=sum(weights.values()), tower_sizes=sizes)
 
 
 def max_positions(model: Any) -> int | None:

@@ -223,7 +223,7 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
         if isinstance(module, ModulesToSaveWrapper):
             dtype = next(module.original_module.parameters()).dtype
             for trained in module.modules_to_save.values():
-                trained.register_forward_pre_hook(_cast_inputs)
+                trained.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
                 trained.register_forward_hook(lambda _, __, output, dtype=dtype: output.to(dtype))
     return model
 
@@ -236,9 +236,13 @@ def _forward_with_cast_bias(module: Conv1D | nn.LayerNorm, x: Tensor) -> Tensor:
     return torch.addmm(bias, x.flatten(0, -2), module.weight).view(*x.shape[:-1], -1)  # weight: (in, out)
 
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(map(cast, args)), {name: cast(x) for name, x in kwargs.items()}
 
 
 def set_dropout(model: peft.PeftModel, probability: float) -> None:

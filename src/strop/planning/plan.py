@@ -280,9 +280,11 @@ def _list_compromises(resolved: Resolved, workload: Workload) -> list[str]:
 
 def read_model_facts(recipe: Recipe) -> ModelInfo:
     """Return the model's sizes, from its config and the headers of its weight files."""
-    # If torch is installed, unknown families and recipes with modules_to_save are read from a model without weights.
+    # If torch is installed, these are read from a model without weights: unknown families, lora.modules_to_save, and
+    # lora.vision.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
-    if (facts.shape.known and not recipe.lora.modules_to_save) or not is_installed("torch"):
+    needs_model = recipe.lora.modules_to_save or recipe.lora.vision != "none"
+    if (facts.shape.known and not needs_model) or not is_installed("torch"):
         return facts
     from strop.models.introspect import refine_with_model
 

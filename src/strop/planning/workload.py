@@ -324,6 +324,8 @@ def _count_extra_weights(
     total += len(lora.new_tokens) * shape.hidden
     total += shape.vocabulary if lora.use_dora and head_rank else 0
     total += shape.hidden * count_score_outputs(recipe.train)
+    total += shape.projector_weights if lora.vision != "none" else 0
+    total += lora.r * shape.tower_sizes if lora.vision == "all" else 0
     return total + _num_trained_biases(lora, shape)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from strop.config.load import Resolved
 from strop.config.schema import DataSection
-from strop.data.formats import DOCUMENT, ConversationReader
+from strop.data.formats import DOCUMENT, ConversationReader, image_folder
 from strop.data.reading import sources
 from strop.data.reading.in_memory import to_json
 from strop.data.row_errors import RowError
@@ -40,11 +40,18 @@ class Split:
     notes: list[str]
     hash: str  # of the content of the files
     labels: list[str] | None = None  # the classes of all texts to classify; a part may lack a rare one
+    image_folder: str | None = None  # in which the paths of images start, if it is not that of these files
 
     def as_json(self) -> dict[str, Any]:
         names = {name: [Path(file).name for file in self.files[name]] for name in PARTS}  # the folder may be moved
         parts = {name: {"rows": self.rows[name], "files": names[name]} for name in PARTS}
-        return {**parts, "notes": self.notes, "hash": self.hash, "labels": self.labels}
+        return {
+            **parts,
+            "notes": self.notes,
+            "hash": self.hash,
+            "labels": self.labels,
+            "image_folder": self.image_folder,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], folder: Path) -> Split:
@@ -54,9 +61,8 @@ class Split:
             raise FolderError(
                 f"{folder}: has changed since the sweep was started", fix="restore it, or start a new sweep"
             )
-        return cls(
-            files, {name: value[name]["rows"] for name in PARTS}, [*value["notes"]], value["hash"], value["labels"]
-        )
+        rows = {name: value[name]["rows"] for name in PARTS}
+        return cls(files, rows, [*value["notes"]], value["hash"], value["labels"], value.get("image_folder"))
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,20 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
         notes.append(f"{repeated} test rows have the prompt of a selection row, so the final check is not independent")
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: _write_part(folder, name, parts[name]) for name in PARTS}
+    images = _find_image_folder(data, [part for name in PARTS for part in parts[name]])
     for name in ("selection", "test") if kind not in TEXT_KINDS else ():
-        _check_scorable(files[name], parts[name], resolved, metric)
-    return Split(files, {name: len(parts[name]) for name in PARTS}, notes, _hash_files(files), labels)
+        _check_scorable(files[name], parts[name], resolved, metric, images)
+    return Split(files, {name: len(parts[name]) for name in PARTS}, notes, _hash_files(files), labels, images)
+
+
+def _find_image_folder(data: DataSection, parts: Sequence[Part]) -> str | None:
+    """Return the folder in which the paths of images start, or None without images. Raises DataError for several."""
+    seen = (part for part in parts if any(message.images for message in part.conversation.messages))
+    folders = dict.fromkeys(image_folder(part.row.file, data.image_folder).absolute() for part in seen)
+    if len(folders) > 1:
+        what = f"rows with images are in several folders: {', '.join(map(str, folders))}"
+        raise DataError(what, fix="put the data files into one folder, or name that of the images: --data.image_folder")
+    return next(map(str, folders), None)
 
 
 def _hash_files(files: Mapping[str, Sequence[str]]) -> str:
@@ -140,6 +157,7 @@ def data_options(split: Split, data: DataSection) -> dict[str, Any]:
         "data.encoding": "utf-8",
     }  # fmt: skip
     options |= {"data.format": "text"} if data.format == DOCUMENT else {}
+    options |= {"data.image_folder": split.image_folder} if split.image_folder else {}
     return options | ({"train.labels": split.labels} if split.labels else {})
 
 
@@ -234,12 +252,14 @@ def _check_part(name: str, parts: Sequence[Part], kind: DataKind) -> list[str]:
     return []
 
 
-def _check_scorable(files: Sequence[str], parts: Sequence[Part], resolved: Resolved, metric: str) -> None:
+def _check_scorable(
+    files: Sequence[str], parts: Sequence[Part], resolved: Resolved, metric: str, images: str | None
+) -> None:
     """Raise the error of `strop eval` for rows that the metric cannot score, with the places in the user's files."""
     data = resolved.recipe.data
     try:
         format = "text" if data.format == DOCUMENT else data.format
-        reading = {"format": format, "columns": data.columns, "image_folder": data.image_folder}
+        reading = {"format": format, "columns": data.columns, "image_folder": images}
         read_scorable_rows((), reading, (), files, metric)
     except DataError as error:
         places: dict[tuple[str, int | None], Row] = {}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.data.images import FIRST_IMAGE_ID, hide_images
+from strop.data.images import hide_images
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.images import image_features
@@ -261,8 +261,9 @@ def check_images(job: Job, items: Sequence[Item]) -> None:
     features = image_features(job.model)
     examples = [example for item in items for example in item.examples]
     rows = (example for row in range(min(len(job.train), IMAGE_ROWS)) for example in job.train[row].examples)
-    found = (x for x in (*examples, *rows) if (x.ids >= FIRST_IMAGE_ID).any() and x.ids[-1] < FIRST_IMAGE_ID)
-    if features is None or is_scored(job.criterion) or (example := next(found, None)) is None:
+    if features is None or is_scored(job.criterion):
+        return
+    if (example := next(filter(features.is_comparable, (*examples, *rows)), None)) is None:
         return
     with job.devices.all_or_none(), torch.no_grad():
         expected, part = features.original_logprobs(job.model, example)

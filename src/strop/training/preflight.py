@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -175,6 +175,10 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     LOG.info("reading and checking the rows")
     prepare = partial(prepare_rows, recipe, tokenizer, cache=cache_folder() / "data")
     data = prepare()
+    vision = resolved.choices["lora.vision"]
+    if vision.value != "none" and vision.origin != "plan" and not data.renderer.image_table:
+        what = f"lora.vision {vision.value}: no row has an image, so nothing but the text model would be trained"
+        raise RecipeError(what, fix="leave lora.vision out")
     if recipe.train.teacher is not None and teacher_weight(recipe.train) and data.renderer.image_table:
         what = "train.teacher: the probabilities of a teacher for rows with images are not supported"
         raise RecipeError(what, fix="--train.teacher_weight 0, which trains on its answers, or leave the teacher out")
@@ -317,7 +321,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
     if trained_kind(recipe.train) == "embedder":
         resolved = resolved.decide(_choose_pooling(recipe, start, source))
-    resolved = resolved.decide(_choose_vision(recipe, bare, source, start))
+    resolved = resolved.decide(_choose_vision(resolved, bare, source, start))
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
@@ -339,29 +343,29 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     return RecipeFacts(resolved, key, num_weights, shape, parameters)
 
 
-def _choose_vision(recipe: Recipe, bare: Any, source: Source, start: Path | None) -> list[Choice]:
-    """Add the projector to lora.modules_to_save, and follow the adapter to start from. Raises RecipeError."""
-    vision, names, choices = recipe.lora.vision, find_projectors(bare), list[Choice]()
+def _choose_vision(resolved: Resolved, bare: Any, source: Source, start: Path | None) -> list[Choice]:
+    """Add the projector to lora.modules_to_save, or follow the adapter to start from. Raises RecipeError."""
+    lora, names = resolved.recipe.lora, find_projectors(bare)
+    vision: str = lora.vision
     if start is not None:
         saved = read_adapter_config(start).get("modules_to_save") or ()
-        trained: Literal["none", "projector", "all"] = "none"
-        if names and set(names) <= set(saved):
-            trained = "all" if adapts_image_encoder(start) else "projector"
-        if vision not in ("none", trained):
+        trained = "projector" if names and set(names) <= set(saved) else "none"
+        trained = "all" if adapts_image_encoder(start) else trained
+        if vision == trained:
+            return []
+        if resolved.choices["lora.vision"].origin != "default":
             what = f"lora.vision {vision}: the adapter to start from was trained with {trained}"
             raise RecipeError(what, fix="leave lora.vision out, or train a new adapter")
-        if vision != trained:
-            vision = trained
-            choices = [Choice("lora.vision", vision, "plan", "as in the adapter to start from")]
+        return [Choice("lora.vision", trained, "plan", "as in the adapter it starts from")]
     if vision == "none":
         return []
     if not names:
         raise RecipeError(f"lora.vision {vision}: {source.name} has no image encoder", fix="leave lora.vision out")
-    if recipe.train.method == "full":
+    if resolved.recipe.train.method == "full":
         what = f"lora.vision {vision}: train.method full trains all weights of the text model, and no others"
         raise RecipeError(what, fix="leave lora.vision out, or train with --train.method lora")
-    modules = list(dict.fromkeys([*recipe.lora.modules_to_save, *names]))
-    return [*choices, Choice("lora.modules_to_save", modules, "plan", f"lora.vision {vision}")]
+    modules = list(dict.fromkeys([*lora.modules_to_save, *names]))
+    return [Choice("lora.modules_to_save", modules, "plan", f"lora.vision {vision}")]
 
 
 def _choose_pooling(recipe: Recipe, start: Path | None, source: Source) -> list[Choice]:
@@ -600,12 +604,11 @@ def _list_model_notes(setup: Setup) -> Iterator[str]:
         yield GGUF_NOTE
     bare = load_without_weights(setup.source)
     if setup.source.kind != "gguf" and text_path(bare):
-        parts = {
-            "none": "text model is trained; image and audio encoders are frozen",
-            "projector": "text model and the projector of images are trained; image and audio encoders are frozen",
-            "all": "text model, its image encoder and the projector are trained",
-        }  # fmt: skip
-        yield f"{config.model_type}: its {parts[recipe.lora.vision]}"
+        parts = ["text model"] + ["image encoder"] * (recipe.lora.vision == "all")
+        parts += ["projector of images"] * bool(set(find_projectors(bare)) & set(recipe.lora.modules_to_save))
+        frozen = "audio encoders" if recipe.lora.vision == "all" else "image and audio encoders"
+        verb = "is" if len(parts) == 1 else "are"
+        yield f"{config.model_type}: its {' and the '.join(parts)} {verb} trained; {frozen} are frozen"
     for name in recipe.lora.modules_to_save:
         kinds = count_path_kinds(find_modules_to_save(bare, name))
         if len(kinds) > 1:

@@ -92,7 +92,8 @@ def evaluate(
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
         delivery = [] if adapter_folder(name) is None else [["merge", name, "--out", f"{label}-merged"]]
-        generates = not {"classes", "texts"} & result.keys()
+        is_on_images = any("[image " in str(row.get("prompt")) for row in result.get("samples", ()))
+        generates = not {"classes", "texts"} & result.keys() and not is_on_images
         delivery += [["export", "gguf", name, "--out", f"{label}.gguf"]] if generates else []
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"
