@@ -18,18 +18,16 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from measured import child, run_jobs, write
+from measured import child, read_steps, run_jobs, train_timed, write
 
 BATCH, RATE = 4, 1e-5
 
 
 def train_with_strop(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import strop
-    from strop.runs.events import read_events
 
     options = {
         "train.method": args.method, "train.max_steps": args.steps, "train.batch_size": BATCH,
@@ -38,12 +36,8 @@ def train_with_strop(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model.device": "cpu", "train.epochs": 1,
     }  # fmt: skip
     done = strop.train(model=str(args.model), data=str(args.data), out=str(folder / "run"), **options)
-    steps = [event for event in read_events(done.folder / "events.jsonl") if event["event"] == "step"]
-    counts = [event["tokens"] for event in steps]
-    tokens = [end - begin for begin, end in zip([0, *counts], counts, strict=False)]
-    seconds = [n / event["tokens_per_s"] for n, event in zip(tokens, steps, strict=True)]
     return {
-        "losses": [event["loss"] for event in steps], "tokens": tokens, "seconds": seconds,
+        **read_steps(done.folder),
         "peak_bytes": done.report["memory"]["measured_peak_bytes"],
         "predicted_bytes": done.report["memory"]["predicted_peak_bytes"],
     }  # fmt: skip
@@ -53,38 +47,19 @@ def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train on the rows in the order of strop's batches."""
     import torch
     from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     rows = load_dataset("json", data_files=str(args.ordered), split="train")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    begun, seconds, tokens = 0.0, list[float](), list[int]()
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            nonlocal begun
-            begun = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - begun)
-
     config = SFTConfig(
         output_dir=str(folder), use_cpu=True, bf16=args.dtype == "bf16", per_device_train_batch_size=BATCH,
         learning_rate=RATE, lr_scheduler_type="constant", max_steps=args.steps, logging_steps=1, save_strategy="no",
         report_to="none", max_length=1024, gradient_checkpointing=False, train_sampling_strategy="sequential",
         weight_decay=0.0, adam_beta2=0.999, disable_tqdm=True,
     )  # fmt: skip
-    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, callbacks=[Clock()])
-    original = trainer.training_step
-
-    def counted(module: Any, inputs: Any, *more: Any, **named: Any) -> Any:
-        tokens.append(int(inputs["attention_mask"].sum()))
-        return original(module, inputs, *more, **named)
-
-    trainer.training_step = counted
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "tokens": tokens, "seconds": seconds}
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows)
+    return train_timed(trainer)
 
 
 def write_in_order(args: argparse.Namespace, file: Path) -> None:

@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from measured import child, run_jobs, write
+from measured import child, read_steps, run_jobs, train_timed, write
 
 SIDE, PATCH = 48, 12  # of an image, in pixels
 BATCH, RATE = 4, 1e-4  # of `speed`
@@ -173,15 +173,10 @@ def speed_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def train_with_strop(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import strop
-    from strop.runs.events import read_events
 
     with tempfile.TemporaryDirectory() as run_folder:
         done = strop.train(out=f"{run_folder}/run", **speed_options(args, folder))
-        steps = [event for event in read_events(done.folder / "events.jsonl") if event["event"] == "step"]
-    counts = [event["tokens"] for event in steps]
-    tokens = [end - begin for begin, end in zip([0, *counts], counts, strict=False)]
-    seconds = [n / event["tokens_per_s"] for n, event in zip(tokens, steps, strict=True)]
-    return {"losses": [event["loss"] for event in steps], "tokens": tokens, "seconds": seconds}
+        return read_steps(done.folder)
 
 
 def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -189,7 +184,7 @@ def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     from datasets import Dataset, Features, Image, List, Value
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
     from strop.config.load import resolve
@@ -209,16 +204,6 @@ def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         })  # fmt: skip
     turns = List({"role": Value("string"), "content": Value("string")})
     features = Features({"images": List(Image()), "prompt": turns, "completion": turns})
-    begun, seconds, tokens = 0.0, list[float](), list[int]()
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            nonlocal begun
-            begun = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - begun)
-
     config = SFTConfig(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=BATCH, num_train_epochs=1,
         learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
@@ -235,18 +220,8 @@ def train_with_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32), args=config,
         train_dataset=Dataset.from_list(table, features=features), peft_config=lora, processing_class=processor,
-        callbacks=[Clock()],
     )  # fmt: skip
-    original = trainer.training_step
-
-    def counted(module: Any, inputs: Any, *more: Any, **named: Any) -> Any:
-        tokens.append(int(inputs["attention_mask"].sum()))
-        return original(module, inputs, *more, **named)
-
-    trainer.training_step = counted
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "tokens": tokens, "seconds": seconds}
+    return train_timed(trainer)
 
 
 def measure_speed(args: argparse.Namespace) -> None:

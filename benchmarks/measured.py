@@ -95,6 +95,44 @@ def child(words: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def read_steps(folder: Path) -> dict[str, list[Any]]:
+    """Return the loss, tokens (never padding) and seconds of each step of a run of strop."""
+    from strop.runs.events import read_events
+
+    steps = [event for event in read_events(folder / "events.jsonl") if event["event"] == "step"]
+    counts = [event["tokens"] for event in steps]
+    tokens = [end - begin for begin, end in zip([0, *counts], counts, strict=False)]
+    seconds = [n / event["tokens_per_s"] for n, event in zip(tokens, steps, strict=True)]
+    return {"losses": [event["loss"] for event in steps], "tokens": tokens, "seconds": seconds}
+
+
+def train_timed(trainer: Any) -> dict[str, list[Any]]:
+    """Train with a trainer of transformers that logs each step, and return the same of its steps."""
+    from transformers import TrainerCallback
+
+    begun, seconds, tokens = 0.0, list[float](), list[int]()
+
+    class StepClock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begun
+            begun = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - begun)
+
+    original = trainer.training_step
+
+    def counted(module: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        tokens.append(int(inputs["attention_mask"].sum()))
+        return original(module, inputs, *more, **named)
+
+    trainer.training_step = counted
+    trainer.add_callback(StepClock())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "tokens": tokens, "seconds": seconds}
+
+
 class Clock:
     """Total seconds inside `with` blocks: wall time and CPU time of all threads."""
 
