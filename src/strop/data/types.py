@@ -28,6 +28,7 @@ TEXT_KINDS: tuple[DataKind, ...] = ("classes", "triplets")  # texts are encoded 
 RENDERED_PROMPTS: tuple[DataKind, ...] = ("prompts", *TEXT_KINDS)  # without an answer, so without a stop token
 Label = str | tuple[str, ...]  # the class of a text, or all classes of a text that may have several
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # the place of an image in the text of a message
+IMAGE_TEXT = "[image "  # the start of its description, where a message is shown
 PREFERENCE_KINDS: tuple[DataKind, ...] = ("pairs", "labels")
 
 
@@ -73,7 +74,7 @@ class Message:
         """The content, with a description in place of each image."""
         if not self.images:
             return self.content
-        parts = content_parts(self, lambda image: {"text": f"[image {image.width}x{image.height}]"})
+        parts = content_parts(self, lambda image: {"text": f"{IMAGE_TEXT}{image.width}x{image.height}]"})
         return "".join(part["text"] for part in parts)
 
 

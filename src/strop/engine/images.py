@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, MAX_TOWER_OUTPUTS, open_image
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
-from strop.data.types import Example, Ids, Image
+from strop.data.types import Example, Ids, Image, Indices
 from strop.errors import ModelError
 from strop.models.families.layers import text_decoder
 from strop.models.introspect import find_image_tower, text_filter
@@ -83,6 +83,8 @@ class ImageFeatures:
         is_text = text_filter(self._model)
         modules = self._model.named_modules()
         self._adapted = [module for name, module in modules if isinstance(module, _WRAPPERS) and not is_text(name)]
+        tower = () if self._tower is None else self._tower.modules()
+        self._tower_is_trained = any(isinstance(module, _WRAPPERS) for module in tower)
 
     @cached_property
     def _folder(self) -> Path:
@@ -223,8 +225,13 @@ class ImageFeatures:
         places = (example.ids >= FIRST_IMAGE_ID).nonzero()[0]
         if not len(places):
             return False
-        end = int(places[self._encoder.table.tokens(self._encoder.table.find(int(example.ids[places[0]]))) - 1]) + 1
+        end = self._end_of_first(example.ids, places)
         return end < len(example) and bool(example.ids[end] < FIRST_IMAGE_ID)
+
+    def _end_of_first(self, ids: Ids, places: Indices) -> int:
+        """Return the position after the first image of token ids. places: positions of features."""
+        table = self._encoder.table
+        return int(places[table.tokens(table.find(int(ids[places[0]]))) - 1]) + 1
 
     @torch.no_grad()
     def original_logprobs(self, model: Any, example: Example) -> tuple[Tensor, Example]:
@@ -240,7 +247,7 @@ class ImageFeatures:
         self.of_image(number)  # its errors are more precise than those of the forward
         end = int(places[count]) if len(places) > count else len(ids)
         weights = np.zeros(end, np.float32)
-        weights[max(int(places[count - 1]) + 1, end - MAX_CHECKED) :] = 1.0
+        weights[max(self._end_of_first(ids, places), end - MAX_CHECKED) :] = 1.0
         part = replace(example, ids=ids[:end], weights=weights, soft=None)
         inputs = self._encoder.inputs(open_image(table.images[number]))
         own, text = inputs["input_ids"], torch.from_numpy(ids[:end].astype(np.int64))[None]
@@ -279,10 +286,6 @@ class ImageFeatures:
         others |= {GRID: inputs[GRID]} if GRID in inputs else {}
         tensors = {FEATURES: features, **others}
         return tensors if has_gradient else {name: value.detach().clone() for name, value in tensors.items()}
-
-    @property
-    def _tower_is_trained(self) -> bool:
-        return self._tower is not None and any(module in self._adapted for module in self._tower.modules())
 
     def _encode(self, inputs: Mapping[str, Tensor], digest: str) -> tuple[Tensor, list[Tensor]]:
         """Return `capture_embeddings` of an image, without dropout."""

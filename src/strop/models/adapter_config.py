@@ -22,7 +22,7 @@ SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a rewar
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
 EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
 AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates text, scores, classifies or embeds it
-_IN_TOWER = re.compile(r"\.(vision|visual)[^.]*\.")  # in paths of the image encoders of transformers' models
+IN_TOWER = re.compile(r"(^|\.)(vision|visual)")  # in paths of image encoders: vision_tower, vision_model, visual
 _IN_TEXT = re.compile(r"\.(language|text)_model\.")  # the same of the text model, next to an encoder
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
 CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
@@ -199,29 +199,33 @@ def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, 
 
 def adapts_image_encoder(folder: Path) -> bool:
     """Return whether an adapter has LoRA matrices in the image encoder of a model."""
-    return any(".lora_" in name and _IN_TOWER.search(name) for name in read_safetensors_header(folder / WEIGHTS_FILE))
+    return any(".lora_" in name and IN_TOWER.search(name) for name in read_safetensors_header(folder / WEIGHTS_FILE))
 
 
 def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
     """Return the names of adapted layers and experts of the text model.
 
-    A pattern becomes the names of its matches in the weights.
+    A pattern becomes the names of its matches in the weights. Raises ModelError if there are none.
     """
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     every = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
-    paths = {path for path in every if not _IN_TOWER.search(path)}
-    if any(map(_IN_TEXT.search, paths)):  # without a projector
-        paths = {path for path in paths if _IN_TEXT.search(path) or path.endswith(".lm_head")}
+    paths = set(filter(_is_text, every)) if any(map(_IN_TEXT.search, every)) else every
+    paths = {path for path in paths if not IN_TOWER.search(path)}
     if every and not paths:
         what = f"{weights.parent}: adapts only the image encoder, and strop trains adapters in the text model too"
         raise ModelError(what, fix="train a new adapter with --lora.vision all")
-    if paths != every and not isinstance(targets, str):  # some names may be those of layers in the encoder only
-        targets = [name for name in targets if any(path.endswith(f".{name}") for path in paths)]
     if isinstance(targets, str):
         wrapper_names = ("base_layer", *(name.partition(".")[0] for name in parameters))
         targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in wrapper_names]
+    elif paths != every:  # some names may be those of layers of other parts only
+        targets = [name for name in targets if any(path.endswith(f".{name}") for path in paths)]
     return sorted({*targets, *parameters})
+
+
+def _is_text(path: str) -> bool:
+    """Return whether a layer of a model with an encoder is in its text model, or is the output head."""
+    return bool(_IN_TEXT.search(path)) or path.endswith(".lm_head")
 
 
 def why_base_changed(config: Mapping[str, Any]) -> str | None:

@@ -10,11 +10,11 @@ from typing import Any, cast
 from strop.config.schema import Recipe
 from strop.data.images import MAX_TOWER_OUTPUTS
 from strop.data.rendering.image_encoder import ImageEncoder
+from strop.models.adapter_config import IN_TOWER
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
 TRAINED_PASSES = 3  # of an encoder with adapters: forward, again in the backward pass, and the gradient of its inputs
-_TOWER = re.compile(r"(^|\.)(vision|visual)")  # names of weights: vision_tower, vision_model, visual
 _TABLE = re.compile(r"pos(ition)?_embed")  # of positions, which are added without a matmul
 _PATCH_WEIGHT = re.compile(r"patch_(emb|conv).*weight$")  # (hidden, values of a patch), the latter in 1 to 4 dimensions
 _PROJECTOR_IN_TOWER = ".merger."  # of Qwen's and GLM's models
@@ -38,7 +38,7 @@ class ImageLoad:
         if encoder is None or not encoder.table.images:
             return None
         images, entries = encoder.table.images, (x for _, header in read_headers(source.path) for x in header.items())
-        shapes = {name: entry["shape"] for name, entry in entries if _TOWER.search(name) and not _TABLE.search(name)}
+        shapes = {name: entry["shape"] for name, entry in entries if IN_TOWER.search(name) and not _TABLE.search(name)}
         patch = next((shape for name, shape in shapes.items() if _PATCH_WEIGHT.search(name) and len(shape) > 1), None)
         if patch is None:
             return ImageLoad(len(images))

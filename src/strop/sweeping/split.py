@@ -45,13 +45,8 @@ class Split:
     def as_json(self) -> dict[str, Any]:
         names = {name: [Path(file).name for file in self.files[name]] for name in PARTS}  # the folder may be moved
         parts = {name: {"rows": self.rows[name], "files": names[name]} for name in PARTS}
-        return {
-            **parts,
-            "notes": self.notes,
-            "hash": self.hash,
-            "labels": self.labels,
-            "image_folder": self.image_folder,
-        }
+        more = {"notes": self.notes, "hash": self.hash, "labels": self.labels, "image_folder": self.image_folder}
+        return {**parts, **more}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], folder: Path) -> Split:

@@ -75,6 +75,7 @@ def evaluate(
         )  # fmt: skip
     if not is_main:
         return
+    from strop.data.types import IMAGE_TEXT
     from strop.evaluation.run import why_incomplete
     from strop.models.adapter_config import adapter_folder
     from strop.runs.folder import is_run
@@ -92,7 +93,7 @@ def evaluate(
     if len(names) == 1 and "rewards" not in result:
         name, label = names[0], Path(names[0]).name
         delivery = [] if adapter_folder(name) is None else [["merge", name, "--out", f"{label}-merged"]]
-        is_on_images = any("[image " in str(row.get("prompt")) for row in result.get("samples", ()))
+        is_on_images = any(IMAGE_TEXT in str(row.get("prompt")) for row in result.get("samples", ()))
         generates = not {"classes", "texts"} & result.keys() and not is_on_images
         delivery += [["export", "gguf", name, "--out", f"{label}.gguf"]] if generates else []
         if is_run(Path(name)):
