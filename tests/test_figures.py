@@ -330,6 +330,8 @@ def image_rows(results: Any) -> list[str]:
         lines.append(f"{one['rows']:,} | {one['epochs']:g} | `{one['vision']}` | {share} |")
     low, high = (100 * end for end in results[0]["base"]["interval"])
     assert all(one["base"] == results[0]["base"] for one in results)
+    minutes = [one["seconds"] / 60 for one in results if one["epochs"] > 1]
+    lines.append(f"several epochs took {min(minutes):.0f} to {max(minutes):.0f} minutes")
     return [*lines, f"The base has {100 * results[0]['base']['exact']:.1f} % ({low:.1f} to {high:.1f})"]
 
 

@@ -65,7 +65,7 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     for side in sides:
         table.add_column(side, justify="right")
     for name in result[sides[0]]:
-        if name == "tokens_per_s":  # base and tuned answer in one batch
+        if name == "tokens_per_s":  # of base and tuned together
             continue
         cells = []
         for side in sides:
@@ -80,8 +80,7 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     out.print(table)
     if speed := result[sides[-1]].get("tokens_per_s"):
         answered = [side for side in sides if result[side].get("tokens_per_s") == speed]  # others: in an earlier run
-        together = " in one batch" if len(answered) > 1 else ""
-        out.print(f"answers of {' and '.join(answered)} generated{together} at {speed:,.0f} tokens/s")
+        out.print(f"answers of {' and '.join(answered)} generated at {speed:,.0f} tokens/s")
     if result.get("left_out"):
         rows = [str(Location(**location)) for location in result["left_out"]]
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
