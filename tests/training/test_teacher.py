@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 
 import strop
@@ -71,16 +72,15 @@ def notes(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_gradient_is_that_of_the_weighted_losses(tmp_path: Path, weight: float, plain: bool) -> None:
-    """(1 - weight) * cross entropy + weight * KL(teacher || student), of K tokens and the rest as one."""
+@pytest.mark.parametrize(("weight", "temperature"), [(0.3, 1.0), (1.0, 1.0), (0.6, 2.0)])
+def test_loss_is_the_weighted_sum(tmp_path: Path, weight: float, temperature: float, plain: bool) -> None:
+    """(1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), of K tokens and the rest as one."""
     job = tiny.job(tmp_path / "run", [])
     model, weights = job.model, job.state.weights
     step = job.step if plain else step_for(model)
     rows = tiny.examples(3, seed=2)
     random, k = np.random.default_rng(3), 5
     total = torch.zeros((), dtype=torch.float64)
-    entropy = 0.0
     softened = []
     for row in rows:
         labels = row.ids[row.weights > 0]
@@ -89,7 +89,7 @@ def test_gradient_is_that_of_the_weighted_losses(tmp_path: Path, weight: float, 
         for position in range(0, len(labels), 2):  # the label is among the ids of some tokens
             ids[position, 0] = labels[position] if labels[position] not in ids[position] else ids[position, 0]
         probs = (random.dirichlet(np.ones(k + 1), len(labels))[:, :k]).astype(np.float32)
-        softened.append(soften(row, ids, probs, weight))
+        softened.append(soften(row, ids, probs, weight, temperature))
         logits = model(torch.from_numpy(row.ids.astype(np.int64))[None]).logits[0]
         logprobs = log_softmax(logits[np.flatnonzero(row.weights) - 1].double(), 1)
         target = torch.from_numpy(labels.astype(np.int64))
@@ -97,20 +97,19 @@ def test_gradient_is_that_of_the_weighted_losses(tmp_path: Path, weight: float, 
         missing = ~(ids == labels[:, None]).any(1)
         probs[missing, -1] = 0
         ids[missing, -1] = labels[missing]
-        chosen = logprobs.gather(1, torch.from_numpy(ids.astype(np.int64)))
+        tempered = log_softmax(logits[np.flatnonzero(row.weights) - 1].double() / temperature, 1)
+        chosen = tempered.gather(1, torch.from_numpy(ids.astype(np.int64)))
         q = torch.from_numpy(probs.astype(np.float64))
         rest_q = 1 - q.sum(1)
         others = torch.ones_like(logprobs).scatter_(1, torch.from_numpy(ids.astype(np.int64)), 0.0)
-        rest = torch.log((logprobs.exp() * others).sum(1))
-        divergence = -(q * chosen).sum() - (rest_q * rest).sum()
+        rest = torch.log((tempered.exp() * others).sum(1))
+        entropy = torch.special.entr(torch.cat([q, rest_q[:, None]], 1)).sum()
+        divergence = temperature**2 * (-(q * chosen).sum() - (rest_q * rest).sum() - entropy)
         total = total + (1 - weight) * cross_entropy(logprobs, target, reduction="sum") + weight * divergence
-        mixed = weight * torch.cat([q, rest_q[:, None]], 1)
-        mixed[:, :k] += (1 - weight) * torch.from_numpy((ids == labels[:, None]).astype(np.float64))
-        entropy += float(torch.special.entr(mixed).sum())
     expected = torch.autograd.grad(total, list(weights.values()))
     loss = step.token_loss(softened)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(total.detach()) - entropy, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-4)
     for (name, parameter), grad in zip(weights.items(), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, grad, rtol=2e-3, atol=2e-5, msg=name)
@@ -295,6 +294,37 @@ def test_evaluation_knows_the_rows_that_the_teacher_answered(
     assert strop.evaluate(out, seen, max_new_tokens=4)["train_rows"] == 2
 
 
+def test_softened_probabilities_are_those_of_the_teacher(student: Path, files: list[Path], tmp_path: Path) -> None:
+    """A model that is its own teacher learns nothing at any temperature, and another temperature is another run."""
+    run_folder = tmp_path / "run"
+    options = {**QUICK, "train.teacher": str(student), "train.teacher_weight": 1, "train.teacher_temperature": 3}
+    strop.train(model=student, data=str(files[1]), out=run_folder, **options)
+    steps = [event for event in read_events(run_folder / "events.jsonl") if event["event"] == "step"]
+    assert steps[0]["loss"] < 1e-5 and steps[0]["grad_norm"] < 2e-3
+    soft = load_file(run_folder / "teacher.safetensors")
+    strop.train(
+        model=student, data=str(files[1]), out=tmp_path / "other", **{**options, "train.teacher_temperature": 1}
+    )
+    sharp = load_file(tmp_path / "other" / "teacher.safetensors")
+    np.testing.assert_array_equal(soft["ids"], sharp["ids"])
+    ratios = [np.log(probs["probs"][:, 0] / probs["probs"][:, 1]) for probs in (sharp, soft)]
+    np.testing.assert_allclose(ratios[0], 3 * ratios[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs train.teacher and objective sft"),
+        ({"train.teacher": "x", "train.objective": "grpo"}, "needs train.teacher and objective sft"),
+        ({"train.teacher": "x", "train.teacher_weight": 0}, "train.teacher_weight is 0"),
+        ({"train.teacher": "http://127.0.0.1:1/v1", "train.teacher_weight": 1}, "a server gives its probabilities at"),
+    ],
+)
+def test_temperature_without_effect_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        strop.train(model="x", data="rows.jsonl", **{"train.teacher_temperature": 2, **options})
+
+
 @pytest.fixture
 def served(expert: Path) -> Iterator[str]:
     with serving(expert) as server:
@@ -313,21 +343,67 @@ def test_teacher_on_a_server(served: str, student: Path, files: list[Path], tmp_
     assert math.isfinite(done.report["loss"]["last"]) and not (out / "teacher.safetensors").exists()
 
 
+def test_probabilities_of_a_server_are_those_of_its_model(
+    served: str, student: Path, expert: Path, files: list[Path], tmp_path: Path
+) -> None:
+    options = {**QUICK, "train.teacher": served, "train.teacher_model": "expert", "train.teacher_weight": 0.7}
+    runs = [tmp_path / name for name in ("server", "model", "again")]
+    strop.train(model=student, data=[*map(str, files)], out=runs[0], **options)
+    own = {**QUICK, "train.teacher": str(expert), "train.teacher_weight": 0.7}
+    strop.train(model=student, data=str(files[0]), out=runs[1], **own)
+    (server, model) = (load_file(run / "teacher.safetensors") for run in runs[:2])
+    rows = len(model["ids"])  # the files are in order, and the second one's rows have answers of their own
+    np.testing.assert_array_equal(server["ids"][:rows, :3], model["ids"][:, :3])
+    np.testing.assert_allclose(server["probs"][:rows], model["probs"][:, :20], rtol=1e-3, atol=1e-6)
+    assert (server["probs"][rows:] == [1.0, *[0.0] * 19]).all()
+    (note,) = [note for note in notes(runs[0]) if "train.teacher" in note]
+    held = server["probs"].sum(1).mean()
+    assert f"have the weight 0.7, and those of the most likely tokens add up to {held:.0%}" in note
+    before = (runs[0] / "adapter" / "adapter_model.safetensors").read_bytes()
+    strop.train(model=student, data=[*map(str, files)], out=runs[2], **options)
+    assert (runs[2] / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+TOKEN = {"token": "yes", "logprob": -0.1, "bytes": None, "top_logprobs": []}
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "expected"),
+    [
+        (None, "gives no 20 log-probabilities"),
+        ({"content": [{**TOKEN, "top_logprobs": None}]}, "gives no 20 log-probabilities"),
+        (
+            {"content": [{**TOKEN, "token": "ye"}, {**TOKEN, "token": "s"}]},
+            "36 of 36 tokens are not those of the server",
+        ),
+    ],
+)
+def test_server_without_probabilities_of_the_tokens_is_refused(
+    student: Path, files: list[Path], tmp_path: Path, logprobs: Any, expected: str
+) -> None:
+    reply = {"message": {"content": "yes"}, "finish_reason": "stop", "logprobs": logprobs}
+    with judge_server(*[{"choices": [reply]}] * len(PROMPTS)) as (url, seen):
+        options = {**QUICK, "train.teacher": url, "train.teacher_weight": 0.5}
+        with pytest.raises(RecipeError, match=re.escape(expected)):
+            strop.train(model=student, data=str(files[0]), out=tmp_path / "run", **options)
+    assert seen[0]["logprobs"] is True and seen[0]["top_logprobs"] == 20
+
+
 def test_answers_of_a_server_are_kept_if_a_later_request_fails(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     failure: list[BaseException] = [RunError("teacher: 401"), KeyboardInterrupt()]
 
-    def answer(_: Any, messages: Any, **__: Any) -> str:
+    def choose(_: Any, messages: Any, **__: Any) -> dict[str, Any]:
         text = messages[-1]["content"]
         if failure and text == "say 5":
             raise failure.pop(0)
         asked.append(text)
-        return "yes"
+        return {"message": {"content": "yes"}}
 
     monkeypatch.setattr(teacher.ChatServer, "models", lambda _: ["one"])
-    monkeypatch.setattr(teacher.ChatServer, "answer", answer)
+    monkeypatch.setattr(teacher.ChatServer, "choose", choose)
     monkeypatch.setattr(teacher, "REQUESTS", 2)
     rows = write(tmp_path / "prompts.jsonl", PROMPTS)
     options = {**QUICK, "train.teacher": "http://127.0.0.1:1/v1"}
@@ -490,15 +566,17 @@ def test_teacher_next_to_rewards_resumes_exactly(
 
 
 def test_commands_of_the_page_work(
-    student: Path, expert: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    student: Path, expert: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], served: str
 ) -> None:
     page = (ROOT / "docs" / "teacher.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (strop train .*)", page, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     names = {"demo": student, "labelled.jsonl": files[1], "prompts.jsonl": files[0], "runs/large": expert}
+    names["http://127.0.0.1:8000/v1"] = served
     for number, command in enumerate(commands):
         for index, word in enumerate(words := shlex.split(command)[1:]):
             words[index] = str(names.get(word, word))
         more = ["--out", str(tmp_path / f"run-{number}"), "--train.max_steps", "2", "--model.dtype", "fp32"]
+        more += ["--train.teacher_model", "expert"] if served in words else []
         code, _, err = run(*words, *more, capsys=capsys)
         assert code == 0, err

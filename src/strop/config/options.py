@@ -87,6 +87,7 @@ class Options(TypedDict, total=False):
     keep: float | Literal["auto"] | None
     teacher: str | None
     teacher_weight: float | None
+    teacher_temperature: float | None
     teacher_model: str | None
     epochs: float
     max_steps: int | None

@@ -331,6 +331,9 @@ class TrainSection(Section):
         description="weight of the teacher's probabilities against the rows' own tokens (sft), or of its judgements "
         "against the rewards (grpo); default: 0.5, for a server 0; 1 for grpo",
     )
+    teacher_temperature: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="temperature of teacher and model where their probabilities are compared (sft); default: 1"
+    )
     teacher_model: str | None = Field(
         None, description="name of the model on the teacher's server; default: its only one"
     )
@@ -424,6 +427,7 @@ class Recipe(Section):
         objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
         conflict = self.int8_matmul_conflict() if train.int8_matmul else None
         full_conflict = self._full_conflict() if train.method == "full" else None
+        teacher_on_server = str(train.teacher).startswith(("http://", "https://"))
         problems = {
             f"train.method full: cannot be combined with {full_conflict}": full_conflict is not None,
             "train.micro_batch: larger than train.batch_size": (train.micro_batch or 0) > train.batch_size,
@@ -463,8 +467,17 @@ class Recipe(Section):
             "train.teacher_weight: there is no train.teacher": (
                 train.teacher_weight is not None and train.teacher is None
             ),
+            "train.teacher_temperature: needs train.teacher and objective sft": (
+                train.teacher_temperature is not None and (train.teacher is None or train.objective != "sft")
+            ),
+            "train.teacher_temperature: train.teacher_weight is 0": (
+                train.teacher_temperature is not None and train.teacher_weight == 0
+            ),
+            "train.teacher_temperature: a server gives its probabilities at temperature 1": (
+                train.teacher_temperature not in (None, 1) and teacher_on_server
+            ),
             "train.teacher_model: the teacher is not on a server": (
-                train.teacher_model is not None and not str(train.teacher).startswith(("http://", "https://"))
+                train.teacher_model is not None and not teacher_on_server
             ),
             "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
             "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,

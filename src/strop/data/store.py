@@ -263,6 +263,10 @@ class Examples(LazySequence[Example]):
     def item(self, i: int) -> Example:
         return self._store.example(int(self._indices[i]))
 
+    def conversation(self, i: int) -> Conversation:
+        """Return the row that example i is made from."""
+        return self._store.conversation(int(self.rows[i]))
+
 
 class JoinedItems(LazySequence[Item]):
     """The recipe's rows, followed by those of train.keep that `chosen` names, possibly repeated.

@@ -155,14 +155,18 @@ def label_names(label: Label) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SoftLabels:
-    """Distributions over k token ids that replace the labels of an example of n tokens.
+    """Distributions over k token ids, next to the labels of an example of n tokens.
 
     ids, probs: (n, k). The ids of a supervised token contain its label, and their probabilities sum to at most 1. All
-    other ids have the rest together. The loss is the Kullback-Leibler divergence from them.
+    other ids have the rest together. weight, temperature: the loss is weight * temperature^2 * the Kullback-Leibler
+    divergence of the model at that temperature from the distribution, and (1 - weight) * the cross entropy of the
+    label (Hinton et al., arXiv:1503.02531, section 2).
     """
 
     ids: Ids
     probs: npt.NDArray[np.float32]
+    weight: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ class Example:
     ids: token ids, shape (n,). weights: loss weight of each token as a *label*, shape (n,); tokens of weight 0 are not
     supervised. Position 0 is never supervised, because no token predicts it. encoded_separately: the prompt and the
     answer were tokenized separately, because otherwise one token would cover the end of the prompt and the start of
-    the answer. soft: distributions that replace the labels in the loss.
+    the answer. soft: distributions next to the labels.
     """
 
     ids: Ids

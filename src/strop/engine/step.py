@@ -51,7 +51,7 @@ class Step(Protocol):
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
         """Return the log-probabilities of the supervised tokens of all examples, (M,), differentiable."""
 
-    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+    def top_probs(self, examples: Sequence[Example], k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Return ids and their probabilities (M, k), for the supervised tokens of all examples.
 
         They are the k most likely ids, the last of which is replaced by the token's own where that is not among them.

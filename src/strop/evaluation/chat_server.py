@@ -55,10 +55,13 @@ class ChatServer:
 
     def answer(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
         """Return the answer to a conversation, or None if it is not a whole text. Raises RunError."""
+        return whole_text(self.choose(messages, **options))
+
+    def choose(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+        """Return the first choice of the response to a conversation. Raises RunError."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, **options}
-        choice = self._request("/chat/completions", _first_choice, body)
-        text, is_whole = choice["message"].get("content"), choice.get("finish_reason") in ("stop", None)
-        return text if isinstance(text, str) and is_whole and not choice["message"].get("tool_calls") else None
+        choice: dict[str, Any] = self._request("/chat/completions", _first_choice, body)
+        return choice
 
     def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -85,6 +88,12 @@ class ChatServer:
                     raise RunError(f"{self.role} {self.url}{path} does not answer: {error}", fix=fix) from None
             time.sleep(TRIES - remaining_tries)
         raise AssertionError("the last try returns or raises")
+
+
+def whole_text(choice: Mapping[str, Any]) -> str | None:
+    """Return the text of a choice, or None if it was cut or filtered, or calls a tool."""
+    text, is_whole = choice["message"].get("content"), choice.get("finish_reason") in ("stop", None)
+    return text if isinstance(text, str) and is_whole and not choice["message"].get("tool_calls") else None
 
 
 def is_address(name: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from strop.config.load import Choice, Resolved, read_resolved
 from strop.config.schema import Recipe, TrainSection
+from strop.data.answers import Answer
 from strop.data.images import hide_images
 from strop.data.prepare import Prepared
 from strop.data.rendering.overlong import allowed_overlong
@@ -77,7 +78,7 @@ from strop.runs.lock import sha256_text, versions
 from strop.training.keep import add_kept_rows
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.teacher import Teacher, add_teacher, find_policy_teacher, teacher_weight
+from strop.training.teacher import SoftRows, Teacher, add_teacher, find_policy_teacher, teacher_weight
 
 LOG = logging.getLogger(__name__)
 
@@ -528,8 +529,11 @@ def _teacher_note(setup: Setup) -> str | None:
     weight = teacher_weight(train)
     if train.objective != "sft":
         return f"train.teacher {train.teacher}: judges each sampled token, with the weight {weight:g}"
-    number = sum(isinstance(answer, str) for answer in setup.data.answers.values())
-    return f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
+    number = sum(isinstance(answer, Answer) for answer in setup.data.answers.values())
+    note = f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
+    if not isinstance(setup.data.train_items, SoftRows):
+        return note
+    return f"{note}, and those of the most likely tokens add up to {setup.data.train_items.held:.0%}"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

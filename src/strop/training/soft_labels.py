@@ -30,8 +30,10 @@ LOG = logging.getLogger(__name__)
 Distributions = dict[str, npt.NDArray[Any]]
 
 
-def find_distributions(rows: Sequence[Example], module: Any, k: int, message: str) -> Distributions:
-    """Return the k most likely tokens for each supervised token.
+def find_distributions(
+    rows: Sequence[Example], module: Any, k: int, message: str, temperature: float = 1
+) -> Distributions:
+    """Return the k most likely tokens for each supervised token, with their probabilities at a temperature.
 
     module: the model. message: logged with the number of finished rows and of all rows.
     """
@@ -41,7 +43,7 @@ def find_distributions(rows: Sequence[Example], module: Any, k: int, message: st
     batches = packed or group_by_length(lengths, tokens=BATCH_TOKENS)
     for batch in batches:
         LOG.info(message, done, len(rows))
-        ids, probs = step.top_probs([rows[row] for row in batch], k)
+        ids, probs = step.top_probs([rows[row] for row in batch], k, temperature)
         ends = np.cumsum([rows[row].supervised for row in batch])[:-1]
         split = (np.split(ids.cpu().numpy().astype(np.int32), ends), np.split(probs.cpu().numpy(), ends))
         parts.append(list(zip(*split, strict=True)))
@@ -50,20 +52,20 @@ def find_distributions(rows: Sequence[Example], module: Any, k: int, message: st
     return {"ids": np.concatenate(all_ids), "probs": np.concatenate(all_probs)}
 
 
-def soften(row: Example, ids: npt.NDArray[Any], probs: npt.NDArray[Any], share: float = 1.0) -> Example:
-    """Return the row with a mixture as labels: `share` of the distributions, and the rest of the row's own tokens.
+def soften(
+    row: Example, ids: npt.NDArray[Any], probs: npt.NDArray[Any], weight: float = 1, temperature: float = 1
+) -> Example:
+    """Return the row with distributions next to its labels. ids, probs: (S, K), for the row's supervised tokens.
 
-    The loss is the divergence from the mixture. Its gradient is that of share * divergence from the distributions +
-    (1 - share) * cross entropy. ids, probs: (S, K), for the supervised tokens of the row.
+    weight, temperature: as in SoftLabels.
     """
     supervised = row.weights > 0
-    ids, probs = ids.copy(), probs / np.maximum(1, probs.sum(1, keepdims=True)) * np.float32(share)
+    ids, probs = ids.copy(), probs / np.maximum(1, probs.sum(1, keepdims=True))
     labels = row.ids[supervised, None]
     missing = ~(ids == labels).any(1)
     ids[missing, -1], probs[missing, -1] = labels[missing, 0], 0  # the label is always among the ids
-    probs[ids == labels] += np.float32(1 - share)
     shape = len(row), ids.shape[1]
-    soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    soft = SoftLabels(np.zeros(shape, np.int32), np.zeros(shape, np.float32), weight, temperature)
     soft.ids[supervised], soft.probs[supervised] = ids, probs
     return replace(row, soft=soft)
 

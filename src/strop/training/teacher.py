@@ -1,9 +1,9 @@
 """Distillation: a teacher answers rows without an answer, and its probabilities are labels next to the rows' tokens.
 
-The loss of a token is the divergence from a mixture of the teacher's distribution, with train.teacher_weight, and the
-row's token. Its gradient is that of weight * KL(teacher || student) + (1 - weight) * cross entropy (Hinton et al.,
-arXiv:1503.02531, section 2, at temperature 1). Of a distribution, the TOP_K largest probabilities are kept, and all
-other tokens count as one. The teacher is loaded before the student, and its memory is freed.
+The loss of a token is weight * temperature^2 * KL(teacher || student) + (1 - weight) * cross entropy; both models in
+the divergence have train.teacher_temperature (Hinton et al., arXiv:1503.02531, section 2). Of a distribution, the TOP_K
+largest probabilities are kept, and all other tokens count as one. The teacher is loaded before the student, and its
+memory is freed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strop.config.schema import Recipe, TrainSection
-from strop.data.answers import Answers, NoAnswer, key_of, read_answers, write_answers
+from strop.data.answers import Answer, Answers, NoAnswer, key_of, read_answers, write_answers
 from strop.data.images import to_data_url
 from strop.data.prepare import Prepared, list_unanswered
 from strop.data.row_errors import RenderError
@@ -29,13 +29,14 @@ from strop.data.store import Examples, LazySequence, message_json
 from strop.data.types import Conversation, Example, Message, content_parts, strip_reasoning
 from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
-from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address
+from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address, whole_text
 from strop.models.adapter_config import adapter_folder, check_adapter_kind
 from strop.models.adapters import locate_base, locate_tokenizer
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
+from strop.training.server_probs import TOP_LOGPROBS, TokenReader, read_distributions
 from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def teacher_weight(train: TrainSection) -> float:
     return 0.0 if is_address(str(train.teacher)) else DEFAULT_WEIGHT
 
 
+def teacher_temperature(train: TrainSection) -> float:
+    return train.teacher_temperature or 1.0
+
+
 class Teacher:
     """The model that train.teacher names. Its weights are loaded when they are first needed."""
 
@@ -67,10 +72,14 @@ class Teacher:
         assert recipe.train.teacher is not None
         self.name, self._recipe = recipe.train.teacher, recipe
         self.on_server = is_address(self.name)
-        self.received: dict[int, str | NoAnswer] = {}  # texts from a server, of the current call
+        self.received: dict[int, Answer | NoAnswer] = {}  # answers of a server, of the current call
         self._loaded: Model | None = None
+        self._reader: TokenReader | None = None  # of the probabilities of a server
         if self.on_server:
             self.key = f"{self.name} {recipe.train.teacher_model}"
+            if teacher_weight(recipe.train):
+                self._reader = TokenReader(tokenizer)
+                self.key += f" {TOP_LOGPROBS} {sha256_text(json.dumps(tokenizer.get_vocab(), sort_keys=True))}"
             return
         folder = adapter_folder(self.name)
         if folder is not None:
@@ -84,8 +93,8 @@ class Teacher:
     def answer(self, rows: Sequence[Conversation]) -> Answers:
         """Return the answer to each row, without its reasoning."""
         LOG.info("train.teacher: answering 0 of %d rows", len(rows))
-        texts = self._ask_server(rows) if self.on_server else self._generate(rows)
-        return {key_of(row): text for row, text in zip(rows, texts, strict=True)}
+        answers = self._ask_server(rows) if self.on_server else self._generate(rows)
+        return {key_of(row): answer for row, answer in zip(rows, answers, strict=True)}
 
     def answer_in_parts(self, rows: Sequence[Conversation], file: Path) -> Answers:
         """Return `answer`. The answers of a server are kept in a file if a later request fails, and read from it."""
@@ -102,7 +111,7 @@ class Teacher:
         file.unlink(missing_ok=True)
         return {key_of(row): answered[key_of(row)] for row in rows}
 
-    def _generate(self, rows: Sequence[Conversation]) -> list[str | NoAnswer]:
+    def _generate(self, rows: Sequence[Conversation]) -> list[Answer | NoAnswer]:
         from strop.engine.decode.generate import generate
 
         model, limit = self._load(), self._recipe.data.max_length
@@ -129,28 +138,34 @@ class Teacher:
         has_own = default is None or any(message.role == "system" for message in messages)
         return messages if has_own else [Message("system", str(default)), *messages]
 
-    def _ask_server(self, rows: Sequence[Conversation]) -> list[str | NoAnswer]:
+    def _ask_server(self, rows: Sequence[Conversation]) -> list[Answer | NoAnswer]:
         server = ChatServer("teacher", self.name, KEY, self._recipe.train.teacher_model)
         if self._recipe.train.teacher_model is None and len(names := server.models()) > 1:
             what = f"--train.teacher {self.name}: has {len(names)} models: {', '.join(names[:8])}"
             raise RecipeError(what, fix="choose one with --train.teacher_model")
         LOG.info("train.teacher: %s answers", server.model)
 
-        def ask(row: Conversation) -> str | NoAnswer:
-            text = request(row)
-            if isinstance(text, str):  # another try may answer the others
-                self.received[key_of(row)] = text
+        def ask(row: Conversation) -> Answer | NoAnswer:
+            answer = request(row)
+            if isinstance(answer, Answer):  # another try may answer the others
+                self.received[key_of(row)] = answer
                 LOG.info("train.teacher: answering %d of %d rows", len(self.received), len(rows))
-            return text
+            return answer
 
-        def request(row: Conversation) -> str | NoAnswer:
-            options = {"tools": list(row.tools)} if row.tools else {}
+        def request(row: Conversation) -> Answer | NoAnswer:
+            options: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
+            if self._reader is not None:
+                options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                text = server.answer([*map(_request_message, row.messages)], **options)
+                choice = server.choose([*map(_request_message, row.messages)], **options)
             except RequestRefused as error:
                 return NoAnswer(error.what)
-            what = "the server gave no whole text: it was cut, filtered, or a call of a tool"
-            return NoAnswer(what) if text is None else _without_reasoning(text, REASONING_ENDS)
+            if (text := whole_text(choice)) is None:
+                return NoAnswer("the server gave no whole text: it was cut, filtered, or a call of a tool")
+            answer = _without_reasoning(text, REASONING_ENDS)
+            if self._reader is None or isinstance(answer, NoAnswer):
+                return answer
+            return replace(answer, tokens=self._reader.read(choice, answer.text))
 
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(ask, rows))
@@ -158,7 +173,8 @@ class Teacher:
     def distributions(self, rows: Sequence[Example], vocabulary: int) -> Distributions:
         """Return the TOP_K most likely tokens for each supervised token. vocabulary: number of the student's tokens."""
         message = "computing the probabilities of train.teacher: %d of %d rows"
-        found = find_distributions(rows, self._load().module, TOP_K, message)
+        temperature = teacher_temperature(self._recipe.train)
+        found = find_distributions(rows, self._load().module, TOP_K, message, temperature)
         for i, column in np.argwhere(found["ids"] >= vocabulary):  # the teacher's embedding may have unused rows
             found["ids"][i, column] = next(token for token in range(vocabulary) if token not in found["ids"][i])
             found["probs"][i, column] = 0
@@ -187,12 +203,12 @@ def _request_message(turn: Message) -> dict[str, Any]:
     return value
 
 
-def _without_reasoning(text: str, ends: Sequence[str]) -> str | NoAnswer:
+def _without_reasoning(text: str, ends: Sequence[str]) -> Answer | NoAnswer:
     """Return an answer without its reasoning, which the student's template may show in another way, or not at all."""
     answer = strip_reasoning(text, ends)
     if any(begin in answer for begin in REASONING_BEGINS):
         return NoAnswer("the teacher's reasoning does not end")
-    return answer if answer.strip() else NoAnswer("the teacher's answer is empty")
+    return Answer(answer) if answer.strip() else NoAnswer("the teacher's answer is empty")
 
 
 def _hash_settings(*folders: Path | None) -> str:
@@ -203,11 +219,13 @@ def _hash_settings(*folders: Path | None) -> str:
 
 
 class SoftRows(LazySequence[Example]):
-    """Rows with a teacher's distributions as labels. weight: as train.teacher_weight."""
+    """Rows with a teacher's distributions next to their labels. train: its weight and temperature."""
 
-    def __init__(self, rows: Examples, distributions: Distributions, weight: float) -> None:
-        self._rows, self._distributions, self.weight = rows, distributions, weight
+    def __init__(self, rows: Examples, distributions: Distributions, train: TrainSection) -> None:
+        self._rows, self._distributions = rows, distributions
+        self._weight, self._temperature = teacher_weight(train), teacher_temperature(train)
         self._ends = np.cumsum(rows.supervised)
+        self.held = float(distributions["probs"].sum(1).mean())  # mean of the probability that is kept for a token
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -215,7 +233,8 @@ class SoftRows(LazySequence[Example]):
     def item(self, i: int) -> Example:
         row = self._rows[i]
         span = slice(int(self._ends[i]) - row.supervised, int(self._ends[i]))
-        return soften(row, self._distributions["ids"][span], self._distributions["probs"][span], self.weight)
+        ids, probs = self._distributions["ids"][span], self._distributions["probs"][span]
+        return soften(row, ids, probs, self._weight, self._temperature)
 
 
 def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Prepared], folder: RunFolder) -> Prepared:
@@ -236,21 +255,24 @@ def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Pre
         return sha256(pending[file]).hexdigest() if file in pending else sha256_file(file)
 
     file = folder.teacher
-    rows, weight = list_unanswered(recipe.data), teacher_weight(recipe.train)
-    _check_options(str(recipe.train.teacher), weight, has_rows=bool(rows))
+    rows, weight, name = list_unanswered(recipe.data), teacher_weight(recipe.train), str(recipe.train.teacher)
+    _check_options(name, weight, has_rows=bool(rows))
     find_teacher = lru_cache(partial(Teacher, recipe, tokenizer))
     answers = _read_or_ask(find_teacher, rows, file, store)
     data, checksum = replace(prepare(answers), answers=answers, pending=pending), hash_file(file)
     if not weight:
         return replace(data, teacher_hash=checksum)
-    stored, key = file.with_suffix(".safetensors"), sha256_text(f"{data.hash} {TOP_K}")
+    temperature, tokens = teacher_temperature(recipe.train), data.renderer.tokenizer
+    kind = f"{TOP_LOGPROBS} {checksum}" if is_address(name) else f"{TOP_K}" + f" {temperature}" * (temperature != 1)
+    stored, key = file.with_suffix(".safetensors"), sha256_text(f"{data.hash} {kind}")
     distributions = read_or_compute(
         stored, key, int(data.train.supervised.sum()),
         lambda: cache_folder() / "teacher" / f"{sha256_text(f'{key} {find_teacher().key}')[:32]}.safetensors",
-        lambda: find_teacher().distributions(list(data.train), len(data.renderer.tokenizer)),
+        lambda: read_distributions(data.train, answers, tokens) if is_address(name) else
+        find_teacher().distributions(list(data.train), len(tokens)),
         store,
     )  # fmt: skip
-    items = SoftRows(data.train, distributions, weight)
+    items = SoftRows(data.train, distributions, recipe.train)
     return replace(data, train_items=items, teacher_hash=sha256_text(f"{checksum} {hash_file(stored)}"))
 
 
@@ -269,12 +291,14 @@ def find_policy_teacher(recipe: Recipe, tokenizer: Any) -> Teacher | None:
 
 
 def _check_options(name: str, weight: float, *, has_rows: bool) -> None:
-    """Raise RecipeError for an address with a password, for probabilities of a server, and if nothing is to be done."""
+    """Raise RecipeError for an address with a password, and if the teacher has nothing to do."""
     if is_address(name):
         check_address("--train.teacher", name, KEY)
-        if weight:
-            what = f"--train.teacher_weight {weight:g}: a server does not give the probabilities of all rows"
-            raise RecipeError(what, fix="leave it out, to train on the server's answers")
+        if weight and not has_rows:
+            what = (
+                f"--train.teacher {name}: all rows have an answer, and a server gives the probabilities of its own only"
+            )
+            raise RecipeError(what, fix="leave it out, or give rows without an answer")
     if not has_rows and not weight:
         what = f"--train.teacher {name}: all rows have an answer, and the weight of its probabilities is 0"
         raise RecipeError(what, fix="leave it out, or give rows without an answer")

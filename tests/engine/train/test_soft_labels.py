@@ -17,7 +17,9 @@ from tests.support.random_models import tiny_of
 K = 6
 
 
-def make_example(random: np.random.Generator, length: int, *, soft: bool) -> Example:
+def make_example(
+    random: np.random.Generator, length: int, *, soft: bool, weight: float = 1, temperature: float = 1
+) -> Example:
     ids = random.integers(1, 60, length).astype(np.int32)
     weights = np.where(np.arange(length) < 3, 0, 2.0).astype(np.float32)
     if not soft:
@@ -25,33 +27,38 @@ def make_example(random: np.random.Generator, length: int, *, soft: bool) -> Exa
     others = [random.permutation([x for x in range(60) if x != label])[: K - 1] for label in ids]
     soft_ids = np.column_stack([ids, others]).astype(np.int32)
     probs = random.random((length, K)).astype(np.float32)
-    return Example(
-        ids, weights, "", 0, soft=SoftLabels(soft_ids, np.float32(0.8) * probs / probs.sum(1, keepdims=True))
-    )
+    probs *= np.float32(0.8) / probs.sum(1, keepdims=True)
+    return Example(ids, weights, "", 0, soft=SoftLabels(soft_ids, probs, weight, temperature))
 
 
 def by_definition(model: Any, examples: list[Example]) -> torch.Tensor:
-    """Cross entropy, or the divergence from K ids and one that stands for all others."""
+    """Cross entropy, and the divergence from K ids and one that stands for all others."""
     total = torch.zeros(())
     for example in examples:
         logits = model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None]).logits[0]
         log_probs = torch.log_softmax(logits, -1)
         for token in np.flatnonzero(example.weights):
             row, weight = log_probs[token - 1], float(example.weights[token])
+            share, temperature = (0.0, 1.0) if example.soft is None else (example.soft.weight, example.soft.temperature)
+            total = total - (1 - share) * weight * row[int(example.ids[token])]
             if example.soft is None:
-                total = total - weight * row[int(example.ids[token])]
                 continue
+            row = torch.log_softmax(logits[token - 1] / temperature, -1)
             ids, probs = torch.from_numpy(example.soft.ids[token]).long(), torch.from_numpy(example.soft.probs[token])
             others = torch.ones_like(row, dtype=torch.bool).index_fill(0, ids, False)
             model_probs = torch.cat([row[ids], row[others].logsumexp(0)[None]])
             target = torch.cat([probs, 1 - probs.sum(0, keepdim=True)])
-            total = total + weight * torch.nn.functional.kl_div(model_probs, target, reduction="sum")
+            divergence = torch.nn.functional.kl_div(model_probs, target, reduction="sum")
+            total = total + share * weight * temperature**2 * divergence
     return total
 
 
 @pytest.mark.parametrize("kind", ["fast", "plain"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 has a soft cap on its logits
-def test_soft_labels_have_the_loss_and_gradients_of_the_definition(family: str, kind: str) -> None:
+@pytest.mark.parametrize(("weight", "temperature"), [(1, 1), (0.4, 1), (0.4, 2.5)])
+def test_soft_labels_have_the_loss_and_gradients_of_the_definition(
+    family: str, kind: str, weight: float, temperature: float
+) -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(tiny_of(family).float(), config).train()
@@ -59,7 +66,8 @@ def test_soft_labels_have_the_loss_and_gradients_of_the_definition(family: str, 
     assert step.name == kind
     random = np.random.default_rng(0)
     examples = [
-        make_example(random, length, soft=soft) for length, soft in ((9, False), (12, True), (7, False), (10, True))
+        make_example(random, length, soft=soft, weight=weight, temperature=temperature)
+        for length, soft in ((9, False), (12, True), (7, False), (10, True))
     ]
     results = []
     for loss in (step.token_loss(examples), by_definition(model, examples)):

@@ -334,12 +334,12 @@ class FastLoss:
         return log_probs[torch.argsort(label_examples, stable=True)]  # stable: keeps the order within an example
 
     @torch.no_grad()
-    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+    def top_probs(self, examples: Sequence[Example], k: int, temperature: float) -> tuple[Tensor, Tensor]:
         batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         assert batch.label_examples is not None
         order = torch.argsort(batch.label_examples, stable=True)  # stable: keeps the order within an example
         head = self._build_output_head(batch)[0]
-        ids, probs = find_top_probs(self._compute_hidden(batch), batch.labels, head, k)
+        ids, probs = find_top_probs(self._compute_hidden(batch), batch.labels, head, k, temperature)
         return ids[order], probs[order]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:

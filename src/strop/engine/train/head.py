@@ -237,35 +237,58 @@ class _HeadAdapters:
 class _SoftRows:
     """The rows of a chunk with soft labels, and their logits before the cross entropy overwrites them."""
 
-    def __init__(self, rows: Tensor, ids: Tensor, probs: Tensor, logits: Tensor, softcap: float) -> None:
-        self.rows, self.ids, self.probs, self.softcap = rows, ids, probs, softcap
-        picked = logits[rows[:, None], ids].to(_wide_dtype(logits))
-        self.capped = softcap * torch.tanh(picked / softcap) if softcap else picked
+    def __init__(self, soft: SoftTargets, chosen: slice, begin: int, logits: Tensor, softcap: float) -> None:
+        """chosen: the soft labels of the chunk, whose first label is `begin`."""
+        self.soft, self.softcap = soft, softcap
+        self.rows = (soft.rows[chosen] - begin).to(logits.device)
+        self.ids, self.probs = soft.ids[chosen], soft.probs[chosen]
+        self.capped = self._cap(logits[self.rows[:, None], self.ids])
+        self.logits = None if soft.temperature == 1 else logits[self.rows]  # for the softmax at the temperature
 
     @staticmethod
     def of(soft: SoftTargets, begin: int, end: int, logits: Tensor, softcap: float) -> _SoftRows | None:
         first, last = torch.searchsorted(soft.rows, torch.tensor([begin, end])).tolist()
-        if first == last:
-            return None
-        rows = (soft.rows[first:last] - begin).to(logits.device)
-        return _SoftRows(rows, soft.ids[first:last], soft.probs[first:last], logits, softcap)
+        return None if first == last else _SoftRows(soft, slice(first, last), begin, logits, softcap)
 
     def correct_(self, losses: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor) -> None:
-        """Replace the losses and gradients of labels by those of distributions."""
+        """Replace the losses and gradients of labels by those of SoftLabels."""
+        share, temperature = self.soft.weight, self.soft.temperature
         weight = weights[self.rows].to(losses.dtype)
         is_label = self.ids == labels[self.rows, None]
-        log_sum = losses[self.rows] / weight + (self.capped * is_label).sum(1)
-        log_probs = self.capped - log_sum[:, None]
-        losses[self.rows] = weight * divergence(self.probs, log_probs)
-        if grad is not None:
-            rest = (1 - self.probs.sum(1)).clamp(min=0) / rest_prob(
-                log_probs
-            )  # the gradient of other ids is q (1 - rest)
-            grad[self.rows] *= (1 - rest)[:, None].to(grad.dtype)
-            slope = weight[:, None] * (torch.exp(log_probs) - self.probs)
-            if self.softcap:
-                slope *= 1 - (self.capped / self.softcap).square()
-            grad[self.rows[:, None], self.ids] = slope.to(grad.dtype)
+        hard = losses[self.rows] / weight
+        log_probs = self.capped - (hard + (self.capped * is_label).sum(1))[:, None]
+        log_sums = None if self.logits is None else self._log_sums(self.logits)
+        tempered = log_probs if log_sums is None else self.capped / temperature - log_sums[:, None]
+        divergences = temperature**2 * divergence(self.probs, tempered)
+        losses[self.rows] = weight * (share * divergences + (1 - share) * hard)
+        if grad is None:
+            return
+        # the gradient of an id without a probability of its own is its model probability times `others`
+        others = share * (1 - (1 - self.probs.sum(1)).clamp(min=0) / rest_prob(tempered))
+        slope = share * temperature * (tempered.exp() - self.probs) + (1 - share) * (log_probs.exp() - is_label.float())
+        if self.softcap:
+            slope *= 1 - (self.capped / self.softcap).square()
+        if self.logits is None or log_sums is None:
+            grad[self.rows] *= (1 - share + others)[:, None].to(grad.dtype)
+        else:
+            for part in _split_rows(self.logits, len(self.rows)):
+                capped = self._cap(self.logits[part])
+                added = torch.exp(capped / temperature - log_sums[part, None])
+                added *= (weight * temperature * others)[part, None]
+                if self.softcap:
+                    added *= 1 - (capped / self.softcap).square()
+                rows = self.rows[part]
+                grad[rows] = (added + (1 - share) * grad[rows]).to(grad.dtype)
+        grad[self.rows[:, None], self.ids] = (weight[:, None] * slope).to(grad.dtype)
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        wide = logits.to(_wide_dtype(logits))
+        return self.softcap * torch.tanh(wide / self.softcap) if self.softcap else wide
+
+    def _log_sums(self, logits: Tensor) -> Tensor:
+        """Return the logarithm of the sum of the exponentials of logits at the temperature, (N,)."""
+        parts = (self._cap(logits[part]) / self.soft.temperature for part in _split_rows(logits, len(logits)))
+        return torch.cat([part.logsumexp(1) for part in parts])
 
 
 def divergence(probs: Tensor, log_probs: Tensor) -> Tensor:
@@ -306,7 +329,7 @@ def _add_matmul(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def find_top_probs(x: Tensor, labels: Tensor, output: OutputHead, k: int) -> tuple[Tensor, Tensor]:
+def find_top_probs(x: Tensor, labels: Tensor, output: OutputHead, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Return probabilities of k tokens for each row of x (N, h): see `select_top_probs`."""
     weight, adapters = output.weight.to(x.dtype), _HeadAdapters(x, output) if output.adapters else None
     new_rows = None if output.new_rows is None else output.new_rows.to(x.dtype)
@@ -315,20 +338,21 @@ def find_top_probs(x: Tensor, labels: Tensor, output: OutputHead, k: int) -> tup
         logits = _compute_logits(x, rows, output, weight, new_rows, adapters).float()
         if output.softcap:
             logits = output.softcap * torch.tanh(logits / output.softcap)
-        selected = select_top_probs(logits, labels[rows], k)
+        selected = select_top_probs(logits, labels[rows], k, temperature)
         ids.append(selected[0])
         probs.append(selected[1])
     return torch.cat(ids), torch.cat(probs)
 
 
-def select_top_probs(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select_top_probs(logits: Tensor, labels: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Return token ids (N, k) and their probabilities: the k largest, or the k - 1 largest and that of the label.
 
     logits: (N, V), fp32. labels: (N,).
     """
     ids = logits.topk(min(k, logits.shape[1])).indices
     ids[:, -1] = torch.where((ids == labels[:, None]).any(1), ids[:, -1], labels)
-    return ids, torch.exp(logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True))
+    scaled = logits / temperature
+    return ids, torch.exp(scaled.gather(1, ids) - scaled.logsumexp(-1, keepdim=True))
 
 
 def _compute_logits(

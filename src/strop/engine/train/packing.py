@@ -22,7 +22,7 @@ from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import token_keys
 
 if TYPE_CHECKING:
-    from strop.data.types import Example
+    from strop.data.types import Example, SoftLabels
 
 Int64 = npt.NDArray[np.int64]
 MIN_LENGTH_RATIO = 0.8  # minimum ratio of the shortest to the longest document of a padded group
@@ -174,16 +174,19 @@ class Documents:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Distributions over k token ids that replace S of the labels of a batch.
+    """Distributions over k token ids next to S of the labels of a batch.
 
     Attributes:
-        rows: the labels that are replaced, ascending, (S,), int64, on the CPU.
+        rows: the labels that have one, ascending, (S,), int64, on the CPU.
         ids, probs: different token ids, among them the label, and their probabilities, (S, k), as in SoftLabels.
+        weight, temperature: as in SoftLabels, the same for all.
     """
 
     rows: Tensor
     ids: Tensor
     probs: Tensor
+    weight: float
+    temperature: float
     losses: list[Tensor] = field(default_factory=list)  # their sums in each chunk of the output head
 
 
@@ -298,7 +301,7 @@ class _Packer:
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
         self.labels: list[tuple[Any, Any, Any, Any]] = []  # arrays: predicting rows, labels, weights, examples
-        self.soft: list[tuple[int, Any, Any]] = []  # index in `labels`, ids and probabilities
+        self.soft: list[tuple[int, Any, SoftLabels]] = []  # index in `labels`, and the positions in the example
         self.ends: list[tuple[int, int]] = []  # as in PackedBatch
 
     def add_labels(self, rows: Any, labels: Any, weights: Any, example: int) -> None:
@@ -322,7 +325,7 @@ class _Packer:
             predicting = positions - 1
             rows = np.where(predicting < prefix, base + predicting, start + predicting - prefix)
             if example.soft is not None:
-                self.soft.append((len(self.labels), example.soft.ids[positions], example.soft.probs[positions]))
+                self.soft.append((len(self.labels), positions, example.soft))
             self.add_labels(rows, example.ids[positions], example.weights[positions], i)
         if prefix:
             spans.append((base, prefix, 0))
@@ -356,11 +359,14 @@ class _Packer:
         if not self.soft:
             return None
         starts = np.cumsum([0, *(len(rows) for rows, *_ in self.labels)])
-        labels = np.concatenate([starts[part] + np.arange(len(ids)) for part, ids, _ in self.soft])
-        ids, probs = (np.concatenate(parts) for parts in zip(*(part[1:] for part in self.soft), strict=True))
+        labels = np.concatenate([starts[part] + np.arange(len(positions)) for part, positions, _ in self.soft])
+        ids = np.concatenate([soft.ids[positions] for _, positions, soft in self.soft])
+        probs = np.concatenate([soft.probs[positions] for _, positions, soft in self.soft])
+        ((weight, temperature),) = {(soft.weight, soft.temperature) for *_, soft in self.soft}
         kept, index = used[labels], np.cumsum(used) - 1  # of all labels, and among those that are used
         on_device = copy_to_device([_int64(ids[kept]), np.ascontiguousarray(probs[kept])], device)
-        return SoftTargets(torch.from_numpy(_int64(index[labels[kept]])), on_device[0], on_device[1])
+        rows = torch.from_numpy(_int64(index[labels[kept]]))
+        return SoftTargets(rows, on_device[0], on_device[1], weight, temperature)
 
 
 def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, number: int) -> Tensor:

@@ -113,12 +113,12 @@ class PlainLoss:
         return picked[0]
 
     @torch.no_grad()
-    def top_probs(self, examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+    def top_probs(self, examples: Sequence[Example], k: int, temperature: float) -> tuple[Tensor, Tensor]:
         padded = _PaddedBatch.of(examples)
         rows, columns = padded.weights.nonzero()
         logits = self._forward(padded, lambda hidden: hidden[rows, columns - 1]).logits.float()
         labels = torch.from_numpy(padded.ids[rows, columns]).long().to(logits.device)
-        return select_top_probs(logits, labels, k)
+        return select_top_probs(logits, labels, k, temperature)
 
     def checkpoint(self, layers: int | None = None) -> None:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""
@@ -202,9 +202,14 @@ def _with_soft_labels(
     ids, probs, rows = copy_to_device(
         [arrays[0].astype(np.int64), arrays[1], np.array([label for label, _, _ in chosen])], losses.device
     )
+    ((share, temperature),) = {(x.weight, x.temperature) for x, _ in soft if x is not None}
     picked, hard = logits[rows].to(losses.dtype), losses[rows]
-    log_sum = hard + picked.gather(1, labels[rows, None]).squeeze(1)  # the cross entropy is log_sum minus the logit
-    return losses.index_add(0, rows, divergence(probs, picked.gather(1, ids) - log_sum[:, None]) - hard)
+    if temperature == 1:  # the cross entropy is log_sum minus the logit
+        log_sum = hard + picked.gather(1, labels[rows, None]).squeeze(1)
+    else:
+        log_sum = (picked / temperature).logsumexp(1)
+    divergences = temperature**2 * divergence(probs, picked.gather(1, ids) / temperature - log_sum[:, None])
+    return losses.index_add(0, rows, share * (divergences - hard))
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:
