@@ -133,6 +133,49 @@ def test_calls_without_a_marker_are_read(text: str, calls: list[Any]) -> None:
         assert got == expected or (isinstance(got, InvalidCall) and isinstance(expected, str) and expected in got.why)
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    ('<|python_tag|>{"name": "add", "parameters": {"x": 1}}', Call("add", {"x": 1})),
+    ('<|python_tag|> {"type": "function", "name": "add", "parameters": {}}<|eom_id|>', Call("add", {})),
+    ('<|python_tag|>search.call(query="a (b)", limit=2)', Call("search", {"query": "a (b)", "limit": 2})),
+    ("<|python_tag|>add(x=[1, None])<|eom_id|>", Call("add", {"x": [1, None]})),
+    ("<|python_tag|>print(1)", None), ("<|python_tag|>import os", None), ("<|python_tag|>add(x=y)", None),
+    ("<|python_tag|>add(x={1})", None), ("<|python_tag|>add(**{'x': 1})", None), ("<|python_tag|>", None),
+])  # fmt: skip
+def test_calls_after_a_python_tag_are_read(text: str, expected: Call | None) -> None:
+    form = CallFormat("", "", arguments_key="parameters", several=False)
+    [call] = form.parse(text).calls
+    assert call == expected if expected else isinstance(call, InvalidCall)
+
+
+def test_gpt_oss_names_the_function_before_or_after_the_channel() -> None:
+    form = CallFormat(" to=functions.", "", "named", separator="<|channel|>commentary json<|message|>", several=False)
+    written = form.write(Call("add", {"x": 1}))
+    native = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"x": 1}'
+    assert form.parse(written).calls == form.parse(native).calls == (Call("add", {"x": 1}),)
+
+
+VALUES = [
+    {}, {"x": ""}, {"x": "two\nlines, \"quoted\" and 'so'", "y": "Grüße \u4f60"}, {"x": 1, "y": -2.5, "z": None},
+    {"x": {"a": [1, "b", {"c": True}]}, "y": []}, {"x": "</tool_call>{}[]"}, {"x": "1", "y": "true"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"plain-{family}" for family in HERMES_FAMILIES)])
+def test_calls_that_the_template_writes_are_read_back(name: str) -> None:
+    dialogue = ToolDialogue(renderer_of(name), TOOLS)
+    tokenizer = dialogue._renderer.tokenizer
+    for arguments in VALUES:
+        for count in (1, 2) if dialogue.format.several else (1,):
+            calls = tuple(Call(tool["function"]["name"], arguments) for tool in TOOLS[:count])
+            turn = Message("assistant", "", tool_calls=tuple({**call_json(x), "id": "abcdefghi"} for x in calls))
+            if dialogue.why_hermes:
+                [turn] = as_hermes([turn], (), system=True)
+            draft = dialogue._renderer.chat.make_drafts(Conversation("", 0, (user("hi"), turn)))[-1]
+            start, end, _ = draft.spans[-1]
+            ids = np.array(tokenizer.encode(draft.text[start:end], add_special_tokens=False), np.int32)
+            assert dialogue.read_turn(ids).calls == calls, draft.text[start:end]
+
+
 def test_text_before_a_call_is_content_and_calls_in_reasoning_are_not_read() -> None:
     turn = HERMES.parse('I look.\n<tool_call>{"name": "f"}</tool_call>')
     assert (turn.content, turn.as_message().tool_calls) == ("I look.", (call_json(Call("f", {})),))

@@ -2,11 +2,14 @@
 
 The form is found by rendering known calls, so it needs no list of models. Forms with JSON are supported: an object or a
 list after a marker (Hermes and Qwen, Mistral), an object without a marker (Llama 3), and a name followed by an object
-with the arguments (DeepSeek, newer Mistral). For a template that knows no tools, strop writes the form of Hermes.
+with the arguments (DeepSeek, newer Mistral, gpt-oss). For a template that knows no tools, strop writes the form of
+Hermes. Next to the form of the template, two are read that models write: `<|python_tag|>` (Llama 3.1), and gpt-oss's
+name of the function after the channel.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +25,10 @@ from strop.data.types import Conversation, Ids, Message, shared_prefix_length
 from strop.errors import ModelError
 
 _NAME = r"[\w.-]+"
+PYTHON_TAG = "<|python_tag|>"  # of Llama 3.1, before a call or Python code
+_PYTHON_CALL = re.compile(rf"\s*({_NAME}?)(?:\.call)?(\(.*\))\s*(?:<\|\w+\|>\s*)?", re.DOTALL)
+_TYPE = r'(?:"type"\s*:\s*"function"\s*,\s*)?'  # Llama 3 may write it first
+_MESSAGE = "<|message|>"
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -126,13 +133,21 @@ class CallFormat:
 
     def _iter_bare_calls(self, text: str) -> Iterator[tuple[int, list[Call | InvalidCall]]]:
         """Yield calls without a marker: a text that is one or more JSON objects with a name."""
-        begin = len(text) - len(text.lstrip())
+        tagged, begin = text.find(PYTHON_TAG), len(text) - len(text.lstrip())
+        if tagged >= 0:
+            begin = tagged + len(PYTHON_TAG)
+            begin += len(text[begin:]) - len(text[begin:].lstrip())
+            if text[begin : begin + 1] != "{":
+                yield tagged, [_read_python_call(text[begin:])]
+                return
         while re.match(r'\{\s*"', text[begin:]):
             calls, end = self._read_payload(text, begin)
             # an answer may be JSON with a name, too
             keys = "|".join(map(re.escape, (self.arguments_key, "arguments", "parameters")))
             has_arguments = re.search(rf'"({keys})"\s*:', text[begin:])
-            if not (has_arguments and re.match(rf'\{{\s*"({re.escape(self.name_key)}|{keys})"\s*:', text[begin:])):
+            if not (
+                has_arguments and re.match(rf'\{{\s*{_TYPE}"({re.escape(self.name_key)}|{keys})"\s*:', text[begin:])
+            ):
                 return
             yield begin, calls
             if end == begin:
@@ -143,7 +158,10 @@ class CallFormat:
         """Return the calls at a position after an opening, and the position after them (begin: unreadable)."""
         name = ""
         if self.shape == "named":
-            match = re.compile(rf"\s*({_NAME})\s*{re.escape(self.separator.strip())}").match(text, begin)
+            separator = re.escape(self.separator.strip())
+            if _MESSAGE in self.separator:  # gpt-oss writes the channel before the name, the template after it
+                separator = rf"[^{{]*?{re.escape(_MESSAGE)}"
+            match = re.compile(rf"\s*({_NAME})\s*{separator}").match(text, begin)
             if match is None:
                 return [InvalidCall("the name of the function is missing")], begin
             name, begin = match[1], match.end()
@@ -171,6 +189,22 @@ class CallFormat:
         return _make_call(value[self.name_key], arguments, id if isinstance(id, str) else None)
 
 
+def _read_python_call(text: str) -> Call | InvalidCall:
+    """Read a call in Python, such as `search.call(query="tea")`, with values that are literals."""
+    why = f"after {PYTHON_TAG} there is neither JSON nor a call with literals by name"
+    match = _PYTHON_CALL.fullmatch(text)
+    if match is None:
+        return InvalidCall(why)
+    try:
+        call = ast.parse(f"f{match[2]}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, AssertionError):
+        return InvalidCall(why)
+    is_named = not call.args and all(keyword.arg is not None for keyword in call.keywords)
+    return _make_call(match[1], arguments) if is_named else InvalidCall(why)
+
+
 def _make_call(name: str, arguments: Any, id: str | None = None) -> Call | InvalidCall:
     if isinstance(arguments, str):  # JSON in a string
         try:
@@ -181,7 +215,7 @@ def _make_call(name: str, arguments: Any, id: str | None = None) -> Call | Inval
         return InvalidCall("the arguments are not an object")
     try:
         json.dumps([name, arguments, id], ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return InvalidCall("the call has half of a character, or a number that is not finite")
     return Call(name, arguments, id)
 
@@ -325,7 +359,9 @@ class ToolDialogue:
         form = HERMES if missing else derive_call_format(renderer.chat)
         fix = "choose --data.template chatml, or another model"
         if form is None:
-            raise ModelError("the chat template writes tool calls in a form that strop cannot read", fix=fix)
+            text = _rendered_turn(renderer.chat, CALLING)
+            example = "" if text is None else f": {text.strip().replace(TOOL, 'NAME')!r:.200}"
+            raise ModelError(f"the chat template writes tool calls in a form that strop cannot read{example}", fix=fix)
         self.format = form
         try:
             self.continuation([QUESTION], Turn("", "", (Call(self._first_tool, {}),)), ["1"])
