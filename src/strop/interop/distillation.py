@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Any
 
 from strop.interop.draft import Draft, Keys, as_float, as_int, format_value
 from strop.interop.script_parser import Call, Script, report_expression
@@ -43,7 +42,7 @@ TEACHER_ANSWERS_NOTE = (
 
 @dataclass(frozen=True)
 class Gkd:
-    """Keys and defaults of a tool. length: key of the longest completion. loss_temperature: whether it is in the loss."""
+    """Keys and defaults of a tool. length: key of the longest completion. loss_temperature: whether the loss has it."""
 
     teacher: str
     length: str
@@ -89,6 +88,10 @@ def read_gkd(draft: Draft, keys: Keys, kind: str) -> str:
         draft.put("train.group", 2, "the smallest; one completion of a prompt there")
         draft.put("train.answer_tokens", length, tool.length)
         draft.add_difference("objective", OWN_NOTE)
+        if dropout := draft.get("lora.dropout"):
+            text = f"{dropout:g}: none in strop with own completions, whose log-probabilities are computed twice"
+            draft.add_difference("lora_dropout", text)
+        draft.put("lora.dropout", 0.0, "needed for own completions")
         if beta != 1:
             draft.add_unsupported("beta", f"{beta:g}{from_beta}: strop has 1 here, the reverse KL")
         if temperature != 1:
@@ -117,8 +120,7 @@ def read_gkd(draft: Draft, keys: Keys, kind: str) -> str:
         put_temperature(draft, "temperature", temperature)
     put_weights(draft, 1.0, as_float("sft_alpha", keys.take("sft_alpha", 0)), "sft_alpha")
     draft.add_difference("teacher", TOP_K_NOTE)
-    if kind == "gkd":
-        draft.add_difference("answers", "TRL trains on the last answer of a row; strop on all answers of a row")
+    draft.add_difference("answers", "the other tool trains on the last answer of a row; strop on all answers of a row")
     return "sft"
 
 

@@ -14,10 +14,8 @@ import yaml
 
 from strop.errors import InputError
 from strop.interop import distillation
-from strop.interop.draft import IGNORED_KEYS, Draft, Keys, as_int, format_value
+from strop.interop.draft import IGNORED_KEYS, NO_LIMIT_NOTE, Draft, Keys, as_int, format_value
 
-TYPES = {"sft": "sft", "dpo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "rm": "reward", "gkd": "gkd"}
-LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
 DEFAULTS = {
     "per_device_train_batch_size": 1, "learning_rate": 1e-4, "num_train_epochs": 3.0, "lr_scheduler_type": "cosine",
     "optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 1.0, "seed": 42, "warmup_steps": 0,
@@ -34,19 +32,21 @@ COMMAND = re.compile(r"\bswift\s+(sft|rlhf|pt)\b(.*)", re.DOTALL)
 
 
 def read(draft: Draft) -> None:
-    """Import a config. Raises InputError for another tuner than LoRA or full, or an unsupported objective."""
-    keys = Keys(draft.read_yaml() if draft.file.suffix in (".yaml", ".yml") else _read_script(draft))
+    """Import a config. Raises InputError for another tuner than LoRA or full, and for other kinds than sft and gkd."""
+    tree = draft.read_yaml() if draft.file.suffix in (".yaml", ".yml") else _read_script(draft)
+    if isinstance(targets := tree.get("target_modules"), list) and len(targets) == 1:
+        tree["target_modules"] = targets[0]
+    keys = Keys(tree)
     tuner = keys.take("tuner_type") or keys.take("train_type") or "lora"
     keys.take("train_type")
     if tuner == "full":
         draft.put_full("tuner_type")
     elif tuner != "lora":
         raise draft.not_supported_error(f"tuner_type: {tuner}", "set it to lora or full")
-    kind = draft.put_objective("rlhf_type", keys.take("rlhf_type", "sft"), TYPES)
-    if kind == "gkd":
-        del draft.fields["train.objective"]
-    elif kind == "dpo":
-        kind = draft.put_objective("loss_type", keys.take("loss_type", "sigmoid"), LOSSES)
+    kind = keys.take("rlhf_type", "sft")
+    if kind not in ("sft", "gkd"):
+        what = f"{draft.file}: rlhf_type: {kind}: of ms-swift, only sft and gkd are imported"
+        raise InputError(what, fix="write the recipe yourself: docs/preferences.md")
     _read_model(draft, keys)
     _read_data(draft, keys)
     ignored: tuple[str, ...] = (*IGNORED_KEYS, *MORE_IGNORED_KEYS)
@@ -54,8 +54,6 @@ def read(draft: Draft) -> None:
         _read_gkd(draft, keys)
         ignored += distillation.IGNORED_KEYS
     _read_training(draft, keys, is_full=tuner == "full")
-    if kind in ("dpo", "ipo", "kto", "orpo", "simpo"):
-        _read_preferences(draft, keys, kind)
     if draft.get("train.objective") == "grpo":
         draft.fields.pop("train.micro_batch", None)  # in completions in strop
     keys.report_rest(draft, ignored)
@@ -119,10 +117,6 @@ def _read_model(draft: Draft, keys: Keys) -> None:
         draft.put("model.quantization", "none", "no quant_bits")
         if bits is not None:
             draft.add_unsupported("quant_bits", f"{bits} by {method}: strop has nf4, fp4 and int8")
-    targets = keys.peek("target_modules")
-    if isinstance(targets, list) and len(targets) == 1:
-        keys.take("target_modules")
-        keys = _with(keys, "target_modules", targets[0])
     draft.put_lora(keys, "lora_rank", "target_modules", {"lora.r": 8, "lora.alpha": 32, "lora.dropout": 0.05})
     if draft.get("lora.target_modules") is None:
         draft.put("lora.target_modules", "all-linear", "swift's default")
@@ -133,11 +127,6 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     for key, default in (("freeze_vit", True), ("freeze_aligner", True), ("freeze_llm", False)):
         if (value := keys.take(key, default)) is not default:
             draft.add_unsupported(key, f"{format_value(value)}: see lora.vision")
-
-
-def _with(keys: Keys, key: str, value: Any) -> Keys:
-    keys._remaining[key] = value
-    return keys
 
 
 def _read_data(draft: Draft, keys: Keys) -> None:
@@ -154,6 +143,8 @@ def _read_data(draft: Draft, keys: Keys) -> None:
         draft.add_difference("dataset", "ids are those of ModelScope unless use_hf is set; in strop of Hugging Face")
     draft.put_eval_share("split_dataset_ratio", keys.take("split_dataset_ratio"))
     draft.put_int(keys, "max_length", "data.max_length")
+    if draft.get("data.max_length") is None:
+        draft.add_difference("max_length", NO_LIMIT_NOTE)
     strategy = keys.take("truncation_strategy", "delete")
     if strategy == "delete":
         draft.put("data.overlong", "drop", "truncation_strategy delete")
@@ -183,15 +174,6 @@ def _read_training(draft: Draft, keys: Keys, *, is_full: bool) -> None:
         draft.add_unsupported("max_epochs", "set train.epochs")
     if "adam_beta2" not in keys:
         draft.add_difference("adam_beta2", "0.95 by default in swift; 0.999 in strop")
-
-
-def _read_preferences(draft: Draft, keys: Keys, kind: str) -> None:
-    draft.disable_dropout_for_preferences()
-    draft.put("train.beta", 2.0 if kind == "simpo" else 0.1, "swift's default")
-    options = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
-    draft.put_options(keys, {**dict(zip(options, options, strict=True)), "rpo_alpha": "sft_weight"})
-    if kind == "simpo":
-        draft.put_simpo(keys)
 
 
 def _read_gkd(draft: Draft, keys: Keys) -> None:

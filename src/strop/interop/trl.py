@@ -1,4 +1,4 @@
-"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10 and 1.16, Unsloth 2026.10.9."""
+"""Import TRL and Unsloth scripts, and TRL YAML files. Names and defaults: TRL 1.10 and 1.16, Unsloth 2026.10.9."""
 
 from __future__ import annotations
 
