@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from functools import partial
@@ -249,6 +250,28 @@ def test_traces_do_not_depend_on_how_many_fit_together(tmp_path: Path, monkeypat
     whole = [trace.as_example().ids.tolist() for trace in sample_traces(criterion.tracer, job)]
     monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 3)
     assert [trace.as_example().ids.tolist() for trace in sample_traces(criterion.tracer, job)] == whole
+
+
+def test_traces_do_not_depend_on_which_tool_answers_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces whose tools are slow join the batch later, which changes no bit."""
+    reads_calls(monkeypatch)
+    job = many_stops(*make_desk_job(tmp_path, 3))
+    criterion: Any = job.criterion
+    tracer = criterion.tracer
+    fast = sample_traces(tracer, job)
+    call_turn, batches = type(tracer.environment)._call_turn, []
+
+    async def delayed(self: Any, used: Any, calls: Any, **options: Any) -> Any:
+        batches.append(len(batches))
+        await asyncio.sleep(0.03 * (len(batches) % 3))
+        return await call_turn(self, used, calls, **options)
+
+    monkeypatch.setattr(type(tracer.environment), "_call_turn", delayed)
+    slow = sample_traces(tracer, job)
+    assert len(batches) > 3
+    for one, other in zip(fast, slow, strict=True):
+        assert np.array_equal(one.as_example().ids, other.as_example().ids)
+        assert np.array_equal(one.log_probs, other.log_probs)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])

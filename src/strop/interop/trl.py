@@ -163,7 +163,8 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     for run in runs[1:]:
         draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
-    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else TRAINER_POSITIONS
+    positions: tuple[str, ...] = TRAINER_POSITIONS
+    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else positions
     positions = trl_grpo.POSITIONS if base == trl_grpo.TRAINER else positions
     positions = distillation.POSITIONS.get(base, positions)
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
