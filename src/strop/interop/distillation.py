@@ -118,7 +118,8 @@ def read_gkd(draft: Draft, keys: Keys, kind: str) -> str:
             draft.add_ignored("temperature", f"{temperature:g}: TRL samples with it, and its loss is at temperature 1")
     if tool.loss_temperature:
         put_temperature(draft, "temperature", temperature)
-    put_weights(draft, 1.0, as_float("sft_alpha", keys.take("sft_alpha", 0)), "sft_alpha")
+    cross_entropy = as_float("sft_alpha", keys.take("sft_alpha", 0))
+    put_weights(draft, 1.0, cross_entropy, "sft_alpha" if cross_entropy else "no cross entropy there")
     draft.add_difference("teacher", TOP_K_NOTE)
     draft.add_difference("answers", "the other tool trains on the last answer of a row; strop on all answers of a row")
     return "sft"

@@ -33,7 +33,7 @@ COMMAND = re.compile(r"\bswift\s+(sft|rlhf|pt)\b(.*)", re.DOTALL)
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError for another tuner than LoRA or full, and for other kinds than sft and gkd."""
-    tree = draft.read_yaml() if draft.file.suffix in (".yaml", ".yml") else _read_script(draft)
+    tree = _read_script(draft) if draft.file.suffix == ".sh" else draft.read_yaml()
     if isinstance(targets := tree.get("target_modules"), list) and len(targets) == 1:
         tree["target_modules"] = targets[0]
     keys = Keys(tree)
@@ -191,5 +191,7 @@ def _read_gkd(draft: Draft, keys: Keys) -> None:
         draft.add_difference("gkd_logits_topk", f"{topk}: strop keeps 32")
     if objective == "grpo":
         for key, default in (("top_p", 0.9), ("top_k", 50)):
-            value = keys.take(key, default)
-            draft.add_unsupported(key, f"{format_value(value)}: strop samples from the whole distribution")
+            value = keys.take(key)
+            if value not in (1.0, -1):  # of top_p and top_k: the whole distribution
+                text = f"{default} (swift's default)" if value is None else format_value(value)
+                draft.add_unsupported(key, f"{text}: strop samples from the whole distribution")
