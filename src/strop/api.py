@@ -274,7 +274,7 @@ def evaluate(
     run: PathLike | Sequence[PathLike],
     data: Rows,
     *,
-    metric: str = "exact",
+    metric: str | None = None,
     max_new_tokens: int | None = None,
     general: bool = False,
     regression_data: Rows = (),
@@ -294,8 +294,9 @@ def evaluate(
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, a list of files, or rows in memory, as for `train`.
-        metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function"; "preference" for pairs,
-            "accuracy" for a classifier and "accuracy_at_1" for embeddings are used by default.
+        metric: "exact" (default), "exact_json", "contains", "regex", "choice", "file.py:function"; by default
+            "preference" for pairs, "accuracy" for a classifier, "accuracy_at_1" for embeddings, and "mean_reward" for
+            a run in an environment, where other metrics score the last turn of a trace.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.

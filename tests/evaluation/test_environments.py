@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from strop.data.rendering.tool_calls import Call, InvalidCall
 from strop.data.types import Example, Message, Prompt
 from strop.errors import RecipeError, RunError
-from strop.evaluation.environments import Environment, load_environment
+from strop.evaluation.calls import CallError
+from strop.evaluation.environments import End, Environment, Start, load_environment
 from strop.evaluation.rewards import Candidate, parse_rewards
 
 SHOP = '''
@@ -87,8 +89,24 @@ def prompt(*messages: dict[str, Any], gold: str | None = None) -> Prompt:
 
 
 def call(environment: Environment, *calls: Any) -> list[tuple[str, bool]]:
-    used = environment.take()
-    return environment.call_tools([(used, each) for each in calls])
+    return turn(environment, environment.take(1)[0], *calls)
+
+
+def turn(environment: Environment, used: Any, *calls: Any) -> list[tuple[str, bool]]:
+    result = environment.start_turn(used, calls).result()
+    return list(zip(result.texts, result.failed, strict=True))
+
+
+def reset(environment: Environment, used: Any, row: Any, messages: list[Message], seed: int = 0) -> list[Message]:
+    return environment.reset([Start(used, row, messages, seed, "rows.jsonl:7")])[0]
+
+
+def reward(environment: Environment, used: Any, completion: str = "", row: Any = {}) -> dict[str, float]:  # noqa: B006
+    return environment.rewards([End(used, completion, [], row, "f:1")])[0]
+
+
+def is_done(environment: Environment, used: Any) -> bool | CallError:
+    return environment.start_turn(used, []).result().done
 
 
 def test_public_methods_are_tools_with_schemas(tmp_path: Path) -> None:
@@ -136,34 +154,155 @@ def test_tools_have_the_time_limit_of_rewards(tmp_path: Path) -> None:
     assert results == [late, late, ("done", False)]
 
 
-def test_async_tools_run_at_the_same_time(tmp_path: Path) -> None:
-    environment = load(tmp_path, timeout=5)
-    seen: list[int] = []
-    most = 0
+TOGETHER = '''
+import asyncio
+import threading
 
-    async def wait(self: Any, seconds: float) -> str:
-        nonlocal most
-        seen.append(1)
-        most = max(most, len(seen))
-        await asyncio.sleep(seconds)
-        seen.pop()
-        return "done"
+started, lock, all_in = [], threading.Lock(), threading.Event()
 
-    used = environment.take()
-    type(used).wait = wait
-    assert environment.call_tools([(used, Call("wait", {"seconds": 0.01}))] * 4) == [("done", False)] * 4
-    assert most == 4
+
+def enter(x):
+    with lock:
+        started.append(x)
+        if len(started) == 4:
+            all_in.set()
+
+
+class Sync:
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+    def _meet(self, x=0):
+        assert threading.get_ident() == self.thread
+        enter(x)
+        assert all_in.wait(20)
+        return x
+
+    def reset(self, seed):
+        self._meet(seed)
+        return f" {seed}"
+
+    def tool(self, x: int) -> int:
+        """Wait for the others.
+
+        Args:
+            x: a number
+        """
+        return self._meet(x)
+
+    def reward(self, row):
+        return self._meet(row["x"])
+
+    def done(self):
+        return self._meet()
+
+
+class Async:
+    async def _meet(self, x=0):
+        enter(x)
+        while not all_in.is_set():
+            await asyncio.sleep(0.001)
+        return x
+
+    async def reset(self, seed):
+        return f" {await self._meet(seed)}"
+
+    async def tool(self, x: int) -> int:
+        """Wait for the others.
+
+        Args:
+            x: a number
+        """
+        return await self._meet(x)
+
+    async def reward(self, row):
+        return await self._meet(row["x"])
+
+    async def done(self):
+        return await self._meet()
+'''
+
+
+@pytest.mark.parametrize("kind", ["Sync", "Async"])
+def test_members_of_all_traces_run_at_the_same_time(kind: str, tmp_path: Path) -> None:
+    environment = load(tmp_path, TOGETHER, kind, timeout=20)
+    taken = environment.take(4)
+
+    def meet_again() -> None:
+        shared = type(taken[0])._meet.__globals__
+        shared["started"].clear()
+        shared["all_in"].clear()
+
+    user = [Message("user", "go")]
+    starts = [Start(used, {}, user, seed, f"f:{seed}") for seed, used in enumerate(taken)]
+    assert [messages[0].content for messages in environment.reset(starts)] == ["go 0", "go 1", "go 2", "go 3"]
+    meet_again()
+    running = [environment.start_turn(used, [Call("tool", {"x": x})], reads_done=False) for x, used in enumerate(taken)]
+    assert [x.result().texts for x in running] == [("0",), ("1",), ("2",), ("3",)]
+    meet_again()
+    running = [environment.start_turn(used, []) for used in taken]
+    assert [x.result().done for x in running] == [False] * 4
+    meet_again()
+    ends = [End(used, "", [], {"x": x}, f"f:{x}") for x, used in enumerate(taken)]
+    assert environment.rewards(ends) == [{kind: float(x)} for x in range(4)]
+
+
+LATE = '''
+import time
+
+
+class Late:
+    def reset(self):
+        self.calls = 0
+
+    def loop(self) -> str:
+        """Loop."""
+        while True:
+            pass
+
+    def stubborn(self) -> str:
+        """Catch what ends the call."""
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                return "ended"
+
+    def sleep(self) -> str:
+        """Sleep, which Python cannot interrupt."""
+        time.sleep(3)
+        return "late"
+
+    def count(self) -> int:
+        """Count."""
+        self.calls += 1
+        return self.calls
+'''
+
+
+def test_late_call_is_ended_and_its_object_is_not_reused(tmp_path: Path) -> None:
+    environment = load(tmp_path, LATE, "Late", timeout=0.2)
+    [used] = environment.take(1)
+    reset(environment, used, {}, [Message("user", "a")])
+    started = time.monotonic()
+    calls = [Call(name, {}) for name in ("loop", "count", "stubborn", "count", "sleep", "count")]
+    late = ("error: takes more than 0.2 s", True)
+    assert turn(environment, used, *calls) == [late, ("1", False), late, ("2", False), late, ("3", False)]
+    assert time.monotonic() - started < 2.5  # the thread that sleeps is not waited for
+    environment.give_back(used)
+    assert environment.take(1)[0] is not used
+    assert threading.active_count() < 70
 
 
 def test_reset_gets_row_and_seed_and_objects_are_reused(tmp_path: Path) -> None:
     environment = load(tmp_path)
-    first = environment.take()
+    [first] = environment.take(1)
     messages = [Message("user", "buy tea")]
-    assert environment.reset(first, {"price": 3}, messages, 11, "rows.jsonl:7") == messages
+    assert reset(environment, first, {"price": 3}, messages, 11) == messages
     assert (first.row, first.seed) == ({"price": 3}, 11)
-    second = environment.take()
+    [second] = environment.take(1)
     environment.give_back(first)
-    assert environment.take() is first and second is not first
+    assert environment.take(1)[0] is first and second is not first
 
 
 @pytest.mark.parametrize(("signature", "given"), [
@@ -177,8 +316,8 @@ def test_reset_gets_what_it_names(tmp_path: Path, signature: str, given: dict[st
     body = f"    def reset({signature}):\n        self.given = {{k: v for k, v in locals().items() if k != 'self'}}\n"
     tool = '    def look(self) -> str:\n        """Look."""\n        return "x"\n'
     environment = load(tmp_path, f"class Shop:\n{body}{tool}")
-    used = environment.take()
-    environment.reset(used, {"price": 3, "prompt": "buy"}, [Message("user", "buy")], 5, "rows.jsonl:7")
+    [used] = environment.take(1)
+    reset(environment, used, {"price": 3, "prompt": "buy"}, [Message("user", "buy")], 5)
     assert used.given == given
 
 
@@ -191,7 +330,7 @@ def test_reset_may_return_a_text_or_messages(tmp_path: Path, returned: str, text
     tool = '    def look(self) -> str:\n        """Look."""\n        return "x"\n'
     environment = load(tmp_path, f"class Shop:\n    def reset(self):\n        return {returned}\n{tool}")
     messages = [Message("system", "be brief"), Message("user", "buy tea")]
-    changed = environment.reset(environment.take(), {}, messages, 0, "rows.jsonl:7")
+    changed = reset(environment, environment.take(1)[0], {}, messages)
     assert [message.content for message in changed] == texts and messages[1].content == "buy tea"
 
 
@@ -205,7 +344,7 @@ def test_failing_reset_names_the_row(tmp_path: Path, body: str, message: str) ->
     tool = '    def look(self) -> str:\n        """Look."""\n        return "x"\n'
     environment = load(tmp_path, f"class Shop:\n    {body}\n{tool}")
     with pytest.raises(RunError) as failed:
-        environment.reset(environment.take(), {}, [Message("user", "a")], 0, "rows.jsonl:7")
+        reset(environment, environment.take(1)[0], {}, [Message("user", "a")])
     assert message in failed.value.what and failed.value.fix
 
 
@@ -240,32 +379,32 @@ def test_functions_are_an_environment_without_state(tmp_path: Path) -> None:
     code = f"def add(a: int, b: int) -> int:\n{docs}    return a + b\n"
     environment = load(tmp_path, f"{code}def other() -> str:\n    '''Other.'''\n    return 'x'\n", "add,other")
     assert list(environment.schemas) == ["add", "other"]
-    used = environment.take()
-    assert environment.reset(used, {}, [Message("user", "a")], 0, "f:1") == [Message("user", "a")]
-    assert environment.call_tools([(used, Call("add", {"a": 1, "b": 2}))]) == [("3", False)]
-    assert environment.reward(used, "", [], {}, "f:1") == {} and not environment.is_done(used, "f:1")
+    [used] = environment.take(1)
+    assert reset(environment, used, {}, [Message("user", "a")]) == [Message("user", "a")]
+    assert turn(environment, used, Call("add", {"a": 1, "b": 2})) == [("3", False)]
+    assert reward(environment, used) == {} and is_done(environment, used) is False
 
 
 def test_reward_and_done_are_attributes_properties_or_methods(tmp_path: Path) -> None:
     environment = load(tmp_path)
-    used = environment.take()
-    environment.reset(used, {}, [], 0, "f:1")
-    assert environment.reward(used, "", [], {}, "f:1") == {"Shop.sold": 1.0, "Shop.left": 0.5}
+    [used] = environment.take(1)
+    reset(environment, used, {}, [])
+    assert reward(environment, used) == {"Shop.sold": 1.0, "Shop.left": 0.5}
     used.done = True
-    assert environment.is_done(used, "f:1")
+    assert is_done(environment, used)
     kind = type(used)
     del used.reward, used.done
     kind.reward = property(lambda self: 2)
-    assert environment.reward(used, "", [], {}, "f:1") == {"Shop": 2.0}
+    assert reward(environment, used) == {"Shop": 2.0}
     kind.reward = lambda self, completion, row: len(completion) + row["n"]
     kind.done = lambda self: 1
-    assert environment.reward(used, "abc", [], {"n": 2}, "f:1") == {"Shop": 5.0} and environment.is_done(used, "f:1")
+    assert reward(environment, used, "abc", {"n": 2}) == {"Shop": 5.0} and is_done(environment, used)
     kind.reward = lambda self: float("nan")
     with pytest.raises(RunError, match="reward: row f:1: returns nan"):
-        environment.reward(used, "", [], {}, "f:1")
+        reward(environment, used)
     kind.reward = lambda self: 1 / 0
     with pytest.raises(RunError, match="reward: row f:1: ZeroDivisionError"):
-        environment.reward(used, "", [], {}, "f:1")
+        reward(environment, used)
 
 
 @pytest.mark.parametrize(("parameters", "result", "expected"), [
@@ -384,16 +523,14 @@ def done() -> str:
 
 def test_odd_tools_are_errors_in_the_trace(tmp_path: Path) -> None:
     environment = load(tmp_path, ODD, "Odd")
-    used = environment.take()
+    [used] = environment.take(1)
     call = Call("pop", {"items": ["a", "b"]})
-    results = environment.call_tools(
-        [(used, call), *((used, Call(name, {})) for name in ("cancel", "broken", "fail", "half"))]
-    )
+    results = turn(environment, used, call, *(Call(name, {}) for name in ("cancel", "broken", "fail", "half")))
     assert call.arguments == {"items": ["a", "b"]}  # the tool changed a copy
     assert [failed for _, failed in results] == [False, True, True, True, False]
     assert results[0][0] == "b" and results[4][0] == "?" and "CancelledError" in results[1][0]
     slots = load(tmp_path, ODD, "Slots")
-    assert not slots.is_done(slots.take(), "rows.jsonl:1")
+    assert is_done(slots, slots.take(1)[0]) is False
 
 
 @pytest.mark.parametrize(("name", "message"), [

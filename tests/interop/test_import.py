@@ -37,6 +37,11 @@ UNSUPPORTED = {
     "llamafactory-dpo.yaml": set(),
     "llamafactory-kto.yaml": set(),
     "llamafactory-pretrain.yaml": {"streaming", "neftune_noise_alpha", "lr_scheduler_type"},
+    "swift-chat.sh": {"system"},
+    "swift-gkd.yaml": {"temperature"},
+    "swift-own.sh": {"beta", "dataset", "top_k"},
+    "swift-qlora.yaml": {"deepspeed", "truncation_strategy"},
+    "swift-sft.yaml": set(),
     "torchtune-lora.yaml": set(),
     "torchtune-qlora.yaml": {"tokenizer.prompt_template"},
     "torchtune-dora.yaml": {"lr_scheduler.num_cycles"},
@@ -121,7 +126,7 @@ def test_config_converts_and_trains(name: str, tmp_path: Path, tiny_folder: Path
         for note in (*imported_config.draft.unsupported, *imported_config.draft.differs, *imported_config.draft.ignored)
     )
     run = strop.train(recipe, **{"train.max_steps": 2, "out": str(tmp_path / "run"), "model.dtype": "fp32"})
-    assert run.report["steps"] == 2 and run.report["loss"]["last"] > 0
+    assert run.report["steps"] == 2 and (run.report["loss"]["last"] > 0 or "own" in name)  # of grpo, it may be below 0
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(".yaml")])
@@ -204,6 +209,7 @@ def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:
 REFUSED = {
     "axolotl": ("base_model: m\nadapter: llama-adapter\n", "adapter"),
     "llamafactory": ("model_name_or_path: m\nfinetuning_type: freeze\n", "finetuning_type"),
+    "swift": ("model: m\ntuner_type: longlora\n", "tuner_type"),
     "torchtune": ("tokenizer: {}\n", "no model is given"),
     "trl": ("from trl import GRPOConfig\nargs = GRPOConfig()\n", "GRPOConfig"),
     "unsloth": ("from trl import SFTConfig\nargs = SFTConfig()\n", "get_peft_model"),
@@ -213,6 +219,7 @@ REFUSED = {
 FULL = {
     "axolotl": "base_model: m\ndatasets: [{path: rows.jsonl, type: alpaca}]\nlearning_rate: 2e-5\nbf16: true\n",
     "llamafactory": "model_name_or_path: m\nfinetuning_type: full\nlearning_rate: 2.0e-5\npure_bf16: true\n",
+    "swift": "model: m\ntuner_type: full\nlearning_rate: 2e-5\n",
     "torchtune": (
         "model: {_component_: torchtune.models.llama3.llama3_8b}\ncheckpointer: {checkpoint_dir: m}\n"
         "optimizer: {_component_: torch.optim.AdamW, lr: 2e-5}\n"

@@ -52,8 +52,21 @@ _THINKING = families.QWEN3.replace("{{- m.content }}", (
 ))  # fmt: skip
 
 _XML = families.QWEN3.replace("call.function | tojson", (
-    "'<function=' + call.function.name + '>' }}{% for key, value in call.function.arguments | items %}"
-    "{{ '<parameter=' + key + '>' + value | string + '</parameter>' }}{% endfor %}{{ '</function>'"
+    "'<function=' + call.function.name + '>\\n' }}{% for key, value in call.function.arguments | items %}"
+    "{{ '<parameter=' + key + '>\\n' }}"
+    "{{ value | tojson if value is mapping or value is sequence and value is not string else value }}"
+    "{{ '\\n</parameter>\\n' }}{% endfor %}{{ '</function>'"
+))  # fmt: skip
+
+_PAIRS = families.QWEN3.replace("call.function | tojson", (
+    "call.function.name }}{% for key, value in call.function.arguments | items %}"
+    "{{ '\\n<arg_key>' + key + '</arg_key>\\n<arg_value>' }}{{ value if value is string else value | tojson }}"
+    "{{ '</arg_value>' }}{% endfor %}{{ ''"
+))  # fmt: skip
+
+_NOTATION = families.QWEN3.replace("call.function | tojson", (
+    "'call:' + call.function.name + '{' }}{% for key, value in call.function.arguments | items %}"
+    "{{ key + ':' + value | string + ',' }}{% endfor %}{{ '}'"
 ))  # fmt: skip
 
 TOOL_TEMPLATES: dict[str, tuple[str, str | None, list[str]]] = {
@@ -73,6 +86,8 @@ TOOL_TEMPLATES: dict[str, tuple[str, str | None, list[str]]] = {
     ),
     "named": ("chatml", _NAMED, ["<|calls|>", "<|call|>", "<|sep|>", "<|called|>", "<|end of calls|>"]),
     "xml": ("qwen3", _XML, []),
+    "pairs": ("qwen3", _PAIRS, []),
+    "notation": ("qwen3", _NOTATION, []),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from functools import partial
@@ -251,6 +252,28 @@ def test_traces_do_not_depend_on_how_many_fit_together(tmp_path: Path, monkeypat
     assert [trace.as_example().ids.tolist() for trace in sample_traces(criterion.tracer, job)] == whole
 
 
+def test_traces_do_not_depend_on_which_tool_answers_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces whose tools are slow join the batch later, which changes no bit."""
+    reads_calls(monkeypatch)
+    job = many_stops(*make_desk_job(tmp_path, 3))
+    criterion: Any = job.criterion
+    tracer = criterion.tracer
+    fast = sample_traces(tracer, job)
+    call_turn, batches = type(tracer.environment)._call_turn, []
+
+    async def delayed(self: Any, used: Any, calls: Any, **options: Any) -> Any:
+        batches.append(len(batches))
+        await asyncio.sleep(0.03 * (len(batches) % 3))
+        return await call_turn(self, used, calls, **options)
+
+    monkeypatch.setattr(type(tracer.environment), "_call_turn", delayed)
+    slow = sample_traces(tracer, job)
+    assert len(batches) > 3
+    for one, other in zip(fast, slow, strict=True):
+        assert np.array_equal(one.as_example().ids, other.as_example().ids)
+        assert np.array_equal(one.log_probs, other.log_probs)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     from strop.errors import Stopped
@@ -414,8 +437,8 @@ def test_changed_environment_is_noticed(tiny_folder: Path, tmp_path: Path, capsy
     result = json.loads(stdout)
     assert result["metric"] == "mean_reward" and result["train_rows"] == 6
     assert {"mean_reward", "turns", "tool_calls", "reward/Desk.calls"} <= set(result["base"])
-    code, _, err = run("eval", out, "--data", rows, "--force", "--general", capsys=capsys)
-    assert code == 2 and "only its reward is evaluated" in err
+    code, _, err = run("eval", out, "--data", rows, "--force", "--regression-data", rows, capsys=capsys)
+    assert code == 2 and "only traces in it are evaluated" in err
     for name in ("report.json", "report.html"):
         (out / name).unlink()
     code, _, err = run("resume", out, capsys=capsys)
@@ -435,6 +458,50 @@ def test_functions_are_tools_and_rewards_are_added(
     assert code == 0, err
     steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
     assert len(steps) == 2 and all(step["reward"] >= 2 for step in steps)
+
+
+COUNTER = '''
+class Counter:
+    def reset(self, row):
+        self.reward = 0.25
+
+    def look(self) -> str:
+        """Look."""
+        return "x"
+'''
+HOOD = "def long(right_answer, answer):\n    return len(answer) >= 0 and right_answer == '1'\n"
+
+
+def test_eval_scores_the_last_turn_of_traces_by_a_metric_of_answers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, _ = write_files(tmp_path)
+    (tmp_path / "counter.py").write_text(COUNTER, encoding="utf-8")
+    (tmp_path / "hood.py").write_text(HOOD, encoding="utf-8")
+    out = tmp_path / "run"
+    code, _, err = run(*train_words(tiny_folder, rows, f"{tmp_path / 'counter.py'}:Counter", out), capsys=capsys)
+    assert code == 0, err
+    held_out = tmp_path / "held-out.jsonl"
+    dialogues = [[("user", f"how much is {n}?"), ("assistant", str(n))] for n in range(3)] + [[("user", "and?")]]
+    with held_out.open("w", encoding="utf-8") as file:
+        for dialogue in dialogues:
+            messages = [{"role": role, "content": content} for role, content in dialogue]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    words = ["eval", out, "--data", held_out, "--data.format", "auto", "--max-new-tokens", "8", "--json"]
+    code, text, err = run(*words, "--metric", f"{tmp_path / 'hood.py'}:long", capsys=capsys)
+    assert code == 0, err
+    result = json.loads(text)
+    assert (result["metric"], result["rows"], [row["line"] for row in result["left_out"]]) == ("long", 3, [4])
+    assert result["tuned"]["long"] == result["base"]["long"] == pytest.approx(1 / 3)
+    assert result["tuned"]["mean_reward"] == 0.25 and {"turns", "tool_calls"} <= set(result["tuned"])
+    assert [row["tuned_hit"] for row in result["samples"]] == [False, True, False]
+    code, text, err = run(*words, "--metric", "exact", capsys=capsys)
+    assert code == 0 and json.loads(text)["metric"] == "exact", err
+    code, text, err = run(*words, "--general", capsys=capsys)
+    result = json.loads(text)
+    assert code == 0 and result["metric"] == "mean_reward" and "difference" in result["general"], err
+    code, _, err = run("eval", out, "--data", rows, "--metric", "exact", capsys=capsys)
+    assert code == 2 and "no row ends with an answer to score" in err and "mean_reward" in err
 
 
 def test_unsampled_model_is_shown_with_scripted_calls(

@@ -256,8 +256,9 @@ def post_routes(services: Services) -> list[BaseRoute]:
     def resume(name: str, allowed: list[Any], options: dict[str, Any]) -> Any:
         return dashboard.resume(name, [f"--allow-changed={text}" for text in allowed] + option_arguments(options))
 
-    def evaluate(name: str, data: str, metric: str, max_tokens: int | None, general: bool) -> Any:
-        arguments = ["eval", str(dashboard.root / name), f"--data={data}", f"--metric={metric}"]
+    def evaluate(name: str, data: str, metric: str | None, max_tokens: int | None, general: bool) -> Any:
+        arguments = ["eval", str(dashboard.root / name), f"--data={data}"]
+        arguments += [f"--metric={metric}"] if metric else []
         arguments += [f"--max-new-tokens={max_tokens}"] if max_tokens is not None else []
         arguments += ["--general"] if general else []
         return dashboard.start_adapter_job("evaluate", name, arguments)
@@ -301,7 +302,7 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/rename": endpoint(dashboard.rename, to=str),
         "runs/{name}/delete": endpoint(dashboard.delete, confirm=str),
         "runs/{name}/evaluate": endpoint(
-            evaluate, data=str, metric=(str, "exact"), max_new_tokens=(int, None), general=(bool, False)
+            evaluate, data=str, metric=(str, None), max_new_tokens=(int, None), general=(bool, False)
         ),
         "runs/{name}/held-out": held_out,
         "runs/{name}/export": endpoint(

@@ -1,4 +1,4 @@
-"""Measure the reward of base and tuned model in an environment, on traces that are sampled greedily."""
+"""Measure reward or answers of base and tuned model in an environment, on traces that are sampled greedily."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from strop.evaluation.metrics import (
     MEAN_REWARD,
     MIN_CLAIM_ROWS,
     Estimate,
+    compare_hits,
+    find_metric,
     mean_interval,
     paired_difference,
+    score,
     wilson_interval,
 )
 from strop.evaluation.rewards import Reward, Rewarded
@@ -52,13 +55,18 @@ def make_prompts(model: Model, conversations: Sequence[Conversation]) -> list[Pr
 
 
 def compare_traces(
-    model: Model, prompts: Sequence[Prompt], tracer: Tracer, rewards: Sequence[Reward], seed: int,
-    advance: Progress | None = None, *, with_base: bool = True,
+    model: Model, rows: Sequence[Conversation], prompts: Sequence[Prompt], tracer: Tracer, rewards: Sequence[Reward],
+    seed: int, advance: Progress | None = None, *, metric: str | None = None, with_base: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the mean reward of the base and the tuned model, with 95 % intervals and the paired difference.
 
     `base` and `tuned` of the result have `mean_reward`, its parts, `stop_rate`, and means per trace of `turns`,
-    `tool_calls`, `tool_errors` and `truncated`. seed: of the run, from which the seeds for `reset` are made.
+    `tool_calls`, `tool_errors` and `truncated`.
+
+    Args:
+        rows: those of the prompts.
+        seed: of the run, from which the seeds for `reset` are made.
+        metric: scores the text of the last turn, and its score comes first. Each prompt then has a right answer.
     """
     check_prompts(tracer, prompts)
     sides: dict[str, tuple[list[Trace], list[Rewarded]]] = {}
@@ -74,6 +82,8 @@ def compare_traces(
         tracer.release([traces])
         if advance is not None:
             advance(name, len(prompts), len(prompts))
+    if metric is not None:
+        return _compare_answers(rows, prompts, sides, metric)
     values = {name: [reward.total for reward in rewarded] for name, (_, rewarded) in sides.items()}
     are_hits = {value for column in values.values() for value in column} <= {0, 1}
     result: dict[str, Any] = {"rows": len(prompts), "metric": MEAN_REWARD}
@@ -86,8 +96,27 @@ def compare_traces(
             "gained": [f"{p.file}:{p.line}" for b, t, p in changed if t > b],
             "lost": [f"{p.file}:{p.line}" for b, t, p in changed if t < b],
         }
-    result["samples"] = [_make_sample(prompt, row, sides, are_hits) for row, prompt in enumerate(prompts)]
+    hits = {name: [bool(value) for value in column] for name, column in values.items()} if are_hits else {}
+    result["samples"] = [_make_sample(prompt, row, sides, hits) for row, prompt in enumerate(prompts)]
     return result
+
+
+Sides = Mapping[str, tuple[list[Trace], list[Rewarded]]]  # base and tuned
+
+
+def _compare_answers(
+    rows: Sequence[Conversation], prompts: Sequence[Prompt], sides: Sides, metric: str
+) -> dict[str, Any]:
+    """Return the scores of the last turns against the right answers, as `compare` does."""
+    golds = [str(prompt.gold) for prompt in prompts]
+    scores = {name: score(metric, golds, [trace.answer for trace in traces]) for name, (traces, _) in sides.items()}
+    hits = {name: list(found.hits) for name, found in scores.items()}
+    return {
+        "rows": len(prompts), "metric": find_metric(metric).name,
+        **{name: {**scores[name].rates, **_summarize(*side)} for name, side in sides.items()},
+        **compare_hits(hits, rows),
+        "samples": [_make_sample(prompt, row, sides, hits) for row, prompt in enumerate(prompts)],
+    }  # fmt: skip
 
 
 def sample_greedily(model: Model, prompts: Sequence[Prompt], tracer: Tracer, seed: int) -> list[Trace]:
@@ -132,15 +161,13 @@ def _summarize(traces: Sequence[Trace], rewarded: Sequence[Rewarded]) -> dict[st
     }  # fmt: skip
 
 
-def _make_sample(
-    prompt: Prompt, row: int, sides: Mapping[str, tuple[list[Trace], list[Rewarded]]], are_hits: bool
-) -> dict[str, Any]:
+def _make_sample(prompt: Prompt, row: int, sides: Sides, hits: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     users = [str(message["content"]) for message in prompt.messages if message["role"] == "user"]
     sample: dict[str, Any] = {"place": f"{prompt.file}:{prompt.line}", "prompt": users[-1] if users else ""}
     sample |= {} if prompt.gold is None else {"gold": prompt.gold}
     for name, (traces, rewarded) in sides.items():
         sample |= {name: describe_trace(traces[row]), f"{name}_reward": rewarded[row].total}
-        sample |= {f"{name}_hit": bool(rewarded[row].total)} if are_hits else {}
+        sample |= {f"{name}_hit": hits[name][row]} if hits else {}
     return sample
 
 

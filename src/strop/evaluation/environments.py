@@ -21,10 +21,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -33,8 +35,9 @@ from strop.data.rendering.tool_calls import Call, InvalidCall
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Message
 from strop.errors import InputError, RecipeError, RunError, suggest
+from strop.evaluation.calls import MAX_WORKERS, CallError, Worker, call_async, is_async, run_together, start
 from strop.evaluation.metrics import USER_CODE_ERRORS, load_function
-from strop.evaluation.rewards import CallError, call_together, call_within, is_async, read_parts
+from strop.evaluation.rewards import read_parts
 from strop.runs.lock import sha256_file, sha256_text
 
 NOT_TOOLS = ("reset", "reward", "done", "close")
@@ -43,10 +46,25 @@ FORM = "write it as FILE.py:Class or FILE.py:function,function"
 
 
 @dataclass(frozen=True)
+class TurnResult:
+    """What the calls of a turn returned. texts: the result of each, for the model. failed: whether each is an error.
+
+    done: whether the trace has ended, or the CallError of `done`.
+    """
+
+    texts: tuple[str, ...]
+    failed: tuple[bool, ...]
+    done: bool | CallError
+
+
+@dataclass(frozen=True)
 class Environment:
     """A kind of environment. Its objects are reused after `reset`, as in TRL.
 
-    spec: train.environment. factory: returns a new object. schemas: JSON schemas of the tools, by name.
+    All members of an object are called in its worker, or in the event loop if they are `async`.
+
+    spec: train.environment. factory: returns a new object. schemas: JSON schemas of the tools, by name. timeout: of a
+    call, in seconds.
     """
 
     spec: str
@@ -55,35 +73,49 @@ class Environment:
     schemas: Mapping[str, dict[str, Any]]
     timeout: float
     _unused: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _workers: dict[int, Worker] = field(default_factory=dict, repr=False, compare=False)  # by id of the object
+    _next_worker: Iterator[Worker] = field(default_factory=lambda: _cycle_workers(), repr=False, compare=False)
+    _late: set[int] = field(default_factory=set, repr=False, compare=False)  # ids of objects whose calls took too long
 
-    def take(self) -> Any:
-        """Return an object that no trace uses. Raises RunError if it cannot be made."""
-        if self._unused:
-            return self._unused.pop()
-        made = call_within(self.timeout, self.factory)
-        if isinstance(made, CallError):
-            raise RunError(f"environment {self.spec}: {_describe(made, self.timeout)}", fix="fix its __init__")
-        return made
+    def take(self, count: int) -> list[Any]:
+        """Return objects that no trace uses. Raises RunError if one cannot be made."""
+        taken = [self._unused.pop() for _ in range(min(count, len(self._unused)))]
+        workers = [next(self._next_worker) for _ in range(count - len(taken))]
+        made = run_together([worker.call(self.factory, self.timeout) for worker in workers])
+        if error := next((x for x in made if isinstance(x, CallError)), None):
+            what = f"environment {self.spec}: {self.describe(error)}"
+            raise RunError(what, fix="fix its __init__")
+        self._workers.update({id(used): worker for used, worker in zip(made, workers, strict=True)})
+        return [*taken, *made]
 
     def give_back(self, used: Any) -> None:
-        self._unused.append(used)
+        """Let other traces use an object, unless a call of it may still be running."""
+        if id(used) in self._late:
+            self._late.remove(id(used))
+            del self._workers[id(used)]
+        else:
+            self._unused.append(used)
 
-    def reset(
-        self, used: Any, row: Mapping[str, Any], messages: Sequence[Message], seed: int, place: str
-    ) -> list[Message]:
-        """Start a trace, and return the messages of its prompt. Raises RunError for the row.
+    def reset(self, starts: Sequence[Start]) -> list[list[Message]]:
+        """Start traces at the same time, and return the messages of the prompt of each. Raises RunError for a row."""
+        calls = [self._prepare_reset(start) for start in starts]
+        results = run_together([self._call(*call) for call in calls])
+        return [self._read_reset(*pair) for pair in zip(starts, results, strict=True)]
 
-        row: its columns. messages: of its prompt. seed: passed if `reset` has such a parameter.
-        """
-        what, fix = f"environment {self.spec}: reset: row {place}", f"fix {self.name}.reset, or the row"
+    def _prepare_reset(self, start: Start) -> tuple[Any, Callable[..., Any], dict[str, Any]]:
         try:
-            arguments = _reset_arguments(used.reset, row, seed)
-            inspect.signature(used.reset).bind(**arguments)
+            arguments = _reset_arguments(start.used.reset, start.row, start.seed)
+            inspect.signature(start.used.reset).bind(**arguments)
         except TypeError as error:
-            raise RunError(f"{what}: {error}", fix="give rows with these columns") from None
-        result = self._call([partial(used.reset, **arguments)], used.reset)[0]
+            what = f"environment {self.spec}: reset: row {start.place}: {error}"
+            raise RunError(what, fix="give rows with these columns") from None
+        return start.used, start.used.reset, arguments
+
+    def _read_reset(self, start: Start, result: Any) -> list[Message]:
+        """Return the messages of a prompt after `reset` has returned a text, messages or None."""
+        what, messages = f"environment {self.spec}: reset: row {start.place}", start.messages
         if isinstance(result, CallError):
-            raise RunError(f"{what}: {_describe(result, self.timeout)}", fix=fix)
+            raise RunError(f"{what}: {self.describe(result)}", fix=f"fix {self.name}.reset, or the row")
         if result is None:
             return list(messages)
         if isinstance(result, str):  # as in TRL
@@ -100,78 +132,115 @@ class Environment:
             raise RunError(f"{what}: the last message is not the user's", fix="return messages that the model answers")
         return parsed
 
-    def call_tools(self, calls: Sequence[tuple[Any, Call | InvalidCall]]) -> list[tuple[str, bool]]:
-        """Call tools of different objects, those that are `async` at the same time.
+    def start_turn(
+        self, used: Any, calls: Sequence[Call | InvalidCall], *, reads_done: bool = True
+    ) -> Future[TurnResult]:
+        """Start to call the tools of a turn, one after the other, and then to read `done` if `reads_done`."""
+        return start(self._call_turn(used, calls, reads_done=reads_done))
 
-        Returns the result of each as a text for the model, and whether it is an error.
+    async def _call_turn(self, used: Any, calls: Sequence[Call | InvalidCall], *, reads_done: bool) -> TurnResult:
+        results = [await self._call_tool(used, call) for call in calls]
+        failed = tuple(isinstance(result, CallError) for result in results)
+        texts = (_as_text(f"error: {self.describe(x)}") if isinstance(x, CallError) else x for x in results)
+        done = await self._read(used, "done", {}) if reads_done and has_member(used, "done") else False
+        return TurnResult(tuple(texts), failed, done if isinstance(done, CallError) else bool(done))
+
+    async def _call_tool(self, used: Any, call: Call | InvalidCall) -> Any:
+        """Return the result of a tool as text, or a CallError."""
+        if isinstance(call, InvalidCall):
+            return CallError(call.why)
+        if call.name not in self.schemas:
+            hint = suggest(call.name, self.schemas)
+            return CallError(f"there is no tool {call.name}{hint}; the tools are {', '.join(self.schemas)}")
+        tool = getattr(used, call.name)
+        try:
+            inspect.signature(tool).bind(**call.arguments)
+        except TypeError as error:
+            return CallError(f"{call.name}: {error}")
+        result = await self._call(used, tool, deepcopy(call.arguments))  # a tool may change them
+        return result if isinstance(result, CallError) else await self._call(used, _as_text, {"result": result})
+
+    def rewards(self, ends: Sequence[End]) -> list[dict[str, float]]:
+        """Return the named parts of the environment's own reward of each trace, or {} if it has none.
+
+        They are computed at the same time. Raises RunError for a row.
         """
-        results: list[Any] = [None] * len(calls)
-        pending: list[tuple[int, Callable[[], Any]]] = []
-        for i, (used, call) in enumerate(calls):
-            if isinstance(call, InvalidCall):
-                results[i] = CallError(call.why)
-                continue
-            if call.name not in self.schemas:
-                hint = suggest(call.name, self.schemas)
-                results[i] = CallError(f"there is no tool {call.name}{hint}; the tools are {', '.join(self.schemas)}")
-                continue
-            tool = getattr(used, call.name)
-            try:
-                inspect.signature(tool).bind(**call.arguments)
-            except TypeError as error:
-                results[i] = CallError(f"{call.name}: {error}")
-                continue
-            function = partial(tool, **deepcopy(call.arguments))  # a tool may change them
-            if is_async(tool):
-                pending.append((i, function))
-            else:
-                results[i] = call_within(self.timeout, function)
-        if pending:
-            done = call_together([function for _, function in pending], self.timeout)
-            for (i, _), result in zip(pending, done, strict=True):
-                results[i] = result
-        texts = [x if isinstance(x, CallError) else call_within(self.timeout, partial(_as_text, x)) for x in results]
-        return [
-            (_as_text(f"error: {_describe(x, self.timeout)}"), True) if isinstance(x, CallError) else (x, False)
-            for x in texts
-        ]
+        results = run_together([self._reward(end) for end in ends])
+        parts = []
+        for end, result in zip(ends, results, strict=True):
+            self.check("reward", end.place, result)
+            what = f"environment {self.spec}: reward"
+            parts.append({} if result is _MISSING else read_parts(self.name, what, result, end.place))
+        return parts
 
-    def is_done(self, used: Any, place: str) -> bool:
-        """Return whether the trace has ended. Raises RunError if `done` fails."""
-        return has_member(used, "done") and bool(self._read(used, "done", {}, place))
+    async def _reward(self, end: End) -> Any:
+        if not has_member(end.used, "reward"):
+            return _MISSING
+        given = {"completion": end.completion, "messages": list(end.messages), "row": dict(end.row)}
+        return await self._read(end.used, "reward", given)
 
-    def reward(
-        self, used: Any, completion: str, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any], place: str
-    ) -> dict[str, float]:
-        """Return the named parts of the environment's own reward, or {} if it has none. Raises RunError."""
-        if not has_member(used, "reward"):
-            return {}
-        given = {"completion": completion, "messages": list(messages), "row": dict(row)}
-        return read_parts(
-            self.name, f"environment {self.spec}: reward", self._read(used, "reward", given, place), place
-        )
+    def check(self, member: str, place: str, result: Any) -> None:
+        """Raise RunError if a call of a member has failed. place: of the row."""
+        if isinstance(result, CallError):
+            what = f"environment {self.spec}: {member}: row {place}: {self.describe(result)}"
+            raise RunError(what, fix=f"fix {self.name}.{member}")
 
-    def _read(self, used: Any, name: str, given: Mapping[str, Any], place: str) -> Any:
+    async def _read(self, used: Any, name: str, given: Mapping[str, Any]) -> Any:
         """Return the value of an attribute, or the result of a method, which gets the parameters that it names."""
+
+        def named(method: Callable[..., Any]) -> dict[str, Any]:
+            return {key: given[key] for key in inspect.signature(method).parameters if key in given}
 
         def read() -> Any:
             value = getattr(used, name)
-            if not callable(value):
-                return value
-            return value(**{key: given[key] for key in inspect.signature(value).parameters if key in given})
+            return value(**named(value)) if callable(value) else value
 
-        static = inspect.getattr_static(used, name, None)
-        is_method = inspect.isroutine(static) and is_async(getattr(used, name))
-        result = call_together([read], self.timeout)[0] if is_method else call_within(self.timeout, read)
-        if isinstance(result, CallError):
-            what = f"environment {self.spec}: {name}: row {place}: {_describe(result, self.timeout)}"
-            raise RunError(what, fix=f"fix {self.name}.{name}")
+        if inspect.isroutine(inspect.getattr_static(used, name)) and is_async(method := getattr(used, name)):
+            return await self._call(used, method, named(method))
+        return await self._call(used, read, {})
+
+    async def _call(self, used: Any, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Return the result of a call that concerns an object, or its CallError."""
+        call = partial(function, **arguments)
+        if is_async(function):
+            return await call_async(call, self.timeout)
+        result = await self._workers[id(used)].call(call, self.timeout)
+        if isinstance(result, CallError) and result.timed_out:
+            self._late.add(id(used))
         return result
 
-    def _call(self, calls: Sequence[Callable[[], Any]], function: Callable[..., Any]) -> list[Any]:
-        if is_async(function):
-            return call_together(calls, self.timeout)
-        return [call_within(self.timeout, call) for call in calls]
+    def describe(self, error: CallError) -> str:
+        return _describe(error, self.timeout)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a trace. used: object of the environment. messages: of the row's prompt. seed: for `reset`."""
+
+    used: Any
+    row: Mapping[str, Any]
+    messages: Sequence[Message]
+    seed: int
+    place: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a trace. completion: text of the last turn. messages: of all turns."""
+
+    used: Any
+    completion: str
+    messages: Sequence[Mapping[str, Any]]
+    row: Mapping[str, Any]
+    place: str
+
+
+def _cycle_workers() -> Iterator[Worker]:
+    workers: list[Worker] = []
+    for number in count():
+        if number < MAX_WORKERS:
+            workers.append(Worker())
+        yield workers[number % MAX_WORKERS]
 
 
 def check_hash(environment: str, recorded: str | None, current: str, *, force: bool) -> None:
@@ -253,12 +322,16 @@ def load_environment(spec: str, timeout: float) -> Environment:
     if not tools:
         what = f"environment {spec}: it has no public method, so it has no tool"
         raise RecipeError(what, fix="add a method with type hints and a docstring")
-    first = call_within(timeout, factory)
-    if isinstance(first, CallError):
-        what = f"environment {spec}: {name}(): {_describe(first, timeout)}"
-        raise RecipeError(what, fix="make a class that is created without arguments")
-    schemas = {tool: _describe_tool(spec, file, tool, getattr(first, tool)) for tool in tools}
-    return Environment(spec, name, factory, schemas, timeout, [first])
+    environment = Environment(spec, name, factory, {}, timeout)
+    try:
+        [first] = environment.take(1)
+    except RunError as error:
+        what = error.what.replace(spec, f"{spec}: {name}()", 1)
+        raise RecipeError(what, fix="make a class that is created without arguments") from None
+    environment.give_back(first)
+    return replace(
+        environment, schemas={tool: _describe_tool(spec, file, tool, getattr(first, tool)) for tool in tools}
+    )
 
 
 def _check_parameters(tool: Callable[..., Any]) -> None:

@@ -56,6 +56,7 @@ SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "mrr": "MRR", "mean_reward": "reward", "tool_calls": "tool calls", "tool_errors": "tool errors",
     "truncated": "traces cut at a limit",
 }  # fmt: skip
+DEFAULT_METRIC = "exact"  # of answers
 MEAN_REWARD = "mean_reward"  # metric of runs with train.environment
 NUMBERS = {
     "loss": 3,

@@ -18,16 +18,13 @@ TRL. `completion` is then the text of the last turn.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import math
-import threading
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -36,14 +33,13 @@ from strop.config.schema import DataSection
 from strop.data.reading.sources import read_eval_share, read_rows
 from strop.data.types import Prompt
 from strop.errors import DataError, Location, RecipeError, RunError
+from strop.evaluation.calls import CallError, call_together, call_within, is_async
 from strop.evaluation.metrics import (
-    USER_CODE_ERRORS,
     Metric,
     check_golds,
     find_metric,
     load_function,
     load_metric,
-    time_limit,
 )
 from strop.runs.lock import sha256_file
 
@@ -300,79 +296,3 @@ def check_rewards(rewards: Sequence[Reward], prompts: Sequence[Prompt], rows: Ro
             raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
         golds = [str(prompt.gold) for prompt in answered]
         check_golds(reward.spec, golds, [(prompt.file, prompt.line) for prompt in answered], any_number=True)
-
-
-class _TooSlow(Exception):
-    """A call took longer than the time limit."""
-
-
-@dataclass(frozen=True)
-class CallError:
-    """The failure of a call of the user's code. text: the exception as text."""
-
-    text: str
-    timed_out: bool = False
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Return whether a function is `async`, also one that `functools.wraps` decorates."""
-    return inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def call_within(timeout: float, function: Callable[[], Any]) -> Any:
-    """Return the result of a call, or a CallError, also if the function catches the exception that ends it."""
-    started, result = time.monotonic(), None
-    try:
-        with time_limit(timeout, cpu_time=False):
-            result = function()
-    except USER_CODE_ERRORS as error:
-        if not isinstance(error, TimeoutError) or time.monotonic() - started < timeout:
-            return _call_error(error)
-    return CallError("", timed_out=True) if time.monotonic() - started >= timeout else result
-
-
-def call_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> list[Any]:
-    """Run coroutines at the same time. Returns the result of each in order, or its CallError."""
-
-    async def call_guarded(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        try:
-            return await call()
-        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop's thread
-            return _call_error(SystemExit(str(error)))
-
-    async def call_one(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        started, result = time.monotonic(), None
-        try:
-            result = await asyncio.wait_for(call_guarded(call), timeout)
-        except asyncio.TimeoutError:
-            if time.monotonic() - started < timeout:
-                raise  # the function's own
-        if time.monotonic() - started >= timeout:  # also if it blocks, or catches its cancellation
-            raise _TooSlow
-        return result
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*map(call_one, calls), return_exceptions=True)
-
-    results = asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result()
-    known = (*USER_CODE_ERRORS, asyncio.CancelledError)  # the function's own: nobody else cancels it
-    unexpected = (x for x in results if isinstance(x, BaseException) and not isinstance(x, known))
-    if (error := next(unexpected, None)) is not None:
-        raise error
-    return [_call_error(result) if isinstance(result, BaseException) else result for result in results]
-
-
-def _call_error(error: BaseException) -> CallError:
-    try:
-        text = str(error)
-    except USER_CODE_ERRORS:  # its own __str__ fails
-        text = "no text"
-    return CallError(f"{type(error).__name__}: {text}", timed_out=isinstance(error, _TooSlow))
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop that runs in a thread until the process ends, so that clients can keep their connections."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop

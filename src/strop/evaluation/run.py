@@ -40,6 +40,7 @@ from strop.evaluation.environments import check_hash, hash_file
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, make_judge
 from strop.evaluation.metrics import (
+    DEFAULT_METRIC,
     MEAN_REWARD,
     MIN_CLAIM_ROWS,
     check_golds,
@@ -86,7 +87,7 @@ READ_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    metric: str = "exact"  # name of a metric, or file.py:function
+    metric: str | None = None  # name of a metric, or file.py:function; default: DEFAULT_METRIC, or that of the model
     max_new_tokens: int | None = None  # maximum length of an answer; default: see `compare`
     quantization: str = "auto"  # quantization of the base
     dtype: str = "auto"  # of its other weights
@@ -100,6 +101,11 @@ class EvalOptions:
     judge_model: str | None = None  # name of the model on that server
     base: bool = True  # False scores tuned models alone, without the base and a classifier's baseline
     reading: Mapping[str, Any] = field(default_factory=dict)  # values of READ_FIELDS that override the run's
+
+    @property
+    def answer_metric(self) -> str:
+        """Metric of answers."""
+        return self.metric or DEFAULT_METRIC
 
 
 def evaluate_models(
@@ -161,6 +167,7 @@ class _Request:
     kind: AdapterKind = "text"  # of the adapters: text also for reward models
     environments: Mapping[str, Recipe] = field(default_factory=dict)  # recipes of runs with train.environment, by name
     columns: Rows = field(default_factory=dict)  # of the rows, for environments
+    left_out: Sequence[Location] = ()  # rows without a right answer, for environments
 
 
 def _check_request(
@@ -183,16 +190,17 @@ def _check_request(
         if adapter_folder(name) is None:
             refuse_classifier(locate(name))
             refuse_embedder(locate(name))
-    if (environments := {name: recipe for name in names if (recipe := find_environment(name, options.metric))}) != {}:
+    environments = {name: recipe for name in names if (recipe := find_environment(name)) is not None}
+    if environments and options.metric not in ("choice", PREFERENCE):
         return _check_environment_request(environments, names, data, options, reading, notes, advance, devices)
     for kind in TEXT_MODELS:
         models = [name for name in names if (folder := adapter_folder(name)) and adapter_kind(folder) == kind]
         if models:
             return _check_text_request(kind, names, models, data, options, reading, notes, advance, devices)
-    rows = read_scorable_rows(names, reading, notes, data, options.metric)
+    rows = read_scorable_rows(names, reading, notes, data, options.answer_metric)
     regression: list[Conversation] = []
     if options.regression_data:
-        regression_metric = options.regression_metric or options.metric
+        regression_metric = options.regression_metric or options.answer_metric
         regression = read_scorable_rows(names, reading, notes, options.regression_data, regression_metric)
     fields = "metric", "max_new_tokens", "quantization", "dtype", "general", "regression_metric", "judge", "judge_model"
     values = {name: getattr(options, name) for name in fields}
@@ -213,11 +221,10 @@ def _check_request(
     return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
 
 
-def find_environment(name: str, metric: str) -> Recipe | None:
-    """Return the recipe of a run with train.environment, or None, also if the metric is one of answers."""
+def find_environment(name: str) -> Recipe | None:
+    """Return the recipe of a run with train.environment, or None."""
     recipe = find_recipe(name)
-    has_environment = recipe is not None and recipe.train.environment is not None
-    return recipe if has_environment and metric in ("exact", MEAN_REWARD) else None  # exact is the default
+    return recipe if recipe is not None and recipe.train.environment is not None else None
 
 
 def _check_environment_request(
@@ -227,19 +234,40 @@ def _check_environment_request(
     """Read the rows of runs in an environment, and check the options."""
     if other := next((name for name in names if name not in environments), None):
         what = f"{other}: not a run with train.environment, unlike {next(iter(environments))}"
-        raise RecipeError(what, fix="evaluate it in a separate command, or give --metric exact_json or another")
-    if options.general or options.regression_data or options.tasks or options.judge:
-        fix = "leave --general, --regression-data, --tasks and --judge out, or give a --metric of answers"
-        raise RecipeError("an environment: only its reward is evaluated", fix=fix)
+        raise RecipeError(what, fix="evaluate it in a separate command")
+    if options.regression_data or options.tasks or options.judge:
+        fix = "leave --regression-data, --tasks and --judge out, or merge the run and evaluate that model"
+        raise RecipeError("an environment: only traces in it are evaluated", fix=fix)
     if devices.world_size > 1:
         raise RecipeError("an environment: traces are sampled on one device", fix="leave --devices out")
     rows = read_conversations(data, data_kind="prompts", **reading)
     if not rows:
         raise DataError("no rows to evaluate on", fix="give rows with prompts")
+    left_out: list[Location] = []
+    if options.metric not in (None, MEAN_REWARD):
+        left_out = find_rows_without_answer(rows)
+        rows = [row for row in rows if row.answer is not None and row.messages[-1].weight]
+        if not rows:
+            what = f"--metric {options.metric}: no row ends with an answer to score"
+            fix = f"give rows with the right answers, or leave --metric out to evaluate the reward ({MEAN_REWARD})"
+            raise DataError(what, fix=fix, where=left_out)
+        check_golds(str(options.metric), [str(row.answer) for row in rows], [(row.file, row.line) for row in rows])
     columns, encoding = reading.get("columns"), reading.get("encoding", "utf-8")
     values = {(row.file, row.line): row.value for row in read_rows(data, encoding=encoding, columns=columns, errors=[])}
     return _Request(
-        options, rows, [], None, notes, None, [], None, advance, devices, environments=environments, columns=values
+        options,
+        rows,
+        [],
+        None,
+        notes,
+        None,
+        [],
+        None,
+        advance,
+        devices,
+        environments=environments,
+        columns=values,
+        left_out=left_out,
     )
 
 
@@ -253,16 +281,25 @@ def _evaluate_environment(name: str, request: _Request) -> dict[str, Any]:
     if options.max_new_tokens is not None:
         train = train.model_copy(update={"answer_tokens": options.max_new_tokens})
     model = _load(name, request)
+    if options.general and not model.has_base:
+        raise ModelError(f"{name}: its base is not there to compare with", fix="restore it, or leave --general out")
     rewards = parse_rewards(train.rewards)
     tracer = make_tracer(train, recipe.data.max_length, model.renderer, request.columns)
     prompts = make_prompts(model, request.rows)
     if rewards:
         check_rewards(rewards, prompts, request.columns, require(train.reward_timeout))
+    metric = None if options.metric in (None, MEAN_REWARD) else options.metric
     compared = compare_traces(
-        model, prompts, tracer, rewards, recipe.seed, request.advance, with_base=options.base and model.has_base
-    )
+        model, request.rows, prompts, tracer, rewards, recipe.seed, request.advance, metric=metric,
+        with_base=options.base and model.has_base,
+    )  # fmt: skip
     result = _start_result(name, model, compared, request)
     result["environment"] = spec
+    if metric is not None:
+        result["left_out"] = [asdict(location) for location in request.left_out]
+    if options.general:
+        result["general"] = compare_general(model, request.advance, request.devices)
+        result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
     _add_row_notes(result, request.rows, find_train_rows(name, request.rows))
     if is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
@@ -278,7 +315,7 @@ def _check_text_request(
     if len(models) < len(names):
         other = next(name for name in names if name not in models)
         raise RecipeError(f"{other}: not {what}, unlike {models[0]}", fix="evaluate it in a separate command")
-    if options.metric not in ("exact", metric):  # exact is the default
+    if options.metric not in (None, DEFAULT_METRIC, metric):
         raise RecipeError(f"--metric {options.metric}: {what} gives no text", fix=f"--metric {metric}")
     if options.general or options.regression_data or options.tasks or options.judge:
         fix = "leave --general, --regression-data, --tasks and --judge out"
@@ -357,7 +394,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     base_key = (str(model.untuned or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     known_base = bases.get(base_key)
-    compared = compare_rows(request.rows, metric=options.metric, base=known_base, with_base=options.base)
+    compared = compare_rows(request.rows, metric=options.answer_metric, base=known_base, with_base=options.base)
     if "base" in compared:
         bases[base_key] = read_side(compared, "base")
     result = _start_result(name, model, compared, request)
@@ -379,7 +416,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
             result["general"] = compare_general(model, advance, devices)
             result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
         if request.regression and not interrupted:
-            part, metric = "the regression rows", options.regression_metric or options.metric
+            part, metric = "the regression rows", options.regression_metric or options.answer_metric
             result["regression"] = compare_rows(request.regression, metric=metric)
             interrupted = "interrupted" in result["regression"]
             result["notes"] += [f"regression rows: {text}" for text in describe_cut(result["regression"])]
@@ -535,7 +572,7 @@ def read_scorable_rows(
         error.fix = "; ".join(filter(None, [error.fix, *notes]))
         raise
     if _is_paired(rows):
-        if metric not in ("exact", PREFERENCE):  # exact is the default
+        if metric not in (DEFAULT_METRIC, PREFERENCE):
             raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {PREFERENCE}")
         return rows
     if metric == PREFERENCE:

@@ -11,7 +11,7 @@ from strop.config.schema import Recipe
 from strop.data.prepare import Prepared
 from strop.data.rendering.tool_calls import Call
 from strop.data.types import Ids, Prompt
-from strop.engine.decode.generate import Respond, SampledCompletion, generation_stop_ids, sample_turns
+from strop.engine.decode.generate import Respond, SampledCompletion, answer_turns, generation_stop_ids, sample_turns
 from strop.engine.decode.model import load
 from strop.errors import StropError, first_line
 from strop.evaluation.rewards import parse_rewards, read_columns
@@ -97,7 +97,7 @@ def _scripted(tracer: Tracer) -> SampleTurns:
     def sample(prompts: Sequence[Ids], seeds: Sequence[int], respond: Respond) -> None:
         active, turn = list(range(len(prompts))), 0
         while active:
-            replies = respond([(trace, completion(turn)) for trace in active])
+            replies = answer_turns(respond, [(trace, completion(turn)) for trace in active])
             active, turn = [trace for trace in active if trace in replies], turn + 1
 
     return sample

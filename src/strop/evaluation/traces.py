@@ -6,10 +6,12 @@ two turns (tool results and the header of the next turn), and so on. Sampled tok
 
 from __future__ import annotations
 
+import concurrent.futures
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -23,7 +25,7 @@ from strop.data.store import LazySequence, message_json
 from strop.data.types import Example, Ids, LogProbs, Message, Prompt, strip_reasoning
 from strop.engine.decode.generate import Respond, SampledCompletion
 from strop.errors import DataError, Location, RunError
-from strop.evaluation.environments import Environment, load_environment
+from strop.evaluation.environments import End, Environment, Start, TurnResult, load_environment
 from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards, row_of
 from strop.objectives import require
 from strop.objectives.table import max_completion_tokens, max_turns
@@ -114,12 +116,29 @@ class Tracer:
         """Return the token ids of the prompt of a row, before `reset` has changed it. Raises RenderError."""
         return self.dialogue.prompt(_as_messages(prompt), self.options_for(prompt))
 
-    def start(self, prompt: Prompt, seed: int) -> Trace:
-        """Reset an environment, and return a trace without turns. Raises RunError."""
-        used, place = self.environment.take(), f"{prompt.file}:{prompt.line}"
-        row = row_of(prompt, self.columns)
-        messages = self.environment.reset(used, row, _as_messages(prompt), seed, place)
-        options = self.options_for(prompt)
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], resets: Sequence[int], sample: SampleTurns
+    ) -> list[list[Trace]]:
+        """Return a trace of each prompt for each of its seeds. resets: a seed for `reset` of each prompt."""
+        numbered = [(prompt, reset) for prompt, reset, group in zip(prompts, resets, seeds, strict=True) for _ in group]
+        traces = self.start(numbered)
+        flat_seeds = [seed for group in seeds for seed in group]
+        sample([trace.prompt_ids for trace in traces], flat_seeds, _Answers(self, traces))
+        rest = iter(traces)
+        return [[next(rest) for _ in group] for group in seeds]
+
+    def start(self, prompts: Sequence[tuple[Prompt, int]]) -> list[Trace]:
+        """Reset environments, and return traces without turns. prompts: with the seed for `reset`. Raises RunError."""
+        used = self.environment.take(len(prompts))
+        starts = [
+            Start(x, row_of(prompt, self.columns), _as_messages(prompt), seed, f"{prompt.file}:{prompt.line}")
+            for x, (prompt, seed) in zip(used, prompts, strict=True)
+        ]
+        messages = self.environment.reset(starts)
+        return [self._make_trace(prompt, *rest) for (prompt, _), *rest in zip(prompts, used, messages, strict=True)]
+
+    def _make_trace(self, prompt: Prompt, used: Any, messages: list[Message]) -> Trace:
+        options, place = self.options_for(prompt), f"{prompt.file}:{prompt.line}"
         try:
             ids = self.dialogue.prompt(messages, options)
         except RenderError as error:
@@ -129,79 +148,88 @@ class Tracer:
             raise RunError(f"{what}, and a trace at most {self.max_length}", fix="raise --data.max_length")
         return Trace(prompt, used, list(messages), ids, options, _rendered=list(messages))
 
-    def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], resets: Sequence[int], sample: SampleTurns
-    ) -> list[list[Trace]]:
-        """Return a trace of each prompt for each of its seeds. resets: a seed for `reset` of each prompt."""
-        groups = [
-            [self.start(prompt, reset) for _ in group]
-            for prompt, group, reset in zip(prompts, seeds, resets, strict=True)
-        ]
-        traces = [trace for group in groups for trace in group]
-        flat_seeds = [seed for group in seeds for seed in group]
-        sample([trace.prompt_ids for trace in traces], flat_seeds, partial(self._respond, traces))
-        return groups
-
     def release(self, groups: Sequence[Sequence[Trace]]) -> None:
         """Let other traces use the environments of these."""
         for trace in (trace for group in groups for trace in group):
             self.environment.give_back(trace.environment)
 
-    def _respond(self, traces: Sequence[Trace], finished: Sequence[tuple[int, SampledCompletion]]) -> dict[int, Ids]:
-        """Add a turn to traces and call its tools. Returns what follows the turns of traces that go on."""
-        turns: dict[int, Turn] = {}
-        for i, completion in finished:
-            trace = traces[i]
-            trace.parts.append((completion.ids, completion.log_probs))
-            turn = self.dialogue.read_turn(completion.ids)
-            trace.turns, trace.truncated = trace.turns + 1, not completion.stopped
-            trace.answer = strip_reasoning(turn.text, trace.prompt.reasoning_ends)
-            trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
-            if completion.stopped and turn.calls:
-                turns[i] = turn
-        results: dict[int, list[str]] = {i: [] for i in turns}
-        for position in range(max((len(turn.calls) for turn in turns.values()), default=0)):  # in the order of a turn
-            calling = [i for i, turn in turns.items() if position < len(turn.calls)]
-            calls = [(traces[i].environment, turns[i].calls[position]) for i in calling]
-            for i, (text, failed) in zip(calling, self.environment.call_tools(calls), strict=True):
-                results[i].append(text)
-                traces[i].tool_calls += 1
-                traces[i].tool_errors += failed
-        replies: dict[int, Ids] = {}
-        for i, turn in turns.items():
-            trace = traces[i]
-            names = [call.name if isinstance(call, Call) else None for call in turn.calls]
-            trace.messages += [Message("tool", x, name=name) for x, name in zip(results[i], names, strict=True)]
-            if trace.turns >= self.turns or self.environment.is_done(trace.environment, trace.place):
-                continue
-            try:
-                following = self.dialogue.continuation(trace._rendered, turn, results[i], trace.options)
-            except RenderError as error:
-                what = f"row {trace.place}: the results of a tool cannot be rendered: {error.what}"
-                raise RunError(what, fix=error.fix or "return other texts from the tools") from None
-            if trace.length + len(following) >= self.max_length:
-                trace.truncated = True
-                continue
-            trace._rendered += self.dialogue.rendered_turn(turn, results[i])
-            trace.parts.append((following, None))
-            replies[i] = following
-        return replies
-
     def reward(self, traces: Sequence[Trace], rewards: Sequence[Reward]) -> list[Rewarded]:
         """Return the reward of each trace: the environment's own, plus the weighted others. Raises RunError."""
         candidates = [Candidate(trace.answer, trace.prompt, trace.as_json(), trace.environment) for trace in traces]
         others = compute_rewards(rewards, candidates, self.columns, self.environment.timeout)
-        result = []
-        for trace, candidate, other in zip(traces, candidates, others, strict=True):
-            row = row_of(trace.prompt, self.columns)
-            own = self.environment.reward(trace.environment, trace.answer, candidate.messages, row, trace.place)
-            result.append(Rewarded(other.total + sum(own.values()), {**own, **other.parts}))
+        ends = [
+            End(trace.environment, trace.answer, candidate.messages, row_of(trace.prompt, self.columns), trace.place)
+            for trace, candidate in zip(traces, candidates, strict=True)
+        ]
+        own_parts = self.environment.rewards(ends)
+        result = [
+            Rewarded(other.total + sum(own.values()), {**own, **other.parts})
+            for own, other in zip(own_parts, others, strict=True)
+        ]
         names = {tuple(rewarded.parts) for rewarded in result}
         if len(names) > 1:
             before, different = (", ".join(group) for group in list(names)[:2])
             what = f"environment {self.environment.spec}: the reward has the parts {different}, and {before} before"
             raise RunError(what, fix="return a dict with the same names for any trace")
         return result
+
+
+@dataclass(eq=False)
+class _Answers:
+    """What follows the turns of traces (`Respond`). Tools of a trace are called while other traces are sampled."""
+
+    tracer: Tracer
+    traces: Sequence[Trace]
+    _running: dict[int, tuple[Turn, Future[TurnResult]]] = field(default_factory=dict)  # by number of the trace
+    _ended: list[int] = field(default_factory=list)
+
+    def begin(self, number: int, completion: SampledCompletion) -> None:
+        """Add a turn to a trace, and start its calls."""
+        trace, tracer = self.traces[number], self.tracer
+        trace.parts.append((completion.ids, completion.log_probs))
+        turn = tracer.dialogue.read_turn(completion.ids)
+        trace.turns, trace.truncated = trace.turns + 1, not completion.stopped
+        trace.answer = strip_reasoning(turn.text, trace.prompt.reasoning_ends)
+        trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
+        if not completion.stopped or not turn.calls:
+            self._ended.append(number)
+            return
+        reads_done = trace.turns < tracer.turns
+        running = tracer.environment.start_turn(trace.environment, turn.calls, reads_done=reads_done)
+        self._running[number] = turn, running
+
+    def collect(self, *, wait: bool) -> dict[int, Ids | None]:
+        """Return what follows the turns of traces, or None for a trace that has ended. wait: for at least one."""
+        if wait and not self._ended:
+            concurrent.futures.wait([x for _, x in self._running.values()], return_when="FIRST_COMPLETED")
+        replies: dict[int, Ids | None] = dict.fromkeys(self._ended)
+        self._ended.clear()
+        for number in [number for number, (_, running) in self._running.items() if running.done()]:
+            turn, running = self._running.pop(number)
+            replies[number] = self._continue(self.traces[number], turn, running.result())
+        return replies
+
+    def _continue(self, trace: Trace, turn: Turn, result: TurnResult) -> Ids | None:
+        """Add the results of a turn's calls to its trace. Returns the tokens before the next turn, if there is one."""
+        tracer = self.tracer
+        trace.tool_calls += len(turn.calls)
+        trace.tool_errors += sum(result.failed)
+        names = [call.name if isinstance(call, Call) else None for call in turn.calls]
+        trace.messages += [Message("tool", x, name=name) for x, name in zip(result.texts, names, strict=True)]
+        tracer.environment.check("done", trace.place, result.done)
+        if trace.turns >= tracer.turns or result.done:
+            return None
+        try:
+            following = tracer.dialogue.continuation(trace._rendered, turn, result.texts, trace.options)
+        except RenderError as error:
+            what = f"row {trace.place}: the results of a tool cannot be rendered: {error.what}"
+            raise RunError(what, fix=error.fix or "return other texts from the tools") from None
+        if trace.length + len(following) >= tracer.max_length:
+            trace.truncated = True
+            return None
+        trace._rendered += tracer.dialogue.rendered_turn(turn, result.texts)
+        trace.parts.append((following, None))
+        return following
 
 
 def rollout_seed(seed: int, index: int, row: int, number: int) -> int:

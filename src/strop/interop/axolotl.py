@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from strop.errors import RecipeError
+from strop.interop import distillation
 from strop.interop.draft import IGNORED_KEYS, WARMUP_NOTE, Draft, Keys, as_float, format_value, join_files
 
 OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
@@ -23,7 +24,8 @@ MORE_IGNORED_KEYS = (
     "sdp_attention", "strict", "tokenizer_type", "tokenizer_use_fast", "use_kernels", "use_wandb", "wandb_log_model",
     "wandb_watch", "xformers_attention",
 )  # fmt: skip
-_SPEED_PLUGINS = ("liger", "cut_cross_entropy")  # plugins that change speed, not results
+_SPEED_PLUGINS = ("liger", "cut_cross_entropy", "integrations.kd")  # that change speed, or are read by their keys
+_KD_ROWS = "axolotl.integrations.kd"  # type of rows with the probabilities of a teacher
 _TEXT_TYPES = ("completion", "pretrain")
 _ALPACA_COLUMNS = {name: name for name in ("instruction", "input", "output")}
 _DETECTED_COLUMNS = ("messages", "conversation", "conversations")
@@ -57,6 +59,9 @@ def read(draft: Draft) -> None:
     _read_data(draft, keys)
     _read_training(draft, keys)
     _read_objective(draft, keys)
+    if keys.take("kd_trainer"):
+        draft.has_teacher = True
+        distillation.read_axolotl(draft, keys)
     keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))
 
 
@@ -212,8 +217,12 @@ def _read_columns(draft: Draft, key: str, entry: dict[str, Any], files: list[str
     elif row_type and str(row_type).startswith("alpaca"):
         draft.add_difference(f"{key}.type", f"{row_type}: {_ALPACA_NOTE}")
         columns = draft.columns_to_read(f"{key}.type", files, _ALPACA_COLUMNS)
-    elif row_type and row_type not in _TEXT_TYPES and not str(row_type).startswith("chat_template"):
+    elif row_type and row_type not in _TEXT_TYPES and not str(row_type).startswith(("chat_template", _KD_ROWS)):
         draft.add_difference(f"{key}.type", f"{row_type}: strop detects the format and uses the chat template")
+    if str(row_type).startswith(_KD_ROWS):
+        for field in ("logprobs_field", "temperature"):
+            if entry.pop(field, None) is not None:
+                draft.add_ignored(f"{key}.{field}", "strop computes the teacher's probabilities")
     for field, value in entry.items():
         if field in ("roles", "message_property_mappings"):
             is_default = value is None or all(

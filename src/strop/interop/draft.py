@@ -18,9 +18,12 @@ from strop.config.load import Resolved, resolve
 from strop.errors import InputError, RecipeError, StropError, suggest
 from strop.objectives.table import OBJECTIVES
 
-IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
+IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune", "swift")
 # required fields that a config may lack: option of `strop train`, and a placeholder used to validate the recipe
-REQUIRED_OPTIONS = {"model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl")}
+REQUIRED_OPTIONS = {
+    "model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl"),
+    "train.teacher": ("--train.teacher", "TEACHER"),
+}  # fmt: skip
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # paths of `load_dataset` that name a format instead of a data set
 OPTIMIZERS: dict[str, str] = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
@@ -143,6 +146,7 @@ class Draft:
     ignored: list[Note] = field(default_factory=list)  # keys that do not affect the trained weights
     loads_best: bool = False  # the other tool keeps the weights of the best evaluation, not the last ones
     best_metric: Any = None  # by which the best evaluation is chosen, if not the loss
+    has_teacher: bool = False  # the other tool learns from a teacher, which the config may not name
     model_unreadable: bool = False  # a script gives the model as an expression that cannot be evaluated
 
     def put(self, name: str, value: Any, source: str) -> None:
@@ -187,7 +191,8 @@ class Draft:
         values = {name: value for name, (value, _) in self.fields.items()}
         if "model.name" not in values and not self.model_unreadable:
             raise RecipeError(f"{self.file}: no model is given", fix="check that it is a training config of this tool")
-        missing = [name for name in REQUIRED_OPTIONS if name not in values]
+        has_teacher = self.has_teacher or "train.teacher" in values
+        missing = [x for x in REQUIRED_OPTIONS if x not in values and (has_teacher or x != "train.teacher")]
         resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
         return Imported(self, resolved, missing)
 

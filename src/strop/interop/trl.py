@@ -1,4 +1,4 @@
-"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth 2026.10.9."""
+"""Import TRL and Unsloth scripts, and TRL YAML files. Names and defaults: TRL 1.10 and 1.16, Unsloth 2026.10.9."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop import sentence_transformers, trl_grpo
+from strop.interop import distillation, sentence_transformers, trl_grpo
 from strop.interop.draft import (
     IGNORED_KEYS,
     IN_FULL_NOTE,
@@ -33,16 +33,15 @@ from strop.interop.script_parser import (
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
     "KTOConfig": "kto", "ORPOConfig": "orpo", "CPOConfig": "simpo", "RewardConfig": "reward",
-    sentence_transformers.ARGUMENTS: "embed", trl_grpo.CONFIG: "grpo",
+    sentence_transformers.ARGUMENTS: "embed", trl_grpo.CONFIG: "grpo", **distillation.TRL_KINDS,
 }  # fmt: skip
 PLAIN_ARGUMENTS = ("TrainingArguments", sentence_transformers.ARGUMENTS)  # with the defaults of transformers
 TRAINERS = (
     "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "RewardTrainer", "Trainer", "UnslothTrainer",
-    sentence_transformers.TRAINER, trl_grpo.TRAINER,
+    sentence_transformers.TRAINER, trl_grpo.TRAINER, *distillation.TRL_TRAINERS,
 )  # fmt: skip
 UNSUPPORTED_CONFIGS = (
-    "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
-    "PRMConfig",
+    "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "PRMConfig",
 )  # fmt: skip
 LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}  # defaults by objective; 1e-6 for the other objectives
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo"}
@@ -63,7 +62,7 @@ CLASSIFIER_NOTE = (
 EARLY_STOPPING = "EarlyStoppingCallback"
 TRAINER_ARGUMENTS = (
     "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
-    "quantization_config", "loss",
+    "quantization_config", "loss", "teacher_model",
 )  # fmt: skip
 # order of the trainers' arguments after `model`, and `ref_model` if they have one
 TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
@@ -92,7 +91,7 @@ def read(draft: Draft) -> None:
         if call.name in (trl_grpo.CONFIG, trl_grpo.TRAINER) and not trl_grpo.has_environment(script):
             raise grpo_error(f"{path}:{call.line}: {call.name}")
         if call.name in UNSUPPORTED_CONFIGS:
-            fix = "use sft, dpo, ipo, kto, orpo, simpo or reward"
+            fix = "use sft, dpo, ipo, kto, orpo, simpo, reward or gkd"
             raise InputError(f"{path}:{call.line}: {call.name}: not an objective of strop", fix=fix)
     trainer_arguments, trainer, trainer_class = _read_trainer(draft, script)
     config, objective = _find_config(draft, script, trainer_arguments, trainer, trainer_class)
@@ -109,7 +108,10 @@ def read(draft: Draft) -> None:
     if objective == "sft" and loads_classifier:
         objective = "classify"
     loss_type = keys.take("loss_type") if objective == "grpo" else None
-    _read_config(draft, keys, objective, is_plain=config.name in PLAIN_ARGUMENTS)
+    if objective in distillation.TOOLS:
+        _read_distillation(draft, keys, objective)
+    else:
+        _read_config(draft, keys, objective, is_plain=config.name in PLAIN_ARGUMENTS)
     if objective == "grpo":
         trl_grpo.read_config(draft, keys, loss_type)
         trl_grpo.read_code(draft, script, trainer_arguments)
@@ -117,11 +119,12 @@ def read(draft: Draft) -> None:
         sentence_transformers.read_loss(draft, script, trainer_arguments.get("loss"))
     draft.note_seed("random_state", start_seed)
     _read_rows(draft, script, trainer_arguments)
-    _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
+    if objective not in distillation.TOOLS:
+        _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
     _report_masks(draft, script)
     _report_tokenizer(draft, script)
     _read_callbacks(draft, script, trainer_arguments.get("callbacks"))
-    keys.report_rest(draft, IGNORED_KEYS)
+    keys.report_rest(draft, (*IGNORED_KEYS, *(distillation.IGNORED_KEYS if objective in distillation.TOOLS else ())))
     for call in script.calls:
         node = call.keywords.get("resume_from_checkpoint")
         if call.name == "train" and node is not None and script.value(node) not in (None, False):
@@ -160,8 +163,10 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     for run in runs[1:]:
         draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
-    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else TRAINER_POSITIONS
+    positions: tuple[str, ...] = TRAINER_POSITIONS
+    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else positions
     positions = trl_grpo.POSITIONS if base == trl_grpo.TRAINER else positions
+    positions = distillation.POSITIONS.get(base, positions)
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)
@@ -248,8 +253,13 @@ def _report_masks(draft: Draft, script: Script) -> None:
             draft.add_difference("stop token", f"unless it is the tokenizer's eos_token: {LINE_BREAK_NOTE}", call.line)
 
 
-def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False) -> None:
-    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask. is_plain: it is a TrainingArguments."""
+def _read_config(
+    draft: Draft, keys: Keys, objective: str, *, is_plain: bool = False, disables_dropout: bool = True
+) -> None:
+    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask.
+
+    is_plain: it is a TrainingArguments. disables_dropout: default of the key `disable_dropout`.
+    """
     loss = draft.put_sft_loss(keys, "loss_type", keys.take("loss_type"), "loss_weights")
     what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
     if objective in ("dpo", "simpo") and loss is not None:
@@ -293,7 +303,7 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
         draft.put("data.max_length", as_int("max_length", length), source)
     draft.note_max_length("max_length")
     keys.take("truncation_mode")
-    if keys.take("disable_dropout", True) and objective != "embed":
+    if keys.take("disable_dropout", disables_dropout) and objective != "embed":
         draft.disable_dropout_for_preferences()
     strategy = keys.take("packing_strategy", "bfd")
     if keys.take("packing"):
@@ -303,6 +313,17 @@ def _read_config(draft: Draft, keys: Keys, objective: str, *, is_plain: bool = F
             draft.add_unsupported("packing_strategy", f"{strategy}: {cuts}; strop keeps rows whole and apart")
     if str(keys.peek("chat_template_path", "")).endswith((".jinja", ".j2")):
         draft.put("data.template", str(keys.take("chat_template_path")), "chat_template_path")
+
+
+def _read_distillation(draft: Draft, keys: Keys, kind: str) -> None:
+    """Import the keys of GKDConfig or DistillationConfig."""
+    draft.has_teacher = True
+    objective, has_rate = distillation.read_gkd(draft, keys, kind), keys.peek("learning_rate") is not None
+    is_disabled = bool(keys.take("disable_dropout", kind == "gkd"))
+    _read_config(draft, keys, objective, disables_dropout=False)
+    if is_disabled:
+        draft.put("lora.dropout", 0.0, "disable_dropout")
+    distillation.finish_trl(draft, kind, objective, keys, has_rate=has_rate)
 
 
 def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
@@ -368,10 +389,21 @@ def _read_yaml(draft: Draft) -> None:
         objective = "kto"
     elif "center_rewards_coefficient" in keys or keys.peek("lora_task_type") == "SEQ_CLS":
         objective = "reward"
-    draft.add_difference("the command", f"the config is for `trl sft`, `dpo`, `kto` or `reward`; read as {objective}")
-    _read_config(draft, keys, objective)
-    _read_loss_mask(draft, keys, objective)
-    keys.report_rest(draft, (*IGNORED_KEYS, *IGNORED_MODEL_KEYS, "dataset_test_split", "lora_task_type"))
+    objective = next(
+        (kind for kind, own in distillation.TRL_KEYS.items() if any(key in keys for key in own)), objective
+    )
+    commands = "`trl sft`, `dpo`, `kto`, `reward`, `distillation` or `gkd`"
+    draft.add_difference("the command", f"the config is for {commands}; read as {objective}")
+    ignored: tuple[str, ...] = (*IGNORED_KEYS, *IGNORED_MODEL_KEYS, "dataset_test_split", "lora_task_type")
+    if objective in distillation.TOOLS:
+        if keys.peek("teacher_model_revision") == "main":
+            keys.take("teacher_model_revision")
+        _read_distillation(draft, keys, objective)
+        ignored += distillation.IGNORED_KEYS
+    else:
+        _read_config(draft, keys, objective)
+        _read_loss_mask(draft, keys, objective)
+    keys.report_rest(draft, ignored)
 
 
 IGNORED_MODEL_KEYS = (
@@ -413,6 +445,8 @@ def _read_model(
     trainer_line = float("inf") if trainer is None else trainer.line
     adapter_loads = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
     loads = [call for call in loads if "Peft" not in call.owner and call.line <= script.last_line]
+    teacher = distillation.read_teacher(draft, script, trainer_arguments, loads)
+    loads = [call for call in loads if call is not teacher]
     nodes = [model_argument] if model_argument is not None else []
     load = find_passed(draft, script, "model", nodes, loads, elsewhere=not nodes)
     if load is not None:

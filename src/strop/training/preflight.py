@@ -248,7 +248,7 @@ def _add_tools(recipe: Recipe, data: Prepared, tracer: Tracer) -> Prepared:
     for rows in prompts:
         check_prompts(tracer, rows)
     try:
-        first = tracer.start(prompts[0][0], recipe.seed)
+        [first] = tracer.start([(prompts[0][0], recipe.seed)])
     except RunError as error:
         raise RecipeError(error.what, fix=error.fix) from None
     if not has_member(first.environment, "reward") and not recipe.train.rewards:

@@ -25,8 +25,11 @@ def evaluate(
     ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
     metric: Annotated[
-        str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="exact, exact_json, contains, regex, choice, file.py:function; default: exact, or the model's."
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum answer tokens; default: from the references, at least 80.")
     ] = None,

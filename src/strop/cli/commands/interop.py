@@ -26,7 +26,9 @@ Replace = Annotated[bool, typer.Option("--force", help="Replace an existing job 
 
 
 def import_(
-    tool: Annotated[str, typer.Argument(metavar="TOOL", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
+    tool: Annotated[
+        str, typer.Argument(metavar="TOOL", help="axolotl, llamafactory, trl, unsloth, torchtune or swift.")
+    ],
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="YAML config; for trl and unsloth a script or notebook, which is not run."),

@@ -2,11 +2,15 @@
 
 The form is found by rendering known calls, so it needs no list of models. Forms with JSON are supported: an object or a
 list after a marker (Hermes and Qwen, Mistral), an object without a marker (Llama 3), and a name followed by an object
-with the arguments (DeepSeek, newer Mistral). For a template that knows no tools, strop writes the form of Hermes.
+with the arguments (DeepSeek, newer Mistral, gpt-oss). So are a name and arguments between tags (Qwen 3.5, Nemotron 3,
+GLM 4), whose values have the types of the tools' schemas. For a template that knows no tools, strop writes the form of
+Hermes. Next to the form of the template, two are read that models write: `<|python_tag|>` (Llama 3.1), and gpt-oss's
+name of the function after the channel.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +26,10 @@ from strop.data.types import Conversation, Ids, Message, shared_prefix_length
 from strop.errors import ModelError
 
 _NAME = r"[\w.-]+"
+PYTHON_TAG = "<|python_tag|>"  # of Llama 3.1, before a call or Python code
+_PYTHON_CALL = re.compile(rf"\s*({_NAME}?)(?:\.call)?(\(.*\))\s*(?:<\|\w+\|>\s*)?", re.DOTALL)
+_TYPE = r'(?:"type"\s*:\s*"function"\s*,\s*)?'  # Llama 3 may write it first
+_MESSAGE = "<|message|>"
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -68,26 +76,37 @@ class CallFormat:
     """The form of calls in a template.
 
     opening, closing: text around each call; for `list`, around the list. shape: `object` and `list` are JSON with the
-    name and the arguments, `named` is the name, `separator` and the arguments as JSON. nested: the field of another
-    object in which it is, if any. several: whether a turn may have more than one call.
+    name and the arguments, `named` is the name, `separator` and the arguments as JSON, and `tagged` is the name,
+    `separator`, and for each argument `key_start`, its name, `key_end`, its value as text, and `value_end`. nested: the
+    field of another object in which it is, if any. several: whether a turn may have more than one call.
     """
 
     opening: str
     closing: str
-    shape: Literal["object", "list", "named"] = "object"
+    shape: Literal["object", "list", "named", "tagged"] = "object"
     name_key: str = "name"
     arguments_key: str = "arguments"
     nested: str = ""
     separator: str = ""
+    key_start: str = ""
+    key_end: str = ""
+    value_end: str = ""
     several: bool = True
 
     @property
     def example(self) -> str:
         """A call in this form, with its parts named."""
+        if self.shape == "tagged":
+            return self.write(Call("NAME", {"ARGUMENT": "VALUE"}))
         return self._write("NAME", "NAME", "ARGUMENTS")
 
     def write(self, call: Call) -> str:
         """Return a call as text. What a template adds, such as an id, is left out."""
+        if self.shape == "tagged":
+            values = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in call.arguments.values())
+            pairs = zip(call.arguments, values, strict=True)
+            text = "".join(f"{self.key_start}{key}{self.key_end}{value}{self.value_end}" for key, value in pairs)
+            return f"{self.opening}{call.name}{self.separator}{text}{self.closing}"
         return self._write(call.name, json.dumps(call.name), json.dumps(call.arguments, ensure_ascii=False))
 
     def _write(self, name: str, quoted_name: str, arguments: str) -> str:
@@ -97,9 +116,12 @@ class CallFormat:
         payload = f'{{"{self.nested}": {payload}}}' if self.nested else payload
         return self.opening + (f"[{payload}]" if self.shape == "list" else payload) + self.closing
 
-    def parse(self, text: str) -> Turn:
-        """Read the calls in a turn's text. Text that only looks like a call becomes an InvalidCall."""
-        calls = list(self._iter_calls(text))
+    def parse(self, text: str, tools: Sequence[Mapping[str, Any]] = ()) -> Turn:
+        """Read the calls in a turn's text. Text that only looks like a call becomes an InvalidCall.
+
+        tools: JSON schemas of functions. Tagged values of arguments that are strings stay as they are.
+        """
+        calls = list(self._iter_tagged_calls(text, tools) if self.shape == "tagged" else self._iter_calls(text))
         if not calls:
             return Turn(text.strip(), text.strip(), ())
         content = text[: calls[0][0]].strip()
@@ -126,24 +148,63 @@ class CallFormat:
 
     def _iter_bare_calls(self, text: str) -> Iterator[tuple[int, list[Call | InvalidCall]]]:
         """Yield calls without a marker: a text that is one or more JSON objects with a name."""
-        begin = len(text) - len(text.lstrip())
+        tagged, begin = text.find(PYTHON_TAG), len(text) - len(text.lstrip())
+        if tagged >= 0:
+            begin = tagged + len(PYTHON_TAG)
+            begin += len(text[begin:]) - len(text[begin:].lstrip())
+            if text[begin : begin + 1] != "{":
+                yield tagged, [_read_python_call(text[begin:])]
+                return
         while re.match(r'\{\s*"', text[begin:]):
             calls, end = self._read_payload(text, begin)
             # an answer may be JSON with a name, too
             keys = "|".join(map(re.escape, (self.arguments_key, "arguments", "parameters")))
             has_arguments = re.search(rf'"({keys})"\s*:', text[begin:])
-            if not (has_arguments and re.match(rf'\{{\s*"({re.escape(self.name_key)}|{keys})"\s*:', text[begin:])):
+            if not (
+                has_arguments and re.match(rf'\{{\s*{_TYPE}"({re.escape(self.name_key)}|{keys})"\s*:', text[begin:])
+            ):
                 return
             yield begin, calls
             if end == begin:
                 return
             begin = end + len(text[end:]) - len(text[end:].lstrip(" \n;,"))
 
+    def _iter_tagged_calls(
+        self, text: str, tools: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, list[Call | InvalidCall]]]:
+        """Yield the position of each call whose arguments are between tags, and the call."""
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        opening, closing = (re.compile(_loose(tag)) for tag in (self.opening, self.closing))
+        name = re.compile(rf"\s*({_NAME}){_loose(self.separator)}")
+        argument = re.compile(
+            rf"{_loose(self.key_start)}(.+?){_padded(self.key_end)}(.*?){_padded(self.value_end)}", re.DOTALL
+        )
+        start = opening.search(text)
+        while start is not None:
+            end, arguments = start.end(), dict[str, Any]()
+            named = name.match(text, end)
+            if named is not None:
+                end, properties = named.end(), schemas.get(named[1], {}).get("properties", {})
+                while (found := argument.match(text, end)) is not None:
+                    key, end = found[1].strip(), found.end()
+                    arguments[key] = _read_value(found[2], properties.get(key, {}))
+            closed, rest = closing.match(text, end), "".join(text[end:].split())
+            if named is None:
+                yield start.start(), [InvalidCall("the name of the function is missing")]
+            elif closed is None and not "".join(self.closing.split()).startswith(rest):
+                yield start.start(), [InvalidCall("an argument cannot be read")]
+            else:
+                yield start.start(), [_make_call(named[1], arguments)]
+            start = opening.search(text, end if closed is None else closed.end())
+
     def _read_payload(self, text: str, begin: int) -> tuple[list[Call | InvalidCall], int]:
         """Return the calls at a position after an opening, and the position after them (begin: unreadable)."""
         name = ""
         if self.shape == "named":
-            match = re.compile(rf"\s*({_NAME})\s*{re.escape(self.separator.strip())}").match(text, begin)
+            separator = re.escape(self.separator.strip())
+            if _MESSAGE in self.separator:  # gpt-oss writes the channel before the name, the template after it
+                separator = rf"[^{{]*?{re.escape(_MESSAGE)}"
+            match = re.compile(rf"\s*({_NAME})\s*{separator}").match(text, begin)
             if match is None:
                 return [InvalidCall("the name of the function is missing")], begin
             name, begin = match[1], match.end()
@@ -171,6 +232,47 @@ class CallFormat:
         return _make_call(value[self.name_key], arguments, id if isinstance(id, str) else None)
 
 
+def _loose(tag: str) -> str:
+    """Return a pattern for a tag with any space in and around it."""
+    return r"\s*".join(map(re.escape, ["", *tag.split(), ""]))
+
+
+def _padded(tag: str) -> str:
+    """Return a pattern for a tag, with or without the space around it."""
+    return "".join(
+        f"(?:{re.escape(part)})?" if part.isspace() else re.escape(part)
+        for part in re.split(r"^(\s+)|(\s+)$", tag)
+        if part
+    )
+
+
+def _read_value(text: str, schema: Mapping[str, Any]) -> Any:
+    """Return the value that a text between tags means: JSON, or True, False or None, or the text."""
+    if schema.get("type") == "string":
+        return text
+    names = {"True": True, "False": False, "None": None}
+    try:
+        return names[text.strip()] if text.strip() in names else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _read_python_call(text: str) -> Call | InvalidCall:
+    """Read a call in Python, such as `search.call(query="tea")`, with values that are literals."""
+    why = f"after {PYTHON_TAG} there is neither JSON nor a call with literals by name"
+    match = _PYTHON_CALL.fullmatch(text)
+    if match is None:
+        return InvalidCall(why)
+    try:
+        call = ast.parse(f"f{match[2]}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, AssertionError):
+        return InvalidCall(why)
+    is_named = not call.args and all(keyword.arg is not None for keyword in call.keywords)
+    return _make_call(match[1], arguments) if is_named else InvalidCall(why)
+
+
 def _make_call(name: str, arguments: Any, id: str | None = None) -> Call | InvalidCall:
     if isinstance(arguments, str):  # JSON in a string
         try:
@@ -181,7 +283,7 @@ def _make_call(name: str, arguments: Any, id: str | None = None) -> Call | Inval
         return InvalidCall("the arguments are not an object")
     try:
         json.dumps([name, arguments, id], ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return InvalidCall("the call has half of a character, or a number that is not finite")
     return Call(name, arguments, id)
 
@@ -194,8 +296,10 @@ def derive_call_format(chat: ChatTemplate) -> CallFormat | None:
     one = _rendered_turn(chat, CALLING)
     two = _rendered_turn(chat, CALLING_TWICE) if chat.traits.parallel_calls else None
     found = _find_payload(one) if one is not None else None
-    if one is None or found is None:
+    if one is None:
         return None
+    if found is None:
+        return _find_tagged(one, two)
     form, begin, end = found
     opening, closing = one[:begin], one[end:]
     if two is not None and form.shape != "list":
@@ -242,6 +346,36 @@ def _find_payload(text: str) -> tuple[CallFormat, int, int] | None:
             shape: Literal["list", "object"] = "list" if isinstance(value, list) else "object"
             return CallFormat("", "", shape, names[0], keys[0], nested), begin, end
     return None
+
+
+def _find_tagged(one: str, two: str | None) -> CallFormat | None:
+    """Return the form of a call with its arguments between tags, if it is one. two: a turn with two calls."""
+    arguments = CALLING.tool_calls[0]["function"]["arguments"]
+    (first, value), (second, flag) = arguments.items()
+    flags = "|".join((json.dumps(flag), str(flag)))
+    first, value, second = map(re.escape, (first, value, second))
+    pattern = rf"(.*?){TOOL}(\W.*?){first}(\W.*?){value}(\W.*?\W){second}(\W.*?)(?:{flags})(.*)"
+    match = re.fullmatch(pattern, one, re.DOTALL)
+    if match is None or match[3] != match[5]:
+        return None
+    opening, before_key, key_end, between, _, rest = match.groups()
+    key_start = before_key[len(before_key) - shared_prefix_length(before_key[::-1], between[::-1]) :]
+    key_start = key_start[key_start.rfind("<") :] if "<" in key_start else ""
+    value_end = between.removesuffix(key_start).rstrip()
+    if not key_start or not value_end.strip() or not rest.startswith(value_end):
+        return None
+    if two is not None:  # the call only: `opening` may begin with an empty block of reasoning
+        other = two[: two.rfind(TOOL)]
+        opening = opening[len(opening) - shared_prefix_length(opening[::-1], other[::-1]) :]
+        opening = opening[max(0, opening.find("<")) :]
+    separator, closing = before_key.removesuffix(key_start), rest.removeprefix(value_end)
+    form = CallFormat(
+        opening, closing, "tagged", separator=separator, key_start=key_start, key_end=key_end, value_end=value_end,
+        several=two is not None,
+    )  # fmt: skip
+    expected = [Call(TOOL, call["function"]["arguments"]) for call in CALLING_TWICE.tool_calls]
+    reads_one = bool(opening.strip()) and form.parse(one).calls == (expected[0],)
+    return form if reads_one and (two is None or form.parse(two).calls == tuple(expected)) else None
 
 
 def _per_call(opening: str, closing: str, two: str) -> tuple[str, str]:
@@ -325,7 +459,9 @@ class ToolDialogue:
         form = HERMES if missing else derive_call_format(renderer.chat)
         fix = "choose --data.template chatml, or another model"
         if form is None:
-            raise ModelError("the chat template writes tool calls in a form that strop cannot read", fix=fix)
+            text = _rendered_turn(renderer.chat, CALLING)
+            example = "" if text is None else f": {text.strip().replace(TOOL, 'NAME')!r:.200}"
+            raise ModelError(f"the chat template writes tool calls in a form that strop cannot read{example}", fix=fix)
         self.format = form
         try:
             self.continuation([QUESTION], Turn("", "", (Call(self._first_tool, {}),)), ["1"])
@@ -363,7 +499,7 @@ class ToolDialogue:
         if end is not None and not begins and not self._renderer.chat.traits.needs_empty_block:
             call = text.find(self.format.opening.strip())  # the end may be in an argument of a call
             end = None if self.format.opening.strip() and 0 <= call < text.index(end) else end
-        turn = self.format.parse(text if end is None else text.partition(end)[2])
+        turn = self.format.parse(text if end is None else text.partition(end)[2], self.tools)
         if turn.calls:
             return turn
         plain = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -5,10 +5,10 @@ Models that the compiled decoder does not support use transformers' generate (hf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +63,29 @@ Sampler = Callable[
 ]
 """The signature of `sample_completions`."""
 
-Respond = Callable[[Sequence[tuple[int, SampledCompletion]]], Mapping[int, Ids]]
-"""Continues traces: gets (trace, turn) of the turns that ended, returns by trace the tokens before its next turn.
 
-Traces that it does not return are complete.
+class Respond(Protocol):
+    """Continues traces after their turns. A trace with its next tokens must be shorter than `sample_turns` allows."""
 
-A trace with its next tokens must be shorter than `max_length` of `sample_turns`.
-"""
+    def begin(self, number: int, completion: SampledCompletion) -> None:
+        """Start to find out what follows a turn. number: of the trace."""
+
+    def collect(self, *, wait: bool) -> dict[int, Ids | None]:
+        """Return the tokens before the next turn by trace, or None for a trace that has ended.
+
+        Each turn that began is answered once, here or in a later call. wait: until at least one is answered.
+        """
+        ...
+
+
+def answer_turns(respond: Respond, turns: Sequence[tuple[int, SampledCompletion]]) -> dict[int, Ids]:
+    """Return what follows turns, by trace, without the traces that have ended."""
+    for number, completion in turns:
+        respond.begin(number, completion)
+    replies: dict[int, Ids | None] = {}
+    while len(replies) < len(turns):
+        replies |= respond.collect(wait=True)
+    return {number: ids for number, ids in replies.items() if ids is not None}
 
 
 def generate(
@@ -209,8 +225,9 @@ def sample_turns(
 
     Tokens are sampled at temperature 1 from the whole vocabulary, or greedily. A trace depends only on the weights, its
     prompt, its seed and what is appended (without the compiled decoder, also on the other traces). The compiled decoder
-    keeps the keys and values of a trace between its turns, so each token is processed once. transformers' generate and
-    `sampler` process a trace again in each turn. The decoder is freed afterwards.
+    goes on with the other traces until `respond` has what follows a turn, and keeps the keys and values of a trace
+    between its turns, so each token is processed once. transformers' generate and `sampler` wait for all traces, and
+    process a trace again in each turn. The decoder is freed afterwards.
 
     Args:
         prompts: one for each trace; equal ones in a row are processed once. Each is shorter than max_length.
@@ -248,30 +265,34 @@ def _decode_turns(
     numbers = {sequence: first + i for i, sequence in enumerate(sequences)}
     starts = {sequence: sequence.length for sequence in sequences}
     groups = [list(group) for _, group in groupby(sequences, key=lambda sequence: sequence.ids.tobytes())]
-    active = list(sequences)
-    while active:
-        log_probs: dict[SequenceState, list[float]] = {sequence: [] for sequence in active}
-        for progress in decode_groups(batch, groups):
-            log_probs[progress.sequence] += [token.logprob for token in progress.tokens]
-        if any(sequence.finish_reason == "failed" for sequence in active):
-            raise _non_finite_error()
-        turns = [
-            (
-                numbers[x],
-                SampledCompletion(x.ids[starts[x] :].copy(), np.array(log_probs[x]), x.finish_reason == "stop"),
-            )
-            for x in active
-        ]
-        replies = respond(turns)
-        active = [sequence for sequence in active if numbers[sequence] in replies]
-        for sequence in list(batch.paused):
-            if sequence not in active:
+    log_probs: dict[SequenceState, list[float]] = {sequence: [] for sequence in sequences}
+    pending: dict[int, SequenceState] = {}  # between two turns, by number
+
+    def answer(*, wait: bool) -> None:
+        for number, ids in respond.collect(wait=wait).items():
+            sequence = pending.pop(number)
+            if ids is not None:
+                sequence.extend(ids, turn_tokens)
+                starts[sequence], log_probs[sequence] = sequence.length, []
+                batch.resume(sequence)
+            elif sequence in batch.paused:
                 batch.remove(sequence)
-        for sequence in active:
-            sequence.extend(replies[numbers[sequence]], turn_tokens)
-            starts[sequence] = sequence.length
-            batch.resume(sequence)
+
+    while groups or batch.sequences or pending:
+        for progress in decode_groups(batch, groups):
+            x = progress.sequence
+            log_probs[x] += [token.logprob for token in progress.tokens]
+            if x.finish_reason == "failed":
+                raise _non_finite_error()
+            if x.finish_reason:
+                ids, pending[numbers[x]] = x.ids[starts[x] :].copy(), x
+                stopped = x.finish_reason == "stop"
+                respond.begin(numbers[x], SampledCompletion(ids, np.array(log_probs[x]), stopped))
+            if pending:
+                answer(wait=False)
         groups = []
+        if pending:
+            answer(wait=True)
 
 
 def _resample_turns(
@@ -297,7 +318,7 @@ def _resample_turns(
                     completion = SampledCompletion(completion.ids[:room], completion.log_probs[:room], False)
                 turns.append((trace, completion))
         sampled_ids = {trace: completion.ids for trace, completion in turns}
-        replies = respond(turns)
+        replies = answer_turns(respond, turns)
         active = [trace for trace in active if trace in replies]
         ids = {trace: np.concatenate([ids[trace], sampled_ids[trace], replies[trace]]) for trace in active}
         turn += 1

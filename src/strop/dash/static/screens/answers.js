@@ -375,17 +375,18 @@ function evaluation(run, signal, onEnd) {
     file = fileField("data", "File of held-out rows", "data", evalFile, () => {}),
     jobs = h("div"),
     problem = h("div");
-  let metric = run.score?.metric ?? "exact";
+  let metric = run.score?.metric ?? "";
   const metricField = h("div", { class: "field" });
-  get("hello", {}, signal).then(({ metrics }) =>
+  get("hello", {}, signal).then(({ metrics }) => {
+    if (!metrics.includes(metric)) metric = "";
     put(
       metricField,
       field(
         "Metric",
-        select(metrics, metric, (value) => (metric = value), { data: { option: "metric" } }),
+        select([["", "default"], ...metrics], metric, (value) => (metric = value), { data: { option: "metric" } }),
       ),
-    ),
-  );
+    );
+  });
   const limit = { type: "number", min: 1, placeholder: "from the reference answers" };
   const maxTokens = h("input", { ...limit, data: { option: "max-new-tokens" } });
   const evaluateButton = button(
