@@ -124,11 +124,12 @@ def seeds(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     run(command(args, data, folder, [f"seed={','.join(map(str, range(number)))}"]))
     state = state_of(folder)
     metric = "accuracy" if args.task == "classes" else "exact_json"
+    files = [folder / "data" / name for name in state["split"]["test"]["files"]]
     selection, test = [], []
     for trial in state["trials"]:
         answers = json.loads((folder / trial["run"] / "answers.json").read_text(encoding="utf-8"))
         selection.append([row["tuned_hit"] for row in answers["samples"]])
-        result = strop.evaluate(folder / trial["run"] / "adapter", state["split"]["test"]["files"], metric=metric)
+        result = strop.evaluate(folder / trial["run"] / "adapter", files, metric=metric)
         test.append([row["tuned_hit"] for row in result["samples"]])
     chosen, verdicts = random.Random(0), dict[str, int]()
     for _ in range(DRAWS):
@@ -139,7 +140,7 @@ def seeds(args: argparse.Namespace, data: Path) -> dict[str, Any]:
         ]
         winner = recommend(rank(candidates), candidates[0])
         runs = [
-            {"name": f"{side}-{i}", "state": "finished", "hits": "".join(str(int(hit)) for hit in test[seed])}
+            {"name": f"{side}-{i // 2}", "state": "finished", "hits": "".join(str(int(hit)) for hit in test[seed])}
             for i, seed in enumerate(order[SETTINGS:])
             for side in (("default", "chosen")[i % 2],)
         ]

@@ -31,6 +31,7 @@ from strop.data.images import FIRST_IMAGE_ID, IN_MEMORY, MAX_TOWER_OUTPUTS, open
 from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
 from strop.data.types import Example, Ids, Image, Indices
 from strop.errors import ModelError
+from strop.machine.memory import trim_heap
 from strop.models.families.layers import text_decoder
 from strop.models.introspect import find_image_tower, text_filter
 from strop.runs.folder import cache_folder, write_atomic
@@ -289,6 +290,8 @@ class ImageFeatures:
 
     def _encode(self, inputs: Mapping[str, Tensor], digest: str) -> tuple[Tensor, list[Tensor]]:
         """Return `capture_embeddings` of an image, without dropout."""
+        if self._tower_is_trained:
+            trim_heap()  # blocks freed by the last image lie between others, and do not fit those of this one
         was_training = self._model.training
         self._model.eval()
         try:
