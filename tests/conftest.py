@@ -19,6 +19,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as ma
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest test first, five minutes, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_real_models.py")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

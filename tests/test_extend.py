@@ -72,12 +72,14 @@ def apply(root: Path, file: str, how: str, anchor: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the code with all edits of the page. The family that the page adds is removed first."""
+    """Return a copy of the code with all edits of the page. The family that the page adds is removed first.
+
+    Compiled kernels are copied with their sources, which have the same times, so that numba finds them.
+    """
     root = tmp_path_factory.mktemp("copy")
+    unwanted = shutil.ignore_patterns("*.pyc*", "*.tmp.*", "*.lock", "*.egg-info", "fixtures")
     for folder in ("src", "tests"):
-        shutil.copytree(
-            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "fixtures")
-        )
+        shutil.copytree(ROOT / folder, root / folder, ignore=unwanted)
     table = root / "src/strop/models/families/table.py"
     without = re.sub(r'^    "helium": .*\n', "", table.read_text(encoding="utf-8"), flags=re.MULTILINE)
     table.write_text(without, encoding="utf-8")

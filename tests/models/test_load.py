@@ -45,30 +45,39 @@ def test_hub_download_skips_pickle_and_code_and_is_cached(tiny_folder: Path, tmp
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
     again = {"consolidated.safetensors": b"the same weights", "onnx/model.safetensors": b"and once more"}
-    script = (
-        "import sys; from strop.models.source import locate; from strop.models.load import load_base\n"
-        "from strop.models.tokenizer import load_tokenizer\n"
-        "from strop.errors import ModelError; import torch\n"
-        "try:\n"
-        "  source = locate(sys.argv[1]); load_tokenizer(source)\n"
-        "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
-        "except ModelError as error: print('refused:', *error.lines())"
-    )
+    script = """
+import sys
+from strop.engine.kernels.warmup import load
+load(None)
+import torch
+from strop.errors import ModelError
+from strop.models.load import load_base
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
+for name in sys.argv[1:]:
+    try:
+        source = locate(name)
+        load_tokenizer(source)
+        print(source.name, sum(w.numel() for w in load_base(source, torch.float32, "cpu").parameters()))
+    except ModelError as error:
+        print("refused:", *error.lines())
+"""
     with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, requested):
 
-        def run(name: str, offline: str = "0") -> str:
-            done = run_python(tmp_path / "hf", "-c", script, name, HF_ENDPOINT=address, HF_HUB_OFFLINE=offline)
+        def run(*names: str, offline: str = "0") -> list[str]:
+            done = run_python(tmp_path / "hf", "-c", script, *names, HF_ENDPOINT=address, HF_HUB_OFFLINE=offline)
             assert done.returncode == 0, done.stderr
-            return done.stdout.strip()
+            return done.stdout.splitlines()
 
         numbers = sum(weight.numel() for weight in tiny.model().parameters())
-        assert run("owner/tiny") == f"owner/tiny {numbers}"
+        loaded, other, revision = run("owner/tiny", "owner/other", "owner/tiny@v9")
+        assert loaded == f"owner/tiny {numbers}"
         assert not [path for path in requested if path.split("?")[0].endswith((".bin", ".py", *again))]
+        assert "no such model on the Hub that this account may see" in other
+        assert revision.startswith("refused: owner/tiny: has no revision v9")
         before = len(requested)
-        assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(requested) == before
-        assert "no such model on the Hub that this account may see" in run("owner/other")
-        assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
-        assert "while offline" in run("owner/other", offline="1")
+        loaded, other = run("owner/tiny", "owner/other", offline="1")
+        assert loaded == f"owner/tiny {numbers}" and len(requested) == before and "while offline" in other
 
 
 @pytest.mark.parametrize(

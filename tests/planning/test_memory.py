@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from dataclasses import replace
@@ -392,6 +393,7 @@ def test_current_formulas_reach_the_accuracy_stated_on_the_page() -> None:
     assert len(choices) == len(CHOICE.SETTINGS) and sum(loss <= 0.05 for loss in choices) >= 8 and max(choices) <= 0.16
 
 
+@functools.cache
 def _tables() -> dict[str, str]:
     options = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
     recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe

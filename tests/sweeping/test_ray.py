@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from strop.runs.folder import read_json
 from tests.support.jobs import ASKED, WHY_NOT
-from tests.sweeping.test_sweep import start, without_times, words, write_rows
+from tests.sweeping.support import without_times, words, write_rows
 
 NO_RAY = "" if find_spec("ray") else "ray is not installed (pip install 'ray[tune]')"
 pytestmark = pytest.mark.skipif(not ASKED or bool(NO_RAY), reason=NO_RAY if ASKED else WHY_NOT)
@@ -29,6 +30,13 @@ print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
+
+
+def start(arguments: list[str], folder: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "strop", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(variables or {})
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def test_a_sweep_by_ray_tune_survives_a_kill(tiny_folder: Path, tmp_path: Path) -> None:

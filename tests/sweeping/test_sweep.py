@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +19,10 @@ from strop.runs.events import read_events
 from strop.runs.folder import read_json
 from strop.sweeping import loop
 from tests import ROOT
+from tests.support.forks import Forks
 from tests.support.pages import blocks
 from tests.support.runs import run
-
-COLOURS = ("red", "green", "blue")
-TIMES = {"seconds", "train_s", "peak_bytes", "predicted_s", "predicted_peak_bytes", "plan"}
-
-
-def write_rows(path: Path, number: int = 150) -> Path:
-    """Write texts to classify by their first word."""
-    chosen = random.Random(0)
-    lines = []
-    for i in range(number):
-        colour = chosen.choice(COLOURS)
-        lines.append(json.dumps({"text": f"{colour} {i}", "label": colour}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def words(model: Path, *more: str, data: str = "rows.jsonl") -> list[str]:
-    return [
-        "sweep", "--model", str(model), "--data", data, "--train.objective", "classify", "--epochs", "2",
-        "--model.dtype", "fp32", *more,
-    ]  # fmt: skip
+from tests.sweeping.support import without_times, words, write_rows
 
 
 @pytest.fixture
@@ -338,92 +313,39 @@ def test_data_is_prepared_once(here: Path, tiny_folder: Path, monkeypatch: pytes
     write = prepare._write_rows
     monkeypatch.setattr(prepare, "_write_rows", lambda *args: written.append(args) or write(*args))
     monkeypatch.setenv("STROP_CACHE", str(here / "cache"))
-    sweep(tiny_folder, over={"lora.r": [2, 4, 16]}, seeds=2)
+    sweep(tiny_folder, over={"lora.r": [2, 4, 16]}, seeds=2, max_steps=1)
     counts = len(written)
     assert counts <= 8  # all rows for checks and plans, then training and selection rows once
-    sweep(tiny_folder, over={"lora.r": [2, 4, 8, 12, 16]}, seeds=3, out="t")
+    sweep(tiny_folder, over={"lora.r": [2, 4, 8, 12, 16]}, seeds=3, max_steps=1, out="t")
     assert len(written) - counts <= counts
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def start(arguments: list[str], folder: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "strop", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(variables or {})
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=environment)
+IN_A_FORK = (
+    "from pathlib import Path; from tests.sweeping.processes import *; {case}(Path({folder!r}), Path({model!r}))"
+)
 
 
-def progress(folder: Path) -> int:
-    """Return the number of lines that a sweep has written."""
-    files = [folder / "journal.log", *folder.glob("*/*/events.jsonl")]
-    return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
-
-
-def test_a_killed_sweep_resumes_to_the_same_result(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_to_the_same_result(tiny_folder: Path, tmp_path: Path, forks: Forks) -> None:
     """Kill a sweep with TPE and pruning at random instants; trials, adapters and result equal those without kills."""
-    arguments = words(tiny_folder, "--over", "lora.r=2,8,16", "--over", "lr=1e-6..2e-2", "--trials", "5", "--prune")
-    arguments += ["--seeds", "1", "--out", "s", "--json", "--resume"]
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        write_rows(tmp_path / name / "rows.jsonl")
-    whole = start(arguments, tmp_path / "whole")
-    out, err = whole.communicate()
-    assert whole.returncode == 0, err
-    chosen, kills, folder = random.Random(3), 0, tmp_path / "killed"
-    mean = progress(tmp_path / "whole" / "s") // 7
-    while True:
-        process = start(arguments, folder)
-        limit = progress(folder / "s") + chosen.randint(mean // 2, mean * 3 // 2)
-        while process.poll() is None and progress(folder / "s") < limit:
-            time.sleep(0.005)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills += 1
-    again, err = process.communicate()
-    assert process.returncode == 0, err
-    assert kills >= 5
-    assert without_times(json.loads(again)) == without_times(json.loads(out))
-    for file in (tmp_path / "whole" / "s").glob("*/*/adapter/*.safetensors"):
-        assert file.read_bytes() == (folder / "s" / file.relative_to(tmp_path / "whole" / "s")).read_bytes(), file
+    run_in_a_fork(forks, "kill_a_sweep", tmp_path, tiny_folder)
 
 
-def test_ctrl_c_saves_the_trial_and_names_the_command_to_continue(tiny_folder: Path, here: Path) -> None:
-    arguments = words(tiny_folder, "--over", "lora.r=2,16", "--train.max_steps", "5000", "--out", "s", "--json")
-    process = start(arguments, here)
-    while process.poll() is None and progress(here / "s") < 60:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert "s: stopped after step" in err and "strop sweep --resume s`" in err
-    assert list((here / "s" / "trials" / "000" / "checkpoints").glob("step-*"))
-    assert [trial["state"] for trial in read_json(here / "s" / "sweep.json")["trials"]] == ["running", "waiting"]
+def test_ctrl_c_saves_the_trial_and_names_the_command_to_continue(
+    tiny_folder: Path, tmp_path: Path, forks: Forks
+) -> None:
+    run_in_a_fork(forks, "interrupt_a_sweep", tmp_path, tiny_folder)
 
 
-def test_two_processes_share_a_sweep(tiny_folder: Path, here: Path) -> None:
-    arguments = words(tiny_folder, "--over", "lora.r=2,4,6,8,12,16", "--seeds", "2", "--out", "s", "--json", "--resume")
-    processes = [start(arguments, here) for _ in range(2)]
-    results = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    first, second = (json.loads(out) for out, _ in results)
-    assert first == second and len(first["trials"]) == 6
-    for trial in [*first["trials"], *first["final"]]:
-        folder = here / "s" / trial.get("run", f"final/{trial.get('name')}")
-        if trial.get("seed", 0) is not None:
-            kinds = [event["event"] for event in read_events(folder / "events.jsonl")]
-            assert kinds.count("start") == 1 and "resume" not in kinds
-    lines = [len(re.findall(r"^(?:trial|check)    ", err, re.M)) for _, err in results]
-    assert sum(lines) == len(first["trials"]) + len(first["final"]) and min(lines) > 0
+def test_two_processes_share_a_sweep(tiny_folder: Path, tmp_path: Path, forks: Forks) -> None:
+    run_in_a_fork(forks, "share_a_sweep", tmp_path, tiny_folder)
+
+
+def run_in_a_fork(forks: Forks, case: str, folder: Path, model: Path) -> None:
+    code = f"from pathlib import Path; from tests.sweeping.processes import {case} as case; "
+    forks.run(f"{code}case(Path({str(folder)!r}), Path({str(model)!r}))", folder, seconds=600)
 
 
 def test_the_guide_works_from_its_first_command_to_its_last(

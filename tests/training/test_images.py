@@ -82,7 +82,7 @@ def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision: str, dtype: str) -> None:
     options = {
-        **OPTIONS, "train.max_steps": 12, "train.save_steps": 2, "lora.vision": vision, "model.dtype": dtype,
+        **OPTIONS, "train.max_steps": 8, "train.save_steps": 2, "lora.vision": vision, "model.dtype": dtype,
         "lora.dropout": 0.1,
     }  # fmt: skip
     whole = strop.train(model=str(seeing), data=str(rows), out=tmp_path / "whole", **options).folder

@@ -25,6 +25,8 @@ MODULE = "strop.engine.kernels.warmup_models"
 
 TRAINING = """
 import sys
+from strop.engine.kernels.warmup import load
+load(None)
 import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
@@ -59,6 +61,8 @@ for kind, more in kinds.items():
 """
 
 DECODING = """
+from strop.engine.kernels.warmup import load
+load(None)
 import numba.core.event as events, torch
 from strop.engine.kernels.warmup_models import warm_up_decoding
 listener = events.RecordingListener()
