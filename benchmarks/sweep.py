@@ -10,7 +10,8 @@ seeds as settings, and others as seeds of the final check, in 2,000 sweeps: how 
 none?
 
 The sweeps are in --work, so that a benchmark that was stopped goes on where it was. --task classes trains classifiers
-of the intents, which takes a third of the time. The file is updated after each part.
+of the intents, which takes a third of the time. --ranks "" compares learning rates alone. The file is updated after
+each part.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ SETTINGS, SEEDS = 4, 3  # of a simulated sweep
 
 
 def write_rows(args: argparse.Namespace) -> Path:
-    """Write the rows of the task: all of SNIPS, or the texts with their intents."""
-    lines = (args.snips / "train_700.jsonl").read_text(encoding="utf-8").splitlines()
-    file = args.work / f"{args.task}.jsonl"
-    if args.task == "classes":
-        rows = [json.loads(line)["messages"][-2:] for line in lines]
-        pairs = [{"text": ask["content"], "label": json.loads(reply["content"])["intent"]} for ask, reply in rows]
-        lines = [json.dumps(pair) for pair in pairs]
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    """Return a file with the rows of the task: those of SNIPS, or their texts with their intents."""
+    source: Path = args.snips / f"train_{args.rows}.jsonl"
+    if args.task == "json":
+        return source
+    rows = [json.loads(line)["messages"][-2:] for line in source.read_text(encoding="utf-8").splitlines()]
+    pairs = [{"text": ask["content"], "label": json.loads(reply["content"])["intent"]} for ask, reply in rows]
+    file: Path = args.work / "classes.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return file
 
 
@@ -50,6 +51,7 @@ def command(args: argparse.Namespace, data: Path, out: Path, over: list[str]) ->
     words = [sys.executable, "-m", "strop", "sweep", "--model", args.model, "--data", str(data), "--out", str(out)]
     words += ["--train.objective", "classify"] if args.task == "classes" else ["--metric", "exact_json"]
     words += ["--train.max_steps", str(args.steps)] if args.steps else []
+    words += ["--data.template", args.template] if args.template else []
     words += ["--seeds", str(args.seeds), "--resume", *(word for text in over for word in ("--over", text))]
     return words
 
@@ -60,10 +62,8 @@ def progress(folder: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
 
 
-def run(words: list[str]) -> float:
-    started = time.monotonic()
+def run(words: list[str]) -> None:
     subprocess.run(words, check=True)
-    return time.monotonic() - started
 
 
 def without_times(value: Any) -> Any:
@@ -77,16 +77,16 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    return [f"lora.r={args.ranks}", f"train.learning_rate={args.rates}"]
+    return [f"lora.r={args.ranks}"] * bool(args.ranks) + [f"train.learning_rate={args.rates}"]
 
 
 def whole(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     folder = args.work / "whole"
-    seconds = run([*command(args, data, folder, settings(args)), "--trials", str(args.trials)])
+    run([*command(args, data, folder, settings(args)), "--trials", str(args.trials)])
     state = state_of(folder)
     rows = {part: state["split"][part]["rows"] for part in ("train", "selection", "test")}
     kept = {name: state[name] for name in ("metric", "trials", "selection", "final", "result")}
-    return {"seconds": seconds, "lines": progress(folder), "task": args.task, "steps": args.steps, "rows": rows, **kept}
+    return {"lines": progress(folder), "task": args.task, "steps": args.steps, "rows": rows, **kept}
 
 
 def kills(args: argparse.Namespace, data: Path, before: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +197,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--parts", nargs="+", choices=("whole", "kills", "seeds"), default=["whole", "kills", "seeds"])
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--template", help="data.template, for a base model without one")
     parser.add_argument("--task", choices=("json", "classes"), default="json")
+    parser.add_argument("--rows", choices=("350", "700"), default="700")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
