@@ -451,9 +451,11 @@ REFUSED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mllama": _mllama,
     "paligemma": _paligemma,
 }
-UNSERVED = {  # families whose images need the model's own forward
-    "gemma3", "gemma4-31b", "glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+UNSERVED = {"gemma3", "gemma4-31b"}  # families whose images need the model's own forward
+IN_SPACE = {  # families whose images have positions in space
+    "glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 }  # fmt: skip
+STATEFUL = {"lfm2_vl", "qwen3_5", "qwen3_5_moe"}  # families with layers whose state the server cannot keep
 PLAIN = {*UNSERVED, "aya_vision", "cohere2_vision"}  # these two do not scale the logits as their text models do
 ONE_IMAGE = {"llava_onevision"}  # families that cut a single image only, so that rows have at most one
 NAMES = {  # of checkpoints that people use
@@ -497,6 +499,7 @@ def table() -> str:
     rows = []
     for family, name in NAMES.items():
         step = "plain" if family in PLAIN else "fast"
-        images, serve = "one" if family in ONE_IMAGE else "several", "vLLM" if family in UNSERVED else "yes"
+        images = "one" if family in ONE_IMAGE else "several"
+        serve = "vLLM" if family in UNSERVED | STATEFUL else "yes"
         rows.append(f"| {name} | {family.partition('-')[0]} | {step} | {images} | {serve} |\n")
     return TABLE + "".join(rows)

@@ -99,11 +99,42 @@ class ImageFeatures:
         return folder / key.hexdigest()[:24]
 
     @cached_property
+    def has_space(self) -> bool:
+        """Whether the model's rotary embedding has positions in space (M-RoPE, arXiv:2409.12191): see `positions`."""
+        return GRID in inspect.signature(type(self._model).forward).parameters
+
+    @cached_property
     def why_not_embeddings(self) -> str | None:
         """Return why features are more than embeddings in a causal sequence, or None."""
-        if GRID in inspect.signature(type(self._model).forward).parameters:
-            return _IN_SPACE
+        if self.has_space:
+            return _IN_SPACE if self._positioned is None else None
         return _BIDIRECTIONAL if self._token_types and self._attends_by_type() else None
+
+    @cached_property
+    def _positioned(self) -> Any | None:
+        """The module that computes positions in space, or None."""
+        return next((module for module in self._model.modules() if hasattr(module, "get_rope_index")), None)
+
+    def positions(self, ids: Ids) -> Indices:
+        """Return the positions (3, n) of token ids (n,), in time, rows and columns, as the model computes them.
+
+        Those of a token depend only on the tokens before it and, for a feature, on its image. So a part of them is
+        valid for each sequence with the same first tokens, also if it ends inside an image.
+        """
+        spans = list(self._spans(ids[ids >= FIRST_IMAGE_ID]))
+        if not spans or not self.has_space:
+            return np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
+        assert self._positioned is not None
+        table, (number, _, last) = self._encoder.table, spans[-1]
+        missing = table.starts[number] + table.tokens(number) - 1 - last
+        text = torch.from_numpy(np.append(ids, np.full(missing, FIRST_IMAGE_ID)).astype(np.int64))[None]
+        is_image = text >= FIRST_IMAGE_ID
+        positions, _ = self._positioned.get_rope_index(
+            input_ids=text.masked_fill(is_image, self._encoder.image_token_id), mm_token_type_ids=is_image.long(),
+            image_grid_thw=torch.cat([cast(Tensor, self._grid(number)) for number, *_ in spans]).cpu(),
+        )  # fmt: skip
+        found: Indices = positions[:, 0, : len(ids)].numpy()
+        return found
 
     @torch.no_grad()
     def _attends_by_type(self) -> bool:
@@ -127,6 +158,11 @@ class ImageFeatures:
         """Return why the model's own forward must compute the rows, or None. Without images it is never needed."""
         return self.why_not_embeddings if self.has_images else None
 
+    @property
+    def positions_differ(self) -> bool:
+        """Whether the positions of a sequence may differ from those of text: see `positions`."""
+        return self.has_space and self.has_images
+
     def rows(self, ids: Tensor) -> list[Tensor]:
         """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on.
 
@@ -140,7 +176,7 @@ class ImageFeatures:
             for name in (FEATURES, *sorted(name for name in images[spans[0][0]] if name.startswith(LATER)))
         ]
 
-    def _spans(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
+    def _spans(self, ids: Tensor | Ids) -> Iterator[tuple[int, int, int]]:
         """Yield index of the image, first and last id of each run of ids of an image."""
         table, values, begin = self._encoder.table, ids.tolist(), 0
         while begin < len(values):

@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from strop.data.images import FIRST_IMAGE_ID
 from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_hashes, blocks_for, root_hash
 from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, padded_head_size
-from strop.engine.decode.sampling import PassOutput, SequenceState
-from strop.engine.images import image_features
+from strop.engine.decode.sampling import PassOutput, Positions, SequenceState
+from strop.engine.images import ImageFeatures, image_features
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.adapters import has_trained_biases
@@ -80,6 +81,7 @@ class CompiledDecoder:
         self.blocks = BlockPool(blocks_for(positions))
         layers = DecoderLayers(model)
         self._pending_hashes: set[bytes] = set()  # of blocks that admitted sequences will fill
+        self._images = layers.images
         self._model = CompiledModel(layers, self.blocks.count, self.adapters, warm=warm)
         self.num_cheap_rows = 4 if self._model.unpacks_weights else 8  # unpacking takes time for each row
         first = layers.layer_spec(0)
@@ -160,7 +162,11 @@ class CompiledDecoder:
         rows = np.concatenate(positions), np.concatenate(owners), table, groups, adapter_rows
         output_rows = np.concatenate([np.arange(ends[i] - x.num_outputs, ends[i]) for i, x in enumerate(chunks)])
         with torch.inference_mode():
-            output = self._model(np.concatenate(ids).astype(np.int64), rows, num_positions, output_rows, logits=logits)
+            spans = [(chunks[i].sequence, chunks[i].count + len(chunks[i].draft)) for i in order]
+            space = find_positions(self._images, spans)
+            output = self._model(
+                np.concatenate(ids).astype(np.int64), rows, num_positions, output_rows, logits=logits, space=space
+            )
         for chunk in chunks:
             self._advance(chunk.sequence, chunk.count)
         return output
@@ -180,6 +186,25 @@ class CompiledDecoder:
             self._pending_hashes.discard(block_hash)
             hashes.append(block_hash)
             previous_hash, begin = block_hash, begin + BLOCK_SIZE
+
+
+def find_positions(images: ImageFeatures | None, spans: Sequence[tuple[SequenceState, int]]) -> Positions | None:
+    """Return the positions in space (3, T) of the next tokens of sequences, or None if they are as those of text.
+
+    spans: sequences and their numbers of tokens.
+    """
+    if images is None or not images.positions_differ:
+        return None
+    parts = []
+    for sequence, count in spans:
+        known = sequence.space.shape[1]
+        if not known or (sequence.ids[known:] >= FIRST_IMAGE_ID).any():
+            sequence.space = images.positions(sequence.ids)
+            known = sequence.space.shape[1]
+        begin, end = sequence.num_cached, sequence.num_cached + count
+        text = sequence.space.max() + 1 + np.arange(max(begin, known) - known, max(0, end - known))
+        parts += [sequence.space[:, begin:end], np.broadcast_to(text, (3, len(text)))]
+    return np.concatenate(parts, axis=1)
 
 
 def kv_bytes_per_position(model: nn.Module) -> int:

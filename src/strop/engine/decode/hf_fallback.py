@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.decoder import Chunk
+from strop.engine.decode.decoder import Chunk, find_positions
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.images import image_features
@@ -152,6 +152,7 @@ class HfDecoder:
         self._bool_masks = config._attn_implementation == "sdpa"
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._images = image_features(self.model)
         self._prefix_cache = PrefixCache(keep)
         self._prefilling: dict[SequenceState, Kv] = {}  # keys and values of prompts that are being processed
         self._caches: dict[str, DecodeCache] = {}  # by _group_name
@@ -242,7 +243,8 @@ class HfDecoder:
         cache = PrefillCache(concat_kv([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
             masks = self._build_masks(visible, positions[:, None] - key_positions)
-            logits = self._forward(ids[None], positions[None], masks, cache, logits_to_keep=ends - 1)[0]
+            ropes = self._find_positions([(chunk.sequence, chunk.count) for chunk in chunks], positions)[..., None, :]
+            logits = self._forward(ids[None], ropes, masks, cache, logits_to_keep=ends - 1)[0]
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
             new = slice_kv(cache.new, end - chunk.count, end)
             self._prefilling[chunk.sequence] = concat_kv([self._prefilling[chunk.sequence], new])
@@ -255,11 +257,17 @@ class HfDecoder:
         distance = positions[:, :, None] - torch.arange(cache.width, device=self.device)
         (last,) = copy_to_device([np.array([[sequence.ids[-1]] for sequence in rows], dtype=np.int64)], self.device)
         with self._use_adapters([sequence.adapter for sequence in rows]):
-            logits = self._forward(last, positions, self._build_masks(distance >= 0, distance), cache)[:, -1]
+            ropes = self._find_positions([(sequence, 1) for sequence in rows], positions[:, 0])[..., None]
+            logits = self._forward(last, ropes, self._build_masks(distance >= 0, distance), cache)[:, -1]
         cache.finish_step()
         for sequence in rows:
             sequence.num_cached += 1
         return logits
+
+    def _find_positions(self, spans: Sequence[tuple[SequenceState, int]], positions: Tensor) -> Tensor:
+        """Return the positions of the rotary embedding, (T,) or (3, T). positions: of the tokens, (T,)."""
+        space = find_positions(self._images, spans)
+        return positions if space is None else copy_to_device([space], self.device)[0]
 
     def _build_masks(self, visible: Tensor, distance: Tensor) -> Any:
         """Return the attention mask, or the masks by type of layer, in the format of the model.
