@@ -19,7 +19,7 @@ from strop.data.images import FIRST_IMAGE_ID
 from strop.data.prepare import Prepared, prepare
 from strop.data.types import Example
 from strop.engine.decode.batch import Batch, decode_all
-from strop.engine.decode.decoder import why_decoder_unsupported
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_decoder_unsupported
 from strop.engine.decode.generate import generate
 from strop.engine.decode.hf_fallback import HfDecoder
 from strop.engine.decode.sampling import ExpectedCompletion, SequenceState, Token
@@ -32,7 +32,7 @@ from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from tests.support.seeing import FAMILIES, IN_SPACE, ONE_IMAGE, PLAIN, REFUSED, STATEFUL, UNSERVED, save_seeing
+from tests.support.seeing import FAMILIES, IN_SPACE, ONE_IMAGE, PLAIN, REFUSED, STATEFUL, TWO_WAY, save_seeing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
 SIZES = [(50, 30), (30, 50), (64, 64), (33, 47)]
@@ -122,7 +122,8 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
     step = step_for(model)
     assert (step.name == "plain") == (folder.name in PLAIN)
     features = image_features(model)
-    assert features is not None and (features.why_not_embeddings is not None) == (folder.name in UNSERVED)
+    assert features is not None and features.why_not_decoded is None
+    assert bool(features.two_way) == (folder.name in TWO_WAY)
     assert tokenizer.image_encoder.reads_several == (folder.name not in ONE_IMAGE)
     for other in (step, PlainLoss(model)):
         model.zero_grad()
@@ -194,10 +195,13 @@ def test_generated_tokens_equal_transformers(folder: Path, tmp_path: Path) -> No
     if folder.name in STATEFUL:
         with pytest.raises(ModelError, match="strop's server cannot keep the state of layers"):
             HfDecoder(model, keep=0)
-    if folder.name not in IN_SPACE - STATEFUL:
+    if folder.name not in (IN_SPACE | TWO_WAY) - STATEFUL:
         return
-    batch = Batch(HfDecoder(model, keep=2000), len(prompts))
-    for _ in range(2):  # the second time from the cache
+    decoders: list[Decoder] = [HfDecoder(model, keep=2000)]
+    if why_decoder_unsupported(model) is None:
+        decoders.append(CompiledDecoder(model, 2000))
+    for decoder in [decoder for decoder in decoders for _ in range(2)]:  # the second time from the cache
+        batch = Batch(decoder, len(prompts), prefill_rows=7)  # passes that end inside images, if these may be cut
         sequences = [SequenceState(ids, "default", **options, num_logprobs=0) for ids in prompts]
         tokens: dict[SequenceState, list[Token]] = {sequence: [] for sequence in sequences}
         with torch.inference_mode():

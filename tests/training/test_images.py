@@ -272,8 +272,8 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"])
-def test_positions_in_space_are_served(rows: Path, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"])
+def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_path: Path, family: str) -> None:
     """Two images in two turns, whose first turn is in the cache: as `generate`, which is compared with transformers."""
     openai = pytest.importorskip("openai")
     folder = save_seeing(tmp_path / family, family)

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.decoder import Chunk, find_positions
+from strop.engine.decode.decoder import Chunk, attends_two_ways, find_key_ends, find_positions
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.images import image_features
@@ -158,6 +158,10 @@ class HfDecoder:
         self._caches: dict[str, DecodeCache] = {}  # by _group_name
         self._rows: dict[str, list[SequenceState]] = {}  # the sequences in the rows of each cache
 
+    @property
+    def whole_images(self) -> bool:
+        return attends_two_ways(self._images)
+
     def kv_bytes_per_position(self) -> int:
         """Return the number of bytes per position, measured by processing one token."""
         sequence = SequenceState(np.zeros(1, np.int32), None)
@@ -239,10 +243,14 @@ class HfDecoder:
         past_owners = torch.arange(len(chunks)).repeat_interleave(starts)
         key_positions, key_owners = torch.cat([past_positions, positions]), torch.cat([past_owners, owners])
         visible = (owners[:, None] == key_owners) & (positions[:, None] >= key_positions)
+        key_ends = [find_key_ends(self._images, chunk.sequence, chunk.count) for chunk in chunks]
+        two_way = (owners[:, None] == key_owners) & (
+            torch.from_numpy(np.concatenate(key_ends))[:, None] > key_positions
+        )
         ends = counts.cumsum(0)
         cache = PrefillCache(concat_kv([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
-            masks = self._build_masks(visible, positions[:, None] - key_positions)
+            masks = self._build_masks(visible, positions[:, None] - key_positions, two_way)
             ropes = self._find_positions([(chunk.sequence, chunk.count) for chunk in chunks], positions)[..., None, :]
             logits = self._forward(ids[None], ropes, masks, cache, logits_to_keep=ends - 1)[0]
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
@@ -269,16 +277,21 @@ class HfDecoder:
         space = find_positions(self._images, spans)
         return positions if space is None else copy_to_device([space], self.device)[0]
 
-    def _build_masks(self, visible: Tensor, distance: Tensor) -> Any:
+    def _build_masks(self, visible: Tensor, distance: Tensor, two_way: Tensor | None = None) -> Any:
         """Return the attention mask, or the masks by type of layer, in the format of the model.
 
         visible: whether a query attends to a key without a window. distance: the position of the query minus that of
-        the key. Both are (queries, keys) or (rows, 1, keys).
+        the key. Both are (queries, keys) or (rows, 1, keys). two_way: like visible, for layers in which the features of
+        an image attend to all of its features.
         """
-        full = self._build_mask(visible)
+        full_keys = sliding_keys = visible
+        if two_way is not None and self._images is not None:
+            types = self._images.two_way
+            full_keys, sliding_keys = (two_way if {"", name} & types else visible for name in (FULL, SLIDING))
+        full = self._build_mask(full_keys)
         if self._window is None:
             return full
-        sliding = self._build_mask(visible & (distance < self._window))
+        sliding = self._build_mask(sliding_keys & (distance < self._window))
         return {FULL: full, SLIDING: sliding} if len(self._layer_types) > 1 else sliding
 
     def _build_mask(self, visible: Tensor) -> Tensor:
