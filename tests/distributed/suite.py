@@ -255,11 +255,12 @@ def classification(lab: Lab) -> None:
 
 def images(lab: Lab) -> None:
     """Batches in which some ranks have images, and others only text, with a trained image encoder."""
-    model, rows = save_seeing(lab.folder / "seeing"), seeing_rows(lab.folder / "seen", 13)
-    more = ["--model", str(model), "--data", str(rows), "--lora.vision", "all"]
-    for exact in ("false", "true"):
-        off = apart(*(lab.good(world, *more, "--train.exact", exact) for world in (1, 3)))
-        assert off == 0.0 if exact == "true" else off < NEAR, (exact, off)
+    rows = seeing_rows(lab.folder / "seen", 13)
+    for family, exact in (("idefics3", "false"), ("idefics3", "true"), ("qwen3_vl", "true")):
+        model = save_seeing(lab.folder / family, family)
+        more = ["--model", str(model), "--data", str(rows), "--lora.vision", "all", "--train.exact", exact]
+        off = apart(*(lab.good(world, *more) for world in (1, 3)))
+        assert off == 0.0 if exact == "true" else off < NEAR, (family, exact, off)
 
 
 def embedding(lab: Lab) -> None:

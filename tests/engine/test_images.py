@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from strop.config.schema import DataSection, LoraSection
 from strop.data.images import FIRST_IMAGE_ID
 from strop.data.prepare import Prepared, prepare
 from strop.data.types import Example
+from strop.engine.decode.batch import Batch, decode_all
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_decoder_unsupported
 from strop.engine.decode.generate import generate
+from strop.engine.decode.hf_fallback import HfDecoder
+from strop.engine.decode.sampling import ExpectedCompletion, SequenceState, Token
 from strop.engine.images import capture_embeddings, image_features, install_images
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
@@ -27,7 +32,7 @@ from strop.models.load import load_base
 from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from tests.support.seeing import FAMILIES, ONE_IMAGE, PLAIN, REFUSED, UNSERVED, save_seeing
+from tests.support.seeing import FAMILIES, IN_SPACE, ONE_IMAGE, PLAIN, REFUSED, STATEFUL, TWO_WAY, save_seeing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
 SIZES = [(50, 30), (30, 50), (64, 64), (33, 47)]
@@ -79,15 +84,19 @@ def load_tuned(folder: Path, rows: Path, vision: Any = "none") -> tuple[Any, Any
     return model, tokenizer, data
 
 
-def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], example: Example, token: int) -> Any:
-    """Return the loss of a row with transformers' processor and forward."""
-    processor = AutoProcessor.from_pretrained(folder)
-    parts = [part for turn in row["messages"] if isinstance(turn["content"], list) for part in turn["content"]]
+def processor_inputs(processor: Any, rows: Path, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """Return the inputs of a conversation as transformers makes them. options: of the chat template."""
+    parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
     images = [Image.open(rows / part["path"]) for part in parts if part["type"] == "image"]
-    inputs = processor(
-        text=[processor.apply_chat_template(row["messages"])], images=[images] if images else None,
+    return processor(
+        text=[processor.apply_chat_template(messages, **options)], images=[images] if images else None,
         return_tensors="pt", add_special_tokens=False, padding=False,
     )  # fmt: skip
+
+
+def expected_loss(model: Any, folder: Path, rows: Path, row: dict[str, Any], example: Example, token: int) -> Any:
+    """Return the loss of a row with transformers' processor and forward."""
+    inputs = processor_inputs(AutoProcessor.from_pretrained(folder), rows, row["messages"])
     ids = inputs["input_ids"][0, : len(example)]
     own = np.where(example.ids >= FIRST_IMAGE_ID, token, example.ids)
     assert ids.tolist() == own.tolist()
@@ -113,7 +122,8 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
     step = step_for(model)
     assert (step.name == "plain") == (folder.name in PLAIN)
     features = image_features(model)
-    assert features is not None and (features.why_not_embeddings is not None) == (folder.name in UNSERVED)
+    assert features is not None and features.why_not_decoded is None
+    assert bool(features.two_way) == (folder.name in TWO_WAY)
     assert tokenizer.image_encoder.reads_several == (folder.name not in ONE_IMAGE)
     for other in (step, PlainLoss(model)):
         model.zero_grad()
@@ -128,22 +138,80 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
     assert one_by_one == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+def test_shared_prefixes_with_images_equal_the_plain_step(folder: Path, tmp_path: Path) -> None:
+    """Two answers to each prompt share it, as in preference pairs. Layers are recomputed in the backward."""
+    write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
+    model, tokenizer, data = load_tuned(folder, tmp_path)
+    install_images(model, tokenizer)
+    examples = []
+    for example in data.train:
+        other = example.ids.copy()
+        other[-2:] = other[:2]
+        examples += [example, replace(example, ids=other)]
+    results = []
+    for step in (step_for(model), PlainLoss(model)):
+        model.zero_grad()
+        if step.name == "fast":
+            step.checkpoint()
+        logprobs = step.log_probs(examples)
+        logprobs.sum().backward()
+        step.last_hidden(examples).square().sum().backward()
+        step.token_loss(examples[:2]).backward()  # type: ignore[no-untyped-call]
+        gradients = [weight.grad for weight in trainable_parameters(model).values() if weight.grad is not None]
+        results.append((logprobs.detach(), gradients))
+    (actual, gradients), (expected, expected_gradients) = results
+    assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert float((gradient - other).abs().max()) <= 1e-4 * float(other.abs().max())
+
+
 def test_generated_tokens_equal_transformers(folder: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path, several=False)
+    """Each turn of each row is completed: in one batch, again from the cache, and as the completion that is scored."""
+    rows = write_rows(tmp_path, several=folder.name not in ONE_IMAGE)
     model, tokenizer, data = load_tuned(folder, tmp_path)
     processor = AutoProcessor.from_pretrained(folder)
-    text = processor.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True)
-    inputs = processor(
-        text=[text], images=[[Image.open(tmp_path / "0.png")]], return_tensors="pt", add_special_tokens=False,
-        padding=False,
-    )  # fmt: skip
-    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    end = next((i for i, token in enumerate(expected) if token in data.renderer.end_ids), len(expected))
+    prompts, texts, logprobs, references = [], [], [], []
+    for row, conversation in zip(rows, data.train_conversations, strict=True):
+        for end in range(1, len(row["messages"]), 2):
+            inputs = processor_inputs(processor, tmp_path, row["messages"][:end], add_generation_prompt=True)
+            options: Any = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+            output = model.generate(**inputs, **options, output_logits=True)
+            ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+            new = ids.tolist()
+            stop = next((i for i, token in enumerate(new) if token in data.renderer.end_ids), len(new))
+            texts.append(tokenizer.decode(new[:stop], skip_special_tokens=True))
+            logprobs.append(torch.cat(output.logits).log_softmax(-1).gather(1, ids[:, None])[:, 0].numpy())
+            references.append(ExpectedCompletion(ids.numpy().astype(np.int32)))
+            prompts.append(data.renderer.prompt(conversation.messages[:end]))
     install_images(model, tokenizer)
-    conversation = data.train_conversations[0]
-    prompt = data.renderer.prompt(conversation.messages[:1])
-    [completion] = generate(model, tokenizer, [prompt], stop_ids=data.renderer.end_ids, max_new_tokens=8)
-    assert completion.text == tokenizer.decode(expected[:end], skip_special_tokens=True)
+    options = {"stop_ids": data.renderer.end_ids, "max_new_tokens": 8}
+    for expected in ((), (), references):
+        completions = generate(model, tokenizer, prompts, expected=expected, **options)
+        assert [completion.text for completion in completions] == texts
+    scores = [completion.logprobs for completion in completions]
+    assert (scores[0] is None) == (why_decoder_unsupported(model) is not None)
+    for score, reference in zip(scores, logprobs, strict=True):
+        assert score is None or score == pytest.approx(reference, abs=1e-4)
+    if folder.name in STATEFUL:
+        with pytest.raises(ModelError, match="strop's server cannot keep the state of layers"):
+            HfDecoder(model, keep=0)
+    if folder.name not in (IN_SPACE | TWO_WAY) - STATEFUL:
+        return
+    decoders: list[Decoder] = [HfDecoder(model, keep=2000)]
+    if why_decoder_unsupported(model) is None:
+        decoders.append(CompiledDecoder(model, 2000))
+    for decoder in [decoder for decoder in decoders for _ in range(2)]:  # the second time from the cache
+        batch = Batch(decoder, len(prompts), prefill_rows=7)  # passes that end inside images, if these may be cut
+        sequences = [SequenceState(ids, "default", **options, num_logprobs=0) for ids in prompts]
+        tokens: dict[SequenceState, list[Token]] = {sequence: [] for sequence in sequences}
+        with torch.inference_mode():
+            for progress in decode_all(batch, sequences):
+                tokens[progress.sequence] += progress.tokens
+        for sequence, reference, scores in zip(sequences, references, logprobs, strict=True):
+            assert sequence.completion == reference.ids[: len(sequence.completion)].tolist()
+            new = [token.logprob for token in tokens[sequence]]
+            assert new == pytest.approx(scores[: len(new)], abs=1e-4)
+    assert any(sequence.num_reused for sequence in sequences)
 
 
 def test_features_are_computed_once_and_read_again_with_equal_bits(

@@ -104,6 +104,9 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
 }  # fmt: skip
 
+# Text models of models that read images, without a class of their own: tests/engine/test_images.py covers them.
+WITHIN_OTHERS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"}
+
 
 def tiny_of(family: str, **changes: object) -> PreTrainedModel:
     """Return a tiny model of a family in the table."""

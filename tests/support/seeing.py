@@ -47,7 +47,9 @@ def save_seeing(folder: Path, family: str = "idefics3") -> Path:
     model.eval()
     with torch.no_grad():
         for weight in model.parameters():  # larger than the default initialisation, so that predictions differ
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not weight.any():  # Gemma 3's projector, whose features would be 0
+                weight.normal_(std=0.1)
+            elif weight.dim() == 2:
                 weight.mul_(4)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -451,10 +453,12 @@ REFUSED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mllama": _mllama,
     "paligemma": _paligemma,
 }
-UNSERVED = {  # families whose images need the model's own forward
-    "gemma3", "gemma4-31b", "glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+TWO_WAY = {"gemma3", "gemma4-31b"}  # families with attention in both directions between the features of an image
+IN_SPACE = {  # families whose images have positions in space
+    "glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 }  # fmt: skip
-PLAIN = {*UNSERVED, "aya_vision", "cohere2_vision"}  # these two do not scale the logits as their text models do
+STATEFUL = {"lfm2_vl", "qwen3_5", "qwen3_5_moe"}  # families with layers whose state the server cannot keep
+PLAIN = {*TWO_WAY, "aya_vision", "cohere2_vision"}  # these two do not scale the logits as their text models do
 ONE_IMAGE = {"llava_onevision"}  # families that cut a single image only, so that rows have at most one
 NAMES = {  # of checkpoints that people use
     "idefics3": "SmolVLM, Idefics 3", "smolvlm": "SmolVLM2", "llava": "LLaVA 1.5",
@@ -497,6 +501,7 @@ def table() -> str:
     rows = []
     for family, name in NAMES.items():
         step = "plain" if family in PLAIN else "fast"
-        images, serve = "one" if family in ONE_IMAGE else "several", "vLLM" if family in UNSERVED else "yes"
+        images = "one" if family in ONE_IMAGE else "several"
+        serve = "vLLM" if family in STATEFUL else "yes"
         rows.append(f"| {name} | {family.partition('-')[0]} | {step} | {images} | {serve} |\n")
     return TABLE + "".join(rows)

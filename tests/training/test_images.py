@@ -79,8 +79,9 @@ def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("vision", ["none", "projector", "all"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision: str, dtype: str) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("idefics3", "fp32"), ("idefics3", "bf16"), ("qwen3_vl", "fp32")])
+def test_resume_has_equal_bits(rows: Path, tmp_path: Path, vision: str, family: str, dtype: str) -> None:
+    seeing = save_seeing(tmp_path / "seeing", family)
     options = {
         **OPTIONS, "train.max_steps": 8, "train.save_steps": 2, "lora.vision": vision, "model.dtype": dtype,
         "lora.dropout": 0.1,
@@ -97,8 +98,12 @@ def test_resume_has_equal_bits(seeing: Path, rows: Path, tmp_path: Path, vision:
     [note] = [event["text"] for event in read_events(whole / "events.jsonl") if "images:" in event.get("text", "")]
     assert "equal to the model's own forward" in note
     trained = adapter(whole)
-    assert any("connector" in name for name in trained) == (vision != "none")
-    encoder = [weight for name, weight in trained.items() if "vision_model" in name and "lora_B" in name]
+    assert any("connector" in name or "merger" in name for name in trained) == (vision != "none")
+    encoder = [
+        weight
+        for name, weight in trained.items()
+        if re.search(r"\.vis.*blocks|vision_model", name) and "lora_B" in name
+    ]
     assert bool(encoder) == (vision == "all") and all(bool(weight.any()) for weight in encoder)
 
 
@@ -264,6 +269,33 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
         response = server.post(CHAT, {"model": "base", "messages": message(url)})
         assert response.status_code == 400 and "serve the other model by itself" in response.json()["error"]["message"]
         assert requests.get(server.url + "/health", timeout=10).ok
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"])
+def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_path: Path, family: str) -> None:
+    """Two images in two turns, whose first turn is in the cache: as `generate`, which is compared with transformers."""
+    openai = pytest.importorskip("openai")
+    folder = save_seeing(tmp_path / family, family)
+    text = "Which colour is it, and which is it not, if you look at each of its corners?"
+    files = [rows.parent / f"{number}.png" for number in (0, 4)]
+    model = strop.load(str(folder), dtype="fp32")
+    history, answers = [], list[str]()
+    with (
+        serving(folder, "--dtype", "fp32") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client,
+    ):
+        for file in files:
+            url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+            parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+            history.append({"role": "user", "content": parts})
+            answer = client.chat.completions.create(model=family, messages=history, temperature=0, max_tokens=8)
+            answers.append(answer.choices[0].message.content or "")
+            history.append({"role": "assistant", "content": answers[-1]})
+        assert server.metric("strop_kept_tokens_total") >= 32
+        assert server.chat("hello there", family, temperature=0, max_tokens=8).status_code == 200
+    expected = [model.chat(f"<image>{text}", images=str(file), max_new_tokens=8) for file in files]
+    assert answers == expected
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -100,24 +100,61 @@ class ImageFeatures:
         return folder / key.hexdigest()[:24]
 
     @cached_property
-    def why_not_embeddings(self) -> str | None:
-        """Return why features are more than embeddings in a causal sequence, or None."""
-        if GRID in inspect.signature(type(self._model).forward).parameters:
-            return _IN_SPACE
-        return _BIDIRECTIONAL if self._token_types and self._attends_by_type() else None
+    def has_space(self) -> bool:
+        """Whether the model's rotary embedding has positions in space (M-RoPE, arXiv:2409.12191): see `positions`."""
+        return GRID in inspect.signature(type(self._model).forward).parameters
 
+    @cached_property
+    def why_not_decoded(self) -> str | None:
+        """Return why strop's decoders cannot compute rows with images, or None."""
+        return _IN_SPACE if self.has_space and self._positioned is None else None
+
+    @cached_property
+    def _positioned(self) -> Any | None:
+        """The module that computes positions in space, or None."""
+        return next((module for module in self._model.modules() if hasattr(module, "get_rope_index")), None)
+
+    def positions(self, ids: Ids) -> Indices:
+        """Return the positions (3, n) of token ids (n,), in time, rows and columns, as the model computes them.
+
+        Those of a token depend only on the tokens before it and, for a feature, on its image. So a part of them is
+        valid for each sequence with the same first tokens, also if it ends inside an image.
+        """
+        spans = list(self._spans(ids[ids >= FIRST_IMAGE_ID]))
+        if not spans or not self.has_space:
+            return np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
+        assert self._positioned is not None
+        table, (number, _, last) = self._encoder.table, spans[-1]
+        missing = table.starts[number] + table.tokens(number) - 1 - last
+        text = torch.from_numpy(np.append(ids, np.full(missing, FIRST_IMAGE_ID)).astype(np.int64))[None]
+        is_image = text >= FIRST_IMAGE_ID
+        positions, _ = self._positioned.get_rope_index(
+            input_ids=text.masked_fill(is_image, self._encoder.image_token_id), mm_token_type_ids=is_image.long(),
+            image_grid_thw=torch.cat([cast(Tensor, self._grid(number)) for number, *_ in spans]).cpu(),
+        )  # fmt: skip
+        found: Indices = positions[:, 0, : len(ids)].numpy()
+        return found
+
+    @cached_property
     @torch.no_grad()
-    def _attends_by_type(self) -> bool:
-        """Return whether the model's attention mask depends on which tokens are features (not in small Gemma 4)."""
+    def two_way(self) -> frozenset[str]:
+        """The types of layers in which the features of an image attend to all of its features; "" means all layers.
+
+        They are those whose attention mask depends on which tokens are features (none in small Gemma 4).
+        """
+        if self.has_space or not self._token_types:
+            return frozenset()
         ids = torch.zeros(1, 4, dtype=torch.long, device=self._model.device)
         types = ids, torch.tensor([[0, 1, 1, 0]], device=ids.device)
-        masks = [
+        one, other = (
             capture_arguments(self._model, {"input_ids": ids, **dict.fromkeys(self._token_types, value)})[
                 "attention_mask"
             ]
             for value in types
-        ]
-        return not _equal_masks(*masks)
+        )
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return frozenset(name for name in one if not _equal_masks(one[name], other[name]))
+        return frozenset() if _equal_masks(one, other) else frozenset([""])
 
     @property
     def has_images(self) -> bool:
@@ -125,8 +162,14 @@ class ImageFeatures:
 
     @property
     def why_model_computes(self) -> str | None:
-        """Return why the model's own forward must compute the rows, or None. Without images it is never needed."""
-        return self.why_not_embeddings if self.has_images else None
+        """Return why the model's own forward must train on the rows, or None. Without images it is never needed."""
+        why = self.why_not_decoded or (_BIDIRECTIONAL if self.two_way else None)
+        return why if self.has_images else None
+
+    @property
+    def positions_differ(self) -> bool:
+        """Whether the positions of a sequence may differ from those of text: see `positions`."""
+        return self.has_space and self.has_images
 
     def rows(self, ids: Tensor) -> list[Tensor]:
         """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on.
@@ -141,7 +184,7 @@ class ImageFeatures:
             for name in (FEATURES, *sorted(name for name in images[spans[0][0]] if name.startswith(LATER)))
         ]
 
-    def _spans(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
+    def _spans(self, ids: Tensor | Ids) -> Iterator[tuple[int, int, int]]:
         """Yield index of the image, first and last id of each run of ids of an image."""
         table, values, begin = self._encoder.table, ids.tolist(), 0
         while begin < len(values):
@@ -327,6 +370,14 @@ class ImageFeatures:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
 
 
+def image_ends(ids: Ids) -> Indices:
+    """Return the position (n,) after the last feature of each token's image, or after the token if it is text."""
+    is_image = ids >= FIRST_IMAGE_ID
+    ends = np.flatnonzero(~(is_image & np.append(is_image[1:], False))) + 1
+    found: Indices = ends[np.searchsorted(ends, np.arange(1, len(ids) + 1))]
+    return found
+
+
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -380,9 +431,7 @@ def capture_arguments(model: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, 
 
 
 def _equal_masks(one: Any, other: Any) -> bool:
-    """Return whether two attention masks are equal: tensors, one for each type of layer, or None."""
-    if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and all(_equal_masks(one[name], other[name]) for name in one)
+    """Return whether two attention masks are equal: tensors or None."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     return one is None and other is None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.data.images import FIRST_IMAGE_ID
-from strop.engine.images import image_features, insert_features
+from strop.engine.images import ImageFeatures, image_features, insert_features
 from strop.engine.train.peft_modules import base_module, current_module, embed, unwrap
 from strop.models.families.layers import (
     activation_name,
@@ -116,13 +116,22 @@ class DecoderLayers:
     def __len__(self) -> int:
         return len(self.decoder.layers)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Return the scaled embeddings (T, hidden) of ids (T,), in the dtype of the computation."""
-        features = image_features(self._base)
+    @property
+    def images(self) -> ImageFeatures | None:
+        """The features of images, if the model reads them."""
+        return image_features(self._base)
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the scaled embeddings (T, hidden) of ids (T,), in the dtype of the computation.
+
+        Also returns what the first layers add (DeepStack), as `insert_features`.
+        """
+        features, later = self.images, list[Tensor]()
         text_ids = ids if features is None else ids.masked_fill(ids >= FIRST_IMAGE_ID, 0)
         x = embed(self.embedding, text_ids, self.dtype)
-        x = x if features is None else insert_features(features, ids, x)[0]
-        return x if self.embedding_scale == 1 else x * self.embedding_scale
+        if features is not None:
+            x, later = insert_features(features, ids, x)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale, later
 
     def rope_kind(self, number: int) -> str | None:
         """Return the kind of rotary embedding of a layer, as in LayerSpec."""
@@ -134,13 +143,16 @@ class DecoderLayers:
         return kinds[number] if by_type and kinds else None
 
     def angles(self, positions: Tensor) -> Angles:
-        """Return cos and sin (T, m) of positions (T,) for each kind of rotary embedding among the layers."""
-        empty = torch.empty(len(positions), 0, device=positions.device)
+        """Return cos and sin (T, m) of positions for each kind of rotary embedding among the layers.
+
+        positions: (T,), or (3, T) in time, rows and columns for models that have these.
+        """
+        empty = torch.empty(positions.shape[-1], 0, device=positions.device)
         angles: Angles = {NO_ROPE: (empty, empty)}
         rotary: Any = find_rotary(self.decoder)
         for kind in {self.rope_kind(number) for number in range(len(self))} - {NO_ROPE}:
             like = torch.empty(0, device=positions.device)
-            cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
+            cos, sin = rotary(like, positions[..., None, :], *([] if kind is None else [kind]))
             unique = {  # most families repeat each angle
                 "halves": slice(cos.shape[-1] // 2), "interleaved": slice(None, None, 2), "once": slice(None),
             }[self.family.rope_angles]  # fmt: skip

@@ -121,7 +121,7 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
     stop_ids = generation_stop_ids(first.module.generation_config)
     features = image_features(first.module)
-    why = None if features is None else features.why_not_embeddings
+    why = None if features is None else features.why_not_decoded
     why_no_images = None if why is None else f"models with {why} are not served by strop: use vLLM (--engine vllm)"
     base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids, why_no_images, features)
     if first.adapter is None:

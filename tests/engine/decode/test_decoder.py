@@ -20,7 +20,7 @@ from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
 from strop.models.families.table import FAMILIES
 from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
-from tests.support.random_models import adapted, tiny_of
+from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
 TOKENS = 12
 
@@ -63,7 +63,7 @@ def with_large_weights(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fully_fused])
+@pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if FAMILIES[name].fully_fused])
 def test_completions_equal_those_of_transformers(family: str) -> None:
     """Sequences join and leave, of the base and of the adapter; some reuse the prefix of others."""
     model = with_large_weights(adapted(family))

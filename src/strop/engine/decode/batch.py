@@ -17,6 +17,7 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
 from strop.engine.decode.sampling import NoToken, PassOutput, SequenceState, Token
+from strop.engine.images import image_ends
 from strop.engine.kernels.dispatch import token_logprobs
 from strop.errors import ModelError
 from strop.machine.probe import probe
@@ -144,18 +145,29 @@ class Batch:
             chunks.append(Chunk(sequence, sequence.num_uncached, 1 + len(draft), draft))
         rows_left, outputs_left = self._prefill_rows, max(1, MAX_LOGIT_ROWS - len(decoding))
         for sequence in prefilling:
-            count = min(sequence.num_uncached, rows_left)
+            count, scored_from = min(sequence.num_uncached, rows_left), max(sequence.num_cached, sequence.first_scored)
+            if sequence.is_scoring:
+                count = min(count, scored_from - sequence.num_cached + outputs_left)
             if count and outputs_left:
+                count = self._keep_images_whole(sequence, count)
                 num_outputs = int(count == sequence.num_uncached)
                 if sequence.is_scoring:
-                    scored_from = max(sequence.num_cached, sequence.first_scored)
                     num_outputs = max(0, sequence.num_cached + count - scored_from)
-                    excess = max(0, num_outputs - outputs_left)
-                    num_outputs, count = num_outputs - excess, count - excess
-                    outputs_left -= num_outputs
+                    outputs_left = max(0, outputs_left - num_outputs)
                 chunks.append(Chunk(sequence, count, num_outputs))
-            rows_left -= count
+            rows_left = max(0, rows_left - count)
         return chunks
+
+    def _keep_images_whole(self, sequence: SequenceState, count: int) -> int:
+        """Return the number of next tokens to process, about `count`, that does not end inside an image.
+
+        If an image with more tokens comes next, it is processed at once.
+        """
+        if not self._decoder.whole_images:
+            return count
+        ends, last = image_ends(sequence.ids), sequence.num_cached + count - 1
+        begin = int(np.searchsorted(ends, ends[last])) if ends[last] > last + 1 else last + 1
+        return (begin if begin > sequence.num_cached else int(ends[last])) - sequence.num_cached
 
 
 def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:

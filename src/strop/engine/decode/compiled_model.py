@@ -68,7 +68,7 @@ class CompiledModel:
         int8 = [weight for weight in packed if multiplies_int8 and weight.w.dtype == np.int8]
         self._quantizes_inputs = int(len(int8) > 0)
         self.unpacks_weights = len(int8) < len(packed)  # other packed weights are dequantized in each matmul
-        self._num_rows, self._buffers, self._num_positions = 0, None, 0
+        self._num_rows, self._buffers, self._num_positions, self._num_spare = 0, None, 0, 0
         z = np.empty(0, np.uint16 if self._dtype == torch.bfloat16 else np.float32)
         num_bytes = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in weights)
         self._exact_argmax = exact_argmax_for(
@@ -76,25 +76,35 @@ class CompiledModel:
         )  # fmt: skip
 
     def __call__(
-        self, ids: Any, rows: tuple[Any, ...], num_positions: int, output_rows: Any, *, logits: bool
-    ) -> PassOutput:
+        self, ids: Any, rows: tuple[Any, ...], num_positions: int, output_rows: Any, *, logits: bool,
+        space: Any | None = None,
+    ) -> PassOutput:  # fmt: skip
         """Run the forward pass.
 
         Args:
             ids: token ids of all rows, (T,), int64.
-            rows: the fields of decode_layer.Rows.
+            rows: the fields of decode_layer.Rows, except for `angles`.
             num_positions: the largest position of a row + 1.
             output_rows: indices of the rows whose outputs are needed, (P,).
             logits: whether logits are needed. Otherwise the output may contain only the argmax.
+            space: the positions of the rows in time, rows and columns, (3, T), int64, if they differ from `positions`.
         """
         kernels, layers = self._kernels, self._layers
-        self._extend_rope(num_positions)
+        angles = rows[0] if space is None else space[0].copy()
+        in_space = np.empty(0, np.int64) if space is None else np.flatnonzero((space != space[0]).any(0))
+        self._extend_rope(num_positions, len(in_space))
+        if space is not None and len(in_space):
+            angles[in_space] = self._num_positions + np.arange(len(in_space))
+            self._add_angles(torch.from_numpy(space[:, in_space]))
         self._reserve_rows(len(ids))
-        hidden = layers.embed(torch.from_numpy(ids)).float().contiguous().numpy()
+        embeddings, later = layers.embed(torch.from_numpy(ids))
+        hidden = embeddings.float().contiguous().numpy()
         if layers.family.embedding_norm:
             kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
-        for layer in self._layers_with_cache:
-            kernels.layer_forward(layer, self._buffers, hidden, *rows, self._num_threads)
+        for number, layer in enumerate(self._layers_with_cache, 1):
+            kernels.layer_forward(layer, self._buffers, hidden, *rows, angles, self._num_threads)
+            if number < len(later):
+                hidden[later[0].numpy()] += later[number].float().numpy()
         if not len(output_rows):
             return PassOutput(np.empty(0, np.int64), np.empty(0, np.bool_))
         z = _to_numpy(torch.empty(len(output_rows), hidden.shape[1], dtype=self._dtype))
@@ -139,15 +149,18 @@ class CompiledModel:
             )
             self._buffers = self._kernels.BuffersRef(buffers)
 
-    def _extend_rope(self, num_positions: int) -> None:
-        """Extend the tables of the rotary embedding to at least `num_positions`."""
-        if num_positions <= self._num_positions:
+    def _extend_rope(self, num_positions: int, num_spare: int) -> None:
+        """Extend the tables of the rotary embedding to at least `num_positions`, followed by spare rows."""
+        if num_positions <= self._num_positions and num_spare <= self._num_spare:
             return
-        self._num_positions = max(512, 2 * num_positions)
-        positions = torch.arange(self._num_positions)
+        if num_positions > self._num_positions:
+            self._num_positions = max(512, 2 * num_positions)
+        if num_spare > self._num_spare:
+            self._num_spare = 2 * num_spare
+        positions = torch.arange(self._num_positions + self._num_spare)
         scale = self._layers.family.query_scale
         factor = torch.empty(0) if scale is None else scale(self._layers.config, positions).float()
-        tables = {
+        self._tables = tables = {
             kind: self._kernels.RopeTables(_to_numpy(cos.float()), _to_numpy(sin.float()), _to_numpy(factor))
             for kind, (cos, sin) in self._layers.angles(positions).items()
         }
@@ -155,6 +168,13 @@ class CompiledModel:
             self._kernels.LayerRef(layer._replace(rope=tables[kind]), *cache)
             for layer, kind, cache in zip(self._kernel_layers, self._rope_kinds, self._cache, strict=True)
         ]
+
+    def _add_angles(self, positions: Tensor) -> None:
+        """Write the angles of positions in space (3, n) to the first spare rows of the tables."""
+        rows = slice(self._num_positions, self._num_positions + positions.shape[1])
+        for kind, values in self._layers.angles(positions).items():
+            for table, new in zip(self._tables[kind][:2], values, strict=True):
+                table[rows] = new.float().numpy()
 
     def _build_norm(self, spec: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)

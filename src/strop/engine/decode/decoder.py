@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from strop.data.types import Ids
+from strop.data.images import FIRST_IMAGE_ID
+from strop.data.types import Ids, Indices
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_hashes, blocks_for, root_hash
 from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, padded_head_size
-from strop.engine.decode.sampling import PassOutput, SequenceState
-from strop.engine.images import image_features
+from strop.engine.decode.sampling import PassOutput, Positions, SequenceState
+from strop.engine.images import ImageFeatures, image_ends, image_features
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.adapters import has_trained_biases
@@ -53,6 +54,10 @@ class Decoder(Protocol):
 
     num_cheap_rows: int
 
+    @property
+    def whole_images(self) -> bool:
+        """Whether a pass must process all features of an image, which attend to each other."""
+
     def admit(self, sequence: SequenceState) -> None:
         """Reserve the space for the sequence, and reuse the cached part of its prompt.
 
@@ -80,10 +85,15 @@ class CompiledDecoder:
         self.blocks = BlockPool(blocks_for(positions))
         layers = DecoderLayers(model)
         self._pending_hashes: set[bytes] = set()  # of blocks that admitted sequences will fill
+        self._images = layers.images
         self._model = CompiledModel(layers, self.blocks.count, self.adapters, warm=warm)
         self.num_cheap_rows = 4 if self._model.unpacks_weights else 8  # unpacking takes time for each row
         first = layers.layer_spec(0)
         self._max_query_rows = max(1, MAX_QUERY_HEADS // (first.num_query_heads // first.num_kv_heads))
+
+    @property
+    def whole_images(self) -> bool:
+        return attends_two_ways(self._images)
 
     def admit(self, sequence: SequenceState) -> None:
         root = root_hash(sequence.adapter)
@@ -136,7 +146,7 @@ class CompiledDecoder:
         order = sorted(range(len(chunks)), key=lambda i: self._adapter_index(chunks[i].sequence))
         table = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), np.int32)
         ids: list[Ids] = []
-        positions, owners, query_groups = [], [], []
+        positions, key_ends, owners, query_groups = [], [], [], []
         adapter_rows = np.zeros((len(self.adapters), 2), np.int64)
         num_rows, num_positions, ends = 0, 0, {}
         for i in order:
@@ -146,6 +156,7 @@ class CompiledDecoder:
             table[i, : len(sequence.blocks)] = sequence.blocks
             ids += [sequence.ids[start : start + chunk.count], np.array(chunk.draft, np.int32)]
             positions.append(np.arange(start, start + count))
+            key_ends.append(find_key_ends(self._images, sequence, count))
             owners.append(np.full(count, i))
             for first in range(0, count, self._max_query_rows):
                 size = min(self._max_query_rows, count - first)
@@ -157,10 +168,14 @@ class CompiledDecoder:
             num_rows, num_positions = num_rows + count, max(num_positions, start + count)
             ends[i] = num_rows
         groups = np.array(query_groups, np.int64)
-        rows = np.concatenate(positions), np.concatenate(owners), table, groups, adapter_rows
+        rows = np.concatenate(positions), np.concatenate(owners), table, groups, adapter_rows, np.concatenate(key_ends)
         output_rows = np.concatenate([np.arange(ends[i] - x.num_outputs, ends[i]) for i, x in enumerate(chunks)])
         with torch.inference_mode():
-            output = self._model(np.concatenate(ids).astype(np.int64), rows, num_positions, output_rows, logits=logits)
+            spans = [(chunks[i].sequence, chunks[i].count + len(chunks[i].draft)) for i in order]
+            space = find_positions(self._images, spans)
+            output = self._model(
+                np.concatenate(ids).astype(np.int64), rows, num_positions, output_rows, logits=logits, space=space
+            )
         for chunk in chunks:
             self._advance(chunk.sequence, chunk.count)
         return output
@@ -180,6 +195,39 @@ class CompiledDecoder:
             self._pending_hashes.discard(block_hash)
             hashes.append(block_hash)
             previous_hash, begin = block_hash, begin + BLOCK_SIZE
+
+
+def find_positions(images: ImageFeatures | None, spans: Sequence[tuple[SequenceState, int]]) -> Positions | None:
+    """Return the positions in space (3, T) of the next tokens of sequences, or None if they are as those of text.
+
+    spans: sequences and their numbers of tokens.
+    """
+    if images is None or not images.positions_differ:
+        return None
+    parts = []
+    for sequence, count in spans:
+        known = sequence.space.shape[1]
+        if not known or (sequence.ids[known:] >= FIRST_IMAGE_ID).any():
+            sequence.space = images.positions(sequence.ids)
+            known = sequence.space.shape[1]
+        begin, end = sequence.num_cached, sequence.num_cached + count
+        text = sequence.space.max() + 1 + np.arange(max(begin, known) - known, max(0, end - known))
+        parts += [sequence.space[:, begin:end], np.broadcast_to(text, (3, len(text)))]
+    return np.concatenate(parts, axis=1)
+
+
+def attends_two_ways(images: ImageFeatures | None) -> bool:
+    """Return whether there are images, whose features attend to each other in both directions."""
+    return images is not None and images.has_images and bool(images.two_way)
+
+
+def find_key_ends(images: ImageFeatures | None, sequence: SequenceState, count: int) -> Indices:
+    """Return the position (count,) after the last key that each of the next tokens of a sequence attends to."""
+    begin = sequence.num_cached
+    ends = np.arange(begin + 1, begin + count + 1)
+    if attends_two_ways(images) and (sequence.ids[begin : begin + count] >= FIRST_IMAGE_ID).any():
+        ends[: sequence.length - begin] = image_ends(sequence.ids)[begin : begin + count]
+    return ends
 
 
 def kv_bytes_per_position(model: nn.Module) -> int:
@@ -221,8 +269,12 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
     features = image_features(base)
-    if features is not None and (reason := features.why_model_computes) is not None:
-        return reason
+    if features is not None and features.has_images:
+        if features.why_not_decoded is not None:
+            return features.why_not_decoded
+        types = frozenset(getattr(config, "layer_types", None) or ())
+        if features.two_way and "" not in features.two_way and not types <= features.two_way:
+            return "attention in both directions between the features of an image in some layers"
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     is_text = text_filter(base)
     for name, module in ((name, module) for name, module in base.named_modules() if is_text(name)):

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.decoder import Chunk
+from strop.engine.decode.decoder import Chunk, attends_two_ways, find_key_ends, find_positions
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.images import image_features
@@ -152,10 +152,15 @@ class HfDecoder:
         self._bool_masks = config._attn_implementation == "sdpa"
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._images = image_features(self.model)
         self._prefix_cache = PrefixCache(keep)
         self._prefilling: dict[SequenceState, Kv] = {}  # keys and values of prompts that are being processed
         self._caches: dict[str, DecodeCache] = {}  # by _group_name
         self._rows: dict[str, list[SequenceState]] = {}  # the sequences in the rows of each cache
+
+    @property
+    def whole_images(self) -> bool:
+        return attends_two_ways(self._images)
 
     def kv_bytes_per_position(self) -> int:
         """Return the number of bytes per position, measured by processing one token."""
@@ -238,11 +243,16 @@ class HfDecoder:
         past_owners = torch.arange(len(chunks)).repeat_interleave(starts)
         key_positions, key_owners = torch.cat([past_positions, positions]), torch.cat([past_owners, owners])
         visible = (owners[:, None] == key_owners) & (positions[:, None] >= key_positions)
+        key_ends = [find_key_ends(self._images, chunk.sequence, chunk.count) for chunk in chunks]
+        two_way = (owners[:, None] == key_owners) & (
+            torch.from_numpy(np.concatenate(key_ends))[:, None] > key_positions
+        )
         ends = counts.cumsum(0)
         cache = PrefillCache(concat_kv([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
-            masks = self._build_masks(visible, positions[:, None] - key_positions)
-            logits = self._forward(ids[None], positions[None], masks, cache, logits_to_keep=ends - 1)[0]
+            masks = self._build_masks(visible, positions[:, None] - key_positions, two_way)
+            ropes = self._find_positions([(chunk.sequence, chunk.count) for chunk in chunks], positions)[..., None, :]
+            logits = self._forward(ids[None], ropes, masks, cache, logits_to_keep=ends - 1)[0]
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
             new = slice_kv(cache.new, end - chunk.count, end)
             self._prefilling[chunk.sequence] = concat_kv([self._prefilling[chunk.sequence], new])
@@ -255,22 +265,33 @@ class HfDecoder:
         distance = positions[:, :, None] - torch.arange(cache.width, device=self.device)
         (last,) = copy_to_device([np.array([[sequence.ids[-1]] for sequence in rows], dtype=np.int64)], self.device)
         with self._use_adapters([sequence.adapter for sequence in rows]):
-            logits = self._forward(last, positions, self._build_masks(distance >= 0, distance), cache)[:, -1]
+            ropes = self._find_positions([(sequence, 1) for sequence in rows], positions[:, 0])[..., None]
+            logits = self._forward(last, ropes, self._build_masks(distance >= 0, distance), cache)[:, -1]
         cache.finish_step()
         for sequence in rows:
             sequence.num_cached += 1
         return logits
 
-    def _build_masks(self, visible: Tensor, distance: Tensor) -> Any:
+    def _find_positions(self, spans: Sequence[tuple[SequenceState, int]], positions: Tensor) -> Tensor:
+        """Return the positions of the rotary embedding, (T,) or (3, T). positions: of the tokens, (T,)."""
+        space = find_positions(self._images, spans)
+        return positions if space is None else copy_to_device([space], self.device)[0]
+
+    def _build_masks(self, visible: Tensor, distance: Tensor, two_way: Tensor | None = None) -> Any:
         """Return the attention mask, or the masks by type of layer, in the format of the model.
 
         visible: whether a query attends to a key without a window. distance: the position of the query minus that of
-        the key. Both are (queries, keys) or (rows, 1, keys).
+        the key. Both are (queries, keys) or (rows, 1, keys). two_way: like visible, for layers in which the features of
+        an image attend to all of its features.
         """
-        full = self._build_mask(visible)
+        full_keys = sliding_keys = visible
+        if two_way is not None and self._images is not None:
+            types = self._images.two_way
+            full_keys, sliding_keys = (two_way if {"", name} & types else visible for name in (FULL, SLIDING))
+        full = self._build_mask(full_keys)
         if self._window is None:
             return full
-        sliding = self._build_mask(visible & (distance < self._window))
+        sliding = self._build_mask(sliding_keys & (distance < self._window))
         return {FULL: full, SLIDING: sliding} if len(self._layer_types) > 1 else sliding
 
     def _build_mask(self, visible: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ IGNORED_FIELDS = (
 )  # fmt: skip
 
 Logits = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int64]
 
 # Sets the logits (vocabulary,) of tokens that may not follow the completion to -inf. Raises NoToken.
 Mask = Callable[[Sequence[int], Logits], None]
@@ -159,6 +160,7 @@ class SequenceState:
         num_reused: number of these that were in the cache before.
         finish_reason: "" until the sequence is finished; then "stop", "length", or the finish_reason of a NoToken.
         expected_logprobs: log-probabilities of the scored tokens, fp64.
+        space: positions in space of the first tokens, (3, m), of models with such positions (`find_positions`).
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class SequenceState:
         self.block_hashes: list[bytes] = []  # of its full blocks; a hash covers all tokens up to the end of the block
         self.pending_hashes: list[bytes] = []  # of the blocks that this sequence will fill
         self.num_reused = 0
+        self.space: Positions = np.empty((3, 0), np.int64)
         self._sampling, self._num_logprobs, self._mask = sampling or Sampling(), num_logprobs, mask
         self.greedy = self._sampling.temperature < MIN_TEMPERATURE
         seed = self._sampling.seed

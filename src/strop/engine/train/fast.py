@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,7 @@ from strop.engine.kernels.dispatch import ALL, USUAL, AttentionFunction, Backend
 from strop.engine.kernels.protocols import CopyToArena, apply
 from strop.engine.layers import NO_ROPE, Angles, DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.attention import Heads, apply_trained_head_norms
-from strop.engine.train.buffers import Arena, allocate_from_heap
+from strop.engine.train.buffers import Arena, allocate_from_heap, copy_to_device
 from strop.engine.train.dropout import DropoutOps, Masks, install_dropout
 from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
 from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, find_top_probs
@@ -410,12 +411,12 @@ class FastLoss:
         linears = [linear for layer in self._layers for linear in layer.linears]
         self._backend.prepare_adapters(linears, self._model.dtype)
         self._gather("embedding")
-        hidden = self._model.embed(batch.ids)
+        hidden, later = self._model.embed(batch.ids)
         if self._family.embedding_norm:
             hidden = normalize(hidden, self._norm)
         self.masks.token_keys = batch.token_keys
         per_layer_inputs = self._model.per_layer_inputs(batch.ids, hidden)
-        context = BatchContext(batch, self._model.angles(batch.positions), per_layer_inputs)
+        context = BatchContext(batch, self._model.angles(self._find_positions(batch)), per_layer_inputs)
         if host is not None:
             host.begin()
         shared_kv: dict[str, Tensor] = {}  # keys and values that later layers reuse, by kind of attention
@@ -423,7 +424,8 @@ class FastLoss:
             spec = layer.mixer.spec if isinstance(layer.mixer, AttentionBlock) else None
             reused = shared_kv[spec.kv_kind] if spec is not None and spec.reuses_kv else None
             is_last = i == len(self._layers) - 1
-            arguments = layer, hidden, context, batch.rows if is_last else None, reused
+            added = later[1 + i] if 1 + i < len(later) else None
+            arguments = layer, hidden, context, batch.rows if is_last and added is None else None, reused
             self._gather(i)
             if i < self.checkpoint_layers and has_grad:
                 with nullcontext() if host is None else host.offload_inputs(last=is_last):
@@ -435,6 +437,9 @@ class FastLoss:
                     hidden = apply(CopyToArena, hidden, self._input_arena)
             else:
                 hidden, stored_kv = self._compute_layer(*arguments)
+            if added is not None:
+                hidden = hidden.index_put(later[0].nonzero(as_tuple=True), added.to(hidden.dtype), accumulate=True)
+                hidden = hidden[batch.rows] if is_last else hidden
             if spec is not None and stored_kv is not None:
                 shared_kv[spec.kv_kind] = stored_kv
             if self.weight_gatherer is not None and hidden.requires_grad:
@@ -446,6 +451,18 @@ class FastLoss:
         if len(batch.label_rows) != len(batch.rows):  # some rows have several labels
             hidden = hidden[batch.label_rows]
         return hidden
+
+    def _find_positions(self, batch: PackedBatch) -> Tensor:
+        """Return the positions of the rotary embedding, as for DecoderLayers.angles."""
+        images = self._model.images
+        if images is None or not images.positions_differ:
+            return batch.positions
+        ids, positions = batch.ids.cpu().numpy(), np.empty((3, batch.documents.tokens), np.int64)
+        for start, length, prefix, first, _ in batch.documents.table.tolist():
+            document = np.concatenate([ids[first : first + prefix], ids[start : start + length]])
+            positions[:, start : start + length] = images.positions(document)[:, prefix:]
+        [on_device] = copy_to_device([positions], self._device)
+        return on_device
 
     def _gather(self, key: int | str) -> None:
         if self.weight_gatherer is not None:

@@ -158,6 +158,7 @@ LFM2 = Family(
 MAMBA = Family(mixer="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm", final_norm="final_layernorm")
 QWEN_NEXT = Family(mixer="linear_attn", gated_output=True, norm_offset=1.0)
 GLM = Family(gate_up=("gate_up_proj",), rope_pairs="interleaved")
+GLM4 = replace(GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm")
 GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "sliding_window": "pattern"}
 
 FAMILIES = {
@@ -193,7 +194,7 @@ FAMILIES = {
     "cohere": COHERE,
     "cohere2": replace(COHERE, uses_rope=lambda attention: attention.sliding_window is not None),
     "glm": GLM,
-    "glm4": replace(GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
+    "glm4": GLM4,
     "phi": Family(
         o="dense", gate_up=("fc1",), gated=False, down="fc2", layer_norm=True, norm_biases=True, parallel=True,
         mlp_norm=None, final_norm="final_layernorm", head_bias=True,
@@ -240,6 +241,9 @@ FAMILIES = {
     ),
     "qwen3_5_text": QWEN_NEXT,
     "qwen3_5_moe_text": replace(QWEN_NEXT, moe=True),
+    **{name: Family() for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")},
+    "qwen3_vl_moe_text": MOE,
+    "glm4v_text": replace(GLM4, rope_angles="interleaved"),
 }  # fmt: skip
 
 # By model type, linear layers whose weight the model's code reads without calling the layer, so that an adapter would

@@ -149,7 +149,7 @@ def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, 
 
 @kernel
 def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, threads: Any) -> None:
-    """Compute causal attention of each row over the keys of its sequence that are in the window.
+    """Compute attention of each row over the keys of its sequence from its window to its last key (`key_ends`).
 
     q: (num_kv_heads, T, group, width), where group is the number of query heads per key-value head, and width the head
     size padded to a multiple of LANES. keys, values: (blocks, num_kv_heads, BLOCK, width), with each block of keys in
@@ -160,7 +160,7 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, thre
     num_kv_heads, all_rows, group, width = q.shape
     size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
     score_scale = np.float32(1.0) if softcap else scale  # _cap applies the scale
-    chunks, block_table = rows.chunks, rows.block_table
+    chunks, block_table, key_ends = rows.chunks, rows.block_table, rows.key_ends
     qs, ks, vs = q.reshape(-1), keys.reshape(-1), values.reshape(-1)
     max_rows, tasks = 0, len(chunks) * num_kv_heads
     for c in range(len(chunks)):
@@ -172,7 +172,7 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, thre
         for task in range(thread, tasks, threads):
             chunk, head = task // num_kv_heads, task % num_kv_heads
             row, count, first_position, sequence = chunks[chunk]
-            queries, stop = count * group, first_position + count
+            queries, stop = count * group, key_ends[row + count - 1]
             first_block = max(0, first_position - window + 1) // BLOCK if window else 0
             last_block = (stop - 1) // BLOCK
             next_chunk = (task + threads) // num_kv_heads if task + threads < tasks else chunk
@@ -197,7 +197,7 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, thre
                 for i in range(queries):
                     position = first_position + i // group
                     first = max(0, position - window + 1 - begin) if window else 0
-                    end = min(BLOCK, position + 1 - begin)
+                    end = min(BLOCK, key_ends[row + i // group] - begin)
                     row_scores = scores[i * BLOCK : (i + 1) * BLOCK]
                     row_weights = weights[i * BLOCK : (i + 1) * BLOCK]
                     if first >= end:

@@ -43,10 +43,11 @@ Shape = namedtuple(
 # The rows of a forward pass. positions (T,): the position of each row in its sequence. sequences (T,): the sequence of
 # each row, an index into block_table, which lists the cache blocks of each sequence. chunks (C, 4): consecutive rows of
 # one sequence, as (first row, number of rows, position of the first row, sequence). adapter_rows (adapters, 2): the
-# range of rows that use each adapter.
-Rows = namedtuple("Rows", "positions sequences block_table chunks adapter_rows")
+# range of rows that use each adapter. key_ends (T,): the position after the last key that each row attends to. angles
+# (T,): the row of RopeTables' cos and sin of each row.
+Rows = namedtuple("Rows", "positions sequences block_table chunks adapter_rows key_ends angles")
 
-# Tables of the rotary embedding. cos, sin: (positions, m). factor: scale of queries, (positions,) or empty.
+# Tables of the rotary embedding. cos, sin: (angles, m). factor: scale of queries, (positions,) or empty.
 RopeTables = namedtuple("RopeTables", "cos sin factor")
 
 
@@ -146,7 +147,7 @@ def split_qkv(
     width, flat_keys = q.shape[3], keys.reshape(-1)
     for i in prange(len(qkv)):
         x, position = qkv[i], positions[i]
-        cos, sin = all_cos[position], all_sin[position]
+        cos, sin = all_cos[rows.angles[i]], all_sin[rows.angles[i]]
         heads = np.empty(num_query_heads * size, np.float32)
         _load_heads(
             x, 0, step, num_query_heads, size, q_kind, q_weight, q_bias, q_eps, cos, sin, interleaved,
@@ -296,11 +297,11 @@ def _make_buffers_ref(buffers: Any) -> Any:
 @kernel_sequence
 def layer_forward(
     layer_ref: Any, buffers_ref: Any, hidden: Any, positions: Any, sequences: Any, block_table: Any, chunks: Any,
-    adapter_rows: Any, threads: Any,
+    adapter_rows: Any, key_ends: Any, angles: Any, threads: Any,
 ) -> None:  # fmt: skip
-    """Apply one layer to hidden (T, h) fp32, in place. positions to adapter_rows: the fields of Rows."""
+    """Apply one layer to hidden (T, h) fp32, in place. positions to angles: the fields of Rows."""
     layer, keys, values, buffers = layer_ref.layer, layer_ref.keys, layer_ref.values, buffers_ref.buffers
-    rows = Rows(positions, sequences, block_table, chunks, adapter_rows)
+    rows = Rows(positions, sequences, block_table, chunks, adapter_rows, key_ends, angles)
     count, width = hidden.shape
     shape = layer.shape
     query_size, group = shape.num_query_heads * shape.size, shape.num_query_heads // shape.num_kv_heads
