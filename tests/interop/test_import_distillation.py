@@ -125,7 +125,7 @@ def test_axolotl_weights_become_shares_of_1(tmp_path: Path) -> None:
     assert (
         "divided by 2" in notes(draft.differs)["kd_alpha"] and "set train.teacher" in notes(draft.differs)["kd_trainer"]
     )
-    assert notes(draft.unsupported)["kd_temperature"].startswith("2: ")
+    assert train(draft)["teacher_temperature"] == 2
     assert "datasets[0].logprobs_field" in notes(draft.ignored) and "plugins" not in notes(draft.unsupported)
     online = "kd_online_server_base_url: http://a:1\nkd_online_server_model: big\nkd_beta: 1.0\nkd_online_topk: 64\n"
     imported = write(tmp_path, "axolotl", AXOLOTL + online)
@@ -144,7 +144,10 @@ def test_swift_gkd_is_imported_from_yaml_and_from_a_script(tmp_path: Path) -> No
     draft = write(tmp_path, "swift", command, "run.sh").draft
     assert train(draft)["objective"] == "grpo" and draft.get("data.train") == ["a.jsonl", "b.jsonl"]
     assert {"dataset", "temperature", "top_p", "top_k"} <= set(notes(draft.unsupported))
-    assert notes(write(tmp_path, "swift", SWIFT).draft.unsupported).keys() >= {"lmbda", "beta", "temperature"}
+    draft = write(tmp_path, "swift", SWIFT).draft
+    assert notes(draft.unsupported).keys() >= {"lmbda", "beta"} and train(draft)["teacher_temperature"] == 0.9
+    draft = write(tmp_path, "swift", f"{SWIFT}lmbda: 0\nbeta: 0\ntemperature: 2\nsft_alpha: 0.75\n").draft
+    assert train(draft)["teacher_weight"] == 0.25  # a quarter of the divergence, which is multiplied by 4
     sft = write(tmp_path, "swift", "model: demo\ndataset: a.jsonl\ntrain_type: lora\ntarget_modules: [all-linear]\n")
     assert "teacher" not in train(sft.draft) and not sft.missing
     with pytest.raises(InputError, match="only sft and gkd are imported"):

@@ -63,7 +63,7 @@ TOOLS = {
 def put_temperature(draft: Draft, key: str, temperature: float) -> None:
     """Import the temperature of both distributions in the loss on rows."""
     if temperature != 1:
-        draft.add_unsupported(key, f"{temperature:g}: strop computes the loss at temperature 1")
+        draft.put("train.teacher_temperature", temperature, key)
 
 
 def read_gkd(draft: Draft, keys: Keys, kind: str) -> str:
@@ -119,7 +119,8 @@ def read_gkd(draft: Draft, keys: Keys, kind: str) -> str:
     if tool.loss_temperature:
         put_temperature(draft, "temperature", temperature)
     cross_entropy = as_float("sft_alpha", keys.take("sft_alpha", 0))
-    put_weights(draft, 1.0, cross_entropy, "sft_alpha" if cross_entropy else "no cross entropy there")
+    squared = temperature**2 if tool.loss_temperature else 1  # strop multiplies the divergence by it, ms-swift does not
+    put_weights(draft, 1 / squared, cross_entropy, "sft_alpha" if cross_entropy else "no cross entropy there")
     draft.add_difference("teacher", TOP_K_NOTE)
     draft.add_difference("answers", "the other tool trains on the last answer of a row; strop on all answers of a row")
     return "sft"
