@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoImageProcessor
 
 import strop
 from strop.config.schema import DataSection
@@ -20,7 +23,9 @@ from strop.models.load import load_base
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.planning import images
+from strop.planning.activations import MicroBatch, encoder_bytes
 from strop.planning.images import ImageLoad
+from strop.planning.memory import train_phase
 from tests.support.seeing import save_seeing
 
 SIZES = [(50, 30), (30, 50), (64, 64)]
@@ -69,6 +74,22 @@ def test_each_image_is_counted_once(tmp_path: Path) -> None:
     trained = plan(tmp_path, **{"train.epochs": 2, "lora.vision": "projector"})
     assert trained.data["image_seconds"] == encoding
     assert "for the image encoder on 3 images" in str(one)
+
+
+def test_a_trained_encoder_needs_memory_for_the_largest_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", [(64, 64), (640, 320)])
+    options = {"model.dtype": "fp32", "train.max_steps": 1}
+    frozen, trained = (plan(tmp_path, "qwen3_5", **{"lora.vision": part, **options}) for part in ("projector", "all"))
+    shape = trained.workload.shape
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "qwen3_5")
+    patches = processor(Image.new("RGB", (640, 320)), return_tensors="pt")["pixel_values"].shape[0]
+    assert frozen.workload.shape.image_patches == 0 and shape.image_patches == patches
+    base = trained.workload.base
+    large = replace(trained.workload, base=replace(base, shape=replace(shape, image_patches=1000 * patches)))
+    batch = MicroBatch.rows([64])
+    assert encoder_bytes(large) == 1000 * encoder_bytes(trained.workload)
+    peaks = [train_phase(workload, batch).peak_bytes for workload in (trained.workload, large)]
+    assert peaks[1] - peaks[0] == pytest.approx(encoder_bytes(large), rel=0.02)
 
 
 def test_a_projector_in_the_encoder_is_counted_in_each_epoch(tmp_path: Path) -> None:

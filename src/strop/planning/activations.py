@@ -30,6 +30,7 @@ MIXER_BYTES = {
 }  # fmt: skip
 # Heap fragmentation on a CPU, relative to the mixers' saved bytes and to the MLP's buffers; fitted (docs/log).
 MIXER_FRAGMENTATION, MLP_FRAGMENTATION = 0.6, 1.0
+ENCODER_FRAGMENTATION = 1.5  # of an image encoder's activations on a CPU; measured with one of SmolVLM's size
 HEAD_BYTES, GPU_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits computed at once, as in engine.train.head
 
 
@@ -117,8 +118,20 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
     if recomputed:
         saved = outside + in_backward * inputs + recomputed_bytes - inputs
         moments.append(LiveBytes(saved, backward_bytes(workload, batch), head_gradient))
+    if workload.shape.image_patches:  # the backward pass of the image encoder, after that of the text model
+        arena = saved if compute.device == "cpu" and compute.step == "fast" and not recomputed else 0
+        moments.append(LiveBytes(arena, encoder_bytes(workload)))
     peak = max(moments, key=lambda moment: moment.total)
     return replace(peak, live_layer=peak.live_layer + fragmentation_bytes(workload, batch))
+
+
+def encoder_bytes(workload: Workload) -> int:
+    """Return the bytes that the backward pass of an image encoder with adapters needs for one image.
+
+    PEFT computes adapters in fp32, so the inputs and outputs of the adapted layers are in memory in fp32.
+    """
+    lost = ENCODER_FRAGMENTATION if workload.compute.device == "cpu" else 1.0
+    return int(lost * 4 * workload.shape.tower_sizes * workload.shape.image_patches)
 
 
 def outside_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:

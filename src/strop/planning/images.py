@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from strop.config.schema import Recipe
 from strop.data.images import MAX_TOWER_OUTPUTS
 from strop.data.rendering.image_encoder import ImageEncoder
 from strop.models.adapter_config import IN_TOWER
+from strop.models.families.shape import ModelShape
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
@@ -25,11 +26,12 @@ class ImageLoad:
     """The images of the rows.
 
     images: number of distinct ones. flops: of one pass of the encoder over them, or None if its layers have
-    unknown names. in_tower: whether the projector is a part of the encoder.
+    unknown names. patches: of the largest one, or 0 likewise. in_tower: whether the projector is a part of the encoder.
     """
 
     images: int
     flops: float | None = None
+    patches: int = 0
     in_tower: bool = False
 
     @staticmethod
@@ -44,9 +46,16 @@ class ImageLoad:
             return ImageLoad(len(images))
         sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
         values = sum(encoder.count_values(image.width, image.height) for image in sample) / len(sample)
-        patches = len(images) * values / math.prod(patch[1:])
+        patch_values = math.prod(patch[1:])
         weights = sum(math.prod(shape) for shape in shapes.values())
-        return ImageLoad(len(images), 2.0 * weights * patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
+        flops = 2.0 * weights * len(images) * values / patch_values
+        largest = max(images, key=lambda image: image.width * image.height)
+        patches = int(encoder.count_values(largest.width, largest.height) / patch_values)
+        return ImageLoad(len(images), flops, patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
+
+    def of_trained(self, shape: ModelShape, vision: str) -> ModelShape:
+        """Return the shape with the patches whose activations an encoder with adapters keeps. vision: lora.vision."""
+        return replace(shape, image_patches=self.patches) if vision == "all" else shape
 
     def passes(self, recipe: Recipe, rows: float) -> float:
         """Return the passes of the encoder over each image in a run: one, or some in each epoch if it is not kept."""

@@ -20,6 +20,7 @@ from strop.config.schema import Recipe, TrainSection
 from strop.data.answers import Answer
 from strop.data.images import hide_images
 from strop.data.prepare import Prepared
+from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.store import JoinedItems, Triplets
 from strop.data.types import Classes, Prompt
@@ -71,6 +72,7 @@ from strop.objectives import require
 from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
 from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
+from strop.planning.images import ImageLoad
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -180,6 +182,9 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     if vision.value != "none" and vision.origin != "plan" and not data.renderer.image_table:
         what = f"lora.vision {vision.value}: no row has an image, so nothing but the text model would be trained"
         raise RecipeError(what, fix="leave lora.vision out")
+    if (images := ImageLoad.measure(image_encoder(tokenizer), source)) is not None:
+        facts = replace(facts, shape=images.of_trained(facts.shape, recipe.lora.vision))
+        shape = facts.shape
     if recipe.train.teacher is not None and teacher_weight(recipe.train) and data.renderer.image_table:
         what = "train.teacher: the probabilities of a teacher for rows with images are not supported"
         raise RecipeError(what, fix="--train.teacher_weight 0, which trains on its answers, or leave the teacher out")
