@@ -128,10 +128,11 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
 def encoder_bytes(workload: Workload) -> int:
     """Return the bytes that the backward pass of an image encoder with adapters needs for one image.
 
-    PEFT computes adapters in fp32, so the inputs and outputs of the adapted layers are in memory in fp32.
+    The inputs of the adapted layers are in memory in fp32, because PEFT computes adapters in fp32.
     """
     lost = ENCODER_FRAGMENTATION if workload.compute.device == "cpu" else 1.0
-    return int(lost * 4 * workload.shape.tower_sizes * workload.shape.image_patches)
+    mean_bytes = (4 + workload.compute.dtype_bytes) / 2  # of an input and of an output
+    return int(lost * mean_bytes * workload.shape.tower_sizes * workload.shape.image_patches)
 
 
 def outside_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
