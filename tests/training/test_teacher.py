@@ -62,6 +62,11 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
+def write_text(file: Path, text: str) -> Path:
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     return [write(tmp_path / "prompts.jsonl", PROMPTS), write(tmp_path / "answered.jsonl", ANSWERED)]
@@ -355,13 +360,56 @@ def test_probabilities_of_a_server_are_those_of_its_model(
     rows = len(model["ids"])  # the files are in order, and the second one's rows have answers of their own
     np.testing.assert_array_equal(server["ids"][:rows, :3], model["ids"][:, :3])
     np.testing.assert_allclose(server["probs"][:rows], model["probs"][:, :20], rtol=1e-3, atol=1e-6)
-    assert (server["probs"][rows:] == [1.0, *[0.0] * 19]).all()
+    assert (server["probs"][rows:] == [1.0, *[-1.0] * 19]).all()
     (note,) = [note for note in notes(runs[0]) if "train.teacher" in note]
-    held = server["probs"].sum(1).mean()
-    assert f"have the weight 0.7, and those of the most likely tokens add up to {held:.0%}" in note
+    held, known = server["probs"][:rows].sum(1).mean(), rows / len(server["probs"])
+    assert f"have the weight 0.7, are known for {known:.0%} of the tokens, and add up to {held:.0%} on average" in note
     before = (runs[0] / "adapter" / "adapter_model.safetensors").read_bytes()
     strop.train(model=student, data=[*map(str, files)], out=runs[2], **options)
     assert (runs[2] / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def token(text: str, *others: str) -> dict[str, Any]:
+    """Return a token of a server's response with the probability 0.5, and others with 0.25, 0.125, ..."""
+    tops = [{"token": x, "logprob": -math.log(2) * (i + 1), "bytes": None} for i, x in enumerate((text, *others))]
+    return {**tops[0], "bytes": list(text.encode()), "top_logprobs": tops}
+
+
+END = token("<|im_end|>", "!")
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "expected", "trims"),
+    [
+        ("yes", [token("y", "n"), token("es"), END], "ype", False),
+        ("yes", [token("y", "n"), token("es")], "yp.", False),  # a server that leaves out the end
+        ("yes\n", [token("y", "n"), token("es"), token("\n"), END], "yppe", False),
+        ("yes\n", [token("y", "n"), token("es"), token("\n"), END], "yp.", True),  # the end follows the line break
+        (" yes", [token(" "), token("y", "n"), token("es"), END], "pype", False),
+        (" yes", [token(" "), token("y", "n"), token("es"), END], "ype", True),
+        ("a</think>yes", [token("a"), token("</think>"), token("y", "n"), token("es"), END], "ype", False),
+        ("yes", [token("yes"), token(" "), token("y", "n"), token("es"), END], "ype", False),  # reasoning is left out
+        ("end", [token("e"), token("n"), token("d"), END], "pppe", False),  # also in the text of the end
+    ],
+)
+def test_probabilities_belong_to_the_tokens_of_the_answer(
+    student: Path, tmp_path: Path, content: str, tokens: list[Any], expected: str, trims: bool
+) -> None:
+    """`expected` has a letter for each token of the row: '.' if it has no probabilities."""
+    reply = {"message": {"content": content}, "finish_reason": "stop", "logprobs": {"content": tokens}}
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"say {n}"} for n in range(4)])
+    with judge_server(*[{"choices": [reply]}] * 4) as (url, _):
+        options = {**QUICK, "train.teacher": url, "train.teacher_weight": 0.5}
+        if trims:
+            template = (student / "chat_template.jinja").read_text("utf-8").replace("m.content", "m.content | trim")
+            options["data.template"] = str(write_text(tmp_path / "trims.jinja", template))
+        strop.train(model=student, data=str(rows), out=tmp_path / "run", **options)
+    probs = load_file(tmp_path / "run" / "teacher.safetensors")["probs"]
+    given = [[0.5, 0.25] if letter in "ye" else [0.5, -1] for letter in expected]
+    assert len(probs) == 4 * len(expected)
+    for row, letter, values in zip(probs, 4 * expected, 4 * given, strict=True):
+        np.testing.assert_allclose(row[:2], [1, -1] if letter == "." else values, rtol=1e-5)
+        assert (row[2:] < 0).all()
 
 
 TOKEN = {"token": "yes", "logprob": -0.1, "bytes": None, "top_logprobs": []}

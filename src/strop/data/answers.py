@@ -24,8 +24,8 @@ class NoAnswer:
 class TopTokens:
     """The most likely tokens at a place of a server's answer.
 
-    begin, end: of the token that is there, in bytes from the start of the answer. ids, logprobs: in the vocabulary of
-    the student; of a token that is not in it there is none.
+    begin, end: of the token that is there, in bytes from the start of the answer without the space around it. ids,
+    logprobs: in the vocabulary of the student; of a token that is not in it there is none.
     """
 
     begin: int

@@ -306,11 +306,16 @@ def attach_images(
     return tuple([attach(turn) for turn in turns])
 
 
-def read_images(parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = ()) -> ParsedRow:
+def read_images(
+    parsed: ParsedRow, folder: Path | None, values: Sequence[ImageSource] = (), *, conversation: bool = False
+) -> ParsedRow:
     """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images.
 
-    The images of a request to a server (folder None) have at most MAX_PIXELS together.
+    The images of a request to a server (folder None) have at most MAX_PIXELS together. conversation: these are messages
+    to answer, in which `<image>` is text if there is no image, and not a row that may lack one.
     """
+    if conversation and not values and not any(turn.images for turn in parsed.messages):
+        return parsed
     pixels = 0
 
     def read(value: Any, location: str) -> Image:

@@ -157,10 +157,11 @@ def label_names(label: Label) -> tuple[str, ...]:
 class SoftLabels:
     """Distributions over k token ids, next to the labels of an example of n tokens.
 
-    ids, probs: (n, k). The ids of a supervised token contain its label, and their probabilities sum to at most 1. All
-    other ids have the rest together. weight, temperature: the loss is weight * temperature^2 * the Kullback-Leibler
-    divergence of the model at that temperature from the distribution, and (1 - weight) * the cross entropy of the
-    label (Hinton et al., arXiv:1503.02531, section 2).
+    ids, probs: (n, k). The ids of a supervised token are different and contain its label. Their probabilities sum to at
+    most 1, and all other ids have the rest together; an id with a negative probability is one of the others. weight,
+    temperature: the loss is weight * temperature^2 * the Kullback-Leibler divergence of the model at that temperature
+    from the distribution, and (1 - weight) * the cross entropy of the label (Hinton et al., arXiv:1503.02531, section
+    2).
     """
 
     ids: Ids

@@ -249,7 +249,9 @@ def _check_environment_request(
         rows = [row for row in rows if row.answer is not None and row.messages[-1].weight]
         if not rows:
             what = f"--metric {options.metric}: no row ends with an answer to score"
-            fix = f"give rows with the right answers, or leave --metric out to evaluate the reward ({MEAN_REWARD})"
+            fix = f"give rows with the right answers, or leave --metric out to evaluate {MEAN_REWARD}"
+            if reading.get("format") == "prompt":  # as in the run
+                fix = f"--data.format prompt-completion (format prompt reads no answers), or {fix}"
             raise DataError(what, fix=fix, where=left_out)
         check_golds(str(options.metric), [str(row.answer) for row in rows], [(row.file, row.line) for row in rows])
     columns, encoding = reading.get("columns"), reading.get("encoding", "utf-8")

@@ -59,7 +59,7 @@ class ServedModel:
         if self.renderer.control.occurs_in(dict(template_options or {})):
             raise ApiError(400, "chat_template_kwargs: a value contains a control token", param="chat_template_kwargs")
         try:
-            conversation = read_images(parse_request({"messages": messages, "tools": tools}), None)
+            conversation = read_images(parse_request({"messages": messages, "tools": tools}), None, conversation=True)
             if conversation.tools and not self.renderer.chat.traits.tools:
                 raise ApiError(400, "tools: not supported by the model's chat template", param="tools")
             turns = conversation.messages

@@ -538,7 +538,8 @@ def _teacher_note(setup: Setup) -> str | None:
     note = f"train.teacher {train.teacher}: answered {number:,} rows; its probabilities have the weight {weight:g}"
     if not isinstance(setup.data.train_items, SoftRows):
         return note
-    return f"{note}, and those of the most likely tokens add up to {setup.data.train_items.held:.0%}"
+    items = setup.data.train_items
+    return f"{note}, are known for {items.known:.0%} of the tokens, and add up to {items.held:.0%} on average"
 
 
 def _list_cut_references(setup: Setup) -> Iterator[str]:

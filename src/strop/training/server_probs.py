@@ -7,12 +7,13 @@ has a token of the same bytes at the same place of the answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from strop.data.answers import Answers, TopTokens, find_answer
+from strop.data.rendering.render import Renderer
 from strop.data.store import Examples
 from strop.data.types import Example
 from strop.errors import RecipeError
@@ -40,7 +41,7 @@ class TokenReader:
         """
         try:
             entries = [(_bytes_of(entry), [entry, *entry["top_logprobs"]]) for entry in choice["logprobs"]["content"]]
-            begin = b"".join(raw for raw, _ in entries).rfind(answer.encode())
+            begin = _find_answer([raw for raw, _ in entries], answer, str(choice["message"]["content"]))
             found, place = list[TopTokens](), -begin
             for raw, alternatives in entries:
                 known = [(self._ids.get(_bytes_of(x)), float(x["logprob"])) for x in reversed(alternatives)]
@@ -54,24 +55,29 @@ class TokenReader:
         return found if begin >= 0 else []
 
 
-def read_distributions(rows: Examples, answers: Answers, tokenizer: Any) -> Distributions:
+def read_distributions(rows: Examples, answers: Answers, renderer: Renderer) -> Distributions:
     """Return the server's probabilities for each supervised token, or 1 for the token itself where it gave none.
 
-    tokenizer: that of the student. Raises RecipeError if the server's tokens are mostly others.
+    Columns without a token have a probability below 0. renderer: that of the student. Raises RecipeError if the
+    server's tokens are mostly others.
     """
-    decode = TokenBytes(tokenizer).decode
+    decode = TokenBytes(renderer.tokenizer).decode
     ids, probs, counts = list[list[int]](), list[list[float]](), np.zeros(2, np.int64)
     for i, row in enumerate(rows):
         answer = find_answer(rows.conversation(i), answers)
         labels = row.ids[row.weights > 0].tolist()
-        places = {} if answer is None else _find_places(row, answer.text, decode)
+        places = {} if answer is None else _find_places(row, answer.text, decode, renderer.end_ids)
         known = {} if answer is None else {(token.begin, token.end): token for token in answer.tokens}
         for j, label in enumerate(labels):
             token = known.get(places.get(j, NO_PLACE))
-            chosen = {label: 1.0} if token is None else dict(zip(token.ids, np.exp(token.logprobs), strict=True))
-            counts += j in places, token is not None
+            if token is None or label not in token.ids:
+                chosen = {label: 1.0}
+            else:
+                chosen = dict(zip(token.ids, np.exp(token.logprobs), strict=True))
+                counts += 0, 1
+            counts += j in places, 0
             unused = (x for x in range(2 * TOP_LOGPROBS) if x not in chosen)
-            chosen |= {next(unused): 0.0 for _ in range(TOP_LOGPROBS - len(chosen))}
+            chosen |= {next(unused): -1.0 for _ in range(TOP_LOGPROBS - len(chosen))}
             ids.append([*chosen])
             probs.append([*chosen.values()])
     tokens, matched = counts.tolist()
@@ -83,15 +89,42 @@ def read_distributions(rows: Examples, answers: Answers, tokenizer: Any) -> Dist
     return {"ids": np.array(ids, np.int32), "probs": np.array(probs, np.float32)}
 
 
-def _find_places(row: Example, answer: str, decode: Callable[[int], bytes]) -> dict[int, tuple[int, int]]:
-    """Return begin and end, in bytes of the answer, of supervised tokens: those of the last answer of the row."""
+def _find_places(
+    row: Example, answer: str, decode: Callable[[int], bytes], end_ids: Collection[int]
+) -> dict[int, tuple[int, int]]:
+    """Return begin and end, in bytes of the answer, of supervised tokens: those of the last answer of the row.
+
+    end_ids: as of Renderer. If the answer is not found, all are at NO_PLACE.
+    """
     supervised = np.flatnonzero(row.weights > 0)
     first = int(np.flatnonzero(np.diff(supervised, prepend=-2) > 1)[-1])
-    raw = [decode(int(token)) for token in row.ids[supervised[first:]]]
-    if (begin := b"".join(raw).find(answer.encode())) < 0:
-        return {}
+    tokens = row.ids[supervised[first:]].tolist()
+    raw, last = [decode(token) for token in tokens], len(tokens)
+    while last and (tokens[last - 1] in end_ids or not raw[last - 1].strip()):
+        last -= 1
+    begin = _end_of(b"".join(raw[:last]), answer.strip().encode())
     ends = np.cumsum([len(x) for x in raw]) - begin
-    return {first + i: (int(end) - len(x), int(end)) for i, (x, end) in enumerate(zip(raw, ends, strict=True))}
+    pairs = enumerate(zip(raw, ends, strict=True))
+    return {first + i: NO_PLACE if begin < 0 else (int(end) - len(x), int(end)) for i, (x, end) in pairs}
+
+
+def _find_answer(raw: Sequence[bytes], answer: str, content: str) -> int:
+    """Return where an answer, without space around it, begins in the bytes of a response's tokens, or -1.
+
+    content: the text of the response, which ends with the answer. Before it, the tokens may have reasoning that the
+    server leaves out, and after it a token that ends the response.
+    """
+    core, text = answer.strip().encode(), content.strip().encode()
+    parts = [part for part in (b"".join(raw[:-1]), b"".join(raw)) if part.rstrip().endswith(text)]
+    if not parts or not text.endswith(core):
+        return -1
+    return len(parts[0].rstrip()) - len(core)
+
+
+def _end_of(text: bytes, answer: bytes) -> int:
+    """Return where an answer begins that is at the end of a text, before space; or its last place, or -1."""
+    stripped = text.rstrip()
+    return len(stripped) - len(answer) if stripped.endswith(answer) else text.rfind(answer)
 
 
 def _bytes_of(entry: Mapping[str, Any]) -> bytes:

@@ -60,7 +60,7 @@ def soften(
     weight, temperature: as in SoftLabels.
     """
     supervised = row.weights > 0
-    ids, probs = ids.copy(), probs / np.maximum(1, probs.sum(1, keepdims=True))
+    ids, probs = ids.copy(), probs / np.maximum(1, np.maximum(probs, 0).sum(1, keepdims=True))
     labels = row.ids[supervised, None]
     missing = ~(ids == labels).any(1)
     ids[missing, -1], probs[missing, -1] = labels[missing, 0], 0  # the label is always among the ids

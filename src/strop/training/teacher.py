@@ -177,7 +177,7 @@ class Teacher:
         found = find_distributions(rows, self._load().module, TOP_K, message, temperature)
         for i, column in np.argwhere(found["ids"] >= vocabulary):  # the teacher's embedding may have unused rows
             found["ids"][i, column] = next(token for token in range(vocabulary) if token not in found["ids"][i])
-            found["probs"][i, column] = 0
+            found["probs"][i, column] = -1
         return found
 
     def step(self) -> Step:
@@ -225,7 +225,10 @@ class SoftRows(LazySequence[Example]):
         self._rows, self._distributions = rows, distributions
         self._weight, self._temperature = teacher_weight(train), teacher_temperature(train)
         self._ends = np.cumsum(rows.supervised)
-        self.held = float(distributions["probs"].sum(1).mean())  # mean of the probability that is kept for a token
+        probs = distributions["probs"]
+        known = ~((probs[:, 0] == 1) & (probs[:, 1:] < 0).all(1))  # see server_probs
+        self.known = float(known.mean())  # share of the tokens that have probabilities
+        self.held = float(np.maximum(probs[known], 0).sum(1).mean()) if known.any() else 0.0  # mean of what is kept
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -262,14 +265,14 @@ def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Pre
     data, checksum = replace(prepare(answers), answers=answers, pending=pending), hash_file(file)
     if not weight:
         return replace(data, teacher_hash=checksum)
-    temperature, tokens = teacher_temperature(recipe.train), data.renderer.tokenizer
+    temperature = teacher_temperature(recipe.train)
     kind = f"{TOP_LOGPROBS} {checksum}" if is_address(name) else f"{TOP_K}" + f" {temperature}" * (temperature != 1)
     stored, key = file.with_suffix(".safetensors"), sha256_text(f"{data.hash} {kind}")
     distributions = read_or_compute(
         stored, key, int(data.train.supervised.sum()),
         lambda: cache_folder() / "teacher" / f"{sha256_text(f'{key} {find_teacher().key}')[:32]}.safetensors",
-        lambda: read_distributions(data.train, answers, tokens) if is_address(name) else
-        find_teacher().distributions(list(data.train), len(tokens)),
+        lambda: read_distributions(data.train, answers, data.renderer) if is_address(name) else
+        find_teacher().distributions(list(data.train), len(data.renderer.tokenizer)),
         store,
     )  # fmt: skip
     items = SoftRows(data.train, distributions, recipe.train)

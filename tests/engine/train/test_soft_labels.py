@@ -28,6 +28,7 @@ def make_example(
     soft_ids = np.column_stack([ids, others]).astype(np.int32)
     probs = random.random((length, K)).astype(np.float32)
     probs *= np.float32(0.8) / probs.sum(1, keepdims=True)
+    probs[::2, 2:4] = -1  # these ids are among the others
     return Example(ids, weights, "", 0, soft=SoftLabels(soft_ids, probs, weight, temperature))
 
 
@@ -44,7 +45,9 @@ def by_definition(model: Any, examples: list[Example]) -> torch.Tensor:
             if example.soft is None:
                 continue
             row = torch.log_softmax(logits[token - 1] / temperature, -1)
-            ids, probs = torch.from_numpy(example.soft.ids[token]).long(), torch.from_numpy(example.soft.probs[token])
+            given = example.soft.probs[token] >= 0
+            ids, probs = (torch.from_numpy(x[token][given]) for x in (example.soft.ids, example.soft.probs))
+            ids = ids.long()
             others = torch.ones_like(row, dtype=torch.bool).index_fill(0, ids, False)
             model_probs = torch.cat([row[ids], row[others].logsumexp(0)[None]])
             target = torch.cat([probs, 1 - probs.sum(0, keepdim=True)])

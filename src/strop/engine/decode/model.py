@@ -370,7 +370,7 @@ def _parse_messages(messages: Any) -> list[Message]:
     """Parse a conversation that ends with a user or tool message. Raises InputError."""
     messages = [messages] if isinstance(messages, Mapping) else messages
     try:
-        return [*read_images(convert_prompt({"prompt": messages}, ("prompt",))[0], Path()).messages]
+        return [*read_images(convert_prompt({"prompt": messages}, ("prompt",))[0], Path(), conversation=True).messages]
     except InvalidRow as error:
         fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
         raise InputError(f"chat: {error.what}", fix=fix) from None

@@ -254,7 +254,7 @@ class _SoftRows:
         """Replace the losses and gradients of labels by those of SoftLabels."""
         share, temperature = self.soft.weight, self.soft.temperature
         weight = weights[self.rows].to(losses.dtype)
-        is_label = self.ids == labels[self.rows, None]
+        is_label, is_given = self.ids == labels[self.rows, None], self.probs >= 0
         hard = losses[self.rows] / weight
         log_probs = self.capped - (hard + (self.capped * is_label).sum(1))[:, None]
         log_sums = None if self.logits is None else self._log_sums(self.logits)
@@ -264,7 +264,7 @@ class _SoftRows:
         if grad is None:
             return
         # the gradient of an id without a probability of its own is its model probability times `others`
-        others = share * (1 - (1 - self.probs.sum(1)).clamp(min=0) / rest_prob(tempered))
+        others = share * (1 - _rest(self.probs) / rest_prob(self.probs, tempered))
         slope = share * temperature * (tempered.exp() - self.probs) + (1 - share) * (log_probs.exp() - is_label.float())
         if self.softcap:
             slope *= 1 - (self.capped / self.softcap).square()
@@ -279,7 +279,8 @@ class _SoftRows:
                     added *= 1 - (capped / self.softcap).square()
                 rows = self.rows[part]
                 grad[rows] = (added + (1 - share) * grad[rows]).to(grad.dtype)
-        grad[self.rows[:, None], self.ids] = (weight[:, None] * slope).to(grad.dtype)
+        places = self.rows[:, None], self.ids
+        grad[places] = torch.where(is_given, (weight[:, None] * slope).to(grad.dtype), grad[places])
 
     def _cap(self, logits: Tensor) -> Tensor:
         wide = logits.to(_wide_dtype(logits))
@@ -294,17 +295,22 @@ class _SoftRows:
 def divergence(probs: Tensor, log_probs: Tensor) -> Tensor:
     """Return the Kullback-Leibler divergence (N,) of probabilities p from those of the model, both (N, k).
 
-    All ids but the k count as one, with the rest of the probability.
+    All ids but those with a probability count as one, with the rest of the probability: see SoftLabels.
     """
-    rest = (1 - probs.sum(1)).clamp(min=0)
-    crossed: Tensor = (probs * log_probs).sum(1) + rest * rest_prob(log_probs).log()
-    entropy: Tensor = torch.special.entr(probs).sum(1) + torch.special.entr(rest)
+    rest, given = _rest(probs), probs.clamp(min=0)
+    crossed: Tensor = (given * log_probs).sum(1) + rest * rest_prob(probs, log_probs).log()
+    entropy: Tensor = torch.special.entr(given).sum(1) + torch.special.entr(rest)
     return -crossed - entropy
 
 
-def rest_prob(log_probs: Tensor) -> Tensor:
-    """Return the probability (N,) of all ids but those given by `log_probs` (N, k)."""
-    total: Tensor = torch.exp(log_probs).sum(1)
+def _rest(probs: Tensor) -> Tensor:
+    """Return the probability (N,) of the ids without one of their own: see SoftLabels."""
+    return (1 - probs.clamp(min=0).sum(1)).clamp(min=0)
+
+
+def rest_prob(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the model's probability (N,) of all ids but those with a probability. log_probs: the model's, (N, k)."""
+    total: Tensor = (torch.exp(log_probs) * (probs >= 0)).sum(1)
     return (1 - total).clamp(min=1e-6)
 
 
