@@ -81,6 +81,14 @@ def test_lmbda_1_is_the_teachers_judgement_of_own_completions(tmp_path: Path) ->
     assert not {"lmbda", "beta", "temperature"} & set(notes(draft.unsupported))
 
 
+def test_own_completions_without_an_adapter_there_get_one(tmp_path: Path) -> None:
+    text = SCRIPT.replace("peft_config=LoraConfig(r=4, lora_dropout=0.05),", "")
+    text = text.format(arguments="lmbda=1.0, beta=1.0", kind="GKD", model="student", teacher="teacher")
+    draft = write(tmp_path, "trl", text, "train.py").draft
+    assert train(draft)["objective"] == "grpo" and "method" not in train(draft)
+    assert "strop trains an adapter" in notes(draft.differs)["weights"]
+
+
 def test_settings_between_the_kinds_are_reported_by_name(tmp_path: Path) -> None:
     draft = script(tmp_path, "")
     left_out = notes(draft.unsupported)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from strop.config.load import Resolved, resolve
+from strop.config.schema import FULL_OBJECTIVES
 from strop.errors import InputError, RecipeError, StropError, suggest
 from strop.objectives.table import OBJECTIVES
 
@@ -176,6 +177,7 @@ class Draft:
         if any(source.endswith(".txt") for source in self._train_files()):
             self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
+        self._leave_out_full()
         if self.get("train.method") == "full":
             self.fields = {
                 name: entry
@@ -195,6 +197,14 @@ class Draft:
         missing = [x for x in REQUIRED_OPTIONS if x not in values and (has_teacher or x != "train.teacher")]
         resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
         return Imported(self, resolved, missing)
+
+    def _leave_out_full(self) -> None:
+        """Train an adapter for objectives that strop cannot train all weights for."""
+        if self.get("train.method") == "full" and self.get("train.objective") not in (None, *FULL_OBJECTIVES):
+            del self.fields["train.method"]
+            self.differs = [note for note in self.differs if note.key != "weights"]
+            text = "all are trained in the other tool; strop trains an adapter, which needs a higher learning rate"
+            self.add_difference("weights", text)
 
     def _note_kept_weights(self) -> None:
         if self.get("data.eval") is None:

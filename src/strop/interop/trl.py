@@ -591,9 +591,6 @@ def _read_adapter(draft: Draft, script: Script, trainer_arguments: dict[str, ast
         return None
     loaders = [call.owner for call in script.calls if call.name == "from_pretrained"]
     only_models = all(any(part in owner for part in ("Auto", "ForCausalLM", "Tokenizer")) for owner in loaders)
-    if not adapters and objective == "grpo":
-        draft.add_difference("weights", "all are trained there; strop trains own completions with adapters")
-        return None
     if not adapters and not is_unsloth and only_models and draft.get("model.quantization") in (None, "none"):
         draft.put_full("no LoraConfig")
         return None

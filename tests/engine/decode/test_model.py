@@ -140,6 +140,8 @@ def test_chat_accepts_a_list_of_messages_and_the_usual_names(tiny_folder: Path) 
     answer = model.chat([{"role": "user", "content": "hi"}], max_tokens=3, temperature=0)
     assert model.history[-1].content == answer and [turn.role for turn in model.history] == ["user", "assistant"]
     assert answer == strop.load(tiny_folder).chat("hi", max_new_tokens=3, temperature=0)
+    messages = [{"role": role, "content": "an <image> tag"} for role in ("user", "assistant", "user")]
+    assert model.chat(messages, max_tokens=3, temperature=0) == model.history[-1].content  # it is text without an image
     with pytest.raises(strop.InputError, match="did you mean temperature"):
         model.chat("hi", temprature=1)
     with pytest.raises(strop.errors.InputError, match="nothing to answer"):
