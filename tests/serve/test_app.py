@@ -77,6 +77,11 @@ def test_system_prompt_of_training_is_the_default(server: Server) -> None:
     )
 
 
+def test_a_placeholder_of_images_is_text_for_a_model_of_texts(server: Server) -> None:
+    fields = {"model": "base", "messages": [{"role": "user", "content": "an <image> tag"}], "max_tokens": 1}
+    assert server.post(CHAT, fields).status_code == 200
+
+
 def test_stream_equals_the_whole_completion(server: Server) -> None:
     whole = server.chat(max_tokens=24).json()
     chunks = events(server.chat(max_tokens=24, stream=True, stream_options={"include_usage": True}))
