@@ -32,7 +32,8 @@ MATMULS_BYTES, MORE_MATMULS_BYTES, FP32_MATMULS_BYTES = 47 * MIB, 87 * MIB, 5 * 
 SCRATCH_BYTES = 14 * MIB  # scratch memory of oneDNN, and small buffers
 INTEGER_SUMS_BYTES = 72 * MIB  # engine.kernels.cpu.int8_matmul.SUMS_BYTES
 CUDA_CONTEXT_BYTES = 450 * MIB  # with cuBLAS's workspace
-FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text")  # families that store the experts of a layer in one tensor
+# families that store the experts of a layer in one tensor
+FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text", "qwen3_vl_moe_text")
 BLOCK, NESTED = 64, 256  # weights per quantization constant, and constants per nested constant
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
