@@ -38,7 +38,7 @@ UNSUPPORTED = {
     "llamafactory-kto.yaml": set(),
     "llamafactory-pretrain.yaml": {"streaming", "neftune_noise_alpha", "lr_scheduler_type"},
     "swift-chat.sh": {"system"},
-    "swift-gkd.yaml": {"temperature"},
+    "swift-gkd.yaml": set(),
     "swift-own.sh": {"beta", "dataset", "top_k"},
     "swift-qlora.yaml": {"deepspeed", "truncation_strategy"},
     "swift-sft.yaml": set(),
