@@ -62,7 +62,7 @@ def commit() -> str:
 def write(file: Path | str, results: Any, **more: Any) -> None:
     """Store results with the machine, date, commit, versions and command. more: further fields."""
     script, *words = sys.argv
-    parts = (part for word in words for part in word.split())  # the value of an option may be a command
+    parts = (part for word in words for part in word.split() or ["''"])  # the value of an option may be a command
     short = (Path(part).name if os.path.isabs(part) else part for part in parts)  # without its folder
     command = " ".join(["python", f"benchmarks/{Path(script).name}", *short])
     of = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}

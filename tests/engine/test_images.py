@@ -123,7 +123,7 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
     assert (step.name == "plain") == (folder.name in PLAIN)
     features = image_features(model)
     assert features is not None and features.why_not_decoded is None
-    assert bool(features.two_way) == (folder.name in TWO_WAY)
+    assert bool(features.bidirectional_layers) == (folder.name in TWO_WAY)
     assert tokenizer.image_encoder.reads_several == (folder.name not in ONE_IMAGE)
     for other in (step, PlainLoss(model)):
         model.zero_grad()

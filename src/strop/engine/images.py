@@ -100,14 +100,14 @@ class ImageFeatures:
         return folder / key.hexdigest()[:24]
 
     @cached_property
-    def has_space(self) -> bool:
-        """Whether the model's rotary embedding has positions in space (M-RoPE, arXiv:2409.12191): see `positions`."""
+    def uses_mrope(self) -> bool:
+        """Return whether rotary positions have three dimensions (M-RoPE, arXiv:2409.12191): see `positions`."""
         return GRID in inspect.signature(type(self._model).forward).parameters
 
     @cached_property
     def why_not_decoded(self) -> str | None:
         """Return why strop's decoders cannot compute rows with images, or None."""
-        return _IN_SPACE if self.has_space and self._positioned is None else None
+        return _IN_SPACE if self.uses_mrope and self._positioned is None else None
 
     @cached_property
     def _positioned(self) -> Any | None:
@@ -121,7 +121,7 @@ class ImageFeatures:
         valid for each sequence with the same first tokens, also if it ends inside an image.
         """
         spans = list(self._spans(ids[ids >= FIRST_IMAGE_ID]))
-        if not spans or not self.has_space:
+        if not spans or not self.uses_mrope:
             return np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
         assert self._positioned is not None
         table, (number, _, last) = self._encoder.table, spans[-1]
@@ -137,12 +137,12 @@ class ImageFeatures:
 
     @cached_property
     @torch.no_grad()
-    def two_way(self) -> frozenset[str]:
+    def bidirectional_layers(self) -> frozenset[str]:
         """The types of layers in which the features of an image attend to all of its features; "" means all layers.
 
         They are those whose attention mask depends on which tokens are features (none in small Gemma 4).
         """
-        if self.has_space or not self._token_types:
+        if self.uses_mrope or not self._token_types:
             return frozenset()
         ids = torch.zeros(1, 4, dtype=torch.long, device=self._model.device)
         types = ids, torch.tensor([[0, 1, 1, 0]], device=ids.device)
@@ -163,13 +163,13 @@ class ImageFeatures:
     @property
     def why_model_computes(self) -> str | None:
         """Return why the model's own forward must train on the rows, or None. Without images it is never needed."""
-        why = self.why_not_decoded or (_BIDIRECTIONAL if self.two_way else None)
+        why = self.why_not_decoded or (_BIDIRECTIONAL if self.bidirectional_layers else None)
         return why if self.has_images else None
 
     @property
     def positions_differ(self) -> bool:
-        """Whether the positions of a sequence may differ from those of text: see `positions`."""
-        return self.has_space and self.has_images
+        """Return whether a sequence may have other positions than 0, 1, 2, ...: see `positions`."""
+        return self.uses_mrope and self.has_images
 
     def rows(self, ids: Tensor) -> list[Tensor]:
         """Return the features (n, h) of token ids (n,) from FIRST_IMAGE_ID on.

@@ -56,12 +56,12 @@ def call_within(timeout: float, function: Callable[[], Any]) -> Any:
 
 
 def call_together(calls: Sequence[Callable[[], Coroutine[Any, Any, Any]]], timeout: float) -> list[Any]:
-    """Run coroutines at the same time. Returns the result of each in order, or its CallError."""
+    """Run coroutines concurrently. Returns the result of each in order, or its CallError."""
     return run_together([call_async(call, timeout) for call in calls])
 
 
 def run_together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines of strop's in the event loop at the same time, and return their results in order."""
+    """Run coroutines concurrently in the event loop, and return their results in order."""
 
     async def gather() -> list[T]:
         return list(await asyncio.gather(*coroutines))
@@ -70,12 +70,12 @@ def run_together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """Run a coroutine of strop's in the event loop."""
+    """Schedule a coroutine in the event loop, and return its future."""
     return asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
 
 
 async def call_async(call: Callable[[], Coroutine[Any, Any, Any]], timeout: float) -> Any:
-    """Return the result of an `async` function of the user's, or its CallError. timeout: in seconds."""
+    """Return the result of an `async` function of the user, or its CallError. timeout: in seconds."""
 
     async def call_guarded() -> Any:
         try:

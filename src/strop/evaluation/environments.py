@@ -47,9 +47,12 @@ FORM = "write it as FILE.py:Class or FILE.py:function,function"
 
 @dataclass(frozen=True)
 class TurnResult:
-    """What the calls of a turn returned. texts: the result of each, for the model. failed: whether each is an error.
+    """The results of the tool calls of a turn.
 
-    done: whether the trace has ended, or the CallError of `done`.
+    Attributes:
+        texts: the result of each call, for the model.
+        failed: whether each call failed.
+        done: whether the trace has ended, or the CallError of `done`.
     """
 
     texts: tuple[str, ...]
@@ -97,7 +100,7 @@ class Environment:
             self._unused.append(used)
 
     def reset(self, starts: Sequence[Start]) -> list[list[Message]]:
-        """Start traces at the same time, and return the messages of the prompt of each. Raises RunError for a row."""
+        """Start traces concurrently, and return the messages of the prompt of each. Raises RunError for a row."""
         calls = [self._prepare_reset(start) for start in starts]
         results = run_together([self._call(*call) for call in calls])
         return [self._read_reset(*pair) for pair in zip(starts, results, strict=True)]
@@ -163,7 +166,7 @@ class Environment:
     def rewards(self, ends: Sequence[End]) -> list[dict[str, float]]:
         """Return the named parts of the environment's own reward of each trace, or {} if it has none.
 
-        They are computed at the same time. Raises RunError for a row.
+        They are computed concurrently. Raises RunError for a row.
         """
         results = run_together([self._reward(end) for end in ends])
         parts = []

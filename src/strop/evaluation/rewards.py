@@ -6,7 +6,7 @@ The form of a user-defined function follows from the names of its parameters:
 - `f(completions, rows)`: called once for all completions of a step
 - `f(right_answer, answer)`, with any other names: called for each completion
 
-It may be `async`; the calls of a step then run at the same time. It returns a finite number, or a dict of named numbers
+It may be `async`; the calls of a step then run concurrently. It returns a finite number, or a dict of named numbers
 whose sum is the reward; the batch form returns a list of them. A row is a dict with all columns of the row as in the
 data file. `prompt` (the last user message), `messages` (of the prompt) and `answer` (the right answer) are added unless
 the row has columns of these names.

@@ -257,20 +257,9 @@ def _check_environment_request(
     columns, encoding = reading.get("columns"), reading.get("encoding", "utf-8")
     values = {(row.file, row.line): row.value for row in read_rows(data, encoding=encoding, columns=columns, errors=[])}
     return _Request(
-        options,
-        rows,
-        [],
-        None,
-        notes,
-        None,
-        [],
-        None,
-        advance,
-        devices,
-        environments=environments,
-        columns=values,
+        options, rows, [], None, notes, None, [], None, advance, devices, environments=environments, columns=values,
         left_out=left_out,
-    )
+    )  # fmt: skip
 
 
 def _evaluate_environment(name: str, request: _Request) -> dict[str, Any]:

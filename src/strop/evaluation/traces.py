@@ -123,7 +123,7 @@ class Tracer:
         numbered = [(prompt, reset) for prompt, reset, group in zip(prompts, resets, seeds, strict=True) for _ in group]
         traces = self.start(numbered)
         flat_seeds = [seed for group in seeds for seed in group]
-        sample([trace.prompt_ids for trace in traces], flat_seeds, _Answers(self, traces))
+        sample([trace.prompt_ids for trace in traces], flat_seeds, _ToolResponder(self, traces))
         rest = iter(traces)
         return [[next(rest) for _ in group] for group in seeds]
 
@@ -175,8 +175,8 @@ class Tracer:
 
 
 @dataclass(eq=False)
-class _Answers:
-    """What follows the turns of traces (`Respond`). Tools of a trace are called while other traces are sampled."""
+class _ToolResponder:
+    """Continues traces with the results of their tool calls (`Respond`), which run while other traces are sampled."""
 
     tracer: Tracer
     traces: Sequence[Trace]

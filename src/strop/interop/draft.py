@@ -174,7 +174,7 @@ class Draft:
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         self._note_kept_weights()
         self.add_difference("rows", ROWS_NOTE)
-        if any(source.endswith(".txt") for source in self._train_files()):
+        if any(source.endswith(".txt") for source in self.train_files()):
             self.add_difference("data", "a row is a line of a .txt file in the other tool, and a paragraph in strop")
         self._leave_out_adapter_settings()
         self._leave_out_full()
@@ -398,7 +398,7 @@ class Draft:
         unread = columns & detected - set(read.values())
         return {name: column for name, column in read.items() if column in columns} if unread else {}
 
-    def _train_files(self) -> list[str]:
+    def train_files(self) -> list[str]:
         sources = self.get("data.train") or []
         return [sources] if isinstance(sources, str) else [str(source) for source in sources]
 
@@ -406,7 +406,7 @@ class Draft:
         """Return the first rows of files (default: data.train), or None if they need a download or cannot be read."""
         from strop.data.reading.sources import needs_download, read_rows
 
-        sources = self._train_files() if sources is None else sources
+        sources = self.train_files() if sources is None else sources
         try:
             if not sources or any(map(needs_download, sources)):
                 return None

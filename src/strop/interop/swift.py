@@ -139,7 +139,7 @@ def _read_data(draft: Draft, keys: Keys) -> None:
                 draft.add_unsupported(key, f"{source}: strop reads all rows of {limited[1]}")
             sources.append(limited[1] if limited else str(source))
         draft.put_sources(field, sources, key)
-    if any("/" in source and not source.endswith((".jsonl", ".json", ".csv")) for source in draft._train_files()):
+    if any("/" in source and not source.endswith((".jsonl", ".json", ".csv")) for source in draft.train_files()):
         draft.add_difference("dataset", "ids are those of ModelScope unless use_hf is set; in strop of Hugging Face")
     draft.put_eval_share("split_dataset_ratio", keys.take("split_dataset_ratio"))
     draft.put_int(keys, "max_length", "data.max_length")

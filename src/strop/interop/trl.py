@@ -66,7 +66,10 @@ TRAINER_ARGUMENTS = (
 )  # fmt: skip
 # order of the trainers' arguments after `model`, and `ref_model` if they have one
 TRAINER_POSITIONS = ("args", "data_collator", "train_dataset", "eval_dataset")
-EMBEDDER_POSITIONS = ("args", "train_dataset", "eval_dataset", "loss", "evaluator", "data_collator")
+OTHER_POSITIONS: dict[str, tuple[str, ...]] = {
+    sentence_transformers.TRAINER: ("args", "train_dataset", "eval_dataset", "loss", "evaluator", "data_collator"),
+    trl_grpo.TRAINER: trl_grpo.POSITIONS, **distillation.POSITIONS,
+}  # fmt: skip
 # arguments of the trainer that are code; the rest are those of its config, where older versions of TRL had them here
 _CODE_ARGUMENTS = (
     "compute_loss_func", "compute_metrics", "data_collator", "formatting_func", "model_init", "optimizers",
@@ -163,10 +166,7 @@ def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], Ca
     for run in runs[1:]:
         draft.add_unsupported("train", "called again; only what is set before the first call is imported", run.line)
     base = next((base for name, base, _ in custom_trainers if name == call.name), call.name)
-    positions: tuple[str, ...] = TRAINER_POSITIONS
-    positions = EMBEDDER_POSITIONS if base == sentence_transformers.TRAINER else positions
-    positions = trl_grpo.POSITIONS if base == trl_grpo.TRAINER else positions
-    positions = distillation.POSITIONS.get(base, positions)
+    positions = OTHER_POSITIONS.get(base, TRAINER_POSITIONS)
     names = ("model", *(("ref_model",) if base in ("DPOTrainer", "KTOTrainer") else ()), *positions)
     arguments = {**dict(zip(names, call.arguments, strict=False)), **call.keywords}
     report_unpacked(draft, call)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from strop.config.schema import Recipe
 from strop.data.images import MAX_TOWER_OUTPUTS
 from strop.data.rendering.image_encoder import ImageEncoder
 from strop.models.adapter_config import IN_TOWER
-from strop.models.families.shape import ModelShape
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
@@ -52,10 +51,6 @@ class ImageLoad:
         largest = max(images, key=lambda image: image.width * image.height)
         patches = int(encoder.count_values(largest.width, largest.height) / patch_values)
         return ImageLoad(len(images), flops, patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
-
-    def of_trained(self, shape: ModelShape, vision: str) -> ModelShape:
-        """Return the shape with the patches whose activations an encoder with adapters keeps. vision: lora.vision."""
-        return replace(shape, image_patches=self.patches) if vision == "all" else shape
 
     def passes(self, recipe: Recipe, rows: float) -> float:
         """Return the passes of the encoder over each image in a run: one, or some in each epoch if it is not kept."""

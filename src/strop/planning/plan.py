@@ -139,8 +139,8 @@ def make_plan(
 ) -> Plan:
     """Plan a run. thorough: also plan train.teacher, `largest` and `suggestions`, which takes most of the time."""
     machine, shape = target.machine, model.shape
-    if rows.images is not None:
-        shape = rows.images.of_trained(shape, resolved.recipe.lora.vision)
+    if rows.images is not None and resolved.recipe.lora.vision == "all":
+        shape = replace(shape, image_patches=rows.images.patches)
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     resolved = choose_labels(resolved, rows.labels)
     recipe = resolved.recipe

@@ -182,9 +182,9 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     if vision.value != "none" and vision.origin != "plan" and not data.renderer.image_table:
         what = f"lora.vision {vision.value}: no row has an image, so nothing but the text model would be trained"
         raise RecipeError(what, fix="leave lora.vision out")
-    if (images := ImageLoad.measure(image_encoder(tokenizer), source)) is not None:
-        facts = replace(facts, shape=images.of_trained(facts.shape, recipe.lora.vision))
-        shape = facts.shape
+    if recipe.lora.vision == "all" and (images := ImageLoad.measure(image_encoder(tokenizer), source)) is not None:
+        shape = replace(shape, image_patches=images.patches)
+        facts = replace(facts, shape=shape)
     if recipe.train.teacher is not None and teacher_weight(recipe.train) and data.renderer.image_table:
         what = "train.teacher: the probabilities of a teacher for rows with images are not supported"
         raise RecipeError(what, fix="--train.teacher_weight 0, which trains on its answers, or leave the teacher out")

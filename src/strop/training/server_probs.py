@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from strop.data.answers import Answers, TopTokens, find_answer
 from strop.data.rendering.render import Renderer
@@ -70,12 +71,9 @@ def read_distributions(rows: Examples, answers: Answers, renderer: Renderer) -> 
         known = {} if answer is None else {(token.begin, token.end): token for token in answer.tokens}
         for j, label in enumerate(labels):
             token = known.get(places.get(j, NO_PLACE))
-            if token is None or label not in token.ids:
-                chosen = {label: 1.0}
-            else:
-                chosen = dict(zip(token.ids, np.exp(token.logprobs), strict=True))
-                counts += 0, 1
-            counts += j in places, 0
+            has_probs = token is not None and label in token.ids
+            chosen = dict(zip(token.ids, np.exp(token.logprobs), strict=True)) if token and has_probs else {label: 1.0}
+            counts += j in places, has_probs
             unused = (x for x in range(2 * TOP_LOGPROBS) if x not in chosen)
             chosen |= {next(unused): -1.0 for _ in range(TOP_LOGPROBS - len(chosen))}
             ids.append([*chosen])
@@ -87,6 +85,12 @@ def read_distributions(rows: Examples, answers: Answers, renderer: Renderer) -> 
         fix = "choose a teacher of the same family, or train on its answers alone: --train.teacher_weight 0"
         raise RecipeError(what, fix=fix)
     return {"ids": np.array(ids, np.int32), "probs": np.array(probs, np.float32)}
+
+
+def lacks_probabilities(probs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return whether `read_distributions` had no probabilities for each token, (S,). probs: (S, K), from it."""
+    found: npt.NDArray[np.bool_] = (probs[:, 0] == 1) & (probs[:, 1:] < 0).all(1)
+    return found
 
 
 def _find_places(

@@ -36,7 +36,7 @@ from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
-from strop.training.server_probs import TOP_LOGPROBS, TokenReader, read_distributions
+from strop.training.server_probs import TOP_LOGPROBS, TokenReader, lacks_probabilities, read_distributions
 from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 TOP_K = 32
 DEFAULT_WEIGHT = 0.5  # of the teacher's probabilities
 KEY = "STROP_TEACHER_KEY"  # environment variable with the API key of a server
-REQUESTS = 8  # to a server at the same time
+REQUESTS = 8  # concurrent requests to a server
 REASONING_BEGINS, REASONING_ENDS = ("<think>",), ("</think>",)
 
 LOG = logging.getLogger(__name__)
@@ -74,11 +74,10 @@ class Teacher:
         self.on_server = is_address(self.name)
         self.received: dict[int, Answer | NoAnswer] = {}  # answers of a server, of the current call
         self._loaded: Model | None = None
-        self._reader: TokenReader | None = None  # of the probabilities of a server
+        self._student_tokenizer = tokenizer
         if self.on_server:
             self.key = f"{self.name} {recipe.train.teacher_model}"
             if teacher_weight(recipe.train):
-                self._reader = TokenReader(tokenizer)
                 self.key += f" {TOP_LOGPROBS} {sha256_text(json.dumps(tokenizer.get_vocab(), sort_keys=True))}"
             return
         folder = adapter_folder(self.name)
@@ -144,6 +143,7 @@ class Teacher:
             what = f"--train.teacher {self.name}: has {len(names)} models: {', '.join(names[:8])}"
             raise RecipeError(what, fix="choose one with --train.teacher_model")
         LOG.info("train.teacher: %s answers", server.model)
+        reader = TokenReader(self._student_tokenizer) if teacher_weight(self._recipe.train) else None
 
         def ask(row: Conversation) -> Answer | NoAnswer:
             answer = request(row)
@@ -154,7 +154,7 @@ class Teacher:
 
         def request(row: Conversation) -> Answer | NoAnswer:
             options: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
-            if self._reader is not None:
+            if reader is not None:
                 options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
                 choice = server.choose([*map(_request_message, row.messages)], **options)
@@ -163,9 +163,9 @@ class Teacher:
             if (text := whole_text(choice)) is None:
                 return NoAnswer("the server gave no whole text: it was cut, filtered, or a call of a tool")
             answer = _without_reasoning(text, REASONING_ENDS)
-            if self._reader is None or isinstance(answer, NoAnswer):
+            if reader is None or isinstance(answer, NoAnswer):
                 return answer
-            return replace(answer, tokens=self._reader.read(choice, answer.text))
+            return replace(answer, tokens=reader.read(choice, answer.text))
 
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(ask, rows))
@@ -226,7 +226,7 @@ class SoftRows(LazySequence[Example]):
         self._weight, self._temperature = teacher_weight(train), teacher_temperature(train)
         self._ends = np.cumsum(rows.supervised)
         probs = distributions["probs"]
-        known = ~((probs[:, 0] == 1) & (probs[:, 1:] < 0).all(1))  # see server_probs
+        known = ~lacks_probabilities(probs)
         self.known = float(known.mean())  # share of the tokens that have probabilities
         self.held = float(np.maximum(probs[known], 0).sum(1).mean()) if known.any() else 0.0  # mean of what is kept
 

@@ -56,7 +56,7 @@ class Decoder(Protocol):
 
     @property
     def whole_images(self) -> bool:
-        """Whether a pass must process all features of an image, which attend to each other."""
+        """Return whether a pass must process an image as a whole, because its features attend to each other."""
 
     def admit(self, sequence: SequenceState) -> None:
         """Reserve the space for the sequence, and reuse the cached part of its prompt.
@@ -93,7 +93,7 @@ class CompiledDecoder:
 
     @property
     def whole_images(self) -> bool:
-        return attends_two_ways(self._images)
+        return attends_bidirectionally(self._images)
 
     def admit(self, sequence: SequenceState) -> None:
         root = root_hash(sequence.adapter)
@@ -216,16 +216,16 @@ def find_positions(images: ImageFeatures | None, spans: Sequence[tuple[SequenceS
     return np.concatenate(parts, axis=1)
 
 
-def attends_two_ways(images: ImageFeatures | None) -> bool:
+def attends_bidirectionally(images: ImageFeatures | None) -> bool:
     """Return whether there are images, whose features attend to each other in both directions."""
-    return images is not None and images.has_images and bool(images.two_way)
+    return images is not None and images.has_images and bool(images.bidirectional_layers)
 
 
 def find_key_ends(images: ImageFeatures | None, sequence: SequenceState, count: int) -> Indices:
     """Return the position (count,) after the last key that each of the next tokens of a sequence attends to."""
     begin = sequence.num_cached
     ends = np.arange(begin + 1, begin + count + 1)
-    if attends_two_ways(images) and (sequence.ids[begin : begin + count] >= FIRST_IMAGE_ID).any():
+    if attends_bidirectionally(images) and (sequence.ids[begin : begin + count] >= FIRST_IMAGE_ID).any():
         ends[: sequence.length - begin] = image_ends(sequence.ids)[begin : begin + count]
     return ends
 
@@ -273,7 +273,11 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
         if features.why_not_decoded is not None:
             return features.why_not_decoded
         types = frozenset(getattr(config, "layer_types", None) or ())
-        if features.two_way and "" not in features.two_way and not types <= features.two_way:
+        if (
+            features.bidirectional_layers
+            and "" not in features.bidirectional_layers
+            and not types <= features.bidirectional_layers
+        ):
             return "attention in both directions between the features of an image in some layers"
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     is_text = text_filter(base)

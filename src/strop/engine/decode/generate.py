@@ -68,7 +68,7 @@ class Respond(Protocol):
     """Continues traces after their turns. A trace with its next tokens must be shorter than `sample_turns` allows."""
 
     def begin(self, number: int, completion: SampledCompletion) -> None:
-        """Start to find out what follows a turn. number: of the trace."""
+        """Start to compute the tokens that follow a turn. number: of the trace."""
 
     def collect(self, *, wait: bool) -> dict[int, Ids | None]:
         """Return the tokens before the next turn by trace, or None for a trace that has ended.
@@ -225,7 +225,7 @@ def sample_turns(
 
     Tokens are sampled at temperature 1 from the whole vocabulary, or greedily. A trace depends only on the weights, its
     prompt, its seed and what is appended (without the compiled decoder, also on the other traces). The compiled decoder
-    goes on with the other traces until `respond` has what follows a turn, and keeps the keys and values of a trace
+    samples the other traces while `respond` computes what follows a turn, and keeps the keys and values of a trace
     between its turns, so each token is processed once. transformers' generate and `sampler` wait for all traces, and
     process a trace again in each turn. The decoder is freed afterwards.
 

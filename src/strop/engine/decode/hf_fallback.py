@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.decoder import Chunk, attends_two_ways, find_key_ends, find_positions
+from strop.engine.decode.decoder import Chunk, attends_bidirectionally, find_key_ends, find_positions
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.images import image_features
@@ -160,7 +160,7 @@ class HfDecoder:
 
     @property
     def whole_images(self) -> bool:
-        return attends_two_ways(self._images)
+        return attends_bidirectionally(self._images)
 
     def kv_bytes_per_position(self) -> int:
         """Return the number of bytes per position, measured by processing one token."""
@@ -243,14 +243,15 @@ class HfDecoder:
         past_owners = torch.arange(len(chunks)).repeat_interleave(starts)
         key_positions, key_owners = torch.cat([past_positions, positions]), torch.cat([past_owners, owners])
         visible = (owners[:, None] == key_owners) & (positions[:, None] >= key_positions)
-        key_ends = [find_key_ends(self._images, chunk.sequence, chunk.count) for chunk in chunks]
-        two_way = (owners[:, None] == key_owners) & (
-            torch.from_numpy(np.concatenate(key_ends))[:, None] > key_positions
-        )
+        bidirectional = None
+        if self.whole_images:
+            key_ends = [find_key_ends(self._images, chunk.sequence, chunk.count) for chunk in chunks]
+            is_before_end = torch.from_numpy(np.concatenate(key_ends))[:, None] > key_positions
+            bidirectional = (owners[:, None] == key_owners) & is_before_end
         ends = counts.cumsum(0)
         cache = PrefillCache(concat_kv([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
-            masks = self._build_masks(visible, positions[:, None] - key_positions, two_way)
+            masks = self._build_masks(visible, positions[:, None] - key_positions, bidirectional)
             ropes = self._find_positions([(chunk.sequence, chunk.count) for chunk in chunks], positions)[..., None, :]
             logits = self._forward(ids[None], ropes, masks, cache, logits_to_keep=ends - 1)[0]
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
@@ -277,17 +278,17 @@ class HfDecoder:
         space = find_positions(self._images, spans)
         return positions if space is None else copy_to_device([space], self.device)[0]
 
-    def _build_masks(self, visible: Tensor, distance: Tensor, two_way: Tensor | None = None) -> Any:
+    def _build_masks(self, visible: Tensor, distance: Tensor, bidirectional: Tensor | None = None) -> Any:
         """Return the attention mask, or the masks by type of layer, in the format of the model.
 
         visible: whether a query attends to a key without a window. distance: the position of the query minus that of
-        the key. Both are (queries, keys) or (rows, 1, keys). two_way: like visible, for layers in which the features of
-        an image attend to all of its features.
+        the key. Both are (queries, keys) or (rows, 1, keys). bidirectional: like visible, for layers in which the
+        features of an image attend to all of its features.
         """
         full_keys = sliding_keys = visible
-        if two_way is not None and self._images is not None:
-            types = self._images.two_way
-            full_keys, sliding_keys = (two_way if {"", name} & types else visible for name in (FULL, SLIDING))
+        if bidirectional is not None and self._images is not None:
+            types = self._images.bidirectional_layers
+            full_keys, sliding_keys = (bidirectional if {"", name} & types else visible for name in (FULL, SLIDING))
         full = self._build_mask(full_keys)
         if self._window is None:
             return full

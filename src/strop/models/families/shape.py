@@ -185,9 +185,7 @@ class ModelShape:
     # not in the repr, which is a cache key
     projector_weights: int = field(default=0, repr=False)  # of the projector that lora.vision trains in full
     tower_sizes: int = field(default=0, repr=False)  # inputs and outputs of the linear layers that it adapts, in total
-    image_patches: int = field(
-        default=0, repr=False
-    )  # of the largest image, if adapters in the image encoder are trained
+    image_patches: int = field(default=0, repr=False)  # of the largest image, if the image encoder is trained
     text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     stored_dtype: str = field(default="bfloat16", repr=False, compare=False)  # of the weight files, by the config
 
