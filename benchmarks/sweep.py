@@ -28,9 +28,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measured import write
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-TIMES = {"seconds", "train_s", "peak_bytes", "predicted_s", "predicted_peak_bytes", "plan"}
+from benchmarks.measured import write
+from tests.sweeping.support import progress, without_times
+
 DRAWS = 2000
 SETTINGS, SEEDS = 4, 3  # of a simulated sweep
 
@@ -56,20 +58,8 @@ def command(args: argparse.Namespace, data: Path, out: Path, over: list[str]) ->
     return words
 
 
-def progress(folder: Path) -> int:
-    """Return the number of lines that a sweep has written to its journal and to the events of its runs."""
-    files = [folder / "journal.log", *folder.glob("*/*/events.jsonl")]
-    return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
-
-
 def run(words: list[str]) -> None:
     subprocess.run(words, check=True)
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def state_of(folder: Path) -> dict[str, Any]:
