@@ -82,6 +82,14 @@ def test_counter_in_a_status_line_does_not_restart_its_time() -> None:
         assert status._text() == "writing (0 s)"
 
 
+def test_each_step_has_its_own_time() -> None:
+    with run_progress(Console(file=io.StringIO())) as show:
+        for number in (1, 2):
+            show({**STEP, "time": 1.0, "step": number, "steps": 3})
+            assert show._status._text() == f"computing step {number + 1} (0 s)"
+            show._status._since -= 60
+
+
 def test_status_after_the_last_step_is_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     activities: list[str] = []
     monkeypatch.setattr(StatusLine, "update", lambda _, activity: activities.append(activity))

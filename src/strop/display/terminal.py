@@ -78,6 +78,10 @@ class StatusLine:
         self._activity = activity
         self._draw()
 
+    def restart_time(self) -> None:
+        """Count the time from now on, also if the next activity differs only in its numbers."""
+        self._since = time.monotonic()
+
     def print(self, activity: str) -> None:
         """Print the new activity as a permanent line, and show it in the status line."""
         self._out.print(activity, markup=False)
@@ -214,6 +218,7 @@ class RunProgress:
 
     def _on_step(self, event: Event) -> None:
         is_last = event["step"] == event.get("steps")
+        self._status.restart_time()
         self._status.update("saving" if is_last else f"computing step {event['step'] + 1}")
         minutes, seconds = divmod(int(event["seconds_left"]), 60)
         metrics = f"{event['loss']:.4f}"
