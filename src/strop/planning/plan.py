@@ -389,6 +389,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = f", {_format_duration(plan.seconds)} in all{_describe_images(plan)}" if plan.seconds else ""
+    seconds += ", without the teacher's time" if seconds and plan.resolved.recipe.train.teacher else ""
     out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"max_length {length:,}"
