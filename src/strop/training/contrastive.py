@@ -92,7 +92,7 @@ class EmbedCriterion(Criterion):
         total = 0.0
         for rows in np.array_split(np.arange(len(batch)), max(1, len(batch) // self.options.batch_size)):
             vectors = torch.from_numpy(np.concatenate([parts[row] for row in rows])).double()
-            total += float(self._contrast(vectors, [batch[row] for row in rows])[0].sum())
+            total += float(self._contrast(vectors, [batch[row] for row in rows.tolist()])[0].sum())
         retrieval = Retrieval.from_rows([triplet.examples for triplet in batch])
         scores = score_retrieval(retrieval, retrieval.select(np.concatenate(parts)))
         return {"loss": total / len(batch), **summarize_scores(scores)}

@@ -108,6 +108,20 @@ def test_compiler_starts_only_where_nothing_is_compiled(
     assert not compiler.is_waiting
 
 
+def test_a_compiler_that_waited_too_long_is_closed_and_replaced(
+    no_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = warmup.Compiler()
+    late._process.kill()
+    late._process.wait()
+    monkeypatch.setattr(warmup, "_started", [late])
+    compiler = warmup.take_compiler()
+    assert compiler is not late and compiler.is_waiting
+    compiler.close()
+    pipes = [pipe for each in (late, compiler) for pipe in (each._process.stdin, each._process.stderr)]
+    assert all(pipe is not None and pipe.closed for pipe in pipes)
+
+
 def test_programs_of_a_stage_run_with_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_part.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])")
     monkeypatch.syspath_prepend(str(tmp_path))

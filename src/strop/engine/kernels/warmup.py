@@ -96,6 +96,10 @@ class Compiler:
                 end_session(self._process, force=True)
         return self._process.returncode, lines[-1] if lines else ""
 
+    def close(self) -> None:
+        """Close the pipes, and end the process if it still waits."""
+        self._process.communicate()
+
 
 def start_compiler(warmup: str) -> None:
     """Start a compiler process for `take_compiler` if the kernels of a warm-up are not compiled yet.
@@ -108,8 +112,12 @@ def start_compiler(warmup: str) -> None:
 
 def take_compiler() -> Compiler:
     """Return the compiler process that `start_compiler` started, or a new one."""
-    compiler = _started.pop() if _started else None
-    return compiler if compiler is not None and compiler.is_waiting else Compiler()
+    if _started:
+        compiler = _started.pop()
+        if compiler.is_waiting:
+            return compiler
+        compiler.close()
+    return Compiler()
 
 
 def _is_missing(warmup: str) -> bool:
