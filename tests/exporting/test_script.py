@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ import strop
 from strop.errors import InputError
 from strop.exporting.script import export_script
 from strop.runs.events import read_events
+from tests.engine.test_images import write_rows as write_rows_with_images
 from tests.support import tiny, tiny_families
 from tests.support.preferences import write_pairs
+from tests.support.seeing import save_seeing
 from tests.support.tiny import write_rows
 
 FIELDS = {"model.dtype": "fp32", "train.max_steps": 6, "lora.r": 4, "train.learning_rate": 5e-3}
@@ -125,6 +128,62 @@ def test_run_that_continues_an_adapter_has_the_same_losses(
     assert losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
+@pytest.mark.parametrize(
+    ("family", "vision"),
+    [("idefics3", "all"), ("gemma3", "none"), ("qwen2_5_vl", "none"), ("llava", "projector"), ("glm4v", "none")],
+)
+def test_rows_with_images_have_the_same_losses(
+    family: str, vision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows with one image, with several, and without; gradients reach the encoder where it is trained."""
+    base = save_seeing(tmp_path / "base", family)
+    write_rows_with_images(tmp_path, several=True)
+    options = {"train.batch_size": 2, "data.max_length": 4000, "lora.vision": vision}
+    ours = train(tmp_path / "run", model=str(base), data=str(tmp_path / "rows.jsonl"), **options)
+    written = export_script(tmp_path / "run", tmp_path / "script")
+    assert not written.encoded and "images" in written.files and len(list((tmp_path / "script/images").iterdir())) == 4
+    shutil.rmtree(tmp_path / "run")
+    theirs = losses(tmp_path / "script", capsys)
+    assert ours[0] - ours[-1] > 0.05 and theirs == pytest.approx(ours, abs=1e-3)
+
+
+def test_parts_trained_in_full_are_in_fp32_beside_a_16_bit_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_seeing(tmp_path / "base", "llava")
+    write_rows_with_images(tmp_path, several=False)
+    options = {"model.dtype": "bf16", "data.max_length": 4000, "lora.vision": "projector"}
+    ours = train(tmp_path / "run", model=str(base), data=str(tmp_path / "rows.jsonl"), **options)
+    export_script(tmp_path / "run", tmp_path / "script")
+    assert ours[0] - ours[-1] > 0.3 and losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=0.02)
+
+
+def test_dpo_with_images_has_the_same_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_seeing(tmp_path / "base", "qwen2_5_vl")
+    [row, *_] = write_rows_with_images(tmp_path, several=False)
+    [question, answer] = row["messages"]
+    pairs = [
+        {"prompt": [question], "chosen": [answer], "rejected": [{"role": "assistant", "content": f"no {n}"}]}
+        for n in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    options = {"train.objective": "dpo", "train.batch_size": 4, "data.max_length": 4000}
+    ours = train(tmp_path / "run", model=str(base), data=str(tmp_path / "pairs.jsonl"), **options)
+    export_script(tmp_path / "run", tmp_path / "script")
+    assert ours[0] - ours[-1] > 0.05 and losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=1e-3)
+
+
+def test_texts_on_a_model_that_reads_images_have_the_same_losses(
+    tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3 must be told which tokens are features of images when it is trained."""
+    base = save_seeing(tmp_path / "base", "gemma3")
+    ours = train(tmp_path / "run", model=str(base), data=str(rows_file))
+    export_script(tmp_path / "run", tmp_path / "script")
+    assert losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=1e-3)
+
+
 def test_dropout_of_the_base_has_a_note(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:
     """GPT-2 has dropout, so the losses of script and run differ."""
     tiny_families.save("gpt2", tmp_path / "gpt2")
@@ -144,3 +203,7 @@ def test_unsupported_runs_are_refused(tiny_folder: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="rows have changed"):
         export_script(tmp_path / "b", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+    tiny_families.save("gpt2", tmp_path / "gpt2")
+    train(tmp_path / "c", model=str(tmp_path / "gpt2"), data=str(rows), **{"lora.bias": "all", "model.dtype": "bf16"})
+    with pytest.raises(InputError, match="bias"):
+        export_script(tmp_path / "c", tmp_path / "x")

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.images import FIRST_IMAGE_ID, ImageTable
+from strop.data.images import FIRST_IMAGE_ID, ImageTable, to_data_url
 from strop.data.types import (
     Classes,
     Conversation,
@@ -450,6 +450,16 @@ def message_json(message: Message) -> dict[str, Any]:
     if message.images:
         content = list(content_parts(message, lambda image: {"type": "image", "path": image.path}))
     return {"role": message.role, "content": content, **present}
+
+
+def request_message(turn: Message) -> dict[str, Any]:
+    """Return a message for a server, with its images as data URLs. Raises DataError if an image has changed."""
+    value = {name: x for name, x in message_json(turn).items() if name != "weight"}
+    if turn.images:
+        value["content"] = list(
+            content_parts(turn, lambda image: {"type": "image_url", "image_url": {"url": to_data_url(image)}})
+        )
+    return value
 
 
 def load_conversation(text: bytes, file: str, line: int) -> Conversation:

@@ -71,7 +71,7 @@ class ImageFeatures:
         self._model, self._encoder = model, encoder
         self._dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # by digest
-        self._token_types = [name for name in _TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
+        self._token_types = token_types(model)
         self._recent_bytes = 0
         self._tower = find_image_tower(model)
         self.refresh()
@@ -368,6 +368,11 @@ class ImageFeatures:
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
+
+
+def token_types(model: Any) -> list[str]:
+    """Return the arguments of a multimodal model's forward that say which tokens are features of images."""
+    return [name for name in _TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
 
 
 def image_ends(ids: Ids) -> Indices:

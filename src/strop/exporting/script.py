@@ -20,13 +20,17 @@ from strop import __version__
 from strop.config.load import read_resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
+from strop.data.images import FIRST_IMAGE_ID, open_image
 from strop.data.prepare import Prepared
-from strop.data.types import Conversation, Example, Message
+from strop.data.rendering.image_encoder import ImageEncoder, image_encoder
+from strop.data.types import Conversation, Example, Image, Message
+from strop.engine.images import token_types
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
 from strop.models.adapter_config import adapter_folder
 from strop.models.adapters import locate_tokenizer
-from strop.models.load import DTYPES, load_without_weights
+from strop.models.introspect import find_image_tower
+from strop.models.load import DTYPES, auto_class, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -45,6 +49,7 @@ LORA_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights",
     "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "fan_in_fan_out", "task_type",
 )  # fmt: skip
+IMAGES = "images"  # folder of an exported script
 LORA_DEFAULTS = {"bias": "none", "init_lora_weights": True}
 
 
@@ -76,25 +81,29 @@ def export_script(run: Path, out: Path) -> ExportedScript:
     data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data")
     if data.hash != folder.read_lock()["data"]:
         raise InputError(f"{run}: its rows have changed since the training", fix="restore the data files")
-    if data.renderer.image_table:
-        raise InputError(f"{run}: scripts with images are not supported", fix="use `strop merge`")
     if data.renderer.template is not None:
         tokenizer.chat_template = data.renderer.template
     if recipe.model.quantization != "none" and source.kind == "gguf":
         what = f"{run}: transformers does not quantize the weights of a GGUF file"
         raise InputError(what, fix="train on a model folder or a Hub id")
-    settings = _make_variables(recipe, source, start, data, run)
-    encoded = recipe.data.loss == "assistant" and _encodes_all_rows(data, tokenizer)
-    rows = _make_rows(data, encoded)
+    encoder = image_encoder(tokenizer) if data.renderer.image_table else None
+    settings = _make_variables(recipe, source, start, data, run, encoder)
+    encoded = recipe.data.loss == "assistant" and encoder is None and _encodes_all_rows(data, tokenizer)
+    rows = _make_rows(data, encoded, encoder)
     encode_source = inspect.getsource(encode).strip().replace("  # type: ignore[no-untyped-def]", "") if encoded else ""
     template = (files("strop.exporting") / "script.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     text = environment.from_string(template).render(settings, encode=encode_source, ends=list(data.renderer.stop_ids))
     create_run_folder(out)
     write_atomic(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if encoder is not None:
+        (out / IMAGES).mkdir()
+        for image in encoder.table.images:  # upright and in RGB, as strop reads them
+            open_image(image).save(out / _file_of(image))
     tokenizer.save_pretrained(out / "tokenizer")
     write_atomic(out / "train.py", text)
-    return ExportedScript(out, ["train.py", "rows.jsonl", "tokenizer"], _count_rows(data), encoded, settings["notes"])
+    names = ["train.py", "rows.jsonl", "tokenizer", *([IMAGES] if encoder is not None else [])]
+    return ExportedScript(out, names, _count_rows(data), encoded, settings["notes"])
 
 
 # The source of this function is copied into the script.
@@ -131,8 +140,18 @@ def _check_supported(recipe: Recipe) -> None:
             raise InputError(f"{what}: not supported in a script", fix="export the adapter, or train without it")
 
 
-def _make_variables(recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path) -> dict[str, Any]:
-    """Return the variables of script.jinja, except for `encode` and `ends`."""
+def _make_variables(
+    recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path, encoder: ImageEncoder | None
+) -> dict[str, Any]:
+    """Return the variables of script.jinja, except for `encode` and `ends`. encoder: None for rows without images."""
+    bare, in_fp32 = load_without_weights(source), recipe.model.dtype == "fp32"
+    if (
+        recipe.lora.bias != "none"
+        and not in_fp32
+        and any(name.endswith(".bias") for name, _ in bare.named_parameters())
+    ):
+        what = "lora.bias in 16 bit: not supported in a script"
+        raise InputError(what, fix="train with --model.dtype fp32, or export the adapter")
     train, pairs = recipe.train, recipe.train.objective == "dpo"
     stream = BatchStream(
         _count_rows(data), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
@@ -149,10 +168,16 @@ def _make_variables(recipe: Recipe, source: Source, start: Path | None, data: Pr
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
-        "notes": _find_differences(recipe, find_model_dropout(load_without_weights(source))),
+        "notes": _find_differences(recipe, find_model_dropout(bare)),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
         "rows_at_once": train.micro_batch
         or max(1, min(train.batch_size, (train.micro_batch_tokens or longest) // longest)),
+        "auto_class": auto_class(bare.config).__name__,
+        "images": encoder is not None,
+        "image_token": encoder.image_token_id if encoder is not None else None,
+        "casts": bool(recipe.lora.modules_to_save) and not in_fp32,
+        "token_types": [] if find_image_tower(bare) is None else token_types(bare),
+        "placeholder": encoder.placeholder if encoder is not None else None,
         "warmup": int(np.ceil(train.warmup * stream.total_steps)) if train.warmup < 1 else round(train.warmup),
         "steps": stream.total_steps,
         "quantization": quantization if scheme in ("nf4", "fp4") else "",
@@ -228,16 +253,27 @@ def _encodes_all_rows(data: Prepared, tokenizer: Any) -> bool:
     return True
 
 
-def _make_rows(data: Prepared, encoded: bool) -> Iterator[dict[str, Any]]:
-    """Yield the content of rows.jsonl: messages for `encode`, or else token ids and loss weights."""
+def _make_token_row(example: Example, encoder: ImageEncoder | None) -> dict[str, Any]:
+    row = {"ids": example.ids.tolist(), "weights": example.weights.tolist()}
+    if encoder is None:
+        return row
+    table, is_image = encoder.table, example.ids >= FIRST_IMAGE_ID
+    begins = [number for number in example.ids[is_image].tolist() if number in table.starts]
+    files = [_file_of(table.images[table.find(number)]) for number in begins]
+    return {**row, "ids": np.where(is_image, encoder.image_token_id, example.ids).tolist(), "images": files}
+
+
+def _file_of(image: Image) -> str:
+    return f"{IMAGES}/{image.digest[:32]}.png"
+
+
+def _make_rows(data: Prepared, encoded: bool, encoder: ImageEncoder | None) -> Iterator[dict[str, Any]]:
+    """Yield the content of rows.jsonl: messages for `encode`, or else token ids, loss weights and files of images."""
     items, is_pairs = data.train_items, data.train_items is not None
     if encoded:
         rows = ([_make_message_row(side, only_last=is_pairs) for side in row.sides] for row in data.train_conversations)
     else:
         groups = ([example] for example in data.train) if items is None else (item.examples for item in items)
-        rows = (
-            [{"ids": example.ids.tolist(), "weights": example.weights.tolist()} for example in examples]
-            for examples in groups
-        )
+        rows = ([_make_token_row(example, encoder) for example in examples] for examples in groups)
     for row in rows:
         yield dict(zip(("chosen", "rejected"), row, strict=True)) if is_pairs else row[0]

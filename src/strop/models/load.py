@@ -231,7 +231,7 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
         CheckpointLayout(model_without_weights(config), tensors).check(source.name, tensors)
     with _build_errors(config):
         # Mismatched sizes are reported below, together with missing weights.
-        model, info = _auto_class(config).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     if wrong := sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or []):
@@ -274,7 +274,7 @@ def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dty
 def build_from_config(config: Any) -> nn.Module:
     """Build a model with random weights. Raises ModelError if transformers has no language model for the config."""
     with _build_errors(config):
-        return cast(nn.Module, _auto_class(config).from_config(config, trust_remote_code=False))
+        return cast(nn.Module, auto_class(config).from_config(config, trust_remote_code=False))
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def _build_errors(config: Any) -> Iterator[None]:
         raise ModelError(what, fix=fix) from None
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Return the auto class whose weight names match the checkpoint's: the multimodal or the text class."""
     architecture = (config.architectures or [""])[0]
     is_multimodal = architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()

@@ -1,8 +1,9 @@
 """`strop serve --engine vllm`: start vLLM's server, and check its log-probabilities.
 
-vLLM is installed in a separate environment. The parity check compares the log-probabilities of fixed texts in vLLM and
+vLLM is installed in a separate environment. The parity check compares the log-probabilities of fixed rows in vLLM and
 in strop, because greedy completions differ by chance if two tokens are almost equally likely. As a control, vLLM's
-tuned model is also compared with the base model.
+tuned model is also compared with the base model. Rows with images are sent as messages, so that
+vLLM expands the images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from transformers import GenerationConfig
 
 from strop.config.load import read_resolved
 from strop.data.rendering.render import Renderer
-from strop.data.types import Ids
+from strop.data.store import request_message
+from strop.data.types import Ids, Indices
 from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_generation_dtype
@@ -49,8 +51,18 @@ from strop.serve.server import KEY_VARIABLE, Address, signal_handler
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_START_SECONDS = 900.0  # compiling for a GPU takes minutes
-NUM_TEXTS, MAX_TEXT_TOKENS = 12, 256  # for the parity check of each model
+NUM_ROWS, MAX_TEXT_TOKENS = 12, 256  # for the parity check of each model
 LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # maximum of ParityResult.mean by dtype
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the parity check: the request for it, its token ids (n,), and the positions that are compared."""
+
+    path: str
+    body: dict[str, Any]
+    ids: Ids
+    compared: Indices
 
 
 @dataclass(frozen=True)
@@ -111,8 +123,7 @@ def serve_vllm(
         trained = read_identity(folders[0] or weights).get("dtype")
         dtype, notes = pick_generation_dtype(pick_device(device), trained)
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
-    texts = {model: _select_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
-    references = {model: _compute_references(name, texts[model]) for model, name in zip(ids, names, strict=True)}
+    references = {model: _compute_reference(name, max_tokens) for model, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # the template may end turns with a token other than eos, and some models have more stop tokens
         stop_ids = list(renderers[0].end_ids)
@@ -139,7 +150,7 @@ def serve_vllm(
             start = time.monotonic()
             _wait_for_health(process, address, log)
             start_s = time.monotonic() - start
-            results = [_compare(address, model, texts[model], *references[model], LIMITS[dtype]) for model in ids]
+            results = [_compare(address, model, *references[model], LIMITS[dtype]) for model in ids]
             for result in results:
                 result.raise_if_failed()
             models = [*adapters, BASE] if adapters else ids
@@ -184,44 +195,57 @@ def _check_adapter(folder: Path, source: Source) -> int:
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
-def _select_texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
-    """Return the texts of the parity check: evaluation or training rows of a run, else questions of the general set."""
-    if is_run(Path(name)):
-        recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
-        prepared = prepare_rows(recipe, renderer.tokenizer, cache=cache_folder() / "data")
-        rows: Any = prepared.eval if prepared.eval is not None else prepared.train
-        return [rows[i].ids[:max_tokens] for i in range(min(len(rows), NUM_TEXTS))]
-    return [renderer.prompt(row.messages)[:max_tokens] for row in load_questions()[:NUM_TEXTS]]
+def _select_rows(name: str, renderer: Renderer, max_tokens: int) -> list[_Row]:
+    """Return rows for the parity check: evaluation or training rows of a run, else questions of the general set."""
+    if not is_run(Path(name)):
+        return [_text_row(renderer.prompt(row.messages)[:max_tokens]) for row in load_questions()[:NUM_ROWS]]
+    recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
+    prepared = prepare_rows(recipe, renderer.tokenizer, cache=cache_folder() / "data")
+    used: Any = prepared.train_conversations if prepared.eval_conversations is None else prepared.eval_conversations
+    rows = list[_Row]()
+    for side in [side for conversation in used[:NUM_ROWS] for side in conversation.sides][:NUM_ROWS]:
+        for example in prepared.renderer.render(side):
+            if not side.has_images:
+                rows.append(_text_row(example.ids[:max_tokens]))
+            elif len(example) <= max_tokens:
+                body = {"messages": [request_message(turn) for turn in side.messages], "add_generation_prompt": False}
+                rows.append(_Row("/v1/chat/completions", body, example.ids, example.weights.nonzero()[0]))
+    return rows
 
 
-def _compute_references(name: str, texts: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Return the log-probabilities of the texts in strop with the adapter and, if there is an adapter, without it.
+def _text_row(ids: Ids) -> _Row:
+    return _Row("/v1/completions", {"prompt": ids.tolist()}, ids, np.arange(1, len(ids)))
+
+
+def _compute_reference(name: str, max_tokens: int) -> tuple[list[_Row], list[list[float]], list[list[float]] | None]:
+    """Return rows and their log-probabilities in strop with the adapter and, if there is an adapter, without it.
 
     They are computed in fp32 from unquantized weights, which vLLM uses too, on the CPU, because vLLM needs the GPU's
     memory.
     """
     model = load(name, device="cpu", dtype="fp32", quantization="none")
-    tuned = [_compute_logprobs(model.module, ids) for ids in texts]
+    rows = _select_rows(name, model.renderer, max_tokens)
+    tuned = [_compute_logprobs(model.module, row) for row in rows]
     if not model.is_tuned:
-        return tuned, None
+        return rows, tuned, None
     with model.base():
-        return tuned, [_compute_logprobs(model.module, ids) for ids in texts]
+        return rows, tuned, [_compute_logprobs(model.module, row) for row in rows]
 
 
-def _compute_logprobs(module: Any, ids: Ids) -> list[float]:
-    """Return the log-probability of each token after the first."""
-    input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(next(module.parameters()).device)
+def _compute_logprobs(module: Any, row: _Row) -> list[float]:
+    input_ids = torch.from_numpy(row.ids.astype(np.int64))[None].to(next(module.parameters()).device)
+    compared = torch.from_numpy(row.compared)
     with torch.inference_mode():
-        distributions = module(input_ids=input_ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    logprobs: list[float] = distributions.gather(1, input_ids[0, 1:, None])[:, 0].tolist()
+        distributions = module(input_ids=input_ids, use_cache=False).logits[0, compared - 1].float().log_softmax(-1)
+    logprobs: list[float] = distributions.gather(1, input_ids[0, compared, None])[:, 0].tolist()
     return logprobs
 
 
 def _compare(
-    address: Address, model: str, texts: list[Ids], tuned: list[list[float]], base: list[list[float]] | None,
+    address: Address, model: str, rows: list[_Row], tuned: list[list[float]], base: list[list[float]] | None,
     limit: float,
 ) -> ParityResult:  # fmt: skip
-    vllm = np.concatenate([_request_logprobs(address, model, ids) for ids in texts])
+    vllm = np.concatenate([_request_logprobs(address, model, row) for row in rows])
     difference = np.abs(vllm - np.concatenate(tuned))
     control = None if base is None else float(np.abs(vllm - np.concatenate(base)).mean())
     mean = float(difference.mean())
@@ -229,10 +253,16 @@ def _compare(
     return ParityResult(model, len(vllm), mean, float(difference.max()), control, limit)
 
 
-def _request_logprobs(address: Address, model: str, ids: Ids) -> list[float]:
-    body = {"model": model, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    entries = _request(address, "/v1/completions", body)["choices"][0]["prompt_logprobs"]
-    return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], ids[1:].tolist(), strict=True)]
+def _request_logprobs(address: Address, model: str, row: _Row) -> list[float]:
+    """Return the log-probabilities of the compared tokens. Raises ParityError if vLLM has other tokens there."""
+    body = {"model": model, **row.body, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    response = _request(address, row.path, body)
+    entries = response.get("prompt_logprobs") or response["choices"][0]["prompt_logprobs"]
+    try:
+        return [float(entries[i][str(row.ids[i])]["logprob"]) for i in row.compared.tolist()]
+    except (IndexError, KeyError):
+        what = f"{model}: vLLM renders {len(entries)} tokens of a row with {len(row.ids)} differently"
+        raise ParityError(what, fix="use strop's own engine, without vLLM") from None
 
 
 def _request(address: Address, path: str, body: dict[str, Any] | None = None) -> Any:

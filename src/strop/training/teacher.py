@@ -22,11 +22,10 @@ import numpy as np
 
 from strop.config.schema import Recipe, TrainSection
 from strop.data.answers import Answer, Answers, NoAnswer, key_of, read_answers, write_answers
-from strop.data.images import to_data_url
 from strop.data.prepare import Prepared, list_unanswered
 from strop.data.row_errors import RenderError
-from strop.data.store import Examples, LazySequence, message_json
-from strop.data.types import Conversation, Example, Message, content_parts, strip_reasoning
+from strop.data.store import Examples, LazySequence, request_message
+from strop.data.types import Conversation, Example, Message, strip_reasoning
 from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
 from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address, whole_text
@@ -157,7 +156,7 @@ class Teacher:
             if reader is not None:
                 options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                choice = server.choose([*map(_request_message, row.messages)], **options)
+                choice = server.choose([*map(request_message, row.messages)], **options)
             except RequestRefused as error:
                 return NoAnswer(error.what)
             if (text := whole_text(choice)) is None:
@@ -191,16 +190,6 @@ class Teacher:
             LOG.info("loading train.teacher %s", self.name)
             self._loaded = load(self.name, device=self._recipe.model.device)
         return self._loaded
-
-
-def _request_message(turn: Message) -> dict[str, Any]:
-    """Return a message for a server, with its images as data URLs. Raises DataError if an image has changed."""
-    value = {name: x for name, x in message_json(turn).items() if name != "weight"}
-    if turn.images:
-        value["content"] = list(
-            content_parts(turn, lambda image: {"type": "image_url", "image_url": {"url": to_data_url(image)}})
-        )
-    return value
 
 
 def _without_reasoning(text: str, ends: Sequence[str]) -> Answer | NoAnswer:
