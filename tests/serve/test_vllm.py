@@ -14,12 +14,24 @@ from pathlib import Path
 import pytest
 import requests
 
+import strop
+from strop.engine.decode.model import load_renderer
 from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
 from strop.serve.server import Address
-from strop.serve.vllm import ParityResult, _locate_model_tokenizer, _request, _wait_for_signal, lora_module_argument
+from strop.serve.vllm import (
+    ParityResult,
+    _check_adapter,
+    _locate_model_tokenizer,
+    _request,
+    _select_rows,
+    _wait_for_signal,
+    lora_module_argument,
+)
+from tests.engine.test_images import write_rows
+from tests.support import seeing
 from tests.support.serving import CHAT, save_adapters, serving
 
 
@@ -124,3 +136,47 @@ def test_real_vllm_serves_base_and_adapter(tmp_path: Path, monkeypatch: pytest.M
         assert server.stop() == 130
     with pytest.raises(requests.ConnectionError):
         requests.get(server.url + "/health", timeout=5)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on rows with images, with attention heads of a size that vLLM supports on CPUs."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    monkeypatch.setattr(seeing, "TEXT", {**seeing.TEXT, **sizes})
+    base = seeing.save_seeing(tmp_path / "base", "idefics3")
+    write_rows(tmp_path, several=True)
+    options = {"train.max_steps": 8, "train.learning_rate": 1e-2, "model.dtype": "fp32", "data.max_length": 4000}
+    strop.train(model=str(base), data=str(tmp_path / "rows.jsonl"), out=tmp_path / "run", **options)
+    return tmp_path / "run"
+
+
+def test_rows_with_images_are_compared_as_messages(pictures: Path) -> None:
+    renderer = load_renderer(str(pictures))
+    one, several, text = _select_rows(str(pictures), renderer, 4000)
+    assert [row.path for row in (one, several, text)] == [CHAT, CHAT, "/v1/completions"]
+    urls = [part["image_url"]["url"] for part in several.body["messages"][0]["content"] if "image_url" in part]
+    assert len(urls) == 2 and all(url.startswith("data:image/png;base64,") for url in urls)
+    assert one.compared.tolist() == [i for i in range(len(one.ids)) if i >= len(one.ids) - len(one.compared)]
+    assert [row.path for row in _select_rows(str(pictures), renderer, 20)] == ["/v1/completions"]  # too long for it
+
+
+def test_adapters_in_the_image_encoder_are_refused(pictures: Path) -> None:
+    rows = pictures.parent / "rows.jsonl"
+    options = {"train.max_steps": 1, "data.max_length": 4000, "lora.vision": "all"}
+    run = strop.train(model=str(pictures.parent / "base"), data=str(rows), out=pictures.parent / "all", **options)
+    with pytest.raises(ModelError, match="does not support adapters in the image encoder"):
+        _check_adapter(run.folder / "adapter", locate(str(pictures.parent / "base")))
+
+
+@pytest.mark.skipif("STROP_VLLM_PYTHON" not in os.environ, reason="STROP_VLLM_PYTHON is not set (`make vllm`)")
+def test_real_vllm_reads_images(pictures: Path) -> None:
+    options = ["--engine", "vllm", "--vllm-python", os.environ["STROP_VLLM_PYTHON"], "--context", "512", "--slots", "2"]
+    rows = _select_rows(str(pictures), load_renderer(str(pictures)), 512)
+    with serving(pictures, *options) as server:
+        [result] = server.about["parity"]
+        assert result["passed"] and result["mean"] < 1e-3 and result["control"] > 20 * result["mean"]
+        assert result["tokens"] == sum(len(row.compared) for row in rows)
+        body = {**rows[0].body, "messages": rows[0].body["messages"][:1], "model": "run", "max_tokens": 8}
+        body |= {"temperature": 0, "add_generation_prompt": True}
+        assert server.post(CHAT, body).json()["choices"][0]["message"]["content"].startswith("red")
+        assert server.stop() == 130

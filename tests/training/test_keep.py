@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch
 from safetensors.numpy import load_file
 
 import strop
+from strop.config.schema import Recipe
 from strop.data.store import JoinedItems
 from strop.data.types import Example
 from strop.errors import RecipeError
 from strop.evaluation.general import load_questions
 from strop.runs.events import read_events
-from strop.training import keep
+from strop.training import build, keep
 from strop.training.keep import _choose
 from tests.support import tiny
 from tests.support.runs import run
@@ -98,6 +101,32 @@ def test_second_run_reads_the_answers_of_the_first(
     second = strop.train(model=talker, data=rows, out=tmp_path / "second", **options)
     for name in ("kept.jsonl", "kept.safetensors"):
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+def test_model_that_answered_is_gone_when_training_loads_its_own(
+    talker: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[weakref.ref[Any]] = []
+
+    def load(recipe: Recipe) -> Any:
+        model = load_answering(recipe)
+        answered.append(weakref.ref(model.module))
+        return model
+
+    def load_to_train(*args: Any, **options: Any) -> Any:
+        assert len(answered) == 1 and answered[0]() is None
+        return load_base(*args, **options)
+
+    load_answering, load_base = keep._load, build.load_base
+    monkeypatch.setattr(keep, "_load", load)
+    monkeypatch.setattr(build, "load_base", load_to_train)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # no collection by chance
+    try:
+        strop.train(model=talker, data=rows, out=tmp_path / "run", **{**QUICK, "train.keep": 0.5})
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_steps_count_the_kept_rows(talker: Path, rows: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
 from strop.exporting.classifier import SCORE_WEIGHT, compare_classifiers, read_score_weight, set_classes
 from strop.exporting.embedder import compare_embedders, set_architecture
-from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
+from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32
+from strop.machine.memory import free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import (
     WEIGHTS_FILE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import tempfile
@@ -25,7 +24,7 @@ from strop.data.images import hide_images
 from strop.data.types import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
-from strop.machine.memory import trim_heap
+from strop.machine.memory import free_memory
 from strop.models.adapters import adapter_disabled
 from strop.planning.memory import POSITIONS
 
@@ -188,12 +187,6 @@ def _log_progress(name: str, examples: Sequence[Example]) -> Iterator[Example]:
     for number, example in enumerate(examples, 1):
         LOG.info("measuring %s: row %d of %d", name, number, len(examples))
         yield example
-
-
-def free_memory() -> None:
-    """Free unreferenced models. Their modules form reference cycles, which only a garbage collection frees."""
-    gc.collect()
-    trim_heap()
 
 
 class _LogprobFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import sys
@@ -47,6 +48,12 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory() -> None:
+    """Free unreferenced models. Their modules form reference cycles, which only a garbage collection frees."""
+    gc.collect()
+    trim_heap()
 
 
 def map_pages(size: int) -> mmap.mmap:

@@ -37,7 +37,13 @@ from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
 from strop.machine.processes import end_session
-from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_adapter_config, read_identity
+from strop.models.adapter_config import (
+    adapter_folder,
+    adapts_image_encoder,
+    check_adapter_kind,
+    read_adapter_config,
+    read_identity,
+)
 from strop.models.adapters import check_adapter_base, check_adapter_weights, locate_base, locate_tokenizer
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
@@ -192,6 +198,9 @@ def _check_adapter(folder: Path, source: Source) -> int:
     check_adapter_base(folder, source)
     check_adapter_weights(folder)
     check_adapter_kind(folder, "text")
+    if adapts_image_encoder(folder):
+        what = f"{folder}: vLLM does not support adapters in the image encoder"
+        raise ModelError(what, fix="`strop merge` it, and serve the merged folder")
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 

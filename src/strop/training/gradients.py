@@ -9,7 +9,6 @@ When memory runs out, `retry_with_less_memory` repeats the computation with smal
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from strop.data.batching import group_by_length, pack
 from strop.data.types import Example, Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
 from strop.errors import MemoryLimitError, first_line
-from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
+from strop.machine.memory import free_memory, is_out_of_memory, save_measured, trim_heap
 from strop.planning.multi_device import MIN_MICRO_BATCHES
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Metrics
@@ -229,7 +228,7 @@ def retry_with_less_memory(job: Job, items: Sequence[Item], compute: Callable[[]
             reason = first_line(error)
         # outside of the handler, whose traceback keeps the tensors of the failed step alive
         job.state.optimizer.zero_grad(set_to_none=True)
-        free_memory(job)
+        free_step_memory(job)
         set_random_states(random, device)
         if retry_unchanged:
             job.log.emit("note", text=f"retrying step {job.state.progress.step + 1} at the same size: {reason}")
@@ -238,11 +237,10 @@ def retry_with_less_memory(job: Job, items: Sequence[Item], compute: Callable[[]
         retry_unchanged = False
 
 
-def free_memory(job: Job) -> None:
+def free_step_memory(job: Job) -> None:
     """Free buffers and cached memory after an out-of-memory error. Call it outside of the error's handler."""
-    gc.collect()
     job.step.release_buffers()
-    trim_heap()
+    free_memory()
     if job.state.device.type == "cuda":
         torch.cuda.empty_cache()
 

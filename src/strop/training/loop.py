@@ -32,7 +32,7 @@ from strop.training.gradients import (
     TotalGradient,
     apply_memory_settings,
     compute_gradients,
-    free_memory,
+    free_step_memory,
     micro_batches,
     retry_with_less_memory,
     rows_of_rank,
@@ -278,7 +278,7 @@ def _log_samples(job: Job) -> None:
         job.model.train()
         set_random_states(random, job.state.device)
     if reason:
-        free_memory(job)
+        free_step_memory(job)
         job.log.emit("note", text=f"step {step}: no sample completions: {reason}")
     else:
         job.log.emit("samples", step=step, samples=samples)

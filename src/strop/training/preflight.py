@@ -41,6 +41,7 @@ from strop.errors import (
 from strop.evaluation.environments import has_member, hash_file
 from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_rewards, read_columns
 from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe_environment, make_tracer
+from strop.machine.memory import free_memory
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     AdapterKind,
@@ -200,6 +201,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         _check_negatives(recipe, data.train_items)
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, folder.kept)
+    free_memory()  # of models that answered
     has_environment = recipe.train.environment is not None
     columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data, all_rows=has_environment)
     rewards_hash = _check_rewards(recipe, data, columns)
