@@ -3,13 +3,15 @@
     python benchmarks/images.py build --out MODEL
     python benchmarks/images.py data --tasks digits|charts|receipts --out FOLDER
     python benchmarks/images.py run [--tasks digits charts receipts] [--vision projector] [--epochs 4] [--out FILE]
+    python benchmarks/images.py plot --out docs/pictures/images.png
     python benchmarks/images.py speed [--tower small|siglip] [--rows 48] [--epochs 3] [--repeats 3] [--out FILE]
 
 `build` writes a model in the format of SmolVLM: SmolLM2-135M as the text model, under a small image encoder (four
 layers of SigLIP's kind) and a projector with random weights. For receipts, `run` removes from the projector what a
 white page has, which is three times as large as the differences between two receipts. `data` writes images and rows:
 the 1,797 scanned digits of scikit-learn, or pictures drawn with Pillow; answers are JSON. `run` trains on them, scores
-base and tuned on held-out images, prints a Markdown table, and updates the file after each task. `speed` trains LoRA on
+base and tuned on held-out images, prints a Markdown table, and updates the file after each task. `plot` draws two
+pictures of each task with their answers. `speed` trains LoRA on
 the text model with strop and with TRL's SFTTrainer on the same batches, in fp32, in turn; `siglip` is an image encoder
 as large as SmolVLM's (93 million parameters, 1,024 patches). Tokens include those of images, and never padding. It also
 compares the first loss.
@@ -172,6 +174,23 @@ def receipts() -> Iterator[tuple[Any, str, dict[str, Any]]]:
 TASKS = {"digits": digits, "charts": charts, "receipts": receipts}
 
 
+def plot(out: Path) -> None:
+    """Draw two pictures of each task, with the answer that is trained."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2 * len(TASKS), figsize=(11, 1.9))
+    examples = [example for draw in TASKS.values() for example in islice(draw(), 2, 4)]
+    for panel, (image, _, answer) in zip(panels, examples, strict=True):
+        panel.imshow(image, cmap="gray", vmin=0, vmax=255)
+        panel.set(xticks=[], yticks=[])
+        panel.set_xlabel(json.dumps(answer).replace(", ", ",\n "), family="monospace", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
 def run(args: argparse.Namespace, task: str, folder: Path) -> dict[str, Any]:
     import strop
 
@@ -297,7 +316,7 @@ def row(one: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["build", "data", "run", "speed"])
+    parser.add_argument("what", choices=["build", "data", "run", "plot", "speed"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--vision", default="projector", choices=["none", "projector", "all"])
     parser.add_argument("--epochs", type=float, default=4)
@@ -315,6 +334,8 @@ def main() -> None:
             print(json.dumps(run(args, args.one, Path(folder))))
     elif args.what == "build":
         build(args.out)
+    elif args.what == "plot":
+        plot(args.out)
     elif args.what == "data":
         write_data(args.tasks[0], args.out)
     else:
