@@ -315,6 +315,8 @@ def test_unnamed_column_is_reported_as_unnamed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(",prompt,completion\n0,hi,yo\n1,hey,yo\n", encoding="utf-8")
     assert run(str(path)).report.warnings == ["columns not read: (unnamed) (2 rows)"]
+    warnings = run(str(path), columns={"prompt": "completion", "completion": "prompt"}).report.warnings
+    assert "columns not read: (unnamed) (2 rows)" in warnings
     with pytest.raises(DataError, match=r"there are: \(unnamed\), prompt, completion"):
         run(str(path), columns={"prompt": "Q", "completion": "A"})
 

@@ -579,6 +579,23 @@ def test_options_that_an_objective_lacks_are_listed(tmp_path: Path) -> None:
     assert find_row_warnings(draft.unsupported) == {"rl_beta": "0.5: sft has no beta in strop"}
 
 
+def test_ends_of_rows_are_kept_as_the_config_says(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "max_length=64, truncation_mode='keep_end'")
+    assert draft.get("data.overlong") == "truncate-start" and "max_length" not in find_row_warnings(draft.differs)
+    draft = trl(tmp_path, "max_length=64, truncation_mode='keep_start'")
+    assert draft.get("data.overlong") is None and "max_length" in find_row_warnings(draft.differs)
+
+
+def test_files_to_evaluate_go_before_a_share(tmp_path: Path) -> None:
+    info = {"rows": {"file_name": "rows.jsonl", "formatting": "sharegpt", "tags": {"user_tag": "gpt"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    data = f"dataset_dir: {tmp_path}\ndataset: rows\neval_dataset: rows\nval_size: 0.2\n"
+    draft = llamafactory(tmp_path, data)
+    assert str(draft.get("data.eval")).endswith("rows.jsonl")
+    assert "the usual role names only" in find_row_warnings(draft.unsupported)["rows.tags"]  # gpt is the user
+    assert find_row_warnings(draft.unsupported)["val_size"].startswith("0.2: rows to evaluate are those of ")
+
+
 def test_orpo_loss_of_trl_is_noted(tmp_path: Path) -> None:
     assert "prompt and answer" in find_row_warnings(trl(tmp_path, kind="ORPO").differs)["ORPOConfig"]
     assert "prompt and answer" in find_row_warnings(axolotl(tmp_path, "rl: orpo\n").differs)["rl"]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import strop
 from strop.config.schema import LoraSection
-from strop.errors import InputError
+from strop.errors import InputError, ModelError
 from strop.models import lora
 from strop.models.load import load_base
 from strop.models.lora import add_lora
 from strop.models.quantize import QuantizedLinear
 from strop.models.source import locate
+from strop.serve.vllm import _check_adapter
+from tests.support import tiny
 
 SECTION = LoraSection(r=8, alpha=32.0)
 
@@ -60,3 +64,38 @@ def test_first_loss_is_nearer_to_16_bit(tiny_folder: Path, rows_file: Path, tmp_
 def test_unquantized_base_is_refused(tiny_folder: Path, rows_file: Path) -> None:
     with pytest.raises(InputError, match="without a quantization error"):
         strop.train(model=tiny_folder, data=rows_file, lora={"init": "loftq"})
+
+
+def test_adapter_stays_on_its_quantized_base(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Also one that continues it. The card's code loads that base; what has it in 16 bit refuses the adapter."""
+    options = {"model": tiny_folder, "data": rows_file, "model.quantization": "nf4", "train.max_steps": 2}
+    first = strop.train(**{**options, "lora.init": "loftq", "out": tmp_path / "first"})
+    more = strop.train(**{**options, "model.adapter": first.folder, "out": tmp_path / "more"})
+    usual = strop.train(**options, out=tmp_path / "usual")
+    for run, needs_it in ((first, True), (more, True), (usual, False)):
+        adapter = run.folder / "adapter"
+        card = (adapter / "README.md").read_text(encoding="utf-8")
+        assert ('bnb_4bit_quant_type="nf4"' in card) == needs_it and ("vllm serve" in card) != needs_it
+        if needs_it:
+            with pytest.raises(ModelError, match="belongs to its base in nf4; a GGUF file has it in 16 bit"):
+                strop.export("gguf", run.folder, tmp_path / "a.gguf", adapter=True, measure=False)
+            with pytest.raises(ModelError, match="vLLM has it in 16 bit"):
+                _check_adapter(adapter, locate(str(tiny_folder)))
+        else:
+            assert _check_adapter(adapter, locate(str(tiny_folder))) == 16
+
+
+def test_code_of_the_card_loads_the_model_that_was_trained(rows_file: Path, tmp_path: Path) -> None:
+    base = tiny.save_tiny(tmp_path / "base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny.config(hidden_size=64, intermediate_size=128)).save_pretrained(base)  # rows of whole blocks
+    options = {"model.quantization": "nf4", "lora.init": "loftq", "train.max_steps": 4, "model.dtype": "fp32"}
+    run = strop.train(model=base, data=rows_file, out=tmp_path / "run", **options)
+    card = (run.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python")[2].partition("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("BASE", str(base)).replace("THIS_FOLDER", str(run.folder / "adapter")), scope)
+    tuned, ids = strop.load(run.folder), torch.tensor([[3, 7, 11, 5, 9]])
+    with torch.no_grad():
+        theirs, ours = (model(input_ids=ids).logits for model in (scope["model"].train(), tuned.module))
+    assert torch.allclose(theirs, ours, atol=1e-3)

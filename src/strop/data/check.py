@@ -34,7 +34,7 @@ from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import Conversation, DataKind, Example, Image, Row
+from strop.data.types import Conversation, DataKind, Example, Image, Row, count_used
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "cyan"  # styles of tokens
@@ -53,8 +53,9 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_column(style="bold", min_width=7)
     grid.add_column(overflow="fold")
     rows, tokens = report["rows"], report["tokens"]
-    parts = [f"{rows['read']:,} rows read", f"{rows['used']:,} used"]
-    parts += [f"{rows[key]:,} {key}" for key in ("truncated", "split", "dropped") if rows[key]]
+    shortened = ", ".join(f"{rows[key]:,} of them {key}" for key in ("truncated", "split") if rows[key])
+    parts = [f"{rows['read']:,} rows read", f"{count_used(rows):,} used{shortened and f' ({shortened})'}"]
+    parts += [f"{rows['dropped']:,} dropped"] if rows["dropped"] else []
     parts += [f"{report['held_out']:,} of them held out for evaluation"] if report["held_out"] else []
     grid.add_row(name, Text(", ".join(parts)))
     for reason, count in report["by_reason"].items():

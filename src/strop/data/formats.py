@@ -284,12 +284,8 @@ class ConversationReader:
             if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.convert_messages:
                 raise
             parsed_rows = converters.convert_prompt(value, keys)
-        return [self._attach_images(parsed, row) for parsed in parsed_rows]
-
-    def _attach_images(self, parsed: ParsedRow, row: Row) -> ParsedRow:
-        """Read the images of a row, and put their marks into its messages."""
-        columns = self._rename_columns(row.value) if self._columns else row.value
-        return read_images(parsed, image_folder(row.file, self._image_folder), find_images(columns))
+        folder, images = image_folder(row.file, self._image_folder), find_images(value)
+        return [read_images(parsed, folder, images) for parsed in parsed_rows]
 
     def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():

@@ -66,7 +66,7 @@ from strop.data.types import (
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
-STORE_VERSION = 8  # increment it when prepared data changes for the same input
+STORE_VERSION = 9  # increment it when prepared data changes for the same input
 EARLY_ROWS = 1000  # rows that are read before the libraries load
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 JUDGED_KINDS = (*PREFERENCE_KINDS, *TEXT_KINDS)  # kinds of data whose rows may contradict each other
@@ -457,26 +457,28 @@ def _write_rows(
 
     Returns the content of facts.json: "read": number of rows; "outcomes": number of rows by outcome; "faults": errors
     of dropped rows; "cut": shortened rows; "notes": warnings (text, number of rows, first row); "unused": columns that
-    were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled": by file; "longest":
-    tokens; "chats": conversations, "thinking": those with reasoning, "stops": those that end with a stop token.
+    were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled": by file; "longest",
+    "longest_dropped": tokens of the longest example, of all and of rows that are too long; "chats": conversations,
+    "thinking": those with reasoning, "stops": those that end with a stop token.
     """
     errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
     warnings: Counter[str] = Counter()  # number of rows with each warning
     first_examples: dict[str, str] = {}  # warning -> location and excerpt of the first row with it
     shortened: list[tuple[str, str, int | None, str]] = []  # outcome, file, line, lengths
-    stops = longest = chats = thinking = 0
+    stops = longest = longest_dropped = chats = thinking = 0
     judgements: Judgements = {}
     render = RENDER.get(data_kind, Renderer.render_many)
     for _, row in groupby(render(renderer, reader), lambda _: reader.row_numbers.popleft()):
         results: list[tuple[str, Conversation, list[Example], int]] = []
         row_warnings: dict[str, str] = {}
+        row_longest = 0
         row_error: RowError | None = None  # the first error of a conversation, which drops the whole row
         for conversation, rendered in row:
             for warning, excerpt in find_row_warnings(conversation, rendered, renderer, data_kind):
                 row_warnings.setdefault(warning, f"first {conversation.file}:{conversation.line}{excerpt}")
             lengths = [] if isinstance(rendered, RenderError) else [*map(len, rendered)]
-            longest = max([longest, *lengths])
+            longest, row_longest = max([longest, *lengths]), max([row_longest, *lengths])
             outcome, examples, error = decide_outcome(conversation, rendered, data, renderer, data_kind)
             row_error = row_error or error
             results.append((outcome, conversation, examples, sum(lengths)))
@@ -490,6 +492,8 @@ def _write_rows(
         if row_error is not None:
             outcomes["dropped"] += 1
             errors.append(row_error)
+            if row_error.code == TOO_LONG:
+                longest_dropped = max(longest_dropped, row_longest)
             continue
         outcomes[max((outcome for outcome, *_ in results), key=OUTCOMES.index)] += 1
         group: int | None = None  # all conversations of the row are in the group of the first one
@@ -520,6 +524,7 @@ def _write_rows(
         "formats": reader.formats,
         "unlabelled": reader.conversations.unlabelled,
         "longest": longest,
+        "longest_dropped": longest_dropped,
         "chats": chats,
         "thinking": thinking,
         "stops": stops,

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from strop.data.types import count_used
 from strop.evaluation.metrics import (
     describe_change,
     describe_cut,
@@ -20,6 +21,7 @@ from strop.evaluation.metrics import (
     rows_label,
     score_name,
 )
+from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -118,6 +120,30 @@ strop merge RUN --out MERGED             # a full model, for tools that do not l
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
 
+LOFTQ_USAGE = """It corrects the error of its quantized base (LoftQ), and is wrong on the base in 16 bit.
+
+```python
+import strop
+
+print(strop.load("{location}").chat("..."))
+```
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig({quantization})
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)
+model = PeftModel.from_pretrained(base, "{location}")
+tokenizer = AutoTokenizer.from_pretrained("{location}")  # with the chat template it was trained with
+```
+
+```sh
+strop merge RUN --out MERGED             # a full model, for vLLM and other tools
+strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
+```"""
+
 IMAGE_USAGE = """```python
 import strop
 
@@ -204,7 +230,7 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         ("trained", "all weights of the text model") if full else ("adapter", _describe_adapter(settings)),
         *([("merged", _describe_merge(merged))] if merged is not None else []),
         ("training", _describe_training(report, settings)),
-        ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`{images}"),
+        ("data", f"{_count_rows(report)}, hash `{data_hash[:16]}`{images}"),
         *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
         *_list_scores(report),
     ]
@@ -213,7 +239,8 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         "classify": (CLASSIFIER_USAGE, MERGED_CLASSIFIER_USAGE),
         "embed": (EMBED_USAGE, MERGED_EMBED_USAGE),
     }
-    usage = usages.get(objective, (ADAPTER_USAGE, MERGED_USAGE))[not is_adapter]
+    default = LOFTQ_USAGE if report.get(NEEDS_QUANTIZED_BASE) else ADAPTER_USAGE
+    usage = usages.get(objective, (default, MERGED_USAGE))[not is_adapter]
     load = ""
     if report.get("images") and objective not in usages:
         usage = IMAGE_USAGE
@@ -225,7 +252,7 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     usage = usage.format(
         location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report),
         load=load, labels=json.dumps(settings.get("train.labels"), ensure_ascii=False),
-        problem=f"{'multi' if several else 'single'}_label_classification",
+        problem=f"{'multi' if several else 'single'}_label_classification", quantization=_format_quantization(settings),
     )  # fmt: skip
     lines = [
         "---",
@@ -248,6 +275,25 @@ def _format_answer_end(report: Mapping[str, Any]) -> str:
     end = (report.get("objective") or {}).get("answer_end") or CHATML_END
     cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
+
+
+def _format_quantization(settings: Mapping[str, Any]) -> str:
+    """Return Python code for the arguments of BitsAndBytesConfig."""
+    scheme = settings.get("model.quantization")
+    if scheme == "int8":
+        return "load_in_8bit=True"
+    double = settings.get("model.double_quantization", True)
+    dtype = {"fp32": "float32", "fp16": "float16"}.get(settings["model.dtype"], "bfloat16")
+    return (
+        f'\n    load_in_4bit=True, bnb_4bit_quant_type="{scheme}", bnb_4bit_use_double_quant={double},'
+        f"\n    bnb_4bit_compute_dtype=torch.{dtype},\n"
+    )
+
+
+def _count_rows(report: Mapping[str, Any]) -> str:
+    """Return the number of rows that were trained on, and of those that were held out of the same files."""
+    held_out = report.get("data_report", {}).get("held_out", 0)
+    return f"{count_used(report['data']) - held_out:,} rows" + (f", {held_out:,} more held out" if held_out else "")
 
 
 def _describe_adapter(settings: Mapping[str, Any]) -> str:
@@ -314,7 +360,7 @@ def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iter
     """Yield one sentence per limitation of the model or of its evaluation."""
     objective = settings.get("train.objective")
     if not _has_both_sides(report.get("evaluation")) and not (objective == "classify" and report.get("evaluation")):
-        yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
+        yield _describe_missing_evaluation(report)
     elif (train_rows := report["evaluation"].get("train_rows")) is None:
         yield "It is unknown whether it was trained on the rows that it was evaluated on."
     elif train_rows:
@@ -332,6 +378,16 @@ def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iter
         yield "It was trained on a quantized base. Libraries that load another one give other vectors: merge it first."
     yield "It was not checked for safety, bias or truth."
     yield "The license and the terms of the base apply to it too."
+
+
+def _describe_missing_evaluation(report: Mapping[str, Any]) -> str:
+    evaluation = (report.get("data_report") or {}).get("eval")
+    if report.get("eval_loss") is None or not evaluation:
+        return "It was not evaluated on held-out rows, so its quality at its task is unknown."
+    text = f"Of {count_used(evaluation['rows']):,} evaluation rows only the loss was measured, not its answers"
+    if copies := evaluation["duplicates"]["across"]:
+        text += f"; {copies:,} of them are also train rows"
+    return f"{text}."
 
 
 def _format_recipe(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from strop.data.types import count_used
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.evaluation import metrics
 from strop.runs.events import describe_turns, split_prompt
@@ -290,9 +291,11 @@ def _truncate(text: str) -> str:
 
 def _list_row_counts(data: Mapping[str, Any], held_out: Any) -> Iterator[tuple[str, str, bool]]:
     """Yield (name, number of rows, is_part): first the totals, then the reasons for dropped rows."""
-    for name in ("read", "used", "truncated", "split", "dropped"):
-        if _is_number(data.get(name)):
-            yield name, f"{data[name]:,}", False
+    counts = {
+        name: data[name] for name in ("read", "used", "truncated", "split", "dropped") if _is_number(data.get(name))
+    }
+    for name, number in counts.items():
+        yield name, f"{count_used(counts) if name == 'used' else number:,}", name in ("truncated", "split")
         if name == "used" and _is_number(held_out) and held_out:
             yield "held out for evaluation", f"{held_out:,}", True
     for reason, number in (data.get("by_reason") or {}).items():

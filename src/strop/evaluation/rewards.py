@@ -152,7 +152,7 @@ def read_parts(name: str, what: str, result: Any, place: str) -> dict[str, float
     values = {f"{name}.{part}": value for part, value in result.items()} if is_dict else {name: result}
     for part, value in values.items():
         try:
-            values[part] = float(value)
+            values[part] = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError):
             values[part] = math.nan
         if not math.isfinite(values[part]):

@@ -27,7 +27,7 @@ from strop.exporting.adapter_weights import find_non_lora, read_names, read_scal
 from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
 from strop.exporting.llama_cpp import LIMITS, SAMPLE_STRINGS, FileCheck, open_checker
 from strop.exporting.merge import TunedModel, check_data_option, check_memory, round_weight
-from strop.models.adapter_config import read_adapter_config
+from strop.models.adapter_config import read_adapter_config, refuse_on_16_bit_base
 from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import CheckpointTensors
@@ -177,6 +177,7 @@ def _check_adapter(tuned: TunedModel, renderer: Renderer) -> None:
     """Raise ModelError if the adapter has more than LoRA matrices, or another chat template than its base."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
+    refuse_on_16_bit_base(tuned.folder, "a GGUF file")
     if names := find_non_lora(tuned.folder):
         raise ModelError(f"--adapter: a LoRA GGUF cannot hold {min(names)}", fix="leave --adapter out: merge it")
     if Renderer(load_tokenizer(tuned.source)).template_hash != renderer.template_hash:

@@ -417,7 +417,9 @@ class Draft:
     def put_eval_share(self, key: str, share: Any) -> None:
         if not share:
             return
-        if isinstance(share, float) and 0 < share < 1:
+        if (file := self.get("data.eval")) is not None:
+            self.add_unsupported(key, f"{share}: rows to evaluate are those of {format_value(file)}")
+        elif isinstance(share, float) and 0 < share < 1:
             self.put("data.eval", f"{100 * share:g}%", key)
             self.add_difference(key, "strop chooses held-out rows by their content, not by a seed")
         else:

@@ -40,8 +40,9 @@ _SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "
 _PREFERENCE_COLUMNS = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}
 _DETECTED_COLUMNS = {"conversations": ("conversations", "messages"), "kto_tag": ("kto_tag", "label")}
 _USUAL_TAGS = {
-    "from", "value", "role", "content", "user", "human", "assistant", "gpt", "system", "observation", "tool",
-    "function_call", "tool_call",
+    "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"), "system_tag": ("system",), "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call", "tool_call"),
 }  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def _read_columns(draft: Draft, name: str, entry: dict[str, Any], stage: str, fi
     elif all(column in _DETECTED_COLUMNS.get(field, (field,)) for field, column in columns.items()):
         columns = draft.columns_to_read(f"{name}.columns", files, columns, is_given=bool(given))
     tags = entry.pop("tags", None) or {}
-    if not set(map(str, tags.values())) <= _USUAL_TAGS:
+    if any(str(value) not in _USUAL_TAGS.get(key, ()) for key, value in tags.items()):
         draft.add_unsupported(f"{name}.tags", f"{format_value(tags)}: strop recognises the usual role names only")
     entry.pop("ranking", None)
     for key, value in entry.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import string
 from math import ceil
 from typing import Any
 
@@ -29,6 +30,11 @@ MORE_IGNORED_KEYS = (
 )  # fmt: skip
 SAMPLES = re.compile(r"(.+)#(\d+)$")  # a data set and the number of its rows that are used
 COMMAND = re.compile(r"\bswift\s+(sft|rlhf|pt)\b(.*)", re.DOTALL)
+ASSIGNMENT = re.compile(r"""^\s*(?:export\s+)?(\w+)=(["']?)([^\s"'$`]+)\2\s*$""", re.MULTILINE)
+WORD = re.compile(
+    r"""(?:\$\([^()]*\)|[^\s'"\\]|\\.|'[^']*'|"(?:\\.|[^"\\])*")+"""
+)  # of a shell command, with its quotes
+END = re.compile(r"#|[;&|]|\d*[<>]")  # start of a word that is not of the command: a comment, another command, a file
 
 
 def read(draft: Draft) -> None:
@@ -43,6 +49,9 @@ def read(draft: Draft) -> None:
         draft.put_full("tuner_type")
     elif tuner != "lora":
         raise draft.not_supported_error(f"tuner_type: {tuner}", "set it to lora or full")
+    if (task := keys.take("task_type", "causal_lm")) != "causal_lm":
+        what = f"{draft.file}: task_type: {task}: of ms-swift, only causal_lm is imported"
+        raise InputError(what, fix="write the recipe yourself: docs/classify.md, docs/embed.md")
     kind = keys.take("rlhf_type", "sft")
     if kind not in ("sft", "gkd"):
         what = f"{draft.file}: rlhf_type: {kind}: of ms-swift, only sft and gkd are imported"
@@ -70,18 +79,22 @@ def _read_script(draft: Draft) -> dict[str, Any]:
     command = next((found for line in lines if (found := COMMAND.search(line))), None)
     if command is None:
         raise InputError(f"{draft.file}: no command `swift sft` or `swift rlhf`", fix="give a YAML file or the script")
-    try:
-        words = shlex.split(command[2], comments=True)
-    except ValueError as error:
-        raise InputError(f"{draft.file}: not read: {error}", fix="fix the quotes") from None
+    line = string.Template(command[2]).safe_substitute({name: value for name, _, value in ASSIGNMENT.findall(text)})
+    end = next((match.start() for match in WORD.finditer(line) if END.match(match[0])), len(line))
+    if WORD.sub("", line[:end]).strip():
+        raise InputError(f"{draft.file}: a quote is not closed", fix="close it")
     options: dict[str, list[str]] = {}
-    for word in words:
+    for word in WORD.findall(line[:end]):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             options[name] = [value] if equals else []
         elif options:
             options[[*options][-1]].append(word)
-    read = {key: [_parse(x) for x in words] for key, words in options.items()}
+    for key, values in [*options.items()]:
+        if computed := next((value for value in values if "$" in re.sub(r"'[^']*'", "", value)), None):
+            draft.add_unsupported(key, f"{computed}: strop does not run the shell; set it in the recipe")
+            del options[key]
+    read = {key: [_parse("".join(shlex.split(x))) for x in words] for key, words in options.items()}
     defaults = {} if command[1] == "sft" else {"rlhf_type": "dpo"} if command[1] == "rlhf" else {"rlhf_type": "pt"}
     return {**defaults, **{key: x if len(x) > 1 else x[0] if x else True for key, x in read.items()}}
 
@@ -141,7 +154,11 @@ def _read_data(draft: Draft, keys: Keys) -> None:
         draft.put_sources(field, sources, key)
     if any("/" in source and not source.endswith((".jsonl", ".json", ".csv")) for source in draft.train_files()):
         draft.add_difference("dataset", "ids are those of ModelScope unless use_hf is set; in strop of Hugging Face")
-    draft.put_eval_share("split_dataset_ratio", keys.take("split_dataset_ratio"))
+    share = keys.take("split_dataset_ratio")
+    if share and keys.peek("eval_strategy") in ("no", False):
+        draft.add_ignored("split_dataset_ratio", "not used with eval_strategy no")
+    else:
+        draft.put_eval_share("split_dataset_ratio", share)
     draft.put_int(keys, "max_length", "data.max_length")
     if draft.get("data.max_length") is None:
         draft.add_difference("max_length", NO_LIMIT_NOTE)
@@ -159,7 +176,9 @@ def _read_data(draft: Draft, keys: Keys) -> None:
     if keys.take("packing"):
         draft.note_packing("packing")
     keys.take("lazy_tokenize")
-    if (scale := keys.take("loss_scale", "default")) not in ("default", "last_round"):
+    if (scale := keys.take("loss_scale", "default")) == "all":
+        draft.put("data.loss", "all", "loss_scale")
+    elif scale not in ("default", "last_round"):
         draft.add_unsupported("loss_scale", f"{scale}: strop trains on all answers, or reads weights of messages")
     elif scale == "last_round":
         draft.add_difference("loss_scale", "last_round: the last answer of a row is trained on; in strop all answers")

@@ -301,8 +301,10 @@ def _read_config(
         length, source = 1024, keys.default_source("max_length", "trl's default")
     if length is not None and (model_length is None or as_int("max_length", length) < model_length):
         draft.put("data.max_length", as_int("max_length", length), source)
-    draft.note_max_length("max_length")
-    keys.take("truncation_mode")
+    if keys.take("truncation_mode") == "keep_end" and draft.get("data.max_length") is not None:
+        draft.put("data.overlong", "truncate-start", "truncation_mode keep_end")
+    else:
+        draft.note_max_length("max_length")
     if keys.take("disable_dropout", disables_dropout) and objective != "embed":
         draft.disable_dropout_for_preferences()
     strategy = keys.take("packing_strategy", "bfd")

@@ -18,6 +18,7 @@ from strop.runs.folder import RunFolder, is_run, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
+NEEDS_QUANTIZED_BASE = "needs_quantized_base"  # key there: the adapter corrects the error of its base (LoftQ)
 SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier
 SCORE_HEAD = "score"  # its name in transformers' sequence classifiers
 EMBED_TASK = "FEATURE_EXTRACTION"  # PEFT's task type of a model of embeddings
@@ -99,6 +100,14 @@ def read_identity(folder: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ModelError(f"{file}: damaged: {error}", fix="restore it, or use another adapter of the run") from None
+
+
+def refuse_on_16_bit_base(folder: Path, where: str) -> None:
+    """Raise ModelError if an adapter corrects the error of its quantized base. where: what has the base in 16 bit."""
+    identity = read_identity(folder)
+    if identity.get(NEEDS_QUANTIZED_BASE):
+        what = f"{folder}: began with LoftQ, so it belongs to its base in {identity['quantization']}"
+        raise ModelError(f"{what}; {where} has it in 16 bit", fix="`strop merge` it, and use the merged folder")
 
 
 def read_base_name(folder: Path) -> str | None:

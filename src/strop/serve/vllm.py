@@ -43,6 +43,7 @@ from strop.models.adapter_config import (
     check_adapter_kind,
     read_adapter_config,
     read_identity,
+    refuse_on_16_bit_base,
 )
 from strop.models.adapters import check_adapter_base, check_adapter_weights, locate_base, locate_tokenizer
 from strop.models.load import weights_folder
@@ -198,6 +199,7 @@ def _check_adapter(folder: Path, source: Source) -> int:
     check_adapter_base(folder, source)
     check_adapter_weights(folder)
     check_adapter_kind(folder, "text")
+    refuse_on_16_bit_base(folder, "vLLM")
     if adapts_image_encoder(folder):
         what = f"{folder}: vLLM does not support adapters in the image encoder"
         raise ModelError(what, fix="`strop merge` it, and serve the merged folder")
