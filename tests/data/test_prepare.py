@@ -151,7 +151,7 @@ def test_long_rows_are_refused_by_default(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_shortened_are_refused_above_a_share(tmp_path: Path) -> None:
-    rows = [row(f"a{i}", "b") for i in range(99)] + [row("q", "long " * 100)]
+    rows = [row(f"a{i}", "b") for i in range(98)] + [row("long " * 200, "b", "c", "d"), row("q", "long " * 100)]
     path = write(tmp_path / "a.jsonl", rows)
     assert len(rows) * MAX_LOST_SHARE == 1  # one row of 100 may be dropped
     assert account(run(path, max_length=50, overlong="truncate-start"))["rows"]["dropped"] == 1
@@ -467,6 +467,14 @@ def printed(draw: Any) -> str:
     draw(console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
+
+
+def test_shortened_rows_count_as_used(tmp_path: Path) -> None:
+    rows = [row("long " * 200, "b", "c", "d"), row("q", "long " * 100), row("a", "b")]
+    path = write(tmp_path / "a.jsonl", rows)
+    prepared = run(path, max_length=60, overlong="truncate-start", bad_rows="drop")
+    report = printed(lambda console: check.print_report(prepared.report.as_json(), console))
+    assert "3 rows read, 2 used (1 of them truncated), 1 dropped" in report
 
 
 def test_report_and_rows_are_printed(tmp_path: Path) -> None:

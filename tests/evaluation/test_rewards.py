@@ -133,6 +133,7 @@ def test_calls_of_an_async_function_run_at_the_same_time_in_one_loop(tmp_path: P
             "row rows.jsonl:1: KeyError: 'colour' (for the answer 'a')",
         ),
         ("def own(completion, row): return float('nan')", "row rows.jsonl:1: returns nan"),
+        ("def own(completion, row): return '1.0'", "row rows.jsonl:1: returns '1.0'"),
         ("def own(completion, row): return None", "row rows.jsonl:1: returns None"),
         ("def own(completion, row): return {}", "row rows.jsonl:1: returns {}"),
         ("def own(completion, row): return {'a': 1, 'b': 'x'}", "row rows.jsonl:1: returns 'x' for own.b"),

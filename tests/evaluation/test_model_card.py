@@ -1,0 +1,31 @@
+"""What the model card of a run says of its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import strop
+from tests.support.tiny import write_rows
+
+
+def read_card(folder: Path) -> str:
+    return (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_held_out_rows_are_not_counted_as_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    run = strop.train(model=tiny_folder, data=rows, eval="20%", out=tmp_path / "run", **{"train.max_steps": 2})
+    held_out = run.report["data_report"]["held_out"]
+    card = read_card(run.folder)
+    assert held_out > 0 and f"| {24 - held_out} rows, {held_out} more held out, hash" in card
+    assert f"Of {held_out} evaluation rows only the loss was measured, not its answers." in card
+
+
+def test_evaluation_on_train_rows_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    run = strop.train(model=tiny_folder, data=rows, eval=rows, out=tmp_path / "run", **{"train.max_steps": 2})
+    assert "not its answers; 8 of them are also train rows." in read_card(run.folder)
+    run = strop.train(model=tiny_folder, data=rows, out=tmp_path / "none", **{"train.max_steps": 1})
+    assert "It was not evaluated on held-out rows" in read_card(run.folder) and "| 8 rows, hash" in read_card(
+        run.folder
+    )
