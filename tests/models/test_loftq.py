@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 import strop
 from strop.config.schema import LoraSection
 from strop.errors import InputError, ModelError
+from strop.exporting.adapters import combine
 from strop.models import lora
 from strop.models.load import load_base
 from strop.models.lora import add_lora
@@ -83,6 +84,9 @@ def test_adapter_stays_on_its_quantized_base(tiny_folder: Path, rows_file: Path,
                 _check_adapter(adapter, locate(str(tiny_folder)))
         else:
             assert _check_adapter(adapter, locate(str(tiny_folder))) == 16
+    combine([str(usual.folder), str(first.folder)], [0.5, 0.5], tmp_path / "sum")
+    with pytest.raises(ModelError, match="vLLM has it in 16 bit"):
+        _check_adapter(tmp_path / "sum", locate(str(tiny_folder)))
 
 
 def test_code_of_the_card_loads_the_model_that_was_trained(rows_file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from strop.errors import ModelError, RecipeError
 from strop.exporting.adapter_weights import find_non_lora, find_targets, read_weights
 from strop.models.adapter_config import (
+    NEEDS_QUANTIZED_BASE,
     STROP_FILE,
     WEIGHTS_FILE,
     adapter_folder,
@@ -159,6 +160,8 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         ]
         identity = {key: value for key, value in read_identity(folders[0]).items() if key not in ("data", "versions")}
         identity |= {"weights": {"sha256": sha256_file(temp / WEIGHTS_FILE)}, "versions": versions(), "combined": parts}
+        if any(read_identity(folder).get(NEEDS_QUANTIZED_BASE) for folder in folders):
+            identity[NEEDS_QUANTIZED_BASE] = True
         write_json(temp / STROP_FILE, identity)
     return read_info(str(out))
 
