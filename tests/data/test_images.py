@@ -30,12 +30,11 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.reading.in_memory import find_rows, write_rows
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
-from strop.data.store import dump_conversation
+from strop.data.store import dump_conversation, request_message
 from strop.data.types import MARK, Conversation, DataKind
 from strop.errors import DataError, FolderError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.training.teacher import _request_message
 from tests.support.pictures import BLUE, GREEN, RED, data_url, encode, picture, write_picture
 
 ANSWER = {"role": "assistant", "content": "a square"}
@@ -424,7 +423,7 @@ def test_animations_in_memory_are_refused() -> None:
 def test_a_server_gets_images_as_data_urls(folder: Path) -> None:
     row = {"messages": [user("<image>\nWhat?"), {**ANSWER, "weight": 0}], "images": ["a.png"]}
     [conversation] = read(write(folder / "d.jsonl", row))
-    question, answer = map(_request_message, conversation.messages)
+    question, answer = map(request_message, conversation.messages)
     assert answer == ANSWER and str(folder) not in json.dumps(question)
     [sent] = read_images(parse_request({"messages": [question]}), None).messages
     assert sent.content == f"{MARK}What?"

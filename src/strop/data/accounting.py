@@ -335,7 +335,7 @@ def _why_refused(
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
     # only `drop` helps with rows that cannot be shortened
     choices = allowed_overlong(selection.data_kind) if data.overlong == "refuse" else ["drop"]
-    longest = facts["longest" if data.overlong == "refuse" else "longest_dropped"]
+    longest = facts["longest"] if data.overlong == "refuse" else facts.get("longest_dropped", facts["longest"])
     long_fix = f"--data.max_length {longest}, or choose --data.overlong {' or '.join(choices)}"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
