@@ -22,6 +22,7 @@ from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
 from strop.serve.server import Address
 from strop.serve.vllm import (
+    NUM_ROWS,
     ParityResult,
     _check_adapter,
     _locate_model_tokenizer,
@@ -158,6 +159,12 @@ def test_rows_with_images_are_compared_as_messages(pictures: Path) -> None:
     assert len(urls) == 2 and all(url.startswith("data:image/png;base64,") for url in urls)
     assert one.compared.tolist() == [i for i in range(len(one.ids)) if i >= len(one.ids) - len(one.compared)]
     assert [row.path for row in _select_rows(str(pictures), renderer, 20)] == ["/v1/completions"]  # too long for it
+    write_rows(pictures.parent, several=True)
+    (rows := pictures.parent / "rows.jsonl").write_text(rows.read_text(encoding="utf-8").splitlines()[0], "utf-8")
+    options = {"train.max_steps": 1, "data.max_length": 4000, "model.dtype": "fp32"}
+    run = strop.train(model=str(pictures.parent / "base"), data=str(rows), out=pictures.parent / "one", **options)
+    asked = _select_rows(str(run.folder), load_renderer(str(run.folder)), 20)  # questions, as no row fits
+    assert len(asked) == NUM_ROWS and all(row.path == "/v1/completions" and len(row.ids) == 19 for row in asked)
 
 
 def test_adapters_in_the_image_encoder_are_refused(pictures: Path) -> None:

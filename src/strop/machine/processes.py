@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> Callable[[], object] | None:
+    """Return a `preexec_fn` with which a process gets SIGTERM when its parent ends, also by SIGKILL.
+
+    More precisely, when the thread that started it ends. None on other systems than Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    return partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def end_session(process: subprocess.Popen[Any], *, force: bool) -> None:

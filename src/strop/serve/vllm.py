@@ -2,8 +2,7 @@
 
 vLLM is installed in a separate environment. The parity check compares the log-probabilities of fixed rows in vLLM and
 in strop, because greedy completions differ by chance if two tokens are almost equally likely. As a control, vLLM's
-tuned model is also compared with the base model. Rows with images are sent as messages, so that
-vLLM expands the images.
+tuned model is also compared with the base model. Rows with images are sent as messages, so that vLLM expands them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
-from strop.machine.processes import end_session
+from strop.machine.processes import end_session, end_with_parent
 from strop.models.adapter_config import (
     adapter_folder,
     adapts_image_encoder,
@@ -129,8 +128,7 @@ def serve_vllm(
     if dtype == "auto":
         trained = read_identity(folders[0] or weights).get("dtype")
         dtype, notes = pick_generation_dtype(pick_device(device), trained)
-    max_tokens = min(MAX_TEXT_TOKENS, context - 1)
-    references = {model: _compute_reference(name, max_tokens) for model, name in zip(ids, names, strict=True)}
+    references = {model: _compute_reference(name, context) for model, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # the template may end turns with a token other than eos, and some models have more stop tokens
         stop_ids = list(renderers[0].end_ids)
@@ -151,7 +149,12 @@ def serve_vllm(
         key = {"VLLM_API_KEY": address.key} if address.key else {}
         address.socket.close()  # vLLM binds the port
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**vllm_environment(KEY_VARIABLE), **key}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=log,
+            env={**vllm_environment(KEY_VARIABLE), **key},
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
         )
         try:
             start = time.monotonic()
@@ -206,21 +209,31 @@ def _check_adapter(folder: Path, source: Source) -> int:
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
-def _select_rows(name: str, renderer: Renderer, max_tokens: int) -> list[_Row]:
-    """Return rows for the parity check: evaluation or training rows of a run, else questions of the general set."""
-    if not is_run(Path(name)):
-        return [_text_row(renderer.prompt(row.messages)[:max_tokens]) for row in load_questions()[:NUM_ROWS]]
-    recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
+def _select_rows(name: str, renderer: Renderer, context: int) -> list[_Row]:
+    """Return rows for the parity check: evaluation or training rows of a run, else questions of the general set.
+
+    Texts are cut, and rows with images are left out if they are longer than the context.
+    """
+    rows = _select_run_rows(Path(name), renderer, context) if is_run(Path(name)) else []
+    max_tokens = min(MAX_TEXT_TOKENS, context - 1)
+    return rows or [_text_row(renderer.prompt(row.messages)[:max_tokens]) for row in load_questions()[:NUM_ROWS]]
+
+
+def _select_run_rows(run: Path, renderer: Renderer, context: int) -> list[_Row]:
+    recipe = read_resolved(RunFolder(run).recipe).recipe
     prepared = prepare_rows(recipe, renderer.tokenizer, cache=cache_folder() / "data")
     used: Any = prepared.train_conversations if prepared.eval_conversations is None else prepared.eval_conversations
     rows = list[_Row]()
-    for side in [side for conversation in used[:NUM_ROWS] for side in conversation.sides][:NUM_ROWS]:
+    for side in (side for conversation in used[:NUM_ROWS] for side in conversation.sides):
         for example in prepared.renderer.render(side):
             if not side.has_images:
-                rows.append(_text_row(example.ids[:max_tokens]))
-            elif len(example) <= max_tokens:
+                rows.append(_text_row(example.ids[: min(MAX_TEXT_TOKENS, context - 1)]))
+            elif len(example) < context:
                 body = {"messages": [request_message(turn) for turn in side.messages], "add_generation_prompt": False}
-                rows.append(_Row("/v1/chat/completions", body, example.ids, example.weights.nonzero()[0]))
+                compared = example.weights[1:].nonzero()[0] + 1
+                rows.append(_Row("/v1/chat/completions", body, example.ids, compared))
+        if len(rows) >= NUM_ROWS or sum(len(row.ids) for row in rows) >= NUM_ROWS * MAX_TEXT_TOKENS:
+            break
     return rows
 
 
@@ -228,14 +241,14 @@ def _text_row(ids: Ids) -> _Row:
     return _Row("/v1/completions", {"prompt": ids.tolist()}, ids, np.arange(1, len(ids)))
 
 
-def _compute_reference(name: str, max_tokens: int) -> tuple[list[_Row], list[list[float]], list[list[float]] | None]:
+def _compute_reference(name: str, context: int) -> tuple[list[_Row], list[list[float]], list[list[float]] | None]:
     """Return rows and their log-probabilities in strop with the adapter and, if there is an adapter, without it.
 
     They are computed in fp32 from unquantized weights, which vLLM uses too, on the CPU, because vLLM needs the GPU's
     memory.
     """
     model = load(name, device="cpu", dtype="fp32", quantization="none")
-    rows = _select_rows(name, model.renderer, max_tokens)
+    rows = _select_rows(name, model.renderer, context)
     tuned = [_compute_logprobs(model.module, row) for row in rows]
     if not model.is_tuned:
         return rows, tuned, None
