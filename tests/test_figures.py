@@ -587,7 +587,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/full.md", "full_2026-11-30.json", full_rows),
     ("docs/full.md", "full_speed_2026-11-30.json", full_speed),
     ("docs/images.md", "images_2026-11-30.json", image_rows),
-    ("docs/images.md", "images_receipts_2026-11-30.json", lambda it: picture_rows(it)[0]),
+    ("docs/images.md", "images_receipts_2026-11-30.json", picture_rows),
     ("docs/images.md", "image_speed_siglip_2026-11-30.json", image_speed),
     ("docs/images.md", "image_speed_small_2026-11-30.json", image_speed),
     ("docs/full.md", "full_700_2026-11-30.json", full_rows),
