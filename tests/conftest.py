@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.pop("PYTHONUNBUFFERED", None)  # users' pipes are buffered: what a command prints must be flushed
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in total as cores
     own = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))

@@ -91,7 +91,7 @@ def print_json(value: dict[str, Any], enabled: bool) -> None:
             text.encode(sys.stdout.encoding or "utf-8")
         except UnicodeEncodeError:
             text = json.dumps(value)
-        print(text)
+        print(text, flush=True)  # a server prints it long before it ends
 
 
 def print_notes(notes: Sequence[str], out: Console = console) -> None:
