@@ -1,4 +1,4 @@
-"""What the model card of a run says of its rows."""
+"""Numbers of rows in the model card of a run."""
 
 from __future__ import annotations
 

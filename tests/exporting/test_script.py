@@ -177,7 +177,7 @@ def test_dpo_with_images_has_the_same_losses(tmp_path: Path, capsys: pytest.Capt
 def test_texts_on_a_model_that_reads_images_have_the_same_losses(
     tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gemma 3 must be told which tokens are features of images when it is trained."""
+    """In training, Gemma 3 needs `token_type_ids`, which are 0 for text."""
     base = save_seeing(tmp_path / "base", "gemma3")
     ours = train(tmp_path / "run", model=str(base), data=str(rows_file))
     export_script(tmp_path / "run", tmp_path / "script")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from strop.dash.files import CONTENT_ERRORS, open_file
 from strop.machine.memory import trim_heap
-from strop.runs.events import describe_turns, parse_event, split_prompt
+from strop.runs.events import count_used, describe_turns, parse_event, split_prompt
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
@@ -242,9 +242,9 @@ class History:
             (first, first_start), (last, last_start) = starts[0], starts[-1]
             return max(1.0, (last_start - first_start) / (last - first))
         report = (self.newest.get("data") or {}).get("report") or {}
-        rows = (report.get("rows") or {}).get("used")
+        rows = count_used(report.get("rows") or {})
         batch = next((c["value"] for c in self.choices if c.get("field") == "train.batch_size"), None)
-        if isinstance(rows, int) and isinstance(batch, int) and rows and batch:
+        if isinstance(batch, int) and rows and batch:
             return float(-(-(rows - int(report.get("held_out") or 0)) // batch) or 1)
         return None
 

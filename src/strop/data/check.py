@@ -34,8 +34,9 @@ from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import Conversation, DataKind, Example, Image, Row, count_used
+from strop.data.types import Conversation, DataKind, Example, Image, Row
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
+from strop.runs.events import count_used
 
 SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "cyan"  # styles of tokens
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}

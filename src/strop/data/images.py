@@ -11,7 +11,7 @@ import re
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from strop.runs.folder import cache_folder, write_atomic
 
 if TYPE_CHECKING:
     import PIL.Image
+    from torch import Tensor
 
 IN_MEMORY = "data:;base64,"  # start of the path of an image that is not in a file
 MAX_IN_MEMORY_BYTES = 256 << 20  # of such images in a table
@@ -341,6 +342,17 @@ class ImageTable:
     def find(self, id: int) -> int:
         """Return the index of the image to which an id belongs."""
         return bisect_right(self.starts, id) - 1
+
+    def spans(self, ids: Ids | Tensor) -> Iterator[tuple[int, int, int]]:
+        """Yield index of the image, first and last id of each run of ids of an image. ids (n,): of features only."""
+        values, begin = ids.tolist(), 0
+        while begin < len(values):
+            number = self.find(values[begin])
+            limit, end = self.starts[number] + self.tokens(number), begin + 1
+            while end < len(values) and values[end] == values[end - 1] + 1 < limit:
+                end += 1
+            yield number, values[begin], values[end - 1]
+            begin = end
 
     def records(self) -> list[tuple[str, str, int, int, list[str], int]]:
         """Return the images and their numbers of features as JSON values, for `adopt`."""

@@ -78,11 +78,6 @@ class Message:
         return "".join(part["text"] for part in parts)
 
 
-def count_used(rows: Mapping[str, int]) -> int:
-    """Return the number of rows that are used, whole or shortened. rows: `rows` of a report."""
-    return sum(rows.get(name, 0) for name in ("used", "truncated", "split"))
-
-
 def content_parts(message: Message, image_part: Callable[[Image], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the text and the images of a message as content parts, in order."""
     images = iter(message.images)

@@ -120,7 +120,7 @@ class ImageFeatures:
         Those of a token depend only on the tokens before it and, for a feature, on its image. So a part of them is
         valid for each sequence with the same first tokens, also if it ends inside an image.
         """
-        spans = list(self._spans(ids[ids >= FIRST_IMAGE_ID]))
+        spans = list(self._encoder.table.spans(ids[ids >= FIRST_IMAGE_ID]))
         if not spans or not self.uses_mrope:
             return np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
         assert self._positioned is not None
@@ -176,7 +176,7 @@ class ImageFeatures:
 
         Followed by those that the first layers add (DeepStack), a tensor for each layer.
         """
-        spans = list(self._spans(ids))
+        spans = list(self._encoder.table.spans(ids))
         images = {number: self.of_image(number) for number, *_ in spans}
         starts = self._encoder.table.starts
         return [
@@ -184,24 +184,13 @@ class ImageFeatures:
             for name in (FEATURES, *sorted(name for name in images[spans[0][0]] if name.startswith(LATER)))
         ]
 
-    def _spans(self, ids: Tensor | Ids) -> Iterator[tuple[int, int, int]]:
-        """Yield index of the image, first and last id of each run of ids of an image."""
-        table, values, begin = self._encoder.table, ids.tolist(), 0
-        while begin < len(values):
-            number = table.find(values[begin])
-            limit, end = table.starts[number] + table.tokens(number), begin + 1
-            while end < len(values) and values[end] == values[end - 1] + 1 < limit:
-                end += 1
-            yield number, values[begin], values[end - 1]
-            begin = end
-
     def arguments(self, ids: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the model's forward, next to the token ids (b, s), that describe their images."""
         is_image = ids >= FIRST_IMAGE_ID
         if not self._token_types or not bool(is_image.any()):
             return {}
         arguments = {name: is_image.long() for name in self._token_types}
-        images = [number for row in ids for number, *_ in self._spans(row[row >= FIRST_IMAGE_ID])]
+        images = [number for row in ids for number, *_ in self._encoder.table.spans(row[row >= FIRST_IMAGE_ID])]
         grids = [self._grid(number) for number in images]
         if all(grid is not None for grid in grids):
             arguments[GRID] = torch.cat(cast(list[Tensor], grids))

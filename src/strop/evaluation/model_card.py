@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from strop.data.types import count_used
 from strop.evaluation.metrics import (
     describe_change,
     describe_cut,
@@ -22,6 +21,8 @@ from strop.evaluation.metrics import (
     score_name,
 )
 from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
+from strop.models.vllm import DTYPE_NAMES
+from strop.runs.events import count_used
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -283,10 +284,9 @@ def _format_quantization(settings: Mapping[str, Any]) -> str:
     if scheme == "int8":
         return "load_in_8bit=True"
     double = settings.get("model.double_quantization", True)
-    dtype = {"fp32": "float32", "fp16": "float16"}.get(settings["model.dtype"], "bfloat16")
     return (
         f'\n    load_in_4bit=True, bnb_4bit_quant_type="{scheme}", bnb_4bit_use_double_quant={double},'
-        f"\n    bnb_4bit_compute_dtype=torch.{dtype},\n"
+        f"\n    bnb_4bit_compute_dtype=torch.{DTYPE_NAMES[settings['model.dtype']]},\n"
     )
 
 

@@ -17,10 +17,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from strop.data.types import count_used
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.evaluation import metrics
-from strop.runs.events import describe_turns, split_prompt
+from strop.runs.events import count_used, describe_turns, split_prompt
 from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated

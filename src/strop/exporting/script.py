@@ -258,8 +258,7 @@ def _make_token_row(example: Example, encoder: ImageEncoder | None) -> dict[str,
     if encoder is None:
         return row
     table, is_image = encoder.table, example.ids >= FIRST_IMAGE_ID
-    begins = [number for number in example.ids[is_image].tolist() if number in table.starts]
-    files = [_file_of(table.images[table.find(number)]) for number in begins]
+    files = [_file_of(table.images[number]) for number, *_ in table.spans(example.ids[is_image])]
     return {**row, "ids": np.where(is_image, encoder.image_token_id, example.ids).tolist(), "images": files}
 
 

@@ -31,9 +31,8 @@ MORE_IGNORED_KEYS = (
 SAMPLES = re.compile(r"(.+)#(\d+)$")  # a data set and the number of its rows that are used
 COMMAND = re.compile(r"\bswift\s+(sft|rlhf|pt)\b(.*)", re.DOTALL)
 ASSIGNMENT = re.compile(r"""^\s*(?:export\s+)?(\w+)=(["']?)([^\s"'$`]+)\2\s*$""", re.MULTILINE)
-WORD = re.compile(
-    r"""(?:\$\([^()]*\)|[^\s'"\\]|\\.|'[^']*'|"(?:\\.|[^"\\])*")+"""
-)  # of a shell command, with its quotes
+# a word of a shell command, with its quotes
+WORD = re.compile(r"""(?:\$\([^()]*\)|[^\s'"\\]|\\.|'[^']*'|"(?:\\.|[^"\\])*")+""")
 END = re.compile(r"#|[;&|]|\d*[<>]")  # start of a word that is not of the command: a comment, another command, a file
 
 

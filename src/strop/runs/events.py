@@ -88,6 +88,11 @@ def find_rewind_step(event: Event) -> int | None:
     return None if field is None else int(event[field])
 
 
+def count_used(rows: Mapping[str, int]) -> int:
+    """Return the number of rows that are used, whole or shortened. rows: `rows` of a report."""
+    return sum(rows.get(name, 0) for name in ("used", "truncated", "split"))
+
+
 def describe_turns(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return messages as lines of text: `tool(argument=value)` for a call, `-> text` for its result."""
     lines = []

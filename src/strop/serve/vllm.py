@@ -229,7 +229,11 @@ def _select_run_rows(run: Path, renderer: Renderer, context: int) -> list[_Row]:
             if not side.has_images:
                 rows.append(_text_row(example.ids[: min(MAX_TEXT_TOKENS, context - 1)]))
             elif len(example) < context:
-                body = {"messages": [request_message(turn) for turn in side.messages], "add_generation_prompt": False}
+                body = {
+                    "messages": [request_message(turn) for turn in side.messages], "add_generation_prompt": False,
+                    "chat_template_kwargs": prepared.renderer.options_for(side.messages),
+                    **({"tools": list(side.tools)} if side.tools else {}),
+                }  # fmt: skip
                 compared = example.weights[1:].nonzero()[0] + 1
                 rows.append(_Row("/v1/chat/completions", body, example.ids, compared))
         if len(rows) >= NUM_ROWS or sum(len(row.ids) for row in rows) >= NUM_ROWS * MAX_TEXT_TOKENS:

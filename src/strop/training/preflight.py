@@ -44,6 +44,7 @@ from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe
 from strop.machine.memory import free_memory
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
+    NEEDS_QUANTIZED_BASE,
     AdapterKind,
     adapts_image_encoder,
     check_adapter_kind,
@@ -109,6 +110,7 @@ class Setup(RecipeFacts):
     columns: Rows  # of the rows, if a reward reads them
     teacher: Teacher | None  # of a policy objective
     tracer: Tracer | None  # of train.environment
+    needs_quantized_base: bool  # the adapter corrects the error of its base (LoftQ)
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
@@ -201,7 +203,8 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         _check_negatives(recipe, data.train_items)
     if recipe.train.keep is not None:
         data = add_kept_rows(data, recipe, source, folder.kept)
-    free_memory()  # of models that answered
+    if recipe.train.keep is not None or recipe.train.teacher is not None:
+        free_memory()  # of models that answered
     has_environment = recipe.train.environment is not None
     columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data, all_rows=has_environment)
     rewards_hash = _check_rewards(recipe, data, columns)
@@ -234,6 +237,8 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     return Setup(
         **vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock, columns=columns,
         teacher=teacher, tracer=tracer,
+        needs_quantized_base=recipe.lora.init == "loftq"
+        or (start is not None and bool(read_identity(start).get(NEEDS_QUANTIZED_BASE))),
     )  # fmt: skip
 
 

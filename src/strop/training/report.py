@@ -21,7 +21,7 @@ from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
 from strop.machine.memory import PeakTracker
-from strop.models.adapter_config import NEEDS_QUANTIZED_BASE, read_identity
+from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
 from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
 from strop.models.load import DTYPES
@@ -32,7 +32,7 @@ from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
 from strop.training.dry_run import Forecast
 from strop.training.loop import evaluate, reset_lost_best
-from strop.training.preflight import Setup, find_start_adapter
+from strop.training.preflight import Setup
 from strop.training.reference import with_reference
 from strop.training.rollouts import PolicyCriterion, VllmSampler
 from strop.training.state import Job, Progress, batch_stream, load_weights
@@ -105,9 +105,7 @@ def finish(
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
     identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
-    start = find_start_adapter(job.recipe)
-    if job.recipe.lora.init == "loftq" or (start is not None and read_identity(start).get(NEEDS_QUANTIZED_BASE)):
-        identity[NEEDS_QUANTIZED_BASE] = True
+    identity |= {NEEDS_QUANTIZED_BASE: True} if setup.needs_quantized_base else {}
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
     if (classes := setup.data.classes) is not None:
@@ -145,7 +143,7 @@ def finish(
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
         },
         **({"model": str(folder.model)} if full else {"adapter": str(folder.adapter)}),
-        NEEDS_QUANTIZED_BASE: identity.get(NEEDS_QUANTIZED_BASE, False),
+        NEEDS_QUANTIZED_BASE: setup.needs_quantized_base,
         "adapter_step": progress.best_step or progress.step,
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},

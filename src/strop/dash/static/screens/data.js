@@ -138,7 +138,7 @@ export async function show(container, { query, signal }) {
         "dl",
         { class: "facts" },
         fact("rows read", count(rows.read)),
-        fact("used", count(rows.used)),
+        fact("used", count(rows.used + rows.truncated + rows.split)),
         ["truncated", "split", "dropped"].map((name) => fact(name, count(rows[name]))),
         fact("tokens", count(tokens.all)),
         fact(
