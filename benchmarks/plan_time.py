@@ -106,7 +106,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "name": name_of(case),
         "recipe": {name: recipe[name] for name in recipe if name.startswith(("model.", "lora.", "train."))},
         "rows": list(sizes),
-        "prefix": sizes.prefix,
+        "prefix": min((length for _, length in sizes.prefixes), default=0),  # that all rows share
         "tiles": setting_of(case["model"], recipe).compute.attention_tiles,
         "own_products": setting_of(case["model"], recipe).compute.bf16_head_kernel,
         "step": setting_of(case["model"], recipe).compute.step,
@@ -142,7 +142,7 @@ def predict_seconds(result: dict[str, Any]) -> float:
     step = result.get("step", setting.compute.step)
     setting = setting.replace(attention_tiles=result["tiles"], step=step, bf16_head_kernel=own)
     rows = Rows(map(tuple, result["rows"]))
-    rows.prefix = result["prefix"]
+    rows.prefixes = [(0, result["prefix"])] * len(rows)
     recipe = resolve(None, {**result["recipe"], "model.name": "m", "data.train": "d"}).recipe
     steps = first_steps(recipe, rows, step == "fast")
     return result["pace"] / result["pace_then"] * steps_seconds(setting, steps, Rate(**result["rate"])) / len(steps)

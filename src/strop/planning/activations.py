@@ -16,7 +16,6 @@ from strop.planning.workload import Workload
 
 BLOCK = 256  # queries per matmul, as in engine.train.attention
 MAX_SAVED_KEYS = 512  # probabilities of documents with more keys are recomputed, as in engine.train.attention
-MIN_PREFIX = 8  # minimum length of a shared prefix in tokens, as in engine.train.packing
 TILE_ROWS, GAP = 64, 256  # rows of an attention tile, and padding values after a buffer, as in engine.kernels.cpu
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")  # fields of configs
 # values of the MLP's size that a plain step saves without a gate: 1 + those that autograd saves for the activation
@@ -38,11 +37,12 @@ HEAD_BYTES, GPU_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits computed at once,
 class MicroBatch:
     """The rows that are computed at once."""
 
-    tokens: int  # number of packed tokens; a shared prefix counts once
+    tokens: int  # number of packed tokens; shared prefixes count once
     supervised: int  # number of rows of the output head
     documents: tuple[tuple[int, int, int], ...]  # (number of documents, queries and keys of each)
     more: bool = False  # the step has other micro-batches, whose accumulated gradients stay allocated
-    shared: int = 0  # tokens saved by a shared prefix, minus padding tokens
+    prefixes: int = 0  # number of documents that are a shared prefix
+    shared: int = 0  # tokens saved by shared prefixes, minus padding tokens
 
     @staticmethod
     def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
@@ -54,7 +54,7 @@ class MicroBatch:
     @property
     def num_sequences(self) -> int:
         """Number of sequences. A shared prefix is a document, but not a sequence."""
-        return sum(number for number, _, _ in self.documents) - (self.shared > 0)
+        return sum(number for number, _, _ in self.documents) - self.prefixes
 
 
 def count_pairs(workload: Workload, batch: MicroBatch) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 from strop.config.names import full_name
 from strop.config.schema import Recipe, keep_share
 from strop.data.batching import BatchStream, group_by_length, pack
+from strop.data.prefixes import group_by_prefix
 from strop.data.reading.sources import needs_download
 from strop.data.rendering.image_encoder import image_encoder
+from strop.data.types import Example, Ids
 from strop.errors import StropError
 from strop.models.source import Source, is_on_disk, locate
 from strop.models.tokenizer import check_template, load_tokenizer
@@ -24,7 +26,7 @@ from strop.objectives.table import (
     prepare_rows,
     sequences_per_row,
 )
-from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
+from strop.planning.activations import MAX_SAVED_KEYS, MicroBatch, peak_live_bytes
 from strop.planning.images import ImageLoad
 from strop.planning.workload import Workload
 
@@ -32,16 +34,16 @@ MICRO_BATCH_TOKENS = 2048
 TIMED_STEPS = 32  # number of steps from which the time of a run is predicted
 MAX_STEPS = 20_000  # maximum number of steps in which the largest micro-batch is searched
 MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over several epochs if there are fewer
+SAMPLED_ROWS = 2000  # number of rows in which shared prefixes are searched
 NO_DATA = "-"  # data.train of a plan without data
-
-
+NO_PREFIX = (-1, 0)
 KEPT_ROW = (67, 26)  # tokens and supervised tokens of a row of train.keep
 
 
 class Rows(list[tuple[int, int]]):
     """The tokens and supervised tokens of each sequence."""
 
-    prefix = 0  # length of the prefix that all rows share
+    prefixes: Sequence[tuple[int, int]] = ()  # that each row shares with others: number and length, or NO_PREFIX
     rows = 0  # number of rows, if they differ in their number of sequences
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
@@ -69,7 +71,7 @@ def measure_rows(recipe: Recipe) -> Rows:
     tokenizer = load_tokenizer(source)
     prepared = prepare_rows(recipe, tokenizer, strict=False)
     sizes.images = ImageLoad.measure(image_encoder(tokenizer), source)
-    rows, prefix = prepared.train, None
+    rows = prepared.train
     sizes.refused = prepared.refusal
     held_out = prepared.report.eval
     sizes.warnings = [*prepared.report.warnings, *(held_out.warnings if held_out else ())]
@@ -82,13 +84,13 @@ def measure_rows(recipe: Recipe) -> Rows:
     sizes.rows = len(prepared.train_items or ()) if data_kind == "triplets" else 0
     for example in rows:
         sizes.append((len(example), example.supervised))
-        prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
+    if data_kind == "turns" and len(rows):
+        sizes.prefixes = _find_prefixes(rows, recipe.train.batch_size)
     if share := keep_share(recipe.train):  # the answers are not known before the run
         tokens = sum(length for length, _ in sizes) * share / (1 - share)
         parts = sequences_per_row(recipe.train)
         sizes += [(KEPT_ROW[0] // parts, KEPT_ROW[1] // parts)] * (parts * round(tokens / KEPT_ROW[0]))
-        prefix = None
-    sizes.prefix = 0 if prefix is None else len(prefix)
+        sizes.prefixes = [*sizes.prefixes, *[NO_PREFIX] * (len(sizes) - len(sizes.prefixes))] * bool(sizes.prefixes)
     return sizes
 
 
@@ -107,13 +109,18 @@ def _tokenizer_source(recipe: Recipe) -> Source | str:
     return source if has_tokenizer else "the model's folder has no tokenizer"
 
 
-def _shared_prefix(prefix: Any, ids: Any) -> Any:
-    """Return the longest common prefix of two arrays of token ids. prefix: None for the first row."""
-    if prefix is None:
-        return ids
-    size = min(len(prefix), len(ids))
-    differs = (prefix[:size] != ids[:size]).nonzero()[0]
-    return prefix[: differs[0] if len(differs) else size]
+def _find_prefixes(rows: Sequence[Example], batch_size: int) -> list[tuple[int, int]]:
+    """Return the prefix that each row shares with others in its batch, as in Rows.prefixes."""
+    sample = [rows[i].ids for i in range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))]
+    groups = group_by_prefix(sample, [len(ids) - 1 for ids in sample], min(1.0, batch_size / len(sample)))
+    shared = [(number, sample[group.rows[0]][: group.prefix]) for number, group in enumerate(groups) if group.prefix]
+    shared.sort(key=lambda prefix: -len(prefix[1]))  # a row has the longest one that it begins with
+
+    def find(ids: Ids) -> tuple[int, int]:
+        found = ((number, len(x)) for number, x in shared if len(x) < len(ids) and (ids[: len(x)] == x).all())
+        return next(found, NO_PREFIX)
+
+    return [find(row.ids) for row in rows]
 
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, rows: Rows | None = None) -> MicroBatch:
@@ -144,7 +151,7 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
 
 def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
     """Return a micro-batch of rows of the mean length. Without rows, all tokens up to the maximum are supervised."""
-    prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
+    prefixes = rows.prefixes if isinstance(rows, Rows) else ()
     sequences = sequences_per_row(recipe.train)
     if not rows:
         sampled, length = max_completion_tokens(recipe.train) and max_sampled_tokens(recipe), longest_sequence(recipe)
@@ -155,13 +162,15 @@ def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> Mi
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
     step_continues = number < min(sequences * train.batch_size, len(rows))
     batch = MicroBatch.rows([mean] * number, share=share, more=step_continues)
-    return _with_shared_prefix(batch, [mean] * number, prefix)
+    sample = [prefixes[i * len(prefixes) // number] for i in range(number)] if prefixes else ()
+    sample = [(group, min(length, mean - 1)) for group, length in sample]
+    return _with_shared_prefixes(batch, [mean] * number, sample)
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool, steps: int = TIMED_STEPS) -> list[list[MicroBatch]]:
     """Return the micro-batches of the first steps, as in training. packed: without padding."""
-    batches = [[rows[row] for row in batch.rows] for batch in islice(_stream(recipe, rows), steps)]
-    return [_split_batch(recipe, batch, rows.prefix, packed) for batch in batches]
+    batches = [batch.rows for batch in islice(_stream(recipe, rows), steps)]
+    return [_split_batch(recipe, rows, batch, packed) for batch in batches]
 
 
 def searched_steps(stream: BatchStream) -> int:
@@ -176,34 +185,37 @@ def _stream(recipe: Recipe, rows: Rows) -> BatchStream:
     )
 
 
-def _split_batch(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
-    train, lengths = recipe.train, [tokens for tokens, _ in rows]
+def _split_batch(recipe: Recipe, rows: Rows, batch: Sequence[int], packed: bool) -> list[MicroBatch]:
+    train, lengths = recipe.train, [rows[i][0] for i in batch]
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS
     if train.micro_batch is not None:
         groups = group_by_length(lengths, rows=train.micro_batch)
     else:
         groups = pack(lengths, max(budget, *lengths)) if packed else group_by_length(lengths, tokens=budget)
-    return [_predict_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
+    return [_predict_micro_batch(rows, [batch[i] for i in group], packed, len(groups) > 1) for group in groups]
 
 
-def _predict_micro_batch(
-    rows: Sequence[tuple[int, int]], prefix: int, packed: bool, step_continues: bool
-) -> MicroBatch:
-    lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
+def _predict_micro_batch(rows: Rows, indices: Sequence[int], packed: bool, step_continues: bool) -> MicroBatch:
+    lengths, supervised = [rows[i][0] for i in indices], sum(rows[i][1] for i in indices)
     if not packed:
-        batch = MicroBatch.rows([max(lengths)] * len(rows), more=step_continues)
+        batch = MicroBatch.rows([max(lengths)] * len(lengths), more=step_continues)
         padding = batch.tokens - sum(lengths)
         return replace(batch, supervised=supervised, shared=-padding)
-    batch = MicroBatch.rows(lengths, more=step_continues)
-    return _with_shared_prefix(replace(batch, supervised=supervised), lengths, prefix)
+    batch = replace(MicroBatch.rows(lengths, more=step_continues), supervised=supervised)
+    return _with_shared_prefixes(batch, lengths, [rows.prefixes[i] for i in indices] if rows.prefixes else ())
 
 
-def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
-    """Return the batch with the shared prefix computed only once, if it has at least MIN_PREFIX tokens."""
-    prefix = min(prefix, min(lengths) - 1) if len(lengths) > 1 else 0
-    if prefix < MIN_PREFIX:
+def _with_shared_prefixes(batch: MicroBatch, lengths: Sequence[int], prefixes: Sequence[tuple[int, int]]) -> MicroBatch:
+    """Return the batch with each prefix that several rows share computed once. prefixes: as in Rows, or none."""
+    numbers = {prefix: number for prefix, number in Counter(prefixes).items() if prefix[1] and number > 1}
+    if not numbers:
         return batch
-    shared = (len(lengths) - 1) * prefix
-    # (number of documents, queries and keys of each); the prefix is one document
-    documents = tuple((number, tokens - prefix, tokens) for tokens, number in sorted(Counter(lengths).items()))
-    return replace(batch, tokens=batch.tokens - shared, documents=((1, prefix, prefix), *documents), shared=shared)
+    documents = Counter((prefix, prefix) for _, prefix in numbers)  # (queries, keys): a prefix is one document
+    shared = sum((number - 1) * prefix for (_, prefix), number in numbers.items())
+    for tokens, prefix in sorted(zip(lengths, prefixes, strict=True)):
+        own = tokens - prefix[1] if prefix in numbers else tokens
+        documents[own, tokens] += 1
+    return replace(
+        batch, tokens=batch.tokens - shared, prefixes=len(numbers), shared=shared,
+        documents=tuple((number, *document) for document, number in documents.items()),
+    )  # fmt: skip

@@ -155,7 +155,7 @@ def make_plan(
         "beyond": too_long,
     }
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
-        copy = Rows(rows)  # without `prefix`
+        copy = Rows(rows)  # without `prefixes`
         copy.rows, copy.images, rows = rows.rows, rows.images, copy
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, rows)

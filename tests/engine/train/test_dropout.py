@@ -25,7 +25,7 @@ from strop.engine.train.dropout import (
 from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
-from tests.engine.train.test_fast import assert_same, some, step, with_prefix
+from tests.engine.train.test_fast import assert_same, some, step, with_prefix, with_prefixes
 from tests.support.random_models import adapted
 
 DROPOUT = {"lora_dropout": 0.25}
@@ -98,7 +98,7 @@ def test_token_key_depends_on_the_prefix() -> None:
 )
 def test_fast_equals_plain_with_the_same_masks(hide: dict[str, Any]) -> None:
     model = dropping(hide)
-    for examples in (some(weighted=True), with_prefix(some(weighted=True))):
+    for examples in (some(weighted=True), with_prefix(some(weighted=True)), with_prefixes(some(weighted=True))):
         expected = step(model, PlainLoss(model), examples)
         assert_same(step(model, FastLoss(model), examples), expected)
         assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)

@@ -20,7 +20,7 @@ from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
-from strop.engine.train.packing import MIN_LENGTH_RATIO, Documents, pack_separately
+from strop.engine.train.packing import MIN_LENGTH_RATIO, Documents, pack, pack_separately
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import probe
 from strop.models.families.table import FAMILIES
@@ -41,8 +41,8 @@ def some(weighted: bool = False) -> list[Example]:
     return result
 
 
-def with_prefix(examples: list[Example], length: int = 11) -> list[Example]:
-    prefix = example(length, 99)
+def with_prefix(examples: list[Example], length: int = 11, seed: int = 99) -> list[Example]:
+    prefix = example(length, seed)
     rng = np.random.default_rng(1)
     return [
         Example(
@@ -53,6 +53,12 @@ def with_prefix(examples: list[Example], length: int = 11) -> list[Example]:
         )
         for i, e in enumerate(examples)
     ]
+
+
+def with_prefixes(examples: list[Example]) -> list[Example]:
+    """Return rows with two prefixes and without one, mixed."""
+    groups = zip(with_prefix(examples), with_prefix(examples, 14, 98), examples, strict=True)
+    return [one for group in groups for one in group]
 
 
 def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Tensor, Gradients]:
@@ -92,7 +98,7 @@ def test_each_family_has_a_parity_test() -> None:
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_each_family_equals_the_plain_step(family: str) -> None:
     model = adapted(family)
-    for examples in (some(), some(weighted=True), with_prefix(some(weighted=True))):
+    for examples in (some(), some(weighted=True), with_prefix(some(weighted=True)), with_prefixes(some(weighted=True))):
         expected = step(model, PlainLoss(model), examples)
         assert_same(step(model, FastLoss(model), examples), expected)
         assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)
@@ -258,7 +264,7 @@ def with_new_tokens(case: str) -> PeftModel:
 def test_new_tokens_equal_the_plain_step(case: str) -> None:
     model = with_new_tokens(case)
     assert why_not_fast(model) is None
-    for examples in (some(), with_prefix(some())):
+    for examples in (some(), with_prefix(some()), with_prefixes(some())):
         plain, fast = PlainLoss(model), FastLoss(model)
         expected = step(model, plain, examples)
         assert sum("trainable_tokens_delta" in name for name in expected[1]) == len(NEW_TOKENS[case][2])
@@ -290,6 +296,12 @@ def test_packed_batch_equals_single_examples_and_unshared_prefix() -> None:
     one_by_one = sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in together[1]}
     assert_same(together, one_by_one)
     assert_same(together, step(model, unshared, examples))
+
+
+def test_groups_of_rows_compute_each_prefix_once() -> None:
+    packed = pack(with_prefixes(some()), prefix_sharing=True, device=torch.device("cpu"))
+    assert len(packed.ids) == 3 * sum(map(len, some())) + 11 + 14
+    assert sorted(end for end, _ in packed.ends) == list(range(12))
 
 
 @pytest.mark.parametrize("sharing", [False, True])

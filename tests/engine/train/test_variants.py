@@ -22,6 +22,7 @@ from tests.engine.train.test_fast import (
     some,
     step,
     with_prefix,
+    with_prefixes,
 )
 from tests.support.random_models import adapted, example
 
@@ -84,7 +85,7 @@ VARIANTS = {
 def test_variant_equals_the_plain_step(name: str) -> None:
     model = VARIANTS[name]()
     assert why_not_fast(model) is None
-    for examples in (some(), with_prefix(some(weighted=True))):
+    for examples in (some(), with_prefix(some(weighted=True)), with_prefixes(some(weighted=True))):
         expected = step(model, PlainLoss(model), examples)
         assert_same(step(model, FastLoss(model), examples), expected)
         assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)

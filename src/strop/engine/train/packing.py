@@ -1,7 +1,7 @@
 """Pack the examples of a micro-batch into one sequence of T rows, one per token, without padding.
 
-`pack` starts with the prefix that all examples share, which is stored once, and continues with the rest of each
-example. The labels in the prefix are merged by adding their weights, which does not change the loss. `pack_separately`
+`pack` finds groups of examples with a common prefix. It stores the prefix of a group once, and the rest of each example
+after it. The labels in a prefix are merged by adding their weights, which does not change the loss. `pack_separately`
 keeps the labels of each example apart, and shares the common prefix of examples with the same prompt.
 """
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from strop.data.prefixes import MIN_PREFIX, PrefixGroup, group_by_prefix, shared_length
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import token_keys
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 Int64 = npt.NDArray[np.int64]
 MIN_LENGTH_RATIO = 0.8  # minimum ratio of the shortest to the longest document of a padded group
-MIN_PREFIX = 8  # tokens; sharing a shorter prefix saves less than its additional attention call costs
 CALL_COST = 200 * 200  # cost of an attention call in query-key pairs (0.9 ms at 22 ns per pair, with 9 heads)
 
 
@@ -240,12 +240,15 @@ def build_layout(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.de
 
 
 def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
-    """Pack examples. With prefix_sharing, the prefix that all of them share is packed once, with merged labels."""
-    prefix = shared_prefix_length(examples) if prefix_sharing else 0
-    packer = _Packer()
-    weights = np.sum([example.weights[1:prefix] for example in examples], axis=0, dtype=np.float32)
-    packer.add_labels(np.arange(max(prefix - 1, 0)), examples[0].ids[1:prefix], weights, 0)
-    packer.add_group(range(len(examples)), examples, prefix, skip_prefix_labels=True)
+    """Pack examples. With prefix_sharing, a prefix that some of them share is packed once, with merged labels."""
+    packer, groups = _Packer(), [PrefixGroup(tuple(range(len(examples))), 0)]
+    if prefix_sharing:
+        groups = group_by_prefix([example.ids for example in examples], [*map(_longest_prefix, examples)])
+    for group in groups:
+        rows, prefix, base = [examples[i] for i in group.rows], group.prefix, packer.tokens
+        weights = np.sum([example.weights[1:prefix] for example in rows], axis=0, dtype=np.float32)
+        packer.add_labels(base + np.arange(max(prefix - 1, 0)), rows[0].ids[1:prefix], weights, 0)
+        packer.add_group(group.rows, rows, prefix, skip_prefix_labels=True)
     return packer.build(device, with_examples=False)
 
 
@@ -380,14 +383,16 @@ def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, n
 
 
 def shared_prefix_length(examples: Sequence[Example]) -> int:
-    """Return the length of the common prefix if sharing it is worthwhile, else 0. It excludes each last token."""
-    length = min(len(example) for example in examples) - 1
-    # soft labels cannot be merged
-    length = min([length, *(example.prompt_length for example in examples if example.soft is not None)])
+    """Return the length of the common prefix if sharing it is worthwhile, else 0."""
+    length = min(map(_longest_prefix, examples))
     for example in examples[1:]:
-        differs = np.flatnonzero(example.ids[:length] != examples[0].ids[:length])
-        length = int(differs[0]) if len(differs) else length
+        length = shared_length(example.ids[:length], examples[0].ids[:length])
     return length if len(examples) > 1 and length >= MIN_PREFIX else 0
+
+
+def _longest_prefix(example: Example) -> int:
+    """Return how many tokens may be shared: not the last one, and no soft labels, which cannot be merged."""
+    return len(example) - 1 if example.soft is None else min(len(example) - 1, example.prompt_length)
 
 
 def _make_buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[tuple[Int64, Int64]]:
