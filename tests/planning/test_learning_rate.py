@@ -50,6 +50,13 @@ def test_rate_follows_alpha_and_batch_within_the_measured_range() -> None:
     assert chosen(**dpo, **{"lora.r": 64})[0] == chosen(**dpo)[0]
 
 
+def test_weights_trained_in_full_take_a_tenth_of_the_rate() -> None:
+    assert chosen(**{"train.method": "full"}) == (2e-5, f"{chosen()[1]}; 0.1 of it for all weights")
+    for vision in ("projector", "all"):
+        assert chosen(**{"lora.vision": vision}) == (2e-5, f"{chosen()[1]}; 0.1 of it for a projector")
+    assert chosen(**{"lora.vision": "none"}) == chosen()
+
+
 def test_objectives_take_a_share_of_their_base_rate() -> None:
     smol = replace(LLAMA_8B, layers=30, hidden=576)
     assert objective_base_rate(134_515_008) == 1e-3 and objective_base_rate(8 * 10**9) == learning_rate(8 * 10**9)

@@ -28,13 +28,15 @@ USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # share of free memory; on a C
 REWARD_HEADS = ("classifier", "score")  # PEFT's names for the head of a reward model
 PUBLISHED_PARAMETERS = 7e9  # model size from which the rate is 2e-4 (QLoRA, arXiv:2305.14314, table 9)
 REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and rows per step of the rule
-FULL_RATE_SHARE = 0.1  # the rate of all weights, as a share of that of adapters ("LoRA Without Regret", 2025)
+# The rate of weights that are trained in full, as a share of that of adapters: all of them ("LoRA Without Regret",
+# 2025), or a projector (docs/images.md).
+FULL_RATE_SHARE = 0.1
 MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured range, outside of which the rate stays constant
 DEPENDENCIES = {  # options that alpha and the learning rate depend on
     "lora.alpha": ("lora.r",),
     "train.learning_rate": (
         *("model.name", "lora.r", "lora.alpha", "lora.use_rslora"),
-        *("train.objective", "train.batch_size", "train.lora_plus_ratio", "train.optimizer"),
+        *("lora.vision", "train.objective", "train.batch_size", "train.lora_plus_ratio", "train.optimizer"),
     ),
 }
 MEASURED_PARAMETERS = 71e6, 135e6  # smallest and largest model of benchmarks/learning_rates.py
@@ -116,8 +118,10 @@ def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype
         values.append(("model.device", device, "the fastest device torch can use here"))
     full = recipe.train.method == "full"
     if recipe.model.dtype == "auto":
+        half = dtype[0] == "fp16"
         parts = FAMILIES[shape.family].model_parts if shape.family in FAMILIES else ""
-        dtype = ("fp32", f"all weights are trained, {parts}") if full and parts else dtype
+        dtype = ("fp32", f"all weights are trained, {parts}".rstrip(", ")) if full and (parts or half) else dtype
+        dtype = ("fp32", f"{shape.family} overflows in fp16") if half and shape.family.startswith("gemma") else dtype
         dtype = ("fp32", "train.int8_matmul speeds up fp32 more") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
     if full and recipe.model.quantization == "auto":
@@ -242,8 +246,9 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
     if objective is not None:
         rate = float(f"{objective.learning_rate_factor * objective_base_rate(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.learning_rate_factor:g} of it for {objective.name}"
-    if train.method == "full":
-        rate, why = float(f"{FULL_RATE_SHARE * rate:.2g}"), f"{why}; {FULL_RATE_SHARE:g} of it for all weights"
+    if train.method == "full" or recipe.lora.vision != "none":
+        trained = "all weights" if train.method == "full" else "a projector"
+        rate, why = float(f"{FULL_RATE_SHARE * rate:.2g}"), f"{why}; {FULL_RATE_SHARE:g} of it for {trained}"
     if train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why
