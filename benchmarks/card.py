@@ -203,7 +203,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
         "flops_per_s": count_flops(workload, batch).total / seconds,
         "checkpointed": workload.compute.checkpointed_layers,
-        "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
+        "resident": resident, "step": step.name, "without_kernels": step.gpu_failures,
     }  # fmt: skip
 
 

@@ -130,19 +130,23 @@ def test_missing_kernels_refer_to_their_heading(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
+    monkeypatch.setattr(calibrate, "why_no_code", lambda: None)
     for reason, fix in (
-        ("Triton cannot make kernels: no C compiler", "gcc"),
-        ("Triton cannot be imported: No module named 'triton'", "install triton"),
-        (None, ""),
+        ("Triton cannot be used: no C compiler", "gcc"),
+        ("Triton cannot be used: No module named 'triton'", "install triton"),
+        ("flash attention cannot be used: its results are wrong", "# update torch or the driver"),
+        ("", ""),
     ):
-        monkeypatch.setattr(calibrate, "why_no_triton", lambda device, reason=reason: reason)
+        monkeypatch.setattr(calibrate, "describe_gpu_failures", lambda device, reason=reason: reason)
         _, result = calibrate.check_gpus(machine)
         assert (result.level, "#triton" in result.why) == (("warning", True) if reason else ("ok", False))
         assert fix in result.fix and bool(fix) == bool(result.fix)
     monkeypatch.undo()
     chosen = fast.backend_for
     monkeypatch.setattr(
-        fast, "backend_for", lambda *of, **how: replace(chosen(*of, **how), why_no_triton="no C compiler")
+        fast,
+        "backend_for",
+        lambda *of, **how: replace(chosen(*of, **how), failures="Triton cannot be used: no C compiler"),
     )
     events: list[dict[str, object]] = []
     options = {"train.max_steps": 1, "model.dtype": "fp32", "device": "cpu", "out": tmp_path / "run"}

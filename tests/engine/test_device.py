@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,99 @@ import pytest
 import torch
 
 from strop.engine import device
-from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process, repeatable
+from strop.engine.device import (
+    ALLOCATOR,
+    explain_driver_error,
+    pick_device,
+    pick_dtype,
+    prepare_process,
+    repeatable,
+)
 from strop.engine.kernels.cpu.precision import Precision
+from strop.errors import DeviceError
+from strop.machine.doctor import why_no_code
+from strop.machine.memory import is_out_of_memory
 from strop.machine.probe import probe
 from strop.machine.rates import load_precision
 
 
 def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine has an older and a newer GPU."""
-    capability = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5)}
+    capability = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5), "cuda:2": (6, 1)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability[name])
     assert pick_dtype("cuda:0")[0] == "bf16"
     dtype, why = pick_dtype("cuda:1")
-    assert dtype == "fp32" and "no bf16" in why
+    assert dtype == "fp16" and "no bf16" in why
+    assert pick_dtype("cuda:2") == ("fp32", "the GPU has no fast 16-bit type")
+
+
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # of torch 2.13 for CUDA 13
+
+
+def gpu_of(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, built: list[str] = BUILT) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=None: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+
+
+def test_a_gpu_without_code_in_torch_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the first kernel fails with "no kernel image is available for execution on the device"."""
+    gpu_of((6, 0), monkeypatch)
+    assert pick_device("auto") == "cpu"
+    assert "has no code for Tesla P100, of compute capability 6.0 (sm_75, " in caplog.text
+    assert "'torch<2.15' --index-url https://download.pytorch.org/whl/cu126" in caplog.text
+    with pytest.raises(DeviceError, match=r"model.device cuda:0: torch .* has no code for Tesla P100"):
+        pick_device("cuda:0")
+    assert pick_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((7, 5), BUILT, True),
+        ((8, 9), BUILT, True),
+        ((12, 1), BUILT, True),
+        ((13, 0), BUILT, True),  # compiled when it starts
+        ((13, 0), BUILT[:-1], False),
+        ((7, 0), BUILT, False),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], True),
+        ((9, 1), ["sm_90a", "compute_90a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((8, 0), ["sm_86"], False),
+        ((6, 0), [], True),
+    ],
+)
+def test_which_gpus_run_the_code_of_torch(
+    capability: tuple[int, int], built: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_of(capability, monkeypatch, built)
+    assert (why_no_code() is None) is runs
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert why_no_code() is None, "of AMD's GPUs the list has other names"
+
+
+def test_a_gpu_newer_than_torch_needs_a_newer_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of((13, 0), monkeypatch, BUILT[:-1])
+    what, fix = why_no_code() or ("", "")
+    assert "compute capability 13.0" in what and fix.endswith("install -U torch")
+
+
+def test_expandable_segments_are_not_used_in_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    monkeypatch.setattr(os, "environ", environment := {})
+    prepare_process()
+    assert not any(name in environment for name in ALLOCATOR)
+    error = RuntimeError("CUDA driver error: unknown error")
+    assert explain_driver_error(error) is None
+    environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    explained = explain_driver_error(error)
+    assert explained is not None and "PYTORCH_ALLOC_CONF=expandable_segments:False" in str(explained)
+    assert explain_driver_error(RuntimeError("CUDA error: unspecified launch failure")) is None
+    assert is_out_of_memory(RuntimeError("CUDA driver error: device not ready"))
 
 
 def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

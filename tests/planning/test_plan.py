@@ -34,6 +34,7 @@ from strop.planning.time import Rate, count_flops, tokens_per_s
 from strop.planning.workload import AdapterWeights, BaseWeights, Workload
 from tests.planning.published import CONFIGS
 from tests.support import tiny
+from tests.support.random_models import tiny_of
 from tests.support.runs import run
 
 PHASES = ["load", "train", "evaluate", "merge", "export", "serve"]
@@ -343,7 +344,7 @@ def test_gpus_are_found_by_name_and_by_driver_name() -> None:
 def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpus, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "an unknown GPU, 49152 MiB"), {1: 7.5}
+    gpus, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "an unknown GPU, 49152 MiB"), {1: 6.1}
     monkeypatch.setattr("strop.machine.probe._query_gpus", lambda fields: gpus)
     monkeypatch.setattr("strop.planning.machines.compute_capability", lambda index: capability.get(index))
     old = strop.plan(model=str(llama_8b), device="cuda:1")
@@ -355,6 +356,20 @@ def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
     assert "RTX 4090" in known.rate.source and known.usable_bytes == int(0.95 * (24564 << 20))
     alone = strop.plan(model=str(llama_8b), device="cuda:1", memory=8 << 30)
     assert alone.usable_bytes == int(0.95 * (8 << 30))
+
+
+def test_a_gpu_without_bf16_is_planned_in_fp16(llama_8b: Path, tmp_path: Path) -> None:
+    """Gemma's activations overflow in fp16. The T4 has 15,360 MiB, and 8 times the rate in fp16."""
+    old = strop.plan(model=str(llama_8b), gpu="T4")
+    assert old.resolved.recipe.model.dtype == "fp16" and old.memory_bytes == pytest.approx(15 << 30, rel=1e-3)
+    wide = strop.plan(model=str(llama_8b), gpu="T4", **{"model.dtype": "fp32"})
+    assert old.rate.flops == 65e12 and wide.rate.flops == 8.1e12
+    config = tiny_of("gemma3_text").config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    choice = strop.plan(model=str(tmp_path), gpu="T4").resolved.choices["model.dtype"]
+    assert (choice.value, choice.why) == ("fp32", "gemma3_text overflows in fp16")
+    full = strop.plan(model=str(llama_8b), gpu="T4", **{"train.method": "full"})
+    assert full.resolved.recipe.model.dtype == "fp32"
 
 
 def test_gpu_replaces_the_device_of_the_recipe(llama_8b: Path, tmp_path: Path) -> None:
@@ -419,7 +434,7 @@ def test_flops_agree_with_the_closed_form() -> None:
 def test_more_work_lowers_the_speed() -> None:
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     result, batch = smollm2(shape), MicroBatch.rows([512] * 4)
-    for rate in (Rate(4e11, 2e10, "test"), find_spec("RTX 4090").rate):
+    for rate in (Rate(4e11, 2e10, "test"), find_spec("RTX 4090").rate_of("bf16")):
         here = tokens_per_s(result, batch, rate)
         for changes in ({"checkpointed_layers": 30}, {"scheme": "nf4"}, {"ranks": (128,) * 7}):
             assert tokens_per_s(result.replace(**changes), batch, rate) < here
@@ -441,7 +456,7 @@ def test_plain_step_is_slower() -> None:
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     result, batch = smollm2(shape), MicroBatch.rows([512] * 4, share=0.3)
     plain = result.replace(step="plain")
-    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (find_spec("RTX 4090").rate, 1.0)):
+    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (find_spec("RTX 4090").rate_of("bf16"), 1.0)):
         assert tokens_per_s(result, batch, rate) > least * tokens_per_s(plain, batch, rate)
 
 

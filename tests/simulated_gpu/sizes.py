@@ -103,7 +103,7 @@ def step(gpu: fake.SimulatedGpu, case: Case) -> dict[str, Any]:
         meter.kernels[kernel.__name__] += 1
 
     with ExitStack() as stack:
-        stack.enter_context(patch("strop.engine.kernels.cuda.available.triton_error", lambda device: None))
+        stack.enter_context(patch("strop.engine.kernels.cuda.selftest.find_failures", lambda device: {}))
         stack.enter_context(patch("strop.engine.kernels.cuda.launch.enqueue", started))
         stack.enter_context(gpu.present())
         model = build_model(case)

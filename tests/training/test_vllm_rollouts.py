@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from strop.errors import RunError
 from strop.runs.events import read_events
+from strop.training import rollouts
 from tests.support.groups import write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.vllm_stand_in import vllm_python
@@ -57,6 +61,16 @@ def test_run_fails_when_vllm_ends_and_can_be_resumed(
     fails.unlink()
     code, _, err = run("resume", out, capsys=capsys)
     assert code == 0 and events(out, "step")[-1]["step"] == 4, err
+
+
+def test_vllm_that_does_not_answer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "VLLM_TIMEOUT_S", 0.3)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, **pipes) as process:
+        with pytest.raises(RunError, match=r"vLLM did not answer within 0\.005 minutes"):
+            rollouts._request(process, log, {})
+        assert process.wait() != 0
 
 
 @pytest.mark.parametrize(

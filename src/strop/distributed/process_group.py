@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, RESUME, Devices, RankInfo, threads_requested
 from strop.errors import PeerFailed, RunError, StropError, first_line
+from strop.machine.doctor import why_no_code
 from strop.machine.memory import is_out_of_memory
 from strop.machine.probe import available_cores
 
@@ -56,7 +57,7 @@ class ProcessGroupDevices(Devices):
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._timeout_s = PREPARE_TIMEOUT.total_seconds()
         os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
-        has_gpus = torch.cuda.is_available()
+        has_gpus = torch.cuda.is_available() and why_no_code() is None
         if not threads_requested():
             torch.set_num_threads(max(1, available_cores() // self.local_world_size))
         if has_gpus:

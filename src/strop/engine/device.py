@@ -15,14 +15,14 @@ from packaging.version import Version
 
 from strop.engine.kernels.cpu.precision import Precision, measure
 from strop.errors import DeviceError
+from strop.machine.doctor import why_no_code
 from strop.machine.memory import keep_heap_pages
-from strop.machine.probe import MAX_TILED_RANK, probe
+from strop.machine.probe import MAX_TILED_RANK, gpu_dtype, is_wsl, probe
 from strop.machine.rates import generation_dtype, load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second name is for PyTorch before 2.9
-MIN_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 (Ampere)
 MIN_CPU_SHARE = 0.8  # of all threads' time; measured: 0.99 on a quiet machine, 0.64 beside one busy process
 PRIMITIVES = 32  # matmul shapes of one layer, forward and backward
 PRIMITIVES_WITH_ADAPTERS = 64  # the same if oneDNN also computes the matmuls of adapters
@@ -36,7 +36,8 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     - oneDNN and PyTorch each cache the code of the last 1,024 matmul shapes, 0.6 to 1.3 MiB per shape. Each length of a
       packed micro-batch is a new shape: on SmolLM2 the caches grew to 0.7 GiB (docs/log). As lengths rarely repeat, the
       caches are limited to the shapes of one layer.
-    - On a GPU, each length leaves free blocks of another size. PyTorch reuses them only in expandable segments.
+    - On a GPU, each length leaves free blocks of another size. PyTorch reuses them only in expandable segments. Some
+      drivers fail with them in WSL (pytorch#192330).
     - CUDA numbers GPUs in the order of the driver, which `strop plan` uses.
     - GPU matmuls that are split along the summed dimension accumulate in fp32 and round once.
 
@@ -51,9 +52,18 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+    if sys.platform == "linux" and not is_wsl() and not any(name in os.environ for name in ALLOCATOR):
         name = ALLOCATOR[Version(torch.__version__) < Version("2.9")]
         os.environ[name] = "expandable_segments:True"
+
+
+def explain_driver_error(error: BaseException) -> DeviceError | None:
+    """Return an error with a fix for one that expandable segments cause in the driver (pytorch#192330), or None."""
+    settings = " ".join(os.environ.get(name, "") for name in ALLOCATOR)
+    if "CUDA driver error: unknown error" not in str(error) or "expandable_segments:True" not in settings:
+        return None
+    what = "the driver cannot allocate memory of the GPU in expandable segments: CUDA driver error: unknown error"
+    return DeviceError(what, fix=f"set {ALLOCATOR[0]}=expandable_segments:False, or update the NVIDIA driver")
 
 
 @contextmanager
@@ -72,21 +82,28 @@ def repeatable() -> Iterator[None]:
 
 def pick_device(requested: str) -> str:
     """Return the device to use. `auto` prefers CUDA, then MPS, then the CPU. Raises DeviceError."""
-    if requested == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     kind, _, index = requested.partition(":")
+    if requested == "auto":
+        if why_not := why_no_code():
+            LOG.warning("using the CPU: %s (%s)", *why_not)
+        cuda = torch.cuda.is_available() and why_not is None
+        return "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
         what = f"--model.device {requested}: torch {torch.__version__} cannot use it here"
         raise DeviceError(what, fix="use cpu, or leave model.device at auto")
+    if kind == "cuda" and (why_not := why_no_code(int(index or 0))):
+        raise DeviceError(f"--model.device {requested}: {why_not[0]}", fix=why_not[1])
     return requested
 
 
 def pick_dtype(device: str) -> tuple[str, str]:
-    """Return the dtype of the frozen weights on this device, bf16 or fp32, and the reason."""
+    """Return the dtype of the frozen weights on this device, and the reason."""
     if device.startswith("cuda"):
-        bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
-        return ("bf16", "the GPU supports bf16") if bf16 else ("fp32", "the GPU has no bf16, and fp16 overflows")
+        if torch.version.hip is not None:
+            return "bf16", "the GPU supports bf16"
+        major, minor = torch.cuda.get_device_capability(device)
+        return gpu_dtype(major + minor / 10)
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()

@@ -23,16 +23,14 @@ LONG_ROPE = {"su", "yarn"}  # older names of longrope in configs of Phi-3
 
 
 def why_config_not_fast(
-    config: Any, *, device: str, dtype: str = "", lora: LoraSection | None = None, targets: Sequence[str] = ()
+    config: Any, *, device: str, lora: LoraSection | None = None, targets: Sequence[str] = ()
 ) -> str | None:
     """Return why the fast step cannot train a model, or None if the config and the settings do not rule it out.
 
-    config: the text config, from transformers or as a mapping. dtype: the dtype of the base weights, as in recipes.
-    lora: None skips the checks of LoRA settings. targets: the names of the modules that get adapters.
+    config: the text config, from transformers or as a mapping. lora: None skips the checks of LoRA settings.
+    targets: the names of the modules that get adapters.
     """
     why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
-    if why is None and dtype == "fp16":
-        why = "base weights in fp16"
     if why is None and lora is not None:
         why = _why_lora_unsupported(lora, targets, FAMILIES[_get(config, "model_type")])
     return why

@@ -27,7 +27,7 @@ class Step(Protocol):
         packed: whether rows are packed without padding, so that lengths in a micro-batch may differ.
         prefix_sharing: whether the shared prefix of rows is computed only once.
         soft_loss: the part of the last `token_loss` that is of soft labels, without a gradient.
-        why_no_triton: the reason why a GPU does not use the Triton kernels, or an empty string.
+        gpu_failures: which operations a GPU cannot use, and why, in one line, or an empty string.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Step(Protocol):
     packed: bool
     prefix_sharing: bool
     soft_loss: Tensor
-    why_no_triton: str
+    gpu_failures: str
 
     @property
     def can_offload(self) -> bool:

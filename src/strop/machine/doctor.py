@@ -25,6 +25,7 @@ Level = Literal["ok", "warning", "error"]
 MIN_DISK_BYTES = 5 << 30
 MIN_MEMORY_BYTES = 2 << 30
 HUB_TIMEOUT_S = 5.0
+OLD_GPU_INDEX = "https://download.pytorch.org/whl/cu126"  # builds for GPUs before Turing, until torch 2.14
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,31 @@ def _check_versions() -> list[Finding]:
 
 def pip_command() -> str:
     return f"{sys.executable} -m pip"
+
+
+def why_no_code(index: int = 0) -> tuple[str, str] | None:
+    """Return why torch has no code for a GPU, and what helps, or None if it has, or if there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if not built or any(_runs_code(capability, architecture) for architecture in built):
+        return None
+    name, version = torch.cuda.get_device_name(index), ".".join(map(str, capability))
+    what = f"torch {torch.__version__} has no code for {name}, of compute capability {version} ({', '.join(built)})"
+    old = (5, 0) <= capability < (7, 5)  # pytorch#157517, #190385
+    return what, f"{pip_command()} install " + (f"'torch<2.15' --index-url {OLD_GPU_INDEX}" if old else "-U torch")
+
+
+def _runs_code(capability: tuple[int, int], architecture: str) -> bool:
+    """Return whether a GPU runs code for an architecture such as sm_86, sm_90a, or compute_120 (compiled at start)."""
+    kind, _, number = architecture.partition("_")
+    digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
+    built = int(digits[:-1]), int(digits[-1])
+    if kind == "compute" and not suffix:
+        return capability >= built
+    return capability == built if suffix == "a" else capability[0] == built[0] and capability >= built
 
 
 def _check_resources(machine: Machine, folder: Path) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ _OUT_OF_MEMORY_PHRASES = (
     "out of memory", "can't allocate memory", "bad_alloc", "unable to allocate", "could not create a memory",
     "could not create a primitive", "cublas_status_not_initialized", "_status_alloc_failed",
     "cudnn_status_internal_error_host_allocation_failed", "cudnn_status_internal_error_device_allocation_failed",
+    "cuda driver error: device not ready",  # in WSL (microsoft/WSL#41176)
     "nvml_success ==",  # of PyTorch, if it cannot query the GPU's free memory (pytorch#112377)
 )  # fmt: skip
 

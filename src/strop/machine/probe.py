@@ -15,6 +15,8 @@ import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 MAX_TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
+# CUDA compute capability of the first GPUs with bf16 (Ampere), and with fp16 at a multiple of the rate of fp32 (Volta)
+MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY = 8.0, 7.0
 _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 
@@ -106,6 +108,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_wsl() -> bool:
+    """Return whether this is Linux inside Windows (WSL)."""
+    return "microsoft" in platform.release().lower()
+
+
 def compute_capability(index: int = 0) -> float | None:
     """Return the compute capability of an NVIDIA GPU, or None if the driver does not report it."""
     capabilities = _query_gpus("compute_cap")
@@ -113,6 +120,15 @@ def compute_capability(index: int = 0) -> float | None:
         return float(capabilities[index])
     except (IndexError, ValueError):
         return None
+
+
+def gpu_dtype(capability: float) -> tuple[str, str]:
+    """Return the fastest dtype of an NVIDIA GPU with this compute capability, and the reason."""
+    if capability >= MIN_BF16_CAPABILITY:
+        return "bf16", "the GPU supports bf16"
+    if capability >= MIN_FP16_CAPABILITY:
+        return "fp16", "the GPU has no bf16"
+    return "fp32", "the GPU has no fast 16-bit type"
 
 
 @cache  # a plan calls `probe` hundreds of times

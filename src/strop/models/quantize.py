@@ -29,12 +29,12 @@ BLOCK, NESTED = 64, 256  # weights per constant; constants per nested constant
 BLOCKS = [1 << bits for bits in range(5, 13)]  # block sizes of bitsandbytes
 FOUR_BIT = ("nf4", "fp4")
 
-FindKernels = Callable[[torch.device, torch.dtype], Any]
+FindKernels = Callable[[str, torch.device, torch.dtype], Any]
 _find_kernels: list[FindKernels] = []  # at most one, registered by strop.engine.kernels.dispatch
 
 
 def set_dequantize_kernels(find: FindKernels) -> None:
-    """Register a function that returns the module with the device's dequantization kernels, or None."""
+    """Register a function that returns the module with the dequantization kernels of a scheme and device, or None."""
     _find_kernels[:] = [find]
 
 
@@ -137,9 +137,9 @@ class QuantizedLinear(nn.Linear):
         """Return the weight (out_features, in_features) in `dtype`, written to `out` if given. PEFT's DoRA calls it."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantize())
-        kernels = _find_kernels[0](self.weight.device, self.dtype) if _find_kernels else None
+        kernels = _find_kernels[0](self.scheme, self.weight.device, self.dtype) if _find_kernels else None
         if kernels is not None:
-            return self._dequantize_by_kernels(kernels, out)
+            return self.dequantize_by(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
             return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
@@ -158,7 +158,8 @@ class QuantizedLinear(nn.Linear):
         weight = weight.view(n, k)
         return weight if out is None or view is not None else out.copy_(weight)
 
-    def _dequantize_by_kernels(self, kernels: Any, out: Tensor | None) -> Tensor:
+    def dequantize_by(self, kernels: Any, out: Tensor | None = None) -> Tensor:
+        """Dequantize with the kernels of a module like engine.kernels.cuda.dequantize."""
         constants = self.constants
         out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
         if self.scheme == "int8":

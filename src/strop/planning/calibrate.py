@@ -22,13 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
 from strop.engine.device import measure_precision, pick_dtype, prepare_process
-from strop.engine.kernels.dispatch import backend_for, measure_frozen_flops, measure_int8_flops, why_no_triton
+from strop.engine.kernels.dispatch import backend_for, describe_gpu_failures, measure_frozen_flops, measure_int8_flops
 from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
+from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command, why_no_code
 from strop.machine.probe import MAX_TILED_RANK, Machine, probe
 from strop.machine.rates import Rates, load_rates, save_rates
 from strop.models.families.shape import ModelShape
@@ -97,17 +97,20 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
         why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
         yield Finding("error", what, why, fix if torch.version.cuda is None else "# update the NVIDIA driver")
         return
+    if (why_not := why_no_code()) is not None:
+        yield Finding("error", why_not[0], "training runs on the CPU; see docs/troubleshooting.md#cuda", why_not[1])
+        return
     if pick_dtype("cuda")[0] != "bf16":
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is stored in fp32, in twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
-    missing = why_no_triton(torch.device("cuda"))
-    if missing is None:
-        yield Finding("ok", "strop's own kernels work on the GPU")
+    failures = describe_gpu_failures(torch.device("cuda"))
+    if not failures:
+        yield Finding("ok", "strop's operations give the right results on the GPU")
     else:
-        why = "training uses PyTorch operations, which are slower; see docs/troubleshooting.md#triton"
-        install = f"{pip_command()} install triton" if "imported" in missing else "apt install gcc python3-dev"
-        yield Finding("warning", missing, why, install)
+        why = "training uses other operations, which are slower; see docs/troubleshooting.md#triton"
+        install = f"{pip_command()} install triton" if "No module named" in failures else "apt install gcc python3-dev"
+        yield Finding("warning", failures, why, install if "Triton" in failures else "# update torch or the driver")
 
 
 def measure_rates() -> Rates:

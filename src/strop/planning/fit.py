@@ -20,6 +20,7 @@ from strop.planning.workload import Workload, num_checkpointed, why_not_offloade
 GPU_MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # tried on a GPU, where they fit without recomputation
 MIN_LENGTH = 256  # minimum data.max_length that is chosen or suggested
 GIB = 1 << 30
+GPU_RESERVE, GPU_RESERVE_SHARE = 3 * GIB // 2, 0.08  # bytes that resident layers leave free on a GPU
 # data.overlong for a lowered data.max_length, by the kind of data of the objective.
 OVERLONG = {"turns": "split", "prompts": "drop"}
 
@@ -43,8 +44,9 @@ class MemoryBudget:
         batch = largest_micro_batch(recipe, workload)
         return max(train_phase(workload, batch).needed_bytes, load_phase(workload).needed_bytes)
 
-    def fits(self, recipe: Recipe, **changes: Any) -> bool:
-        return self.needed(recipe, **changes) <= self.usable
+    def fits(self, recipe: Recipe, *, reserve: int = 0, **changes: Any) -> bool:
+        """Return whether a recipe fits, and leaves `reserve` bytes."""
+        return self.needed(recipe, **changes) <= self.usable - reserve
 
     def min_checkpointed(self, recipe: Recipe) -> int | None:
         """Return the minimum number of checkpointed layers with which the recipe fits, or None."""
@@ -260,7 +262,10 @@ def _choose_resident_layers(resolved: Resolved, budget: MemoryBudget) -> list[Ch
         return [Choice(field, 0, "plan", "fewer bytes to gather")]
     if recipe.train.int8_matmul:
         return [Choice(field, 0, "plan", "multiplied in 8 bit, as stored")]
-    layers = next((k for k in range(budget.shape.layers, 0, -1) if budget.fits(recipe, resident_layers=k)), 0)
+    # On a GPU they save little time, and CUDA's modules and the fragments between blocks take memory too.
+    reserve = max(GPU_RESERVE, round(GPU_RESERVE_SHARE * budget.usable)) if recipe.model.device != "cpu" else 0
+    counts = range(budget.shape.layers, 0, -1)
+    layers = next((k for k in counts if budget.fits(recipe, reserve=reserve, resident_layers=k)), 0)
     why = "dequantized once: faster, in the memory of 16 bit" if layers else "no memory for 16-bit weights"
     return [Choice(field, layers, "plan", why)]
 

@@ -11,11 +11,10 @@ from functools import partial
 
 from strop.errors import RecipeError
 from strop.machine.doctor import is_installed
-from strop.machine.probe import Machine, compute_capability, probe
+from strop.machine.probe import Machine, compute_capability, gpu_dtype, probe
 from strop.machine.rates import load_precision, load_rates
 from strop.planning.time import CORE_FP32, GUESS, Rate
 
-MIN_BF16_CAPABILITY = 8.0  # CUDA compute capability of the first GPUs with bf16 (Ampere)
 # Suffixes that distinguish GPUs with the same model number.
 _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
 
@@ -26,16 +25,17 @@ class DeviceSpec:
 
     name: str
     kind: str  # consumer, workstation, data center, Apple, CPU, or unknown
-    memory_gb: float  # nominal memory, counted as GiB; shared with the system on Apple chips and CPUs
+    memory_gb: float  # GiB, without what error correction (ECC) takes; shared with the system on Apple chips and CPUs
     bandwidth_gbs: float  # memory bandwidth in GB/s (10^9 bytes)
-    tflops: float  # dense matmul rate with fp32 accumulation, in bf16, or in fp32 if `bf16` is False
+    tflops: float  # dense matmul rate in `dtype`, with fp32 accumulation
     device: str = "cuda"  # cuda, mps or cpu
-    bf16: bool = True
+    dtype: str = "bf16"  # in which the device is fastest: bf16, fp16 or fp32
+    fp32_tflops: float | None = None  # if dtype is fp16, in which some models overflow
 
-    @property
-    def rate(self) -> Rate:
+    def rate_of(self, dtype: str) -> Rate:
         source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a guess: {self.name}"
-        return Rate(self.tflops * 1e12, self.bandwidth_gbs * 1e9, source, peak=True)
+        tflops = self.fp32_tflops if dtype == "fp32" and self.fp32_tflops else self.tflops
+        return Rate(tflops * 1e12, self.bandwidth_gbs * 1e9, source, peak=True)
 
 
 UNKNOWN = DeviceSpec("a GPU that is not in the table", "unknown", 0, 500, 60)
@@ -44,13 +44,14 @@ UNKNOWN = DeviceSpec("a GPU that is not in the table", "unknown", 0, 500, 60)
 def _parse_specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec]:
     specs = []
     for row in table.strip().splitlines():
-        name, memory, bandwidth, rate, *rest = (part.strip() for part in row.split("|"))
-        specs.append(DeviceSpec(name, kind, float(memory), float(bandwidth), float(rate), device, "fp32" not in rest))
+        name, memory, bandwidth, rate, dtype, fp32, *_ = (part.strip() for part in f"{row} | bf16 | 0".split("|"))
+        sizes = float(memory), float(bandwidth), float(rate)
+        specs.append(DeviceSpec(name, kind, *sizes, device, dtype, float(fp32) if dtype == "fp16" else None))
     return specs
 
 
-# Columns: name, memory, bandwidth, dense TFLOPS, and "fp32" for a device without bf16. The TFLOPS of GeForce GPUs are
-# half of the data sheet's, which are with fp16 accumulation: fp32 accumulation has half the rate on these GPUs.
+# Columns: name, memory, bandwidth, dense TFLOPS, and for devices without bf16 their dtype, and the TFLOPS in fp32. The
+# TFLOPS of GeForce are half of the data sheet's, which are with fp16 accumulation: with fp32 the rate is half of it.
 SPECS = [
     *_parse_specs("consumer", """
         RTX 3060 | 12 | 360 | 25.5
@@ -86,15 +87,15 @@ SPECS = [
         RTX PRO 6000 Blackwell | 96 | 1792 | 503.8
     """),
     *_parse_specs("data center", """
-        T4 | 16 | 320 | 8.1 | fp32
-        V100 16GB | 16 | 900 | 15.7 | fp32
-        V100 32GB | 32 | 900 | 15.7 | fp32
-        A10 | 24 | 600 | 125
-        A10G | 24 | 600 | 70
+        T4 | 15 | 320 | 65 | fp16 | 8.1
+        V100 16GB | 16 | 900 | 125 | fp16 | 15.7
+        V100 32GB | 32 | 900 | 125 | fp16 | 15.7
+        A10 | 22.5 | 600 | 125
+        A10G | 22.5 | 600 | 70
         A30 | 24 | 933 | 165
-        L4 | 24 | 300 | 121
-        L40 | 48 | 864 | 181
-        L40S | 48 | 864 | 362
+        L4 | 22.5 | 300 | 121
+        L40 | 45 | 864 | 181
+        L40S | 45 | 864 | 362
         A100 40GB | 40 | 1555 | 312
         A100 80GB | 80 | 2039 | 312
         H100 PCIe | 80 | 2000 | 756
@@ -182,8 +183,8 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         index = min(int(number or 0), max(0, len(machine.gpus) - 1))
         spec = match_driver_name(machine.gpus[index]) if machine.gpus else None
         if spec is None and machine.gpus:
-            capability = compute_capability(index) or MIN_BF16_CAPABILITY
-            spec = replace(UNKNOWN, bf16=capability >= MIN_BF16_CAPABILITY)
+            capability = compute_capability(index)
+            spec = UNKNOWN if capability is None else replace(UNKNOWN, dtype=gpu_dtype(capability)[0])
         return _make_target(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
@@ -197,9 +198,10 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
 
 def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> TargetMachine:
     size = memory or int(spec.memory_gb * (1 << 30))
-    dtype = ("bf16", "the GPU computes in bf16") if spec.bf16 else ("fp32", "the GPU has no fast bf16")
+    reasons = {"bf16": "the GPU computes in bf16", "fp16": "the GPU has no bf16", "fp32": "it has no fast 16-bit type"}
+    dtype = spec.dtype, reasons[spec.dtype]
     if spec.device != "cuda":
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
     else:
         machine = replace(machine, gpus=gpus or (f"{spec.name}, {size >> 20} MiB",))
-    return TargetMachine(machine, spec.device, dtype, lambda _: spec.rate)
+    return TargetMachine(machine, spec.device, dtype, spec.rate_of)

@@ -34,6 +34,7 @@ from strop.objectives.table import count_score_outputs, objective_of, task_of
 from strop.planning.choose import usable_bytes
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, write_json
+from strop.training import guard
 from strop.training.contrastive import EmbedCriterion
 from strop.training.criteria import Criterion, make_criterion
 from strop.training.optim import make_optimizer
@@ -108,7 +109,8 @@ def build_job(
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     full = recipe.train.method == "full"
     step = step_for(model, int8_matmul=recipe.train.int8_matmul, dtype=DTYPES[recipe.model.dtype] if full else None)
-    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
+    scale = guard.FIRST_LOSS_SCALE if recipe.model.dtype == "fp16" else 1.0
+    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress(loss_scale=scale))
     set_memory_options(state.progress, recipe.train)
     section, repack_weights = recipe.model, None
     if devices.base is not None:

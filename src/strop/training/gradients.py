@@ -62,7 +62,7 @@ def rows_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[int]:
 
 
 def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
-    """Compute the gradient of this device's rows of the effective batch."""
+    """Compute the gradient of this device's rows of the effective batch, times Progress.loss_scale."""
     # The divisor is that of the whole effective batch, so the gradient does not depend on the micro-batches.
     started, exact, weights = time.perf_counter(), job.recipe.train.exact, list(job.state.weights.values())
     divisor = job.criterion.divisor(items)
@@ -77,7 +77,7 @@ def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
             torch.manual_seed(int(sha256_text(seed)[:15], 16))
         total, metrics = job.criterion.loss(job.step, [items[row] for row in group], statistic)
         loss = total / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * job.state.progress.loss_scale).backward()  # type: ignore[no-untyped-call]
         if exact:
             tree.add(0, index, _take_gradients(weights, loss.detach()))
         return loss.detach(), (index, metrics)
@@ -94,7 +94,10 @@ def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
 
 
 def sum_gradients(job: Job, items: Sequence[Item], local: LocalGradient) -> TotalGradient:
-    """Put the gradient of the whole effective batch into the weights, and return its loss and metrics."""
+    """Put the gradient of the whole effective batch into the weights, and return its loss and metrics.
+
+    The gradient is multiplied by Progress.loss_scale, the loss is not.
+    """
     devices, world_size = job.devices, job.devices.world_size
     weights = list(job.state.weights.values())
     if not job.recipe.train.exact and world_size == 1:
@@ -197,8 +200,8 @@ def _split_batch(job: Job, items: Sequence[Item]) -> list[list[int]]:
     return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size)
 
 
-def apply_memory_settings(job: Job) -> None:
-    """Apply the memory options of the recipe and of earlier retries to the step."""
+def apply_memory_settings(job: Job, *, repacks: bool = True) -> None:
+    """Apply the memory options of the recipe and of earlier retries to the step. repacks: quantize layers again."""
     layers = job.recipe.train.gradient_checkpointing
     if isinstance(layers, int):
         job.step.checkpoint(layers)
@@ -206,7 +209,7 @@ def apply_memory_settings(job: Job) -> None:
         job.step.checkpoint()
     if job.state.progress.offload:
         job.step.offload()
-    if job.state.progress.streamed and job.repack_weights is not None:  # dequantize weights only when needed
+    if repacks and job.state.progress.streamed and job.repack_weights is not None:  # dequantized only when needed
         job.step.replace_weights(job.repack_weights)
 
 
@@ -248,27 +251,13 @@ def free_step_memory(job: Job) -> None:
 def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
     """Reduce memory by one measure, log it, and store it for the next run with the same memory key."""
     progress = job.state.progress
-    before, halvings = micro_batches(job, items), progress.halvings
-    while micro_batches(job, items) == before and _micro_batch_size(job)[0] > 1:
-        progress.halvings += 1
-    after = micro_batches(job, items)
-    if after != before:
-        size, unit = _micro_batch_size(job)
-        change = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
-    elif not progress.recompute:
-        progress.halvings, progress.recompute = halvings, True
-        change = "gradient checkpointing"
-    elif job.step.can_offload and not progress.offload:
-        progress.halvings, progress.offload = halvings, True
-        change = "gradient checkpointing with the inputs of layers in host memory"
-    elif job.repack_weights is not None and not progress.streamed:
-        progress.halvings, progress.streamed = halvings, True
-        change = "dequantizing weights when they are needed"
-    else:
+    before, was_streamed = micro_batches(job, items), progress.streamed
+    change = _choose_measure(job, items)
+    if change is None:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
         raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {reason}", fix=fix)
-    if after == before:
-        apply_memory_settings(job)
+    if micro_batches(job, items) == before:
+        apply_memory_settings(job, repacks=not was_streamed)
         trim_heap()
     job.log.emit("shrink", step=progress.step, why=reason, to=change)
     if job.memory_key and job.devices.local_rank == 0:
@@ -277,6 +266,33 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
         limits |= {name: getattr(progress, name) for name in ("recompute", "offload", "streamed")}
         limits |= {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
         save_measured(job.memory_key, limits)
+
+
+def _choose_measure(job: Job, items: Sequence[Item]) -> str | None:
+    """Set the next measure that saves memory in the progress, and describe it. None: no other is left."""
+    progress, streamed = job.state.progress, "dequantizing weights when they are needed"
+    can_stream = job.repack_weights is not None and not progress.streamed
+    if can_stream and job.state.device.type == "cuda":  # on a GPU this costs least
+        progress.streamed = True
+        return streamed
+    before, halvings = micro_batches(job, items), progress.halvings
+    while micro_batches(job, items) == before and _micro_batch_size(job)[0] > 1:
+        progress.halvings += 1
+    after = micro_batches(job, items)
+    if after != before:
+        size, unit = _micro_batch_size(job)
+        return f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
+    progress.halvings = halvings
+    if not progress.recompute:
+        progress.recompute = True
+        return "gradient checkpointing"
+    if job.step.can_offload and not progress.offload:
+        progress.offload = True
+        return "gradient checkpointing with the inputs of layers in host memory"
+    if can_stream:
+        progress.streamed = True
+        return streamed
+    return None
 
 
 def _micro_batch_size(job: Job) -> tuple[int, str]:

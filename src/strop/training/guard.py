@@ -19,6 +19,7 @@ from strop.errors import RunError
 if TYPE_CHECKING:
     from strop.training.state import Progress, TrainState
 
+FIRST_LOSS_SCALE, SCALE_GROWTH_STEPS = 2.0**16, 2000  # as in torch.amp.GradScaler (arXiv:1710.03740)
 MAX_STREAK = 3  # consecutive bad steps that cause a rollback
 RATE_CUT = 0.25  # factor of the learning rate after a rollback
 MAX_RECENT = 64  # number of good losses from which the bound is computed
@@ -61,6 +62,21 @@ def judge_step(progress: Progress, loss: float | None, grad_norm: float) -> Verd
         verdict = Verdict.ROLL_BACK if loss > median + ROLLBACK_FACTOR * distance else Verdict.DOUBTFUL
     progress.streak = [*progress.streak, progress.step]
     return Verdict.ROLL_BACK if len(progress.streak) >= MAX_STREAK else verdict
+
+
+def lower_loss_scale(progress: Progress, loss: float, grad_norm: float) -> bool:
+    """Halve the loss scale if gradients overflow in fp16, and return whether the step must be computed again."""
+    if progress.loss_scale <= 1 or math.isfinite(grad_norm) or not math.isfinite(loss):
+        return False
+    progress.loss_scale, progress.scale_steps = progress.loss_scale / 2, 0
+    return True
+
+
+def raise_loss_scale(progress: Progress) -> None:
+    """Count a step in fp16, and double the loss scale after SCALE_GROWTH_STEPS without an overflow."""
+    progress.scale_steps += 1
+    if progress.scale_steps >= SCALE_GROWTH_STEPS:
+        progress.loss_scale, progress.scale_steps = progress.loss_scale * 2, 0
 
 
 def _loss_bound(recent: list[float]) -> tuple[float, float]:

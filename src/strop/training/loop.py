@@ -60,7 +60,8 @@ COMPARE_EVERY = 50  # steps between comparisons of the devices' weights
 SAVE_EVERY_S = 600.0  # maximum time between checkpoints, even if train.save_steps is larger
 # Fields of Progress that a rollback does not restore: memory settings, logged warnings, and counters.
 KEPT_BY_ROLLBACK = (
-    "halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens", "seconds",
+    "halvings", "recompute", "streamed", "offload", "loss_scale", "scale_steps", "told", "skipped_steps",
+    "tokens", "supervised_tokens", "seconds",
     "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
 )  # fmt: skip
 
@@ -206,12 +207,21 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
         allocate_state(job.state.optimizer)
         return compute_gradients(job, items)
 
-    total = sum_gradients(job, items, retry_with_less_memory(job, items, compute))
-    weights = list(job.state.weights.values())
-    norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
-    # the only synchronization with the device in a step
-    scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.metrics.values())])
-    loss, grad_norm, *means = scalars.tolist()
+    weights, progress = list(job.state.weights.values()), job.state.progress
+    scale = progress.loss_scale, progress.scale_steps
+    while True:
+        total = sum_gradients(job, items, retry_with_less_memory(job, items, compute))
+        if progress.loss_scale != 1:
+            torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], 1 / progress.loss_scale)
+        norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
+        # the only synchronization with the device in a step
+        scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.metrics.values())])
+        loss, grad_norm, *means = scalars.tolist()
+        if not guard.lower_loss_scale(progress, loss, grad_norm):
+            break
+        job.state.optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(grad_norm):  # the scale is not the cause
+        progress.loss_scale, progress.scale_steps = scale
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
     metrics = {name: value for name, value in zip(total.metrics, means, strict=True) if math.isfinite(value)}
     if first is None:
@@ -232,6 +242,8 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
         enabled = is_first and bool(total.metrics.keys() - {KEPT})
         with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()
+        if job.recipe.model.dtype == "fp16":
+            guard.raise_loss_scale(progress)
     job.state.optimizer.zero_grad(set_to_none=True)
     return result
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from strop.config.schema import TrainSection
+from strop.engine.kernels.dispatch import gpu_failures
 from strop.errors import QuantizerError, first_line
 
 
@@ -30,8 +31,9 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -
 
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
-    types = {weight.device.type for group in groups for weight in group["params"]}
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=types <= {"cpu", "cuda"})
+    devices = {weight.device for group in groups for weight in group["params"]}
+    fused = all(x.type == "cpu" or (x.type == "cuda" and "fused AdamW" not in gpu_failures(x)) for x in devices)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=fused)
 
 
 def _adafactor(groups: Any, decay: float) -> torch.optim.Optimizer:

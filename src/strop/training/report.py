@@ -73,9 +73,8 @@ def _list_model_notes(job: Job) -> Iterator[str]:
         )
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
-    if job.step.why_no_triton:
-        reason = f"{job.step.why_no_triton}; see {TROUBLESHOOTING_PAGE}#triton"
-        yield f"PyTorch's own operations train this model, more slowly: {reason}"
+    if job.step.gpu_failures:
+        yield f"on this GPU, slower operations replace some: {job.step.gpu_failures}; see {TROUBLESHOOTING_PAGE}#triton"
 
 
 def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:

@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -61,6 +62,8 @@ from strop.training.teacher import teacher_weight
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
 VLLM_GPU_SHARE = 0.3  # share of the GPU's memory for vLLM's copy of the base and its cache
 VLLM_MAX_SEQUENCES = 256
+VLLM_TIMEOUT_S = 3600.0  # for loading, or for the completions of a step
+VLLM_FIX = "fix its environment (see docs/serve.md), or leave it out"
 OPTION = "--train.vllm_python"
 WITHOUT_VLLM = "leave --train.vllm_python out to sample with strop's engine"
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -472,15 +475,27 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
 
 def _request(process: subprocess.Popen[str], log: Any, message: Any) -> Any:
     assert process.stdin is not None and process.stdout is not None
+    timed_out = threading.Event()
+
+    def end() -> None:
+        timed_out.set()
+        process.kill()
+
+    watchdog = threading.Timer(VLLM_TIMEOUT_S, end)
+    watchdog.start()
     try:
         process.stdin.write(json.dumps(message) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()
     except BrokenPipeError:
         reply = ""
+    finally:
+        watchdog.cancel()
+    if timed_out.is_set():
+        raise RunError(f"vLLM did not answer within {VLLM_TIMEOUT_S / 60:g} minutes", fix=VLLM_FIX)
     if not reply:
         log.seek(0)
         lines = [line.strip() for line in log.read().splitlines() if line.strip()] or ["no output"]
         errors = [line for line in lines if "error" in line.lower() and "://" not in line] or lines
-        raise RunError(f"vLLM ended: {errors[-1]}", fix="fix its environment (see docs/serve.md), or leave it out")
+        raise RunError(f"vLLM ended: {errors[-1]}", fix=VLLM_FIX)
     return json.loads(reply)

@@ -16,7 +16,7 @@ from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
 from strop.display.notebook import html_table, run_summary
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
-from strop.engine.device import repeatable
+from strop.engine.device import explain_driver_error, repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
@@ -255,6 +255,8 @@ def _execute(
             fix = f"continue with `strop resume {shlex.quote(str(folder.path))}`{again}"
             raise Stopped(what, fix=fix) from None
         except (RuntimeError, MemoryError) as error:
+            if (explained := explain_driver_error(error)) is not None:
+                raise explained from None
             if not is_out_of_memory(error):
                 raise
             fix = "use a smaller model, or a machine with more memory"

@@ -67,6 +67,8 @@ class Progress:
     recompute: bool = False  # gradient checkpointing of all layers
     offload: bool = False  # inputs of checkpointed layers are kept in host memory
     streamed: bool = False  # all quantized weights are dequantized for each matmul
+    loss_scale: float = 1.0  # factor of the loss in the backward, so that gradients in fp16 are not rounded to 0
+    scale_steps: int = 0  # steps since loss_scale was changed
     figures: dict[str, float] = field(default_factory=dict)  # metrics of the newest step, without its loss
     held_out: dict[str, Any] = field(default_factory=dict)  # metrics of the best evaluation, without its loss
     told: list[str] = field(default_factory=list)  # warnings that were logged; each is logged once

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -36,8 +37,9 @@ class Backend:
         cpu_ops: more element-wise operations, on CPUs only.
         gpu: whether the device is not a CPU.
         tiles: whether the device is a CPU with the matmuls of cpu/tile.py.
-        triton: whether the device is a GPU with Triton kernels.
-        why_no_triton: why a GPU has no Triton kernels, in one line, else empty.
+        kernels: the kinds of Triton kernels that the device uses, as in cuda.selftest.
+        flash: whether a GPU's flash attention works, where it is supported.
+        failures: which operations a GPU cannot use, and why, in one line, else empty.
         int8: the cpu.int8_matmul.Int8Matmul for frozen weights, or None.
     """
 
@@ -45,8 +47,9 @@ class Backend:
     cpu_ops: CpuOps | None = None
     gpu: bool = False
     tiles: bool = False
-    triton: bool = False
-    why_no_triton: str = ""
+    kernels: frozenset[str] = frozenset()
+    flash: bool = True
+    failures: str = ""
     int8: Any = None
 
     def has_tiled_attention(self, size: int) -> bool:
@@ -58,11 +61,11 @@ class Backend:
         if self.gpu:
             from strop.engine.kernels.cuda.attention import attention_on_gpu
 
-            if not self.triton:
-                return attention_on_gpu
+            if "rotary embedding" not in self.kernels:
+                return partial(attention_on_gpu, flash=self.flash)
             from strop.engine.kernels.cuda import rope
 
-            return partial(attention_on_gpu, rope=cast(Any, rope))
+            return partial(attention_on_gpu, rope=cast(Any, rope), flash=self.flash)
         if self.has_tiled_attention(size):
             from strop.engine.kernels.cpu.attention import TiledAttention
 
@@ -75,7 +78,7 @@ class Backend:
             from strop.engine.kernels.cpu import elementwise
 
             return elementwise.ApplyRope
-        if not self.triton:
+        if "rotary embedding" not in self.kernels:
             return ApplyRope
         from strop.engine.kernels.cuda import rope
 
@@ -145,30 +148,64 @@ def dropout_ops_for(x: Tensor) -> DropoutOps:
         from strop.engine.kernels.cpu import dropout as cpu_dropout
 
         return cast(DropoutOps, cpu_dropout)
-    if why_no_triton(x.device, x.dtype) is None:
+    if "dropout" in triton_kernels(x.device, x.dtype):
         from strop.engine.kernels.cuda import dropout as cuda_dropout
 
         return cast(DropoutOps, cuda_dropout)
     return cast(DropoutOps, dropout)
 
 
-def why_no_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Return why a device has no Triton kernels for this dtype, in one line, or None if it has them."""
+def triton_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> frozenset[str]:
+    """Return the kinds of Triton kernels that work on a device, as in cuda.selftest."""
     if device.type != "cuda" or dtype == torch.float64:
-        return "no kernels exist for this device and dtype"
-    from strop.engine.kernels.cuda.available import triton_error
+        return frozenset()
+    from strop.engine.kernels.cuda.selftest import TRITON
+
+    return TRITON - gpu_failures(device).keys()
+
+
+def gpu_failures(device: torch.device) -> Mapping[str, str]:
+    """Return the operations that cannot be used on a GPU, and why: see cuda.selftest."""
+    from strop.engine.kernels.cuda import selftest
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    return triton_error(torch.device("cuda", index))
+    return selftest.find_failures(torch.device("cuda", index))
 
 
-def _dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the module cuda.dequantize, or None without Triton kernels."""
-    if why_no_triton(device, dtype) is not None:
+def describe_gpu_failures(device: torch.device) -> str:
+    """Return the failures of a GPU in one line, or an empty string."""
+    from strop.engine.kernels.cuda.selftest import describe
+
+    return describe(gpu_failures(device))
+
+
+def _dequantize_kernels(scheme: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the module cuda.dequantize, or None if its kernel for this scheme cannot be used."""
+    if ("8-bit weights" if scheme == "int8" else "4-bit weights") not in triton_kernels(device, dtype):
         return None
     from strop.engine.kernels.cuda import dequantize
 
     return dequantize
+
+
+def _element_wise_ops(kernels: frozenset[str]) -> Ops:
+    """Return the element-wise operations of a GPU: Triton's, and eager ones in place of those that do not work."""
+    parts = {
+        "RMSNorm": "rms_norm",
+        "gated activations": "glu",
+        "DoRA": "scale_columns",
+        "cross entropy": "cross_entropy",
+    }
+    if not kernels & parts.keys():
+        return cast(Ops, eager)
+    from strop.engine.kernels.cuda import elementwise
+
+    if parts.keys() <= kernels:
+        return cast(Ops, elementwise)
+    failed = tuple(prefix for kind, prefix in parts.items() if kind not in kernels)
+    operations = {name: value for name, value in vars(eager).items() if callable(value)}
+    working = {name: getattr(elementwise, name, None) for name in operations if not name.startswith(failed)}
+    return cast(Ops, SimpleNamespace(**operations | {name: value for name, value in working.items() if value}))
 
 
 set_dequantize_kernels(_dequantize_kernels)  # strop.models must not import strop.engine
@@ -199,12 +236,10 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
         from strop.engine.kernels.cuda.attention import activate_flash3
 
         activate_flash3(device)
-        reason = why_no_triton(device, dtype)
-        if reason is not None:
-            return Backend(cast(Ops, eager), gpu=True, why_no_triton=reason)
-        from strop.engine.kernels.cuda import elementwise as cuda_elementwise
-
-        return Backend(cast(Ops, cuda_elementwise), gpu=True, triton=True)
+        kernels = triton_kernels(device, dtype)
+        flash = "flash attention" not in gpu_failures(device)
+        failures = "" if dtype == torch.float64 else describe_gpu_failures(device)
+        return Backend(_element_wise_ops(kernels), gpu=True, kernels=kernels, flash=flash, failures=failures)
     return Backend(cast(Ops, eager), gpu=device.type != "cpu")
 
 

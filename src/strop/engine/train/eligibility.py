@@ -108,7 +108,7 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
     }
     if len(placements) != 1:
         return "base weights of several types or on several devices"
-    if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return f"base weights in {weights[0].dtype}"
     if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
         return why

@@ -308,7 +308,7 @@ class FastLoss:
         warm_kernels = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
         self._backend = backend_for(self._device, self._model.dtype, warm=warm_kernels, int8_matmul=int8_matmul)
         self._head_matmul = self._backend.head_matmul(self._head.weight)
-        self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
+        self._ops, self.gpu_failures = self._backend.ops, self._backend.failures
         self._dropout_ops = dropout_ops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None

@@ -58,7 +58,7 @@ class PlainLoss:
     name = "plain"
     packed = False
     prefix_sharing = False
-    why_no_triton = ""
+    gpu_failures = ""
     can_offload = False
     soft_loss: Tensor
 

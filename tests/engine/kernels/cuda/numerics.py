@@ -20,6 +20,7 @@ from strop.engine.kernels.cuda import dequantize, rope
 from strop.engine.kernels.cuda import dropout as drops
 from strop.engine.kernels.cuda import elementwise as kernels
 from strop.engine.kernels.cuda.attention import RotateQk
+from strop.engine.kernels.cuda.selftest import CHECKS, FLASH, FP32_SUMS, TRITON, _is_close
 from strop.engine.kernels.dispatch import Backend
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import dropout
@@ -231,7 +232,7 @@ def test_dequantization_has_the_bits_of_bitsandbytes(
         place = torch.full((shape[0] + 1, shape[1]), 7.0, dtype=dtype)
         expected = layer.dequantize()
         with monkeypatch.context() as patch:
-            patch.setattr("strop.models.quantize._find_kernels", [lambda device, dtype: dequantize])
+            patch.setattr("strop.models.quantize._find_kernels", [lambda scheme, device, dtype: dequantize])
             result = layer.dequantize()
             assert layer.dequantize(place[:-1]).data_ptr() == place.data_ptr()
         assert torch.equal(place[:-1], result) and (place[-1] == 7).all()
@@ -241,9 +242,16 @@ def test_dequantization_has_the_bits_of_bitsandbytes(
             assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (FLASH, FP32_SUMS)])
+def test_each_operation_passes_its_check(name: str) -> None:
+    device = torch.empty(0).device
+    pairs = list(CHECKS[name](device))
+    assert pairs and all(_is_close(*pair) for pair in pairs)
+
+
 def use_kernels(monkeypatch: pytest.MonkeyPatch, *, kernels: bool) -> None:
     """Have the fast step compute as on a GPU whose kernels work, or do not."""
-    backend = Backend(OPS if kernels else cast(Ops, eager), gpu=True, triton=kernels)
+    backend = Backend(OPS if kernels else cast(Ops, eager), gpu=True, kernels=TRITON if kernels else frozenset())
     monkeypatch.setattr("strop.engine.train.fast.backend_for", lambda *_, **__: backend)
     monkeypatch.setattr("strop.engine.train.fast.dropout_ops_for", lambda x: drops if kernels else dropout)
 

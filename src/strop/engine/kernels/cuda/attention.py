@@ -78,10 +78,14 @@ EAGER_ROPE = EagerRope()
 
 
 def attention_on_gpu(
-    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, rope: RopeOps = EAGER_ROPE
-) -> Tensor:
-    """Compute attention: qkv (T, all heads) to (T, query * size). rope: cuda.rope if Triton is available."""
-    if supports_flash(qkv, heads):
+    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, rope: RopeOps = EAGER_ROPE,
+    flash: bool = True,
+) -> Tensor:  # fmt: skip
+    """Compute attention: qkv (T, all heads) to (T, query * size).
+
+    rope: cuda.rope if its kernels work. flash: whether flash attention works, where it is supported.
+    """
+    if flash and supports_flash(qkv, heads):
         return apply(FlashAttention, qkv, heads, cos, sin, documents.varlen, rope)
     return padded_attention(qkv, heads, cos, sin, documents, rope)
 
@@ -89,13 +93,20 @@ def attention_on_gpu(
 def supports_flash(like: Tensor, heads: Heads) -> bool:
     """Return whether flash attention supports these heads with the device and dtype of `like`."""
     return (
-        like.device.type == "cuda"
-        and torch.version.hip is None
+        has_flash(like.device)
         and like.dtype in (torch.bfloat16, torch.float16)
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(like.device) >= FLASH_CAPABILITY
         and heads.size <= MAX_HEAD_SIZE
         and heads.size % HEAD_SIZE_MULTIPLE == 0
+    )
+
+
+def has_flash(device: torch.device) -> bool:
+    """Return whether PyTorch has flash attention for a device."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
     )
 
 
