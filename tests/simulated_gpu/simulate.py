@@ -51,9 +51,21 @@ def base(kind: str) -> str:
     return str(folder)
 
 
-def rows() -> str:
-    file = FOLDER / "rows.jsonl"
-    return str(file if file.is_file() else write_rows(file, 24))
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {  # of objectives that train neither on rows of chats nor on pairs
+    "kto": lambda n: {"prompt": f"say {n}", "completion": f"the number {n}", "label": n % 2 == 0},
+    "classify": lambda n: {"text": f"say {n}", "label": "abc"[n % 3]},
+    "embed": lambda n: {"anchor": f"say {n}", "positive": f"the number {n}"},
+}
+
+
+def rows(objective: str = "sft") -> str:
+    """Return a file with rows of an objective."""
+    file = FOLDER / f"{objective}.jsonl"
+    if objective == "sft":
+        return str(file if file.is_file() else write_rows(file, 24))
+    make = ROWS.get(objective, lambda n: {"prompt": f"say {n}", "chosen": f"the number {n}", "rejected": f"no {n}"})
+    file.write_text("".join(json.dumps(make(n)) + "\n" for n in range(24)), encoding="utf-8")
+    return str(file)
 
 
 def new_out() -> str:
@@ -156,7 +168,8 @@ def train(
     """
     out = new_out()
     recipe = {
-        "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
+        "model": base(model), "data": rows(options.get("train.objective", "sft")), "out": out, "model.device": "cuda",
+        "train.max_steps": 3,
         "train.batch_size": 8, "lora.r": 4, "train.save_steps": 2, **options,
     }  # fmt: skip
     GPU.waits.clear()

@@ -95,6 +95,25 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
     assert large["packed"] == 0 and small["packed"] == 14
 
 
+# Objectives, and the files that wait in addition, once a micro-batch: for KTO's estimate of the divergence, and for the
+# vectors of all texts of the batch.
+OBJECTIVES = {
+    **dict.fromkeys(("dpo", "ipo", "simpo", "orpo", "reward", "classify")), "kto": "training/criteria.py",
+    "embed": "training/contrastive.py",
+}  # fmt: skip
+
+
+def test_objectives_wait_once_a_step(simulate: Simulate) -> None:
+    """Of masks, weights and references nothing is read from the GPU. The first update is compared with the weights."""
+    outcomes = simulate(*({"scenario": "train", **QUICK, "train.objective": objective} for objective in OBJECTIVES))
+    for (objective, line), run in zip(OBJECTIVES.items(), outcomes, strict=True):
+        waits = [wait for wait in run["waits"] if not wait[0].startswith("free")]
+        waits = [wait for wait in waits if "training/guard.py" not in wait[1]]
+        *others, (_, read, number) = sorted(waits, key=lambda wait: wait[1].startswith("training/loop.py"))
+        assert read.startswith("training/loop.py") and number == run["steps"], (objective, waits)
+        assert [(wait[1].partition(":")[0], wait[2]) for wait in others] == ([(line, 2)] if line else []), objective
+
+
 def assert_failures_are_handled(
     fails_often: dict[str, Any], fails_with_one_row: dict[str, Any], fails_with_resident_layers: dict[str, Any],
     **once: dict[str, Any],

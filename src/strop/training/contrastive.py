@@ -22,6 +22,7 @@ from strop.data.types import Example, Item, Triplet
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.embed import Pooling, Vectors, embed_examples
 from strop.engine.step import Step
+from strop.engine.train.buffers import copy_like
 from strop.evaluation.retrieval import Retrieval, score_retrieval, summarize_scores
 from strop.objectives import require
 from strop.objectives.embedding import contrastive_losses
@@ -75,10 +76,10 @@ class EmbedCriterion(Criterion):
         if len(gradients) < len(batch):
             losses, are_first = self._contrast(vectors, batch)
             return losses.sum(), {"accuracy": are_first.float()}
-        product = (vectors * torch.from_numpy(np.concatenate(gradients)).to(vectors.device)).sum()
-        value = product.new_tensor(sum(triplet.loss for triplet in batch))
-        accuracy = product.new_tensor([float(triplet.is_first) for triplet in batch])
-        return product + (value - product.detach()), {"accuracy": accuracy}
+        firsts = [float(triplet.is_first) for triplet in batch]
+        slopes, accuracy = copy_like([np.concatenate(gradients), firsts], vectors)
+        product = (vectors * slopes).sum()
+        return product + (sum(triplet.loss for triplet in batch) - product.detach()), {"accuracy": accuracy}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
         """Return the loss in batches of the training size, and scores of retrieval with intervals, or only a NaN loss.

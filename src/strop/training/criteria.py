@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from strop.data.types import Example, ExampleGroup, Item, LabelledText
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.classify import to_probabilities
 from strop.engine.step import Step, compute_scores
+from strop.engine.train.buffers import copy_like
 from strop.evaluation.classes import ACCURACY, score_classes
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import mean_interval, wilson_interval
@@ -133,7 +136,8 @@ class PreferenceCriterion(Criterion):
             if not groups:
                 return []
             sums = mismatched_logprobs(step, groups)
-            ratios: list[float] = (sums - _reference_logprobs(groups, 1, sums)).tolist()
+            (reference,) = copy_like([_references(groups, 1)], sums)
+            ratios: list[float] = (sums - reference).tolist()
             return ratios
 
         with torch.no_grad():
@@ -156,13 +160,15 @@ class PreferenceCriterion(Criterion):
         self, sums: Sequence[Tensor], groups: Sequence[ExampleGroup], statistic: float
     ) -> tuple[Tensor, Metrics]:
         """Return the loss sum and metrics. sums: log-probabilities or scores of each side, shape (N,)."""
-        answers = [
-            AnswerLogprobs(values, _count_tokens(groups, side, values), _reference_logprobs(groups, side, values))
-            for side, values in enumerate(sums)
-        ]
-        desirable = torch.tensor([group.desirable for group in groups], device=answers[0].sums.device)
+        sides, labels = range(len(sums)), np.array([group.desirable for group in groups])
+        columns = [_token_counts(groups, side) for side in sides] + [_references(groups, side) for side in sides]
+        on_device = copy_like([*columns, labels, *map(np.flatnonzero, (labels, ~labels))], sums[0])
+        *copied, desirable, desirable_rows, other_rows = on_device
+        counts, references = copied[: len(sums)], copied[len(sums) :]
+        answers = [AnswerLogprobs(*side) for side in zip(sums, counts, references, strict=True)]
         result = self.objective.compute(PreferenceBatch(tuple(answers), desirable, statistic), self.options)
-        return result.losses.sum(), self._compute_metrics(answers, desirable, result, statistic)
+        rows = {"desirable": desirable_rows, "undesirable": other_rows}
+        return result.losses.sum(), self._compute_metrics(answers, desirable, rows, result, statistic)
 
     def sums(self, step: Step, groups: Sequence[ExampleGroup]) -> list[Tensor]:
         """Return the log-probabilities, or the reward model's scores, of each side, shape (N,), fp64."""
@@ -173,27 +179,27 @@ class PreferenceCriterion(Criterion):
         return list(scores.view(len(groups), -1).unbind(1))
 
     def _compute_metrics(
-        self, answers: Sequence[AnswerLogprobs], desirable: Tensor, result: PreferenceResult, divergence: float
-    ) -> Metrics:
+        self, answers: Sequence[AnswerLogprobs], desirable: Tensor, rows: Mapping[str, Tensor],
+        result: PreferenceResult, divergence: float,
+    ) -> Metrics:  # fmt: skip
+        """rows: the indices of desirable and of undesirable answers."""
         with torch.no_grad():
             rewards = [reward.detach() for reward in result.rewards]
             mean_logprobs = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
             changes = [answer.log_ratio_per_token.detach() for answer in answers] if self.objective.reference else []
             if len(answers) == 2:
                 metrics: Metrics = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
-                sides = {"chosen": 0, "rejected": 1}
-                masks = {name: torch.ones_like(desirable) for name in sides}
+                columns: dict[str, tuple[int, Any]] = {"chosen": (0, slice(None)), "rejected": (1, slice(None))}
             else:
                 metrics = {"accuracy": ((answers[0].log_ratio.detach() > divergence) == desirable).double()}
                 metrics["kl"] = torch.full_like(rewards[0], divergence)
-                sides = {"desirable": 0, "undesirable": 0}
-                masks = {"desirable": desirable, "undesirable": ~desirable}
-            for name, side in sides.items():
-                metrics[f"{name}_reward"] = rewards[side][masks[name]]
+                columns = {name: (0, indices) for name, indices in rows.items()}
+            for name, (side, chosen) in columns.items():
+                metrics[f"{name}_reward"] = rewards[side][chosen]
                 if mean_logprobs:
-                    metrics[f"{name}_nats"] = mean_logprobs[side][masks[name]]
+                    metrics[f"{name}_nats"] = mean_logprobs[side][chosen]
                 if changes:
-                    metrics[f"{name}_change"] = changes[side][masks[name]]
+                    metrics[f"{name}_change"] = changes[side][chosen]
         return metrics
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
@@ -237,12 +243,13 @@ class ClassCriterion(Criterion):
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         scores = compute_scores(step, self.head, [text.examples[0] for text in _as_texts(items)])
-        targets = self._targets(items, scores)
-        losses, _ = class_losses(scores, targets, scores.new_tensor(self.weights), self.several)
+        targets, weights = copy_like([self._targets(items), np.array(self.weights)], scores)
+        losses, _ = class_losses(scores, targets, weights, self.several)
         return losses.sum(), {"accuracy": self._find_hits(scores.detach(), targets).double()}
 
-    def _targets(self, items: Sequence[Item], like: Tensor) -> Tensor:
-        targets = torch.zeros_like(like)
+    def _targets(self, items: Sequence[Item]) -> npt.NDArray[np.float64]:
+        """Return 1 for the classes of each text, else 0, (N, classes)."""
+        targets = np.zeros((len(items), len(self.weights)))
         for row, text in enumerate(_as_texts(items)):
             targets[row, list(text.classes)] = 1.0
         return targets
@@ -268,10 +275,11 @@ class ClassCriterion(Criterion):
         scores = torch.tensor(in_row_order(batches, parts), dtype=torch.float64)
         if not scores.isfinite().all():
             return {"loss": math.nan}
-        targets = self._targets(items, scores)
-        losses, weights = class_losses(scores, targets, torch.ones_like(scores[0]), self.several)
+        targets = self._targets(items)
+        ones = torch.ones_like(scores[0])
+        losses, weights = class_losses(scores, torch.from_numpy(targets), ones, self.several)
         probabilities = to_probabilities(scores, self.several).numpy()
-        figures = score_classes(probabilities, targets.numpy() > 0, self.several)
+        figures = score_classes(probabilities, targets > 0, self.several)
         interval = wilson_interval(round(figures[ACCURACY] * len(items)), len(items))
         return {
             "loss": float(losses.sum() / weights.sum()), ACCURACY: figures[ACCURACY],
@@ -322,12 +330,13 @@ def mismatched_logprobs(step: Step, groups: Sequence[ExampleGroup]) -> Tensor:
     return step.log_probs([example for group in groups for example in group.kl_examples])
 
 
-def _count_tokens(groups: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
-    return like.new_tensor([float(group.examples[side].weights.sum()) for group in groups])
+def _token_counts(groups: Sequence[ExampleGroup], side: int) -> npt.NDArray[np.float64]:
+    return np.array([float(group.examples[side].weights.sum()) for group in groups])
 
 
-def _reference_logprobs(groups: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
-    return like.new_tensor([group.reference_logprobs[column] if group.reference_logprobs else 0.0 for group in groups])
+def _references(groups: Sequence[ExampleGroup], column: int) -> npt.NDArray[np.float64]:
+    """Return the log-probabilities of the reference, or 0."""
+    return np.array([group.reference_logprobs[column] if group.reference_logprobs else 0.0 for group in groups])
 
 
 def kept_rows(items: Sequence[Item]) -> list[Example]:

@@ -38,6 +38,7 @@ from strop.engine.decode.generate import (
     sample_turns,
 )
 from strop.engine.step import Step
+from strop.engine.train.buffers import copy_like
 from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import mean_interval, wilson_interval
 from strop.evaluation.rewards import Candidate, Reward, Rewarded, Rows, compute_rewards
@@ -165,34 +166,34 @@ class PolicyCriterion(Criterion):
         examples = [example for group in groups for example in group.examples]
         logprobs = step.token_log_probs(examples)
         logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
-        lengths = torch.tensor([example.supervised for example in examples], device=logprobs.device)
-        counts = torch.tensor([copies for group in groups for copies in group.counts], device=logprobs.device)
-        weights = logprobs.new_tensor([self.objective.token_weight(int(length), self.options) for length in lengths])
-        advantages = logprobs.new_tensor([value for group in groups for value in group.advantages])
-        old_logprobs = torch.from_numpy(np.concatenate([group.sampling_logprobs for group in groups])).to(logprobs)
+        lengths = [example.supervised for example in examples]
+        counts = [copies for group in groups for copies in group.counts]
+        token_weights = [self.objective.token_weight(length, self.options) for length in lengths]
+        sampling = np.concatenate([group.sampling_logprobs for group in groups])
         reference = [
             group.reference_token_logprobs if len(group.reference_token_logprobs) else group.sampling_logprobs
             for group in groups
         ]
-        ref_logprobs = torch.from_numpy(np.concatenate(reference)).to(logprobs)
-
-        def per_token(values: Tensor) -> Tensor:
-            return values.repeat_interleave(lengths)
-
-        token_advantages = per_token(advantages)
-        values: Metrics = {}
+        teacher = sampling
         if self.teacher is not None:
-            teacher = torch.from_numpy(np.concatenate([group.teacher_token_logprobs for group in groups])).to(logprobs)
-            values["teacher_kl"] = old_logprobs - teacher
-            token_advantages = token_advantages - teacher_weight(self.options) * values["teacher_kl"]
+            teacher = np.concatenate([group.teacher_token_logprobs for group in groups])
+        weights = np.repeat(np.array(token_weights) * counts, lengths)
+        advantages = np.repeat(np.array([value for group in groups for value in group.advantages]), lengths)
+        advantages = advantages - teacher_weight(self.options) * (sampling - teacher) if self.teacher else advantages
+        copied = np.repeat(np.arange(len(sampling)), np.repeat(counts, lengths))  # the token of each copy
+        columns = [sampling, np.concatenate(reference), teacher, advantages, weights, copied]
+        old_logprobs, ref_logprobs, teacher_logprobs, token_advantages, loss_weights, index = copy_like(
+            columns, logprobs
+        )
         tokens = SampledTokens(logprobs, old_logprobs, ref_logprobs, token_advantages)
         result = self.objective.compute(tokens, self.options)
-        total = (result.losses * per_token(weights * counts)).sum()
+        total = (result.losses * loss_weights).sum()
         with torch.no_grad():
-            copies = per_token(counts)  # off: the difference from the log-probabilities at sampling
+            values: Metrics = {} if self.teacher is None else {"teacher_kl": old_logprobs - teacher_logprobs}
+            # off: the difference from the log-probabilities at sampling
             values |= {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
             values |= {"kl": result.kl} if self.options.beta else {}
-            metrics = {name: column.repeat_interleave(copies) for name, column in values.items()}
+            metrics = {name: column[index] for name, column in values.items()}
         return total, {**_group_metrics(groups, logprobs, rewarded=self.is_rewarded), **metrics}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
@@ -393,7 +394,7 @@ def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor, *, rewarded: bo
         columns[name] = [value for group in groups for value in group.counts_of_traces[name]]
     for name in groups[0].reward_parts:
         columns[f"reward/{name}"] = [value for group in groups for value in group.reward_parts[name]]
-    return {name: like.new_tensor(column) for name, column in columns.items()}
+    return dict(zip(columns, copy_like([np.array(x, np.float64) for x in columns.values()], like), strict=True))
 
 
 def check_vllm(recipe: Recipe) -> None:

@@ -108,3 +108,10 @@ def copy_to_device(arrays: Sequence[Any], device: torch.device) -> list[Tensor]:
         copied[offset : offset + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
         for array, offset in zip(arrays, offsets, strict=True)
     ]
+
+
+def copy_like(arrays: Sequence[Any], like: Tensor) -> list[Tensor]:
+    """Copy arrays to the device of a tensor, like copy_to_device; floating-point ones in its dtype, fp32 or fp64."""
+    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+    arrays = [np.asarray(array) for array in arrays]
+    return copy_to_device([x.astype(dtype) if x.dtype.kind == "f" else x for x in arrays], like.device)
