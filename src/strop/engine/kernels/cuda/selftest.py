@@ -7,6 +7,7 @@ other operations replace it, and the rest stays as it is.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -29,6 +30,8 @@ from strop.machine.probe import nvidia_smi
 from strop.models.quantize import QuantizedLinear, quantize_weight
 from strop.runs.folder import cache_folder, read_json, write_json
 
+LOG = logging.getLogger(__name__)
+
 Pairs = Iterator[tuple[Tensor, Tensor]]  # results, and what is expected
 NORM, GLU, ROPE, LOSS, DORA = "RMSNorm", "gated activations", "rotary embedding", "cross entropy", "DoRA"
 DROPOUT, FOUR_BIT, EIGHT_BIT = "dropout", "4-bit weights", "8-bit weights"
@@ -46,6 +49,8 @@ def find_failures(device: torch.device) -> Mapping[str, str]:
     """
     file, key = _results_file(), _describe_versions(device)
     found: dict[str, Any] = dict(read_json(file).get(key, {}))
+    if not all(isinstance(found.get(name), str) for name in CHECKS):
+        LOG.info("trying each operation of a step on this GPU")
     for name, check in CHECKS.items():
         before = found.get(name)
         if isinstance(before, int) and not psutil.pid_exists(before):
