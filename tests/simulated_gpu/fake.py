@@ -350,6 +350,9 @@ def install() -> None:
     }
     replacements |= {"set_sync_debug_mode": nothing}
     replacements |= {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: nullcontext()}
+    from tests.support.meta_operations import correct_meta_backward
+
+    correct_meta_backward()
     torch.backends.cuda.is_flash_attention_available = lambda: True
     for name, answer in replacements.items():
         setattr(torch.cuda, name, answer)

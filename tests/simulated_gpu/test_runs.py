@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tests.simulated_gpu.conftest import Simulate
@@ -79,6 +80,8 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
         if kind != "fails with resident layers":  # which quantizes its weights again
             assert_one_wait(run)
     assert_offloaded(outcomes[list(runs).index("inputs of layers in host memory")])
+    old = Path(outcomes[list(runs).index("without bf16")]["folder"])
+    assert "dtype: fp16" in (old / "recipe.yaml").read_text(encoding="utf-8")
     assert_failures_are_handled(
         **{kind.replace(" ", "_"): run for kind, run in zip(runs, outcomes, strict=False) if kind in OTHERS}
     )

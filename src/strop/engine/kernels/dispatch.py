@@ -38,7 +38,7 @@ class Backend:
         gpu: whether the device is not a CPU.
         tiles: whether the device is a CPU with the matmuls of cpu/tile.py.
         kernels: the kinds of Triton kernels that the device uses, as in cuda.selftest.
-        flash: whether a GPU's flash attention works, where it is supported.
+        flash, efficient: whether a GPU's flash attention and memory-efficient attention work, where they are supported.
         failures: which operations a GPU cannot use, and why, in one line, else empty.
         int8: the cpu.int8_matmul.Int8Matmul for frozen weights, or None.
     """
@@ -49,6 +49,7 @@ class Backend:
     tiles: bool = False
     kernels: frozenset[str] = frozenset()
     flash: bool = True
+    efficient: bool = True
     failures: str = ""
     int8: Any = None
 
@@ -61,11 +62,12 @@ class Backend:
         if self.gpu:
             from strop.engine.kernels.cuda.attention import attention_on_gpu
 
+            attend = partial(attention_on_gpu, flash=self.flash, efficient=self.efficient)
             if "rotary embedding" not in self.kernels:
-                return partial(attention_on_gpu, flash=self.flash)
+                return attend
             from strop.engine.kernels.cuda import rope
 
-            return partial(attention_on_gpu, rope=cast(Any, rope), flash=self.flash)
+            return partial(attend, rope=cast(Any, rope))
         if self.has_tiled_attention(size):
             from strop.engine.kernels.cpu.attention import TiledAttention
 
@@ -233,13 +235,15 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
         tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
         return Backend(cast(Ops, elementwise), cast(CpuOps, elementwise), tiles=tiles, int8=int8)
     if device.type == "cuda":
-        from strop.engine.kernels.cuda.attention import activate_flash3
+        from strop.engine.kernels.cuda.attention import EFFICIENT, FLASH, activate_flash3
 
         activate_flash3(device)
         kernels = triton_kernels(device, dtype)
-        flash = "flash attention" not in gpu_failures(device)
+        flash, efficient = (name not in gpu_failures(device) for name in (FLASH, EFFICIENT))
         failures = "" if dtype == torch.float64 else describe_gpu_failures(device)
-        return Backend(_element_wise_ops(kernels), gpu=True, kernels=kernels, flash=flash, failures=failures)
+        return Backend(
+            _element_wise_ops(kernels), gpu=True, kernels=kernels, flash=flash, efficient=efficient, failures=failures
+        )
     return Backend(cast(Ops, eager), gpu=device.type != "cpu")
 
 

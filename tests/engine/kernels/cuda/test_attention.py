@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from strop.engine.kernels.cuda.attention import activate_flash3, attention_on_gp
 from strop.engine.train.attention import Attention, Heads
 from strop.engine.train.packing import Varlen
 from tests.support.attention import documents_of, heads, rand
+from tests.support.meta_operations import correct_meta_backward
 
 GPU = torch.device("cuda", 0)
 
@@ -46,13 +48,17 @@ def definition_backward(
     return torch.autograd.grad(again, inputs, grad)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("window", [0, 2])
-def test_flash_attention_matches_the_cpu(window: int, norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition of flash attention replaces its kernel; the inputs and gradients are tested."""
-    monkeypatch.setattr(attention, "supports_flash", lambda like, heads: True)
-    monkeypatch.setattr(attention, "flash_forward", lambda *arguments: (definition(*arguments),))
-    monkeypatch.setattr(attention, "flash_backward", definition_backward)
+def test_packed_attention_matches_the_cpu(
+    window: int, norms: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The definition of attention replaces its kernel; the inputs and gradients are tested."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(attention, f"supports_{name}", lambda like, heads, name=name: name == kernel)
+    monkeypatch.setattr(attention, f"{kernel}_forward", lambda *arguments: (definition(*arguments),))
+    monkeypatch.setattr(attention, f"{kernel}_backward", definition_backward)
     torch.manual_seed(0)
     shape, cos, sin = heads(window, norms, 1), rand(8, 2).cos(), rand(8, 2).sin()
     qkv = rand(8, 16, grad=True)
@@ -63,6 +69,46 @@ def test_flash_attention_matches_the_cpu(window: int, norms: bool, monkeypatch: 
         upstream = rand(*expected.shape)
         grads = [torch.autograd.grad(out, qkv, upstream)[0] for out in (result, expected)]
         torch.testing.assert_close(*grads)
+
+
+def test_heads_are_repeated_and_their_gradients_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory-efficient attention has no grouped heads; the definition on single heads replaces its operations."""
+    single, saved = replace(heads(0, False), num_query_heads=4, num_kv_heads=4, size=8), list[Tensor]()
+    ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+    varlen = Varlen(ends, ends, 5, 5, None)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+        return definition(q[0], k[0], v[0], varlen, single)[None], q, q, q, 5, 5
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, *_: Any, **__: Any) -> Any:
+        saved.append(k)
+        grads = definition_backward(grad[0], (q[0], k[0], v[0]), out[0], (), varlen, single)
+        return (*(x[None] for x in grads), None)
+
+    operations = SimpleNamespace(_efficient_attention_forward=forward, _efficient_attention_backward=backward)
+    monkeypatch.setattr(torch.ops, "aten", operations)
+    shape = replace(single, num_kv_heads=2)
+    q, k, v, grad = (rand(8, many, 8) for many in (4, 2, 2, 4))
+    out, *rest = attention.efficient_forward(q, k, v, varlen, shape)
+    result = attention.efficient_backward(grad, (q, k, v), out, rest, varlen, shape)
+    expected = definition_backward(grad, (q, k, v), definition(q, k, v, varlen, shape), (), varlen, shape)
+    assert saved[0].shape == (1, 8, 4, 8)
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_pytorchs_efficient_operations_accept_the_arguments() -> None:
+    """torch 2.13 has no out and no window in its backward on meta tensors (pytorch's _meta_registrations.py)."""
+    correct_meta_backward()
+    ends = torch.tensor([0, 8], dtype=torch.int32, device="meta")
+    varlen = Varlen(ends, ends, 8, 8, None)
+    q, k = (torch.empty(8, n, 8, dtype=torch.float16, device="meta") for n in (4, 2))
+    for window in (0, 3):
+        shape = replace(heads(window, False), num_query_heads=4, num_kv_heads=2, size=8)
+        out, *saved = attention.efficient_forward(q, k, k, varlen, shape)
+        assert out.shape == q.shape
+        grads = attention.efficient_backward(out, (q, k, k), out, saved, varlen, shape)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
 
 
 def test_pytorchs_flash_operations_accept_the_arguments() -> None:

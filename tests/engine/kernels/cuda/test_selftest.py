@@ -169,47 +169,54 @@ def test_products_and_optimizer_without_the_fast_operations(monkeypatch: pytest.
     assert make_optimizer({"w": weight}, TrainSection()).param_groups[0]["fused"] is True
 
 
-def test_flash_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     monkeypatch.setattr(attention, "activate_flash3", lambda device: "it needs a Hopper GPU")
     monkeypatch.setattr(attention, "supports_flash", lambda like, heads: True)
-    monkeypatch.setattr(attention, "apply", lambda *_: used.append("flash"))
+    monkeypatch.setattr(attention, "supports_efficient", lambda like, heads: True)
+    monkeypatch.setattr(attention, "apply", lambda *arguments: used.append(arguments[-1]))
     monkeypatch.setattr(attention, "padded_attention", lambda *_: used.append("padded"))
-    for failures in ({}, {selftest.FLASH: "its results are wrong"}):
-        monkeypatch.setattr(selftest, "find_failures", lambda device, failures=failures: failures)
+    failures: dict[str, str] = {}
+    monkeypatch.setattr(selftest, "find_failures", lambda device: failures)
+    for wrong_one in ("", selftest.FLASH, selftest.EFFICIENT):
+        failures |= {wrong_one: "its results are wrong"} if wrong_one else {}
         compute = dispatch.backend_for(torch.device("cuda", 0), torch.bfloat16).attention(64)
         compute(torch.zeros(1), *[SimpleNamespace(varlen=None)] * 4)  # type: ignore[arg-type]
-    assert used == ["flash", "padded"]
+    assert used == [selftest.FLASH, selftest.EFFICIENT, "padded"]
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (0.1, False)])
-def test_flash_attention_is_compared_with_the_definition(
-    shift: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", [selftest.FLASH, selftest.EFFICIENT])
+def test_attention_is_compared_with_the_definition(
+    kernel: str, shift: float, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operation is replaced by a matrix of scores with a loop over documents, heads and queries."""
+    """The operation is replaced by loops over documents, queries and heads."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, varlen: Any, heads: Any) -> tuple[Tensor, ...]:
-        ends, out = varlen.query_ends.tolist(), torch.zeros(q.shape)
-        for begin, end in pairwise(ends):
+        out, spans = torch.zeros(q.shape), zip(pairwise(varlen.query_ends), pairwise(varlen.key_ends), strict=True)
+        for (begin, end), (first_key, last_key) in spans:
             for row in range(begin, end):
-                first = max(begin, row - heads.window + 1) if heads.window else begin
+                last = last_key - (end - row) + 1
+                first = max(first_key, last - heads.window) if heads.window else first_key
                 for head in range(heads.num_query_heads):
                     own = head // heads.group
-                    scores = (k[first : row + 1, own].float() @ q[row, head].float()) * heads.scale
-                    out[row, head] = scores.softmax(0) @ v[first : row + 1, own].float()
+                    scores = (k[first:last, own].float() @ q[row, head].float()) * heads.scale
+                    out[row, head] = scores.softmax(0) @ v[first:last, own].float()
         return (out + shift).to(q.dtype), q, k, v
 
     def backward(grad: Tensor, qkv: Any, out: Tensor, saved: Any, varlen: Any, heads: Any) -> Any:
-        wide = [x.float().requires_grad_() for x in qkv]
-        spans = pairwise(varlen.query_ends.tolist())
-        parts = [selftest._masked_attention([x[a:b] for x in wide], heads.window) for a, b in spans]
+        q, k, v = wide = [x.float().requires_grad_() for x in qkv]
+        spans = zip(pairwise(varlen.query_ends), pairwise(varlen.key_ends), strict=True)
+        parts = [selftest._masked_attention(q[a:b], k[c:d], v[c:d], heads.window) for (a, b), (c, d) in spans]
         return [x.to(grad.dtype) for x in torch.autograd.grad(torch.cat(parts), wide, grad.float())]
 
     monkeypatch.setattr(attention, "has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "flash_forward", forward)
-    monkeypatch.setattr(attention, "flash_backward", backward)
-    pairs = list(selftest.CHECKS[selftest.FLASH](CPU))
-    assert len(pairs) == 8 and all(selftest._is_close(*pair) for pair in pairs) is passes
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(attention, f"{name}_forward", forward)
+        monkeypatch.setattr(attention, f"{name}_backward", backward)
+    pairs = list(selftest.CHECKS[kernel](CPU))
+    assert len(pairs) == (16 if kernel == selftest.FLASH else 32)
+    assert all(selftest._is_close(*pair) for pair in pairs) is passes
 
 
 def test_checks_notice_wrong_results_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Attention over packed documents on a GPU.
 
-The default is PyTorch's flash attention (Dao, arXiv:2307.08691). GPUs before Ampere and fp32 models use
+The default is PyTorch's flash attention (Dao, arXiv:2307.08691). GPUs before Ampere and fp32 models use its
+memory-efficient attention (Rabe and Staats, arXiv:2112.05682; xFormers), or where that does not work,
 scaled_dot_product_attention on padded documents. On Hopper, flash attention 3 (Shah et al., arXiv:2407.08608) replaces
 PyTorch's implementation if it is installed and the PyTorch version supports it.
 """
@@ -28,8 +29,10 @@ LOG = logging.getLogger(__name__)
 
 MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 256, 8  # supported by flash attention
 FLASH_CAPABILITY = (8, 0)  # minimum compute capability (Ampere)
+FROM_LAST_KEY = 2  # the causal mask of memory-efficient attention in which the last query sees the last key
 FLASH3, FLASH3_PACKAGE, HOPPER = "FA3", "flash_attn_interface", 9  # 9: major compute capability
 TOLERANCE = 2e-2  # maximum difference of two implementations, for bf16 values of magnitude 1
+FLASH, EFFICIENT = "flash attention", "memory-efficient attention"
 
 
 class RopeOps(Protocol):
@@ -79,14 +82,17 @@ EAGER_ROPE = EagerRope()
 
 def attention_on_gpu(
     qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, rope: RopeOps = EAGER_ROPE,
-    flash: bool = True,
+    flash: bool = True, efficient: bool = True,
 ) -> Tensor:  # fmt: skip
     """Compute attention: qkv (T, all heads) to (T, query * size).
 
-    rope: cuda.rope if its kernels work. flash: whether flash attention works, where it is supported.
+    rope: cuda.rope if its kernels work. flash, efficient: whether flash attention and memory-efficient attention work,
+    where they are supported.
     """
     if flash and supports_flash(qkv, heads):
-        return apply(FlashAttention, qkv, heads, cos, sin, documents.varlen, rope)
+        return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, FLASH)
+    if efficient and supports_efficient(qkv, heads):
+        return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, EFFICIENT)
     return padded_attention(qkv, heads, cos, sin, documents, rope)
 
 
@@ -110,28 +116,39 @@ def has_flash(device: torch.device) -> bool:
     )
 
 
-class FlashAttention(Function):
-    """Flash attention of packed documents, with rotary embedding and norms.
+def supports_efficient(like: Tensor, heads: Heads) -> bool:
+    """Return whether memory-efficient attention supports these heads with the device and dtype of `like`."""
+    has_dtype = like.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    is_nvidia = like.device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and has_dtype and heads.size % HEAD_SIZE_MULTIPLE == 0
+
+
+class PackedAttention(Function):
+    """Attention of packed documents by one of PyTorch's kernels, FLASH or EFFICIENT, with rotary embedding and norms.
 
     Saves qkv, the output, and one value per token and head. The backward rotates q and k again.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, varlen: Varlen, rope: RopeOps) -> Tensor:
-        out, *saved = flash_forward(*_rotate_flash_inputs(qkv, heads, cos, sin, varlen, rope), varlen, heads)
-        ctx.arguments = heads, varlen, rope
+    def forward(
+        ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, varlen: Varlen, rope: RopeOps, kernel: str
+    ) -> Tensor:
+        compute = flash_forward if kernel == FLASH else efficient_forward
+        out, *saved = compute(*_rotate_flash_inputs(qkv, heads, cos, sin, varlen, rope), varlen, heads)
+        ctx.arguments = heads, varlen, rope, kernel
         ctx.save_for_backward(qkv, cos, sin, out, *saved)
         return out.view(len(qkv), -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        heads, varlen, rope = ctx.arguments
+        heads, varlen, rope, kernel = ctx.arguments
         qkv, cos, sin, out, *saved = ctx.saved_tensors
         q, k, v = _rotate_flash_inputs(qkv, heads, cos, sin, varlen, rope)
-        dq, dk, dv = flash_backward(grad.reshape(out.shape), (q, k, v), out, saved, varlen, heads)
+        compute = flash_backward if kernel == FLASH else efficient_backward
+        dq, dk, dv = compute(grad.reshape(out.shape), (q, k, v), out, saved, varlen, heads)
         if varlen.keys is not None:
             dk, dv = (_sum_by_row(x, varlen.keys, len(qkv)) for x in (dk, dv))
-        return rope.rotate_qk_backward((dq, dk, dv), qkv, heads, cos, sin), None, None, None, None, None
+        return rope.rotate_qk_backward((dq, dk, dv), qkv, heads, cos, sin), None, None, None, None, None, None
 
 
 def _rotate_flash_inputs(
@@ -174,6 +191,40 @@ def flash_backward(
         not heads.window, *rng_state, scale=heads.scale, **_window_arguments(heads),
     )  # fmt: skip
     return dq, dk, dv
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, heads: Heads) -> tuple[Tensor, ...]:
+    """Return the output (T, num_query_heads, size), and the tensors that efficient_backward needs."""
+    inputs = (x[None] for x in (q, *_repeat_heads(k, v, heads)))
+    out, *saved = torch.ops.aten._efficient_attention_forward(
+        *inputs, None, varlen.query_ends, varlen.key_ends, varlen.longest_query, varlen.longest_key, 0.0,
+        FROM_LAST_KEY, True, scale=heads.scale, window_size=heads.window or None,
+    )[:4]  # fmt: skip
+    return (out[0], *saved)
+
+
+def efficient_backward(
+    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, saved: Any, varlen: Varlen, heads: Heads
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v. saved: the tensors that efficient_forward returned after the output."""
+    logsumexp, seed, offset = saved
+    q, k, v = qkv
+    inputs = (x[None] for x in (grad, q, *_repeat_heads(k, v, heads)))
+    dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+        *inputs, None, out[None], varlen.query_ends, varlen.key_ends, varlen.longest_query, varlen.longest_key,
+        logsumexp, 0.0, seed, offset, FROM_LAST_KEY, False, scale=heads.scale, window_size=heads.window or None,
+    )  # fmt: skip
+    if heads.group > 1:
+        parts = (x.view(*k.shape[:2], heads.group, heads.size) for x in (dk[0], dv[0]))
+        dk, dv = (part.sum(2, dtype=torch.float32).to(part.dtype)[None] for part in parts)
+    return dq[0], dk[0], dv[0]
+
+
+def _repeat_heads(k: Tensor, v: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Return keys and values (T, num_query_heads, size) for each query head."""
+    if heads.group == 1:
+        return k, v
+    return k.repeat_interleave(heads.group, 1), v.repeat_interleave(heads.group, 1)
 
 
 class RotateQk(Function):

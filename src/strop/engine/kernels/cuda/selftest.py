@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any, cast
@@ -35,7 +36,8 @@ LOG = logging.getLogger(__name__)
 Pairs = Iterator[tuple[Tensor, Tensor]]  # results, and what is expected
 NORM, GLU, ROPE, LOSS, DORA = "RMSNorm", "gated activations", "rotary embedding", "cross entropy", "DoRA"
 DROPOUT, FOUR_BIT, EIGHT_BIT = "dropout", "4-bit weights", "8-bit weights"
-FLASH, FP32_SUMS, FUSED_ADAMW = "flash attention", "products with fp32 results", "fused AdamW"
+FLASH, EFFICIENT = "flash attention", "memory-efficient attention"
+FP32_SUMS, FUSED_ADAMW = "products with fp32 results", "fused AdamW"
 TRITON = frozenset({NORM, GLU, ROPE, LOSS, DORA, DROPOUT, FOUR_BIT, EIGHT_BIT})
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to 1 + the largest value
 WRONG = "its results are wrong"
@@ -230,28 +232,42 @@ def _quantized(scheme: str) -> Callable[[torch.device], Pairs]:
 
 
 def _flash(device: torch.device) -> Pairs:
-    """Check outputs and gradients of two documents, without and with a window."""
     from strop.engine.kernels.cuda.attention import flash_backward, flash_forward, has_flash
 
-    if not has_flash(device):
-        return
-    ends, dtype = torch.tensor([0, 40, 64], dtype=torch.int32, device=device), _dtypes(device)[1]
-    varlen = Varlen(ends, ends, 40, 40, None)
-    q, k, v, grad = (_random(device, 64, many, 64).to(dtype) for many in (4, 2, 2, 4))
-    for window in (0, 16):
+    if has_flash(device):
+        yield from _attention(device, _dtypes(device)[1], flash_forward, flash_backward)
+
+
+def _efficient(device: torch.device) -> Pairs:
+    from strop.engine.kernels.cuda.attention import efficient_backward, efficient_forward
+
+    for dtype in _dtypes(device):
+        yield from _attention(device, dtype, efficient_forward, efficient_backward)
+
+
+def _attention(device: torch.device, dtype: torch.dtype, forward: Any, backward: Any) -> Pairs:
+    """Check outputs and gradients of two documents, without and with a window, and with a prefix of 16 keys."""
+    for window, prefix in ((0, 0), (16, 0), (0, 16), (9, 16)):
+        query_ends, key_ends = [0, 40, 64], [0, 40 + prefix, 64 + prefix]
+        ends = [torch.tensor(x, dtype=torch.int32, device=device) for x in (query_ends, key_ends)]
+        varlen = Varlen(ends[0], ends[1], 40, 40 + prefix, None)
+        shapes = ((64, 4), (64 + prefix, 2), (64 + prefix, 2), (64, 4))
+        q, k, v, grad = (_random(device, rows, many, 64).to(dtype) for rows, many in shapes)
         heads = Heads(cast(Any, None), 4, 2, 64, 0.125, window, 0.0, None, None)
-        out, *saved = flash_forward(q, k, v, varlen, heads)
+        out, *saved = forward(q, k, v, varlen, heads)
         wide = [x.float().requires_grad_() for x in (q, k, v)]
-        expected = torch.cat([_masked_attention([x[a:b] for x in wide], window) for a, b in ((0, 40), (40, 64))])
+        spans = zip(pairwise(query_ends), pairwise(key_ends), strict=True)
+        parts = [_masked_attention(wide[0][a:b], wide[1][c:d], wide[2][c:d], window) for (a, b), (c, d) in spans]
+        expected = torch.cat(parts)
         yield out, expected.detach()
-        grads = flash_backward(grad, (q, k, v), out, saved, varlen, heads)
+        grads = backward(grad, (q, k, v), out, saved, varlen, heads)
         yield from zip(grads, torch.autograd.grad(expected, wide, grad.float()), strict=True)
 
 
-def _masked_attention(qkv: list[Tensor], window: int) -> Tensor:
-    """Return causal attention (T, 4, size) of one document. qkv: (T, 4, size), (T, 2, size), (T, 2, size)."""
-    q, k, v = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in qkv)
-    mask = ~eager.causal_mask(q.shape[1], q.shape[1], 0, window, q.device)
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Return causal attention (T, 4, size) of a document, whose last query sees its last key. k, v: (keys, 2, size)."""
+    q, k, v = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v))
+    mask = ~eager.causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], window, q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=0.125).transpose(0, 1)
 
 
@@ -272,5 +288,6 @@ def _fused_adamw(device: torch.device) -> Pairs:
 
 CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
     NORM: _norm, GLU: _glu, ROPE: _rope, LOSS: _loss, DORA: _dora, DROPOUT: _dropout, FOUR_BIT: _quantized("nf4"),
-    EIGHT_BIT: _quantized("int8"), FLASH: _flash, FP32_SUMS: _fp32_sums, FUSED_ADAMW: _fused_adamw,
+    EIGHT_BIT: _quantized("int8"), FLASH: _flash, EFFICIENT: _efficient, FP32_SUMS: _fp32_sums,
+    FUSED_ADAMW: _fused_adamw,
 }  # fmt: skip
