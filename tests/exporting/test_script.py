@@ -70,6 +70,17 @@ def test_sft_has_the_same_losses(tiny_folder: Path, rows_file: Path, tmp_path: P
         assert torch.allclose(weight, trained, atol=1e-3), name
 
 
+def test_losses_in_fp16_are_scaled(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model.dtype": "fp16", "model.device": "cpu", "model": str(tiny_folder), "data": str(rows_file)}
+    ours = train(tmp_path / "run", **options)
+    export_script(tmp_path / "run", tmp_path / "script")
+    code = (tmp_path / "script" / "train.py").read_text(encoding="utf-8")
+    assert "scaler.scale(loss).backward()" in code and "scaler.step(optimizer)" in code
+    assert losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=3e-3)
+
+
 def test_gguf_base_is_read_through_bf16(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

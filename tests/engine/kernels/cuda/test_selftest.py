@@ -104,7 +104,8 @@ def test_an_operation_that_ends_the_process_is_left_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(selftest, "_describe_versions", lambda device: "another")
     with pytest.raises(Killed):
         found(monkeypatch, a=right, b=fails(Killed()), c=right)
-    monkeypatch.setattr(selftest.psutil, "pid_exists", lambda number: False)
+    later = selftest._this_process()[1] + 100
+    monkeypatch.setattr(selftest.psutil.Process, "create_time", lambda process: later)  # another one with its number
     assert found(monkeypatch, a=right, b=right, c=right) == {"b": "it ended an earlier process"}
 
 

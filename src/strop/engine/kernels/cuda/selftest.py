@@ -8,7 +8,6 @@ other operations replace it, and the rest stays as it is.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -55,10 +54,10 @@ def find_failures(device: torch.device) -> Mapping[str, str]:
         LOG.info("trying each operation of a step on this GPU")
     for name, check in CHECKS.items():
         before = found.get(name)
-        if isinstance(before, int) and not psutil.pid_exists(before):
+        if isinstance(before, list) and not _is_running(*before):
             found[name] = "it ended an earlier process"
         elif not isinstance(before, str):
-            _save(file, key, {name: os.getpid()})  # the only trace if the process ends here
+            _save(file, key, {name: _this_process()})  # the only trace if the process ends here
             found[name] = _try(check, device, name)
         if found[name] != before:
             _save(file, key, {name: found[name]})
@@ -90,12 +89,25 @@ def _version(name: str) -> str:
         return "none"
 
 
+def _this_process() -> list[Any]:
+    """Return the number of this process and the time of its start: in containers, numbers are soon used again."""
+    process = psutil.Process()
+    return [process.pid, process.create_time()]
+
+
+def _is_running(number: int, started: float) -> bool:
+    try:
+        return abs(psutil.Process(number).create_time() - started) < 1
+    except psutil.Error:
+        return False
+
+
 def _results_file() -> Path:
     return cache_folder() / "gpu_operations.json"
 
 
-def _save(file: Path, key: str, results: Mapping[str, str | int]) -> None:
-    """Store a reason, "" for an operation that works, or the number of the process that tries it."""
+def _save(file: Path, key: str, results: Mapping[str, Any]) -> None:
+    """Store a reason, "" for an operation that works, or the process that tries it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     stored = read_json(file)
     write_json(file, {**stored, key: {**stored.get(key, {}), **results}})
