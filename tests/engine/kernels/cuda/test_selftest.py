@@ -94,19 +94,30 @@ def test_an_operation_is_tried_once_per_machine(monkeypatch: pytest.MonkeyPatch)
     assert found(monkeypatch, a=counted) == {"a": selftest.WRONG} and tried == ["a", "a"], "another driver"
 
 
-def test_an_operation_that_ends_the_process_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Killed(BaseException):
-        pass
+def test_an_operation_that_ends_two_processes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process leaves that was killed while it tried an operation is its number."""
+    file, key = selftest._results_file(), selftest._describe_versions(CPU)
+    another = [selftest._this_process()[0], 0.0]  # has ended: this process has its number, and began later
+    selftest._save(file, key, {"b": [*another, 1]})
+    assert found(monkeypatch, a=right, b=right) == {}, "it may have been killed by somebody"
+    selftest._save(file, key, {"b": [*another, 2]})
+    assert found(monkeypatch, a=right, b=right) == {"b": "it ended 2 processes"}
+    selftest._save(file, key, {"b": [*selftest._this_process(), 2]})
+    assert found(monkeypatch, a=right, b=right) == {}, "another process of this machine tries it now"
 
-    with pytest.raises(Killed):
-        found(monkeypatch, a=right, b=fails(Killed()), c=right)
-    assert found(monkeypatch, a=right, b=right, c=right) == {}, "this process is alive"
-    monkeypatch.setattr(selftest, "_describe_versions", lambda device: "another")
-    with pytest.raises(Killed):
-        found(monkeypatch, a=right, b=fails(Killed()), c=right)
-    later = selftest._this_process()[1] + 100
-    monkeypatch.setattr(selftest.psutil.Process, "create_time", lambda process: later)  # another one with its number
-    assert found(monkeypatch, a=right, b=right, c=right) == {"b": "it ended an earlier process"}
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_an_interrupted_try_says_nothing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        with pytest.raises(type(error)):
+            found(monkeypatch, a=right, b=fails(error))
+    assert found(monkeypatch, a=right, b=right) == {}
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "file"))
+    assert found(monkeypatch, a=right, b=wrong) == {"b": selftest.WRONG}
 
 
 def test_a_gpu_that_has_failed_ends_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +133,9 @@ def test_a_gpu_that_has_failed_ends_the_run_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DeviceError, match=r"dropout made the GPU fail: .*illegal memory access") as raised:
         selftest.find_failures(torch.device("cuda", 0))
     assert "start again" in raised.value.fix
+    selftest.find_failures.cache_clear()
+    (reason,) = selftest.find_failures(torch.device("cuda", 0)).values()
+    assert reason.startswith("dropout made the GPU fail")
     monkeypatch.undo()
 
 

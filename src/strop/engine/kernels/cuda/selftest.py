@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -26,6 +27,7 @@ from strop.engine.train import dropout
 from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Varlen
 from strop.errors import DeviceError, QuantizerError, first_line
+from strop.machine.memory import is_out_of_memory
 from strop.machine.probe import nvidia_smi
 from strop.models.quantize import QuantizedLinear, quantize_weight
 from strop.runs.folder import cache_folder, read_json, write_json
@@ -40,6 +42,7 @@ FP32_SUMS, FUSED_ADAMW = "products with fp32 results", "fused AdamW"
 TRITON = frozenset({NORM, GLU, ROPE, LOSS, DORA, DROPOUT, FOUR_BIT, EIGHT_BIT})
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to 1 + the largest value
 WRONG = "its results are wrong"
+MAX_TRIES = 2  # a process may also have been killed by somebody while it tried an operation
 
 
 @cache
@@ -53,14 +56,19 @@ def find_failures(device: torch.device) -> Mapping[str, str]:
     if not all(isinstance(found.get(name), str) for name in CHECKS):
         LOG.info("trying each operation of a step on this GPU")
     for name, check in CHECKS.items():
-        before = found.get(name)
-        if isinstance(before, list) and not _is_running(*before):
-            found[name] = "it ended an earlier process"
-        elif not isinstance(before, str):
-            _save(file, key, {name: _this_process()})  # the only trace if the process ends here
-            found[name] = _try(check, device, name)
-        if found[name] != before:
-            _save(file, key, {name: found[name]})
+        if isinstance(found.get(name), str):
+            continue
+        number, started, tries = found.get(name) or (0, 0.0, 0)
+        if tries >= MAX_TRIES and not _is_running(number, started):
+            found[name] = f"it ended {tries} processes"
+        else:
+            _save(file, key, {name: [*_this_process(), tries + 1]})  # the only trace if the process ends here
+            try:
+                found[name] = _try(check, device, name)
+            except BaseException as error:  # out of memory and Ctrl-C say nothing about the operation
+                _save(file, key, {name: error.what if isinstance(error, DeviceError) else None})
+                raise
+        _save(file, key, {name: found[name]})
     return {name: found[name] for name in CHECKS if found[name]}
 
 
@@ -107,10 +115,11 @@ def _results_file() -> Path:
 
 
 def _save(file: Path, key: str, results: Mapping[str, Any]) -> None:
-    """Store a reason, "" for an operation that works, or the process that tries it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Store a reason, "" for an operation that works, or the process that tries it and the number of tries."""
     stored = read_json(file)
-    write_json(file, {**stored, key: {**stored.get(key, {}), **results}})
+    with suppress(OSError):  # in a read-only cache each process tries again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**stored, key: {**stored.get(key, {}), **results}})
 
 
 def _try(check: Callable[[torch.device], Pairs], device: torch.device, name: str) -> str:
@@ -122,12 +131,13 @@ def _try(check: Callable[[torch.device], Pairs], device: torch.device, name: str
     except CalledProcessError:
         return "the C compiler failed (are Python's headers installed?)"
     except Exception as error:  # whatever fails, training continues with PyTorch's operations
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error)
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except RuntimeError as error:  # after an illegal access, no other operation works in this process
-        _save(_results_file(), _describe_versions(device), {name: reason})
         what = f"{name} made the GPU fail: {first_line(error)}"
         raise DeviceError(what, fix="start again: it is left out from now on") from None
     return reason
