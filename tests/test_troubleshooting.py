@@ -168,6 +168,11 @@ def test_run_that_cannot_use_a_gpu_notes_it(
         notes[device] = [str(event["text"]) for event in events if event["event"] == "note"]
     assert len(notes["auto"]) == 1 and "RTX 4090" in notes["auto"][0] and "#cuda" in notes["auto"][0]
     assert not notes["cpu"]
+    monkeypatch.setattr("strop.training.preflight.why_no_code", lambda: ("torch has no code for P100", "pip install x"))
+    events = []
+    strop.train(**options, out=tmp_path / "old", callback=events.append)
+    (note,) = [str(event["text"]) for event in events if event["event"] == "note"]
+    assert note == "torch has no code for P100: training runs on the CPU; `pip install x` installs one that has"
 
 
 def test_reserved_gpu_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,7 @@ def pick_device(requested: str) -> str:
     """Return the device to use. `auto` prefers CUDA, then MPS, then the CPU. Raises DeviceError."""
     kind, _, index = requested.partition(":")
     if requested == "auto":
-        if why_not := why_no_code():
-            LOG.warning("using the CPU: %s (%s)", *why_not)
-        cuda = torch.cuda.is_available() and why_not is None
+        cuda = torch.cuda.is_available() and why_no_code() is None
         return "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):

@@ -41,6 +41,7 @@ from strop.errors import (
 from strop.evaluation.environments import has_member, hash_file
 from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_rewards, read_columns
 from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe_environment, make_tracer
+from strop.machine.doctor import why_no_code
 from strop.machine.memory import free_memory
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
@@ -563,6 +564,8 @@ def _unused_gpu_note(setup: Setup) -> str | None:
     gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
     if not gpus or device.origin != "plan" or device.value != "cpu":
         return None
+    if (no_code := why_no_code()) is not None:
+        return f"{no_code[0]}: training runs on the CPU; `{no_code[1]}` installs one that has"
     built = torch.version.cuda or "no CUDA"
     what = f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}"
     return f"{what}: training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
