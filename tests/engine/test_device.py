@@ -17,6 +17,7 @@ from strop.engine.device import (
     explain_driver_error,
     pick_device,
     pick_dtype,
+    pick_generation_dtype,
     prepare_process,
     repeatable,
 )
@@ -103,6 +104,17 @@ def test_expandable_segments_are_not_used_in_wsl(monkeypatch: pytest.MonkeyPatch
     assert explained is not None and "PYTORCH_ALLOC_CONF=expandable_segments:False" in str(explained)
     assert explain_driver_error(RuntimeError("CUDA error: unspecified launch failure")) is None
     assert is_out_of_memory(RuntimeError("CUDA driver error: device not ready"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "family", "dtype"),
+    [(None, "llama", "fp16"), (None, "gemma3", "fp32"), ("fp16", "llama", "fp16"), ("bf16", "llama", "fp32")],
+)
+def test_answers_on_a_gpu_without_bf16(
+    trained: str | None, family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_of((7, 5), monkeypatch)
+    assert pick_generation_dtype("cuda", trained, family)[0] == dtype
 
 
 def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

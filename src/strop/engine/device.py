@@ -19,6 +19,7 @@ from strop.machine.doctor import why_no_code
 from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import MAX_TILED_RANK, gpu_dtype, is_wsl, probe
 from strop.machine.rates import generation_dtype, load_precision, save_precision
+from strop.models.families.table import overflows_fp16
 
 LOG = logging.getLogger(__name__)
 
@@ -130,9 +131,14 @@ def measure_precision() -> tuple[Precision, bool]:
     return measured, disturbed
 
 
-def pick_generation_dtype(device: str, trained: str | None) -> tuple[str, list[str]]:
-    """Return the dtype to generate in, and a note if it is not the dtype of training. trained: None if unknown."""
+def pick_generation_dtype(device: str, trained: str | None, family: str = "") -> tuple[str, list[str]]:
+    """Return the dtype to generate in, and a note if it is not the dtype of training.
+
+    trained: None if unknown. family: the model_type of the base.
+    """
     fastest, why = ("fp32", "") if trained == "fp32" else pick_dtype(device)  # on a CPU this measures
+    if fastest == "fp16" and overflows_fp16(family):
+        fastest = "fp32"
     dtype = generation_dtype(trained, device, fastest)
     if trained in (None, dtype):
         return dtype, []

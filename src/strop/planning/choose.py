@@ -15,7 +15,7 @@ from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
 from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
-from strop.models.families.table import FAMILIES
+from strop.models.families.table import FAMILIES, overflows_fp16
 from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
 from strop.planning.time import Rate
@@ -121,7 +121,7 @@ def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype
         half = dtype[0] == "fp16"
         parts = FAMILIES[shape.family].model_parts if shape.family in FAMILIES else ""
         dtype = ("fp32", f"all weights are trained, {parts}".rstrip(", ")) if full and (parts or half) else dtype
-        dtype = ("fp32", f"{shape.family} overflows in fp16") if half and shape.family.startswith("gemma") else dtype
+        dtype = ("fp32", f"{shape.family} overflows in fp16") if half and overflows_fp16(shape.family) else dtype
         dtype = ("fp32", "train.int8_matmul speeds up fp32 more") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
     if full and recipe.model.quantization == "auto":

@@ -127,7 +127,7 @@ def serve_vllm(
     notes: list[str] = []
     if dtype == "auto":
         trained = read_identity(folders[0] or weights).get("dtype")
-        dtype, notes = pick_generation_dtype(pick_device(device), trained)
+        dtype, notes = pick_generation_dtype(pick_device(device), trained, config["model_type"])
     references = {model: _compute_reference(name, context) for model, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # the template may end turns with a token other than eos, and some models have more stop tokens

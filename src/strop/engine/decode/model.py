@@ -39,7 +39,7 @@ from strop.models.adapters import (
 )
 from strop.models.embedder import read_pooling
 from strop.models.introspect import max_positions
-from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base, refuse_embedder
+from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base, load_config, refuse_embedder
 from strop.models.lora import grow_vocabulary
 from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
@@ -459,7 +459,8 @@ def load(
     identity = read_identity(folder or source.path) if folder is not None or base_name else {}
     notes = [GGUF_NOTE] if source.kind == "gguf" and dtype == "fp32" != identity.get("dtype") else []
     if dtype == "auto":
-        dtype, notes = pick_generation_dtype(torch_device, identity.get("dtype"))
+        family = load_config(source).model_type if torch_device.startswith("cuda") else ""
+        dtype, notes = pick_generation_dtype(torch_device, identity.get("dtype"), family)
     scheme = quantization
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")

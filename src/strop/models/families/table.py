@@ -260,3 +260,8 @@ def find_gguf_family(arch: str) -> tuple[str, Family] | None:
     """Return (name, family) of the first family that llama.cpp stores under this architecture."""
     entries = ((name, family) for name, family in FAMILIES.items() if family.gguf and family.gguf.arch == arch)
     return next(entries, None)
+
+
+def overflows_fp16(family: str) -> bool:
+    """Return whether hidden states of a family exceed 65,504, the largest value in fp16 (docs/log/2026-11.md)."""
+    return family.startswith("gemma")
