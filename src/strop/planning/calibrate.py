@@ -100,10 +100,11 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     if (why_not := why_no_code()) is not None:
         yield Finding("error", why_not[0], "training runs on the CPU; see docs/troubleshooting.md#cuda", why_not[1])
         return
-    if pick_dtype("cuda")[0] != "bf16":
-        yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is stored in fp32, in twice the memory")
+    if (dtype := pick_dtype("cuda")[0]) == "fp32":
+        why = "the base is stored in fp32, in twice the memory"
+        yield Finding("warning", f"{machine.gpus[0]} has no fast 16-bit type", why)
     else:
-        yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
+        yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in {dtype}")
     failures = describe_gpu_failures(torch.device("cuda"))
     if not failures:
         yield Finding("ok", "strop's operations give the right results on the GPU")

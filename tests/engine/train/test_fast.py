@@ -304,6 +304,30 @@ def test_groups_of_rows_compute_each_prefix_once() -> None:
     assert sorted(end for end, _ in packed.ends) == list(range(12))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_labels_in_another_order_than_their_rows(reverse: bool) -> None:
+    """The last token of the shared prefix predicts a label of the second row only, so its label is not the first.
+
+    As many labels as rows were taken for labels in the order of rows: in multi-turn rows with weights, and in rows of
+    one prompt of which one has soft labels.
+    """
+    first, second = with_prefix([example(7, 1), example(6, 2)])
+    first.weights[:], second.weights[:] = 0, 0
+    first.weights[14:], second.weights[11:] = 1, 1
+    model, rows = adapted(), [second, first] if reverse else [first, second]
+    packed = pack(rows, prefix_sharing=True, device=torch.device("cpu"))
+    assert len(packed.rows) == len(packed.label_rows) and packed.in_row_order is reverse
+    expected = step(model, PlainLoss(model), rows)
+    assert_same(step(model, FastLoss(model), rows), expected)
+    head = adapted(lora={"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.4}).train()
+    masked = []
+    for sharing in (False, True):
+        loss = FastLoss(head, prefix_sharing=sharing)
+        loss.masks.begin(5, 7)
+        masked.append(step(head, loss, rows))
+    assert_same(*masked)
+
+
 @pytest.mark.parametrize("sharing", [False, True])
 def test_no_document_leaks_into_another(sharing: bool) -> None:
     """Only the first document is supervised; tokens of another one must not change a bit."""

@@ -391,7 +391,7 @@ class FastLoss:
         model = self._model
         head, new = base_module(current_module(model.output)), new_rows(model.output)
         active, token_keys = find_active_adapters([model.output], [self._head]), batch.token_keys[batch.rows]
-        token_keys = token_keys if len(batch.label_rows) == len(batch.rows) else token_keys[batch.label_rows]
+        token_keys = token_keys if batch.in_row_order else token_keys[batch.label_rows]
         rows, ids = (None, None) if new is None else (new.rows, new.token_ids())
         output = OutputHead(
             head.weight, model.softcap, self._ops, head.bias, rows, ids, tuple(active.parts), active.scales,
@@ -448,7 +448,7 @@ class FastLoss:
         hidden = normalize(hidden, self._norm)
         if scaled and self._model.logits_scale != 1:
             hidden = hidden * self._model.logits_scale
-        if len(batch.label_rows) != len(batch.rows):  # some rows have several labels
+        if not batch.in_row_order:  # some rows have several labels, or a shared prefix has a later row's label
             hidden = hidden[batch.label_rows]
         return hidden
 

@@ -198,6 +198,7 @@ class PackedBatch:
         ids, positions, token_keys: token ids, positions, and the keys for dropout (dropout.token_keys), (T,).
         rows: the packed rows that predict a supervised token, without duplicates, ascending, (N,).
         label_rows: the index into `rows` of each label, (M,).
+        in_row_order: whether label i is predicted by row i of `rows`, so that label_rows is 0, 1, ..., M - 1.
         labels, weights: the token id and the loss weight of each label, (M,).
         label_examples: the example of each label, (M,); None if labels of several examples are merged.
         soft: the soft labels; None if there are none, or with `label_examples`.
@@ -210,6 +211,7 @@ class PackedBatch:
     documents: Documents
     rows: Tensor
     label_rows: Tensor
+    in_row_order: bool
     labels: Tensor
     weights: Tensor
     label_examples: Tensor | None = None
@@ -273,7 +275,7 @@ def pack_last_tokens(examples: Sequence[Example], *, prefix_sharing: bool, devic
     packed = pack_separately(examples, prefix_sharing=prefix_sharing, device=device)
     ends = [row for _, row in sorted(packed.ends)]
     rows, label_rows = copy_to_device([_int64(ends), _int64(range(len(examples)))], device)
-    return replace(packed, rows=rows, label_rows=label_rows)
+    return replace(packed, rows=rows, label_rows=label_rows, in_row_order=True)
 
 
 def pack_all_tokens(examples: Sequence[Example], *, device: torch.device) -> PackedBatch:
@@ -284,7 +286,7 @@ def pack_all_tokens(examples: Sequence[Example], *, device: torch.device) -> Pac
     packed = pack_separately(examples, prefix_sharing=False, device=device)
     numbers = np.repeat(np.arange(len(examples)), [len(example) for example in examples])
     rows, label_examples = copy_to_device([np.arange(len(numbers)), numbers], device)
-    return replace(packed, rows=rows, label_rows=rows, label_examples=label_examples)
+    return replace(packed, rows=rows, label_rows=rows, in_row_order=True, label_examples=label_examples)
 
 
 def mean_by_example(values: Tensor, examples: Tensor, number: int) -> Tensor:
@@ -353,7 +355,8 @@ class _Packer:
         ids, positions, keys, rows, label_rows, labels, *label_examples = tensors
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
         return PackedBatch(
-            ids, positions, keys, documents, rows, label_rows, labels, label_weights,
+            ids, positions, keys, documents, rows, label_rows, np.array_equal(row_indices, np.arange(len(unique_rows))),
+            labels, label_weights,
             label_examples[0] if with_examples else None, None if with_examples else self._soft_targets(used, device),
             tuple(self.ends),
         )  # fmt: skip

@@ -97,6 +97,20 @@ def test_heads_are_repeated_and_their_gradients_summed(monkeypatch: pytest.Monke
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "supported"),
+    [((7, 5), torch.float16, True), ((7, 5), torch.bfloat16, False), ((8, 0), torch.bfloat16, True),
+     ((7, 5), torch.float32, True), ((9, 0), torch.float64, False)],
+)  # fmt: skip
+def test_memory_efficient_attention_in_bf16_needs_ampere(
+    capability: tuple[int, int], dtype: torch.dtype, supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    like: Any = SimpleNamespace(device=GPU, dtype=dtype)
+    assert attention.supports_efficient(like, replace(heads(0, False), size=64)) is supported
+    assert not attention.supports_efficient(like, replace(heads(0, False), size=20))
+
+
 def test_pytorchs_efficient_operations_accept_the_arguments() -> None:
     """torch 2.13 has no out and no window in its backward on meta tensors (pytorch's _meta_registrations.py)."""
     correct_meta_backward()

@@ -98,12 +98,15 @@ def test_an_operation_that_ends_two_processes_is_left_out(monkeypatch: pytest.Mo
     """What a process leaves that was killed while it tried an operation is its number."""
     file, key = selftest._results_file(), selftest._describe_versions(CPU)
     another = [selftest._this_process()[0], 0.0]  # has ended: this process has its number, and began later
-    selftest._save(file, key, {"b": [*another, 1]})
+    selftest._save(file, key, {"b": [*another, 0]})
     assert found(monkeypatch, a=right, b=right) == {}, "it may have been killed by somebody"
-    selftest._save(file, key, {"b": [*another, 2]})
+    selftest._save(file, key, {"b": [*another, 1]})
     assert found(monkeypatch, a=right, b=right) == {"b": "it ended 2 processes"}
-    selftest._save(file, key, {"b": [*selftest._this_process(), 2]})
-    assert found(monkeypatch, a=right, b=right) == {}, "another process of this machine tries it now"
+    selftest._save(file, key, {"b": [*selftest._this_process(), 1]})
+    assert found(monkeypatch, a=right, b=right) == {}, "another rank tries it now"
+    selftest._save(file, key, {"b": [*another, 1]})
+    monkeypatch.setattr(selftest.socket, "gethostname", lambda: "other")
+    assert found(monkeypatch, a=right, b=right) == {}, "numbers of processes are those of a machine"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")])

@@ -118,9 +118,10 @@ def has_flash(device: torch.device) -> bool:
 
 def supports_efficient(like: Tensor, heads: Heads) -> bool:
     """Return whether memory-efficient attention supports these heads with the device and dtype of `like`."""
-    has_dtype = like.dtype in (torch.float32, torch.bfloat16, torch.float16)
     is_nvidia = like.device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and has_dtype and heads.size % HEAD_SIZE_MULTIPLE == 0
+    if not is_nvidia or heads.size % HEAD_SIZE_MULTIPLE or like.dtype == torch.float64:
+        return False
+    return like.dtype != torch.bfloat16 or torch.cuda.get_device_capability(like.device) >= FLASH_CAPABILITY
 
 
 class PackedAttention(Function):

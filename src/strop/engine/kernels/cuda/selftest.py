@@ -8,6 +8,7 @@ other operations replace it, and the rest stays as it is.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -42,7 +43,7 @@ FP32_SUMS, FUSED_ADAMW = "products with fp32 results", "fused AdamW"
 TRITON = frozenset({NORM, GLU, ROPE, LOSS, DORA, DROPOUT, FOUR_BIT, EIGHT_BIT})
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to 1 + the largest value
 WRONG = "its results are wrong"
-MAX_TRIES = 2  # a process may also have been killed by somebody while it tried an operation
+MAX_ENDED = 2  # processes; one may have been killed by somebody while it tried an operation
 
 
 @cache
@@ -58,11 +59,12 @@ def find_failures(device: torch.device) -> Mapping[str, str]:
     for name, check in CHECKS.items():
         if isinstance(found.get(name), str):
             continue
-        number, started, tries = found.get(name) or (0, 0.0, 0)
-        if tries >= MAX_TRIES and not _is_running(number, started):
-            found[name] = f"it ended {tries} processes"
+        number, started, ended = found.get(name) or (0, 0.0, 0)
+        ended += not _is_running(number, started) if number else 0  # another rank may be trying it
+        if ended >= MAX_ENDED:
+            found[name] = f"it ended {ended} processes"
         else:
-            _save(file, key, {name: [*_this_process(), tries + 1]})  # the only trace if the process ends here
+            _save(file, key, {name: [*_this_process(), ended]})  # the only trace if the process ends here
             try:
                 found[name] = _try(check, device, name)
             except BaseException as error:  # out of memory and Ctrl-C say nothing about the operation
@@ -87,7 +89,8 @@ def _describe_versions(device: torch.device) -> str:
     versions = [f"{name} {_version(name)}" for name in names]
     driver = ", ".join(nvidia_smi("driver_version")[:1])
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return ", ".join([*versions, f"driver {driver}", gpu])
+    # of a cache that several machines share, each has its own entry, with the numbers of its processes
+    return ", ".join([*versions, f"driver {driver}", gpu, socket.gethostname()])
 
 
 def _version(name: str) -> str:
@@ -115,7 +118,7 @@ def _results_file() -> Path:
 
 
 def _save(file: Path, key: str, results: Mapping[str, Any]) -> None:
-    """Store a reason, "" for an operation that works, or the process that tries it and the number of tries."""
+    """Store a reason, "" for an operation that works, or the process that tries it and how many it ended."""
     stored = read_json(file)
     with suppress(OSError):  # in a read-only cache each process tries again
         file.parent.mkdir(parents=True, exist_ok=True)
