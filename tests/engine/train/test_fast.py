@@ -483,7 +483,7 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
         ("hidden_dropout", lambda: adapted("gpt_neox", hidden_dropout=0.1)),
         ("attention_dropout", lambda: adapted(attention_dropout=0.1)),
         ("rotary", lambda: adapted(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
-        ("float16", lambda: adapted().half()),
+        ("float8", lambda: adapted().to(torch.float8_e4m3fn)),
     ],
 )
 def test_unsupported_model_returns_the_reason(reason: str, build: Any) -> None:
