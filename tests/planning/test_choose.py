@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ from strop.planning.workload import Workload
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that another test has stored would change the choices."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
 
 
 def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
