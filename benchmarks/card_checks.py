@@ -46,7 +46,7 @@ def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) 
     """Return the loss, and the adapter's gradients as one row on the host, of a step on rows of several lengths."""
     import torch
 
-    from strop.engine.kernels.cuda.selftest import TRITON
+    from strop.engine.kernels.operations import TRITON
 
     none = dict.fromkeys(TRITON, "left out")
     left_out = patch("strop.engine.kernels.cuda.selftest.find_failures", lambda device: none)

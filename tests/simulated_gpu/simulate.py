@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import strop
-from strop.engine.kernels.cuda.selftest import TRITON
+from strop.engine.kernels.operations import TRITON
 from strop.engine.train.fast import FastLoss
 from strop.errors import Stopped
 from strop.runs.folder import cache_folder

@@ -107,7 +107,7 @@ OBJECTIVES = {
 
 
 def test_objectives_wait_once_a_step(simulate: Simulate) -> None:
-    """Of masks, weights and references nothing is read from the GPU. The first update is compared with the weights."""
+    """Masks, weights and references are not read from the GPU. Only the first update compares the weights."""
     outcomes = simulate(*({"scenario": "train", **QUICK, "train.objective": objective} for objective in OBJECTIVES))
     for (objective, line), run in zip(OBJECTIVES.items(), outcomes, strict=True):
         waits = [wait for wait in run["waits"] if not wait[0].startswith("free")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -82,10 +82,14 @@ def measure_rows(recipe: Recipe) -> Rows:
         sizes += [pair for pair in pairs for _ in range(sequences_per_row(recipe.train))]
         return sizes
     sizes.rows = len(prepared.train_items or ()) if data_kind == "triplets" else 0
+    find_prefix, prefixes = None, list[tuple[int, int]]()
+    if data_kind == "turns" and len(rows):
+        find_prefix = _prefix_finder(rows, recipe.train.batch_size)
     for example in rows:
         sizes.append((len(example), example.supervised))
-    if data_kind == "turns" and len(rows):
-        sizes.prefixes = _find_prefixes(rows, recipe.train.batch_size)
+        if find_prefix is not None:
+            prefixes.append(find_prefix(example.ids))
+    sizes.prefixes = prefixes
     if share := keep_share(recipe.train):  # the answers are not known before the run
         tokens = sum(length for length, _ in sizes) * share / (1 - share)
         parts = sequences_per_row(recipe.train)
@@ -109,8 +113,8 @@ def _tokenizer_source(recipe: Recipe) -> Source | str:
     return source if has_tokenizer else "the model's folder has no tokenizer"
 
 
-def _find_prefixes(rows: Sequence[Example], batch_size: int) -> list[tuple[int, int]]:
-    """Return the prefix that each row shares with others in its batch, as in Rows.prefixes."""
+def _prefix_finder(rows: Sequence[Example], batch_size: int) -> Callable[[Ids], tuple[int, int]]:
+    """Return a function that returns the prefix that a row shares with others in its batch, as in Rows.prefixes."""
     sample = [rows[i].ids for i in range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))]
     groups = group_by_prefix(sample, [len(ids) - 1 for ids in sample], min(1.0, batch_size / len(sample)))
     shared = [(number, sample[group.rows[0]][: group.prefix]) for number, group in enumerate(groups) if group.prefix]
@@ -120,7 +124,7 @@ def _find_prefixes(rows: Sequence[Example], batch_size: int) -> list[tuple[int, 
         found = ((number, len(x)) for number, x in shared if len(x) < len(ids) and (ids[: len(x)] == x).all())
         return next(found, NO_PREFIX)
 
-    return [find(row.ids) for row in rows]
+    return find
 
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, rows: Rows | None = None) -> MicroBatch:

@@ -12,6 +12,7 @@ from torch import nn
 
 from strop.config.schema import TrainSection
 from strop.engine.kernels.dispatch import gpu_failures
+from strop.engine.kernels.operations import FUSED_ADAMW
 from strop.errors import QuantizerError, first_line
 
 
@@ -32,7 +33,7 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
     devices = {weight.device for group in groups for weight in group["params"]}
-    fused = all(x.type == "cpu" or (x.type == "cuda" and "fused AdamW" not in gpu_failures(x)) for x in devices)
+    fused = all(x.type == "cpu" or (x.type == "cuda" and FUSED_ADAMW not in gpu_failures(x)) for x in devices)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=fused)
 
 

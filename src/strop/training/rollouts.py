@@ -174,12 +174,12 @@ class PolicyCriterion(Criterion):
             group.reference_token_logprobs if len(group.reference_token_logprobs) else group.sampling_logprobs
             for group in groups
         ]
+        weights = np.repeat(np.array(token_weights) * counts, lengths)
+        advantages = np.repeat(np.array([value for group in groups for value in group.advantages]), lengths)
         teacher = sampling
         if self.teacher is not None:
             teacher = np.concatenate([group.teacher_token_logprobs for group in groups])
-        weights = np.repeat(np.array(token_weights) * counts, lengths)
-        advantages = np.repeat(np.array([value for group in groups for value in group.advantages]), lengths)
-        advantages = advantages - teacher_weight(self.options) * (sampling - teacher) if self.teacher else advantages
+            advantages = advantages - teacher_weight(self.options) * (sampling - teacher)
         copied = np.repeat(np.arange(len(sampling)), np.repeat(counts, lengths))  # the token of each copy
         columns = [sampling, np.concatenate(reference), teacher, advantages, weights, copied]
         old_logprobs, ref_logprobs, teacher_logprobs, token_advantages, loss_weights, index = copy_like(

@@ -14,6 +14,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.kernels import eager
+from strop.engine.kernels.operations import (
+    DORA,
+    DROPOUT,
+    EFFICIENT,
+    EIGHT_BIT,
+    FLASH,
+    FOUR_BIT,
+    GLU,
+    LOSS,
+    NORM,
+    ROPE,
+    TRITON,
+)
 from strop.engine.kernels.protocols import CpuOps, FrozenMatmul, LoraOps, Ops, apply
 from strop.engine.kernels.warmup import DECODE, TRAIN, compile_once
 from strop.engine.train import dropout, lora
@@ -37,7 +50,7 @@ class Backend:
         cpu_ops: more element-wise operations, on CPUs only.
         gpu: whether the device is not a CPU.
         tiles: whether the device is a CPU with the matmuls of cpu/tile.py.
-        kernels: the kinds of Triton kernels that the device uses, as in cuda.selftest.
+        kernels: the kinds of Triton kernels that the device uses, as in operations.TRITON.
         flash, efficient: whether a GPU's flash attention and memory-efficient attention work, where they are supported.
         failures: which operations a GPU cannot use, and why, in one line, else empty.
         int8: the cpu.int8_matmul.Int8Matmul for frozen weights, or None.
@@ -63,7 +76,7 @@ class Backend:
             from strop.engine.kernels.cuda.attention import attention_on_gpu
 
             attend = partial(attention_on_gpu, flash=self.flash, efficient=self.efficient)
-            if "rotary embedding" not in self.kernels:
+            if ROPE not in self.kernels:
                 return attend
             from strop.engine.kernels.cuda import rope
 
@@ -80,7 +93,7 @@ class Backend:
             from strop.engine.kernels.cpu import elementwise
 
             return elementwise.ApplyRope
-        if "rotary embedding" not in self.kernels:
+        if ROPE not in self.kernels:
             return ApplyRope
         from strop.engine.kernels.cuda import rope
 
@@ -150,7 +163,7 @@ def dropout_ops_for(x: Tensor) -> DropoutOps:
         from strop.engine.kernels.cpu import dropout as cpu_dropout
 
         return cast(DropoutOps, cpu_dropout)
-    if "dropout" in triton_kernels(x.device, x.dtype):
+    if DROPOUT in triton_kernels(x.device, x.dtype):
         from strop.engine.kernels.cuda import dropout as cuda_dropout
 
         return cast(DropoutOps, cuda_dropout)
@@ -158,11 +171,9 @@ def dropout_ops_for(x: Tensor) -> DropoutOps:
 
 
 def triton_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> frozenset[str]:
-    """Return the kinds of Triton kernels that work on a device, as in cuda.selftest."""
+    """Return the kinds of Triton kernels that work on a device, as in operations.TRITON."""
     if device.type != "cuda" or dtype == torch.float64:
         return frozenset()
-    from strop.engine.kernels.cuda.selftest import TRITON
-
     return TRITON - gpu_failures(device).keys()
 
 
@@ -183,7 +194,7 @@ def describe_gpu_failures(device: torch.device) -> str:
 
 def _dequantize_kernels(scheme: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the module cuda.dequantize, or None if its kernel for this scheme cannot be used."""
-    if ("8-bit weights" if scheme == "int8" else "4-bit weights") not in triton_kernels(device, dtype):
+    if (EIGHT_BIT if scheme == "int8" else FOUR_BIT) not in triton_kernels(device, dtype):
         return None
     from strop.engine.kernels.cuda import dequantize
 
@@ -192,12 +203,7 @@ def _dequantize_kernels(scheme: str, device: torch.device, dtype: torch.dtype) -
 
 def _element_wise_ops(kernels: frozenset[str]) -> Ops:
     """Return the element-wise operations of a GPU: Triton's, and eager ones in place of those that do not work."""
-    parts = {
-        "RMSNorm": "rms_norm",
-        "gated activations": "glu",
-        "DoRA": "scale_columns",
-        "cross entropy": "cross_entropy",
-    }
+    parts = {NORM: "rms_norm", GLU: "glu", DORA: "scale_columns", LOSS: "cross_entropy"}
     if not kernels & parts.keys():
         return cast(Ops, eager)
     from strop.engine.kernels.cuda import elementwise
@@ -235,7 +241,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
         tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
         return Backend(cast(Ops, elementwise), cast(CpuOps, elementwise), tiles=tiles, int8=int8)
     if device.type == "cuda":
-        from strop.engine.kernels.cuda.attention import EFFICIENT, FLASH, activate_flash3
+        from strop.engine.kernels.cuda.attention import activate_flash3
 
         activate_flash3(device)
         kernels = triton_kernels(device, dtype)

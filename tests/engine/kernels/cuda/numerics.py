@@ -20,8 +20,9 @@ from strop.engine.kernels.cuda import dequantize, rope
 from strop.engine.kernels.cuda import dropout as drops
 from strop.engine.kernels.cuda import elementwise as kernels
 from strop.engine.kernels.cuda.attention import RotateQk
-from strop.engine.kernels.cuda.selftest import CHECKS, EFFICIENT, FLASH, FP32_SUMS, TRITON, _is_close
+from strop.engine.kernels.cuda.selftest import CHECKS, _is_close
 from strop.engine.kernels.dispatch import Backend
+from strop.engine.kernels.operations import EFFICIENT, FLASH, FP32_SUMS, TRITON
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import dropout
 from strop.engine.train.attention import ApplyRope, Heads, as_norm_input

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.engine.kernels import dispatch, eager
+from strop.engine.kernels import dispatch, eager, operations
 from strop.engine.kernels.cuda import attention, lora, selftest
 from strop.engine.train import dropout
 from strop.errors import DeviceError
@@ -76,7 +76,7 @@ def test_reasons_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selftest.describe({"b": "wrong", "c": "slow", "e": "wrong"}) == (
         "b, e cannot be used: wrong; c cannot be used: slow"
     )
-    every = dict.fromkeys(selftest.TRITON, "no compiler")
+    every = dict.fromkeys(operations.TRITON, "no compiler")
     assert selftest.describe(every) == "Triton cannot be used: no compiler"
     assert selftest.describe({}) == ""
 
@@ -95,7 +95,7 @@ def test_an_operation_is_tried_once_per_machine(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_operation_that_ends_two_processes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process leaves that was killed while it tried an operation is its number."""
+    """A process that is killed while it tries an operation leaves its number in the file."""
     file, key = selftest._results_file(), selftest._describe_versions(CPU)
     another = [selftest._this_process()[0], 0.0]  # has ended: this process has its number, and began later
     selftest._save(file, key, {"b": [*another, 0]})
@@ -152,12 +152,12 @@ def test_only_what_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "find_failures", lambda device: failures)
     like = torch.empty(0, dtype=torch.float16, device="meta")
     backend = dispatch.backend_for(gpu, torch.bfloat16)
-    assert backend.ops is elementwise and backend.gpu and backend.kernels == selftest.TRITON and not backend.failures
+    assert backend.ops is elementwise and backend.gpu and backend.kernels == operations.TRITON and not backend.failures
     assert backend.rope() is rope.ApplyRope
     assert dispatch._dequantize_kernels("nf4", gpu, torch.bfloat16) is dequantize
     assert dispatch.backend_for(gpu, torch.float64).ops is eager
 
-    failures |= {selftest.GLU: "wrong", selftest.ROPE: "wrong", selftest.EIGHT_BIT: "wrong"}
+    failures |= {operations.GLU: "wrong", operations.ROPE: "wrong", operations.EIGHT_BIT: "wrong"}
     backend = dispatch.backend_for(gpu, torch.bfloat16)
     assert backend.ops.glu is eager.glu and backend.ops.glu_backward is eager.glu_backward
     assert backend.ops.rms_norm is elementwise.rms_norm and backend.ops.cross_entropy_ is elementwise.cross_entropy_
@@ -166,16 +166,16 @@ def test_only_what_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch._dequantize_kernels("nf4", gpu, torch.bfloat16) is dequantize
     assert "gated activations, rotary embedding, 8-bit weights cannot be used: wrong" in backend.failures
     monkeypatch.setattr(dispatch, "gpu_failures", lambda device: failures)
-    monkeypatch.setattr(dispatch, "triton_kernels", lambda device, dtype: selftest.TRITON)
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device, dtype: operations.TRITON)
     assert dispatch.dropout_ops_for(like) is cuda_dropout
     monkeypatch.setattr(dispatch, "triton_kernels", lambda device, dtype: frozenset())
     assert dispatch.dropout_ops_for(like) is dropout
-    failures |= dict.fromkeys(selftest.TRITON, "no compiler")
+    failures |= dict.fromkeys(operations.TRITON, "no compiler")
     monkeypatch.undo()
 
 
 def test_products_and_optimizer_without_the_fast_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = {selftest.FP32_SUMS: "not implemented", selftest.FUSED_ADAMW: "wrong"}
+    failures = {operations.FP32_SUMS: "not implemented", operations.FUSED_ADAMW: "wrong"}
     monkeypatch.setattr(selftest, "find_failures", lambda device: failures)
     a, b = torch.randn(3, 8, dtype=torch.bfloat16), torch.randn(8, 2, dtype=torch.bfloat16)
     assert torch.equal(lora._matmul_fp32(a, b), a.float() @ b.float())
@@ -196,15 +196,15 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(attention, "padded_attention", lambda *_: used.append("padded"))
     failures: dict[str, str] = {}
     monkeypatch.setattr(selftest, "find_failures", lambda device: failures)
-    for wrong_one in ("", selftest.FLASH, selftest.EFFICIENT):
+    for wrong_one in ("", operations.FLASH, operations.EFFICIENT):
         failures |= {wrong_one: "its results are wrong"} if wrong_one else {}
         compute = dispatch.backend_for(torch.device("cuda", 0), torch.bfloat16).attention(64)
         compute(torch.zeros(1), *[SimpleNamespace(varlen=None)] * 4)  # type: ignore[arg-type]
-    assert used == [selftest.FLASH, selftest.EFFICIENT, "padded"]
+    assert used == [operations.FLASH, operations.EFFICIENT, "padded"]
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (0.1, False)])
-@pytest.mark.parametrize("kernel", [selftest.FLASH, selftest.EFFICIENT])
+@pytest.mark.parametrize("kernel", [operations.FLASH, operations.EFFICIENT])
 def test_attention_is_compared_with_the_definition(
     kernel: str, shift: float, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +233,7 @@ def test_attention_is_compared_with_the_definition(
         monkeypatch.setattr(attention, f"{name}_forward", forward)
         monkeypatch.setattr(attention, f"{name}_backward", backward)
     pairs = list(selftest.CHECKS[kernel](CPU))
-    assert len(pairs) == (16 if kernel == selftest.FLASH else 32)
+    assert len(pairs) == (16 if kernel == operations.FLASH else 32)
     assert all(selftest._is_close(*pair) for pair in pairs) is passes
 
 
@@ -243,5 +243,5 @@ def test_checks_notice_wrong_results_of_torch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         torch, "mm", lambda a, b, out_dtype=None: mm(a, b).to(out_dtype) + 0.05 * (out_dtype is not None)
     )
-    assert not all(selftest._is_close(*pair) for pair in selftest.CHECKS[selftest.FP32_SUMS](CPU))
-    assert all(selftest._is_close(*pair) for pair in selftest.CHECKS[selftest.FUSED_ADAMW](CPU))
+    assert not all(selftest._is_close(*pair) for pair in selftest.CHECKS[operations.FP32_SUMS](CPU))
+    assert all(selftest._is_close(*pair) for pair in selftest.CHECKS[operations.FUSED_ADAMW](CPU))

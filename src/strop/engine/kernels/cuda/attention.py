@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.kernels import eager
+from strop.engine.kernels.operations import EFFICIENT, FLASH
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Documents, Varlen
@@ -32,7 +33,6 @@ FLASH_CAPABILITY = (8, 0)  # minimum compute capability (Ampere)
 FROM_LAST_KEY = 2  # the causal mask of memory-efficient attention in which the last query sees the last key
 FLASH3, FLASH3_PACKAGE, HOPPER = "FA3", "flash_attn_interface", 9  # 9: major compute capability
 TOLERANCE = 2e-2  # maximum difference of two implementations, for bf16 values of magnitude 1
-FLASH, EFFICIENT = "flash attention", "memory-efficient attention"
 
 
 class RopeOps(Protocol):

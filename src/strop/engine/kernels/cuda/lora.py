@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from strop.engine.kernels.cuda import selftest
+from strop.engine.kernels.operations import FP32_SUMS
 from strop.engine.train import lora
 from strop.engine.train.buffers import Allocate, allocate_from_heap
 from strop.engine.train.linear import FusedLinear
@@ -61,7 +62,7 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in fp32, without rounding to the dtype of a and b (needs PyTorch 2.8 or newer)."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
-    if selftest.FP32_SUMS in selftest.find_failures(a.device):
+    if FP32_SUMS in selftest.find_failures(a.device):
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 

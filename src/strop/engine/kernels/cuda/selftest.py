@@ -24,6 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.engine.kernels import eager
+from strop.engine.kernels.operations import (
+    DORA,
+    DROPOUT,
+    EFFICIENT,
+    EIGHT_BIT,
+    FLASH,
+    FOUR_BIT,
+    FP32_SUMS,
+    FUSED_ADAMW,
+    GLU,
+    LOSS,
+    NORM,
+    ROPE,
+    TRITON,
+)
 from strop.engine.train import dropout
 from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Varlen
@@ -36,11 +51,6 @@ from strop.runs.folder import cache_folder, read_json, write_json
 LOG = logging.getLogger(__name__)
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # results, and what is expected
-NORM, GLU, ROPE, LOSS, DORA = "RMSNorm", "gated activations", "rotary embedding", "cross entropy", "DoRA"
-DROPOUT, FOUR_BIT, EIGHT_BIT = "dropout", "4-bit weights", "8-bit weights"
-FLASH, EFFICIENT = "flash attention", "memory-efficient attention"
-FP32_SUMS, FUSED_ADAMW = "products with fp32 results", "fused AdamW"
-TRITON = frozenset({NORM, GLU, ROPE, LOSS, DORA, DROPOUT, FOUR_BIT, EIGHT_BIT})
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to 1 + the largest value
 WRONG = "its results are wrong"
 MAX_ENDED = 2  # processes; one may have been killed by somebody while it tried an operation
