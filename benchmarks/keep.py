@@ -23,8 +23,10 @@ from typing import Any
 
 from measured import child, run_jobs
 
+OFF = {"train.keep": "off"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {}, "auto": {"train.keep": "auto"}, "epochs": {"epochs": 1}, "rate": {"rate": 1 / 3}, "rank": {"lora.r": 4},
+    "none": OFF, "auto": {"train.keep": "auto"}, "epochs": {"epochs": 1, **OFF}, "rate": {"rate": 1 / 3, **OFF},
+    "rank": {"lora.r": 4, **OFF},
 }  # fmt: skip
 MEANINGS = {
     "none": "as it is",
@@ -46,13 +48,13 @@ def run(args: argparse.Namespace, task: str, variant: str, seed: int) -> dict[st
     if task == "gemma":
         own["data.template"] = "chatml"
     scale = float(variant.removeprefix("scale")) if variant.startswith("scale") else None
-    known = {} if scale else VARIANTS[variant] if variant in VARIANTS else {"train.keep": float(variant)}
+    known = OFF if scale else VARIANTS[variant] if variant in VARIANTS else {"train.keep": float(variant)}
     options = {**own, **known}
     if "epochs" in options:
         options["train.epochs"] = options.pop("epochs")
     model = str(args.gemma) if task == "gemma" else "demo"
     if "rate" in options:
-        usual = strop.plan(model=model, data=str(train), **own).recipe.train.learning_rate
+        usual = strop.plan(model=model, data=str(train), **own).resolved.recipe.train.learning_rate
         options["train.learning_rate"] = usual * options.pop("rate")
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()

@@ -15,7 +15,7 @@ from strop.engine.train.packing import pack
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import prepare_rows
-from strop.planning.microbatch import first_steps, measure_rows
+from strop.planning.microbatch import first_steps, measure_rows, with_kept_rows
 from strop.training.state import batch_stream
 
 
@@ -44,5 +44,5 @@ def test_prefixes_are_counted_once_for_the_rows_that_share_them(tiny_folder: Pat
     packed = pack(examples, prefix_sharing=True, device=torch.device("cpu"))
     assert batch.prefixes == 2 and batch.num_sequences == 8
     assert batch.tokens == pytest.approx(len(packed.ids), rel=0.02), "rows of a batch may share a few tokens more"
-    keep = measure_rows(recipe_of(tiny_folder, file, **{"train.keep": 0.5}))
+    keep = with_kept_rows(sizes, recipe_of(tiny_folder, file, **{"train.keep": 0.5}))
     assert len(keep.prefixes) == len(keep) and keep.prefixes[-1] == (-1, 0)

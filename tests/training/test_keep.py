@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import re
 import shutil
 import weakref
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors.numpy import load_file
 
 import strop
-from strop.config.schema import Recipe
+from strop.config.load import Choice
+from strop.config.schema import KEEP_SHARE, Recipe
 from strop.data.store import JoinedItems
 from strop.data.types import Example
 from strop.errors import RecipeError
 from strop.evaluation.general import load_questions
+from strop.planning import keep as planning_keep
+from strop.planning.plan import print_plan
 from strop.runs.events import read_events
 from strop.training import build, keep
 from strop.training.keep import _choose
@@ -74,7 +81,7 @@ def test_answers_before_training_are_mixed_in(talker: Path, rows: Path, tmp_path
 def test_resumed_run_has_the_same_rows_without_its_cache(
     talker: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**QUICK, "train.keep": "auto", "train.save_steps": 2}
+    options = {**QUICK, "train.keep": 0.15, "train.save_steps": 2}
     whole = strop.train(model=talker, data=rows, out=tmp_path / "whole", **options)
 
     def stop(event: dict[str, Any]) -> None:
@@ -95,7 +102,7 @@ def test_second_run_reads_the_answers_of_the_first(
     talker: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
-    options = {**QUICK, "train.keep": "auto"}
+    options = {**QUICK, "train.keep": 0.15}
     first = strop.train(model=talker, data=rows, out=tmp_path / "first", **options)
     monkeypatch.setattr(keep, "_load", lambda *_: pytest.fail("loaded again"))
     second = strop.train(model=talker, data=rows, out=tmp_path / "second", **options)
@@ -141,18 +148,19 @@ def test_plan_counts_kept_rows(talker: Path, rows: Path, capsys: pytest.CaptureF
     for more in ([], ["--train.keep", "0.5"]):
         code, out, err = run("plan", "--model", talker, "--data", rows, *more, "--json", capsys=capsys)
         assert code == 0, err
-        planned.append(json.loads(out)["data"]["rows"])
-    assert planned[0] == 24 < planned[1]
+        planned.append(json.loads(out))
+    assert planned[0]["data"]["rows"] == planned[1]["data"]["rows"] == 24
+    assert planned[1]["seconds"] - planned[1]["data"]["answer_seconds"] > planned[0]["seconds"] > 0
 
 
 def test_kept_rows_are_refused_where_they_cannot_help(
     tiny_folder: Path, talker: Path, rows: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=r"train.keep: objective reward"):
-        strop.train(model=talker, data=rows, **{"train.keep": "auto", "train.objective": "reward"})
+        strop.train(model=talker, data=rows, **{"train.keep": 0.15, "train.objective": "reward"})
     short = [{"prompt": "a", "completion": "b"}] * 8
     with pytest.raises(RecipeError, match="1 can be rows of this recipe"):
-        strop.train(model=talker, data=short, out=tmp_path / "run", max_length=16, **{**QUICK, "train.keep": "auto"})
+        strop.train(model=talker, data=short, out=tmp_path / "run", max_length=16, **{**QUICK, "train.keep": 0.15})
     assert not (tmp_path / "run").exists()
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "once upon a time"}\n' * 8, encoding="utf-8")
@@ -160,7 +168,7 @@ def test_kept_rows_are_refused_where_they_cannot_help(
     tiny.save_tiny(bare)
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(RecipeError, match="need a chat template"):
-        strop.train(model=bare, data=text, out=tmp_path / "run", **{**QUICK, "train.keep": "auto"})
+        strop.train(model=bare, data=text, out=tmp_path / "run", **{**QUICK, "train.keep": 0.15})
 
 
 def test_loss_is_that_of_the_own_rows(talker: Path, rows: Path, tmp_path: Path) -> None:
@@ -316,3 +324,82 @@ def test_labels_are_the_probabilities_before_training(talker: Path, rows: Path, 
     with torch.no_grad():
         expected = torch.softmax(module(input_ids=prompt).logits[0, -1].float(), -1)
     np.testing.assert_allclose(probs[0], expected[torch.from_numpy(ids[0]).long()].numpy(), rtol=1e-3)
+
+
+def with_system(file: Path, number: int, *, without: int = 0) -> Path:
+    """Write rows with a system prompt, of which the last `without` have none."""
+    turns = [
+        {"role": "user", "content": "count to nine, please"},
+        {"role": "assistant", "content": "1 2 3 4 5 6 7 8 9"},
+    ]
+    system = {"role": "system", "content": "Count."}
+    rows = [{"messages": [system, *turns]}] * (number - without) + [{"messages": turns}] * without
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def decided(model: Path, data: Path, **options: Any) -> Choice:
+    return strop.plan(model=model, data=data, **options).resolved.choices["train.keep"]
+
+
+def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp_path: Path) -> None:
+    data = with_system(tmp_path / "rows.jsonl", 2000)
+    assert decided(talker, data).value == KEEP_SHARE
+    plan = strop.plan(model=talker, data=data)
+    off = strop.plan(model=talker, data=data, **{"train.keep": "off"})
+    assert plan.data["rows"] == off.data["rows"] == 2000
+    assert plan.seconds is not None and off.seconds is not None
+    assert plan.seconds - plan.data["answer_seconds"] > 1.1 * off.seconds
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_plan(plan, console)
+    text = console.export_text()
+    assert "train.keep = 0.15  the rows have a system prompt" in text and "answers to general prompts" in text
+    assert re.search(r"a short run: [\d,]+ tokens", decided(talker, data, epochs=0.1).why)
+    assert decided(talker, data, **{"train.max_steps": 2}).value == "off"
+    assert decided(talker, data, **{"train.keep": "off"}).origin == "option"
+    assert decided(talker, data, **{"train.keep": None}).value == "off"  # the recipe.yaml of an earlier version
+    mixed = with_system(tmp_path / "mixed.jsonl", 2000, without=20)
+    assert "may be meant to change all answers" in decided(talker, mixed).why
+    text_rows = tmp_path / "text.jsonl"
+    text_rows.write_text(json.dumps({"text": "all about counting " * 20}) + "\n", encoding="utf-8")
+    assert decided(talker, text_rows, epochs=2000).why == "the rows are plain text"
+    sharded = {"train.keep": "auto", "model.placement": "sharded"}
+    assert "sharded" in strop.plan(model=talker, data=data, devices=2, **sharded).resolved.choices["train.keep"].why
+
+
+def test_run_keeps_by_default_and_records_the_share(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_keep, "MIN_TOKENS", 100)
+    data = with_system(tmp_path / "rows.jsonl", 24)
+    events: list[dict[str, Any]] = []
+    done = strop.train(model=talker, data=data, out=tmp_path / "run", callback=events.append, **QUICK)
+    assert any(event["event"] == "note" and "general prompts, 1" in event["text"] for event in events)
+    assert yaml.safe_load((done.folder / "recipe.yaml").read_text())["train"]["keep"] == KEEP_SHARE
+    again = strop.train(
+        model=talker, data=data, out=tmp_path / "run", resume_existing=True, **QUICK
+    )  # the same command, which leaves train.keep out
+    assert again.folder == done.folder
+
+
+def test_run_without_the_option_in_its_recipe_is_resumed_without_kept_rows(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = with_system(tmp_path / "rows.jsonl", 24)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=talker, data=data, out=tmp_path / "run", callback=stop, **{**QUICK, "train.save_steps": 2})
+    file = tmp_path / "run" / "recipe.yaml"
+    lines = [line for line in file.read_text().splitlines(keepends=True) if not line.strip().startswith("keep:")]
+    file.write_text("".join(lines))
+    monkeypatch.setattr(planning_keep, "MIN_TOKENS", 100)
+    assert strop.resume(tmp_path / "run").report["steps"] == 4
+
+
+def test_load_of_the_answers_is_that_of_the_prompts() -> None:
+    prompts = (files(keep.__package__) / "general_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (planning_keep.ANSWERS.completions, planning_keep.ANSWERS.answer) == (len(prompts), keep.MAX_NEW_TOKENS)

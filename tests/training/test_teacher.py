@@ -254,7 +254,7 @@ def test_other_vocabulary_is_refused_unless_only_answers_count(
     [
         (["--train.teacher_weight", "0.5"], "there is no --train.teacher"),
         (["--train.teacher", "nowhere/at-all"], "nowhere/at-all"),
-        (["--train.teacher", "demo", "--train.keep", "auto"], "cannot be combined with --train.keep"),
+        (["--train.teacher", "demo", "--train.keep", "0.1"], "cannot be combined with --train.keep"),
         (["--train.teacher", "demo", "--data.loss", "all"], "needs --data.loss assistant"),
         (["--train.teacher", "http://x:y@127.0.0.1/v1"], "STROP_TEACHER_KEY"),
         (["--train.teacher", "http://127.0.0.1:9/v1", "--train.teacher_weight", "0.5"], "leave it out"),

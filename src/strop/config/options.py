@@ -84,7 +84,7 @@ class Options(TypedDict, total=False):
     pooling: Literal["last", "mean"] | None
     temperature: float | None
     vllm_python: Any
-    keep: float | Literal["auto"] | None
+    keep: float | Literal["auto", "off"]
     teacher: str | None
     teacher_weight: float | None
     teacher_temperature: float | None

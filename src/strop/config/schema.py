@@ -50,6 +50,11 @@ def _number_to_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+def _none_to_off(value: Any) -> Any:
+    """Convert none, which recipes of earlier versions have, and false, as which YAML reads off, to off."""
+    return "off" if value in (None, "none") or value is False else value
+
+
 def _bool_to_on_off(value: Any) -> Any:
     """Convert booleans back to on and off, which YAML reads as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -57,6 +62,7 @@ def _bool_to_on_off(value: Any) -> Any:
 
 Finite = Annotated[float, AfterValidator(_check_finite)]
 Layers = Annotated[int, Field(ge=1)]
+Share = Annotated[Finite, Field(gt=0, lt=1)]
 MAX_RANK = 4096
 DURATION_PATTERN = r"^\d+(\.\d+)?[smhd]?$"
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
@@ -225,7 +231,7 @@ class LoraSection(Section):
         return tokens
 
 
-KEEP_AUTO = 0.15  # train.keep auto
+KEEP_SHARE = 0.15  # train.keep, where it is on by default
 NOT_KEEPING = ("reward", "grpo", "classify", "embed")  # objectives without train.keep
 FULL_OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives of train.method full
 OBJECTIVE_OPTIONS = (
@@ -316,10 +322,11 @@ class TrainSection(Section):
     vllm_python: str | None = Field(
         None, description="Python of an environment with vLLM, which then samples the completions (grpo)"
     )
-    keep: Annotated[Finite, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
-        None,
-        description="share of the tokens in rows with the model's own answers to general prompts, so that it "
-        f"keeps what it knows (not for reward, grpo, classify and embed); auto: {KEEP_AUTO}",
+    keep: Annotated[Share | Literal["auto", "off"], BeforeValidator(_none_to_off)] = Field(
+        "auto",
+        description="share of the tokens in rows with the model's own answers to general prompts, so that it keeps "
+        "what it knows (not for reward, grpo, classify and embed); auto: "
+        f"{KEEP_SHARE} for supervised rows with system prompts, in all but short runs",
     )
     teacher: str | None = Field(
         None,
@@ -426,6 +433,7 @@ class Recipe(Section):
         train, data, lora = self.train, self.data, self.lora
         objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
         conflict = self.int8_matmul_conflict() if train.int8_matmul else None
+        is_kept = not isinstance(train.keep, str)
         full_conflict = self._full_conflict() if train.method == "full" else None
         teacher_on_server = str(train.teacher).startswith(("http://", "https://"))
         problems = {
@@ -454,11 +462,11 @@ class Recipe(Section):
                 train.objective == "embed" and bool(lora.new_tokens)
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
-            f"train.keep: {objective} does not support it": (train.keep is not None and train.objective in NOT_KEEPING),
+            f"train.keep: {objective} does not support it": is_kept and train.objective in NOT_KEEPING,
             f"train.teacher: {objective} does not support it": (
                 train.teacher is not None and train.objective not in ("sft", "grpo")
             ),
-            "train.teacher: cannot be combined with train.keep": train.teacher is not None and train.keep is not None,
+            "train.teacher: cannot be combined with train.keep": train.teacher is not None and is_kept,
             "train.turns: needs train.environment": train.turns is not None and train.environment is None,
             "train.teacher: cannot be combined with train.environment": (
                 train.teacher is not None and train.environment is not None
@@ -516,11 +524,6 @@ class Recipe(Section):
             "model.placement sharded, which does not keep all weights in memory": model.placement == "sharded",
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def keep_share(train: TrainSection) -> float:
-    """Return train.keep as a share of all tokens, 0 without it."""
-    return KEEP_AUTO if train.keep == "auto" else train.keep or 0.0
 
 
 def option_fields() -> list[tuple[str, Any]]:

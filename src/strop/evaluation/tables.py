@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from strop.config.load import read_resolved
-from strop.config.schema import NOT_KEEPING
+from strop.config.schema import KEEP_SHARE, NOT_KEEPING
 from strop.display.tables import Printed, abbreviate, command_name, console, print_notes
 from strop.errors import Location
 from strop.evaluation.metrics import (
@@ -168,9 +168,9 @@ def _print_remedies(run: str, out: Console) -> None:
     recipe = read_resolved(recipe_file).recipe
     out.print("the tuned model lost general abilities: train again in one of these ways, and compare", style="yellow")
     start = f"{command_name()} train {shlex.quote(str(recipe_file))} --out {shlex.quote(f'{run}-2')}"
-    can_keep = recipe.train.objective not in NOT_KEEPING and recipe.train.keep is None
+    can_keep = recipe.train.objective not in NOT_KEEPING and recipe.train.keep == "off"
     remedies = {
-        "with the base's answers to general prompts": "--train.keep auto" if can_keep else "",
+        "with the base's answers to general prompts": f"--train.keep {KEEP_SHARE}" if can_keep else "",
         "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",
         "a lower rate": f"--lr {recipe.train.learning_rate / 3:.2g}" if recipe.train.learning_rate else "",
         "a lower rank": f"--rank {recipe.lora.r // 2} --alpha none"

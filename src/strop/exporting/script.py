@@ -130,7 +130,6 @@ def _check_supported(recipe: Recipe) -> None:
         f"train.optimizer {recipe.train.optimizer}": recipe.train.optimizer not in OPTIMIZERS,
         "lora.init loftq": recipe.lora.init == "loftq",
         "train.method full": recipe.train.method == "full",
-        "train.keep": recipe.train.keep is not None,
         "train.teacher": recipe.train.teacher is not None,
         "lora.new_tokens": bool(recipe.lora.new_tokens),
         "model.quantization int8": recipe.model.quantization == "int8",
@@ -210,6 +209,7 @@ def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
     train, has_dropout = recipe.train, recipe.lora.dropout > 0 or base_dropout is not None
     notes = (
         (recipe.data.eval is not None, "It does not evaluate, and keeps the last weights, not the best."),
+        (not isinstance(train.keep, str), "It has no rows of train.keep, so it takes fewer steps and keeps less."),
         (train.early_stopping or train.max_time, "It does not stop early."),
         (train.int8_matmul, "It multiplies frozen weights in fp32."),
         (has_dropout, "Dropout masks differ from strop's, so losses vary randomly."),

@@ -172,6 +172,8 @@ class Draft:
         if self.get("data.eval") is None and "train.early_stopping" in self.fields:
             patience, key = self.fields.pop("train.early_stopping")
             self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
+        if self.get("train.objective") is None:
+            self.put("train.keep", "off", "the other tool has no general prompts")
         self._note_kept_weights()
         self.add_difference("rows", ROWS_NOTE)
         if any(source.endswith(".txt") for source in self.train_files()):

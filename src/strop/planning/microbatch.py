@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from strop.config.names import full_name
-from strop.config.schema import Recipe, keep_share
+from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prefixes import group_by_prefix
 from strop.data.reading.sources import needs_download
@@ -28,6 +29,7 @@ from strop.objectives.table import (
 )
 from strop.planning.activations import MAX_SAVED_KEYS, MicroBatch, peak_live_bytes
 from strop.planning.images import ImageLoad
+from strop.planning.keep import KEPT_ROW, keep_share, why_not_kept
 from strop.planning.workload import Workload
 
 MICRO_BATCH_TOKENS = 2048
@@ -37,7 +39,6 @@ MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over severa
 SAMPLED_ROWS = 2000  # number of rows in which shared prefixes are searched
 NO_DATA = "-"  # data.train of a plan without data
 NO_PREFIX = (-1, 0)
-KEPT_ROW = (67, 26)  # tokens and supervised tokens of a row of train.keep
 
 
 class Rows(list[tuple[int, int]]):
@@ -50,6 +51,7 @@ class Rows(list[tuple[int, int]]):
     labels: Sequence[str] = ()  # of texts to classify
     warnings: Sequence[str] = ()  # of `strop check`
     images: ImageLoad | None = None
+    why_not_kept = ""  # why train.keep auto leaves general prompts out
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -90,12 +92,20 @@ def measure_rows(recipe: Recipe) -> Rows:
         if find_prefix is not None:
             prefixes.append(find_prefix(example.ids))
     sizes.prefixes = prefixes
-    if share := keep_share(recipe.train):  # the answers are not known before the run
-        tokens = sum(length for length, _ in sizes) * share / (1 - share)
-        parts = sequences_per_row(recipe.train)
-        sizes += [(KEPT_ROW[0] // parts, KEPT_ROW[1] // parts)] * (parts * round(tokens / KEPT_ROW[0]))
-        sizes.prefixes = [*sizes.prefixes, *[NO_PREFIX] * (len(sizes) - len(sizes.prefixes))] * bool(sizes.prefixes)
+    sizes.why_not_kept = why_not_kept(prepared) if data_kind == "turns" else ""
     return sizes
+
+
+def with_kept_rows(sizes: Rows, recipe: Recipe) -> Rows:
+    """Return the rows with those of train.keep, of the size that they usually have."""
+    if not (share := keep_share(recipe)):
+        return sizes
+    tokens = sum(length for length, _ in sizes) * share / (1 - share)
+    parts = sequences_per_row(recipe.train)
+    joined = copy(sizes)
+    joined += [(KEPT_ROW[0] // parts, KEPT_ROW[1] // parts)] * (parts * round(tokens / KEPT_ROW[0]))
+    joined.prefixes = [*sizes.prefixes, *[NO_PREFIX] * (len(joined) - len(sizes))] if sizes.prefixes else ()
+    return joined
 
 
 def _tokenizer_source(recipe: Recipe) -> Source | str:

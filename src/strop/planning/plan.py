@@ -9,6 +9,7 @@ import re
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, choose_labels, usable_bytes
 from strop.planning.fit import MemoryBudget, Suggestion, list_suggestions
+from strop.planning.keep import ANSWERS, choose_keep, keep_share
 from strop.planning.machines import TargetMachine
 from strop.planning.memory import (
     PARTS,
@@ -55,7 +57,7 @@ from strop.planning.memory import (
     predict_phases,
     weight_bytes,
 )
-from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, mean_micro_batch
+from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, mean_micro_batch, with_kept_rows
 from strop.planning.multi_device import Devices, MultiDevicePlan, plan_devices
 from strop.planning.time import FORWARD, Rate, image_seconds, rollout_seconds, step_seconds, steps_seconds, tokens_per_s
 from strop.planning.workload import Workload, why_recipe_not_fast
@@ -143,6 +145,8 @@ def make_plan(
         shape = replace(shape, image_patches=rows.images.patches)
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     resolved = choose_labels(resolved, rows.labels)
+    if rows:
+        resolved = choose_keep(resolved, len(rows), sum(tokens for tokens, _ in rows), rows.why_not_kept)
     recipe = resolved.recipe
     workload = Workload.from_recipe(
         recipe, shape, parameters=model.parameters, threads=machine.cores, devices=devices.count
@@ -155,13 +159,14 @@ def make_plan(
         "beyond": too_long,
     }
     if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
-        copy = Rows(rows)  # without `prefixes`
-        copy.rows, copy.images, rows = rows.rows, rows.images, copy
+        rows = copy(rows)
+        rows.prefixes = ()
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
-    batch = largest_micro_batch(recipe, workload, rows)
-    mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     evaluation = EvaluationLoad.from_rows(rows, recipe.data.max_length)
+    own_rows, rows = rows, with_kept_rows(rows, recipe)
+    batch = largest_micro_batch(recipe, workload, rows)
+    mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     rollouts = RolloutLoad.from_recipe(recipe, prompt)
     dtype = generation_dtype(recipe.model.dtype, target.device, target.dtype[0])
     run_phases = predict_phases(workload, batch, evaluation, budget.usable, rollouts, dtype=dtype)
@@ -185,6 +190,9 @@ def make_plan(
             row_count = rows.rows or len(rows) / sequences_per_row(recipe.train)
             facts["image_seconds"] = image_seconds(images.flops * images.passes(recipe, row_count), rate)
             seconds = None if seconds is None else seconds + facts["image_seconds"]
+    if keep_share(recipe) and seconds is not None:
+        facts["answer_seconds"] = rollout_seconds(workload, ANSWERS, rate)
+        seconds += facts["answer_seconds"]
     why = why_recipe_not_fast(recipe, shape)
     return Plan(
         fits=fits,
@@ -199,7 +207,7 @@ def make_plan(
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
         seconds=seconds,
         rate=rate,
-        data={"rows": rows.rows or len(rows) or None, "longest": longest, **facts},
+        data={"rows": own_rows.rows or len(own_rows) or None, "longest": longest, **facts},
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, budget, rate),
@@ -388,7 +396,11 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
-    seconds = f", {_format_duration(plan.seconds)} in all{_describe_images(plan)}" if plan.seconds else ""
+    seconds = (
+        f", {_format_duration(plan.seconds)} in all{_describe_images(plan)}{_describe_answers(plan)}"
+        if plan.seconds
+        else ""
+    )
     seconds += ", without the teacher's time" if seconds and plan.resolved.recipe.train.teacher else ""
     out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
@@ -442,6 +454,12 @@ def _describe_images(plan: Plan) -> str:
     if seconds is None:
         return f", without the image encoder on {images:,} images, which has unknown layers"
     return f", of which {_format_duration(seconds)} for the image encoder on {images:,} images"
+
+
+def _describe_answers(plan: Plan) -> str:
+    if not (seconds := plan.data.get("answer_seconds")):
+        return ""
+    return f", {_format_duration(seconds)} of them, in the first run with a model, for its answers to general prompts"
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:

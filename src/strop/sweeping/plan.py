@@ -29,9 +29,7 @@ class Planner:
     def plan(self, setting: Setting) -> Plan:
         resolved = apply_setting(self._resolved, setting)
         recipe = resolved.recipe
-        data_key = (
-            f"{recipe.data} {recipe.model.name} {recipe.model.revision} {recipe.train.objective} {recipe.train.keep}"
-        )
+        data_key = f"{recipe.data} {recipe.model.name} {recipe.model.revision} {recipe.train.objective}"
         if data_key not in self._rows:
             self._rows[data_key] = measure_rows(recipe)
         model_key = f"{recipe.model} {recipe.train.objective}"

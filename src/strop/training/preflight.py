@@ -76,6 +76,7 @@ from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
 from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
 from strop.planning.images import ImageLoad
+from strop.planning.keep import choose_keep, keep_share, why_not_kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -202,9 +203,11 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         resolved, recipe = facts.resolved, facts.resolved.recipe
     if isinstance(data.train_items, Triplets):
         _check_negatives(recipe, data.train_items)
-    if recipe.train.keep is not None:
+    resolved = choose_keep(resolved, len(data.train), int(data.train.lengths.sum()), why_not_kept(data))
+    facts, recipe = replace(facts, resolved=resolved), resolved.recipe
+    if keep_share(recipe):
         data = add_kept_rows(data, recipe, source, folder.kept)
-    if recipe.train.keep is not None or recipe.train.teacher is not None:
+    if keep_share(recipe) or recipe.train.teacher is not None:
         free_memory()  # of models that answered
     has_environment = recipe.train.environment is not None
     columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data, all_rows=has_environment)

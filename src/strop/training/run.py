@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from strop.config.load import Resolved, read_resolved, resolve
+from strop.config.load import Choice, Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
 from strop.display.notebook import html_table, run_summary
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
@@ -143,6 +143,8 @@ def resume(
             return _finished_run(folder, options, devices)
         lock = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
+        if resolved.recipe.train.keep == "auto":  # the run is older than this option
+            resolved = resolved.decide([Choice("train.keep", "off", "default", "")])
         same_threads = resolved.recipe.train.exact or devices.world_size == locked_device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
         changes = compare_locks(lock, setup.lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_demo_trains_evaluates_and_names_the_next_commands(
     assert result["rows"] == 6 and result["train_rows"] == 0 and {"base", "tuned", "difference"} <= set(result)
     report = json.loads((tmp_path / "runs" / "demo-1" / "report.json").read_text(encoding="utf-8"))
     assert report["evaluation"]["rows"] == 6
+    assert re.search(r"340 general questions: \d+% right before, \d+% after", err)
     assert "tuned minus base" in err and "strop chat runs/demo-1" in err and err.count("prompt  ") == 3
 
 

@@ -123,10 +123,13 @@ def demo(
         )
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
-        result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)
+        result = api.evaluate(folder, eval_file, metric="exact_json", general=True, progress=advance)
     samples = result["samples"]
     print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
     print_scores(result)
+    general = result["general"]
+    right = f"{general['base']:.0%} right before, {general['tuned']:.0%} after"
+    console.print(f"{general['rows']} general questions: {right} (docs/keep.md)")
     console.print(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )
