@@ -1,116 +1,149 @@
-"""Load a random model in the shape of an 8B Llama in nf4 and take two training steps of 128 tokens.
+"""Train a random model of the shape of a large one, in memory or streamed from disk, within a memory limit.
 
-    python benchmarks/big_model.py FOLDER [--layers 32 --hidden 4096 ...]
+    python benchmarks/big_model.py FOLDER --shape 8B --placement streamed --limit 4 [--quantization nf4] [--out FILE]
 
-Prints the time and the peak memory of each part. The 16-bit model (about 16 GB) is written to FOLDER layer by layer
-and reused if it exists. Peaks exclude the memory of the process after its imports. The first run quantizes while it
-loads; later runs find the quantized base in the cache.
+Writes the 16-bit model (8B: 16 GB) to FOLDER layer by layer, or reuses it, and trains 3 steps of 512 tokens (`--steps`,
+`--tokens`) in a process of its own. `--limit N`: in a cgroup of N GiB (Linux, root), whose limit includes the file
+cache. Prints and stores tokens per second, seconds in which the run waited for the disk, and the measured and the
+predicted peak of resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from measured import child, write
 
-from strop.config.schema import LoraSection
-from strop.data.types import Example
-from strop.engine.device import prepare_process
-from strop.engine.step import step_for
-from strop.machine.memory import start_peak
-from strop.models.load import load_base
-from strop.models.lora import add_lora, trainable_parameters
-from strop.models.source import Source
+GIB = 1 << 30
+CGROUPS = Path("/sys/fs/cgroup")
+# layers, hidden size, size within the MLP, heads, heads of keys and values, vocabulary
+SHAPES = {"1.7B": (24, 2048, 8192, 32, 8, 49152), "8B": (32, 4096, 14336, 32, 8, 128256)}
 
 
-def write_model(folder: Path, config: LlamaConfig) -> None:
+def write_model(folder: Path, shape: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
+
+    layers, hidden, inner, heads, kv_heads, vocabulary = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False, dtype="bfloat16",
+        max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
     config.save_pretrained(folder)
-    hidden, inner, size = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads
-    narrow = config.num_key_value_heads * size
+    load_tokenizer(locate("demo")).save_pretrained(folder)
+    narrow = kv_heads * hidden // heads
     shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (narrow, hidden),
-        "self_attn.v_proj": (narrow, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    index = {}
-    random = torch.Generator().manual_seed(0)
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    index: dict[str, str] = {}
+    random, one = torch.Generator().manual_seed(0), torch.ones(hidden, dtype=torch.bfloat16)
 
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / file)
+    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, {"format": "pt"})
         index.update(dict.fromkeys(tensors, file))
 
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random).mul_(0.02).bfloat16()
+    def weight(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=random).mul_(0.02).bfloat16()
 
-    for number in range(config.num_hidden_layers):
+    for number in range(layers):
         name = f"model.layers.{number}."
-        norms = {
-            f"{name}{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16)
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        }
-        write(
-            f"model-{number:05d}.safetensors",
-            norms | {f"{name}{key}.weight": weight(*shape) for key, shape in shapes.items()},
-        )
-    ends = {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
-    ends |= {key: weight(config.vocab_size, hidden) for key in ("model.embed_tokens.weight", "lm_head.weight")}
-    write("model-ends.safetensors", ends)
+        norms = {f"{name}{norm}.weight": one.clone() for norm in ("input_layernorm", "post_attention_layernorm")}
+        weights = {f"{name}{key}.weight": weight(*size) for key, size in shapes.items()}
+        save(f"model-{number:05d}.safetensors", norms | weights)
+    ends = {key: weight(vocabulary, hidden) for key in ("model.embed_tokens.weight", "lm_head.weight")}
+    save("model-ends.safetensors", ends | {"model.norm.weight": one})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@contextmanager
+def memory_limit(gib: float | None) -> Iterator[Path | None]:
+    """Yield the file through which a process joins a new cgroup with this limit, or None without a limit."""
+    if gib is None:
+        yield None
+        return
+    is_v2 = (CGROUPS / "cgroup.controllers").is_file()
+    group = (CGROUPS if is_v2 else CGROUPS / "memory") / f"strop-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.max" if is_v2 else "memory.limit_in_bytes")).write_text(str(round(gib * GIB)))
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    import strop
+
+    if options.join:
+        Path(options.join).write_text(str(os.getpid()))
+    # two rows of half of the tokens each
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "far", "away"]
+    length = options.tokens // 4 - 12
+    texts = [" ".join(words[(i * j + j) % len(words)] for j in range(length)) for i in range(8)]
+    rows = [{"prompt": text, "completion": text} for text in texts]
+    recipe = {
+        "model.placement": options.placement, "model.quantization": options.quantization, "model.dtype": "bf16",
+        "train.batch_size": 2, "train.max_steps": options.steps, "train.micro_batch_tokens": 2048,
+    }  # fmt: skip
+    events: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        report = strop.train(
+            model=options.folder, data=rows, out=f"{folder}/run", callback=events.append, progress=False, **recipe
+        ).report
+    steps = [event for event in events if event["event"] == "step"]
+    memory, first, last = report["memory"], steps[0], steps[-1]
+    return {
+        "shape": options.shape, "placement": options.placement, "quantization": options.quantization,
+        "limit_gib": options.limit, "steps": len(steps), "losses": [event["loss"] for event in steps],
+        "tokens_per_s": (last["tokens"] - first["tokens"]) / (last["time"] - first["time"]),  # without the first step
+        "seconds": report["seconds"], "waited_s": report.get("disk_wait_s", 0.0),
+        "measured_peak_bytes": memory["measured_peak_bytes"], "predicted_peak_bytes": memory["predicted_peak_bytes"],
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--inner", type=int, default=14336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--key-value-heads", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--scheme", default="nf4")
-    parser.add_argument("--resident-layers", type=int, default=0)
+    parser.add_argument("--shape", default="8B", choices=SHAPES)
+    parser.add_argument("--placement", nargs="+", default=["streamed"])
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--limit", type=float)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--join", help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = LlamaConfig(
-        vocab_size=options.vocabulary, hidden_size=options.hidden, intermediate_size=options.inner,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads,
-        num_key_value_heads=options.key_value_heads, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    if options.one:
+        (options.placement,) = options.placement
+        print(json.dumps(train(options)))
+        return
     if not (options.folder / "model.safetensors.index.json").is_file():
-        write_model(options.folder, config)
-    prepare_process()
-    source = Source(str(options.folder), "folder", options.folder)
-    memory, started = start_peak("cpu"), time.perf_counter()
-    more = {} if options.scheme == "none" else {"resident_layers": options.resident_layers}
-    model = load_base(source, torch.bfloat16, "cpu", quantization=options.scheme, **more)
-    result = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": memory.peak_bytes()}}
-    weight_bytes = sum(p.nbytes for p in model.parameters())
-    adapted = add_lora(model, LoraSection(r=16, alpha=32.0), None).train()
-    step = step_for(adapted)
-    optimizer = torch.optim.AdamW(list(trainable_parameters(adapted).values()), lr=1e-4, fused=True)
-    ids = np.random.default_rng(0).integers(1, options.vocabulary, options.tokens).astype(np.int32)
-    example = Example(ids, np.float32(np.arange(options.tokens) > 0), "", 0)
-    for number in (1, 2):
-        started = time.perf_counter()
-        loss = step.token_loss([example]) / example.supervised
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        result[f"step {number}"] = {"seconds": time.perf_counter() - started, "loss": loss.item(), "step": step.name}
-    result["held_bytes"] = weight_bytes
-    result["peak_bytes"] = memory.peak_bytes()
-    print(json.dumps(result, indent=1))
+        write_model(options.folder, options.shape)
+    results = json.loads(options.out.read_text())["results"] if options.out and options.out.is_file() else []
+    for placement in options.placement:
+        with memory_limit(options.limit) as join:
+            command = [sys.executable, *sys.argv, "--placement", placement, "--one"]
+            results.append(child(command + (["--join", str(join)] if join else [])))
+        print(json.dumps(results[-1]))
+        if options.out:
+            write(options.out, results)
 
 
 if __name__ == "__main__":

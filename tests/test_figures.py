@@ -650,7 +650,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/lesson.md", "quantized_scores.json", quantized_in_short),
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: stored_row(it, "nf4 streamed")),
     (QUANTIZATION, "quantized_memory.json",
-     lambda it: [f"| SmolLM2-135M, nf4 streamed {stored_row(it, 'nf4 streamed')}", f"({kept_share(it)} and"]),
+     lambda it: [f"| SmolLM2-135M, nf4 packed {stored_row(it, 'nf4 streamed')}", f"({kept_share(it)} and"]),
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: f"{kept_share(it)} % of that)"),
     (QUANTIZATION, "big_model_2026-11-25.json", big_model),
     ("docs/scale.md", "scale_memory.json", sharded_rows),

@@ -38,7 +38,8 @@ def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
 
 
 def plan(free: float, prequantized: str | None = None, **options: Any) -> Resolved:
-    recipe = resolve(None, {"model": "m", "data": "d", "train.micro_batch_tokens": 1024, **options})
+    usual = {"model": "m", "data": "d", "train.micro_batch_tokens": 1024, "model.placement": "replicated"}
+    recipe = resolve(None, {**usual, **options})
     shape = replace(LLAMA_8B, prequantized=prequantized)
     return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"))
 
@@ -70,9 +71,9 @@ def test_resident_layers_with_a_16_bit_base_are_refused() -> None:
     assert plan(12, **{"model.resident_layers": 3}).recipe.model.resident_layers == 3  # the plan chooses nf4
 
 
-def test_streamed_weights_leave_memory_for_activations() -> None:
-    streamed = plan(14, **{"model.quantization": "nf4"}).recipe
-    assert streamed.train.gradient_checkpointing == "off"
+def test_weights_that_stay_quantized_leave_memory_for_activations() -> None:
+    quantized = plan(14, **{"model.quantization": "nf4"}).recipe
+    assert quantized.train.gradient_checkpointing == "off"
     assert plan(14, **{"model.quantization": "none"}).recipe.train.gradient_checkpointing == "on"
 
 
@@ -223,7 +224,8 @@ def test_both_answers_of_a_pair_are_in_one_micro_batch() -> None:
 
 def test_rows_of_dpo_are_truncated_at_the_start_and_not_split() -> None:
     for free in (4 + n / 4 for n in range(20)):
-        recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "dpo"})
+        options = {"model": "m", "data": "d", "train.objective": "dpo", "model.placement": "replicated"}
+        recipe = resolve(None, options)
         result = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured")).recipe
         if result.data.max_length < 1024:
             assert result.data.overlong == "truncate-start"

@@ -70,13 +70,24 @@ def test_8b_model_is_planned_for_8_gb_from_its_config(llama_8b: Path, capsys: py
 def test_8b_model_is_planned_for_8_gb_on_a_cpu_without_a_gpu(
     llama_8b: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run("plan", "--model", llama_8b, "--memory", "8GB", "--json", capsys=capsys)
+    options = ("--model.placement", "replicated", "--memory", "8GB", "--json")
+    code, out, err = run("plan", "--model", llama_8b, *options, capsys=capsys)
     result = json.loads(out)
     assert code == 0 and result["fits"] and result["device"] == "cpu", err
     for part in ("nf4", "dequantized", "recomputed", "moments are in 8 bit", "1024 tokens at once"):
         assert any(part in text for text in result["gives_up"]), part
     merge, usable = result["phases"]["merge"]["peak_bytes"], result["usable_bytes"]
     assert merge > usable and "merge" in result["beyond"] and re.search(r"but not\s+merge: .*--no-parity", err)
+
+
+def test_8b_model_is_read_from_disk_by_default(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("plan", "--model", llama_8b, "--memory", "6GB", "--json", capsys=capsys)
+    result = json.loads(out)
+    assert code == 0 and result["fits"], err
+    (text,) = [text for text in result["gives_up"] if "from disk in each pass" in text]
+    assert 1 < int(text.split()[-2].replace(",", "")) < 100_000
+    assert result["phases"]["train"]["parts"]["mapped_files"] == 2 * 128256 * 4096  # the head
+    assert result["disk_bytes"] > 16 * 10**9
 
 
 def test_merge_does_not_count_in_the_memory_of_a_gpu(llama_8b: Path) -> None:
@@ -390,14 +401,17 @@ def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.Monkey
 
 def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reclaimable file pages count as free, and the CPU quota gives the number of cores."""
-    monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
+    own = tmp_path / "own"
+    own.write_text("0::/\n4:cpu,cpuacct:/job\n3:memory:/elsewhere\n", encoding="utf-8")
+    monkeypatch.setattr("strop.machine.cgroup.ROOT", tmp_path)
+    monkeypatch.setattr("strop.machine.cgroup.OWN", own)
     monkeypatch.setattr("strop.machine.probe.available_cores", lambda: 8)
     whole = probe()
     assert whole.cores == 8
     gib = 1 << 30
     files = {
         "memory.max": str(3 * gib), "memory.current": str(2 * gib), "cpu.max": "250000 100000",
-        "memory.stat": f"anon {gib // 2}\nfile {3 * gib // 2}\ninactive_file {gib}\n",
+        "memory.stat": f"anon {gib // 2}\nfile {3 * gib // 2}\ninactive_file {gib // 2}\nactive_file {gib // 2}\n",
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n", encoding="utf-8")
@@ -411,6 +425,14 @@ def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.Monk
     for name, number in (("quota", 50000), ("period", 100000)):
         (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n", encoding="utf-8")
     assert probe().cores == 1
+    own.write_text("0::/\n4:cpu:/\n3:memory:/slurm/job_7\n", encoding="utf-8")  # a job in a cgroup of its own
+    job = tmp_path / "memory" / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (job / "memory.limit_in_bytes").write_text(f"{gib}\n", encoding="utf-8")
+    (job / "memory.usage_in_bytes").write_text(f"{gib // 4}\n", encoding="utf-8")
+    assert (probe().memory_bytes, probe().free_bytes) == (gib, gib - gib // 4)
+    (job.parent / "memory.limit_in_bytes").write_text(f"{1 << 62}\n", encoding="utf-8")
+    assert probe().memory_bytes == gib
 
 
 def smollm2(shape: ModelShape) -> Workload:

@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
     quantization: Literal["none", "nf4", "fp4", "int8", "auto"]
     double_quantization: bool
     resident_layers: int | None
-    placement: Literal["auto", "replicated", "sharded"]
+    placement: Literal["auto", "replicated", "sharded", "streamed"]
     dtype: Literal["auto", "bf16", "fp32", "fp16"]
     device: str
     # data

@@ -109,10 +109,10 @@ class ModelSection(Section):
         description="number of layers whose weights are dequantized once and kept; the others are dequantized for "
         "each matmul",
     )
-    placement: Literal["auto", "replicated", "sharded"] = Field(
+    placement: Literal["auto", "replicated", "sharded", "streamed"] = Field(
         "auto",
-        description="base weights on several devices: replicated, or sharded and gathered layer by layer; auto shards"
-        " if a full copy does not fit",
+        description="base weights: replicated (on each device), sharded over several devices and gathered layer by "
+        "layer, or streamed from disk layer by layer (CPU); auto chooses what fits",
     )
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="data type of the frozen weights; auto measures bf16 against fp32 on a CPU"
@@ -505,7 +505,9 @@ class Recipe(Section):
             "model.adapter: merge it first (`strop merge`), and give the merged model as model.name": (
                 model.adapter is not None
             ),
-            "model.placement sharded: each device has all weights": model.placement == "sharded",
+            f"model.placement {model.placement}: each device has all weights": (
+                model.placement in ("sharded", "streamed")
+            ),
             "model.dtype fp16: use bf16 or fp32": model.dtype == "fp16",
             "train.int8_matmul, which needs frozen weights": train.int8_matmul,
             "train.lora_plus_ratio: there are no adapters": train.lora_plus_ratio != 1,
@@ -521,7 +523,9 @@ class Recipe(Section):
                 model.quantization not in ("none", "int8", "auto")
             ),
             "lora.use_dora, which needs the unquantized weights": self.lora.use_dora,
-            "model.placement sharded, which does not keep all weights in memory": model.placement == "sharded",
+            f"model.placement {model.placement}, which does not keep all weights in memory": (
+                model.placement in ("sharded", "streamed")
+            ),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 

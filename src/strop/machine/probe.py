@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup")
+from strop.machine import cgroup
+
 MAX_TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
 # CUDA compute capability of the first GPUs with bf16 (Ampere), and with fp16 at a multiple of the rate of fp32 (Volta)
 MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY = 8.0, 7.0
@@ -71,7 +72,9 @@ class Machine:
 
 def probe(memory: int | None = None) -> Machine:
     """Return the resources of this machine. memory: a memory limit for this process, in bytes."""
-    limit, total, free = _cgroup_limit(), psutil.virtual_memory().total, free_bytes()
+    total, free = psutil.virtual_memory().total, free_bytes()
+    limits = cgroup.memory_limit()
+    limit = limits[0] if limits else None
     if memory is not None:
         limit = min(memory, limit or memory)
         free = min(free, memory - psutil.Process().memory_info().rss)
@@ -80,7 +83,7 @@ def probe(memory: int | None = None) -> Machine:
         python=platform.python_version(),
         cpu=_cpu()[0],
         vector=vector_extensions(),
-        cores=min(available_cores(), _cgroup_cores() or available_cores()),
+        cores=min(available_cores(), cgroup.cores() or available_cores()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
         gpus=_query_gpus("name,memory.total"),
@@ -89,12 +92,8 @@ def probe(memory: int | None = None) -> Machine:
 
 def free_bytes() -> int:
     """Return the host memory that this process may still allocate."""
-    available, limit, used = psutil.virtual_memory().available, _cgroup_limit(), _cgroup_used()
-    return min(available, limit - used) if limit and used is not None else available
-
-
-def _cgroup_limit() -> int | None:
-    return _read_cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
+    available, limits = psutil.virtual_memory().available, cgroup.memory_limit()
+    return min(available, limits[1]) if limits else available
 
 
 def vector_extensions() -> tuple[str, ...]:
@@ -140,40 +139,6 @@ def _cpu() -> tuple[str, set[str]]:
     fields = [line.partition(":") for line in text.splitlines()]
     info = {key.strip(): value.strip() for key, _, value in reversed(fields)}
     return info.get("model name", platform.machine()), set(info.get("flags", info.get("Features", "")).split())
-
-
-def _read_cgroup_bytes(*names: str) -> int | None:
-    """Return the first number below 2^60 in these cgroup files. Larger numbers mean no limit."""
-    for name in names:
-        text = _read_cgroup(name).strip()
-        if text.isdigit() and int(text) < 1 << 60:
-            return int(text)
-    return None
-
-
-def _read_cgroup(name: str) -> str:
-    try:
-        return (CGROUP / name).read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _cgroup_used() -> int | None:
-    """Return the bytes used by the cgroup, except the inactive file cache, which can be reclaimed."""
-    used = _read_cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
-    lines = (_read_cgroup("memory.stat") or _read_cgroup("memory/memory.stat")).splitlines()
-    stat = dict(line.split(" ", 1) for line in lines if " " in line)
-    inactive = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
-    return None if used is None else max(0, used - int(inactive))
-
-
-def _cgroup_cores() -> int | None:
-    """Return the cgroup's CPU quota in whole cores, or None without a limit."""
-    limits = _read_cgroup("cpu.max").split()
-    limits = limits or [_read_cgroup(f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-    if len(limits) != 2 or not all(text.isdigit() for text in limits):  # "max 100000", -1, or no such file
-        return None
-    return max(1, int(limits[0]) // int(limits[1]))
 
 
 def _query_gpus(fields: str) -> tuple[str, ...]:

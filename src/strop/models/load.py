@@ -254,6 +254,11 @@ def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dty
     return folder / f"{scheme}{constants}-{str(dtype).removeprefix('torch.')}-v2"  # v2: increase it if the files change
 
 
+def layers_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
+    """Return the cache folder of a streamed base's layers (models.streaming)."""
+    return cache_folder() / "layers" / fingerprint(source)[:24] / _quantized_cache(source, scheme, double, dtype).name
+
+
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
     """Return the folder with the quantized weights: the source's, or one in the cache that is made on first use."""
     stored = prequantized(source.config())

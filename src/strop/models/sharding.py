@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -87,7 +87,7 @@ class ShardedLayer:
     def __init__(self, name: str, tensors: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
         """Read this process's share. Raises ModelError if it contains NaN or infinity."""
         self.name = name
-        tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so that each tensor is aligned
+        tensors = in_layer_order(tensors)
         self.size = sum(tensor.size for tensor in tensors)
         share = -(-self.size // (GRAIN * world)) * GRAIN
         self.begin = rank * share
@@ -100,14 +100,13 @@ class ShardedLayer:
             self.whole = torch.empty(world * share, dtype=torch.uint8, device=device)
         self.shard = torch.zeros(share, dtype=torch.uint8, device=device)
         start = 0
+        assign_views(tensors, self.whole)
         for tensor in tensors:
             low, high = max(start, self.begin), min(start + tensor.size, self.begin + share)
             if low < high:
                 part = self.shard[low - self.begin : high - self.begin]
                 part.copy_(tensor.read(low - start, high - start))
                 check_finite(part.view(tensor.dtype), f"weight {tensor.name}")
-            # .data: otherwise autograd would treat gathering as an in-place change of the weights
-            tensor.assign(self.whole[start : start + tensor.size].data.view(tensor.dtype).view(*tensor.shape))
             start += tensor.size
         self.free()
 
@@ -131,6 +130,20 @@ class ShardedLayer:
 
     def digest(self) -> int:
         return digest(self.whole, 0)
+
+
+def in_layer_order(tensors: Sequence[ShardedTensor]) -> list[ShardedTensor]:
+    """Return the tensors in the order in which a layer stores them, so that each is aligned."""
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+
+
+def assign_views(tensors: Sequence[ShardedTensor], data: Tensor) -> None:
+    """Set the tensors, which are in layer order, to views of a layer's bytes."""
+    start = 0
+    for tensor in tensors:
+        # .data: otherwise autograd would treat gathering as an in-place change of the weights
+        tensor.assign(data[start : start + tensor.size].data.view(tensor.dtype).view(*tensor.shape))
+        start += tensor.size
 
 
 def digest(data: Tensor, begin: int) -> int:
@@ -165,17 +178,26 @@ class ModelShards:
         return list({id(layer): layer for layer in self.layers.values()}.values())
 
 
-def _shard_model(model: Any, reader: _ShardReader, rank: int, world: int) -> ModelShards:
-    """Shard a model on the meta device."""
+L = TypeVar("L")
+MakeLayer = Callable[[str, Sequence[ShardedTensor]], L]  # of a layer's name and tensors
+
+
+def split_by_layer(
+    model: Any, reader: _TensorReader, make_layer: MakeLayer[L]
+) -> tuple[dict[ModuleKey, L], dict[ModuleKey, nn.Module]]:
+    """Return what `make_layer` makes of the large tensors of each layer of a model on the meta device, and the modules.
+
+    Embedding and head have one layer if they share their weight.
+    """
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules: dict[ModuleKey, nn.Module] = {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
     paths = {id(module): path for path, module in model.named_modules()}
-    layers: dict[ModuleKey, ShardedLayer] = {}
-    owners: dict[int, tuple[ShardedLayer, nn.Parameter]] = {}  # by id of the weight, stored so that the id stays unique
+    layers: dict[ModuleKey, L] = {}
+    owners: dict[int, tuple[L, nn.Parameter]] = {}  # by id of the weight, stored so that the id stays unique
     for key, module in modules.items():
         tensors: list[ShardedTensor] = []
         sharded: list[nn.Parameter] = []
-        shared: list[ShardedLayer] = []
+        shared: list[L] = []
         for name, weight in list(module.named_parameters()):
             if id(weight) in owners:
                 shared.append(owners[id(weight)][0])
@@ -184,13 +206,11 @@ def _shard_model(model: Any, reader: _ShardReader, rank: int, world: int) -> Mod
                 sharded.append(weight)
         if tensors:
             name = f"layer {key}" if isinstance(key, int) else f"the {key}"
-            layers[key] = ShardedLayer(name, tensors, rank, world, reader.device)
+            layers[key] = make_layer(name, tensors)
             owners |= {id(weight): (layers[key], weight) for weight in sharded}
         elif shared:
             layers[key] = shared[0]
-    distinct = {id(layer): layer for layer in layers.values()}.values()
-    whole_bytes, held_bytes = sum(layer.size for layer in distinct), sum(layer.shard.numel() for layer in distinct)
-    return ModelShards(layers, {key: modules[key] for key in layers}, whole_bytes, held_bytes)
+    return layers, {key: modules[key] for key in layers}
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
@@ -217,16 +237,31 @@ def load_sharded(
     resident_layers: number of quantized layers that are dequantized while loading.
     """
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
-    if quantization == "none":
-        check_not_prequantized(source)
-        folder = weights_folder(source)
-    else:
-        folder = quantized_folder(source, quantization, double, dtype)
-    with init_empty_weights(include_buffers=False):
-        model: Any = build_from_config(load_config(source))
-    model.tie_weights()
-    reader = _ShardReader(model, source, folder, dtype, device, quantization, resident_layers)
-    shards = _shard_model(model, reader, rank, world)
+    model, layers, modules = load_by_layer(
+        source, dtype, device, lambda name, tensors: ShardedLayer(name, tensors, rank, world, device),
+        quantization=quantization, double=double, resident_layers=resident_layers,
+    )  # fmt: skip
+    distinct = {id(layer): layer for layer in layers.values()}.values()
+    whole_bytes, held_bytes = sum(layer.size for layer in distinct), sum(layer.shard.numel() for layer in distinct)
+    return model, ModelShards(layers, modules, whole_bytes, held_bytes)
+
+
+def load_by_layer(
+    source: Source,
+    dtype: torch.dtype,
+    device: str,
+    make_layer: MakeLayer[L],
+    *,
+    quantization: str,
+    double: bool,
+    resident_layers: int = 0,
+) -> tuple[nn.Module, dict[ModuleKey, L], dict[ModuleKey, nn.Module]]:
+    """Return the model in eval mode, and the layers and modules of its large weights.
+
+    make_layer: sets the large tensors of a layer to views of the memory that it returns.
+    """
+    model, reader = open_checkpoint(source, dtype, device, quantization, double, resident_layers)
+    layers, modules = split_by_layer(model, reader, make_layer)
     for key, weight in list(model.named_parameters()):
         if weight.device.type != "meta":
             continue
@@ -244,10 +279,25 @@ def load_sharded(
     if missing := [key for key, weight in model.named_parameters() if weight.device.type == "meta"]:
         what = f"{source.name}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
         raise ModelError(what, fix="use --model.placement replicated")
-    return prepare_frozen(model, source), shards
+    return prepare_frozen(model, source), layers, modules
 
 
-class _ShardReader:
+def open_checkpoint(
+    source: Source, dtype: torch.dtype, device: str, quantization: str, double: bool, resident_layers: int = 0
+) -> tuple[Any, _TensorReader]:
+    """Return a model on the meta device, and a reader of its weights."""
+    if quantization == "none":
+        check_not_prequantized(source)
+        folder = weights_folder(source)
+    else:
+        folder = quantized_folder(source, quantization, double, dtype)
+    with init_empty_weights(include_buffers=False):
+        model: Any = build_from_config(load_config(source))
+    model.tie_weights()
+    return model, _TensorReader(model, source, folder, dtype, device, quantization, resident_layers)
+
+
+class _TensorReader:
     """Reads the parameters of a checkpoint. Keys are the model's parameter names. scheme: quantization, or "none"."""
 
     def __init__(

@@ -17,7 +17,7 @@ from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
 from strop.models.families.table import FAMILIES, overflows_fp16
 from strop.objectives.table import check_devices, default_options, objective_of
-from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
+from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices, why_not_streamed
 from strop.planning.time import Rate
 from strop.planning.workload import check_patterns, why_not_offloaded, why_recipe_not_fast
 from strop.runs.lock import sha256_text
@@ -68,6 +68,8 @@ def choose(
         check_patterns(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
+    if model.placement == "streamed" and (why := why_not_streamed(recipe)) is not None:
+        raise RecipeError(f"--model.placement streamed: {why}", fix="leave model.placement out")
     if recipe.train.int8_matmul and (why := why_no_int8(recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
     rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None

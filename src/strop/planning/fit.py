@@ -14,9 +14,10 @@ from strop.objectives.table import data_kind_of, longest_sequence, sequences_per
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, mean_micro_batch
-from strop.planning.time import Rate, tokens_per_s
+from strop.planning.time import Rate, disk_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
 
+DISK_BYTES_PER_S = 500e6  # of a SATA SSD; a run on a streamed base should not need more
 GPU_MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # tried on a GPU, where they fit without recomputation
 MIN_LENGTH = 256  # minimum data.max_length that is chosen or suggested
 GIB = 1 << 30
@@ -53,6 +54,12 @@ class MemoryBudget:
         layers = self.shape.layers
         return next((k for k in range(layers + 1) if self.fits(recipe, checkpointed_layers=k)), None)
 
+    def waits_for_disk(self, recipe: Recipe) -> bool:
+        """Return whether a disk of DISK_BYTES_PER_S is too slow for a recipe, whose base is streamed, on a CPU."""
+        assert self.rate_of is not None, "a base is streamed on a CPU only"
+        rate, workload = self.rate_of(recipe.model.dtype), self.workload(recipe)
+        return disk_rate(workload, mean_micro_batch(recipe), rate) > DISK_BYTES_PER_S
+
     def describe(self, needed: int) -> str:
         return f"{needed / GIB:.1f} GiB needed for rows of max_length, {self.usable / GIB:.1f} GiB usable"
 
@@ -63,7 +70,16 @@ class MemoryBudget:
 
 
 def fit(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    rules = (_choose_bf16, _choose_quantization, _shrink_micro_batch, _grow_micro_batch, _apply_last_resorts)
+    rules = (
+        _choose_bf16,
+        _stream_16_bit,
+        _choose_quantization,
+        _stream,
+        _shrink_micro_batch,
+        _grow_micro_batch,
+        _grow_streamed_micro_batch,
+        _apply_last_resorts,
+    )
     for choose in rules:
         resolved = resolved.decide(choose(resolved, budget))
     return _choose_fastest_micro_batch(resolved, budget)
@@ -116,6 +132,8 @@ def _choose_fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Res
     while size > smallest:
         size = max(smallest, size // 2)
         candidate = _fill_memory(resolved.decide([Choice(field, size, "plan", "")]), budget)
+        if candidate.recipe.model.placement == "streamed" and budget.waits_for_disk(candidate.recipe):
+            break
         candidate_seconds = 1 / budget.tokens_per_s(candidate.recipe, rate)
         if candidate_seconds < seconds and budget.fits(candidate.recipe):
             compute = Workload.from_recipe(candidate.recipe, budget.shape).compute
@@ -133,6 +151,18 @@ def _fill_memory(resolved: Resolved, budget: MemoryBudget) -> Resolved:
     return resolved.decide(_choose_checkpointing(resolved, budget))
 
 
+def why_not_streamed(recipe: Recipe) -> str | None:
+    """Return why the base cannot be streamed from disk, or None. The recipe's device must be known."""
+    model = recipe.model
+    reasons = {
+        f"only on a CPU, and the run is on {model.device}": model.device != "cpu",
+        "not with train.method full": recipe.train.method == "full",
+        "not with train.int8_matmul": recipe.train.int8_matmul,
+        f"not with model.resident_layers {model.resident_layers}": bool(model.resident_layers),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 def _why_not_sharded(recipe: Recipe) -> str | None:
     """Return an option that needs the base's weights outside of its forward pass, or None."""
     lora = recipe.lora
@@ -141,6 +171,24 @@ def _why_not_sharded(recipe: Recipe) -> str | None:
         "lora.modules_to_save": lora.modules_to_save, "train.int8_matmul": recipe.train.int8_matmul,
     }  # fmt: skip
     return next((option for option, value in options.items() if value), None)
+
+
+def _stream_16_bit(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
+    """Choose to stream a base in 16 bit, rather than to quantize it without being asked to."""
+    model = resolved.recipe.model
+    return _stream(resolved, budget) if model.dtype != "fp32" and model.quantization == "none" else []
+
+
+def _stream(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
+    """Choose to stream a base from disk if it does not fit with all layers recomputed."""
+    recipe, field = resolved.recipe, "model.placement"
+    if recipe.model.placement != "auto" or why_not_streamed(recipe) is not None:
+        return []
+    smallest, layers = _with_smallest_micro_batch(resolved), budget.shape.layers
+    needed = budget.needed(smallest, checkpointed_layers=layers)
+    if needed <= budget.usable or not budget.fits(smallest, checkpointed_layers=layers, streamed=True):
+        return []
+    return [Choice(field, "streamed", "plan", f"would not fit: {budget.describe(needed)}")]
 
 
 def _choose_bf16(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
@@ -222,6 +270,22 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
     return []
 
 
+def _grow_streamed_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
+    """Choose a larger micro-batch for a streamed base, up to all tokens of a step, if a disk may be too slow."""
+    recipe, field = resolved.recipe, "train.micro_batch_tokens"
+    size, layers = recipe.train.micro_batch_tokens, _max_checkpointed(recipe, budget)
+    if recipe.model.placement != "streamed" or size is None or resolved.choices[field].origin != "plan":
+        return []
+    step_tokens = recipe.train.batch_size * sequences_per_row(recipe.train) * longest_sequence(recipe)
+    while size < step_tokens and budget.waits_for_disk(recipe):
+        larger = _with_train(recipe, micro_batch_tokens=min(2 * size, step_tokens))
+        if not budget.fits(larger, checkpointed_layers=layers):
+            break
+        recipe, size = larger, min(2 * size, step_tokens)
+    grown = size > (resolved.recipe.train.micro_batch_tokens or 0)
+    return [Choice(field, size, "plan", "so that reading the base takes less time than computing")] if grown else []
+
+
 def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
     setting = recipe.train.gradient_checkpointing
     return num_checkpointed("on" if setting == "auto" else setting, budget.shape.layers)
@@ -260,6 +324,8 @@ def _choose_resident_layers(resolved: Resolved, budget: MemoryBudget) -> list[Ch
         return []
     if recipe.model.placement == "sharded" and budget.devices > 1:
         return [Choice(field, 0, "plan", "fewer bytes to gather")]
+    if recipe.model.placement == "streamed":
+        return [Choice(field, 0, "plan", "the base is not in memory")]
     if recipe.train.int8_matmul:
         return [Choice(field, 0, "plan", "multiplied in 8 bit, as stored")]
     # On a GPU they save little time, and CUDA's modules and the fragments between blocks take memory too.

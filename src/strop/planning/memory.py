@@ -216,9 +216,10 @@ def framework_bytes(workload: Workload) -> int:
 
 def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
     """Return the parts that are constant during a phase. trained: with the optimizer's state."""
+    base = workload.base
     return {
-        "weights": weight_bytes(workload) // workload.base.shards,
-        "quantization_constants": constant_bytes(workload) // workload.base.shards,
+        "weights": 0 if base.streamed else weight_bytes(workload) // base.shards,
+        "quantization_constants": 0 if base.streamed else constant_bytes(workload) // base.shards,
         "adapters": 0 if workload.adapter.full else 4 * workload.adapter_weights,
         "optimizer": int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights) if trained else 0,
         "workspace": workspace_bytes(workload),
@@ -228,7 +229,12 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files)."""
+    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files).
+
+    Of a streamed base, the layer that is computed or the head.
+    """
+    if workload.base.streamed:
+        return max(base_layer_bytes(workload), workload.compute.dtype_bytes * workload.shape.embedding_weights)
     # FastLoss copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or base.converted_bytes or base.shards > 1:
@@ -267,7 +273,7 @@ def load_phase(workload: Workload) -> Phase:
     copied = compute.device == "cpu" and workload.base.scheme == "none" and stored_bytes > 0
     mapped = weight_bytes(workload.replace(dtype_bytes=stored_bytes, full=False)) if copied else 0
     parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
-    if workload.base.shards > 1 and copied:  # the largest tensor, as stored and converted
+    if (workload.base.shards > 1 and copied) or workload.base.streamed:  # the largest tensor, as stored and converted
         mapped, parts["workspace"] = 0, (stored_bytes + compute.dtype_bytes) * workload.shape.embedding_weights
     framework = CODE_BYTES if compute.device == "cpu" else CUDA_CONTEXT_BYTES
     return make_phase({**parts, "mapped_files": mapped, "framework": framework})
@@ -288,8 +294,9 @@ def trained_workload(workload: Workload) -> Workload:
 
 
 def decoding_workload(workload: Workload, dtype: str) -> Workload:
-    """Return the workload of generation: on one device, and dequantized once on a CPU."""
-    layers = workload.shape.layers if workload.compute.device == "cpu" else workload.base.resident_layers
+    """Return the workload of generation: on one device, and dequantized once on a CPU if the base is in memory."""
+    dequantizes = workload.compute.device == "cpu" and not workload.base.streamed
+    layers = workload.shape.layers if dequantizes else workload.base.resident_layers
     converted_bytes = bytes_if_converted(workload.shape, dtype)
     workload = trained_workload(workload)
     return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype], converted_bytes=converted_bytes)

@@ -59,7 +59,16 @@ from strop.planning.memory import (
 )
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, mean_micro_batch, with_kept_rows
 from strop.planning.multi_device import Devices, MultiDevicePlan, plan_devices
-from strop.planning.time import FORWARD, Rate, image_seconds, rollout_seconds, step_seconds, steps_seconds, tokens_per_s
+from strop.planning.time import (
+    FORWARD,
+    Rate,
+    disk_rate,
+    image_seconds,
+    rollout_seconds,
+    step_seconds,
+    steps_seconds,
+    tokens_per_s,
+)
 from strop.planning.workload import Workload, why_recipe_not_fast
 
 CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
@@ -211,7 +220,7 @@ def make_plan(
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, budget, rate),
-        compromises=_list_compromises(resolved, workload),
+        compromises=_list_compromises(resolved, workload, disk_rate(workload, mean_batch, rate)),
         multi_device=multi_device,
     )
 
@@ -264,19 +273,24 @@ def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
     trained, name = workload.adapter_weights, recipe.model.name
     packed = workload.replace(resident_layers=0)
     is_quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
-    base = weight_bytes(packed) + constant_bytes(packed) if is_quantized else 0
+    base = (weight_bytes(packed) + constant_bytes(packed)) * (is_quantized + workload.base.streamed)
     base += 2 * workload.base.parameters if name.endswith(".gguf") or name.startswith(("demo", "gguf:")) else 0
     num_checkpoints = recipe.train.keep_checkpoints + 2  # the best one, and the one that is being written
     return num_checkpoints * CHECKPOINT_BYTES * trained + 4 * trained + base
 
 
-def _list_compromises(resolved: Resolved, workload: Workload) -> list[str]:
+def _list_compromises(resolved: Resolved, workload: Workload, needed_rate: float) -> list[str]:
     layers, choices, base, compute = workload.shape.layers, resolved.choices, workload.base, workload.compute
     train, data = resolved.recipe.train, resolved.recipe.data
     packed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
     inputs = ", with their inputs in host memory" if compute.offload else ""
     shrunk = "would not fit" in choices["train.micro_batch_tokens"].why
     sentences = (
+        (
+            "model.placement",
+            base.streamed,
+            f"the base is read from disk in each pass, at {needed_rate / 1e6:,.0f} MB/s",
+        ),
         ("model.quantization", base.scheme != "none", f"the base is stored in {base.scheme}"),
         ("model.resident_layers", workload.dequantizes, f"{packed} of {layers} layers are dequantized for each matmul"),
         ("train.gradient_checkpointing", recomputed, f"{recomputed} of {layers} layers are recomputed{inputs}"),

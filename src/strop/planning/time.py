@@ -240,6 +240,12 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     return 2.0 * weights * tokens / (share * rate.flops) + reading
 
 
+def disk_rate(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
+    """Return the bytes per second at which a disk must read a streamed base, so that a run does not wait for it."""
+    in_each_pass = weight_bytes(workload) + constant_bytes(workload)
+    return 2 * in_each_pass / micro_batch_seconds(workload, batch, rate)  # forward and backward
+
+
 def tokens_per_s(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
     """Return tokens per second. A shared prefix counts in each row."""
     return (batch.tokens + batch.shared) / micro_batch_seconds(workload, batch, rate)

@@ -30,6 +30,7 @@ class BaseWeights:
     double_quantization: bool = True  # quantization constants are quantized too (4-bit schemes)
     resident_layers: int = 0  # quantized layers that are dequantized once instead of for each matmul
     shards: int = 1  # number of devices over which the base is sharded; 1 if each device has all of it
+    streamed: bool = False  # weights are read from mapped files layer by layer
     converted_bytes: int = 0  # bytes per weight of files whose weights are converted to another dtype; 0: as stored
 
 
@@ -94,6 +95,7 @@ class Workload:
                 double_quantization=model.double_quantization,
                 resident_layers=0 if scheme == "none" else min(shape.layers, model.resident_layers or 0),
                 shards=devices if model.placement == "sharded" else 1,
+                streamed=model.placement == "streamed",
                 converted_bytes=bytes_if_converted(shape, "fp32" if full else model.dtype),
             ),
             adapter=AdapterWeights(

@@ -14,6 +14,7 @@ from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.images import install_images
 from strop.engine.step import Step, step_for
+from strop.engine.train.plain import WeightGatherer
 from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards
 from strop.models.adapters import attach_adapter, restore_precision
@@ -28,6 +29,7 @@ from strop.models.lora import (
 )
 from strop.models.sharding import load_sharded
 from strop.models.source import Source
+from strop.models.streaming import load_streamed
 from strop.objectives.embedding import EMBED
 from strop.objectives.policy import PolicyLoss
 from strop.objectives.table import count_score_outputs, objective_of, task_of
@@ -44,15 +46,18 @@ from strop.training.samples import select_samples
 from strop.training.state import Job, Progress, TrainState, set_memory_options
 
 
-def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
-    """Load the base, add adapters, and return the model in train mode. resuming: weights come from a checkpoint."""
+def build_model(setup: Setup, resuming: bool, devices: Devices) -> tuple[Any, WeightGatherer | None]:
+    """Load the base, add adapters, and return the model in train mode, and what makes its weights available.
+
+    resuming: weights come from a checkpoint.
+    """
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
     if recipe.train.method == "full":  # in fp32, because bf16 rounds small updates away
         base = load_base(setup.source, torch.float32, recipe.model.device)
         torch.manual_seed(recipe.seed)
-        return train_all_weights(base, recipe.lora.new_tokens, setup.tokenizer).train()
-    base = _load_base(setup.source, recipe.model, devices)
+        return train_all_weights(base, recipe.lora.new_tokens, setup.tokenizer).train(), None
+    base, gatherer = _load_base(setup.source, recipe.model, devices)
     torch.manual_seed(recipe.seed)  # for the adapters' initial values and for dropout
     start = find_start_adapter(recipe)
     if start is not None:
@@ -65,22 +70,23 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> Any:
         if recipe.lora.init == "loftq" and not resuming:
             init_loftq(model, setup.source)
     install_images(model, setup.tokenizer)
-    return model.train()
+    return model.train(), gatherer
 
 
-def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
-    arguments = source, DTYPES[model.dtype], model.device
-    options: dict[str, Any] = {
-        "quantization": model.quantization,
-        "double": model.double_quantization,
-        "resident_layers": model.resident_layers or 0,
-    }
+def _load_base(source: Source, model: ModelSection, devices: Devices) -> tuple[nn.Module, WeightGatherer | None]:
+    storage: dict[str, Any] = {"quantization": model.quantization, "double": model.double_quantization}
+    if model.placement == "streamed":
+        return load_streamed(source, DTYPES[model.dtype], **storage)
+    arguments, options = (
+        (source, DTYPES[model.dtype], model.device),
+        storage | {"resident_layers": model.resident_layers or 0},
+    )
     if devices.world_size == 1 or model.placement != "sharded":
-        return load_base(*arguments, **options)
+        return load_base(*arguments, **options), None
     with devices.all_or_none():
         base, parts = load_sharded(*arguments, devices.rank, devices.world_size, **options)
     devices.base = ShardedBase(parts, devices)
-    return base
+    return base, devices.base
 
 
 def check_base_digests(folder: RunFolder, devices: Devices) -> None:
@@ -100,11 +106,11 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 
 def build_job(
     folder: RunFolder, setup: Setup, model: Any, log: EventLog, devices: Devices,
-    sampler: Sampler | None = None, teacher: Step | None = None,
+    sampler: Sampler | None = None, teacher: Step | None = None, gatherer: WeightGatherer | None = None,
 ) -> Job:  # fmt: skip
     """Return the job that trains `model`.
 
-    sampler: samples completions instead of strop's engine. teacher: judges their tokens.
+    gatherer: see build_model. sampler: samples completions instead of strop's engine. teacher: judges their tokens.
     """
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     full = recipe.train.method == "full"
@@ -113,8 +119,8 @@ def build_job(
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress(loss_scale=scale))
     set_memory_options(state.progress, recipe.train)
     section, repack_weights = recipe.model, None
-    if devices.base is not None:
-        step.set_weight_gatherer(devices.base)
+    if gatherer is not None:
+        step.set_weight_gatherer(gatherer)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
         repack_weights = partial(restore_packed_weights, model.get_base_model(), setup.source, *scheme)
@@ -138,7 +144,7 @@ def build_job(
     samples = None if devices.base is not None else select_samples(recipe, data, setup.tokenizer)
     return Job(
         recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log,
-        repack_weights, setup.memory_key, usable, criterion, devices, samples,
+        repack_weights, setup.memory_key, usable, criterion, devices, samples, gatherer,
     )  # fmt: skip
 
 

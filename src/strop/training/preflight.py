@@ -70,6 +70,7 @@ from strop.models.introspect import (
 from strop.models.load import DTYPES, GGUF_NOTE, copies_needed, load_config, load_without_weights
 from strop.models.lora import check_lora, check_score_head, count_trainable
 from strop.models.source import Source, check_readable, fingerprint, locate, prequantized, quantization_method
+from strop.models.streaming import is_written
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives import require
 from strop.objectives.classification import class_weights
@@ -300,7 +301,7 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
     recipe = facts.resolved.recipe
     workload = Workload.from_recipe(recipe, facts.shape, parameters=facts.parameters, devices=devices)
     needed = weight_bytes(workload) + constant_bytes(workload)
-    if recipe.model.device == "cpu" and needed > machine.free_bytes:
+    if recipe.model.device == "cpu" and recipe.model.placement != "streamed" and needed > machine.free_bytes:
         limit, free = memory / 2**20, machine.free_bytes / 2**20
         left = f"{free:,.0f} of {limit:,.0f} MiB are left in this process"
         what = f"--memory: the weights of the base need {needed / 2**20:,.0f} MiB, and {left}"
@@ -500,7 +501,8 @@ def _copies_bytes(setup: Setup) -> int:
     half, packed = copies_needed(setup.source, *scheme)
     workload = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters)
     workload = workload.replace(resident_layers=0)
-    return 2 * setup.parameters * half + (weight_bytes(workload) + constant_bytes(workload)) * packed
+    layers = model.placement == "streamed" and not is_written(setup.source, *scheme)
+    return 2 * setup.parameters * half + (weight_bytes(workload) + constant_bytes(workload)) * (packed + layers)
 
 
 def check_same_recipe(resolved: Resolved, folder: Path) -> None:
@@ -588,7 +590,7 @@ def _list_option_notes(setup: Setup) -> Iterator[str]:
     model, train = recipe.model, recipe.train
     if not model.double_quantization and model.quantization not in ("nf4", "fp4"):
         yield "model.double_quantization false has no effect: the base is not in 4 bit"
-    if model.placement != "auto" and is_single:
+    if model.placement in ("replicated", "sharded") and is_single:
         yield f"model.placement {model.placement} has no effect on a single device"
     if train.timeout != "30m" and is_single:
         yield f"train.timeout {train.timeout} has no effect on a single device"

@@ -27,6 +27,7 @@ from strop.models.experts import count_trained_in_experts
 from strop.models.load import DTYPES
 from strop.models.lora import weight_change
 from strop.models.model_folder import save_model
+from strop.models.streaming import ReadAhead
 from strop.objectives.table import objective_of
 from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
@@ -82,7 +83,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 
     The change is relative, as in models.lora.weight_change.
     """
-    progress, base = job.state.progress, job.devices.base
+    progress, gatherer = job.state.progress, job.gatherer
     reset_lost_best(job)
     if job.eval and progress.best_step is None and progress.step:
         evaluate(with_reference(job, reference_key))  # the best checkpoint is lost, so the last weights are the best
@@ -91,7 +92,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
         if best_step != progress.step:
             load_weights(job.folder.checkpoint(best_step), job.state.weights)
         (change,) = job.devices.run_passes(
-            lambda rank: [[job.model] if base is None else base.iter_modules()], weight_change, backward=False
+            lambda rank: [[job.model] if gatherer is None else gatherer.iter_modules()], weight_change, backward=False
         )
     return change
 
@@ -148,6 +149,7 @@ def finish(
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],
         "devices": _summarize_devices(job),
+        **({"disk_wait_s": job.gatherer.waited_s} if isinstance(job.gatherer, ReadAhead) else {}),
         "exit": 0,
     }
     write_card(folder, report)

@@ -20,6 +20,7 @@ from strop.engine.device import explain_driver_error, repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.streaming import ReadAhead
 from strop.models.upstream_errors import convert_model_errors
 from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
@@ -221,11 +222,11 @@ def _execute(
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
             stack.enter_context(convert_model_errors(setup.shape.family))
-            model = build_model(setup, resumed is not None, devices)
+            model, gatherer = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
-            job = build_job(folder, setup, model, log, devices, sampler, teacher_step)
+            job = build_job(folder, setup, model, log, devices, sampler, teacher_step, gatherer)
             trim_heap()  # free memory that was used to read and convert weights
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
@@ -248,6 +249,8 @@ def _execute(
                     error.partial_result = {"run": str(folder.path), **summarize_progress(job.state.progress)}
                     raise
                 check_reference(job, key)
+                if isinstance(gatherer, ReadAhead):
+                    log.emit("note", text=gatherer.describe())
         except KeyboardInterrupt:  # the second one in `fit`, or before or after it
             step = 0 if job is None else job.state.progress.step
             log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")

@@ -27,6 +27,7 @@ from strop.data.batching import BatchStream
 from strop.data.types import Item
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.step import Step
+from strop.engine.train.plain import WeightGatherer
 from strop.errors import CheckpointError, DiskError
 from strop.models.tensor_files import is_finite
 from strop.runs.events import EventLog
@@ -110,6 +111,7 @@ class Job:
     criterion: Criterion = field(default_factory=SupervisedCriterion)
     devices: Devices = SINGLE_PROCESS
     samples: SamplePrompts | None = None  # completed at each evaluation
+    gatherer: WeightGatherer | None = None  # makes weights available that are not in memory
 
 
 def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:

@@ -42,6 +42,7 @@ from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base, load_config, refuse_embedder
 from strop.models.lora import grow_vocabulary
 from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
+from strop.models.streaming import fits_in_memory, load_streamed
 from strop.models.tokenizer import load_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -418,6 +419,19 @@ def _locate_untuned(base: Mapping[str, str]) -> Source:
     return source
 
 
+def _load_base(
+    source: Source, dtype: str, device: str, quantization: str, double: bool, *, dequantizes: bool
+) -> tuple[Any, list[str]]:
+    """Return a base, and a note if it does not fit in memory. dequantizes: once, as many layers as fit."""
+    storage: dict[str, Any] = {"quantization": quantization, "double": double}
+    if device != "cpu" or fits_in_memory(source, DTYPES[dtype], "none"):
+        return load_base(source, DTYPES[dtype], device, resident_layers=None if dequantizes else 0, **storage), []
+    if quantization != "none" and fits_in_memory(source, DTYPES[dtype], quantization):
+        return load_base(source, DTYPES[dtype], device, **storage), []
+    base, _ = load_streamed(source, DTYPES[dtype], **storage)
+    return base, [f"{source.name}: does not fit in memory, and is read from disk for each token of the answers"]
+
+
 def load(
     name: str | os.PathLike[str],
     *,
@@ -464,11 +478,11 @@ def load(
     scheme = quantization
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    base = load_base(
-        source, DTYPES[dtype], torch_device, quantization=scheme,
-        double=bool(identity.get("double_quantization", True)),
-        resident_layers=None if quantization == "auto" else 0,
+    base, storage_notes = _load_base(
+        source, dtype, torch_device, scheme, bool(identity.get("double_quantization", True)),
+        dequantizes=quantization == "auto",
     )  # fmt: skip
+    notes = [*notes, *storage_notes]
     if folder is None:
         install_images(base, renderer.tokenizer)
         untuned, has_base = None if base_name is None else identity["base"], True

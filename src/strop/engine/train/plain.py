@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -38,7 +38,7 @@ class LayerWatch(Protocol):
 
 
 class WeightGatherer(Protocol):
-    """Makes sharded weights available until others are requested.
+    """Makes weights that are sharded or streamed from disk available until others are requested.
 
     modules: the modules that hold the weights. The keys are the numbers of decoder layers, "embedding" and "head".
     """
@@ -46,6 +46,10 @@ class WeightGatherer(Protocol):
     modules: dict[int | str, nn.Module]
 
     def __call__(self, key: int | str) -> None: ...
+
+    def iter_modules(self) -> Iterator[nn.Module]:
+        """Yield all modules in order of computation. Each has its weights until the next is requested."""
+        ...
 
 
 class PlainLoss:

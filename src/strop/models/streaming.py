@@ -1,0 +1,209 @@
+"""A frozen base in one file a layer, mapped into memory: the system keeps as many layers as fit.
+
+A file has the weights in the layout in which the fast step computes, so that nothing is copied. A thread reads the next
+layer while one is computed, so that a run waits for the disk only if reading takes longer than computing. Forward and
+backward passes visit the layers in opposite orders, so the layers that are still in memory are those needed next.
+Processes on one machine that train on the same base share its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import mmap
+import re
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from strop.errors import RunError
+from strop.machine.memory import USABLE_SHARE
+from strop.machine.probe import free_bytes
+from strop.models.load import layers_cache, weights_folder
+from strop.models.sharding import (
+    EMBEDDING,
+    ModuleKey,
+    ShardedTensor,
+    assign_views,
+    in_layer_order,
+    load_by_layer,
+    open_checkpoint,
+    split_by_layer,
+)
+from strop.models.source import Source, prequantized, read_headers
+from strop.models.tensor_files import check_finite
+from strop.runs.folder import build_once, new_folder, read_json
+
+LOG = logging.getLogger(__name__)
+
+INDEX_FILE = "layers.json"  # size and CRC-32 of each file
+READ_BYTES = 1 << 20
+STORED_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8}  # per weight, with its constants
+
+
+class MappedLayer:
+    """The tensors of a layer, as views of a file.
+
+    crc: of the file's content, which is compared when it is first read.
+    """
+
+    def __init__(self, file: Path, tensors: Sequence[ShardedTensor], size: int, crc: int) -> None:
+        self._file, self._size, self._crc = file, size, crc
+        self._verified = False
+        with file.open("rb") as opened:
+            # Private and writable, because torch warns of memory that it must not write; nothing writes it.
+            self._pages = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
+        assign_views(in_layer_order(tensors), torch.frombuffer(self._pages, dtype=torch.uint8))
+
+    def read(self) -> None:
+        """Read the file, so that it is in the system's memory.
+
+        Raises RunError if the disk fails, or the file is shorter than it was or has other content. Otherwise the
+        computation would meet the fault, where the system ends the process.
+        """
+        buffer, crc, left = memoryview(bytearray(READ_BYTES)), 0, self._size
+        try:
+            with self._file.open("rb", buffering=0) as file:
+                while left and (count := file.readinto(buffer)):
+                    crc, left = crc if self._verified else zlib.crc32(buffer[:count], crc), left - count
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from None
+        if left:
+            raise self._error("it was cut")
+        if not self._verified and crc != self._crc:
+            raise self._error("its content has changed since it was written")
+        self._verified = True
+
+    def release(self) -> None:
+        """Take the file's pages out of this process's memory. The system keeps them as long as it has room."""
+        if sys.platform != "win32":
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def _error(self, why: str) -> RunError:
+        what = f"{self._file}: cannot be read: {why}"
+        return RunError(what, fix=f"delete {self._file.parent}, test the disk, and resume: it is written again")
+
+
+class ReadAhead:
+    """Reads each layer before it is computed, and the next one meanwhile. The interface of plain.WeightGatherer.
+
+    waited_s: seconds in which the computation waited for the disk.
+    """
+
+    def __init__(self, layers: Mapping[ModuleKey, MappedLayer], modules: dict[ModuleKey, nn.Module]) -> None:
+        self.modules, self.waited_s = modules, 0.0
+        self._layers = layers
+        self._order = [key for key in layers if key != EMBEDDING]
+        self._reads: dict[int, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._current: int | None = None
+
+    def __call__(self, key: ModuleKey) -> None:
+        """Wait for a layer, and begin to read the next. Raises RunError as MappedLayer.read does."""
+        if key == EMBEDDING:  # a forward pass begins; only the rows of a batch are used
+            for layer in self._layers.values():
+                layer.release()
+            self._reads = {0: self._read(0)}
+            self._current = None
+            return
+        last, current = self._current, self._order.index(key)
+        if current == last:
+            return
+        began = time.perf_counter()
+        (self._reads.pop(current, None) or self._read(current)).result()
+        self.waited_s += time.perf_counter() - began
+        if last is not None:
+            self._layers[self._order[last]].release()
+        self._current = current
+        is_forward = (last is None or current > last) and current < len(self._order) - 1
+        following = current + (1 if is_forward else -1)
+        if following >= 0:
+            self._reads[following] = self._read(following)
+
+    def iter_modules(self) -> Iterator[nn.Module]:
+        for key, module in self.modules.items():
+            self(key)
+            yield module
+
+    def describe(self) -> str:
+        return f"waited {self.waited_s:.1f} s for weights from the disk"
+
+    def _read(self, index: int) -> Future[None]:
+        return self._pool.submit(self._layers[self._order[index]].read)
+
+
+def load_streamed(
+    source: Source, dtype: torch.dtype, *, quantization: str = "none", double: bool = True
+) -> tuple[nn.Module, ReadAhead]:
+    """Return the model on the CPU in eval mode, with its large weights mapped, and what reads them ahead.
+
+    The files are written to the cache on first use. Raises ModelError as `load_base`.
+    """
+    LOG.info("mapping the weights of %s", source.name)
+
+    def build(folder: Path) -> None:
+        LOG.info("writing the weights of %s layer by layer, once", source.name)
+        with new_folder(folder) as temp:
+            index: dict[str, tuple[int, int]] = {}
+
+            def write(name: str, tensors: Sequence[ShardedTensor]) -> None:
+                index[name] = _write_layer(temp / _file_name(name), tensors)
+
+            split_by_layer(*open_checkpoint(source, dtype, "cpu", quantization, double), write)
+            (temp / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+    folder = build_once(layers_cache(source, quantization, double, dtype), _is_complete, build)
+    index = read_json(folder / INDEX_FILE)
+
+    def map_file(name: str, tensors: Sequence[ShardedTensor]) -> MappedLayer:
+        return MappedLayer(folder / _file_name(name), tensors, *index[name])
+
+    model, layers, modules = load_by_layer(source, dtype, "cpu", map_file, quantization=quantization, double=double)
+    return model, ReadAhead(layers, modules)
+
+
+def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str) -> bool:
+    """Return whether the weights of a base fit in the memory that is free, as they are stored."""
+    entries = [entry for _, header in read_headers(weights_folder(source)) for entry in header.values()]
+    if prequantized(source.config()) is None:
+        bits = 8 * dtype.itemsize if quantization == "none" else STORED_BITS[quantization]
+        needed = sum(math.prod(entry["shape"]) for entry in entries) * bits // 8
+    else:
+        needed = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries))
+    return bool(needed <= USABLE_SHARE * free_bytes())
+
+
+def is_written(source: Source, quantization: str, double: bool, dtype: torch.dtype) -> bool:
+    """Return whether the cache has the layers of a base."""
+    return _is_complete(layers_cache(source, quantization, double, dtype))
+
+
+def _file_name(name: str) -> str:
+    return f"{re.sub('[^0-9a-z]+', '-', name)}.bin"
+
+
+def _write_layer(file: Path, tensors: Sequence[ShardedTensor]) -> tuple[int, int]:
+    """Write a layer's tensors one after the other, and return the size and the CRC-32."""
+    size = crc = 0
+    with file.open("wb") as out:
+        for tensor in in_layer_order(tensors):
+            data = tensor.read(0, tensor.size)
+            check_finite(data.view(tensor.dtype), f"weight {tensor.name}")
+            content = data.numpy().data
+            out.write(content)
+            size, crc = size + len(content), zlib.crc32(content, crc)
+    return size, crc
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return whether a folder has all files in full."""
+    index = read_json(folder / INDEX_FILE)
+    files = {folder / _file_name(name): size for name, (size, _) in index.items()}
+    return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files.items())

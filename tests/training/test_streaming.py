@@ -1,0 +1,254 @@
+"""model.placement streamed: a base that is read from files layer by layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import strop
+from strop.config.load import resolve
+from strop.errors import RecipeError, RunError
+from strop.models import streaming
+from strop.models.sharding import EMBEDDING, HEAD
+from strop.models.source import locate
+from strop.models.streaming import MappedLayer, ReadAhead, load_streamed
+from strop.planning.choose import choose
+from tests.planning.test_choose import LLAMA_8B, machine
+from tests.support import tiny_families
+
+GIB = 1 << 30
+STREAMED = {"model.placement": "streamed"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [json.dumps({"prompt": f"count to {n}", "completion": f"{n} and {n + 1}"}) + "\n" for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return tmp_path / "rows.jsonl"
+
+
+def train(model: Path, rows: Path, out: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[float], list[str]]:
+    """Return the adapter, the losses of the steps and the notes of a run of six steps."""
+    events: list[dict[str, Any]] = []
+    usual = {"train.max_steps": 6, "model.dtype": "bf16", "model.resident_layers": None, "progress": False}
+    done = strop.train(model=model, data=rows, out=out, callback=events.append, **{**usual, **options})
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert ("disk_wait_s" in done.report) == ("model.placement" in options)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    return load_file(done.folder / "adapter" / "adapter_model.safetensors"), losses, notes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model.dtype": "fp32"},
+        {"data.eval": "25%", "train.objective": "sft"},
+        {"model.quantization": "nf4", "train.gradient_checkpointing": "on"},
+        {"model.quantization": "int8", "lora.dropout": 0.1},
+        {"model.quantization": "nf4", "lora.init": "loftq"},
+        {"lora.use_dora": True, "lora.new_tokens": ["<A>"]},
+        {"lora.modules_to_save": ["down_proj"]},
+    ],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_bits_are_those_of_a_base_in_memory(
+    options: dict[str, Any], tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path
+) -> None:
+    resident = {"model.resident_layers": 0} if "model.quantization" in options else {}
+    whole, losses, _ = train(tiny_folder, rows, tmp_path / "whole", **options, **resident)
+    streamed, streamed_losses, notes = train(tiny_folder, rows, tmp_path / "streamed", **options, **STREAMED)
+    assert losses == streamed_losses
+    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
+    assert any(text.startswith("waited 0.") for text in notes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gemma4"])
+def test_other_families(family: str, rows: Path, tmp_path: Path, cache: Path) -> None:
+    """The plain step, experts that are joined while loading, and per-layer embeddings."""
+    tiny_families.save(family, tmp_path / family)
+    options = {"model.dtype": "fp32"}
+    whole, losses, _ = train(tmp_path / family, rows, tmp_path / "whole", **options)
+    streamed, streamed_losses, _ = train(tmp_path / family, rows, tmp_path / "streamed", **options, **STREAMED)
+    assert losses == streamed_losses and all(torch.equal(whole[name], streamed[name]) for name in whole)
+
+
+def test_resumed_run_has_the_same_bits(tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
+    whole, _, _ = train(tiny_folder, rows, tmp_path / "whole", **STREAMED)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    options = {"train.max_steps": 6, "train.save_steps": 2, "model.dtype": "bf16", "progress": False}
+    with pytest.raises(BaseException):  # noqa: B017
+        strop.train(model=tiny_folder, data=rows, out=tmp_path / "cut", callback=stop, **options, **STREAMED)
+    resumed = strop.resume(tmp_path / "cut")
+    adapter = load_file(resumed.folder / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], adapter[name]) for name in whole)
+
+
+def layer_files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("layers/*/*/*.bin"))
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(("damage", "message"), [(flip_a_byte, "its content has changed"), (cut, "it was cut")])
+def test_damaged_file_is_named(
+    damage: Callable[[Path], None], message: str, tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    train(tiny_folder, rows, tmp_path / "first", **STREAMED)
+    (file,) = cache.glob("layers/*/*/layer-1.bin")
+    read = MappedLayer.read
+    if damage is cut:  # after it was mapped; before, it is written again
+
+        def cut_and_read(layer: MappedLayer) -> None:
+            cut(file)
+            read(layer)
+
+        monkeypatch.setattr(MappedLayer, "read", cut_and_read)
+    else:
+        damage(file)
+    with pytest.raises(RunError, match=message) as caught:
+        train(tiny_folder, rows, tmp_path / "second", **STREAMED)
+    assert str(file) in caught.value.what or "layer-" in caught.value.what
+
+
+def test_cut_file_is_written_again(tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
+    first, _, _ = train(tiny_folder, rows, tmp_path / "first", **STREAMED)
+    cut(layer_files(cache)[0])
+    again, _, _ = train(tiny_folder, rows, tmp_path / "second", **STREAMED)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_disk_that_fails_is_an_error(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ahead = load_streamed(locate(str(tiny_folder)), torch.float32)
+    path_open = Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "layer-0.bin":
+            raise OSError(5, "Input/output error")
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(RunError, match=r"layer-0.bin: cannot be read: Input/output error"):
+        ahead(0)
+
+
+class RecordedLayer:
+    def __init__(self, key: int | str, log: list[str]) -> None:
+        self._key, self._log = key, log
+
+    def read(self) -> None:
+        self._log.append(f"read {self._key}")
+
+    def release(self) -> None:
+        self._log.append(f"release {self._key}")
+
+
+def test_each_layer_is_read_before_it_is_computed_and_released_after() -> None:
+    log: list[str] = []
+    keys = [EMBEDDING, 0, 1, 2, HEAD]
+    layers: dict[Any, Any] = {key: RecordedLayer(key, log) for key in keys}
+    ahead = ReadAhead(layers, {key: nn.Identity() for key in keys})
+    for key in (*keys, 2, 1, 0, *keys[:3]):  # forward, backward, the next forward
+        ahead(key)
+        log.append(f"compute {key}")
+    mapped: set[str] = set()
+    for number, entry in enumerate(log):
+        action, _, key = entry.partition(" ")
+        if action == "compute" and key != EMBEDDING:
+            assert f"read {key}" in log[:number]
+            mapped.add(key)
+        if action == "release":
+            mapped.discard(key)
+        assert len(mapped) <= 1, log[: number + 1]
+    assert log.index("read 2") < log.index("compute 2") and f"read {EMBEDDING}" not in log
+    assert ahead.waited_s >= 0
+
+
+def test_embedding_and_layers_are_views_of_files(tiny_folder: Path, cache: Path) -> None:
+    model, ahead = load_streamed(locate(str(tiny_folder)), torch.bfloat16)
+    large = [weight for weight in model.parameters() if weight.dim() > 1]
+    attention = model.get_submodule("model.layers.0.self_attn")
+    q, k, v = (getattr(attention, f"{name}_proj").weight for name in "qkv")
+    assert k.data_ptr() == q.data_ptr() + q.nbytes and v.data_ptr() == k.data_ptr() + k.nbytes  # one product
+    assert sum(weight.nbytes for weight in large) == sum(file.stat().st_size for file in layer_files(cache))
+    assert len({file.stat().st_mtime_ns for file in layer_files(cache)}) >= 1
+    load_streamed(locate(str(tiny_folder)), torch.bfloat16)  # nothing is written again
+    assert [*ahead.modules] == [EMBEDDING, 0, 1, HEAD]
+
+
+def planned(free: float, **options: Any) -> Any:
+    settings = {"model": "m", "data": "d", "data.max_length": 512, **options}
+    device = options.get("model.device", "cpu")
+    return choose(resolve(None, settings), machine(free), LLAMA_8B, device, ("bf16", "measured"))
+
+
+def test_plan_streams_what_does_not_fit() -> None:
+    assert planned(40).recipe.model.placement == "auto"
+    small = planned(6)
+    assert small.recipe.model.placement == "streamed" and small.recipe.model.quantization == "none"
+    assert "would not fit" in small.choices["model.placement"].why
+    tiny_memory = planned(4, **{"model.quantization": "nf4"})
+    assert tiny_memory.recipe.model.placement == "streamed" and tiny_memory.recipe.model.resident_layers == 0
+    assert planned(12, **{"model.quantization": "nf4"}).recipe.model.placement == "auto"
+    in_fp32 = planned(14, **{"model.dtype": "fp32"})  # quantized in memory: fp32 from disk is twice as much
+    assert (in_fp32.recipe.model.placement, in_fp32.recipe.model.quantization) == ("auto", "nf4")
+
+
+def test_micro_batch_grows_where_the_disk_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = planned(12).recipe
+    monkeypatch.setattr("strop.planning.fit.DISK_BYTES_PER_S", 1e6)
+    slow = planned(12)
+    assert slow.recipe.model.placement == usual.model.placement == "streamed"
+    assert slow.recipe.train.micro_batch_tokens > usual.train.micro_batch_tokens
+    assert "reading the base" in slow.choices["train.micro_batch_tokens"].why
+    assert planned(12, **{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model.device": "cuda"}, "only on a CPU"),
+        ({"train.int8_matmul": True, "model.dtype": "fp32"}, "streamed"),
+        ({"train.method": "full"}, "streamed"),
+        ({"model.quantization": "nf4", "model.resident_layers": 2}, "resident_layers 2"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        planned(40, **STREAMED, **options)
+
+
+def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["count to 3", "count to 9"]
+    expected = strop.load(tiny_folder, dtype="fp32").generate(prompts, max_new_tokens=8)
+    monkeypatch.setattr(streaming, "free_bytes", lambda: 1000)
+    model = strop.load(tiny_folder, dtype="fp32")
+    assert "does not fit in memory" in model.notes[-1]
+    assert model.generate(prompts, max_new_tokens=8) == expected
+    assert layer_files(cache)
