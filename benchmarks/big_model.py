@@ -99,7 +99,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     rows = [{"prompt": text, "completion": text} for text in texts]
     recipe = {
         "model.placement": options.placement, "model.quantization": options.quantization, "model.dtype": "bf16",
-        "train.batch_size": 2, "train.max_steps": options.steps, "train.micro_batch_tokens": 2048,
+        "data.max_length": options.tokens, "train.batch_size": 2, "train.max_steps": options.steps,
+        "train.micro_batch_tokens": 2048,
     }  # fmt: skip
     events: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

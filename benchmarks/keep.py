@@ -28,12 +28,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": OFF, "auto": {"train.keep": "auto"}, "epochs": {"epochs": 1, **OFF}, "rate": {"rate": 1 / 3, **OFF},
     "rank": {"lora.r": 4, **OFF},
 }  # fmt: skip
+LABELS = {"none": ((-6, 8), "right"), "auto": ((-6, 8), "right"), "rank": ((8, -3), "left")}  # offsets in points
 MEANINGS = {
-    "none": "as it is",
-    "auto": "keep auto",
+    "none": "off",
+    "auto": "train.keep",
     "epochs": "1 epoch",
     "rate": "a third of the rate",
     "rank": "rank 4",
+    "scale0.5": "half as strong",
 }
 
 
@@ -104,9 +106,9 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             panel.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.5)
             mean = tuple(fmean(axis) for axis in zip(*points, strict=True))
             panel.scatter(*mean, s=40, color=colour)
-            panel.annotate(
-                MEANINGS.get(variant, variant), mean, (-6, -14), textcoords="offset points", ha="right", color=colour
-            )
+            offset, side = LABELS.get(variant, ((-6, -14), "right"))
+            text = MEANINGS.get(variant, variant)
+            panel.annotate(text, mean, offset, textcoords="offset points", ha=side, color=colour)
         before = 100 * runs[0]["general"]["base"]
         panel.axvline(before, color="#777777", linewidth=0.8, linestyle=":")
         panel.annotate("before training", (before, 4), (-4, 0), textcoords="offset points", rotation=90, ha="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def test_disk_that_fails_is_an_error(tiny_folder: Path, cache: Path, monkeypatch
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(RunError, match=r"layer-0.bin: cannot be read: Input/output error"):
         ahead(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore")
+def test_layer_in_memory_is_not_read_again(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ahead = load_streamed(locate(str(tiny_folder)), torch.float32)
+    (file,) = cache.glob("layers/*/*/layer-0.bin")
+    layer: Any = ahead._layers[0]
+    layer.read()
+    opened: list[Path] = []
+    path_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *args, **options: opened.append(path) or path_open(path, *args, **options)
+    )
+    layer.read()
+    assert opened == []
+    cut(file)
+    with pytest.raises(RunError, match="it was cut"):
+        layer.read()
 
 
 class RecordedLayer:

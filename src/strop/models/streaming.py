@@ -8,10 +8,12 @@ Processes on one machine that train on the same base share its memory.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
 import mmap
+import os
 import re
 import sys
 import time
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,19 +60,23 @@ class MappedLayer:
     def __init__(self, file: Path, tensors: Sequence[ShardedTensor], size: int, crc: int) -> None:
         self._file, self._size, self._crc = file, size, crc
         self._verified = False
+        self._owns_file = os.access(file, os.W_OK)  # otherwise mincore says of each page that it is in memory
         with file.open("rb") as opened:
             # Private and writable, because torch warns of memory that it must not write; nothing writes it.
             self._pages = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
-        assign_views(in_layer_order(tensors), torch.frombuffer(self._pages, dtype=torch.uint8))
+        self._data = torch.frombuffer(self._pages, dtype=torch.uint8)
+        assign_views(in_layer_order(tensors), self._data)
 
     def read(self) -> None:
-        """Read the file, so that it is in the system's memory.
+        """Read the file, so that it is in the system's memory. Does nothing if it is already.
 
         Raises RunError if the disk fails, or the file is shorter than it was or has other content. Otherwise the
         computation would meet the fault, where the system ends the process.
         """
         buffer, crc, left = memoryview(bytearray(READ_BYTES)), 0, self._size
         try:
+            if self._verified and self._is_in_memory():
+                return
             with self._file.open("rb", buffering=0) as file:
                 while left and (count := file.readinto(buffer)):
                     crc, left = crc if self._verified else zlib.crc32(buffer[:count], crc), left - count
@@ -85,6 +92,15 @@ class MappedLayer:
         """Take the file's pages out of this process's memory. The system keeps them as long as it has room."""
         if sys.platform != "win32":
             self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def _is_in_memory(self) -> bool:
+        """Return whether the system has all pages of the file in memory, as far as it says."""
+        if sys.platform == "win32" or not self._owns_file or self._file.stat().st_size < self._size:
+            return False
+        pages = np.empty(-(-self._size // mmap.PAGESIZE), np.uint8)
+        address, vector = ctypes.c_void_p(self._data.data_ptr()), pages.ctypes.data_as(ctypes.c_char_p)
+        failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(self._size), vector)
+        return not failed and bool((pages & 1).all())
 
     def _error(self, why: str) -> RunError:
         what = f"{self._file}: cannot be read: {why}"
