@@ -32,9 +32,9 @@ def main() -> None:
                 needed = plan.phases["train"].needed_bytes / 1e9
                 cells.append(f"{'streamed' if is_streamed else 'in memory'}, {needed:.1f}" if plan.fits else "no")
                 rates.append(plan.tokens_per_s)
-            disk = 2 * plan.workload.base.parameters / 1e9
+            disk = f"{2 * plan.workload.base.parameters / 1e9:,.0f}" if "streamed" in str(cells) else ""
             hours = [ROWS * LENGTH / rate / 3600 for rate in rates]
-            print(f"| {model} | {' | '.join(cells)} | {disk:,.0f} | {hours[-1]:,.0f} |")
+            print(f"| {model} | {' | '.join(cells)} | {disk} | {hours[-1]:,.0f} |")
 
 
 if __name__ == "__main__":
