@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import strop
-from strop.config.load import Choice
+from strop.config.load import Choice, resolve
 from strop.config.schema import KEEP_SHARE, Recipe
 from strop.data.store import JoinedItems
 from strop.data.types import Example
@@ -350,10 +350,12 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     assert plan.data["rows"] == off.data["rows"] == 2000
     assert plan.seconds is not None and off.seconds is not None
     assert plan.seconds - plan.data["answer_seconds"] > 1.1 * off.seconds
+    plan.data["answer_seconds"] = 75.0
     console = Console(width=120, record=True, file=io.StringIO())
     print_plan(plan, console)
     text = console.export_text()
-    assert "train.keep = 0.15  the rows have a system prompt" in text and "answers to general prompts" in text
+    assert "train.keep = 0.15  the rows have a system prompt" in text
+    assert "of which 1 min once to answer general prompts" in " ".join(text.split())
     assert re.search(r"a short run: [\d,]+ tokens", decided(talker, data, epochs=0.1).why)
     assert decided(talker, data, **{"train.max_steps": 2}).value == "off"
     assert decided(talker, data, **{"train.keep": "off"}).origin == "option"
@@ -365,6 +367,35 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     assert decided(talker, text_rows, epochs=2000).why == "the rows are plain text"
     sharded = {"train.keep": "auto", "model.placement": "sharded"}
     assert "sharded" in strop.plan(model=talker, data=data, devices=2, **sharded).resolved.choices["train.keep"].why
+
+
+def test_rows_are_checked_at_random(talker: Path, tmp_path: Path) -> None:
+    data = with_system(tmp_path / "rows.jsonl", 2000, without=1000)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(line for pair in zip(lines[:1000], lines[1000:], strict=True) for line in pair))
+    assert "may be meant to change all answers" in decided(talker, data).why
+
+
+def test_default_is_off_where_general_prompts_cannot_be_used(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_keep, "MIN_TOKENS", 100)
+    data = with_system(tmp_path / "rows.jsonl", 24)
+    assert decided(talker, data, max_length=100).why == "data.max_length 100 is too short for general prompts"
+    monkeypatch.setattr(keep, "MIN_ROWS", 10**6)
+    done = strop.train(model=talker, data=data, out=tmp_path / "run", **QUICK)
+    chosen = yaml.safe_load((done.folder / "recipe.yaml").read_text())["train"]["keep"]
+    assert chosen in ("off", False)
+    with pytest.raises(RecipeError, match="answers to general prompts"):
+        strop.train(model=talker, data=data, out=tmp_path / "asked", **QUICK, **{"train.keep": 0.15})
+
+
+def test_answers_are_those_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("strop.engine.decode.model.load", lambda name, **_: names.append(name))
+    for model in ({"name": "me/m", "revision": "old"}, {"name": "me/m"}):
+        keep._load(resolve(None, {"model": model["name"], "data": "d", "model.revision": model.get("revision")}).recipe)
+    assert names == ["me/m@old", "me/m"]
 
 
 def test_run_keeps_by_default_and_records_the_share(

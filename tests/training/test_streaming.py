@@ -23,7 +23,8 @@ from strop.models.source import locate
 from strop.models.streaming import MappedLayer, ReadAhead, load_streamed
 from strop.planning.choose import choose
 from tests.planning.test_choose import LLAMA_8B, machine
-from tests.support import tiny_families
+from tests.support import tiny, tiny_families
+from tests.support.families import tokenizer
 
 GIB = 1 << 30
 STREAMED = {"model.placement": "streamed"}
@@ -138,6 +139,32 @@ def test_damaged_file_is_named(
     assert str(file) in caught.value.what or "layer-" in caught.value.what
 
 
+def test_damaged_embedding_is_noticed(rows: Path, tmp_path: Path, cache: Path) -> None:
+    """Of an embedding with its own weight, a pass reads some rows only."""
+    tiny_families.save("gpt_neox", tmp_path / "untied")
+    train(tmp_path / "untied", rows, tmp_path / "first", **STREAMED)
+    (file,) = cache.glob("layers/*/*/the-embedding.bin")
+    flip_a_byte(file)
+    with pytest.raises(RunError, match=r"the-embedding.bin: cannot be read: its content has changed"):
+        train(tmp_path / "untied", rows, tmp_path / "second", **STREAMED)
+
+
+def test_base_that_was_changed_in_some_rows_is_copied_again(tmp_path: Path, rows: Path, cache: Path) -> None:
+    """The fingerprint of a base covers the beginning of each tensor only."""
+    model = tiny.model(vocab_size=len(tokenizer("chatml")), hidden_size=64)
+    for folder in ("model", "changed"):
+        tokenizer("chatml").save_pretrained(tmp_path / folder)
+    model.save_pretrained(tmp_path / "model")
+    train(tmp_path / "model", rows, tmp_path / "first", **STREAMED)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-20:] += 1
+    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "changed")
+    _, losses, _ = train(tmp_path / "model", rows, tmp_path / "second", **STREAMED)
+    _, expected, _ = train(tmp_path / "changed", rows, tmp_path / "third")
+    assert losses == expected
+
+
 def test_cut_file_is_written_again(tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
     first, _, _ = train(tiny_folder, rows, tmp_path / "first", **STREAMED)
     cut(layer_files(cache)[0])
@@ -159,22 +186,31 @@ def test_disk_that_fails_is_an_error(tiny_folder: Path, cache: Path, monkeypatch
         ahead(0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mincore")
-def test_layer_in_memory_is_not_read_again(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="MADV_POPULATE_READ")
+def test_cut_file_is_noticed_also_where_it_was_read_before(tiny_folder: Path, cache: Path) -> None:
     _, ahead = load_streamed(locate(str(tiny_folder)), torch.float32)
     (file,) = cache.glob("layers/*/*/layer-0.bin")
     layer: Any = ahead._layers[0]
     layer.read()
-    opened: list[Path] = []
-    path_open = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda path, *args, **options: opened.append(path) or path_open(path, *args, **options)
-    )
+    layer.release()
     layer.read()
-    assert opened == []
-    cut(file)
+    os.truncate(file, 0)
     with pytest.raises(RunError, match="it was cut"):
         layer.read()
+
+
+@pytest.mark.parametrize("populates", [True, False], ids=["populated", "an old kernel"])
+def test_pages_are_mapped_ahead(
+    populates: bool, tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ahead = load_streamed(locate(str(tiny_folder)), torch.float32)
+    if not populates:
+        monkeypatch.setattr(streaming, "MADV_POPULATE_READ", 4000)  # EINVAL
+    expected = model.get_submodule("model.layers.1.mlp.down_proj").weight.clone()
+    for _ in range(2):
+        for key in (EMBEDDING, 0, 1, HEAD, 1, 0):
+            ahead(key)
+        assert torch.equal(model.get_submodule("model.layers.1.mlp.down_proj").weight, expected)
 
 
 class RecordedLayer:
@@ -270,4 +306,7 @@ def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, mo
     model = strop.load(tiny_folder, dtype="fp32")
     assert "does not fit in memory" in model.notes[-1]
     assert model.generate(prompts, max_new_tokens=8) == expected
-    assert layer_files(cache)
+    (file,) = cache.glob("layers/*/*/layer-1.bin")
+    flip_a_byte(file)
+    with pytest.raises(RunError, match=r"layer-1.bin: cannot be read"):
+        strop.load(tiny_folder, dtype="fp32")

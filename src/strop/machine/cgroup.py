@@ -13,8 +13,9 @@ def memory_limit() -> tuple[int, int] | None:
     """Return the limit and the free bytes of the cgroup with the least free memory, or None without a limit."""
     limits = []
     for folder in _folders("memory"):
-        limit = _read_number(folder, "memory.max", "memory.limit_in_bytes")
-        used = _read_number(folder, "memory.current", "memory.usage_in_bytes")
+        names = "memory.max", "memory.high", "memory.limit_in_bytes"
+        limit = min(filter(None, (_read_number(folder / name) for name in names)), default=None)
+        used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
             limits.append((limit, limit - max(0, used - _cached_bytes(folder))))
     return min(limits, key=lambda pair: pair[1], default=None)
@@ -55,10 +56,10 @@ def _cached_bytes(folder: Path) -> int:
     return sum(int(stat.get(f"total_{kind}_file") or stat.get(f"{kind}_file") or 0) for kind in ("inactive", "active"))
 
 
-def _read_number(folder: Path, *names: str) -> int | None:
-    """Return the number in the first of these files that has one, below NO_LIMIT."""
-    texts = (_read(folder / name).strip() for name in names)
-    return next((int(text) for text in texts if text.isdigit() and int(text) < NO_LIMIT), None)
+def _read_number(file: Path) -> int | None:
+    """Return the number in a file, if it has one, and it is below NO_LIMIT."""
+    text = _read(file).strip()
+    return int(text) if text.isdigit() and int(text) < NO_LIMIT else None
 
 
 def _read(file: Path) -> str:

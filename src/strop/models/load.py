@@ -33,6 +33,7 @@ from strop.models.source import (
     quantization_method,
     read_config,
     read_headers,
+    weight_files,
 )
 from strop.models.tensor_files import (
     CheckpointLayout,
@@ -48,6 +49,7 @@ from strop.models.tensor_files import (
 )
 from strop.models.tokenizer import LOCAL_LOAD_OPTIONS, clear_gguf_quantization, config_folder, gguf_cache, gguf_errors
 from strop.runs.folder import build_once, cache_folder, new_folder, write_json
+from strop.runs.lock import sha256_text
 
 LOG = logging.getLogger(__name__)
 
@@ -256,7 +258,11 @@ def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dty
 
 def layers_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     """Return the cache folder of a streamed base's layers (models.streaming)."""
-    return cache_folder() / "layers" / fingerprint(source)[:24] / _quantized_cache(source, scheme, double, dtype).name
+    # The fingerprint does not notice a change of some rows of a tensor; the times of the files do.
+    files = [source.path] if source.kind == "gguf" else weight_files(source.path)
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = f"{fingerprint(source)[:24]}-{sha256_text(repr(stamps))[:8]}"
+    return cache_folder() / "layers" / key / _quantized_cache(source, scheme, double, dtype).name
 
 
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:

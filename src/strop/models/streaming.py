@@ -21,8 +21,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +48,8 @@ LOG = logging.getLogger(__name__)
 
 INDEX_FILE = "layers.json"  # size and CRC-32 of each file
 READ_BYTES = 1 << 20
+AHEAD_BYTES = 1 << 17  # the least that the system reads ahead of one request
+MADV_POPULATE_READ = 22  # of Linux, not in the module mmap
 STORED_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8}  # per weight, with its constants
 
 
@@ -60,7 +62,6 @@ class MappedLayer:
     def __init__(self, file: Path, tensors: Sequence[ShardedTensor], size: int, crc: int) -> None:
         self._file, self._size, self._crc = file, size, crc
         self._verified = False
-        self._owns_file = os.access(file, os.W_OK)  # otherwise mincore says of each page that it is in memory
         with file.open("rb") as opened:
             # Private and writable, because torch warns of memory that it must not write; nothing writes it.
             self._pages = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
@@ -68,39 +69,44 @@ class MappedLayer:
         assign_views(in_layer_order(tensors), self._data)
 
     def read(self) -> None:
-        """Read the file, so that it is in the system's memory. Does nothing if it is already.
+        """Read the file into the system's memory, and map its pages.
 
         Raises RunError if the disk fails, or the file is shorter than it was or has other content. Otherwise the
         computation would meet the fault, where the system ends the process.
         """
-        buffer, crc, left = memoryview(bytearray(READ_BYTES)), 0, self._size
         try:
-            if self._verified and self._is_in_memory():
-                return
             with self._file.open("rb", buffering=0) as file:
-                while left and (count := file.readinto(buffer)):
-                    crc, left = crc if self._verified else zlib.crc32(buffer[:count], crc), left - count
+                if not (self._verified and self._map_pages(file.fileno())):
+                    self._read_all(file)
         except OSError as error:
             raise self._error(error.strerror or str(error)) from None
+        self._verified = True
+
+    def _read_all(self, file: IO[bytes]) -> None:
+        buffer, crc, left = memoryview(bytearray(READ_BYTES)), 0, self._size
+        while left and (count := file.readinto(buffer)):  # type: ignore[attr-defined]
+            crc, left = crc if self._verified else zlib.crc32(buffer[:count], crc), left - count
         if left:
             raise self._error("it was cut")
         if not self._verified and crc != self._crc:
             raise self._error("its content has changed since it was written")
-        self._verified = True
+
+    def _map_pages(self, handle: int) -> bool:
+        """Map all pages, and read those that the system has dropped, without a copy. Return whether that succeeded.
+
+        It needs Linux 5.14, and fails where an access would end the process: for a file that was cut, or a bad disk.
+        """
+        if sys.platform != "linux":
+            return False
+        for start in range(0, self._size, AHEAD_BYTES):  # all at once; populating alone reads piece by piece
+            os.posix_fadvise(handle, start, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        address, size = ctypes.c_void_p(self._data.data_ptr()), ctypes.c_size_t(self._size)
+        return bool(ctypes.CDLL(None).madvise(address, size, MADV_POPULATE_READ) == 0)
 
     def release(self) -> None:
         """Take the file's pages out of this process's memory. The system keeps them as long as it has room."""
         if sys.platform != "win32":
             self._pages.madvise(mmap.MADV_DONTNEED)
-
-    def _is_in_memory(self) -> bool:
-        """Return whether the system has all pages of the file in memory, as far as it says."""
-        if sys.platform == "win32" or not self._owns_file or self._file.stat().st_size < self._size:
-            return False
-        pages = np.empty(-(-self._size // mmap.PAGESIZE), np.uint8)
-        address, vector = ctypes.c_void_p(self._data.data_ptr()), pages.ctypes.data_as(ctypes.c_char_p)
-        failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(self._size), vector)
-        return not failed and bool((pages & 1).all())
 
     def _error(self, why: str) -> RunError:
         what = f"{self._file}: cannot be read: {why}"
@@ -143,6 +149,13 @@ class ReadAhead:
         if following >= 0:
             self._reads[following] = self._read(following)
 
+    def verify(self, *keys: ModuleKey) -> None:
+        """Read these layers, or all, if they were not read before. Raises RunError as MappedLayer.read does."""
+        for key in keys or self._layers:
+            if key in self._layers:
+                self._layers[key].read()
+                self._layers[key].release()
+
     def iter_modules(self) -> Iterator[nn.Module]:
         for key, module in self.modules.items():
             self(key)
@@ -182,7 +195,9 @@ def load_streamed(
         return MappedLayer(folder / _file_name(name), tensors, *index[name])
 
     model, layers, modules = load_by_layer(source, dtype, "cpu", map_file, quantization=quantization, double=double)
-    return model, ReadAhead(layers, modules)
+    ahead = ReadAhead(layers, modules)
+    ahead.verify(EMBEDDING)  # of which a pass reads some rows
+    return model, ahead
 
 
 def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from strop.config.load import Choice, Resolved
 from strop.config.schema import KEEP_SHARE, Recipe
 from strop.data.batching import BatchStream
@@ -9,6 +11,7 @@ from strop.data.prepare import Prepared
 from strop.planning.memory import RolloutLoad
 
 MIN_TOKENS = 100_000  # of a run with train.keep auto: answering the prompts takes as long as training on some 20,000
+MIN_LENGTH = 128  # of data.max_length, for train.keep auto: general prompts with their answers have up to this length
 CHECKED_ROWS = 1000
 KEPT_ROW = (67, 26)  # mean tokens and supervised tokens of a general prompt with its answer
 ANSWERS = RolloutLoad(completions=409, group=1, prompt=41, answer=32)  # the work of answering all general prompts
@@ -18,7 +21,8 @@ def why_not_kept(data: Prepared) -> str:
     """Return why rows are not mixed with general prompts by default, or an empty text."""
     # Rows without a system prompt may be meant to change every answer, which general prompts would work against.
     rows = data.train_conversations
-    checked = [rows[i] for i in range(0, len(rows), max(1, len(rows) // CHECKED_ROWS))]
+    chosen = random.Random(0).sample(range(len(rows)), min(len(rows), CHECKED_ROWS))
+    checked = [rows[i] for i in sorted(chosen)]
     if data.renderer.template is None or any(row.text is not None for row in checked):
         return "the rows are plain text"
     if data.renderer.image_table:
@@ -42,6 +46,9 @@ def choose_keep(resolved: Resolved, rows: int, tokens: int, why_not: str) -> Res
     reasons = {
         "a teacher gives the labels": recipe.train.teacher is not None,
         "a sharded base cannot answer before training": recipe.model.placement == "sharded",
+        f"data.max_length {recipe.data.max_length} is too short for general prompts": (
+            recipe.data.max_length < MIN_LENGTH
+        ),
         f"a short run: {run_tokens:,} tokens": run_tokens < MIN_TOKENS,
         why_not: bool(why_not),
     }

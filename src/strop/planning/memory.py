@@ -231,10 +231,11 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 def _mapped_copies(workload: Workload) -> int:
     """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files).
 
-    Of a streamed base, the layer that is computed or the head.
+    Of a streamed base, the layer that is computed and the next one, or a layer and the head.
     """
     if workload.base.streamed:
-        return max(base_layer_bytes(workload), workload.compute.dtype_bytes * workload.shape.embedding_weights)
+        layer = base_layer_bytes(workload)
+        return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding_weights)
     # FastLoss copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or base.converted_bytes or base.shards > 1:

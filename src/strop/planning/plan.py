@@ -471,9 +471,8 @@ def _describe_images(plan: Plan) -> str:
 
 
 def _describe_answers(plan: Plan) -> str:
-    if not (seconds := plan.data.get("answer_seconds")):
-        return ""
-    return f", {_format_duration(seconds)} of them, in the first run with a model, for its answers to general prompts"
+    seconds = plan.data.get("answer_seconds") or 0.0
+    return f", of which {_format_duration(seconds)} once to answer general prompts" if seconds >= 1 else ""
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:

@@ -124,14 +124,16 @@ def _key(recipe: Recipe, source: Source) -> str:
     """Return a key of the model before training, as it answers."""
     model = recipe.model
     start = adapter_folder(model.adapter) if model.adapter else None
-    return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K])
+    revision = [model.revision] if model.revision else []
+    return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K, *revision])
 
 
 def _load(recipe: Recipe) -> Model:
     from strop.engine.decode.model import load
 
     model = recipe.model
-    return load(model.adapter or model.name, device=model.device, dtype=model.dtype, quantization=model.quantization)
+    name = f"{model.name}@{model.revision}" if model.revision else model.name
+    return load(model.adapter or name, device=model.device, dtype=model.dtype, quantization=model.quantization)
 
 
 def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Renderer) -> list[list[dict[str, Any]]]:

@@ -207,7 +207,13 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     resolved = choose_keep(resolved, len(data.train), int(data.train.lengths.sum()), why_not_kept(data))
     facts, recipe = replace(facts, resolved=resolved), resolved.recipe
     if keep_share(recipe):
-        data = add_kept_rows(data, recipe, source, folder.kept)
+        try:
+            data = add_kept_rows(data, recipe, source, folder.kept)
+        except RecipeError as error:  # such as a base model without answers
+            if resolved.choices["train.keep"].origin != "plan":
+                raise
+            resolved = resolved.decide([Choice("train.keep", "off", "plan", error.what)])
+            facts, recipe = replace(facts, resolved=resolved), resolved.recipe
     if keep_share(recipe) or recipe.train.teacher is not None:
         free_memory()  # of models that answered
     has_environment = recipe.train.environment is not None

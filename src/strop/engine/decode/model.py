@@ -428,7 +428,8 @@ def _load_base(
         return load_base(source, DTYPES[dtype], device, resident_layers=None if dequantizes else 0, **storage), []
     if quantization != "none" and fits_in_memory(source, DTYPES[dtype], quantization):
         return load_base(source, DTYPES[dtype], device, **storage), []
-    base, _ = load_streamed(source, DTYPES[dtype], **storage)
+    base, ahead = load_streamed(source, DTYPES[dtype], **storage)
+    ahead.verify()
     return base, [f"{source.name}: does not fit in memory, and is read from disk for each token of the answers"]
 
 
