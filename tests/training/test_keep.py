@@ -24,7 +24,7 @@ from strop.config.load import Choice, resolve
 from strop.config.schema import KEEP_SHARE, Recipe
 from strop.data.store import JoinedItems
 from strop.data.types import Example
-from strop.errors import RecipeError
+from strop.errors import DataError, RecipeError
 from strop.evaluation.general import load_questions
 from strop.planning import keep as planning_keep
 from strop.planning.plan import print_plan
@@ -367,6 +367,29 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     assert decided(talker, text_rows, epochs=2000).why == "the rows are plain text"
     sharded = {"train.keep": "auto", "model.placement": "sharded"}
     assert "sharded" in strop.plan(model=talker, data=data, devices=2, **sharded).resolved.choices["train.keep"].why
+
+
+def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    lines = [{"messages": [system, {"role": "user", "content": f"Say: {n}"}]} for n in range(10)]
+    lines += [
+        {"messages": [{"role": "user", "content": f"{n} + 1"}, {"role": "assistant", "content": "x"}]}
+        for n in range(10)
+    ]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {**QUICK, "train.keep": 0.5, "train.keep_prompts": str(mine)}
+    done = strop.train(model=talker, data=rows, out=tmp_path / "run", **options)
+    kept = read(done.folder / "kept.jsonl")
+    assert {turns[-2]["content"] for turns in kept} <= {f"Say: {n}" for n in range(10)} | {
+        f"{n} + 1" for n in range(10)
+    }
+    assert len(kept) >= keep.MIN_ROWS and not any(turns[-1]["content"] == "x" for turns in kept)
+    assert sum(turns[0]["role"] == "system" for turns in kept) >= 8
+    with pytest.raises(RecipeError, match=r"train.keep_prompts: needs a share"):
+        strop.train(model=talker, data=rows, **{"train.keep_prompts": str(mine)})
+    with pytest.raises(DataError, match=r"nope.jsonl"):
+        strop.train(model=talker, data=rows, **{**options, "train.keep_prompts": "nope.jsonl"})
 
 
 def test_rows_are_checked_at_random(talker: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from strop.models.sharding import EMBEDDING, HEAD
 from strop.models.source import locate
 from strop.models.streaming import MappedLayer, ReadAhead, load_streamed
 from strop.planning.choose import choose
+from strop.training import keep
 from tests.planning.test_choose import LLAMA_8B, machine
 from tests.support import tiny, tiny_families
 from tests.support.families import tokenizer
@@ -299,12 +300,21 @@ def test_what_cannot_be_streamed_is_refused(options: dict[str, Any], message: st
         planned(40, **STREAMED, **options)
 
 
+def test_general_answers_come_from_the_disk_too(
+    tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that answers before training is not in memory either."""
+    recipe = resolve(None, {"model": str(tiny_folder), "data": "d", "model.dtype": "fp32", **STREAMED}).recipe
+    monkeypatch.setattr("strop.engine.decode.model.load_base", lambda *_, **__: pytest.fail("loaded into memory"))
+    assert keep._load(recipe).generate(["hi"], max_new_tokens=2)
+
+
 def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["count to 3", "count to 9"]
     expected = strop.load(tiny_folder, dtype="fp32").generate(prompts, max_new_tokens=8)
     monkeypatch.setattr(streaming, "free_bytes", lambda: 1000)
     model = strop.load(tiny_folder, dtype="fp32")
-    assert "does not fit in memory" in model.notes[-1]
+    assert "is read from disk for each token of the answers" in model.notes[-1]
     assert model.generate(prompts, max_new_tokens=8) == expected
     (file,) = cache.glob("layers/*/*/layer-1.bin")
     flip_a_byte(file)

@@ -85,6 +85,7 @@ class Options(TypedDict, total=False):
     temperature: float | None
     vllm_python: Any
     keep: float | Literal["auto", "off"]
+    keep_prompts: str | None
     teacher: str | None
     teacher_weight: float | None
     teacher_temperature: float | None

@@ -328,6 +328,11 @@ class TrainSection(Section):
         "what it knows (not for reward, grpo, classify and embed); auto: "
         f"{KEEP_SHARE} for supervised rows with system prompts, in all but short runs",
     )
+    keep_prompts: str | None = Field(
+        None,
+        description="file of prompts in place of the general ones (train.keep), in a format of training rows; their "
+        "answers are not used",
+    )
     teacher: str | None = Field(
         None,
         description="a model or run: it answers rows without an answer, and its probabilities are labels (sft); or it "
@@ -467,6 +472,9 @@ class Recipe(Section):
                 train.teacher is not None and train.objective not in ("sft", "grpo")
             ),
             "train.teacher: cannot be combined with train.keep": train.teacher is not None and is_kept,
+            "train.keep_prompts: needs a share as train.keep, such as 0.15": (
+                train.keep_prompts is not None and not is_kept
+            ),
             "train.turns: needs train.environment": train.turns is not None and train.environment is None,
             "train.teacher: cannot be combined with train.environment": (
                 train.teacher is not None and train.environment is not None

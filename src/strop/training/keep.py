@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 32  # longer answers are cut: soft labels need no stop token
 TOP_K = 32
 WEIGHT = 3.0  # of a kept token's loss, relative to a token of the recipe's rows, or of a kept row to a preference
-MIN_ROWS = 16
+MIN_ROWS, MAX_PROMPTS = 16, 1000
 
 LOG = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
         raise RecipeError("train.keep: its prompts need a chat template, and these rows are plain text", fix=fix)
     load_once = lru_cache(lambda: _load(recipe))
     if not file.is_file():
-        write_atomic(file, _answered_prompts(load_once, _key(recipe, source), data.renderer))
+        prompts = _read_prompts(recipe, data.renderer.tokenizer)
+        write_atomic(file, _answered_prompts(prompts, load_once, _key(recipe, source), data.renderer))
     changes = {
         "train": str(file), "eval": None, "format": "messages", "columns": None, "encoding": "utf-8",
         "loss": "assistant", "overlong": "drop", "bad_rows": "drop",
@@ -105,9 +106,19 @@ def _choose(lengths: Indices, tokens: int, share: float) -> Indices:
     return np.concatenate([*[order] * int(whole), order[:count]])
 
 
-def _answered_prompts(load_once: Callable[[], Model], model_key: str, renderer: Renderer) -> str:
+def _read_prompts(recipe: Recipe, tokenizer: Any) -> str:
+    """Return the general prompts, or those of train.keep_prompts, as JSON Lines. Raises DataError."""
+    if recipe.train.keep_prompts is None:
+        return (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
+    changes = {"train": recipe.train.keep_prompts, "eval": None, "format": "auto", "columns": None}
+    rows = prepare(recipe.data.model_copy(update=changes), tokenizer, data_kind="prompts").train_conversations
+    chosen = (rows[i].prompt.messages for i in range(min(len(rows), MAX_PROMPTS)))
+    lines = ({"messages": [message_json(message) for message in messages]} for messages in chosen)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _answered_prompts(prompts: str, load_once: Callable[[], Model], model_key: str, renderer: Renderer) -> str:
     """Return the prompts with the answers of the model before training, as JSON Lines, cached."""
-    prompts = (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
     key = sha256_text(f"{model_key} {renderer.template_hash} {MAX_NEW_TOKENS} {prompts}")
     cached = cache_folder() / "keep" / f"{key[:32]}.jsonl"
     if not cached.is_file():
@@ -124,8 +135,8 @@ def _key(recipe: Recipe, source: Source) -> str:
     """Return a key of the model before training, as it answers."""
     model = recipe.model
     start = adapter_folder(model.adapter) if model.adapter else None
-    revision = [model.revision] if model.revision else []
-    return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K, *revision])
+    more = [model.revision] * bool(model.revision) + ["single"] * (not model.double_quantization)
+    return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K, *more])
 
 
 def _load(recipe: Recipe) -> Model:
@@ -133,7 +144,10 @@ def _load(recipe: Recipe) -> Model:
 
     model = recipe.model
     name = f"{model.name}@{model.revision}" if model.revision else model.name
-    return load(model.adapter or name, device=model.device, dtype=model.dtype, quantization=model.quantization)
+    return load(
+        model.adapter or name, device=model.device, dtype=model.dtype, quantization=model.quantization,
+        double_quantization=model.double_quantization, streamed=model.placement == "streamed",
+    )  # fmt: skip
 
 
 def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Renderer) -> list[list[dict[str, Any]]]:

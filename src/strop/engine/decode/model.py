@@ -420,17 +420,17 @@ def _locate_untuned(base: Mapping[str, str]) -> Source:
 
 
 def _load_base(
-    source: Source, dtype: str, device: str, quantization: str, double: bool, *, dequantizes: bool
+    source: Source, dtype: str, device: str, quantization: str, double: bool, *, dequantizes: bool, streamed: bool
 ) -> tuple[Any, list[str]]:
     """Return a base, and a note if it does not fit in memory. dequantizes: once, as many layers as fit."""
     storage: dict[str, Any] = {"quantization": quantization, "double": double}
-    if device != "cpu" or fits_in_memory(source, DTYPES[dtype], "none"):
+    if device != "cpu" or (not streamed and fits_in_memory(source, DTYPES[dtype], "none")):
         return load_base(source, DTYPES[dtype], device, resident_layers=None if dequantizes else 0, **storage), []
-    if quantization != "none" and fits_in_memory(source, DTYPES[dtype], quantization):
+    if not streamed and quantization != "none" and fits_in_memory(source, DTYPES[dtype], quantization):
         return load_base(source, DTYPES[dtype], device, **storage), []
     base, ahead = load_streamed(source, DTYPES[dtype], **storage)
     ahead.verify()
-    return base, [f"{source.name}: does not fit in memory, and is read from disk for each token of the answers"]
+    return base, [f"{source.name}: is read from disk for each token of the answers, because memory is short"]
 
 
 def load(
@@ -441,6 +441,8 @@ def load(
     quantization: str = "auto",
     force: bool = False,
     scores: bool = False,
+    double_quantization: bool | None = None,
+    streamed: bool = False,
 ) -> Model:
     """Load a model to generate with.
 
@@ -454,6 +456,8 @@ def load(
             weights on disk. In this case, as many layers as fit into the GPU's memory are dequantized when loaded.
         force: accept an adapter that was trained on another base model, if it fits. The differences are in `notes`.
         scores: load a reward model, which scores texts and cannot generate.
+        double_quantization: also quantize the scales of 4-bit weights; None: as in training.
+        streamed: on a CPU, read the base from disk even if it fits in memory.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -480,8 +484,9 @@ def load(
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
     base, storage_notes = _load_base(
-        source, dtype, torch_device, scheme, bool(identity.get("double_quantization", True)),
-        dequantizes=quantization == "auto",
+        source, dtype, torch_device, scheme,
+        bool(identity.get("double_quantization", True)) if double_quantization is None else double_quantization,
+        dequantizes=quantization == "auto", streamed=streamed,
     )  # fmt: skip
     notes = [*notes, *storage_notes]
     if folder is None:
