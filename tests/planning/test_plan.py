@@ -128,7 +128,8 @@ def test_int8_base_that_does_not_fit_becomes_nf4(llama_8b: Path) -> None:
 def test_70b_model_on_4_gb_suggests_a_smaller_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(KNOWN["Llama-3.1-70B"]), encoding="utf-8")
-    code, out, _ = run("plan", "--model", file, "--memory", "4GB", "--json", capsys=capsys)
+    options = ("--model.placement", "replicated", "--memory", "4GB", "--json")
+    code, out, _ = run("plan", "--model", file, *options, capsys=capsys)
     result = json.loads(out)
     assert code == 1 and not result["fits"] and "a model of at most" in result["ladder"][-1]["what"]
     assert result["largest"]["max_length"] == 0

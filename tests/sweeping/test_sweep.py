@@ -66,7 +66,7 @@ def test_a_sweep_by_the_command_line(here: Path, tiny_folder: Path, capsys: pyte
     assert code == 0 and json.loads(out) == result and "verdict" in err
     # the winner trains on all rows
     winner = yaml.safe_load((here / "s" / "winner.yaml").read_text())
-    assert winner["data"]["train"] == "rows.jsonl"
+    assert winner["data"]["train"] == "rows.jsonl" and winner["train"]["keep"] in ("off", False)  # as all trials
     code, _, err = run("train", "s/winner.yaml", "--out", "mine", "--max-steps", "2", capsys=capsys)
     assert code == 0 and "150 rows read, 150 used" in err
     # the runs of the sweep are runs for the other commands

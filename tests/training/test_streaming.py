@@ -272,6 +272,10 @@ def test_plan_streams_what_does_not_fit() -> None:
     tiny_memory = planned(4, **{"model.quantization": "nf4"})
     assert tiny_memory.recipe.model.placement == "streamed" and tiny_memory.recipe.model.resident_layers == 0
     assert planned(12, **{"model.quantization": "nf4"}).recipe.model.placement == "auto"
+    tiny_machine = planned(1)  # too small for either: what needs the least
+    assert (tiny_machine.recipe.model.placement, tiny_machine.recipe.model.quantization) == ("streamed", "none")
+    asked = planned(6, **STREAMED, **{"model.quantization": "auto"})
+    assert asked.recipe.model.quantization == "none" and "from disk" in asked.choices["model.quantization"].why
     in_fp32 = planned(14, **{"model.dtype": "fp32"})  # quantized in memory: fp32 from disk is twice as much
     assert (in_fp32.recipe.model.placement, in_fp32.recipe.model.quantization) == ("auto", "nf4")
 

@@ -14,10 +14,9 @@ from strop.objectives.table import data_kind_of, longest_sequence, sequences_per
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, mean_micro_batch
-from strop.planning.time import Rate, disk_rate, tokens_per_s
+from strop.planning.time import DISK_BYTES_PER_S, Rate, disk_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
 
-DISK_BYTES_PER_S = 500e6  # of a SATA SSD; a run on a streamed base should not need more
 GPU_MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # tried on a GPU, where they fit without recomputation
 MIN_LENGTH = 256  # minimum data.max_length that is chosen or suggested
 GIB = 1 << 30
@@ -186,7 +185,11 @@ def _stream(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
         return []
     smallest, layers = _with_smallest_micro_batch(resolved), budget.shape.layers
     needed = budget.needed(smallest, checkpointed_layers=layers)
-    if needed <= budget.usable or not budget.fits(smallest, checkpointed_layers=layers, streamed=True):
+    if needed <= budget.usable:
+        return []
+    # What does not even fit in 4 bit is streamed in any case, because that needs the least.
+    fits_packed = _may_quantize(resolved) and budget.fits(smallest, checkpointed_layers=layers, scheme="nf4")
+    if fits_packed and not budget.fits(smallest, checkpointed_layers=layers, streamed=True):
         return []
     return [Choice(field, "streamed", "plan", f"would not fit: {budget.describe(needed)}")]
 
@@ -210,6 +213,9 @@ def _choose_quantization(resolved: Resolved, budget: MemoryBudget) -> list[Choic
         return []
     if budget.shape.prequantized:
         return [Choice(field, budget.shape.prequantized, "plan", "as the weights are stored on disk")]
+    if recipe.model.placement == "streamed":
+        why = "read from disk: 4 bit would not take less memory"
+        return [Choice(field, "none", "plan", why)] if recipe.model.quantization == "auto" else []
     needed = budget.needed(_with_smallest_micro_batch(resolved), scheme="none", checkpointed_layers=budget.shape.layers)
     if needed <= budget.usable:
         why = f"16-bit weights fit: {budget.describe(needed)}"

@@ -29,6 +29,7 @@ INTEGER_SPEEDUP = {"none": 2.4, "int8": 3.5}  # int8 matmuls of frozen weights, 
 COMPILE_HIDDEN, COMPILE_POWER = 576, 0.75
 UPDATE_BYTES = 40  # bytes moved per trainable weight by the gradient norm, clipping and AdamW
 UPDATE_S = 1e-5  # seconds per trainable tensor for three calls, on a CPU
+DISK_BYTES_PER_S = 500e6  # of a SATA SSD; a run on a streamed base should not need more
 FORWARD = 0.35  # share of a step's time in the forward pass
 DECODE_SHARE = 0.25  # rate of sampling many completions, relative to large matmuls
 # Factors of DoRA on a layer's constant cost, and on the plain step's time (one run of SmolLM2 each).
@@ -236,7 +237,8 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
     weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
-    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth
+    bandwidth = min(rate.bandwidth, DISK_BYTES_PER_S) if workload.base.streamed else rate.bandwidth
+    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / bandwidth
     return 2.0 * weights * tokens / (share * rate.flops) + reading
 
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,15 @@ class SweepFolder:
         if changed:
             what = f"{self.path}: {', '.join(changed)} changed since the sweep was started"
             raise InputError(what, fix="restore it, or start a new sweep with another --out")
+
+    @cached_property
+    def _keep(self) -> dict[str, Any]:
+        """The plan's choice of train.keep for the default, for all trials: some may be too short for it."""
+        varied = {dimension.field for dimension in self.request.space} & {"train.objective", "train.teacher"}
+        if varied or "train.keep" in given_values(self.request.resolved):
+            return {}
+        chosen = self._planner.plan({}).resolved.recipe.train.keep
+        return {} if chosen == "auto" else {"train.keep": chosen}
 
     # --- trials -------------------------------------------------------------------------------------
 
@@ -209,7 +218,9 @@ class SweepFolder:
         report = run.read_report()
         if report.get("exit") != 0:
             show(f"{label}: {'resuming' if is_resumed else 'starting'}")
-            values = given_values(self.request.resolved) | {"train.samples": 0} | self._data_options | setting
+            values = (
+                given_values(self.request.resolved) | {"train.samples": 0} | self._keep | self._data_options | setting
+            )
             if "train.samples" in given_values(self.request.resolved):
                 values["train.samples"] = self.request.resolved.recipe.train.samples
             values["out"] = str(folder)
@@ -377,7 +388,7 @@ class SweepFolder:
             result = conclude(selection, runs)
             setting = selection["setting"] if result["recommended"] == "chosen" else {}
             given = {name: value for name, value in given_values(self.request.resolved).items() if name != "out"}
-            write_atomic(self.path / "winner.yaml", as_yaml(given | setting))
+            write_atomic(self.path / "winner.yaml", as_yaml(given | self._keep | setting))
             result |= {"setting": setting, "trials": selection["chosen"] if setting else [0]}
             result["sentence"] = describe_result(self.state, result)
             self._write(self.state | {"result": result, "final": [_without_hits(run) for run in runs]})
