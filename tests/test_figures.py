@@ -584,7 +584,7 @@ def big_model(results: Any) -> list[str]:
 PERFORMANCE, QUANTIZATION = "docs/performance.md", "docs/quantization.md"
 SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("README.md", "newcomer.json", lambda it: f"0 % exact before, {demo(it)[0]} after (95 % interval {demo(it)[1]}; "
-     f"{it['training_s']:.0f} s of training on two cores of an EPYC, {it['seconds'] / 60:.0f} minutes from the clone"),
+     f"{it['training_s']:.0f} s of training on two cores of a Xeon, {it['seconds'] / 60:.0f} minutes from the clone"),
     ("README.md", "plan_memory.json", lambda it: "median error {}, worst {} of {} runs".format(*memory(it))),
     ("docs/plan.md", "plan_memory_zen5.json",
      lambda it: "{2} of the runs that nothing was fitted on: median error {0}, worst {1}; the demo {3} and SNIPS "
