@@ -78,7 +78,7 @@ from strop.objectives.table import count_score_outputs, data_kind_of, max_comple
 from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
 from strop.planning.images import ImageLoad
 from strop.planning.keep import choose_keep, keep_share, why_not_kept
-from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
+from strop.planning.memory import CUDA_CONTEXT_BYTES, base_layer_bytes, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
@@ -307,7 +307,9 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
     recipe = facts.resolved.recipe
     workload = Workload.from_recipe(recipe, facts.shape, parameters=facts.parameters, devices=devices)
     needed = weight_bytes(workload) + constant_bytes(workload)
-    if recipe.model.device == "cpu" and recipe.model.placement != "streamed" and needed > machine.free_bytes:
+    if recipe.model.placement == "streamed":  # one layer at a time
+        needed = base_layer_bytes(workload)
+    if recipe.model.device == "cpu" and needed > machine.free_bytes:
         limit, free = memory / 2**20, machine.free_bytes / 2**20
         left = f"{free:,.0f} of {limit:,.0f} MiB are left in this process"
         what = f"--memory: the weights of the base need {needed / 2**20:,.0f} MiB, and {left}"
