@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -37,18 +36,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    lines = [json.dumps({"prompt": f"count to {n}", "completion": f"{n} and {n + 1}"}) + "\n" for n in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    return tmp_path / "rows.jsonl"
-
-
-def train(model: Path, rows: Path, out: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[float], list[str]]:
+def train(model: Path, data: Path, out: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[float], list[str]]:
     """Return the adapter, the losses of the steps and the notes of a run of six steps."""
     events: list[dict[str, Any]] = []
     usual = {"train.max_steps": 6, "model.dtype": "bf16", "model.resident_layers": None, "progress": False}
-    done = strop.train(model=model, data=rows, out=out, callback=events.append, **{**usual, **options})
+    done = strop.train(model=model, data=data, out=out, callback=events.append, **{**usual, **options})
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert ("disk_wait_s" in done.report) == ("model.placement" in options)
     notes = [event["text"] for event in events if event["event"] == "note"]
@@ -69,28 +61,28 @@ def train(model: Path, rows: Path, out: Path, **options: Any) -> tuple[dict[str,
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_bits_are_those_of_a_base_in_memory(
-    options: dict[str, Any], tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path
+    options: dict[str, Any], tiny_folder: Path, rows_file: Path, tmp_path: Path, cache: Path
 ) -> None:
     resident = {"model.resident_layers": 0} if "model.quantization" in options else {}
-    whole, losses, _ = train(tiny_folder, rows, tmp_path / "whole", **options, **resident)
-    streamed, streamed_losses, notes = train(tiny_folder, rows, tmp_path / "streamed", **options, **STREAMED)
+    whole, losses, _ = train(tiny_folder, rows_file, tmp_path / "whole", **options, **resident)
+    streamed, streamed_losses, notes = train(tiny_folder, rows_file, tmp_path / "streamed", **options, **STREAMED)
     assert losses == streamed_losses
     assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
     assert any(text.startswith("waited 0.") for text in notes)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gemma4"])
-def test_other_families(family: str, rows: Path, tmp_path: Path, cache: Path) -> None:
+def test_other_families(family: str, rows_file: Path, tmp_path: Path, cache: Path) -> None:
     """The plain step, experts that are joined while loading, and per-layer embeddings."""
     tiny_families.save(family, tmp_path / family)
     options = {"model.dtype": "fp32"}
-    whole, losses, _ = train(tmp_path / family, rows, tmp_path / "whole", **options)
-    streamed, streamed_losses, _ = train(tmp_path / family, rows, tmp_path / "streamed", **options, **STREAMED)
+    whole, losses, _ = train(tmp_path / family, rows_file, tmp_path / "whole", **options)
+    streamed, streamed_losses, _ = train(tmp_path / family, rows_file, tmp_path / "streamed", **options, **STREAMED)
     assert losses == streamed_losses and all(torch.equal(whole[name], streamed[name]) for name in whole)
 
 
-def test_resumed_run_has_the_same_bits(tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
-    whole, _, _ = train(tiny_folder, rows, tmp_path / "whole", **STREAMED)
+def test_resumed_run_has_the_same_bits(tiny_folder: Path, rows_file: Path, tmp_path: Path, cache: Path) -> None:
+    whole, _, _ = train(tiny_folder, rows_file, tmp_path / "whole", **STREAMED)
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "save" and event["step"] == 2:
@@ -98,7 +90,7 @@ def test_resumed_run_has_the_same_bits(tiny_folder: Path, rows: Path, tmp_path: 
 
     options = {"train.max_steps": 6, "train.save_steps": 2, "model.dtype": "bf16", "progress": False}
     with pytest.raises(BaseException):  # noqa: B017
-        strop.train(model=tiny_folder, data=rows, out=tmp_path / "cut", callback=stop, **options, **STREAMED)
+        strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "cut", callback=stop, **options, **STREAMED)
     resumed = strop.resume(tmp_path / "cut")
     adapter = load_file(resumed.folder / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(whole[name], adapter[name]) for name in whole)
@@ -120,10 +112,10 @@ def cut(file: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "message"), [(flip_a_byte, "its content has changed"), (cut, "it was cut")])
 def test_damaged_file_is_named(
-    damage: Callable[[Path], None], message: str, tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path,
+    damage: Callable[[Path], None], message: str, tiny_folder: Path, rows_file: Path, tmp_path: Path, cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    train(tiny_folder, rows, tmp_path / "first", **STREAMED)
+    train(tiny_folder, rows_file, tmp_path / "first", **STREAMED)
     (file,) = cache.glob("layers/*/*/layer-1.bin")
     read = MappedLayer.read
     if damage is cut:  # after it was mapped; before, it is written again
@@ -136,40 +128,40 @@ def test_damaged_file_is_named(
     else:
         damage(file)
     with pytest.raises(RunError, match=message) as caught:
-        train(tiny_folder, rows, tmp_path / "second", **STREAMED)
+        train(tiny_folder, rows_file, tmp_path / "second", **STREAMED)
     assert str(file) in caught.value.what or "layer-" in caught.value.what
 
 
-def test_damaged_embedding_is_noticed(rows: Path, tmp_path: Path, cache: Path) -> None:
-    """Of an embedding with its own weight, a pass reads some rows only."""
+def test_damaged_embedding_is_noticed(rows_file: Path, tmp_path: Path, cache: Path) -> None:
+    """A pass reads only some rows of an embedding that has its own weight."""
     tiny_families.save("gpt_neox", tmp_path / "untied")
-    train(tmp_path / "untied", rows, tmp_path / "first", **STREAMED)
+    train(tmp_path / "untied", rows_file, tmp_path / "first", **STREAMED)
     (file,) = cache.glob("layers/*/*/the-embedding.bin")
     flip_a_byte(file)
     with pytest.raises(RunError, match=r"the-embedding.bin: cannot be read: its content has changed"):
-        train(tmp_path / "untied", rows, tmp_path / "second", **STREAMED)
+        train(tmp_path / "untied", rows_file, tmp_path / "second", **STREAMED)
 
 
-def test_base_that_was_changed_in_some_rows_is_copied_again(tmp_path: Path, rows: Path, cache: Path) -> None:
+def test_base_that_was_changed_in_some_rows_is_copied_again(tmp_path: Path, rows_file: Path, cache: Path) -> None:
     """The fingerprint of a base covers the beginning of each tensor only."""
     model = tiny.model(vocab_size=len(tokenizer("chatml")), hidden_size=64)
     for folder in ("model", "changed"):
         tokenizer("chatml").save_pretrained(tmp_path / folder)
     model.save_pretrained(tmp_path / "model")
-    train(tmp_path / "model", rows, tmp_path / "first", **STREAMED)
+    train(tmp_path / "model", rows_file, tmp_path / "first", **STREAMED)
     with torch.no_grad():
         model.model.embed_tokens.weight[-20:] += 1
     model.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "changed")
-    _, losses, _ = train(tmp_path / "model", rows, tmp_path / "second", **STREAMED)
-    _, expected, _ = train(tmp_path / "changed", rows, tmp_path / "third")
+    _, losses, _ = train(tmp_path / "model", rows_file, tmp_path / "second", **STREAMED)
+    _, expected, _ = train(tmp_path / "changed", rows_file, tmp_path / "third")
     assert losses == expected
 
 
-def test_cut_file_is_written_again(tiny_folder: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
-    first, _, _ = train(tiny_folder, rows, tmp_path / "first", **STREAMED)
+def test_cut_file_is_written_again(tiny_folder: Path, rows_file: Path, tmp_path: Path, cache: Path) -> None:
+    first, _, _ = train(tiny_folder, rows_file, tmp_path / "first", **STREAMED)
     cut(layer_files(cache)[0])
-    again, _, _ = train(tiny_folder, rows, tmp_path / "second", **STREAMED)
+    again, _, _ = train(tiny_folder, rows_file, tmp_path / "second", **STREAMED)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

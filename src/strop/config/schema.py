@@ -417,6 +417,11 @@ class TrainSection(Section):
         None, pattern=DURATION_PATTERN, description="save and stop after this time, such as 90s, 30m or 2h"
     )
 
+    @property
+    def keep_share(self) -> float:
+        """train.keep as a share of all tokens, 0 if it is off or not decided."""
+        return 0.0 if isinstance(self.keep, str) else self.keep
+
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -438,7 +443,6 @@ class Recipe(Section):
         train, data, lora = self.train, self.data, self.lora
         objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
         conflict = self.int8_matmul_conflict() if train.int8_matmul else None
-        is_kept = not isinstance(train.keep, str)
         full_conflict = self._full_conflict() if train.method == "full" else None
         teacher_on_server = str(train.teacher).startswith(("http://", "https://"))
         problems = {
@@ -467,13 +471,13 @@ class Recipe(Section):
                 train.objective == "embed" and bool(lora.new_tokens)
             ),
             "train.labels: a label is given twice": len(set(train.labels or ())) < len(train.labels or ()),
-            f"train.keep: {objective} does not support it": is_kept and train.objective in NOT_KEEPING,
+            f"train.keep: {objective} does not support it": train.keep_share > 0 and train.objective in NOT_KEEPING,
             f"train.teacher: {objective} does not support it": (
                 train.teacher is not None and train.objective not in ("sft", "grpo")
             ),
-            "train.teacher: cannot be combined with train.keep": train.teacher is not None and is_kept,
+            "train.teacher: cannot be combined with train.keep": train.teacher is not None and train.keep_share > 0,
             "train.keep_prompts: needs a share as train.keep, such as 0.15": (
-                train.keep_prompts is not None and not is_kept
+                train.keep_prompts is not None and not train.keep_share
             ),
             "train.turns: needs train.environment": train.turns is not None and train.environment is None,
             "train.teacher: cannot be combined with train.environment": (

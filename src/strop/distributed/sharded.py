@@ -9,9 +9,7 @@ quantization constants, and the fast step (strop.engine.train.fast) fuses severa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from torch import nn
+from collections.abc import Callable
 
 from strop.distributed.devices import Devices
 from strop.errors import RunError
@@ -70,12 +68,6 @@ class ShardedBase:
             if _format_digest(layer.digest()) != self.digests[layer.name]:
                 what = f"{layer.name} of the base was corrupted between disk and memory"
                 raise RunError(what, fix="start again; if it happens again, test the memory and the network")
-
-    def iter_modules(self) -> Iterator[nn.Module]:
-        """Yield all sharded modules in order of computation. Each is gathered until the next is requested."""
-        for key, module in self.modules.items():
-            self(key)
-            yield module
 
     def sizes(self) -> dict[str, int]:
         return {"whole_bytes": self.shards.whole_bytes, "held_bytes": self.shards.held_bytes}

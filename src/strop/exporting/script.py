@@ -209,7 +209,7 @@ def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
     train, has_dropout = recipe.train, recipe.lora.dropout > 0 or base_dropout is not None
     notes = (
         (recipe.data.eval is not None, "It does not evaluate, and keeps the last weights, not the best."),
-        (not isinstance(train.keep, str), "It has no rows of train.keep, so it keeps less of what the base can do."),
+        (train.keep_share > 0, "It has no rows of train.keep, so it keeps less of what the base can do."),
         (train.early_stopping or train.max_time, "It does not stop early."),
         (train.int8_matmul, "It multiplies frozen weights in fp32."),
         (has_dropout, "Dropout masks differ from strop's, so losses vary randomly."),

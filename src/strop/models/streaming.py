@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -29,7 +29,8 @@ from torch import nn
 from strop.errors import RunError
 from strop.machine.memory import USABLE_SHARE
 from strop.machine.probe import free_bytes
-from strop.models.load import layers_cache, weights_folder
+from strop.models.families.shape import read_model_info
+from strop.models.load import layers_cache
 from strop.models.sharding import (
     EMBEDDING,
     ModuleKey,
@@ -156,11 +157,6 @@ class ReadAhead:
                 self._layers[key].read()
                 self._layers[key].release()
 
-    def iter_modules(self) -> Iterator[nn.Module]:
-        for key, module in self.modules.items():
-            self(key)
-            yield module
-
     def describe(self) -> str:
         return f"waited {self.waited_s:.1f} s for weights from the disk"
 
@@ -202,12 +198,14 @@ def load_streamed(
 
 def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str) -> bool:
     """Return whether the weights of a base fit in the memory that is free, as they are stored."""
-    entries = [entry for _, header in read_headers(weights_folder(source)) for entry in header.values()]
-    if prequantized(source.config()) is None:
-        bits = 8 * dtype.itemsize if quantization == "none" else STORED_BITS[quantization]
-        needed = sum(math.prod(entry["shape"]) for entry in entries) * bits // 8
+    bits = 8 * dtype.itemsize if quantization == "none" else STORED_BITS[quantization]
+    if source.kind == "gguf":  # its header has the sizes, without a conversion
+        needed = read_model_info(str(source.path)).parameters * bits // 8
     else:
-        needed = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries))
+        entries = [entry for _, header in read_headers(source.path) for entry in header.values()]
+        needed = sum(math.prod(entry["shape"]) for entry in entries) * bits // 8
+        if prequantized(source.config()) is not None:  # shapes of packed weights are not those of the layers
+            needed = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries))
     return bool(needed <= USABLE_SHARE * free_bytes())
 
 

@@ -66,8 +66,3 @@ def _count_run_tokens(recipe: Recipe, rows: int, tokens: int) -> int:
     train = recipe.train
     stream = BatchStream(rows, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps)
     return round(stream.total_steps / stream.steps_per_epoch * tokens)
-
-
-def keep_share(recipe: Recipe) -> float:
-    """Return train.keep as a share of all tokens, 0 if it is off or not decided."""
-    return 0.0 if isinstance(recipe.train.keep, str) else recipe.train.keep

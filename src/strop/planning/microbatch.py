@@ -29,7 +29,7 @@ from strop.objectives.table import (
 )
 from strop.planning.activations import MAX_SAVED_KEYS, MicroBatch, peak_live_bytes
 from strop.planning.images import ImageLoad
-from strop.planning.keep import KEPT_ROW, keep_share, why_not_kept
+from strop.planning.keep import KEPT_ROW, why_not_kept
 from strop.planning.workload import Workload
 
 MICRO_BATCH_TOKENS = 2048
@@ -98,7 +98,7 @@ def measure_rows(recipe: Recipe) -> Rows:
 
 def with_kept_rows(sizes: Rows, recipe: Recipe) -> Rows:
     """Return the rows with those of train.keep, of the size that they usually have."""
-    if not (share := keep_share(recipe)):
+    if not (share := recipe.train.keep_share):
         return sizes
     tokens = sum(length for length, _ in sizes) * share / (1 - share)
     parts = sequences_per_row(recipe.train)

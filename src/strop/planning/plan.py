@@ -46,7 +46,7 @@ from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, choose_labels, usable_bytes
 from strop.planning.fit import MemoryBudget, Suggestion, list_suggestions
-from strop.planning.keep import ANSWERS, choose_keep, keep_share
+from strop.planning.keep import ANSWERS, choose_keep
 from strop.planning.machines import TargetMachine
 from strop.planning.memory import (
     PARTS,
@@ -199,7 +199,7 @@ def make_plan(
             row_count = rows.rows or len(rows) / sequences_per_row(recipe.train)
             facts["image_seconds"] = image_seconds(images.flops * images.passes(recipe, row_count), rate)
             seconds = None if seconds is None else seconds + facts["image_seconds"]
-    if keep_share(recipe) and seconds is not None:
+    if recipe.train.keep_share and seconds is not None:
         facts["answer_seconds"] = rollout_seconds(workload, ANSWERS, rate)
         seconds += facts["answer_seconds"]
     why = why_recipe_not_fast(recipe, shape)

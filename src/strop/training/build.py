@@ -77,10 +77,8 @@ def _load_base(source: Source, model: ModelSection, devices: Devices) -> tuple[n
     storage: dict[str, Any] = {"quantization": model.quantization, "double": model.double_quantization}
     if model.placement == "streamed":
         return load_streamed(source, DTYPES[model.dtype], **storage)
-    arguments, options = (
-        (source, DTYPES[model.dtype], model.device),
-        storage | {"resident_layers": model.resident_layers or 0},
-    )
+    arguments = source, DTYPES[model.dtype], model.device
+    options = {**storage, "resident_layers": model.resident_layers or 0}
     if devices.world_size == 1 or model.placement != "sharded":
         return load_base(*arguments, **options), None
     with devices.all_or_none():
@@ -110,7 +108,8 @@ def build_job(
 ) -> Job:  # fmt: skip
     """Return the job that trains `model`.
 
-    gatherer: see build_model. sampler: samples completions instead of strop's engine. teacher: judges their tokens.
+    sampler: samples completions instead of strop's engine. teacher: judges their tokens. gatherer: what `build_model`
+    returns with the model.
     """
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     full = recipe.train.method == "full"

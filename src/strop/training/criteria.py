@@ -296,7 +296,7 @@ def make_criterion(
     """
     objective = objective_of(train)
     if objective is None:
-        return SupervisedCriterion(devices, not isinstance(train.keep, str))
+        return SupervisedCriterion(devices, train.keep_share > 0)
     head = find_score_head(model) if objective.scored and model is not None else None
     if isinstance(texts, LabelledTexts):
         assert head is not None

@@ -29,7 +29,6 @@ from strop.data.types import Example, Indices, Message
 from strop.errors import RecipeError
 from strop.models.adapter_config import adapter_folder
 from strop.models.source import Source
-from strop.planning.keep import keep_share
 from strop.runs.folder import cache_folder, write_atomic
 from strop.runs.lock import sha256_file, sha256_text
 from strop.training.soft_labels import Distributions, find_distributions, model_key, read_or_compute, soften
@@ -81,7 +80,7 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     )  # fmt: skip
     kept = _with_soft_labels(rows, tensors, by_row=data.train_items is not None)
     lengths = np.array([len(row) for row in rows])
-    chosen = _choose(lengths, int(data.train.lengths.sum()), keep_share(recipe))
+    chosen = _choose(lengths, int(data.train.lengths.sum()), recipe.train.keep_share)
     checksum = sha256_text(f"{sha256_file(file)} {sha256_file(distributions)} {len(chosen)}")
     return replace(data, train_items=JoinedItems(data.train_items or data.train, kept, chosen), kept_hash=checksum)
 

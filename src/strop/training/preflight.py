@@ -77,7 +77,7 @@ from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
 from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
 from strop.planning.images import ImageLoad
-from strop.planning.keep import choose_keep, keep_share, why_not_kept
+from strop.planning.keep import choose_keep, why_not_kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, base_layer_bytes, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -204,9 +204,10 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
         resolved, recipe = facts.resolved, facts.resolved.recipe
     if isinstance(data.train_items, Triplets):
         _check_negatives(recipe, data.train_items)
-    resolved = choose_keep(resolved, len(data.train), int(data.train.lengths.sum()), why_not_kept(data))
-    facts, recipe = replace(facts, resolved=resolved), resolved.recipe
-    if keep_share(recipe):
+    if recipe.train.keep == "auto":
+        resolved = choose_keep(resolved, len(data.train), int(data.train.lengths.sum()), why_not_kept(data))
+        facts, recipe = replace(facts, resolved=resolved), resolved.recipe
+    if recipe.train.keep_share:
         try:
             data = add_kept_rows(data, recipe, source, folder.kept)
         except RecipeError as error:  # such as a base model without answers
@@ -214,7 +215,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
                 raise
             resolved = resolved.decide([Choice("train.keep", "off", "plan", error.what)])
             facts, recipe = replace(facts, resolved=resolved), resolved.recipe
-    if keep_share(recipe) or recipe.train.teacher is not None:
+    if recipe.train.keep_share or recipe.train.teacher is not None:
         free_memory()  # of models that answered
     has_environment = recipe.train.environment is not None
     columns = read_columns(parse_rewards(recipe.train.rewards), recipe.data, all_rows=has_environment)

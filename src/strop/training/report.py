@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
 from strop.engine.decode.decoder import why_decoder_unsupported
 from strop.engine.train.eligibility import find_model_dropout
+from strop.engine.train.plain import WeightGatherer
 from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
@@ -92,9 +94,16 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
         if best_step != progress.step:
             load_weights(job.folder.checkpoint(best_step), job.state.weights)
         (change,) = job.devices.run_passes(
-            lambda rank: [[job.model] if gatherer is None else gatherer.iter_modules()], weight_change, backward=False
+            lambda rank: [[job.model] if gatherer is None else _iter_modules(gatherer)], weight_change, backward=False
         )
     return change
+
+
+def _iter_modules(gatherer: WeightGatherer) -> Iterator[nn.Module]:
+    """Yield the modules of a base in order of computation. Each has its weights until the next is requested."""
+    for key, module in gatherer.modules.items():
+        gatherer(key)
+        yield module
 
 
 def finish(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -46,10 +46,6 @@ class WeightGatherer(Protocol):
     modules: dict[int | str, nn.Module]
 
     def __call__(self, key: int | str) -> None: ...
-
-    def iter_modules(self) -> Iterator[nn.Module]:
-        """Yield all modules in order of computation. Each has its weights until the next is requested."""
-        ...
 
 
 class PlainLoss:
