@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM
 import strop
 from strop import testing
 from strop.cli import app
+from strop.engine.train import buffers as buffers_module
 from strop.errors import InputError
+from strop.models.adapters import save_adapter
 from strop.runs.events import read_events
 from tests.support import tiny, tiny_families
 from tests.support.jobs import events
@@ -70,6 +73,26 @@ def test_steps_report_the_memory_of_the_process(trained: Path) -> None:
     sizes = [event["resident_bytes"] for event in events(trained, "step")]
     assert sizes and all(50 << 20 < size < 64 << 30 for size in sizes)
     assert "process memory after each step, GiB" in (trained / "report.html").read_text(encoding="utf-8")
+
+
+def test_buffers_of_the_steps_are_free_before_the_adapter_is_written(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers, allocated, held = list[Any](), buffers_module._new_buffer, list[int]()
+
+    def allocate(size: int) -> torch.Tensor:
+        buffer = allocated(size)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    def save(*parts: Any) -> None:
+        held.append(sum(buffer() is not None for buffer in buffers))
+        save_adapter(*parts)
+
+    monkeypatch.setattr(buffers_module, "_new_buffer", allocate)
+    monkeypatch.setattr("strop.training.report.save_adapter", save)
+    strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "run", train={"max_steps": 2})
+    assert buffers and held == [0]
 
 
 def test_train_json_is_one_object_with_the_contract_fields(

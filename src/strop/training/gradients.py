@@ -241,7 +241,7 @@ def retry_with_less_memory(job: Job, items: Sequence[Item], compute: Callable[[]
 
 
 def free_step_memory(job: Job) -> None:
-    """Free buffers and cached memory after an out-of-memory error. Call it outside of the error's handler."""
+    """Free the buffers and cached memory of the steps. After an out-of-memory error, call it outside of its handler."""
     job.step.release_buffers()
     free_memory()
     if job.state.device.type == "cuda":

@@ -34,6 +34,7 @@ from strop.objectives.table import objective_of
 from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
 from strop.training.dry_run import Forecast
+from strop.training.gradients import free_step_memory
 from strop.training.loop import evaluate, reset_lost_best
 from strop.training.preflight import Setup
 from strop.training.reference import with_reference
@@ -123,6 +124,7 @@ def finish(
         identity["pooling"] = pooling
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
     full = job.recipe.train.method == "full"
+    free_step_memory(job)  # the tokenizer of a large vocabulary takes twice the size of its file
     if full:
         save_model(
             job.model, setup.tokenizer, setup.source, folder.model, DTYPES[model.dtype], setup.data.renderer.end_ids,

@@ -362,11 +362,16 @@ def select_top_probs(logits: Tensor, labels: Tensor, k: int, temperature: float)
 
 
 def _compute_logits(
-    x: Tensor, rows: slice, output: OutputHead, weight: Tensor, new_rows: Tensor | None, adapters: _HeadAdapters | None
-) -> Tensor:
-    """Return the logits of some rows of x, before the soft cap. weight, new_rows: those of the head in x's dtype."""
+    x: Tensor, rows: slice, output: OutputHead, weight: Tensor, new_rows: Tensor | None, adapters: _HeadAdapters | None,
+    buffer: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the logits of some rows of x, before the soft cap, written to the first rows of `buffer` (n, V) if given.
+
+    weight, new_rows: those of the head in x's dtype.
+    """
     added = None if adapters is None else Product(adapters.za[rows], adapters.b.t())
-    logits = x.new_empty(len(x[rows]), len(weight))
+    number = len(x[rows])
+    logits = x.new_empty(number, len(weight)) if buffer is None else buffer[:number]
     output.matmul(x[rows], weight, True, logits, added)
     if new_rows is not None:
         logits[:, output.new_ids] = x[rows] @ new_rows.t()
@@ -384,9 +389,10 @@ def _compute_chunk_losses(
     weight = output.weight.detach().to(x.dtype)
     new_rows = None if output.new_rows is None else output.new_rows.detach().to(x.dtype)
     adapters = grads.adapters if grads is not None else _HeadAdapters(x, output) if output.adapters else None
+    buffer = x.new_empty(min(chunk, len(x)), len(weight))  # blocks of several sizes would fragment the heap
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
-        logits = _compute_logits(x, rows, output, weight, new_rows, adapters)
+        logits = _compute_logits(x, rows, output, weight, new_rows, adapters, buffer)
         soft = None
         if output.soft is not None:
             soft = _SoftRows.of(output.soft, begin, begin + len(logits), logits, output.softcap)
@@ -397,4 +403,3 @@ def _compute_chunk_losses(
         yield losses
         if grads is not None:
             grads.add(rows, x[rows], logits, weight, new_rows)
-        del logits  # before the next chunk is allocated
