@@ -26,7 +26,7 @@ from strop.cli.commands.export import adapters, export_script, gguf, merge, olla
 from strop.cli.commands.generate import chat, evaluate, serve
 from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
 from strop.cli.commands.prepare import check, doctor, modules, plan, schema
-from strop.cli.commands.runs import dash, runs
+from strop.cli.commands.runs import cache, dash, runs
 from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import CHAT_COMMANDS, add_recipe_options
@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
     "adapters": adapters, "merge": merge, "serve": serve, "modules": modules, "runs": runs, "dash": dash,
     "import": import_, "export-script": export_script, "push": push, "schema": schema, "demo": demo, "sweep": sweep,
+    "cache": cache,
 }  # fmt: skip
 GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
     "export": ("Export a run to llama.cpp or Ollama, and measure the result.", {"gguf": gguf, "ollama": ollama}),
@@ -69,6 +70,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "runs": "List the runs in a folder, or delete one.",
         "dash": "Show runs in a browser.",
         "adapters": "List, show, compare or add adapters.",
+        "cache": "Show what takes space in the cache, or delete it.",
     },
     "Deliver": {
         "merge": "Merge an adapter into its base.",
@@ -93,6 +95,7 @@ MEANT: Mapping[str, str] = {
     **dict.fromkeys(("ui", "web", "dashboard"), "dash"), **dict.fromkeys(("estimate", "memory"), "plan"),
     **dict.fromkeys(("validate", "data", "inspect"), "check"), **dict.fromkeys(("info", "env"), "doctor"),
     **dict.fromkeys(("search", "hpo", "tune-settings", "optuna"), "sweep"),
+    **dict.fromkeys(("clean", "prune", "clear", "gc"), "cache"),
     "fuse": "merge", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
     **{name: f"{group} {name}" for group, (_, commands) in GROUPS.items() for name in commands},
 }  # fmt: skip
@@ -123,6 +126,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "serve": ("strop serve runs/mine", "strop serve runs/a runs/b --port 9000 --slots 8"),
     "modules": ("strop modules demo", "strop modules Qwen/Qwen3-8B"),
     "runs": ("strop runs", "strop runs other-folder --json"),
+    "cache": ("strop cache", "strop cache --delete layers --unused 30 --yes"),
     "dash": ("strop dash", "strop dash other-folder --port 9001"),
     "import": ("strop import axolotl config.yml --out recipe.yaml", "strop import trl train.py --out recipe.yaml"),
     "export-script": (

@@ -1,8 +1,9 @@
-"""Commands for folders of runs: runs and dash."""
+"""Commands for the folders that strop writes: runs, dash and cache."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 
 from strop.cli.options import DEFAULT_FOLDER, Json, check_folder
 from strop.display.tables import console, describe_caveat, print_json
-from strop.errors import InputError
+from strop.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
@@ -77,6 +78,69 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
     print_json({"run": str(path), "deleted": confirmed, "files": len(files), "bytes": size}, as_json)
 
 
+def cache(
+    delete: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND|all", help="Delete entries of this kind; without --yes, only list them. Repeatable."
+        ),
+    ] = None,
+    unused: Annotated[
+        float, typer.Option(min=0, metavar="DAYS", help="Delete only what was not used for so many days.")
+    ] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm the deletion.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what takes space in the cache, or delete it. What `--delete all` deletes is made again."""
+    from strop.runs.cache import KINDS, delete_entries, list_entries, select_entries
+    from strop.runs.folder import cache_folder
+
+    if delete is None:
+        if yes or unused:
+            raise InputError("--yes and --unused: have no effect without --delete KIND", fix="leave them out")
+        _show_cache(as_json)
+        return
+    if unknown := sorted(set(delete) - {*KINDS, "all"}):
+        what = f"--delete {unknown[0]}: no such kind{suggest(unknown[0], KINDS)}"
+        raise InputError(what, fix=f"give all, or one of {', '.join(KINDS)}")
+    chosen = select_entries(list_entries(), delete, unused)
+    if yes:
+        delete_entries(chosen)
+    else:
+        for entry in chosen:
+            console.print(f"  {entry.path}  {_format_size(entry.size)}, {_format_age(entry.used)}", markup=False)
+    size = sum(entry.size for entry in chosen)
+    verb = "deleted" if yes else "would delete"
+    console.print(f"[bold]{verb}[/] {len(chosen):,} entries, {_format_size(size)}{'' if yes else ': add --yes'}")
+    files = [str(entry.path) for entry in chosen]
+    print_json({"folder": str(cache_folder()), "deleted": yes, "entries": files, "bytes": size}, as_json)
+
+
+def _show_cache(as_json: bool) -> None:
+    from rich.table import Table
+
+    from strop.runs.cache import KINDS, OTHER, list_entries
+    from strop.runs.folder import cache_folder
+
+    entries, kinds = list_entries(), list[dict[str, Any]]()
+    table = Table("kind", "what", "entries", "size", "last used")
+    for kind, what in {**KINDS, OTHER: "measurements of this machine and of earlier runs"}.items():
+        if not (own := [entry for entry in entries if entry.kind == kind]):
+            continue
+        size, used = sum(entry.size for entry in own), max(entry.used for entry in own)
+        kinds.append({"kind": kind, "entries": len(own), "bytes": size, "used": used})
+        table.add_row(kind, what, f"{len(own):,}", _format_size(size), _format_age(used))
+    total = sum(entry.size for entry in entries)
+    console.print(f"[bold]cache[/]    {cache_folder()}: {_format_size(total)}", soft_wrap=True)
+    if kinds:
+        console.print(table)
+        console.print("[bold]delete[/]   strop cache --delete KIND --unused 30")
+        console.print(
+            "         gguf: plain PEFT reads the base of adapters that were trained on a GGUF file from there"
+        )
+    print_json({"folder": str(cache_folder()), "bytes": total, "kinds": kinds}, as_json)
+
+
 def _summarize(run: RunFolder) -> dict[str, Any]:
     """Return a row of the table. Values are None if the files of the run lack them."""
     from strop.dash.runs import read_last_events
@@ -135,6 +199,15 @@ def _format_time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _format_age(used: float) -> str:
+    days = int((time.time() - used) // 86400)
+    return "today" if days < 1 else "yesterday" if days == 1 else f"{days:,} days ago"
 
 
 def dash(
