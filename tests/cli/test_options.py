@@ -143,3 +143,21 @@ def test_tokens_may_have_brackets(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "[]": [],
     }.items():
         assert on_command_line(["--lora.new_tokens", text], monkeypatch, capsys)["lora.new_tokens"].value == tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--train.exact"], True),
+        (["--train.exact", "--lora.use_dora"], True),
+        (["--train.exact", "false", "--train.max_steps", "1"], False),
+        (["--train.exact=false"], False),
+        (["--lora.use_dora", "--train.exact", "true"], True),
+    ],
+)
+def test_boolean_without_a_value_is_true(words: list[str], expected: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        "train", "--model", "demo", "--data", "demo", "--print-recipe", "--json", *words, capsys=capsys
+    )
+    assert code == 0, err
+    assert json.loads(out)["recipe"]["train"]["exact"] is expected

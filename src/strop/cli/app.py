@@ -8,6 +8,7 @@ import errno
 import gc
 import inspect
 import io
+import itertools
 import logging
 import os
 import re
@@ -29,7 +30,7 @@ from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import cache, dash, runs
 from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
-from strop.cli.options import CHAT_COMMANDS, add_recipe_options
+from strop.cli.options import BOOLEAN, CHAT_COMMANDS, add_recipe_options
 from strop.config.names import use_short_forms
 from strop.display.tables import console, print_json, with_command_name
 from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest, in_terminal
@@ -274,7 +275,14 @@ class _HideFlagTypes:
         return parameters
 
 
-class _Command(_HideFlagTypes, typer.core.TyperCommand): ...
+class _Command(_HideFlagTypes, typer.core.TyperCommand):
+    def parse_args(self, context: Any, words: list[str]) -> list[str]:
+        """Give a recipe's boolean the value true if it has none (`--train.exact --json`)."""
+        switches = {name for parameter in self.params if parameter.metavar == BOOLEAN for name in parameter.opts}
+        completed = list[str]()
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
+            completed += [word, "true"] if word in switches and following.startswith("-") else [word]
+        return super().parse_args(context, completed)
 
 
 class _Group(_HideFlagTypes, typer.core.TyperGroup): ...

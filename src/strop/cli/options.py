@@ -18,6 +18,7 @@ from strop.display.tables import console
 from strop.errors import FolderError, RecipeError
 
 DEFAULT_FOLDER = Path("runs")
+BOOLEAN = "<bool>"  # metavar of a recipe's booleans
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or the word demo.")
@@ -194,7 +195,7 @@ def _metavar(info: Any) -> str:
     first = get_origin(members[0]) or members[0]
     if first is Annotated:
         first = get_args(members[0])[0]
-    names = {bool: "<bool>", int: "<int>", float: "<float>", list: "<list>", dict: "<map>"}
+    names = {bool: BOOLEAN, int: "<int>", float: "<float>", list: "<list>", dict: "<map>"}
     return names.get(first, "<str>")
 
 
