@@ -33,6 +33,7 @@ from strop.cli.chat import Session
 from strop.config.names import SHORT_FORMS
 from strop.config.options import Options
 from strop.config.schema import option_fields
+from strop.data.types import Message
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, MemoryLimitError, in_python
@@ -280,6 +281,36 @@ def test_chat_beyond_the_context_raises(tiny_folder: Path) -> None:
     assert len(model.renderer.prompt(model.history)) > 400
     model.history.clear()
     assert model.chat("what is 3", max_new_tokens=4)
+
+
+def test_generate_ends_at_the_context(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = strop.load(tiny_folder)
+    room = 512 - len(model.renderer.prompt([Message("user", "9 " * 150)]))
+    with pytest.raises(InputError, match="the model supports 512"):
+        model.generate(["what is 3", "9 " * 600])
+    [short, long] = model.answer(
+        [model.renderer.prompt([Message("user", text)]) for text in ("what is 3", "9 " * 150)], max_new_tokens=400
+    )
+    assert long.stopped or long.tokens == room < 400
+    assert short.stopped or short.tokens == 400
+    caplog.clear()
+    model.generate("9 " * 150, max_new_tokens=400)
+    assert long.stopped or caplog.messages == [f"the answer was cut at {room} tokens; the model supports no more"]
+
+
+def test_base_is_the_base_until_the_end_of_the_block(adapter_folders: list[Path]) -> None:
+    calm, bold = map(str, adapter_folders)
+    model = strop.load(calm)
+    model.add(bold)
+    with model.base():
+        plain = model.generate("what is 3", max_new_tokens=8)
+        with pytest.raises(InputError, match=f"use {bold}: inside `base`"):
+            model.use(bold)
+        with model.base():
+            assert model.generate("what is 3", max_new_tokens=8) == plain
+        assert model.generate("what is 3", max_new_tokens=8) == plain
+    tuned = model.generate("what is 3", max_new_tokens=8)
+    assert tuned == strop.load(calm).generate("what is 3", max_new_tokens=8) != plain
 
 
 def test_each_adapter_uses_the_system_prompt_of_its_training(adapter_folders: list[Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 import strop
@@ -230,6 +231,26 @@ def test_weighted_sum_of_rslora_adapters_adds_the_changes(tiny_folder: Path, row
     combine([str(tmp_path / "a"), str(tmp_path / "b")], [1.0, 0.5], tmp_path / "sum")
     for name, weight in delta(tmp_path / "sum").items():
         torch.testing.assert_close(weight, parts[0][name] + 0.5 * parts[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_part_of_one_adapter_keeps_the_rank_of_each_module(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    ranks, alphas = {"q_proj": 2, "layers.1.mlp.down_proj": 8}, {"k_proj": 32}
+    strop.train(
+        model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run",
+        lora={"r": 4, "rank_pattern": ranks, "alpha_pattern": alphas}, train={"max_steps": 3, "learning_rate": 1e-2},
+        **{"model.dtype": "fp32"},
+    )  # fmt: skip
+    assert combine([str(tmp_path / "run")], [-0.5], tmp_path / "half")["rank"] == 4
+    whole, half = (delta(tmp_path / name) for name in ("run", "half"))
+    for name, weight in half.items():
+        torch.testing.assert_close(weight, -0.5 * whole[name], rtol=1e-4, atol=1e-6)
+    sizes = {
+        name: len(x)
+        for name, x in load_file(tmp_path / "half" / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
+    assert sorted(set(sizes.values())) == [2, 4, 8]
+    assert strop.load(str(tmp_path / "half")).generate("what is 3", max_new_tokens=2)
 
 
 def test_adapters_of_models_with_different_sizes_have_no_cosine(runs: tuple[Path, Path], tmp_path: Path) -> None:

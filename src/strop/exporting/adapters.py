@@ -145,6 +145,10 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         model, _ = attach_adapter(model, folder, source, name=peft_name)
     model.peft_config[peft_names[0]].use_rslora = False  # peft copies this config, and the sum has a scale of 1
     model.add_weighted_adapter(peft_names, list(weights), "combined", combination_type="cat")
+    if len(folders) == 1:  # peft keeps the matrices as they are, and sets the largest rank of all modules
+        part, config = (model.peft_config[name] for name in (peft_names[0], "combined"))
+        config.r = config.lora_alpha = part.r
+        config.rank_pattern, config.alpha_pattern = part.rank_pattern, {**part.rank_pattern}
     with disk_errors(out.parent), exclusive_output(out), new_folder(out) as temp:
         model.save_pretrained(str(temp), selected_adapters=["combined"], save_embedding_layers=False)
         for file in (temp / "combined").iterdir():

@@ -5,6 +5,7 @@ Models that the compiled decoder does not support use transformers' generate (hf
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
@@ -25,7 +26,7 @@ from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceS
 from strop.engine.images import image_features
 from strop.errors import InputError, ModelError, NonFiniteError
 from strop.models.adapters import adapter_disabled
-from strop.models.introspect import learned_positions
+from strop.models.introspect import learned_positions, max_positions
 from strop.models.tokenizer import TextStream
 
 HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
@@ -98,6 +99,7 @@ def generate(
 
     Args:
         stop_ids: tokens that end a completion, in addition to those of the model's generation config.
+        max_new_tokens: the limit of each completion, which also ends where the model supports no more positions.
         sampling: None for greedy decoding.
         on_text: called with pieces of the text of the completion, for a single prompt.
         advance: called with the number of finished completions.
@@ -133,13 +135,11 @@ def generate(
     if (largest := max(max(hide_images(ids), default=-1) for ids in prompts)) >= vocabulary:
         what = f"the tokenizer returns token {largest}, but the model has {vocabulary:,} tokens"
         raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
-    limits = [max_new_tokens] * len(prompts)
-    if positions := learned_positions(model):
-        longest = max(map(len, prompts))
-        if longest >= positions:
-            what = f"the prompt has {longest} tokens, and the model has learned {positions} positions"
-            raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
-        limits = [min(max_new_tokens, positions - len(ids)) for ids in prompts]
+    longest, positions = max(map(len, prompts)), max_positions(model) or sys.maxsize
+    if longest >= positions and learned_positions(model):
+        what = f"the prompt has {longest} tokens, and the model has learned {positions} positions"
+        raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
+    limits = [max(1, min(max_new_tokens, positions - len(ids))) for ids in prompts]
     if why_decoder_unsupported(model) is not None:
         streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
         return _generate_with_hf(model, tokenizer, prompts, stop_ids, limits, sampling, streamer, advance)

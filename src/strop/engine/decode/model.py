@@ -71,6 +71,7 @@ class Model:
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _base: Any = None  # the base of a model whose weights were all trained, once it is loaded
+    _is_base: bool = False  # inside `base`
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -123,12 +124,16 @@ class Model:
     def use(self, name: str) -> None:
         """Switch to an adapter, its template and its system prompt. name: the model's name, or an added adapter.
 
-        Raises InputError for another name.
+        Raises InputError for another name, and inside `base`.
         """
         if name not in (self.name, *self.others):
             raise InputError(f"{name}: not loaded", fix=f"use {', '.join((self.name, *self.others))}, or `add` it")
-        self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
-        self.module.set_adapter("default" if name == self.name else self.others[name])
+        with self._lock:
+            if self._is_base:
+                what = f"use {name}: inside `base`, which has no adapter"
+                raise InputError(what, fix="call it before or after the block")
+            self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
+            self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -219,11 +224,23 @@ class Model:
         after `history.clear()`.
         """
         assert self.is_tuned
-        if self.untuned is None:
-            with self._lock, adapter_disabled(self.module):
-                yield
-            return
         with self._lock:
+            if self._is_base:  # in a block of the caller
+                yield
+                return
+            self._is_base = True
+            try:
+                with self._without_training():
+                    yield
+            finally:
+                self._is_base = False
+
+    @contextmanager
+    def _without_training(self) -> Iterator[None]:
+        if self.untuned is None:
+            with adapter_disabled(self.module):
+                yield
+        else:
             tuned, device = self.module, next(self.module.parameters()).device
             if self._base is None:
                 storage: dict[str, Any] = {"quantization": self.quantization, "resident_layers": None}
@@ -268,6 +285,8 @@ class Model:
             max_new_tokens: the limit for each answer.
             sampling: None for greedy decoding.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
+
+        Raises InputError for a prompt with more tokens than the model supports.
         """
         max_new_tokens, sampling = _apply_settings("generate", max_new_tokens, sampling or Sampling(), settings)
         texts = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
@@ -280,8 +299,12 @@ class Model:
             raise InputError(what, fix="give one image, a list of images, or None for each message")
         turns = [_user_message(text, own, "generate") for text, own in zip(texts, images, strict=True)]
         ids = [self.renderer.prompt([*self._system_messages(system), turn]) for turn in turns]
+        positions = max_positions(self.module) or sys.maxsize
+        if (longest := max(map(len, ids), default=0)) >= positions:
+            what = f"generate: a prompt has {longest:,} tokens, and the model supports {positions:,}"
+            raise InputError(what, fix="shorten it")
         answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [answer.text for answer in self._check_length(answers)]
+        return [answer.text for answer in self._check_length(answers, max_new_tokens)]
 
     def chat(
         self,
@@ -329,19 +352,19 @@ class Model:
         if len(prompt) >= max_length:
             what = f"the conversation has {len(prompt):,} tokens, and the model supports {max_length:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
-        max_new_tokens = min(max_new_tokens, max_length - len(prompt))
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
-        [answer] = self._check_length(self.answer([prompt], **options), log=on_text is None)
+        [answer] = self._check_length(self.answer([prompt], **options), max_new_tokens, log=on_text is None)
         self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
 
-    def _check_length(self, answers: list[Completion], *, log: bool = True) -> list[Completion]:
+    def _check_length(self, answers: list[Completion], limit: int, *, log: bool = True) -> list[Completion]:
         """Set `was_cut`, and log a warning if answers were cut at the limit of their length."""
         cut = [answer.tokens for answer in answers if not answer.stopped]
         self.was_cut = bool(cut)
         if cut and log:
             number = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
-            LOG.warning("%s cut at %d tokens; max_new_tokens sets the limit", number, max(cut))
+            why = "max_new_tokens sets the limit" if max(cut) == limit else "the model supports no more"
+            LOG.warning("%s cut at %d tokens; %s", number, max(cut), why)
         return answers
 
     def _system_messages(self, system: str | None) -> list[Message]:
