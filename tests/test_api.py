@@ -26,7 +26,7 @@ import pandas
 import pyarrow
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import strop
 from strop.cli.chat import Session
@@ -296,6 +296,16 @@ def test_generate_ends_at_the_context(tiny_folder: Path, caplog: pytest.LogCaptu
     caplog.clear()
     model.generate("9 " * 150, max_new_tokens=400)
     assert long.stopped or caplog.messages == [f"the answer was cut at {room} tokens; the model supports no more"]
+
+
+def test_weights_that_are_rounded_without_being_asked_are_noted(tiny_folder: Path, tmp_path: Path) -> None:
+    note = "stored in fp32, loaded in bf16, which is faster here: --dtype fp32 loads it as stored"
+    model = strop.load(tiny_folder)  # which is stored in fp32
+    assert list(model.notes) == ([note] if model.dtype == "bf16" else [])
+    assert not strop.load(tiny_folder, dtype="bf16").notes and not strop.load(tiny_folder, dtype="fp32").notes
+    AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    model.tokenizer.save_pretrained(tmp_path / "bf16")
+    assert not strop.load(tmp_path / "bf16").notes
 
 
 def test_base_is_the_base_until_the_end_of_the_block(adapter_folders: list[Path]) -> None:

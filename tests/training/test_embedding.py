@@ -238,6 +238,8 @@ def test_embeddings_from_the_command_line_to_plain_sentence_transformers(
     assert result["rows"] == 42 and result["texts"] == 84 and result["train_rows"] == result["known_texts"] == 0
     for side in ("base", "baseline", "tuned"):
         assert result[side].keys() == result["score_intervals"][side].keys() == scores
+    assert result["score_differences"].keys() == scores
+    assert result["score_differences"][result["metric"]] == result["difference"]
     assert result["baseline_name"] == "TF-IDF" and result["baseline_difference"].keys() == {"value", "low", "high"}
     assert "accuracy@1" in (out / "report.html").read_text() and "nDCG@10" in (out / "report.html").read_text()
 

@@ -135,7 +135,9 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
             warnings.append(f"{num_with_reasoning} {role} rows have reasoning and {num_without} have none")
         cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    if repeated := len(rows) - len(np.unique(selection.records["digest"])):
+    # a row that is repeated by its file's weight counts once
+    distinct = np.unique(selection.records[["digest", "file", "line"]])
+    if repeated := len(distinct) - len(np.unique(distinct["digest"])):
         warnings.append(f"{repeated} {role} rows repeat an earlier one")
     warnings += _label_warnings(selection)
     refusal = _why_refused(data, selection, errors, counts)

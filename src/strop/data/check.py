@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, repeat
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +118,13 @@ def _describe_answers(answers: Mapping[str, Any]) -> str:
 
 
 def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
-    """Print the tokens of the first rows: supervised tokens green in ⟦ ⟧, stop tokens reversed, white space visible."""
-    print_tokens(prepared.train[:num_rows], prepared.renderer, console, ids=ids)
+    """Print the tokens of the first rows: supervised tokens green in ⟦ ⟧, stop tokens reversed, white space visible.
+
+    A row that is repeated by its file's weight is shown once.
+    """
+    repeats = groupby(prepared.train, key=lambda x: (x.file, x.line, x.ids.tobytes()))
+    shown = [next(examples) for _, examples in islice(repeats, num_rows)]
+    print_tokens(shown, prepared.renderer, console, ids=ids)
 
 
 def print_tokens(examples: Sequence[Example], renderer: Renderer, console: Console, *, ids: bool = False) -> None:

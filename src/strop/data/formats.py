@@ -252,7 +252,7 @@ class ConversationReader:
                 for parsed in parsed_rows:
                     yield Conversation(row.file, row.line, **vars(parsed))
             if self._first_unknown and not self._first_known:  # no row of the file has a known format
-                raise _unknown_format(self._first_unknown)
+                raise self._unknown_format(self._first_unknown)
 
     def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._rename_columns(row.value)
@@ -304,7 +304,7 @@ class ConversationReader:
             present = _present_columns(row.value)
             candidates = FORMATS.values() if self._first_known is None else [FORMATS[self.formats[row.file]]]
             if any(entry.matching_keys(present) and _ambiguous_columns(row.value, entry) for entry in candidates):
-                raise _unknown_format(row)  # also if this column is empty in other rows
+                raise self._unknown_format(row)  # also if this column is empty in other rows
         if self._first_known is None:
             if detected is None:
                 self._first_unknown = self._first_unknown or row
@@ -328,6 +328,12 @@ class ConversationReader:
             )
         return expected
 
+    def _unknown_format(self, row: Row) -> DataError:
+        what, fix = f"no format has the columns {_list_columns(row.value)}", _suggest_options(row.value)
+        if self.formats.keys() - {row.file}:
+            fix = f"rename or remove columns of this file, because options apply to every file (alone it needs {fix})"
+        return file_error(row.file, what, fix, row.line)
+
 
 def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
     """Return the format that data.format or data.columns select, if any. Raises DataError for unknown names."""
@@ -348,11 +354,6 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
             return entry
     what = f"--data.columns names {', '.join(columns)}: no format has these columns"
     raise DataError(what, fix="give two columns, for example prompt=A,completion=B")
-
-
-def _unknown_format(row: Row) -> DataError:
-    what = f"no format has the columns {_list_columns(row.value)}"
-    return file_error(row.file, what, _suggest_options(row.value), row.line)
 
 
 def _list_columns(value: RowValue) -> str:

@@ -90,7 +90,9 @@ print(vectors @ vectors.T)  # cosine similarities
 import strop
 
 print(strop.load("{location}").embed(texts))
-```"""
+```
+
+With peft alone, load it on `AutoModelForCausalLM`: `AutoModel` names its weights otherwise, and peft only warns."""
 
 MERGED_EMBED_USAGE = """```python
 from sentence_transformers import SentenceTransformer

@@ -175,7 +175,7 @@ def compare_retrieval(
         result["score_differences"] = {
             name: dict(zip(("value", "low", "high"), (float(x.mean()), *mean_interval(x.tolist())), strict=True))
             for name, x in changes.items()
-        }
+        } | {NEAREST: result["difference"]}
     if "baseline" in hits:
         result["baseline_name"] = BASELINE
         result["baseline_difference"] = vars(paired_difference(hits["baseline"], hits["tuned"]))

@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import torch
+
 from strop.data.converters import ParsedRow, convert_prompt, list_images, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
@@ -39,7 +41,15 @@ from strop.models.adapters import (
 )
 from strop.models.embedder import read_pooling
 from strop.models.introspect import max_positions
-from strop.models.load import DTYPES, GGUF_NOTE, check_device_and_dtype, load_base, load_config, refuse_embedder
+from strop.models.load import (
+    DTYPES,
+    GGUF_NOTE,
+    check_device_and_dtype,
+    load_base,
+    load_config,
+    refuse_embedder,
+    stored_dtype,
+)
 from strop.models.lora import grow_vocabulary
 from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
 from strop.models.streaming import fits_in_memory, load_streamed
@@ -456,6 +466,16 @@ def _load_base(
     return base, [f"{source.name}: is read from disk for each token of the answers, because memory is short"]
 
 
+def _describe_rounding(source: Source, dtype: str) -> list[str]:
+    """Return a note if a dtype that was not asked for has less precision than the stored weights."""
+    if source.kind == "gguf" or prequantized(source.config()) is not None:
+        return []
+    stored = next((name for name, kind in DTYPES.items() if kind == stored_dtype(source)), dtype)
+    if torch.finfo(DTYPES[stored]).eps >= torch.finfo(DTYPES[dtype]).eps:
+        return []
+    return [f"stored in {stored}, loaded in {dtype}, which is faster here: --dtype {stored} loads it as stored"]
+
+
 def load(
     name: str | os.PathLike[str],
     *,
@@ -503,6 +523,8 @@ def load(
     if dtype == "auto":
         family = load_config(source).model_type if torch_device.startswith("cuda") else ""
         dtype, notes = pick_generation_dtype(torch_device, identity.get("dtype"), family)
+        if folder is None and "dtype" not in identity:
+            notes = _describe_rounding(source, dtype)
     scheme = quantization
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
