@@ -4,8 +4,8 @@
 
 Writes the 16-bit model (8B: 16 GB) to FOLDER layer by layer, or reuses it, and trains 3 steps of 512 tokens (`--steps`,
 `--tokens`) in a process of its own. `--limit N`: in a cgroup of N GiB (Linux, root), whose limit includes the file
-cache. Prints and stores tokens per second, seconds in which the run waited for the disk, and the measured and the
-predicted peak of resident memory.
+cache. Prints and stores tokens per second and those that the plan expects (run `strop doctor` before), seconds in which
+the run waited for the disk, and the measured and the predicted peak of resident memory.
 """
 
 from __future__ import annotations
@@ -107,12 +107,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         report = strop.train(
             model=options.folder, data=rows, out=f"{folder}/run", callback=events.append, progress=False, **recipe
         ).report
+    planned = strop.plan(model=options.folder, data=rows, **recipe)
     steps = [event for event in events if event["event"] == "step"]
     memory, first, last = report["memory"], steps[0], steps[-1]
     return {
         "shape": options.shape, "placement": options.placement, "quantization": options.quantization,
         "limit_gib": options.limit, "steps": len(steps), "losses": [event["loss"] for event in steps],
         "tokens_per_s": (last["tokens"] - first["tokens"]) / (last["time"] - first["time"]),  # without the first step
+        "planned_tokens_per_s": planned.tokens_per_s, "rates": planned.rate.source,
         "seconds": report["seconds"], "waited_s": report.get("disk_wait_s", 0.0),
         "measured_peak_bytes": memory["measured_peak_bytes"], "predicted_peak_bytes": memory["predicted_peak_bytes"],
     }  # fmt: skip

@@ -58,7 +58,7 @@ def test_generation_stops_at_the_last_position(short: Path) -> None:
     model = strop.load(short)
     [answer] = model.answer([np.arange(7, 37, dtype=np.int32)], max_new_tokens=80)
     assert answer.tokens == 2  # after 30 of 32
-    with pytest.raises(InputError, match="has learned 32 positions"):
+    with pytest.raises(InputError, match="the model supports 32"):
         model.generate("what is 3 " * 20)
 
 

@@ -89,8 +89,9 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
     assert newest == {"why": None, "switched": {"activate_flash_attention_impl": 1}}
     assert merged["files"] > 0 and not merged["asked"], "merging runs on the CPU"
     assert evaluated["rows"] == 24
-    assert outcomes[0]["emptied"] == 1, "to free the holes left by weights that were joined"
-    assert outcomes[list(runs).index("fails once")]["emptied"] == 2
+    # to free the holes left by weights that were joined, after a step that failed, and before the adapter is written
+    assert outcomes[0]["emptied"] == 2
+    assert outcomes[list(runs).index("fails once")]["emptied"] == 3
     quantized = [bool(run["quantized_there"]) for run in outcomes[: len(runs)]]
     assert quantized == [kind in FIRST_OF_THEIR_SCHEME for kind in runs], "the others find the quantized copy"
     assert_one_wait_a_pass(served)

@@ -10,10 +10,13 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import strop
 from strop.errors import ModelError
 from strop.exporting.adapter_weights import load_merger
+from strop.exporting.adapters import combine
 from strop.models.source import locate
 from tests.models.walk import QUICK
 from tests.support import tiny, tiny_families
@@ -75,6 +78,8 @@ def test_adapter_on_experts_can_be_trained(targets: Any, tmp_path: Path) -> None
         ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
         ({"alora_invocation_tokens": [5, 6]}, "does not act on every token"),
         ({"arrow_config": {"top_k": 1}}, "does not act on every token"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of its base"),
+        ({"kasa_config": {"beta": 1e-4}}, "changes the weights of its base"),
     ],
 )
 def test_invalid_adapter_config_is_refused(fields: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:
@@ -100,3 +105,120 @@ def test_merging_a_trained_embedding_with_an_untrained_tied_head_is_refused(base
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight was trained in full"):
         load_merger(locate(str(base)), adapter)
+
+
+def test_router_of_experts_as_a_target_parameter_can_be_trained(tmp_path: Path) -> None:
+    tiny_families.save("qwen3_moe", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_parameters=["mlp.gate.weight"], target_modules=[])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert goes_on(tmp_path / "base", tmp_path / "adapter", tmp_path / "run")["target_modules"] == ["gate"]
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_adapter_on_an_untied_head_has_the_bases_weights_beside_it(tmp_path: Path) -> None:
+    tiny_families.save("qwen3", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    tuned: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    torch.manual_seed(1)
+    for weight in tuned.parameters():
+        weight.data += 0.1 * torch.randn_like(weight) * weight.requires_grad
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored, name = load_file(file), "base_model.model.lm_head.base_layer.weight"
+    assert name in stored
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for dtype in ("fp32", "bf16"):
+        loaded = strop.load(tmp_path / "adapter", dtype=dtype, device="cpu")
+        if dtype == "fp32":
+            assert torch.equal(loaded.module(ids).logits, tuned.eval()(ids).logits)
+    save_file({**stored, name: stored[name] + 1}, file)
+    with pytest.raises(ModelError, match=r"lm_head\.base_layer\.weight has other values than the base"):
+        strop.load(tmp_path / "adapter", dtype="fp32", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_adapter_on_the_embedding_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = saved(base, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ModelError, match="has LoRA matrices on the embedding"):
+        strop.load(adapter)
+    with pytest.raises(ModelError, match="has LoRA matrices on the embedding"):
+        strop.merge(adapter, tmp_path / "merged", measure=False)
+
+
+def change(model: Any) -> dict[str, torch.Tensor]:
+    """Return the change of each weight by the active adapter."""
+    layers = model.base_model.model.named_modules()
+    return {
+        name: layer.get_delta_weight(model.active_adapter)
+        for name, layer in layers
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and model.active_adapter in layer.lora_A
+    }
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_sum_of_adapters_with_different_ways_to_name_targets(
+    order: tuple[int, ...], base: Path, tmp_path: Path
+) -> None:
+    every: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "down_proj"]}
+    ways = [{**every, "exclude_modules": ["o_proj"]}, every, {"target_modules": r".*layers\.1.*(o_proj|up_proj)"}]
+    folders = [str(saved(base, tmp_path / str(number), **ways[number])) for number in order]
+    weights = [0.5, 2.0, -1.0]
+    combine(folders, weights, tmp_path / "sum")
+    parts = [change(strop.load(folder, dtype="fp32", device="cpu").module) for folder in folders]
+    total = change(strop.load(tmp_path / "sum", dtype="fp32", device="cpu").module)
+    assert total.keys() == {name for part in parts for name in part}
+    for name, weight in total.items():
+        expected = sum(factor * part[name] for factor, part in zip(weights, parts, strict=True) if name in part)
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter .default.* invalid shape")
+def test_adapter_with_lora_biases_has_no_sum(base: Path, tmp_path: Path) -> None:
+    adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ModelError, match="have no weighted sum"):
+        combine([str(adapter)], [0.5], tmp_path / "half")
+
+
+def test_sum_that_differs_from_its_parts_is_not_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
+    monkeypatch.setattr("strop.exporting.adapters.MAX_SUM_ERROR", 1e-12)
+    with pytest.raises(ModelError, match=r"the sum differs from its parts in .*(q|o)_proj"):
+        combine([str(adapter), str(adapter)], [0.3, 0.1], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+def test_adapter_that_cannot_be_added_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
+    first, bad, good = (saved(base, tmp_path / name, target_modules=["q_proj"]) for name in ("first", "bad", "good"))
+    edit(bad, r=9)
+    model = strop.load(first, dtype="fp32", device="cpu")
+    answer = model.generate("what is 3", max_new_tokens=4)
+    with pytest.raises(ModelError):
+        model.add(str(bad))
+    model.add(str(good))
+    assert model.generate("what is 3", max_new_tokens=4) == answer
+    model.use(str(good))
+    assert model.generate("what is 3", max_new_tokens=4) == strop.load(good, dtype="fp32").generate(
+        "what is 3", max_new_tokens=4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters_that_train_embeddings_share_a_base_only_where_peft_can(base: Path, tmp_path: Path) -> None:
+    plain = saved(base, tmp_path / "plain", target_modules=["q_proj"])
+    tokens = saved(base, tmp_path / "tokens", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    full = saved(base, tmp_path / "full", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = strop.load(plain, dtype="fp32", device="cpu")
+    model.add(str(tokens))
+    model.use(str(tokens))
+    assert model.generate("what is 3", max_new_tokens=4)
+    for first, second, message in (
+        (tokens, plain, "load the adapter with tokens last"),
+        (tokens, full, "load the adapter with tokens last"),
+        (full, tokens, "one adapter trains rows of embed_tokens, and another trains all of it"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            strop.load(first, dtype="fp32", device="cpu").add(str(second))

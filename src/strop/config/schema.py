@@ -51,7 +51,7 @@ def _number_to_text(value: Any) -> Any:
 
 
 def _none_to_off(value: Any) -> Any:
-    """Convert none, which recipes of earlier versions have, and false, as which YAML reads off, to off."""
+    """Return off for null and none (of recipes of earlier versions), and for false (as YAML reads off)."""
     return "off" if value in (None, "none") or value is False else value
 
 

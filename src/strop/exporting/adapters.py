@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from strop.errors import ModelError, RecipeError
@@ -31,6 +32,7 @@ from strop.models.source import read_safetensors_header
 from strop.runs.folder import RunFolder, check_new_output, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
+MAX_SUM_ERROR = 1e-5  # of a sum of adapters, relative to its terms
 # Settings in adapter_config.json that are compared.
 SETTINGS = (
     "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern",
@@ -144,6 +146,8 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
     for folder, peft_name in zip(folders, peft_names, strict=True):
         model, _ = attach_adapter(model, folder, source, name=peft_name)
     model.peft_config[peft_names[0]].use_rslora = False  # peft copies this config, and the sum has a scale of 1
+    for peft_name in peft_names:
+        _list_targets(model, peft_name)
     model.add_weighted_adapter(peft_names, list(weights), "combined", combination_type="cat")
     if len(folders) == 1:  # peft keeps the matrices as they are, and sets the largest rank of all modules
         part, config = (model.peft_config[name] for name in (peft_names[0], "combined"))
@@ -167,7 +171,31 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         if any(read_identity(folder).get(NEEDS_QUANTIZED_BASE) for folder in folders):
             identity[NEEDS_QUANTIZED_BASE] = True
         write_json(temp / STROP_FILE, identity)
+        _check_sum(temp, folders, weights)
     return read_info(str(out))
+
+
+def _list_targets(model: Any, name: str) -> None:
+    """Name the adapted modules of an adapter in its config, which peft copies for a sum of several."""
+    layers = [(path, x) for path, x in model.base_model.model.named_modules() if isinstance(x, LoraLayer)]
+    config = model.peft_config[name]
+    config.target_modules = {path for path, layer in layers if name in layer.lora_A}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _check_sum(out: Path, folders: Sequence[Path], weights: Sequence[float]) -> None:
+    """Raise ModelError if an adapter's change differs from the weighted sum of the changes of others."""
+    total, parts = _LoraDelta.read(out), [_LoraDelta.read(folder) for folder in folders]
+    assert total is not None
+    for module in {*total.scales, *(name for part in parts if part is not None for name in part.scales)}:
+        terms = [(part, weight) for part, weight in zip([total, *parts], [-1.0, *weights], strict=True)]
+        held = [(part, weight * part.scales[module]) for part, weight in terms if part and module in part.scales]
+        a = torch.cat([part.matrices(module)[0].double() for part, _ in held])
+        b = torch.cat([factor * part.matrices(module)[1].double() for part, factor in held], 1)
+        size = float(((b.T @ b).diag().sqrt() * (a @ a.T).diag().sqrt()).sum())
+        if float(((b.T @ b) * (a @ a.T)).sum()) > (MAX_SUM_ERROR * size) ** 2:
+            what = f"the sum differs from its parts in {module}, so it was not written"
+            raise ModelError(what, fix="merge the adapters one after the other")
 
 
 def find_prompt_differences(names: Sequence[str]) -> list[str]:
@@ -250,8 +278,8 @@ def _check_summable(folder: Path) -> None:
     if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
         raise ModelError(what, fix="serve or merge each adapter separately")
-    extra = any(config.get(name) for name in ("use_dora", "modules_to_save", "trainable_token_indices"))
-    if extra or config.get("bias", "none") != "none":
+    extra = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+    if any(config.get(name) for name in extra) or config.get("bias", "none") != "none":
         what = f"{folder}: DoRA, biases, full modules and new tokens have no weighted sum"
         raise ModelError(what, fix="combine plain LoRA adapters")
 

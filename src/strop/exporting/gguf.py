@@ -96,7 +96,7 @@ def export_gguf(
         llama_cpp.check_import()
     tuned = TunedModel.open(name)
     if tuned.folder is not None and trained_token_rows(read_adapter_config(tuned.folder)):
-        what = f"{name}: has tokens that its base does not have"
+        what = f"{name}: trains rows of the embedding (new tokens)"
         raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
     if measure:
         tuned = tuned.load_rows(data, choose_base=not adapter)

@@ -26,7 +26,12 @@ AdapterKind = Literal["text", "reward", "classifier", "embedder"]  # generates t
 IN_TOWER = re.compile(r"(^|\.)(vision|visual)")  # in paths of image encoders: vision_tower, vision_model, visual
 _IN_TEXT = re.compile(r"\.(language|text)_model\.")  # the same of the text model, next to an encoder
 _RESTORE = "restore the values that the adapter was trained with"  # a fix
-CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
+STORED_BASE = ".base_layer.weight"  # ends the name of a base weight that PEFT saves with an adapter on the head
+# settings of adapters that are more than a change of weights on an unchanged base
+UNSUPPORTED_FIELDS = {
+    "alora_invocation_tokens": "does not act on every token", "arrow_config": "does not act on every token",
+    "layer_replication": "repeats layers of its base", "kasa_config": "changes the weights of its base",
+}  # fmt: skip
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -87,9 +92,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     targets = config.get("target_modules") or []
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise ModelError(f"{file}: target_modules is {targets!r}, not a list of names", fix=_RESTORE)
-    if field := next((name for name in CONDITIONAL_FIELDS if config.get(name)), None):
-        what = f"{folder}: an adapter that does not act on every token ({field} in its config)"
-        raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
+    if field := next((name for name in UNSUPPORTED_FIELDS if config.get(name)), None):
+        what = f"{folder}: an adapter that {UNSUPPORTED_FIELDS[field]} ({field} in its config)"
+        raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens of an unchanged base")
+    if any(".lora_embedding_" in name for name in read_safetensors_header(folder / WEIGHTS_FILE)):
+        fix = "merge it into its base with peft (merge_and_unload), and use the merged model"
+        raise ModelError(f"{folder}: has LoRA matrices on the embedding, which strop does not support", fix=fix)
     return config
 
 
@@ -186,7 +194,8 @@ def check_adapter_fits(
 ) -> None:
     """Raise ModelError if an adapter's tensor names or shapes differ from the model's, where PEFT only warns."""
     # shapes: of the model's adapter tensors. base: its name, for messages. lora_only: check only the LoRA matrices.
-    saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
+    header = read_safetensors_header(folder / WEIGHTS_FILE)
+    saved = {name: entry["shape"] for name, entry in header.items() if not name.endswith(STORED_BASE)}
     expected = {name: list(shape) for name, shape in shapes.items() if not lora_only or ".lora_" in name}
     if lora_only:
         saved = {name: shape for name, shape in saved.items() if name in expected}
@@ -216,7 +225,10 @@ def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
 
     A pattern becomes the names of its matches in the weights. Raises ModelError if there are none.
     """
-    parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
+    parameters = [  # "mlp.gate.weight" is that of a layer, "mlp.experts.gate_up_proj" is one of several in a module
+        name.removesuffix(".weight").rpartition(".")[2] if name.endswith(".weight") else name
+        for name in config.get("target_parameters") or []
+    ]
     targets = config.get("target_modules") or []
     every = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
     paths = set(filter(_is_text, every)) if any(map(_IN_TEXT.search, every)) else every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Classes
 from strop.errors import ModelError
 from strop.models.adapter_config import (
+    STORED_BASE,
     STROP_FILE,
     WEIGHTS_FILE,
     AdapterKind,
@@ -104,7 +105,10 @@ def attach_adapter(
     check_adapter_kind(folder, kind)
     mismatches = check_adapter_base(folder, source, force=force)
     check_adapter_weights(folder)
-    if not isinstance(base, peft.PeftModel):
+    _check_stored_base(base, folder)
+    if isinstance(base, peft.PeftModel):
+        _check_shared_base(base, folder, config)
+    else:
         if outputs := count_outputs(folder):
             add_score_head(base, outputs)
         last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
@@ -120,14 +124,16 @@ def attach_adapter(
     options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
     shared = isinstance(base, peft.PeftModel)
     missing_keys = ignore_peft_warnings("Found missing adapter keys")  # checked below
-    with peft_load_errors(folder, source.name, shared), missing_keys:
+    with ExitStack() as stack, peft_load_errors(folder, source.name, shared), missing_keys:
         if isinstance(base, peft.PeftModel):
             model = base
+            stack.callback(_remove_adapter, model, name)  # unless it fits
             model.load_adapter(str(folder), adapter_name=name, **options)
         else:
             model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **options)
-    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
+        state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
+        stack.pop_all()
     if trains_biases:
         # PEFT overwrites the base's biases with the adapter's; `adapter_disabled` restores them.
         names = [name for name, _ in model.named_parameters()]
@@ -135,6 +141,43 @@ def attach_adapter(
         biases = {name: base_biases[key] for name, key in zip(names, base_names, strict=True) if key in base_biases}
         cast(Any, model).biases_of_base = biases
     return patch_lora_forward(model), mismatches
+
+
+def _check_stored_base(base: nn.Module, folder: Path) -> None:
+    """Raise ModelError if the adapter's file has weights of the base (PEFT adds an adapted head) with other values."""
+    names = [name for name in read_safetensors_header(folder / WEIGHTS_FILE) if name.endswith(STORED_BASE)]
+    stored = load_file(folder / WEIGHTS_FILE) if names else {}
+    model = base.get_base_model() if isinstance(base, peft.PeftModel) else base
+    for name in names:
+        module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(STORED_BASE))
+        weight = cast(Tensor, getattr(module, "base_layer", module).weight).detach()
+        same_shape = weight.shape == stored[name].shape
+        if not weight.is_meta and not (same_shape and torch.equal(weight.cpu(), stored[name].to(weight.dtype))):
+            what = f"{folder}: {name} has other values than the base"
+            raise ModelError(what, fix="load it on the base it was trained on")
+
+
+def _check_shared_base(model: peft.PeftModel, folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if PEFT cannot load an adapter next to those of the model, because of trained embeddings."""
+    rows, others = trained_token_rows(config), [vars(other) for other in model.peft_config.values()]
+    alone = "load each by itself"
+    if max((row for ids in rows.values() for row in ids), default=-1) >= len(model.get_input_embeddings().weight):
+        raise ModelError(f"{folder}: has more tokens than the model", fix=f"load it first, or {alone}")
+    if not rows and any(map(trained_token_rows, others)):
+        what = f"{folder}: trains no tokens, and an adapter before it does"
+        raise ModelError(what, fix=f"load the adapter with tokens last, or {alone}")
+    tokens = {name for one in (config, *others) for name in trained_token_rows(one)}
+    full = {str(name) for one in (config, *others) for name in one.get("modules_to_save") or ()}
+    if both := {name for name in tokens if any(name == other.rpartition(".")[2] for other in full)}:
+        what = f"{folder}: one adapter trains rows of {min(both)}, and another trains all of it"
+        raise ModelError(what, fix=alone)
+
+
+def _remove_adapter(model: peft.PeftModel, name: str) -> None:
+    """Remove what is left of an adapter that PEFT could not load."""
+    with suppress(Exception):  # of whatever part was loaded
+        if name in model.peft_config:
+            model.delete_adapter(name)
 
 
 @torch.no_grad()

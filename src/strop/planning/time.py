@@ -30,6 +30,7 @@ COMPILE_HIDDEN, COMPILE_POWER = 576, 0.75
 UPDATE_BYTES = 40  # bytes moved per trainable weight by the gradient norm, clipping and AdamW
 UPDATE_S = 1e-5  # seconds per trainable tensor for three calls, on a CPU
 DISK_BYTES_PER_S = 500e6  # of a SATA SSD; a run on a streamed base should not need more
+READ_S_PER_BYTE = 0.3e-9  # in which a core reads a streamed base into short memory instead of computing (docs/log)
 FORWARD = 0.35  # share of a step's time in the forward pass
 DECODE_SHARE = 0.25  # rate of sampling many completions, relative to large matmuls
 # Factors of DoRA on a layer's constant cost, and on the plain step's time (one run of SmolLM2 each).
@@ -200,7 +201,12 @@ def _gradient_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> floa
         layers *= (rate.plain or PLAIN) * (PLAIN_DORA if workload.adapter.dora else 1)
     else:  # modules of transformers take as long as in the plain step
         layers *= 1 + workload.model_code_share * ((rate.plain or PLAIN) - 1)
-    return layers + fixed
+    return layers + fixed + READ_S_PER_BYTE * _streamed_bytes(workload)
+
+
+def _streamed_bytes(workload: Workload) -> int:
+    """Return the bytes of a streamed base that a micro-batch reads, in the forward and the backward pass."""
+    return 2 * (weight_bytes(workload) + constant_bytes(workload)) if workload.base.streamed else 0
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, bf16_kernel: bool) -> int:
@@ -244,8 +250,7 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
 
 def disk_rate(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
     """Return the bytes per second at which a disk must read a streamed base, so that a run does not wait for it."""
-    in_each_pass = weight_bytes(workload) + constant_bytes(workload)
-    return 2 * in_each_pass / micro_batch_seconds(workload, batch, rate)  # forward and backward
+    return _streamed_bytes(workload) / micro_batch_seconds(workload, batch, rate)
 
 
 def tokens_per_s(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
