@@ -327,6 +327,15 @@ def streamed_rows(results: Any) -> list[str]:
     return lines
 
 
+def streamed_ranges(results: Any) -> str:
+    rates = {
+        placement: [one["tokens_per_s"] for one in results if (one["shape"], one["placement"]) == ("1.7B", placement)]
+        for placement in ("replicated", "streamed")
+    }
+    whole, streamed = (f"{min(values):.0f} to {max(values):.0f}" for values in rates.values())
+    return f"in memory {whole} tokens/s, streamed {streamed}"
+
+
 def full_rows(results: Any) -> list[str]:
     """Return exact answers and loss for each learning rate, and the loss for each rounding."""
     lines = []
@@ -603,7 +612,9 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
                  f"strop's merge into bf16: {merged_apart(it).partition(',')[0]}"]),
     ("docs/after.md", "merge_rounding.json", rounding_rows),
     ("docs/keep.md", "keep_2026-11-30.json", keep_rows),
-    ("docs/streaming.md", "streamed_2026-11-30.json", streamed_rows),
+    ("docs/streaming.md", "streamed_2026-12-01.json", streamed_rows),
+    ("docs/streaming.md", "streamed_2026-12-01.json", streamed_ranges),
+    ("docs/streaming.md", "streamed_2026-11-30.json", streamed_rows),  # nf4
     ("docs/classify.md", "classify_2026-11-29.json", class_rows),
     ("docs/full.md", "full_2026-11-30.json", full_rows),
     ("docs/full.md", "full_speed_2026-11-30.json", full_speed),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig
 
 import strop
 from strop.config.load import resolve
 from strop.errors import RecipeError, RunError
+from strop.machine.rates import Rates
 from strop.models import streaming
 from strop.models.sharding import EMBEDDING, HEAD
 from strop.models.source import locate
 from strop.models.streaming import MappedLayer, ReadAhead, load_streamed
+from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose
+from strop.planning.time import Rate, tokens_per_s
 from strop.training import keep
+from tests import ROOT
 from tests.planning.test_choose import LLAMA_8B, machine
 from tests.support import tiny, tiny_families
 from tests.support.families import tokenizer
@@ -316,3 +323,24 @@ def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, mo
     flip_a_byte(file)
     with pytest.raises(RunError, match=r"layer-1.bin: cannot be read"):
         strop.load(tiny_folder, dtype="fp32")
+
+
+def test_planned_time_of_a_larger_base_is_close_to_the_measured(tmp_path: Path) -> None:
+    """The rates were measured by `strop doctor` on that machine, the day before."""
+    file = ROOT / "benchmarks" / "results" / "streamed_2026-12-01.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    measured = [one["tokens_per_s"] for one in stored["results"] if one["shape"] == "8B"]
+    layers, hidden, inner, heads, kv_heads, vocabulary = (32, 4096, 14336, 32, 8, 128256)  # benchmarks/big_model.py
+    LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    options = {"model.device": "cpu", "model.dtype": "bf16", "train.micro_batch_tokens": 512}
+    streamed, whole = (
+        strop.plan(model=tmp_path / "config.json", memory=64 << 30, **options, **placement).workload
+        for placement in (STREAMED, {"model.placement": "replicated"})
+    )
+    rate, batch = Rate.measured(Rates(**stored["rates"]), "bf16"), MicroBatch.rows([256, 256])
+    assert tokens_per_s(streamed, batch, rate) == pytest.approx(statistics.median(measured), rel=0.25)
+    assert tokens_per_s(whole, batch, rate) > 1.3 * statistics.median(measured), "reading takes time"
