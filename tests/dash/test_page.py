@@ -293,7 +293,7 @@ def test_findings_and_the_step_of_the_kept_adapter_are_shown(browser: Any, tmp_p
     with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         open_at(tab, own, "/run/run", ".plot canvas")
         assert tab.page.locator(".verdict", has_text="overfitting").text_content() == text
-        assert facts_of(tab)["evaluation loss, step 2 (kept)"] == "0.022"
+        assert facts_of(tab)["evaluation loss, best step 2"] == "0.022"
 
 
 def test_rate_of_an_unfinished_run_is_that_of_its_last_step(browser: Any, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 import strop
+from strop.data.types import Message
 from strop.engine.decode.generate import Sampling
-from strop.errors import FolderError, ModelError, RecipeError
+from strop.errors import FolderError, InputError, ModelError, RecipeError
 from strop.exporting.adapters import combine, compare, compute_norm, read_info
 from strop.serve.models import load_models
 from tests.support import tiny
@@ -281,3 +282,37 @@ def test_cosine_of_adapters_on_other_modules_counts_them_as_unchanged(
     expected = inner / (frobenius(tmp_path / "a") * frobenius(tmp_path / "b"))
     result = compare(str(tmp_path / "a"), str(tmp_path / "b"))
     assert result["cosine"] == pytest.approx(expected, abs=1e-5) and list(result["modules"]) == ["v_proj"]
+
+
+def test_added_adapters_read_and_write_their_own_new_tokens(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers, folders = {}, [str(tmp_path / name) for name in ("plain", "tool", "zap")]
+    for folder, tokens in zip(folders, ([], ["<tool>"], ["<zap>"]), strict=True):
+        rows = tmp_path / f"{Path(folder).name}.jsonl"
+        row = {"prompt": "red sky", "completion": f"{'ok ' if not tokens else tokens[0]} ok"}
+        rows.write_text(f"{json.dumps(row)}\n" * 8, encoding="utf-8")
+        strop.train(
+            model=str(tiny_folder), data=str(rows), out=folder, lora={"r": 4, "new_tokens": tokens},
+            train={"max_steps": 12, "learning_rate": 2e-2, "batch_size": 8}, **{"model.dtype": "fp32"},
+        )  # fmt: skip
+        answers[folder] = strop.load(folder, dtype="fp32", device="cpu").generate("red sky", max_new_tokens=3)
+    plain, tool, zap = folders
+    assert "<tool>" in answers[tool][0] and "<zap>" in answers[zap][0]
+    for first, second in ((tool, zap), (zap, tool)):
+        model = strop.load(first, dtype="fp32", device="cpu")
+        model.add(second)
+        model.use(second)
+        assert model.generate("red sky", max_new_tokens=3) == answers[second]
+        assert len(model.renderer.prompt([Message("user", "<zap>")])) == len(
+            strop.load(second, dtype="fp32").renderer.prompt([Message("user", "<zap>")])
+        )
+        model.use(first)
+        assert model.generate("red sky", max_new_tokens=3) == answers[first]
+    with pytest.raises(ModelError, match="has more tokens than the model"):
+        strop.load(plain, dtype="fp32", device="cpu").add(zap)
+    bare = strop.load(tiny_folder)
+    with pytest.raises(ModelError, match="was loaded without an adapter"):
+        bare.add(plain)
+    with pytest.raises(InputError, match="is its own base"), bare.base():
+        pass

@@ -277,11 +277,15 @@ class _HideFlagTypes:
 
 class _Command(_HideFlagTypes, typer.core.TyperCommand):
     def parse_args(self, context: Any, words: list[str]) -> list[str]:
-        """Give a recipe's boolean the value true if it has none (`--train.exact --json`)."""
+        """Give a recipe's boolean the value true if it has none (`--train.exact --json`, `--train.exact r.yaml`)."""
         switches = {name for parameter in self.params if parameter.metavar == BOOLEAN for name in parameter.opts}
         completed = list[str]()
         for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
-            completed += [word, "true"] if word in switches and following.startswith("-") else [word]
+            completed += (
+                [word, "true"]
+                if word in switches and (following.startswith("-") or os.path.exists(following))
+                else [word]
+            )
         return super().parse_args(context, completed)
 
 

@@ -113,9 +113,12 @@ def attach_adapter(
             add_score_head(base, outputs)
         last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
         grow_vocabulary(base, 1 + last_row)
-    trains_biases = str(config.get("bias", "none")) != "none"
+    # of a model without biases, an adapter has none either
+    has_biases = any(name.endswith(".bias") for name in read_safetensors_header(folder / WEIGHTS_FILE))
+    trains_biases = str(config.get("bias", "none")) != "none" and has_biases
     if isinstance(base, peft.PeftModel) and (trains_biases or has_trained_biases(base)):
-        what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
+        whose = "it has" if trains_biases else "an adapter before it has"
+        what = f"{folder}: cannot share a base: {whose} trained biases (lora.bias)"
         raise ModelError(what, fix="load each by itself")
     weights = base.named_parameters() if trains_biases else ()
     base_biases = {name: weight.detach().clone() for name, weight in weights if name.endswith("bias")}

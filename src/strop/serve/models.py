@@ -109,7 +109,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     ids = [_model_id(name) for name in names]
     for i, (name, model_id) in enumerate(zip(names, ids, strict=True)):
         if model_id in ids[:i] or model_id == BASE:
-            raise ModelError(f"{name}: the id {model_id} is used twice", fix="rename the folder")
+            why = "is that of the base model" if model_id == BASE else "is used twice"
+            raise ModelError(f"{name}: the id {model_id} {why}", fix="rename the folder")
         if len(names) > 1 and adapter_folder(name) is None:
             raise ModelError(f"{name}: has no adapter", fix="to serve several models, give runs of one base")
     return ids

@@ -23,6 +23,7 @@ export const TITLES = {
   learning_rate: "learning rate",
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
+  kept: "general prompts, divergence from the base",
   resident_bytes: "process memory after each step",
   allocated_bytes: "GPU memory, allocated after each step",
   accuracy: "ranked right",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from strop.data.images import FIRST_IMAGE_ID
@@ -282,6 +282,8 @@ def why_decoder_unsupported(model: nn.Module) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     is_text = text_filter(base)
     for name, module in ((name, module) for name, module in base.named_modules() if is_text(name)):
+        if isinstance(module, TrainableTokensWrapper):
+            return f"rows of {name} are trained"
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
         if isinstance(module, LoraLayer) and (reason := why_adapter_unsupported(name, module, known)) is not None:

@@ -110,8 +110,11 @@ class Model:
             ModelError: if the adapter was trained on another base model or with another template, or does not fit.
         """
         folder = adapter_folder(name)
-        if folder is None or self.adapter is None or self.source is None:
+        if folder is None:
             raise ModelError(f"{name}: not an adapter", fix="give a run or adapter folder")
+        if self.adapter is None or self.source is None:
+            what = f"{name}: {self.name} was loaded without an adapter, and takes none"
+            raise ModelError(what, fix="load a run or adapter folder, and add others to it")
         if name in (self.name, *self.others):
             raise ModelError(f"{name}: is already loaded", fix="give each adapter once")
         identity, own = read_identity(folder), read_identity(self.adapter)
@@ -129,10 +132,13 @@ class Model:
         self.notes = [*self.notes, *notes]
         self.others[name] = peft_name
         self._settings.setdefault(self.name, (self.renderer, self.default_system))
-        self._settings[name] = make_renderer(self.tokenizer, identity), identity.get("system")
+        tokenizer, own_one = load_tokenizer(locate_tokenizer(folder, self.source)), self.tokenizer
+        if (tokenizer.get_vocab(), tokenizer.chat_template) == (own_one.get_vocab(), own_one.chat_template):
+            tokenizer = own_one  # which knows the model's images
+        self._settings[name] = make_renderer(tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Switch to an adapter, its template and its system prompt. name: the model's name, or an added adapter.
+        """Switch to an adapter, its tokenizer, template and system prompt. name: the model's name, or an added adapter.
 
         Raises InputError for another name, and inside `base`.
         """
@@ -143,6 +149,7 @@ class Model:
                 what = f"use {name}: inside `base`, which has no adapter"
                 raise InputError(what, fix="call it before or after the block")
             self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
+            self.tokenizer = self.renderer.tokenizer  # new tokens are those of one adapter
             self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @cached_property
@@ -231,9 +238,10 @@ class Model:
         Other threads wait.
 
         `chat` continues its conversation, with the tuned model's answers in it: compare the two with `generate`, or
-        after `history.clear()`.
+        after `history.clear()`. Raises InputError for a model that is its own base.
         """
-        assert self.is_tuned
+        if not self.is_tuned:
+            raise InputError(f"base: {self.name} has no adapter, and is its own base", fix="leave it out")
         with self._lock:
             if self._is_base:  # in a block of the caller
                 yield

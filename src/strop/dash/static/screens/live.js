@@ -182,7 +182,7 @@ export async function show(container, { run, query, signal, draw }) {
       facts([
         ["training loss", figure(last.loss ?? run.loss)],
         [
-          !active && isNumber(run.adapter?.step) ? `evaluation loss, step ${count(run.adapter.step)} (kept)` : "evaluation loss",
+          !active && isNumber(run.adapter?.step) ? `evaluation loss, best step ${count(run.adapter.step)}` : "evaluation loss",
           figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss),
         ],
         ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
