@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 import strop
+from strop.data.store import Writer
 from strop.runs.cache import KINDS, OTHER, list_entries, select_entries
 from tests.support import tiny_families
 from tests.support.runs import QUICK, run
@@ -84,6 +85,9 @@ def test_entry_that_a_process_is_writing_is_left_alone(cache: Path) -> None:
     assert [entry.kind for entry in select_entries(list_entries(), ["all"])] == ["layers"]
     with FileLock(cache / "layers" / "key" / ".nf4.lock"):
         assert not list_entries()
+    writer = Writer(cache / "data" / "rows")
+    assert [entry.kind for entry in list_entries()] == ["layers"]
+    writer.discard()
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,9 @@ def test_adapter_on_an_untied_head_has_the_bases_weights_beside_it(tmp_path: Pat
         loaded = strop.load(tmp_path / "adapter", dtype=dtype, device="cpu")
         if dtype == "fp32":
             assert torch.equal(loaded.module(ids).logits, tuned.eval()(ids).logits)
+    combine([str(tmp_path / "adapter")], [0.5], tmp_path / "half")
+    half = change(strop.load(tmp_path / "half", dtype="fp32", device="cpu").module)
+    torch.testing.assert_close(half["lm_head"], 0.5 * change(tuned)["lm_head"], rtol=1e-4, atol=1e-6)
     save_file({**stored, name: stored[name] + 1}, file)
     with pytest.raises(ModelError, match=r"lm_head\.base_layer\.weight has other values than the base"):
         strop.load(tmp_path / "adapter", dtype="fp32", device="cpu")

@@ -326,7 +326,7 @@ def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, mo
 
 
 def test_planned_time_of_a_larger_base_is_close_to_the_measured(tmp_path: Path) -> None:
-    """The rates were measured by `strop doctor` on that machine, the day before."""
+    """The rates were measured by `strop doctor` on that machine, the day before, beside other programs."""
     file = ROOT / "benchmarks" / "results" / "streamed_2026-12-01.json"
     stored = json.loads(file.read_text(encoding="utf-8"))
     measured = [one["tokens_per_s"] for one in stored["results"] if one["shape"] == "8B"]

@@ -281,11 +281,9 @@ class _Command(_HideFlagTypes, typer.core.TyperCommand):
         switches = {name for parameter in self.params if parameter.metavar == BOOLEAN for name in parameter.opts}
         completed = list[str]()
         for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
-            completed += (
-                [word, "true"]
-                if word in switches and (following.startswith("-") or os.path.exists(following))
-                else [word]
-            )
+            completed.append(word)
+            if word in switches and (following.startswith("-") or os.path.exists(following)):
+                completed.append("true")
         return super().parse_args(context, completed)
 
 

@@ -135,9 +135,9 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
             warnings.append(f"{num_with_reasoning} {role} rows have reasoning and {num_without} have none")
         cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    # a row that is repeated by its file's weight counts once
-    distinct = np.unique(selection.records[["digest", "file", "line"]])
-    if repeated := len(distinct) - len(np.unique(distinct["digest"])):
+    records = selection.records[["digest", "file", "line"]]
+    copies = int((records[1:] == records[:-1]).sum())  # of a row that its file's weight repeats; they are no duplicates
+    if repeated := len(rows) - copies - len(np.unique(records["digest"])):
         warnings.append(f"{repeated} {role} rows repeat an earlier one")
     warnings += _label_warnings(selection)
     refusal = _why_refused(data, selection, errors, counts)

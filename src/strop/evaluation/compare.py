@@ -28,7 +28,7 @@ from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import DataError, Location
 from strop.evaluation.metrics import choice_options, compare_hits, find_metric, score
-from strop.models.introspect import learned_positions, max_positions
+from strop.models.introspect import learned_positions
 
 LOG = logging.getLogger(__name__)
 
@@ -154,8 +154,7 @@ def compare(
     left_out = [asdict(location) for location in find_rows_without_answer(conversations)]
     result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
     if metric != "choice":
-        room = max_positions(model.module) or sys.maxsize
-        limits = [min(limit, room - len(prompt)) for prompt in prompts[: len(questions)]]
+        limits = [min(limit, model.max_length - len(prompt)) for prompt in prompts[: len(questions)]]
         cut = sum(length > limit for length, limit in zip(lengths, limits, strict=False))
         result["answers"] = {
             "max_tokens": limit, "references_cut": 0 if metric == "regex" else cut,  # a pattern is no answer

@@ -18,6 +18,7 @@ from torch import Tensor
 from strop.errors import ModelError
 from strop.models.adapter_config import (
     SCORE_HEAD,
+    STORED_BASE,
     WEIGHTS_FILE,
     check_adapter_fits,
     count_outputs,
@@ -101,8 +102,10 @@ def read_names(folder: Path) -> list[str]:
 
 
 def find_non_lora(folder: Path) -> list[str]:
-    """Return the names of tensors that are not LoRA matrices: DoRA, biases, full modules, new tokens."""
-    return [name for name in read_names(folder) if not name.endswith(tuple(f".{suffix}" for suffix in LORA_MATRICES))]
+    """Return the names of trained tensors that are not LoRA matrices: DoRA, biases, full modules, new tokens."""
+    other = (STORED_BASE, *(f".{suffix}" for suffix in LORA_MATRICES))
+    keys = read_safetensors_header(folder / WEIGHTS_FILE)
+    return [_remove_peft_names(key) for key in keys if not key.endswith(other)]
 
 
 def _remove_peft_names(key: str) -> str:

@@ -185,13 +185,12 @@ def _list_targets(model: Any, name: str) -> None:
 
 def _check_sum(out: Path, folders: Sequence[Path], weights: Sequence[float]) -> None:
     """Raise ModelError if an adapter's change differs from the weighted sum of the changes of others."""
-    total, parts = _LoraDelta.read(out), [_LoraDelta.read(folder) for folder in folders]
-    assert total is not None
-    for module in {*total.scales, *(name for part in parts if part is not None for name in part.scales)}:
-        terms = [(part, weight) for part, weight in zip([total, *parts], [-1.0, *weights], strict=True)]
-        held = [(part, weight * part.scales[module]) for part, weight in terms if part and module in part.scales]
-        a = torch.cat([part.matrices(module)[0].double() for part, _ in held])
-        b = torch.cat([factor * part.matrices(module)[1].double() for part, factor in held], 1)
+    deltas = [delta for folder in (out, *folders) if (delta := _LoraDelta.read(folder)) is not None]
+    terms = list(zip(deltas, (-1.0, *weights), strict=True))  # of plain LoRA: see _check_summable
+    for module in {name for delta in deltas for name in delta.scales}:
+        held = [(delta, weight * delta.scales[module]) for delta, weight in terms if module in delta.scales]
+        a = torch.cat([delta.matrices(module)[0].double() for delta, _ in held])
+        b = torch.cat([factor * delta.matrices(module)[1].double() for delta, factor in held], 1)
         size = float(((b.T @ b).diag().sqrt() * (a @ a.T).diag().sqrt()).sum())
         if float(((b.T @ b) * (a @ a.T)).sum()) > (MAX_SUM_ERROR * size) ** 2:
             what = f"the sum differs from its parts in {module}, so it was not written"

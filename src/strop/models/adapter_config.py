@@ -226,8 +226,7 @@ def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
     A pattern becomes the names of its matches in the weights. Raises ModelError if there are none.
     """
     parameters = [  # "mlp.gate.weight" is that of a layer, "mlp.experts.gate_up_proj" is one of several in a module
-        name.removesuffix(".weight").rpartition(".")[2] if name.endswith(".weight") else name
-        for name in config.get("target_parameters") or []
+        name.split(".")[-2] if name.endswith(".weight") else name for name in config.get("target_parameters") or []
     ]
     targets = config.get("target_modules") or []
     every = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}

@@ -40,6 +40,10 @@ class CacheEntry:
     size: int
     used: float
 
+    @property
+    def unused_days(self) -> float:
+        return (time.time() - self.used) / DAY_S
+
 
 def list_entries() -> list[CacheEntry]:
     """Return what can be deleted, by kind. A folder that another process is writing is left out."""
@@ -50,9 +54,8 @@ def list_entries() -> list[CacheEntry]:
 
 def select_entries(entries: Sequence[CacheEntry], kinds: Sequence[str], unused_days: float = 0) -> list[CacheEntry]:
     """Return the entries of some kinds (`all`: every kind but GIVEN) that were not used for some days."""
-    before = time.time() - unused_days * DAY_S
     chosen = {*kinds, *(KINDS.keys() - GIVEN if "all" in kinds else ())}
-    return [entry for entry in entries if entry.kind in chosen and (not unused_days or entry.used < before)]
+    return [entry for entry in entries if entry.kind in chosen and entry.unused_days >= unused_days]
 
 
 def delete_entries(entries: Sequence[CacheEntry]) -> None:
@@ -76,14 +79,13 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Return whether a process is writing this entry or a folder in it (runs.folder.build_once)."""
-    locks = [path.with_name(f".{path.name}.lock"), *(path.glob(".*.lock") if path.is_dir() else ())]
-    for lock in locks:
-        if lock.exists():
-            try:
-                FileLock(lock, timeout=0).acquire().lock.release()
-            except Timeout:
-                return True
+    """Return whether a process is writing this entry (data.store) or a folder in it (runs.folder.build_once)."""
+    for lock in path.glob("*lock") if path.is_dir() else ():  # `lock`, and `.NAME.lock`
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            return True
     return False
 
 

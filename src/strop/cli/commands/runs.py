@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +107,7 @@ def cache(
         delete_entries(chosen)
     else:
         for entry in chosen:
-            console.print(f"  {entry.path}  {_format_size(entry.size)}, {_format_age(entry.used)}", markup=False)
+            console.print(f"  {entry.path}  {_format_size(entry.size)}, {_format_age(entry.unused_days)}", markup=False)
     size = sum(entry.size for entry in chosen)
     verb = "deleted" if yes else "would delete"
     console.print(f"[bold]{verb}[/] {len(chosen):,} entries, {_format_size(size)}{'' if yes else ': add --yes'}")
@@ -127,9 +126,9 @@ def _show_cache(as_json: bool) -> None:
     for kind, what in {**KINDS, OTHER: "measurements of this machine and of earlier runs"}.items():
         if not (own := [entry for entry in entries if entry.kind == kind]):
             continue
-        size, used = sum(entry.size for entry in own), max(entry.used for entry in own)
-        kinds.append({"kind": kind, "entries": len(own), "bytes": size, "used": used})
-        table.add_row(kind, what, f"{len(own):,}", _format_size(size), _format_age(used))
+        size, newest = sum(entry.size for entry in own), max(own, key=lambda entry: entry.used)
+        kinds.append({"kind": kind, "entries": len(own), "bytes": size, "used": newest.used})
+        table.add_row(kind, what, f"{len(own):,}", _format_size(size), _format_age(newest.unused_days))
     total = sum(entry.size for entry in entries)
     console.print(f"[bold]cache[/]    {cache_folder()}: {_format_size(total)}", soft_wrap=True)
     if kinds:
@@ -205,8 +204,8 @@ def _format_size(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _format_age(used: float) -> str:
-    days = int((time.time() - used) // 86400)
+def _format_age(days: float) -> str:
+    days = int(days)
     return "today" if days < 1 else "yesterday" if days == 1 else f"{days:,} days ago"
 
 

@@ -94,6 +94,11 @@ class Model:
         return self.adapter is not None or self.untuned is not None
 
     @property
+    def max_length(self) -> int:
+        """The number of tokens of a prompt and its completion that the model supports; sys.maxsize if unknown."""
+        return max_positions(self.module) or sys.maxsize
+
+    @property
     def sampling(self) -> Sampling:
         """The sampling settings in the model's generation config."""
         return Sampling.from_generation_config(self.module.generation_config)
@@ -132,9 +137,9 @@ class Model:
         self.notes = [*self.notes, *notes]
         self.others[name] = peft_name
         self._settings.setdefault(self.name, (self.renderer, self.default_system))
-        tokenizer, own_one = load_tokenizer(locate_tokenizer(folder, self.source)), self.tokenizer
-        if (tokenizer.get_vocab(), tokenizer.chat_template) == (own_one.get_vocab(), own_one.chat_template):
-            tokenizer = own_one  # which knows the model's images
+        tokenizer, loaded = load_tokenizer(locate_tokenizer(folder, self.source)), self.tokenizer
+        if (tokenizer.get_vocab(), tokenizer.chat_template) == (loaded.get_vocab(), loaded.chat_template):
+            tokenizer = loaded  # which knows the model's images
         self._settings[name] = make_renderer(tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
@@ -214,7 +219,7 @@ class Model:
         self, texts: Sequence[str | Sequence[Mapping[str, Any]]], function: str = "classify"
     ) -> list[Example]:
         """Encode texts to classify or embed, or conversations to classify, as in training. Raises InputError."""
-        limit, examples = max_positions(self.module) or sys.maxsize, []
+        limit, examples = self.max_length, []
         for number, text in enumerate(texts, 1):
             if function == "embed" and not isinstance(text, str):
                 raise InputError(f"embed: text {number} is not a string", fix="give a text or a list of texts")
@@ -317,9 +322,8 @@ class Model:
             raise InputError(what, fix="give one image, a list of images, or None for each message")
         turns = [_user_message(text, own, "generate") for text, own in zip(texts, images, strict=True)]
         ids = [self.renderer.prompt([*self._system_messages(system), turn]) for turn in turns]
-        positions = max_positions(self.module) or sys.maxsize
-        if (longest := max(map(len, ids), default=0)) >= positions:
-            what = f"generate: a prompt has {longest:,} tokens, and the model supports {positions:,}"
+        if (longest := max(map(len, ids), default=0)) >= self.max_length:
+            what = f"generate: a prompt has {longest:,} tokens, and the model supports {self.max_length:,}"
             raise InputError(what, fix="shorten it")
         answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
         return [answer.text for answer in self._check_length(answers, max_new_tokens)]
@@ -366,9 +370,8 @@ class Model:
             elif system is not None:
                 raise InputError("chat: system is given twice", fix="leave out the argument, or the system message")
         prompt = self.renderer.prompt(messages)
-        max_length = max_positions(self.module) or sys.maxsize
-        if len(prompt) >= max_length:
-            what = f"the conversation has {len(prompt):,} tokens, and the model supports {max_length:,}"
+        if len(prompt) >= self.max_length:
+            what = f"the conversation has {len(prompt):,} tokens, and the model supports {self.max_length:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
         [answer] = self._check_length(self.answer([prompt], **options), max_new_tokens, log=on_text is None)

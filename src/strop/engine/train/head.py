@@ -341,7 +341,8 @@ def find_top_probs(x: Tensor, labels: Tensor, output: OutputHead, k: int, temper
     new_rows = None if output.new_rows is None else output.new_rows.to(x.dtype)
     ids, probs = list[Tensor](), list[Tensor]()
     for rows in _split_rows(weight.t(), len(x)):
-        logits = _compute_logits(x, rows, output, weight, new_rows, adapters).float()
+        empty = x.new_empty(len(x[rows]), len(weight))
+        logits = _compute_logits(x, output, weight, new_rows, adapters, rows, empty).float()
         if output.softcap:
             logits = output.softcap * torch.tanh(logits / output.softcap)
         selected = select_top_probs(logits, labels[rows], k, temperature)
@@ -362,16 +363,15 @@ def select_top_probs(logits: Tensor, labels: Tensor, k: int, temperature: float)
 
 
 def _compute_logits(
-    x: Tensor, rows: slice, output: OutputHead, weight: Tensor, new_rows: Tensor | None, adapters: _HeadAdapters | None,
-    buffer: Tensor | None = None,
+    x: Tensor, output: OutputHead, weight: Tensor, new_rows: Tensor | None, adapters: _HeadAdapters | None,
+    rows: slice, logits: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Return the logits of some rows of x, before the soft cap, written to the first rows of `buffer` (n, V) if given.
+    """Write the logits of some rows of x, before the soft cap, to the first rows of `logits` (n, V), and return these.
 
     weight, new_rows: those of the head in x's dtype.
     """
     added = None if adapters is None else Product(adapters.za[rows], adapters.b.t())
-    number = len(x[rows])
-    logits = x.new_empty(number, len(weight)) if buffer is None else buffer[:number]
+    logits = logits[: len(x[rows])]
     output.matmul(x[rows], weight, True, logits, added)
     if new_rows is not None:
         logits[:, output.new_ids] = x[rows] @ new_rows.t()
@@ -392,7 +392,7 @@ def _compute_chunk_losses(
     buffer = x.new_empty(min(chunk, len(x)), len(weight))  # blocks of several sizes would fragment the heap
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
-        logits = _compute_logits(x, rows, output, weight, new_rows, adapters, buffer)
+        logits = _compute_logits(x, output, weight, new_rows, adapters, rows, buffer)
         soft = None
         if output.soft is not None:
             soft = _SoftRows.of(output.soft, begin, begin + len(logits), logits, output.softcap)
