@@ -62,7 +62,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         step = page.locator(".progress").text_content()
         page.reload()  # the page restores its state from the folder
         page.wait_for_selector(".plot canvas")
-        assert page.locator(".progress").text_content() == step and "of 9,000" in step
+        assert page.locator(".progress").text_content() == step and "of 15,000" in step
         press("Resume")
         page.wait_for_selector(".state.running")
         follow("Training")
