@@ -24,10 +24,10 @@ from typing import Any
 import measured
 
 from strop.planning.machines import find_spec
+from strop.planning.time import LAUNCH_S
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH_S = 10e-6  # seconds of the host per launch, with Python and autograd; an assumption
 NAMES = ("products", "attention", "head", "adapters", "element-wise", "dequantization", "optimizer")
 
 
@@ -45,17 +45,23 @@ class Usable:
         return find_spec(self.card).bandwidth_gbs * 1e9
 
 
+def usable(card: str, why: str, attention: float = 1.0) -> Usable:
+    """Return the rates with which `strop plan` computes. attention: its speed relative to flash attention 2."""
+    rate = find_spec(card).rate_of("bf16")
+    return Usable(card, rate.flops, attention * rate.attention_flops, why)
+
+
 CARDS = {
-    "H100": Usable(
-        "H100 SXM", 600e12, 0.35 * 989e12,
+    "H100": usable(
+        "H100 SXM",
         "600 of 989 TFLOP/s for large products; flash attention 2 reaches 35 % of the data sheet (arXiv:2407.08608)",
     ),
-    "H100, FA3": Usable(
-        "H100 SXM", 600e12, 1.5 * 0.35 * 989e12,
-        "with flash attention 3 installed: 1.5 times as fast as 2, its authors' least figure (arXiv:2407.08608)",
+    "H100, FA3": usable(
+        "H100 SXM",
+        "with flash attention 3 installed: 1.5 times as fast as 2, its authors' least figure (arXiv:2407.08608)", 1.5,
     ),
-    "RTX 4090": Usable(
-        "RTX 4090", 140e12, 0.6 * 165.2e12,
+    "RTX 4090": usable(
+        "RTX 4090",
         "140 of 165 TFLOP/s for large products; flash attention 2 reaches 50 to 73 % (arXiv:2307.08691): 60 % here",
     ),
 }  # fmt: skip
@@ -122,13 +128,13 @@ def count_operations(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
 
 def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return milliseconds by part and of the host, the largest part, and what the goal would require."""
-    usable = CARDS[case.card]
+    rates = CARDS[case.card]
     parts: dict[str, dict[str, Any]] = {
         name: {"ms": 0.0, "tflop": 0.0, "gb": 0.0, "launches": 0, "operations_ms": Counter()} for name in NAMES
     }
     for one in operations:
-        rate = usable.attention if one["part"] == "attention" else usable.products
-        seconds = max(one["flops"] / rate, one["bytes"] / usable.bandwidth)
+        rate = rates.attention if one["part"] == "attention" else rates.products
+        seconds = max(one["flops"] / rate, one["bytes"] / rates.bandwidth)
         part, number = parts[one["part"]], one["launches"]
         part["ms"] += 1e3 * seconds * number
         part["operations_ms"][one["operation"]] += 1e3 * seconds * number
@@ -203,7 +209,7 @@ def main() -> None:
     for line in filter(None, map(verdict, results)):
         print(line)
     if options.out:
-        gpus = {name: {**asdict(usable), "bandwidth": usable.bandwidth} for name, usable in CARDS.items()}
+        gpus = {name: {**asdict(rates), "bandwidth": rates.bandwidth} for name, rates in CARDS.items()}
         measured.write(options.out, results, kind="estimate: no card has run", cards=gpus, launch_s=LAUNCH_S)
 
 

@@ -293,7 +293,7 @@ def test_inputs_of_long_rows_are_offloaded_if_they_do_not_fit_on_the_gpu() -> No
     inputs = batch.tokens * 4096 * 2
     assert offloaded_bytes(offloaded, batch) == 31 * inputs and offloaded_bytes(checkpointed, batch) == 0
     assert peak_live_bytes(checkpointed, batch).total - peak_live_bytes(offloaded, batch).total >= 30 * inputs
-    slow_bus = Rate(1e18, 1e18, "none", peak=True)  # only the transfer takes time
+    slow_bus = Rate(1e18, 1e18, "none", attention_flops=1e18, gpu=True)  # only the transfer takes time
     assert micro_batch_seconds(offloaded, batch, slow_bus) == pytest.approx(2 * 31 * inputs / HOST_BYTES_PER_S)
 
 

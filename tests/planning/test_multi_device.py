@@ -100,7 +100,7 @@ def test_more_devices_than_the_machine_has_are_refused(device: str) -> None:
 
 
 def test_every_rate_of_a_cpu_is_divided() -> None:
-    unchanged = {"source", "peak", "layer_s", "kinds_s", "plain", "unpacked_per_s", "integers"}
+    unchanged = {"source", "gpu", "layer_s", "kinds_s", "plain", "unpacked_per_s", "integers"}
     names = [field.name for field in fields(Rate) if field.name not in unchanged]
     whole = Rate(**dict.fromkeys(names, 8.0), source="", plain=3.0)
     whole = replace(whole, unpacked_per_s={"nf4": 8.0}, integers={"int8": 8.0})

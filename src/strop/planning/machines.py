@@ -13,8 +13,14 @@ from strop.errors import RecipeError
 from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, gpu_dtype, probe
 from strop.machine.rates import load_precision, load_rates
-from strop.planning.time import CORE_FP32, GUESS, Rate
+from strop.planning.time import GUESS, Rate
 
+# Shares of the dense rate in a data sheet that are reached (assumed; docs/cards.md). By large matmuls: of GPUs that are
+# limited by their power, and of GeForce. By attention: flash attention 2 on Hopper and newer (arXiv:2407.08608), and on
+# Ampere and Ada (arXiv:2307.08691); before them PyTorch's memory-efficient attention.
+POWER_LIMITED, GEFORCE = 600 / 989, 140 / 165.2
+HOPPER_ATTENTION, FLASH_ATTENTION, OLD_ATTENTION = 0.35, 0.6, 0.25
+HOPPER = ("H100", "H200", "B200", "Blackwell", "MI")
 # Suffixes that distinguish GPUs with the same model number.
 _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
 
@@ -34,8 +40,13 @@ class DeviceSpec:
 
     def rate_of(self, dtype: str) -> Rate:
         source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a guess: {self.name}"
-        tflops = self.fp32_tflops if dtype == "fp32" and self.fp32_tflops else self.tflops
-        return Rate(tflops * 1e12, self.bandwidth_gbs * 1e9, source, peak=True)
+        flops = 1e12 * (self.fp32_tflops if dtype == "fp32" and self.fp32_tflops else self.tflops)
+        if self.device == "cpu":
+            return Rate(flops, self.bandwidth_gbs * 1e9, source)
+        newest = any(name in self.name for name in HOPPER)
+        attention = HOPPER_ATTENTION if newest else FLASH_ATTENTION if self.dtype == "bf16" else OLD_ATTENTION
+        products = (GEFORCE if self.kind == "consumer" else POWER_LIMITED) * flops
+        return Rate(products, self.bandwidth_gbs * 1e9, source, attention_flops=attention * flops, gpu=True)
 
 
 UNKNOWN = DeviceSpec("a GPU that is not in the table", "unknown", 0, 500, 60)
@@ -190,7 +201,8 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
     rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
-        rate = Rate(CORE_FP32 * 30, 200e9, "a guess: like a typical Apple GPU in the table")
+        typical = DeviceSpec("like a typical Apple GPU in the table", UNKNOWN.kind, 0, 200, 4, "mps", "fp32")
+        rate = typical.rate_of("fp32")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
     guess = machine.expected_dtype, f"guessed from {GUESS}"
     return TargetMachine(machine, "cpu", precision or guess, partial(Rate.of_cpu, machine, rates))

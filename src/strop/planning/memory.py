@@ -76,6 +76,7 @@ class RolloutLoad:
     group: int  # completions per prompt
     prompt: int  # tokens of a prompt
     answer: int  # maximum number of tokens of a completion; in an environment, of all that follows the prompt
+    vllm: bool = False  # vLLM samples them: on a GPU it launches a whole pass at once
 
     @staticmethod
     def from_recipe(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
@@ -90,7 +91,7 @@ class RolloutLoad:
         if train.environment is not None:
             prompt = max(1, min(prompt, recipe.data.max_length - answer))
             answer = recipe.data.max_length - prompt
-        return RolloutLoad(train.batch_size * group, group, prompt, answer)
+        return RolloutLoad(train.batch_size * group, group, prompt, answer, train.vllm_python is not None)
 
 
 @dataclass(frozen=True)

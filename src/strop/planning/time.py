@@ -1,7 +1,8 @@
 """Predict the time of a training step from its FLOPs and the bytes that it moves.
 
 Each kind of matmul has its own rate, and each layer and micro-batch a constant cost. `strop doctor` measures rates and
-costs of a CPU (planning.calibrate). Those of a GPU come from its data sheet.
+costs of a CPU (planning.calibrate). Those of a GPU come from its data sheet (planning.machines), and the time of a step
+there is that of the bytes and FLOPs that benchmarks/card_estimate.py counts on a simulated GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from strop.machine.probe import MAX_TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, count_pairs, offloaded_bytes
 from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
-from strop.planning.workload import Workload
+from strop.planning.workload import BITS, Workload
 
 # Rate of LoRA matmuls relative to large matmuls: with strop's tiled kernels, and with oneDNN at larger ranks.
 LORA_SHARE, WIDE_LORA_SHARE = 0.5, 0.25
@@ -40,7 +41,10 @@ HOST_BYTES_PER_S = 20e9  # assumed between GPU and host in each direction; PCIe 
 # Assumed FLOP/s per core (bf16, AVX-512, other) and bytes/s of a CPU that was not measured.
 CORE_BF16, CORE_FP32, CORE_NARROW, CPU_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
 GUESS = "the CPU's instructions; `strop doctor` measures"
-GPU_SHARE = 0.45  # achieved share of a GPU's dense rate; NVIDIA NeMo AutoModel: 43 % for LoRA of 8B on an H100
+LAUNCH_S = 10e-6  # seconds of the host per kernel on a GPU, with Python and autograd (assumed)
+# Kernels of a layer, forward and backward, and factors of the plain step (transformers) on the bytes that it moves
+# there: counted on the simulated GPU (docs/cards.md).
+FAST_KERNELS, UNPACK_KERNELS, PLAIN_KERNELS, PLAIN_MOVED = 60, 14, 240, 9
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Rate:
     flops: float  # FLOP/s of large matmuls
     bandwidth: float  # bytes/s of memory
     source: str  # where the figures come from
-    peak: bool = False  # `flops` is the peak in a data sheet, of which training achieves GPU_SHARE
+    gpu: bool = False  # the rates are those of a GPU, whose host only launches kernels
     head_flops: float = 0.0
     attention_flops: float = 0.0
     layer_s: float = 0.0  # constant seconds per layer
@@ -178,9 +182,8 @@ def _gradient_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> floa
     shape, compute = workload.shape, workload.compute
     passes = 0.0 if compute.int8_matmul else 2 + compute.checkpointed_layers / shape.layers
     unpacked = packed_weights(workload) * passes
-    if rate.peak:
-        computing = count_flops(workload, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
-        return max(computing, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)  # they overlap
+    if rate.gpu:
+        return _gpu_seconds(workload, batch, rate, unpacked)
     work, is_plain, rate = count_work(workload, batch), compute.step == "plain", rate.for_workload(workload)
     layers = (
         matmul_seconds(work, rate)
@@ -202,6 +205,25 @@ def _gradient_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> floa
     else:  # modules of transformers take as long as in the plain step
         layers *= 1 + workload.model_code_share * ((rate.plain or PLAIN) - 1)
     return layers + fixed + READ_S_PER_BYTE * _streamed_bytes(workload)
+
+
+def _gpu_seconds(workload: Workload, batch: MicroBatch, rate: Rate, unpacked: float) -> float:
+    """Return the longest of what overlaps on a GPU: computing, launching kernels, and copying the inputs of layers."""
+    count, work, shape = count_flops(workload, batch), count_work(workload, batch), workload.shape
+    compute, is_plain = workload.compute, workload.compute.step == "plain"
+    recompute_factor = 1 + FORWARD * compute.checkpointed_layers / shape.layers
+    passed = recompute_factor * batch.tokens * shape.layers * compute.dtype_bytes * (PLAIN_MOVED if is_plain else 1)
+    values = 15 * shape.hidden + 12 * shape.intermediate + 6 * (shape.query_size + 2 * shape.key_value_size)
+    narrow = 2.6 * sum(x.active * x.adapter_size for x, rank in workload.ranked_linears() if rank)
+    moved = passed * values
+    moved += (LOGIT_BYTES if is_plain else 3 * compute.dtype_bytes) * batch.supervised * shape.vocabulary
+    moved += unpacked * (compute.dtype_bytes + BITS.get(workload.base.scheme, 0) / 8)  # read as stored, and written
+    computing = max((count.frozen + count.head) / rate.flops, work.weights / rate.bandwidth) + moved / rate.bandwidth
+    computing += max(count.adapters / rate.flops, passed * narrow / rate.bandwidth)
+    computing += count.attention / rate.attention_flops
+    kernels = PLAIN_KERNELS if is_plain else FAST_KERNELS + UNPACK_KERNELS * bool(unpacked)
+    launching = LAUNCH_S * kernels * work.layers
+    return max(computing, launching, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)
 
 
 def _streamed_bytes(workload: Workload) -> int:
@@ -229,12 +251,12 @@ def steps_seconds(workload: Workload, steps: Sequence[Sequence[MicroBatch]], rat
 def _update_seconds(workload: Workload, rate: Rate) -> float:
     full = len(workload.adapter.ranks) if workload.adapter.full else 0
     tensors = workload.shape.layers * (full + 2 * sum(map(bool, workload.adapter.ranks)))
-    return UPDATE_BYTES * workload.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * tensors)
+    return UPDATE_BYTES * workload.adapter_weights / rate.bandwidth + (0 if rate.gpu else UPDATE_S * tensors)
 
 
 def image_seconds(flops: float, rate: Rate) -> float:
     """Return the seconds of an image encoder's forward pass, which is that of transformers."""
-    return flops / (GPU_SHARE * rate.flops) if rate.peak else flops / rate.flops * (rate.plain or PLAIN)
+    return flops / rate.flops * (1 if rate.gpu else rate.plain or PLAIN)
 
 
 def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> float:
@@ -242,10 +264,11 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
     weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
-    share = GPU_SHARE if rate.peak else DECODE_SHARE
+    share = 1 if rate.gpu else DECODE_SHARE
     bandwidth = min(rate.bandwidth, DISK_BYTES_PER_S) if workload.base.streamed else rate.bandwidth
-    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / bandwidth
-    return 2.0 * weights * tokens / (share * rate.flops) + reading
+    reading = (weight_bytes(workload) + constant_bytes(workload)) / bandwidth
+    launching = LAUNCH_S * FORWARD * PLAIN_KERNELS * workload.shape.layers if rate.gpu and not rollouts.vllm else 0.0
+    return 2.0 * weights * tokens / (share * rate.flops) + passes * max(reading, launching)
 
 
 def disk_rate(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
