@@ -161,20 +161,6 @@ def test_number_of_marks_is_limited(tmp_path: Path) -> None:
     assert kinds.count("save") == 200 and len(kinds) == 5000 and result.marks_left_out == 6000 + 201 - 5000
 
 
-def test_value_origin_survives_a_resume(tmp_path: Path) -> None:
-    taken_over = session(2000, start=1)
-    for choice in taken_over[1]["choices"]:
-        choice["origin"] = "recipe"
-    taken_over[1]["choices"] = [
-        {**choice, "value": 9} if choice["field"] == "seed" else choice for choice in taken_over[1]["choices"]
-    ]
-    result = {choice["field"]: choice for choice in history(tmp_path, *session(), step(1), *taken_over).choices}
-    assert result["lora.r"]["origin"] == "option" and (result["seed"]["value"], result["seed"]["origin"]) == (
-        9,
-        "recipe",
-    )
-
-
 def test_memory_mark_text() -> None:
     tried = {"event": "rehearsal", "predicted_bytes": 3 << 29, "usable_bytes": 4 << 30, "done": True, "tokens": 9}
     assert _result(tried) == "1.50 GiB predicted, 4.0 usable: dry run of the largest micro-batch"

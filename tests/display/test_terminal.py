@@ -141,7 +141,7 @@ def test_markup_in_events_is_printed_literally() -> None:
     figures: dict[str, Any] = {"step": 1, "to": 0, "passed": [], "rate_scale": 0.5, "rows": [MARKUP], "why": MARKUP}
     events: list[dict[str, Any]] = [
         {"event": "machine", "lines": [MARKUP]},
-        {"event": "recipe", "resuming": False, "choices": [choice]},
+        {"event": "recipe", "changed": None, "choices": [choice]},
         {"event": "note", "text": MARKUP},
         *({"event": name, **figures} for name in ("skip", "doubt", "rollback", "stop")),
         {"event": "override", "field": "data.train", "now": MARKUP, "was": [MARKUP]},

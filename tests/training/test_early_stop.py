@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import strop
 from strop.runs.events import EndTraining, read_events
 from tests.support.runs import QUICK
+from tests.support.runs import run as cli
 
 
 def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -40,6 +43,63 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
     assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "interrupted" in last["why"] and last["step"] == 0
+
+
+def test_a_stopped_run_can_be_used_and_resumed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its adapter is that of the last step; all commands say so. Resumed, it has the bits of an uninterrupted run."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"max_steps": 6, "batch_size": 4, "dtype": "fp32", "lora": {"r": 4}, "progress": False}
+    data = {"model": tiny_folder, "data": rows_file}
+    out = tmp_path / "run"
+    with pytest.raises(strop.Stopped, match="after step 3 of 6"):
+        strop.train(**data, out=out, **options, callback=stop)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert (report["exit"], report["ended"], report["steps"], report["adapter_step"]) == (130, "stop", 3, 3)
+    assert (out / "report.html").is_file() and not any(e["event"] == "end" for e in read_events(out / "events.jsonl"))
+    note = f"{out}: this run has not ended; its adapter is that of step 3"
+    assert note in strop.load(out).notes
+    words = {"eval": ("--data", rows_file), "merge": ("--out", tmp_path / "merged", "--no-parity")}
+    for name, more in words.items():
+        code, _, err = cli(name, out, *more, capsys=capsys)
+        assert code == 0 and note.replace(str(out), "") in " ".join(err.split()).replace(str(out), ""), err
+    code, listed, _ = cli("runs", tmp_path, "--json", capsys=capsys)
+    assert json.loads(listed)["runs"][0]["finished"] is False
+    whole, resumed = strop.train(**data, out=tmp_path / "whole", **options), strop.resume(out, progress=False)
+    assert resumed.report["exit"] == 0 and strop.load(out).notes == strop.load(whole).notes
+    files = [
+        folder / "adapter" / name
+        for name in ("adapter_model.safetensors", "strop.json")
+        for folder in (out, whole.folder)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes() and files[2].read_bytes() == files[3].read_bytes()
+
+
+def test_values_keep_their_origin_when_a_run_is_resumed(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """recipe.yaml, the report and the page say why a value was chosen, not that it stood in the run's own recipe."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "run"
+    with pytest.raises(strop.Stopped):
+        strop.train(
+            model=tiny_folder, data=rows_file, out=out, max_steps=4, lora={"r": 4}, callback=stop, progress=False
+        )
+    before = (out / "recipe.yaml").read_text(encoding="utf-8")
+    assert "r: 4  # option" in before and "learning_rate: " in before and "# plan: " in before
+    run = strop.resume(out, allow_changed=["train.max_steps"], max_steps=3, progress=False)
+    after = (out / "recipe.yaml").read_text(encoding="utf-8")
+    assert after == before.replace("max_steps: 4", "max_steps: 3")
+    assert "recipe" not in {choice["origin"] for choice in run.report["recipe"]}
+    recipes = [event for event in read_events(out / "events.jsonl") if event["event"] == "recipe"]
+    assert [event["changed"] for event in recipes] == [None, ["train.max_steps"]]
 
 
 def test_a_listener_ends_training_after_an_evaluation(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from itertools import groupby
@@ -76,6 +76,15 @@ class Resolved:
             _set_field(tree, choice.field, choice.value)
             choices[choice.field] = choice
         return Resolved(_validate(tree, {}), choices)
+
+    def with_origins(self, choices: Mapping[str, Choice]) -> Resolved:
+        """Return a copy in which a value of the recipe that equals a choice has its origin and reason."""
+        same = {
+            field: choices[field]
+            for field, choice in self.choices.items()
+            if choice.origin == "recipe" and field in choices and choices[field].value == choice.value
+        }
+        return replace(self, choices=self.choices | same)
 
     def as_yaml(self) -> str:
         """Return the recipe as YAML, with the origin and reason of each value as a comment."""

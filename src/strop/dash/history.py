@@ -69,7 +69,6 @@ class History:
         self.newest: dict[str, Event] = {}
         self.notes: list[str] = []
         self.samples: dict[int, list[dict[str, str]]] = {}  # completions at evaluations by step, oldest first
-        self._first_choices: dict[str, dict[str, Any]] = {}
         self._first_time: float | None = None
         self._session_start, self._earlier_seconds = 0.0, 0.0
         self._epoch_starts: dict[int, int] = {}  # first step of each epoch
@@ -177,8 +176,6 @@ class History:
             self._session_start = time
         if kind in _STORED_EVENTS:
             self.newest[kind] = event
-        if kind == "recipe" and not self._first_choices:
-            self._first_choices = {str(choice.get("field")): choice for choice in event.get("choices") or []}
         if kind == "note":
             self.notes = [*self.notes, str(event.get("text", ""))][-200:]
         if kind == "eval" and isinstance(step, int):
@@ -250,15 +247,8 @@ class History:
 
     @property
     def choices(self) -> list[dict[str, Any]]:
-        """Return the resolved recipe with the origin and reason of each value.
-
-        A value that is equal in the first session keeps its first origin, because a resume replaces all origins.
-        """
-        choices = []
-        for choice in (self.newest.get("recipe") or {}).get("choices") or []:
-            first = self._first_choices.get(choice["field"], {})
-            choices.append(first if first and first.get("value") == choice.get("value") else choice)
-        return choices
+        """Return the resolved recipe with the origin and reason of each value."""
+        return list((self.newest.get("recipe") or {}).get("choices") or [])
 
     @property
     def last(self) -> dict[str, Any]:

@@ -159,11 +159,11 @@ class RunProgress:
             self._out.print(f"[bold]machine[/]  {escape(line)}")
 
     def _on_recipe(self, event: Event) -> None:
-        hidden_origins = ("default", "recipe") if event["resuming"] else ("default",)
-        if event["resuming"]:
+        changed = event["changed"]  # None for a new run
+        if changed is not None:
             self._out.print("[bold]chosen[/]   options from the run's recipe.yaml")
         for choice in event["choices"]:
-            if choice["origin"] not in hidden_origins:
+            if choice["origin"] != "default" if changed is None else choice["field"] in changed:
                 value, why = escape(str(choice["value"])), escape(f": {choice['why']}" if choice["why"] else "")
                 self._out.print(f"[bold]chosen[/]   {choice['field']} = {value}  [dim]{choice['origin']}{why}[/]")
 

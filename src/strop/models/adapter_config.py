@@ -46,9 +46,21 @@ def adapter_folder(name: str) -> Path | None:
             return adapter
         if RunFolder(path).has_model:
             return None
-        fix = f"continue it with `strop resume {shlex.quote(str(path))}`"
-        raise ModelError(f"{path}: this run has not saved its adapter or model yet", fix=fix)
+        if (process := RunFolder(path).holder) is not None:
+            what = f"{path}: is being trained by process {process}, and has no adapter yet"
+            raise ModelError(what, fix="wait for its end, or stop it with Ctrl-C, which saves the adapter")
+        what = f"{path}: this run ended before it saved its adapter or model"
+        raise ModelError(what, fix=f"continue it with `strop resume {shlex.quote(str(path))}`")
     return path if (path / "adapter_config.json").is_file() else None
+
+
+def unfinished_notes(name: str) -> list[str]:
+    """Return a note if the adapter is that of a run that has not ended."""
+    run = RunFolder(Path(name).expanduser())
+    step = read_identity(run.adapter).get("step")
+    if not is_run(run.path) or run.finished or step is None:
+        return []
+    return [f"{name}: this run has not ended; its adapter is that of step {step}"]
 
 
 def find_adapter_folder(name: str) -> Path:

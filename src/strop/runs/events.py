@@ -2,7 +2,8 @@
 
 Every event has `event` (its kind), `time` (seconds since 1970), and fields that depend on the kind:
 
-- before the first step: machine, recipe, data, reference, rehearsal (the dry run)
+- before the first step: machine, recipe (`changed`: fields with other values than before a resume, None for a new
+  run), data, reference, rehearsal (the dry run)
 - start, resume, override (a changed setting), stop, end
 - step, eval, samples (completions of evaluation prompts), save, reference-check, note. A step of grpo has train.updates
   optimizer steps: its loss, kl, clip_share and grad_norm are those of the last one, its tokens those of all

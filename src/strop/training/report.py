@@ -81,14 +81,15 @@ def _list_model_notes(job: Job) -> Iterator[str]:
         yield f"on this GPU, slower operations replace some: {job.step.gpu_failures}; see {TROUBLESHOOTING_PAGE}#triton"
 
 
-def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
+def load_best(job: Job, reference_key: Mapping[str, str], *, may_evaluate: bool) -> float | None:
     """Load the best weights (without an evaluation, the last ones), and return their change since the start.
 
-    The change is relative, as in models.lora.weight_change.
+    The change is relative, as in models.lora.weight_change. may_evaluate: evaluate the last weights if there was no
+    evaluation.
     """
     progress, gatherer = job.state.progress, job.gatherer
     reset_lost_best(job)
-    if job.eval and progress.best_step is None and progress.step:
+    if may_evaluate and job.eval and progress.best_step is None and progress.step:
         evaluate(with_reference(job, reference_key))  # the best checkpoint is lost, so the last weights are the best
     with job.devices.all_or_none():
         best_step = progress.best_step or progress.step
@@ -108,7 +109,7 @@ def _iter_modules(gatherer: WeightGatherer) -> Iterator[nn.Module]:
 
 
 def finish(
-    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
+    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None, exit_code: int
 ) -> dict[str, Any]:
     """Save the adapter, write report.json and return its contents. change: the result of load_best."""
     progress, folder = job.state.progress, job.folder
@@ -116,6 +117,7 @@ def finish(
     model = setup.resolved.recipe.model
     identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
     identity |= {NEEDS_QUANTIZED_BASE: True} if setup.needs_quantized_base else {}
+    identity["step"] = progress.best_step or progress.step
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
     if (classes := setup.data.classes) is not None:
@@ -155,13 +157,13 @@ def finish(
         },
         **({"model": str(folder.model)} if full else {"adapter": str(folder.adapter)}),
         NEEDS_QUANTIZED_BASE: setup.needs_quantized_base,
-        "adapter_step": progress.best_step or progress.step,
+        "adapter_step": identity["step"],
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],
         "devices": _summarize_devices(job),
         **({"disk_wait_s": job.gatherer.waited_s} if isinstance(job.gatherer, ReadAhead) else {}),
-        "exit": 0,
+        "exit": exit_code,
     }
     write_card(folder, report)
     write_json(folder.report, report)

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The differences between a run and its resume."""
+    """The differences between a run and its resume. fields: of the recipe, with other values than before."""
 
+    fields: Sequence[str]
     changes: Sequence[Difference]
     devices: tuple[int, int] | None  # number of devices before and now, if they differ
 
@@ -148,6 +149,8 @@ def resume(
             resolved = resolved.decide([Choice("train.keep", "off", "default", "")])
         same_threads = resolved.recipe.train.exact or devices.world_size == locked_device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
+        recorded = _recorded_choices(folder)
+        setup = replace(setup, resolved=setup.resolved.with_origins(recorded))
         changes = compare_locks(lock, setup.lock)
         if refused := [change for change in changes if not is_allowed(change, allow_changed)]:
             texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
@@ -162,8 +165,16 @@ def resume(
             layers = {"layers": lock["layers"]} if "layers" in lock else {}  # digests of the base's layers
             overrides = [*lock.get("overrides", []), *map(asdict, changes)]
             write_json(folder.lock, {**setup.lock, **layers, "overrides": overrides})
-        resumed = Resumed(changes, counts if has_other_devices else None)
+        choices = setup.resolved.choices
+        fields = [name for name in choices if name not in recorded or recorded[name].value != choices[name].value]
+        resumed = Resumed(fields, changes, counts if has_other_devices else None)
         return _execute(folder, setup, listeners, devices, resumed)
+
+
+def _recorded_choices(folder: RunFolder) -> dict[str, Choice]:
+    """Return the choices of a run when it last began, by field."""
+    recipes = [event for event in read_events(folder.events) if event["event"] == "recipe"]
+    return {one["field"]: Choice(**one) for one in recipes[-1]["choices"]} if recipes else {}
 
 
 def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices: Devices) -> Run:
@@ -209,10 +220,11 @@ def _execute(
         trackers = stack.enter_context(tracking(recipe.track if devices.is_main else [], folder.path, config))
         log = EventLog(folder.events if devices.is_main else None, [*listeners, *trackers])
         job: Job | None = None
+        stopped: Stopped | None = None
         try:
             log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
-            log.emit("recipe", choices=choices, resuming=resumed is not None)
+            log.emit("recipe", choices=choices, changed=resumed and resumed.fields)
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
@@ -247,8 +259,11 @@ def _execute(
                     end_reason = fit(job)
                 except StropError as error:
                     error.partial_result = {"run": str(folder.path), **summarize_progress(job.state.progress)}
-                    raise
-                check_reference(job, key)
+                    if not isinstance(error, Stopped) or recipe.train.method == "full":  # a model of many GB
+                        raise
+                    end_reason, stopped = "stop", error
+                else:
+                    check_reference(job, key)
                 if isinstance(gatherer, ReadAhead):
                     log.emit("note", text=gatherer.describe())
         except KeyboardInterrupt:  # the second one in `fit`, or before or after it
@@ -266,11 +281,15 @@ def _execute(
                 raise
             fix = "use a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {first_line(error)}", fix=fix) from None
-        weight_change = load_best(job, key)
-        report = devices.run_on_main(lambda: finish(job, setup, memory, expected, end_reason, weight_change))
-        log.emit("end", step=job.state.progress.step, seconds=report["seconds"], **_saved_paths(report))
+        weight_change = load_best(job, key, may_evaluate=stopped is None)
+        ends = (memory, expected, end_reason, weight_change, Stopped.exit_code if stopped else 0)
+        report = devices.run_on_main(lambda: finish(job, setup, *ends))
+        if stopped is None:
+            log.emit("end", step=job.state.progress.step, seconds=report["seconds"], **_saved_paths(report))
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
+    if stopped is not None:
+        raise stopped
     return Run(folder.path, report)
 
 

@@ -86,6 +86,7 @@ def merge(
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
     _print_base_losses(merged.base_losses, merged.base)
     _print_parity(merged.parity)
+    _print_unfinished(run)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
     _print_uses(merged.out)
     print_json(merged.as_json(), as_json)
@@ -142,6 +143,7 @@ def gguf(
         )
     _print_exported(exported)
     print_notes(exported.notes)
+    _print_unfinished(run)
     console.print(f"[bold]exported[/] {escape(str(exported.out))}")
     if not adapter:
         _print_uses(exported.out)
@@ -166,6 +168,7 @@ def ollama(
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
     print_notes(prepared.notes)
+    _print_unfinished(run)
     console.print(f"[bold]exported[/] {escape(str(prepared.out))}; now:")
     for command in prepared.commands:
         console.print(f"  {command}", markup=False)
@@ -190,6 +193,12 @@ def _print_parity(parity: Parity | None) -> None:
         f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
         f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
     )
+
+
+def _print_unfinished(run: str) -> None:
+    from strop.models.adapter_config import unfinished_notes
+
+    print_notes(unfinished_notes(run))
 
 
 def _print_exported(exported: Exported) -> None:

@@ -29,7 +29,13 @@ from strop.engine.device import pick_device, pick_generation_dtype, prepare_proc
 from strop.engine.images import image_features, install_images
 from strop.errors import InputError, ModelError, RecipeError, suggest
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
-from strop.models.adapter_config import adapter_folder, adapter_kind, base_of_model, read_identity
+from strop.models.adapter_config import (
+    adapter_folder,
+    adapter_kind,
+    base_of_model,
+    read_identity,
+    unfinished_notes,
+)
 from strop.models.adapters import (
     adapter_disabled,
     attach_adapter,
@@ -134,7 +140,7 @@ class Model:
         for what in ("quantization", "dtype"):
             if own.get(what) and identity.get(what) not in (None, own[what]):
                 notes.append(f"{name}: was trained on another {what} of the base than {self.name}, which is used here")
-        self.notes = [*self.notes, *notes]
+        self.notes = [*self.notes, *notes, *unfinished_notes(name)]
         self.others[name] = peft_name
         self._settings.setdefault(self.name, (self.renderer, self.default_system))
         tokenizer, loaded = load_tokenizer(locate_tokenizer(folder, self.source)), self.tokenizer
@@ -544,7 +550,7 @@ def load(
         bool(identity.get("double_quantization", True)) if double_quantization is None else double_quantization,
         dequantizes=quantization == "auto", streamed=streamed,
     )  # fmt: skip
-    notes = [*notes, *storage_notes]
+    notes = [*notes, *storage_notes, *unfinished_notes(name)]
     if folder is None:
         install_images(base, renderer.tokenizer)
         untuned, has_base = None if base_name is None else identity["base"], True
