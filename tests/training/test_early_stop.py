@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import strop
 from strop.runs.events import EndTraining, read_events
+from strop.training.loop import stop_signals
 from tests.support.runs import QUICK
 
 
@@ -40,6 +43,17 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
     assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "interrupted" in last["why"] and last["step"] == 0
+
+
+def test_first_signal_is_announced_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with stop_signals() as stop_requested:
+        os.kill(os.getpid(), signal.SIGINT)
+        ends = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert stop_requested() and "Ctrl-C again stops at once, without saving" in caplog.messages[0]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_listener_ends_training_after_an_evaluation(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

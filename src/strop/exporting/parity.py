@@ -184,8 +184,8 @@ def measure_against(
 
 def _log_progress(name: str, examples: Sequence[Example]) -> Iterator[Example]:
     """Yield the examples, and log for the status line which one is measured."""
-    for number, example in enumerate(examples, 1):
-        LOG.info("measuring %s: row %d of %d", name, number, len(examples))
+    for number, example in enumerate(examples):
+        LOG.info("measuring %s: %d of %d rows", name, number, len(examples))
         yield example
 
 
