@@ -127,7 +127,7 @@ def demo(
     fresh = next_numbered(Path("runs"), "demo")
     newest = fresh.with_name(f"demo-{int(fresh.name.removeprefix('demo-')) - 1}")
     folder = out or newest
-    evaluation = RunFolder(folder).read_report().get("evaluation", {"interrupted": ""})
+    evaluation = RunFolder(folder).read_report().get("evaluation") or {"interrupted": ""}
     is_resumed = is_run(folder) and bool({"interrupted", "unfinished"} & evaluation.keys())
     if is_resumed:
         text = f"resuming {folder}, which was interrupted; to start afresh: {command_name()} demo --out {fresh}"
