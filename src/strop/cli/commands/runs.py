@@ -44,16 +44,17 @@ def runs(
     check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
     is_narrow = console.width < MIN_WIDE  # model and data are then below the name
-    sources = [] if is_narrow else ["model", "data"]
-    table = Table(Column("run", overflow="fold"), *sources, "score", "train loss", "eval loss", "time", "state")
+    sources, losses = ([], ["loss"]) if is_narrow else (["model", "data"], ["train loss", "eval loss"])
+    table = Table(Column("run", overflow="fold"), *sources, "score", *losses, "time", "state")
     for row in rows:
         name, model = escape(Path(row["run"]).name), escape(_shorten_name(row["model"]))
         data = escape(", ".join(map(_shorten_name, row["data"] or [None])))
+        train, held_out = ("-" if row[f"{x}_loss"] is None else f"{row[f'{x}_loss']:.4g}" for x in ("train", "eval"))
         score = "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}"
         table.add_row(
             *([f"{name}\n[dim]{model}, {data}[/]"] if is_narrow else [name, model, data]),
             escape(f"{score}{chr(10) if is_narrow else ' '}{row['caveat']}".strip()),
-            *("-" if row[loss] is None else f"{row[loss]:.4g}" for loss in ("train_loss", "eval_loss")),
+            *([f"train {train}\neval {held_out}"] if is_narrow else [train, held_out]),
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
             row["state"] if row["finished"] else f"{row['state']},{chr(10) if is_narrow else ' '}step {row['step']}",
         )
