@@ -170,16 +170,22 @@ def test_generation_progress_removes_its_log_handler() -> None:
     assert not logging.getLogger("strop").handlers
 
 
-def test_first_sample_is_one_line_of_the_width() -> None:
+def test_first_sample_shows_the_end_of_the_prompt_and_the_reference() -> None:
     out = io.StringIO()
     sample = {"prompt": "[b]what\nis 2?", "reference": "4", "completion": "it is\n4 [/b]"}
-    long = {"prompt": "p" * 200, "reference": "", "completion": "c" * 200}
+    long = {"prompt": "p" * 200 + "END", "reference": "right", "completion": "c" * 200}
     with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
         show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample, long]})
         show({"event": "samples", "time": 2.0, "step": 40, "samples": [long]})
-    first, second = (line for line in out.getvalue().splitlines() if line.startswith("sample "))
-    assert first == "sample   step 20: [b]what is 2? -> it is 4 [/b]"
-    assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 26}…"
+    assert out.getvalue().splitlines() == [
+        "sample   step 20: [b]what is 2?",
+        "      -> it is 4 [/b]",
+        "expected 4",
+        "         1 of 2, all are in events.jsonl",
+        f"sample   step 40: …{'p' * 58}END",
+        f"      -> {'c' * 70}…",
+        "expected right",
+    ]
 
 
 def test_cut_sample_is_marked() -> None:
@@ -187,7 +193,7 @@ def test_cut_sample_is_marked() -> None:
     sample = {"prompt": "what is 2?", "reference": "4", "completion": "it is", "cut": True}
     with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
         show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample]})
-    assert "what is 2? -> it is … (cut)" in out.getvalue()
+    assert "      -> it is … (cut)" in out.getvalue()
 
 
 def test_warnings_are_printed_while_progress_is_shown() -> None:

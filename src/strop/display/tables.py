@@ -146,6 +146,9 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s; {report['supervised_tokens']:,} of the tokens are supervised)"
     )
+    others = {"evaluation and samples": report.get("eval_seconds", 0), "saving": report.get("save_seconds", 0)}
+    if rest := ", ".join(f"{name} {seconds:.0f} s" for name, seconds in others.items() if round(seconds)):
+        console.print(f"         and {rest}")
     if memory := report.get("memory"):
         measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
         prediction = f", {predicted / 2**30:.2f} predicted ({measured / predicted - 1:+.0%})" if predicted else ""

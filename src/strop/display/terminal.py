@@ -214,6 +214,7 @@ class RunProgress:
 
     def __init__(self, out: Console, status: StatusLine) -> None:
         self._out, self._status = out, status
+        self._named_samples = False  # whether the file with all samples was named
         self._next_activity = ""  # what follows an evaluation or a save
         self._first_step: float | None = None
         self._bar: Progress | None = None
@@ -341,14 +342,24 @@ class RunProgress:
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
 
     def _on_samples(self, event: Event) -> None:
-        """Print the first sample on one line, with at most half of the line for the prompt."""
-        prompt, completion = (Text(" ".join(event["samples"][0][name].split())) for name in ("prompt", "completion"))
+        """Print the first sample: the end of its prompt, the completion, and the reference if it is different."""
+        first, number = event["samples"][0], len(event["samples"])
+        prompt, completion, reference = (" ".join(first[x].split()) for x in ("prompt", "completion", "reference"))
         label = Text.assemble(("sample", "bold"), f"   step {event['step']}: ")
-        prompt.truncate((self._out.width - label.cell_len) // 2, overflow="ellipsis")
-        cut = " … (cut)" if event["samples"][0].get("cut") else ""
-        line = Text.assemble(label, prompt, " -> ", completion, cut)
-        line.truncate(self._out.width, overflow="ellipsis")
-        self._out.print(line)
+        rest = f"1 of {number}, all are in events.jsonl" if number > 1 else ""
+        if excess := max(0, len(prompt) - (self._out.width - label.cell_len)):
+            prompt = f"…{prompt[excess + 1 :]}"
+        lines = [Text.assemble(label, prompt), Text(f"{'->':>8} {completion}{' … (cut)' if first.get('cut') else ''}")]
+        if completion == reference:
+            lines[1].append(" (as expected)")
+        elif reference:
+            lines.append(Text(f"expected {reference}"))
+        if rest and not self._named_samples:
+            lines.append(Text(f"         {rest}", style="dim"))
+            self._named_samples = True
+        for line in lines:
+            line.truncate(self._out.width, overflow="ellipsis")
+            self._out.print(line)
 
     def _on_skip(self, event: Event) -> None:
         self._print_warning("[red]skipped[/] ", event)
