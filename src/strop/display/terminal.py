@@ -131,7 +131,7 @@ class StatusLine:
         self.update(activity)
 
     def print_line(self, text: str) -> None:
-        self._out.print(text, markup=False)
+        self._out.print(text if in_terminal.get() else in_python(text), markup=False)
         self.restart_quiet_time()
 
     def restart_quiet_time(self) -> None:
