@@ -140,6 +140,18 @@ def print_next(*commands: Sequence[str]) -> None:
         console.print(f"{lead:8} {command_name()} {shlex.join(words)}", markup=False)
 
 
+def example_request(server: Mapping[str, Any]) -> str:
+    """Return a command that sends a request to the server."""
+    hello: dict[str, Any] = {"model": server["models"][0], "messages": [{"role": "user", "content": "Hello"}]}
+    path, body = ("/v1/chat/completions", hello)
+    if "labels" in server:
+        path, body = "/classify", {"input": "Hello"}
+    elif "dimensions" in server:
+        path, body = "/v1/embeddings", {"input": "Hello"}
+    key = '-H "Authorization: Bearer $STROP_API_KEY" ' if server.get("key") else ""
+    return f"curl {server['url']}{path} {key}-H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
 def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     run = report["run"]
     console.print(

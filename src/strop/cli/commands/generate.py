@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
-from strop.display.tables import command_name, console, print_json, print_next, print_notes
+from strop.display.tables import command_name, console, example_request, print_json, print_next, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -154,18 +153,6 @@ def chat(
     )  # fmt: skip
 
 
-def _example_request(server: dict[str, Any]) -> str:
-    """Return a command that sends a request to the server."""
-    hello: dict[str, Any] = {"model": server["models"][0], "messages": [{"role": "user", "content": "Hello"}]}
-    path, body = ("/v1/chat/completions", hello)
-    if "labels" in server:
-        path, body = "/classify", {"input": "Hello"}
-    elif "dimensions" in server:
-        path, body = "/v1/embeddings", {"input": "Hello"}
-    key = '-H "Authorization: Bearer $STROP_API_KEY" ' if server.get("key") else ""
-    return f"curl {server['url']}{path} {key}-H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
-
-
 def serve(
     names: Annotated[
         list[str],
@@ -234,7 +221,7 @@ def serve(
         console.print(
             f"[bold]serving[/]  {server['url']}  models: {escape(', '.join(server['models']))}  (Ctrl-C to stop)"
         )
-        console.print(f"try      {_example_request(server)}", markup=False)
+        console.print(f"try      {example_request(server)}", markup=False)
         print_json(server, as_json)
 
     with status_line("loading the libraries") as status:
