@@ -73,6 +73,14 @@ def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.Monkey
     assert not logging.getLogger("strop").handlers and out.getvalue() == text
 
 
+def test_lasting_message_is_printed_once() -> None:
+    out = io.StringIO()
+    with status_line("loading", Console(file=out)) as status:
+        logging.getLogger("strop.training.keep").info("answering %d prompts first", 9, extra=progress.LASTING)
+        assert status.text().startswith("loading ")
+    assert out.getvalue() == "answering 9 prompts first\n"
+
+
 def test_counter_in_a_status_line_does_not_restart_its_time() -> None:
     out = io.StringIO()
     with status_line("loading", Console(file=out)) as status:
