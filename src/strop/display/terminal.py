@@ -359,7 +359,7 @@ class RunProgress:
             self._named_samples = True
         for line in lines:
             line.truncate(self._out.width, overflow="ellipsis")
-            self._out.print(line)
+        self._out.print(Text("\n").join(lines))
 
     def _on_skip(self, event: Event) -> None:
         self._print_warning("[red]skipped[/] ", event)

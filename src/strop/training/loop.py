@@ -491,7 +491,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         if ranks is None or ranks.rank == 0:
             again = "Ctrl-C again stops" if number == signal.SIGINT else "a second signal stops"
-            text = f"stopping: this step is completed and saved first ({again} at once, without saving)"
+            text = f"stopping after this step and saving; {again} at once, without saving"
             # in another thread, because this one may hold the locks and buffers of the output
             threading.Thread(target=LOG.warning, args=(text,), daemon=True).start()
 
