@@ -18,6 +18,7 @@ of the command line where stderr is a log.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from strop.runs.events import Event
     from strop.training.run import Run
 
+LOG = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 Rows = Any  # a data file, or rows in memory: a DataFrame, a datasets.Dataset or a list of dicts
 StepProgress = bool | Callable[[str], None] | None
@@ -411,6 +413,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     source, data_kind = locate(resolved.model.name, resolved.model.revision), data_kind_of(resolved.train)
     check_template(source, resolved.data, data_kind)
     tokenizer = load_tokenizer(source)
+    LOG.info("reading and checking the rows")
     prepared = prepare_rows(resolved, tokenizer, strict=False)
     if prepared.classes is not None and prepared.classes.names:
         class_weights(resolved.train.class_weights, dict.fromkeys(prepared.classes.names, 1))

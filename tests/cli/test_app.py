@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from strop.cli.app import COMMANDS, EXAMPLES, GROUPS
+from strop.cli.app import COMMANDS, EXAMPLES, GROUPS, _exit_with_error
 from strop.display.tables import command_name, with_command_name
+from strop.errors import Stopped
 from tests import ROOT
 from tests.support.commands import find_error
 from tests.support.pages import commands
@@ -91,3 +92,13 @@ def test_library_output_at_exit_is_hidden_without_debug(debug: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "--colour" in done.stderr
     assert ("nanobind" in done.stderr) == bool(debug)
+
+
+def test_requested_stop_is_one_line_and_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = Stopped("stopped after step 8 of 12", fix="continue with `strop resume runs/mine`")
+    with pytest.raises(SystemExit) as ended:
+        _exit_with_error(stopped.lines(), stopped.as_json(), stopped.exit_code)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 130
+    assert shown.count("\n") == 1 and shown.startswith("stopped after step 8 of 12; continue with `")
+    assert shown.endswith("resume runs/mine`\n")

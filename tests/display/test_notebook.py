@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from strop.display.notebook import is_notebook
+from strop.display.notebook import NotebookDisplay, is_notebook
 from strop.display.plots import plot_loss
 
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
@@ -46,6 +46,20 @@ def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_
     assert "peak memory in MiB" in shown_html(planned) and not silent
     assert "24 rows read" in shown_html(checked)
     assert "<div>" not in shown_html(evaluated[:1]) and "not a test, because" in shown_html(evaluated)  # no progress
+
+
+def test_evaluation_is_shown_and_the_bar_stays() -> None:
+    display = NotebookDisplay("loading")
+    try:
+        display.on_event({"event": "start", "step": 0, "steps": 8})
+        step = {"event": "step", "step": 4, "steps": 8, "loss": 1.0, "tokens_per_s": 9.0, "seconds_left": 62.0}
+        display.on_event(step)
+        display.show_activity("sampling: 1 of 4 completions")
+        assert "<b>sampling: 1 of 4 completions</b>" in display._render() and "4/8" in display._render()
+        display.on_event({"event": "samples", "step": 4})
+        assert "<b>training</b>" in display._render() and "1:02" in display._render()
+    finally:
+        display.close("done")
 
 
 def test_terminal_without_a_kernel_is_not_a_notebook() -> None:

@@ -87,3 +87,8 @@ def test_json_is_valid_for_any_encoding_of_stdout(encoding: str, monkeypatch: py
     print_json({"file": "rü\udcff.jsonl"}, True)
     out.flush()
     assert json.loads(out.buffer.getvalue()) == {"file": "rü\udcff.jsonl"}  # type: ignore[attr-defined]
+
+
+def test_summary_names_the_time_beside_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    print_run_summary({"run": "r", "adapter": "a", "eval_seconds": 74.0, "save_seconds": 0.1, **FIGURES}, False)
+    assert "and evaluation and samples 74 s\n" in capsys.readouterr().err

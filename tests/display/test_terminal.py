@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from strop.display.terminal import (
 )
 
 STEP: dict[str, Any] = {"event": "step", "loss": 1.5, "tokens_per_s": 400.0, "seconds_left": 62.0}
+SAMPLE = {"prompt": "what is 2?", "reference": "4", "completion": "4"}
 MARKUP = "[INST] x [/INST] [red]y[/]"  # text that Rich could read as markup
 
 
@@ -58,7 +60,7 @@ def wait_for_lines(out: io.StringIO, number: int) -> list[str]:
 
 
 def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "QUIET_INTERVALS", (0.0,))
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
     out = io.StringIO()
     with status_line("loading the libraries", Console(file=out)):
@@ -71,22 +73,30 @@ def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.Monkey
     assert not logging.getLogger("strop").handlers and out.getvalue() == text
 
 
+def test_lasting_message_is_printed_once() -> None:
+    out = io.StringIO()
+    with status_line("loading", Console(file=out)) as status:
+        logging.getLogger("strop.training.keep").info("answering %d prompts first", 9, extra=progress.LASTING)
+        assert status.text().startswith("loading ")
+    assert out.getvalue() == "answering 9 prompts first\n"
+
+
 def test_counter_in_a_status_line_does_not_restart_its_time() -> None:
     out = io.StringIO()
     with status_line("loading", Console(file=out)) as status:
         status.update("measuring the result: row 1 of 30")
         status._since -= 60
         status.update("measuring the result: row 2 of 30")
-        assert status._text() == "measuring the result: row 2 of 30 (60 s)"
+        assert status.text().startswith("measuring the result: row 2 of 30 (60 s")
         status.update("writing")
-        assert status._text() == "writing (0 s)"
+        assert status.text() == "writing (0 s)"
 
 
 def test_each_step_has_its_own_time() -> None:
     with run_progress(Console(file=io.StringIO())) as show:
         for number in (1, 2):
             show({**STEP, "time": 1.0, "step": number, "steps": 3})
-            assert show._status._text() == f"computing step {number + 1} (0 s)"
+            assert show._status.text() == f"computing step {number + 1} (0 s)"
             show._status._since -= 60
 
 
@@ -99,22 +109,91 @@ def test_status_after_the_last_step_is_saving(monkeypatch: pytest.MonkeyPatch) -
     assert activities == ["computing step 2", "saving"]
 
 
+def test_still_lines_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "QUIET_INTERVALS", (0.0, 3600.0))
+    out = io.StringIO()
+    with status_line("loading", Console(file=out)) as status:
+        wait_for_lines(out, 1)
+        status.update("computing")
+        wait_for_lines(out, 2)
+        time.sleep(0.1)
+    assert out.getvalue().splitlines() == ["still    loading (0 s)", "still    computing (0 s)"]
+
+
+def test_counted_activity_shows_the_time_left() -> None:
+    with status_line("loading", Console(file=io.StringIO())) as status:
+        status.update("answering: 0 of 4")
+        assert "left" not in status.text()
+        status._since -= 60
+        status._pace._started -= 60
+        status.update("answering: 1 of 4")
+        assert re.fullmatch(r"answering: 1 of 4 \(6\d s, [23]:\d\d left\)", status.text())
+        assert len(status.text(24)) == 24 and status.text(24).endswith(" left)")
+
+
+def test_evaluation_and_sampling_are_shown_below_the_bar() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, soft_wrap=True)
+    log = logging.getLogger("strop.training.loop")
+    with run_progress(console) as show:
+        start = {"event": "start", "time": 0.0, "step": 0, "steps": 12, "engine": "fast", "why": ""}
+        show({**start, "parameters": {"trainable": 1, "all": 10}})
+        show({**STEP, "time": 1.0, "step": 4, "steps": 12})
+        assert show._bar is not None
+        for text, shown in (
+            ("evaluating: 3 of 10 batches", "evaluating: 3 of 10"),
+            ("sampling: 1 of 4", "sampling: 1"),
+        ):
+            log.info(text)
+            show._bar.refresh()
+            assert shown in out.getvalue()
+        show({"event": "samples", "time": 3.0, "step": 4, "samples": [SAMPLE]})
+        assert show._status.text().startswith("computing step 5 ")
+
+
+def test_requested_stop_is_not_printed_twice() -> None:
+    out = io.StringIO()
+    with run_progress(Console(file=out)) as show:
+        show({"event": "stop", "time": 1.0, "step": 4, "why": "signal"})
+        assert not out.getvalue()
+        show({"event": "stop", "time": 1.0, "step": 4, "why": "the time budget is spent"})
+    assert out.getvalue() == "stopped  after step 4: the time budget is spent\n"
+
+
+def test_time_left_of_answers_counts_unfinished_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "GENERATION_INTERVALS", (-1.0,))
+    out = io.StringIO()
+    with generation_progress(Console(file=out)) as advance:
+        for done in (0, 0.5, 1.5):
+            advance("base and tuned", done, 12)
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["answers  base and tuned 0/12"] * 2
+    assert re.fullmatch(r"answers  base and tuned 1/12, \d:\d\d left", lines[2])
+
+
 def test_generation_progress_removes_its_log_handler() -> None:
     with generation_progress(Console(file=io.StringIO())) as advance:
         advance("base", 1, 2)
     assert not logging.getLogger("strop").handlers
 
 
-def test_first_sample_is_one_line_of_the_width() -> None:
+def test_first_sample_shows_the_end_of_the_prompt_and_the_reference() -> None:
     out = io.StringIO()
     sample = {"prompt": "[b]what\nis 2?", "reference": "4", "completion": "it is\n4 [/b]"}
-    long = {"prompt": "p" * 200, "reference": "", "completion": "c" * 200}
+    long = {"prompt": "p" * 200 + "END", "reference": "right", "completion": "c" * 200}
     with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
         show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample, long]})
         show({"event": "samples", "time": 2.0, "step": 40, "samples": [long]})
-    first, second = (line for line in out.getvalue().splitlines() if line.startswith("sample "))
-    assert first == "sample   step 20: [b]what is 2? -> it is 4 [/b]"
-    assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 26}…"
+    assert out.getvalue().splitlines() == [
+        "sample   step 20: [b]what is 2?",
+        "      -> it is 4 [/b]",
+        "expected 4",
+        "         1 of 2, all are in events.jsonl",
+        f"sample   step 40: …{'p' * 58}END",
+        f"      -> {'c' * 70}…",
+        "expected right",
+    ]
 
 
 def test_cut_sample_is_marked() -> None:
@@ -122,7 +201,7 @@ def test_cut_sample_is_marked() -> None:
     sample = {"prompt": "what is 2?", "reference": "4", "completion": "it is", "cut": True}
     with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
         show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample]})
-    assert "what is 2? -> it is … (cut)" in out.getvalue()
+    assert "      -> it is … (cut)" in out.getvalue()
 
 
 def test_warnings_are_printed_while_progress_is_shown() -> None:

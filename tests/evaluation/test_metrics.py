@@ -25,11 +25,14 @@ from strop.evaluation import general, metrics
 from strop.evaluation.metrics import (
     METRICS,
     check_golds,
+    describe_change,
     find_metric,
+    format_score,
     paired_difference,
     score,
     wilson_interval,
 )
+from strop.evaluation.report import _format_scores
 from tests.support.scripts import script
 from tests.support.shared_data import shared
 
@@ -424,3 +427,17 @@ def test_pattern_that_takes_too_long_is_a_miss_and_is_logged(
     (record,) = caplog.records
     assert "'(a+)+b' takes more than 0.1 s" in record.getMessage()
     assert signal.getsignal(signal.SIGVTALRM) is before
+
+
+def test_numbers_have_one_format_everywhere() -> None:
+    values = {"perplexity": 16075.645, "loss": 0.0002255}
+    assert [format_score(name, value) for name, value in values.items()] == ["16,076", "0.000226"]
+    assert format_score("loss", 2.5) == "2.500" and format_score("loss", 0.0) == "0.000"
+    shown = _format_scores({"metric": "exact", "tuned": values}, {})
+    assert [score["sides"][0]["text"] for score in shown] == ["16,076", "0.000226"]
+
+
+@pytest.mark.parametrize(("rows", "verdict"), [(4, "better on few rows: +50.0 points"), (40, "better: +50.0 points")])
+def test_verdict_on_few_rows_says_so(rows: int, verdict: str) -> None:
+    difference = {"value": 0.5, "low": 0.1, "high": 0.9}
+    assert describe_change({"rows": rows, "difference": difference, "metric": "exact"})[1].startswith(verdict)

@@ -117,7 +117,7 @@ def test_full_report_shows_every_figure(tmp_path: Path) -> None:
         "8.00 GiB",
     ):
         assert word in page.text, word
-    assert "1 x skip" in page.text and "rehearsal" not in page.text
+    assert "1 skipped step" in page.text and "rehearsal" not in page.text
     assert page.tags.count("svg") == 5  # loss for wide and narrow screens, learning rate, gradient norm, tokens/s
     assert "evaluation" in page.text and "1 fields at their defaults" in page.text
 

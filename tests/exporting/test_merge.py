@@ -344,9 +344,11 @@ def test_measurement_shows_what_is_measured_and_how_far(
     code, _, err = run_command("merge", folder, "--out", tmp_path / "merged", capsys=capsys)
     assert code == 0 and "(--no-parity skips it)" in err
     for name in ("the tuned model", "the base", "the result"):
-        shown = [message for message in caplog.messages if message.startswith(f"measuring {name}: row ")]
-        assert shown == [f"measuring {name}: row {number} of {len(shown)}" for number in range(1, len(shown) + 1)]
+        shown = [message for message in caplog.messages if message.startswith(f"measuring {name}: ")]
+        assert shown == [f"measuring {name}: {number} of {len(shown)} rows" for number in range(len(shown))]
         assert len(shown) > 1
+    code, _, err = run_command("merge", folder, "--out", tmp_path / "again", "--no-parity", capsys=capsys)
+    assert code == 0 and "measuring" not in err
 
 
 def test_interrupted_merge_resumes(

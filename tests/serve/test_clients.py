@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from strop.display.tables import example_request
 from tests.support.browser import open_browser
 from tests.support.serving import CHAT, SYSTEM, Server
 
@@ -104,6 +106,9 @@ def test_curl_program(server: Server) -> None:
     ]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == greedy(server)
+    printed = example_request({"url": server.url, "models": ["calm"]})
+    done = subprocess.run([curl, *shlex.split(printed)[1:]], capture_output=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["choices"]
     form = [curl, "-sS", "-o", os.devnull, "-w", "%{http_code}", server.url + "/v1/chat/completions", "-d", body]
     assert subprocess.run(form, capture_output=True, timeout=60, check=True).stdout == b"415"
 

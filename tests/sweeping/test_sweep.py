@@ -386,7 +386,7 @@ def test_a_trial_that_is_killed_while_it_is_pruned_is_pruned_when_it_is_resumed(
     finish = training.finish
 
     def kill(job: Any, *rest: Any) -> Any:
-        if rest[-2] == "pruned":
+        if rest[3] == "pruned":
             raise SystemExit("killed")
         return finish(job, *rest)
 

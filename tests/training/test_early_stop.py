@@ -15,6 +15,7 @@ import pytest
 
 import strop
 from strop.runs.events import EndTraining, read_events
+from strop.training.loop import stop_signals
 from tests.support.runs import QUICK
 from tests.support.runs import run as cli
 
@@ -100,6 +101,17 @@ def test_values_keep_their_origin_when_a_run_is_resumed(tiny_folder: Path, rows_
     assert "recipe" not in {choice["origin"] for choice in run.report["recipe"]}
     recipes = [event for event in read_events(out / "events.jsonl") if event["event"] == "recipe"]
     assert [event["changed"] for event in recipes] == [None, ["train.max_steps"]]
+
+
+def test_first_signal_is_announced_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with stop_signals() as stop_requested:
+        os.kill(os.getpid(), signal.SIGINT)
+        ends = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert stop_requested() and "Ctrl-C again stops at once, without saving" in caplog.messages[0]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_listener_ends_training_after_an_evaluation(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

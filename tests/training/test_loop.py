@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import strop
 from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
 from strop.training.gradients import micro_batches
-from strop.training.loop import fit, parse_seconds
+from strop.training.loop import _seconds_left, fit, parse_seconds
 from strop.training.optim import rate_factor, warmup_steps
 from strop.training.state import Job, batch_stream
 from tests.support import tiny
@@ -319,3 +323,27 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> Non
         ours_logits, their_logits, base_logits = job.model(ids).logits, theirs(ids).logits, tiny.model()(ids).logits
     assert (ours_logits - their_logits).abs().max() < 1e-5
     assert (ours_logits - base_logits).abs().max() > 1e-3
+
+
+def test_time_left_includes_the_evaluations_and_samples_that_follow() -> None:
+    progress = SimpleNamespace(seconds=8.0, eval_seconds=6.0)
+    train = SimpleNamespace(eval_steps=2)
+    job: Any = SimpleNamespace(
+        state=SimpleNamespace(progress=progress), eval=[1], recipe=SimpleNamespace(train=train), train=[]
+    )
+    assert _seconds_left(job, 4, 8) == 4 * 2 + 3 * 6  # step 4 is followed by the second of four evaluations
+    progress.eval_seconds = 0.0
+    assert _seconds_left(job, 2, 8) == 6 * 4  # not known before the first one
+    job.eval = None
+    assert _seconds_left(job, 4, 8) == 4 * 2
+
+
+def test_evaluation_and_samples_report_how_far_they_are(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "strop")
+    options: dict[str, Any] = {"eval": rows_file, "max_steps": 1, "batch_size": 4, "dtype": "fp32", "lora": {"r": 4}}
+    strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "run", progress=False, **options)
+    assert any(re.match(r"evaluating: 0 of \d+ batches", message) for message in caplog.messages)
+    sampled = [message for message in caplog.messages if message.startswith("sampling: ")]
+    assert sampled[0] == "sampling: 0 of 4 completions" and sampled[-1] == "sampling: 4 of 4 completions"

@@ -613,7 +613,7 @@ def test_interrupted_import_exits_as_stopped(
 
     monkeypatch.setattr(app, "COMMANDS", {**app.COMMANDS, "schema": interrupted})
     code, _, err = run("schema", capsys=capsys)
-    assert code == 130 and "saved before is intact" in err
+    assert code == 130 and "complete before are kept" in err
 
 
 @pytest.mark.parametrize(("warmup", "noted"), [(2, True), (30, True), (1, False), (0.9, False)])

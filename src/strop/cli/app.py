@@ -33,7 +33,7 @@ from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import BOOLEAN, CHAT_COMMANDS, add_recipe_options
 from strop.config.names import use_short_forms
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest, in_terminal
+from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, Stopped, StropError, closest, in_terminal
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -403,16 +403,20 @@ def _explain_command(word: str, group: str) -> InputError:
 
 
 def _exit_interrupted() -> None:
-    lines = ["stopped; everything saved before is intact"]
+    lines = ["stopped; files that were complete before are kept", f"{FIX}type the same command to start again"]
     _exit_with_error(lines, {"kind": "Stopped", "message": "interrupted"}, 130)
 
 
 def _exit_with_error(
     lines: list[str], error: dict[str, Any], code: int, partial_result: Mapping[str, Any] | None = None
 ) -> None:
+    if code == Stopped.exit_code and lines:  # what the user asked for is not an error
+        lines = ["; ".join(line.removeprefix(FIX) for line in lines)]
+    else:
+        lines = [line if line.startswith(FIX) else f"error: {line}" for line in lines]
     for line in lines:
-        text = use_short_forms(with_command_name(line if line.startswith(FIX) else f"error: {line}"))
-        console.print(text, markup=False, style="red" if code != 130 else "yellow")
+        text = use_short_forms(with_command_name(line))
+        console.print(text, markup=False, style="red" if code != Stopped.exit_code else "yellow")
     with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)

@@ -68,7 +68,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     if not {"prompts", "classes", "triplets"} & report["answers"].keys():
         stops = int(report["stop_token"]["rows"])
         unit = "rows" if stops <= rows["read"] else "conversations"  # a row may have several
-        grid.add_row("stop", f"{stops:,} {unit} end with a stop token that is trained on")
+        subject = f"1 {unit.removesuffix('s')} ends" if stops == 1 else f"{stops:,} {unit} end"
+        grid.add_row("stop", f"{subject} with a stop token that is trained on")
     for i, sentence in enumerate(report["template"]):
         grid.add_row("" if i else "template", Text(sentence))
     if answers := report["answers"]:

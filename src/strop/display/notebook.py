@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strop.display.terminal import format_clock
 from strop.errors import in_python
-from strop.runs.events import Event
+from strop.runs.events import ON_REQUEST, Event
 
 if TYPE_CHECKING:
     from strop.display.plots import Series
@@ -50,6 +51,7 @@ class NotebookDisplay:
         from IPython.display import HTML, display
 
         self._activity, self._start = activity, time.monotonic()
+        self._training = ""  # the activity that evaluations and saves interrupt
         self._train: Series = {}
         self._evaluated: Series = {}
         self._rows: deque[tuple[str, ...]] = deque(maxlen=MAX_ROWS)
@@ -71,31 +73,44 @@ class NotebookDisplay:
         """Show another activity. done, total: how much of it is finished; total 0 shows no bar."""
         self._activity, self._done, self._total = activity, done, total
 
+    def show_activity(self, activity: str) -> None:
+        """Show an activity that is part of the current one, whose bar stays."""
+        self._activity = activity
+
+    def add_note(self, text: str) -> None:
+        self._notes.append(in_python(text))
+
     def on_event(self, event: Event) -> None:
         """Show an event of a run."""
         kind = event["event"]
         if kind == "start":
-            self.update("computing the first step", event["step"], event["steps"])
+            self._set_training("computing the first step", event["step"], event["steps"])
         elif kind == "step":
             if math.isfinite(event["loss"]):
                 self._train[event["step"]] = event["loss"]
-            minutes, seconds = divmod(int(event["seconds_left"]), 60)
-            self._rows.append(
-                (str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}")
-            )
+            left = format_clock(event["seconds_left"])
+            self._rows.append((str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", left))
             total = event.get("steps", self._total)
-            self.update("saving" if event["step"] == total else "training", event["step"], total)
-        elif kind == "eval" and event["loss"] is not None:
-            self._evaluated[event["step"]] = event["loss"]
-            self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
+            self._set_training("saving" if event["step"] == total else "training", event["step"], total)
+        elif kind in ("eval", "samples", "save"):
+            if kind == "eval" and event["loss"] is not None:
+                self._evaluated[event["step"]] = event["loss"]
+                self._notes.append(f"eval loss {event['loss']:.4f} at step {event['step']}")
+            if self._training:
+                self.show_activity(self._training)
         elif kind == "note":
             self._notes.append(in_python(event["text"]))
         elif kind == "stop":
-            self._notes.append(f"stopped after step {event['step']}, saved: {event['why']}")
+            why = "" if event["why"] in ON_REQUEST else f": {event['why']}"
+            self._notes.append(f"stopped after step {event['step']}{why}")
         elif kind in ("skip", "rollback", "shrink"):
             self._notes.append(f"step {event['step']}: {kind}: {event.get('why', 'out of memory')}")
         elif kind == "end":
             self.update("writing the report")
+
+    def _set_training(self, activity: str, done: int, total: int) -> None:
+        self._training = activity
+        self.update(activity, done, total)
 
     def close(self, final: str) -> None:
         """Draw once more, with a last line and without the table of steps. final: "" shows nothing."""

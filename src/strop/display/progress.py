@@ -35,10 +35,10 @@ def _log(activity: str) -> Iterator[StatusLine]:
     from strop.display.tables import console
     from strop.display.terminal import StatusLine, activity_messages
 
-    status = StatusLine(console, activity, quiet_seconds=LOG_SECONDS)
+    status = StatusLine(console, activity, quiet=[LOG_SECONDS])
     status.start()
     try:
-        with activity_messages(status.update):
+        with activity_messages(status.update, status.print_line):
             yield status
     finally:
         status.stop()
@@ -51,13 +51,17 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
     if mode == "off":
         yield None
     elif mode == "log":
+        activity = ""  # of the training, which evaluations and saves interrupt
         with _log("preparing the run") as line:
 
             def log(event: Event) -> None:
+                nonlocal activity
                 if event["event"] == "start":
-                    line.update("computing the first step")
+                    activity = "computing the first step"
                 elif event["event"] == "step":
-                    line.update(f"training: step {event['step']} of {event['steps']}, loss {event['loss']:.4f}")
+                    activity = f"training: step {event['step']} of {event['steps']}, loss {event['loss']:.4f}"
+                if event["event"] in ("start", "step", "eval", "samples", "save") and activity:
+                    line.update(activity)
 
             yield log
     elif mode == "notebook":
@@ -80,23 +84,36 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
 @contextmanager
 def show_answers(
     progress: bool | Callable[[str, int, int], None] | None, is_main: bool
-) -> Iterator[Callable[[str, int, int], None] | None]:
+) -> Iterator[Callable[[str, float, int], None] | None]:
     """Yield a callback that shows how many answers are generated: label, done, total; or None."""
     if callable(progress):
-        yield progress if is_main else None
+        yield _whole_counts(progress) if is_main else None
     elif (mode := _mode(progress, is_main)) == "off":
         yield None
     elif mode == "log":
         with _log("loading the model") as line:
-            yield lambda label, done, total: line.update(f"generating answers: {label}, {done} of {total}")
+            yield lambda label, done, total: line.update(f"generating answers: {label}, {int(done)} of {total}")
     elif mode == "notebook":
         with _notebook("loading the model") as display:
-            yield lambda label, done, total: display.update(f"generating answers: {label}", done, total)
+            yield lambda label, done, total: display.update(f"generating answers: {label}", int(done), total)
     else:
         from strop.display.terminal import generation_progress
 
         with generation_progress() as advance:
             yield advance
+
+
+def _whole_counts(progress: Callable[[str, int, int], None]) -> Callable[[str, float, int], None]:
+    """Return a callback that passes on finished answers, without the fractions of unfinished ones."""
+    last = ("", -1)
+
+    def advance(label: str, done: float, total: int) -> None:
+        nonlocal last
+        if last != (label, int(done)):
+            last = (label, int(done))
+            progress(label, int(done), total)
+
+    return advance
 
 
 @contextmanager
@@ -124,7 +141,7 @@ def _notebook(activity: str, keep: bool = False) -> Iterator[NotebookDisplay]:
 
     display, final = NotebookDisplay(activity), "done" if keep else ""
     try:
-        with activity_messages(display.update):
+        with activity_messages(display.show_activity, display.add_note):
             yield display
     except BaseException as error:
         final = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"

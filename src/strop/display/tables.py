@@ -140,12 +140,27 @@ def print_next(*commands: Sequence[str]) -> None:
         console.print(f"{lead:8} {command_name()} {shlex.join(words)}", markup=False)
 
 
+def example_request(server: Mapping[str, Any]) -> str:
+    """Return a command that sends a request to the server."""
+    hello: dict[str, Any] = {"model": server["models"][0], "messages": [{"role": "user", "content": "Hello"}]}
+    path, body = ("/v1/chat/completions", hello)
+    if "labels" in server:
+        path, body = "/classify", {"input": "Hello"}
+    elif "dimensions" in server:
+        path, body = "/v1/embeddings", {"input": "Hello"}
+    key = '-H "Authorization: Bearer $STROP_API_KEY" ' if server.get("key") else ""
+    return f"curl {server['url']}{path} {key}-H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
 def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     run = report["run"]
     console.print(
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s; {report['supervised_tokens']:,} of the tokens are supervised)"
     )
+    others = {"evaluation and samples": report.get("eval_seconds", 0), "saving": report.get("save_seconds", 0)}
+    if rest := ", ".join(f"{name} {seconds:.0f} s" for name, seconds in others.items() if round(seconds)):
+        console.print(f"         and {rest}")
     if memory := report.get("memory"):
         measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
         prediction = f", {predicted / 2**30:.2f} predicted ({measured / predicted - 1:+.0%})" if predicted else ""

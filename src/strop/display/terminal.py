@@ -6,10 +6,11 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,32 +19,38 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.status import Status
 from rich.text import Text
 
 from strop.display.tables import abbreviate, console
 from strop.errors import in_python, in_terminal
-from strop.runs.events import Event
+from strop.runs.events import ON_REQUEST, Event
 
 TICK_SECONDS = 0.5  # time between updates of the status line
 # for output that is not a terminal
-QUIET_SECONDS = 3.0  # maximum time without output
+QUIET_INTERVALS = (10.0, 20.0, 60.0)  # seconds without output before each "still ..." line; the last one repeats
 EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # seconds between lines of training progress
 EARLY_SECONDS = 300.0  # EARLY_INTERVAL is used for this long after the first step
-GENERATION_INTERVAL = 4.0  # seconds between lines of generation progress
+GENERATION_INTERVALS = (5.0, 10.0, 30.0)  # seconds between lines of generation progress; the last one repeats
+SPINNER_WIDTH = 2
+LASTING = {"lasting": True}  # `extra` of a log message that is printed, not only shown while it is true
+_COUNT = re.compile(r"(\d+) of (\d+)\b")
 
 
 @contextmanager
-def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
-    """Call `show` with each INFO message of the "strop" logger inside the block. Other handlers get what they got."""
+def activity_messages(show: Callable[[str], None], announce: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Call `show` with each INFO message of the "strop" logger inside the block. Other handlers get what they got.
+
+    announce: called instead with messages whose `extra` is LASTING, which the user should be able to read later.
+    """
     logger = logging.getLogger("strop")
     level, effective_level, propagates = logger.level, logger.getEffectiveLevel(), logger.propagate
 
     def emit(record: logging.LogRecord) -> None:
         if record.levelno == logging.INFO:
-            show(record.getMessage())
+            is_lasting = announce is not None and hasattr(record, "lasting")
+            (announce if announce is not None and is_lasting else show)(record.getMessage())
         if propagates and record.levelno >= effective_level:
             logging.getLogger().handle(record)
 
@@ -60,13 +67,47 @@ def activity_messages(show: Callable[[str], None]) -> Iterator[None]:
         logger.setLevel(level)
 
 
-class StatusLine:
-    """Show the current activity and its elapsed time."""
+def format_clock(seconds: float) -> str:
+    """Return a duration as 1:02 or 2:03:04."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-    def __init__(self, out: Console, activity: str, quiet_seconds: float | None = None) -> None:
-        self._out, self._activity = out, activity
-        self._quiet_seconds = QUIET_SECONDS if quiet_seconds is None else quiet_seconds
+
+class Pace:
+    """Estimates the time left of an activity from how much of it is done."""
+
+    def __init__(self) -> None:
+        self._started = self._changed = time.monotonic()
+        self._first = self._done = self._total = 0.0
+
+    def update(self, done: float, total: float) -> None:
+        if total != self._total or done < self._first:  # another activity
+            self._started, self._first, self._done = time.monotonic(), done, done
+        if done != self._done:
+            self._changed = time.monotonic()
+        self._done, self._total = done, total
+
+    def seconds_left(self) -> float | None:
+        """Return the estimate, or None before something was finished."""
+        finished = self._done - self._first
+        if finished <= 0 or self._done < 1 or self._done >= self._total:
+            return None
+        seconds = (self._changed - self._started) * (self._total - self._done) / finished
+        return max(0.0, seconds - (time.monotonic() - self._changed))
+
+
+class StatusLine:
+    """Show the current activity, its elapsed time and, if its text counts "3 of 10", the time left.
+
+    quiet: seconds without output before each "still ..." line where the output is not a terminal. The last one repeats.
+    """
+
+    def __init__(self, out: Console, activity: str, quiet: Sequence[float] | None = None) -> None:
+        self._out, self._activity, self._pace = out, activity, Pace()
+        self._quiet = QUIET_INTERVALS if quiet is None else quiet
         self._since = self._last_output = time.monotonic()
+        self._repeats = 0  # "still ..." lines of this activity
         self._status: Status | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
@@ -74,7 +115,9 @@ class StatusLine:
     def update(self, activity: str) -> None:
         """Show an activity. A new one restarts the timer, unless it differs only in its numbers, such as a row's."""
         if re.sub(r"\d+", "", activity) != re.sub(r"\d+", "", self._activity):
-            self._since = time.monotonic()
+            self._since, self._repeats, self._pace = time.monotonic(), 0, Pace()
+        if count := _COUNT.search(activity):
+            self._pace.update(float(count[1]), float(count[2]))
         self._activity = activity
         self._draw()
 
@@ -84,12 +127,15 @@ class StatusLine:
 
     def print(self, activity: str) -> None:
         """Print the new activity as a permanent line, and show it in the status line."""
-        self._out.print(activity, markup=False)
-        self.restart_quiet_time()
+        self.print_line(activity)
         self.update(activity)
 
+    def print_line(self, text: str) -> None:
+        self._out.print(text if in_terminal.get() else in_python(text), markup=False)
+        self.restart_quiet_time()
+
     def restart_quiet_time(self) -> None:
-        """Record that something was printed: a "still ..." line follows after QUIET_SECONDS without output."""
+        """Record that something was printed, so that a "still ..." line is not due for a while."""
         self._last_output = time.monotonic()
 
     def start(self) -> None:
@@ -109,17 +155,24 @@ class StatusLine:
         while not self._stopped.wait(TICK_SECONDS):
             if self._out.is_terminal:
                 self._draw()
-            elif time.monotonic() - self._last_output > self._quiet_seconds:
+            elif time.monotonic() - self._last_output > self._quiet[min(self._repeats, len(self._quiet) - 1)]:
                 self.restart_quiet_time()
-                self._out.print(f"still    {self._text()}", markup=False)
+                self._repeats += 1
+                self._out.print(f"still    {self.text()}", markup=False)
 
     def _draw(self) -> None:
         status = self._status  # `stop` may set it to None in another thread
         if status is not None:
-            status.update(escape(self._text()))
+            status.update(escape(self.text(self._out.width - SPINNER_WIDTH)))
 
-    def _text(self) -> str:
-        return f"{self._activity} ({time.monotonic() - self._since:.0f} s)"
+    def text(self, width: int | None = None) -> str:
+        """Return the activity and its times. width: the activity is cut, so that the times fit into it."""
+        left = self._pace.seconds_left() if _COUNT.search(self._activity) else None
+        times = f" ({time.monotonic() - self._since:.0f} s{'' if left is None else f', {format_clock(left)} left'})"
+        activity = Text(self._activity)
+        if width is not None:
+            activity.truncate(max(1, width - len(times)), overflow="ellipsis")
+        return activity.plain + times
 
 
 @contextmanager
@@ -128,10 +181,32 @@ def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
     status = StatusLine(out, activity)
     status.start()
     try:
-        with activity_messages(status.update):
+        with activity_messages(status.update, status.print_line):
             yield status
     finally:
         status.stop()
+
+
+class _TrainingBar(Progress):
+    """The progress bar of the steps, and below it what the run is doing."""
+
+    def __init__(self, status: StatusLine, out: Console) -> None:
+        self._activity, self._shows_activity = status, True
+        columns = (
+            TextColumn("[bold]step[/]    "), TimeElapsedColumn(), MofNCompleteColumn(), BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]}"),
+        )  # fmt: skip
+        super().__init__(*columns, console=out)
+
+    def stop(self) -> None:
+        self._shows_activity = False  # the last frame stays in the terminal
+        super().stop()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self._shows_activity and not self.finished:
+            indent = " " * 9
+            yield Text(indent + self._activity.text(self.console.width - len(indent)), style="dim")
 
 
 class RunProgress:
@@ -139,6 +214,8 @@ class RunProgress:
 
     def __init__(self, out: Console, status: StatusLine) -> None:
         self._out, self._status = out, status
+        self._named_samples = False  # whether the file with all samples was named
+        self._next_activity = ""  # what follows an evaluation or a save
         self._first_step: float | None = None
         self._bar: Progress | None = None
         self._next_line = 0.0
@@ -148,6 +225,8 @@ class RunProgress:
         if handler is not None:
             handler(event)
             self._status.restart_quiet_time()
+        if event["event"] in ("eval", "samples", "save") and self._next_activity:
+            self._status.update(self._next_activity)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -204,23 +283,22 @@ class RunProgress:
                 f"[bold]devices[/]  {devices['count']} on {devices['nodes']} node{'s' * (devices['nodes'] != 1)}, "
                 f"{devices['mode']} base, {devices['threads']} thread{'s' * (devices['threads'] != 1)} each{exact}"
             )
-        self._status.update("computing the first step")
+        self._set_activity("computing the first step")
         if not self._out.is_terminal:
             return
         self._status.stop()
-        columns = (
-            TextColumn("[bold]step[/]    "), TimeElapsedColumn(), MofNCompleteColumn(), BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]}"),
-        )  # fmt: skip
-        self._bar = Progress(*columns, console=self._out)
+        self._bar = _TrainingBar(self._status, self._out)
         self._bar.add_task("", total=event["steps"], completed=event["step"], loss="-", speed="-", left="-")
         self._bar.start()
+
+    def _set_activity(self, activity: str) -> None:
+        self._next_activity = activity
+        self._status.update(activity)
 
     def _on_step(self, event: Event) -> None:
         is_last = event["step"] == event.get("steps")
         self._status.restart_time()
-        self._status.update("saving" if is_last else f"computing step {event['step'] + 1}")
-        minutes, seconds = divmod(int(event["seconds_left"]), 60)
+        self._set_activity("saving" if is_last else f"computing step {event['step'] + 1}")
         metrics = f"{event['loss']:.4f}"
         if "accuracy" in event:
             metrics += f"  accuracy {event['accuracy']:.0%}"
@@ -233,7 +311,7 @@ class RunProgress:
         if "teacher_kl" in event:
             metrics += f"  KL to the teacher {event['teacher_kl']:.3f}, {event['stop_rate']:.0%} stopped"
         speed = f"{event['tokens_per_s']:.0f}"
-        time_left = "saving" if is_last else f"{minutes}:{seconds:02d} left"
+        time_left = "saving" if is_last else f"{format_clock(event['seconds_left'])} left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=event["step"], loss=metrics, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
@@ -264,14 +342,24 @@ class RunProgress:
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
 
     def _on_samples(self, event: Event) -> None:
-        """Print the first sample on one line, with at most half of the line for the prompt."""
-        prompt, completion = (Text(" ".join(event["samples"][0][name].split())) for name in ("prompt", "completion"))
+        """Print the first sample: the end of its prompt, the completion, and the reference if it is different."""
+        first, number = event["samples"][0], len(event["samples"])
+        prompt, completion, reference = (" ".join(first[x].split()) for x in ("prompt", "completion", "reference"))
         label = Text.assemble(("sample", "bold"), f"   step {event['step']}: ")
-        prompt.truncate((self._out.width - label.cell_len) // 2, overflow="ellipsis")
-        cut = " … (cut)" if event["samples"][0].get("cut") else ""
-        line = Text.assemble(label, prompt, " -> ", completion, cut)
-        line.truncate(self._out.width, overflow="ellipsis")
-        self._out.print(line)
+        rest = f"1 of {number}, all are in events.jsonl" if number > 1 else ""
+        if excess := max(0, len(prompt) - (self._out.width - label.cell_len)):
+            prompt = f"…{prompt[excess + 1 :]}"
+        lines = [Text.assemble(label, prompt), Text(f"{'->':>8} {completion}{' … (cut)' if first.get('cut') else ''}")]
+        if completion == reference:
+            lines[1].append(" (as expected)")
+        elif reference:
+            lines.append(Text(f"expected {reference}"))
+        if rest and not self._named_samples:
+            lines.append(Text(f"         {rest}", style="dim"))
+            self._named_samples = True
+        for line in lines:
+            line.truncate(self._out.width, overflow="ellipsis")
+        self._out.print(Text("\n").join(lines))
 
     def _on_skip(self, event: Event) -> None:
         self._print_warning("[red]skipped[/] ", event)
@@ -301,6 +389,8 @@ class RunProgress:
         self._out.print(f"[yellow]override[/] {change}")
 
     def _on_stop(self, event: Event) -> None:
+        if event["why"] in ON_REQUEST:  # the command line and the exception say it, with the command that resumes
+            return
         self._out.print(f"[yellow]stopped[/]  after step {event['step']}: {escape(event['why'])}")
 
 
@@ -315,30 +405,46 @@ def run_progress(out: Console = console) -> Iterator[RunProgress]:
             progress.close()
 
 
+class _TimeLeft(TextColumn):
+    """The time left of a side, from its answers and the tokens of the unfinished ones."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Text:
+        left = task.fields["pace"].seconds_left()
+        return Text("" if left is None else f"{format_clock(left)} left")
+
+
 @contextmanager
-def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callback for progress of generation. Its arguments: side ("base" or "tuned"), done, total."""
-    columns = (
-        TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+def generation_progress(out: Console = console) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield a callback for progress of generation. Its arguments: side ("base" or "tuned"), done, total.
+
+    done: the finished answers, and fractions of the unfinished ones.
+    """
+    columns = TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), _TimeLeft()
     bar = Progress(*columns, console=out, transient=True)
     with status_line("loading the libraries", out) as status:
         tasks: dict[str, TaskID] = {}
-        last_line = time.monotonic()
+        paces: dict[str, Pace] = {}
+        last_line, lines = time.monotonic(), 0
 
-        def advance(side: str, done: int, total: int) -> None:
-            nonlocal last_line
+        def advance(side: str, done: float, total: int) -> None:
+            nonlocal last_line, lines
             status.update(f"generating answers: {side}")
             if not tasks and out.is_terminal:
                 status.stop()
                 bar.start()
             if side not in tasks:
-                tasks[side] = bar.add_task(side, total=total)
+                paces[side] = Pace()
+                tasks[side] = bar.add_task(side, total=total, pace=paces[side])
+            paces[side].update(done, total)
             bar.update(tasks[side], completed=done)
-            if not out.is_terminal and time.monotonic() - last_line > GENERATION_INTERVAL:
-                last_line, seconds_left = time.monotonic(), bar.tasks[tasks[side]].time_remaining
-                time_left = f", {seconds_left:.0f} s left" if seconds_left else ""
-                out.print(f"answers  {side} {done}/{total}{time_left}", markup=False)
+            interval = GENERATION_INTERVALS[min(lines, len(GENERATION_INTERVALS) - 1)]
+            if not out.is_terminal and time.monotonic() - last_line > interval:
+                last_line, lines, seconds_left = time.monotonic(), lines + 1, paces[side].seconds_left()
+                time_left = "" if seconds_left is None else f", {format_clock(seconds_left)} left"
+                out.print(f"answers  {side} {int(done)}/{total}{time_left}", markup=False)
                 status.restart_quiet_time()
 
         try:

@@ -6,8 +6,9 @@ then exit together, and one reports the error. This module does not import torch
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+LOG = logging.getLogger(__name__)
 
 # names of the environment variables (rank, world size, local rank, local world size) of each launcher
 _LAUNCHER_VARIABLES = (
@@ -29,6 +31,14 @@ _LAUNCHER_VARIABLES = (
 DEFAULT_PORT = "29500"  # torchrun's default
 RESUME = "continue with `strop resume RUN`, or give the command again if no step was saved"  # after a rank has ended
 AGENT_PREFIX = "strop-"  # run ids of torchrun agents that `--devices` starts
+
+
+def log_progress(groups: Sequence[T], activity: str) -> Iterator[T]:
+    """Yield the groups, and log before each how many of them are done. activity: "" logs nothing."""
+    for number, group in enumerate(groups):
+        if activity:
+            LOG.info("%s: %d of %d batches", activity, number, len(groups))
+        yield group
 
 
 class Devices:
@@ -69,12 +79,15 @@ class Devices:
         """Return the values of all ranks, in rank order."""
         return [value]
 
-    def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
+    def map(
+        self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float], activity: str = ""
+    ) -> list[R]:
         """Call `compute` on each group, distributed over the ranks by cost.
 
-        Returns all results on all ranks. They are sent pickled.
+        Returns all results on all ranks. They are sent pickled. activity: logged for the status line with the number of
+        groups that this rank has computed.
         """
-        return [compute(group) for group in groups]
+        return [compute(group) for group in log_progress(groups, activity)]
 
     def run_passes(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
         """Call `compute`, which runs the model once, on each of this rank's items. Returns the results.

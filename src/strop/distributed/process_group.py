@@ -22,7 +22,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, RESUME, Devices, RankInfo, threads_requested
+from strop.distributed.devices import (
+    AGENT_PREFIX,
+    DEFAULT_PORT,
+    RESUME,
+    Devices,
+    RankInfo,
+    log_progress,
+    threads_requested,
+)
 from strop.errors import PeerFailed, RunError, StropError, first_line
 from strop.machine.doctor import why_no_code
 from strop.machine.memory import is_out_of_memory
@@ -109,10 +117,13 @@ class ProcessGroupDevices(Devices):
         self._exchange_status(None)
         return self._gather_objects(value)
 
-    def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
+    def map(
+        self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float], activity: str = ""
+    ) -> list[R]:
         shares = assign_balanced([cost(group) for group in groups], self.world_size)
+        own_groups = log_progress([groups[index] for index in shares[self.rank]], activity)
         with self.all_or_none():
-            own = self.run_passes(shares.__getitem__, lambda index: compute(groups[index]), backward=False)
+            own = self.run_passes(shares.__getitem__, lambda _: compute(next(own_groups)), backward=False)
         by_index = dict(zip(shares[self.rank], own, strict=True))
         results = dict(itertools.chain.from_iterable(part.items() for part in self._gather_objects(by_index)))
         return [results[index] for index in range(len(groups))]

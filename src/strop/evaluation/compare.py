@@ -37,7 +37,7 @@ LOSS_BLOCK_ROWS = 64  # rows that are split into micro-batches together
 MIN_ANSWER_TOKENS = 80  # smallest default of max_new_tokens; a right answer may be longer than its reference
 ANSWER_MARGIN = 1.25  # default of max_new_tokens, relative to the longest reference answer
 EXTRA_SCORES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # independent of the metric
-Progress = Callable[[str, int, int], None]  # (label, done, total)
+Progress = Callable[[str, float, int], None]  # (label, done, with fractions of unfinished answers, total)
 # Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
 TokenLoss = Callable[[Sequence[Example]], Tensor]
 MakeBatches = Callable[[Sequence[Example]], list[list[int]]]  # examples -> micro-batches, as lists of indices
@@ -128,7 +128,7 @@ def compare(
     def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
         answers, tokens_per_s = generated.get(side, ([], 0.0))
-        loss = _compute_loss(model, questions, answers, devices)
+        loss = _compute_loss(model, questions, answers, devices, f"computing the loss of {side}")
         extra_scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if metric == "choice":
             texts = _choose_all(model, questions, side, advance, devices)
@@ -204,8 +204,9 @@ def read_side(result: dict[str, Any], name: str) -> Side:
 
 
 def _compute_loss(
-    model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = SINGLE_PROCESS
-) -> float:
+    model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = SINGLE_PROCESS,
+    activity: str = "",
+) -> float:  # fmt: skip
     """Return the mean loss of the right answers. Log-probabilities computed during generation are reused."""
     total = weight = 0.0
     remaining = []
@@ -225,6 +226,7 @@ def _compute_loss(
             remaining,
             lambda examples: group_by_length([len(example) for example in examples], tokens=LOSS_BATCH_TOKENS),
             devices,
+            activity,
         )
         total, weight = total + remaining_total, weight + remaining_weight
     assert weight > 0
@@ -232,16 +234,19 @@ def _compute_loss(
 
 
 def mean_loss(
-    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS
-) -> float:
-    total, weight = summed_loss(token_loss, examples, make_batches, devices)
+    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS,
+    activity: str = "",
+) -> float:  # fmt: skip
+    """Return the mean cross entropy of the supervised tokens. activity: logged with the number of computed batches."""
+    total, weight = summed_loss(token_loss, examples, make_batches, devices, activity)
     assert weight > 0
     return total / weight
 
 
 def summed_loss(
-    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS
-) -> tuple[float, float]:
+    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS,
+    activity: str = "",
+) -> tuple[float, float]:  # fmt: skip
     """Return the sum of weight * cross entropy over the supervised tokens, and the sum of the weights."""
     batches: list[list[int]] = []
     total = weight = 0.0
@@ -254,7 +259,7 @@ def summed_loss(
         return float(token_loss([examples[row] for row in batch]))
 
     with torch.no_grad():
-        for loss in devices.map(batches, batch_loss, lambda batch: sum(len(examples[row]) for row in batch)):
+        for loss in devices.map(batches, batch_loss, lambda batch: sum(len(examples[row]) for row in batch), activity):
             total += loss
     return total, weight
 
@@ -267,7 +272,7 @@ def generate_answers(
     max_new_tokens: int,
     both: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[float], None] | None = None,
     partial: bool = False,
 ) -> list[Completion]:
     """Generate answers on all devices. partial: after Ctrl-C, return the finished answers (single device only)."""

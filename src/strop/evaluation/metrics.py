@@ -49,6 +49,7 @@ MIN_SIMILARITY = 0.6  # differences are marked only between answers that are at 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 T_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # the same of Student's t distribution, for 1 to 4 degrees of freedom
 MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosses; from 3 rows on, in 3 to 7 %
+SMALL_ROWS = 20  # below it, a verdict says that the rows are few
 SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
     "preference_sum": "preference, summed", "margin": "margin of rewards", "macro_f1": "macro F1",
@@ -325,7 +326,14 @@ def is_number(score: str) -> bool:
 
 def format_score(score: str, value: float) -> str:
     """Return a score as text: a rate in percent, others as a number."""
-    return f"{value:.{NUMBERS.get(score, 3)}f}" if is_number(score) else f"{value:.1%}"
+    return format_number(score, value) if is_number(score) else f"{value:.1%}"
+
+
+def format_number(score: str, value: float) -> str:
+    """Return a score that is not a rate, with its decimals, but at least three digits, and no decimals from 1,000."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.{NUMBERS.get(score, 3)}f}"
 
 
 def describe_difference(difference: Mapping[str, float], metric: str | None = None) -> tuple[str, str]:
@@ -345,7 +353,9 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
     if result.get("train_rows"):
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
     if not reasons:
-        return kind, text
+        verdict, _, numbers = text.partition(": ")
+        is_small = result.get("rows", SMALL_ROWS) < SMALL_ROWS
+        return kind, f"{verdict} on few rows: {numbers}" if is_small else text
     return "unclear", f"not a test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
 
 
@@ -383,7 +393,7 @@ def rows_label(result: Mapping[str, Any]) -> str:
 
 def describe_rows(result: Mapping[str, Any]) -> str:
     """Return the number of evaluated rows, with a remark if the evaluation was interrupted."""
-    text = f"{result['rows']:,} rows"
+    text = f"{result['rows']:,} row{'s' * (result['rows'] != 1)}"
     return f"{text} (interrupted {result['interrupted']})" if "interrupted" in result else text
 
 

@@ -29,6 +29,9 @@ NORMAL_EVENTS = {
     "machine", "recipe", "data", "reference", "rehearsal", "start", "step", "eval", "samples", "save",
     "reference-check", "end", "note", "answers",
 }  # fmt: skip
+EVENT_NAMES = {
+    "override": "changed option", "skip": "skipped step", "doubt": "suspect step", "shrink": "shortage of memory",
+}  # fmt: skip
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
     "accuracy": "accuracy", "margin": "margin of rewards", "reward": "reward of completions",
@@ -86,7 +89,7 @@ def render(
             for name in ("lock", "machine")
             if report.get(name)
         ],
-        recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
+        recoveries=", ".join(_count_events(kind, n) for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
         general=_format_general(report.get("general") or {}, evaluation, intervals),
         classes=list(_list_classes(evaluation)),
         confusion=_format_confusion(evaluation),
@@ -119,6 +122,12 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 
+def _count_events(kind: str, number: int) -> str:
+    """Return a count of events in words, such as "2 resumes"."""
+    name = EVENT_NAMES.get(kind, kind)
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
 def _describe_dates(events: Sequence[Mapping[str, Any]]) -> str:
     """Return the local time of the first and the last event, or "" without events."""
     times = [event["time"] for event in events if _is_number(event.get("time"))]
@@ -131,6 +140,7 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field, name, format_value in (
         ("steps", "steps", "{:,}".format),
         ("seconds", "training time", _format_duration),
+        ("eval_seconds", "evaluation and samples", _format_duration),
         ("tokens", "tokens", "{:,}".format),
         ("supervised_tokens", "supervised tokens", "{:,}".format),
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
@@ -139,9 +149,9 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, format_value(report[field])
     loss = report.get("loss") or {}
     if _is_number(loss.get("first")) and _is_number(loss.get("last")):
-        yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
+        yield "training loss", " → ".join(metrics.format_number("loss", loss[end]) for end in ("first", "last"))
     if _is_number(report.get("eval_loss")):
-        yield "evaluation loss", f"{report['eval_loss']:.3f}"
+        yield "evaluation loss", metrics.format_number("loss", report["eval_loss"])
     ranking = (report.get("objective") or {}).get("held_out") or {}
     if _is_number(ranking.get("accuracy")):
         low, high = (_format_percent(end) for end in ranking["accuracy_interval"])
@@ -182,13 +192,17 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell["text"] = _format_percent(value) if is_rate else f"{value:,.4g}"
+                cell["text"] = _format_percent(value) if is_rate else metrics.format_number(name, value)
                 cell["share"] = 100 * value if is_rate else None
             interval = intervals.get(side) if name == metric else None
             interval = interval or ((evaluation.get("score_intervals") or {}).get(side) or {}).get(name)
             if interval:
                 low, high = (100 * float(end) for end in interval)
-                text = f"{low:.1f} to {high:.1f}%" if is_rate else f"{interval[0]:.3f} to {interval[1]:.3f}"
+                text = (
+                    f"{low:.1f} to {high:.1f}%"
+                    if is_rate
+                    else " to ".join(metrics.format_number(name, end) for end in interval)
+                )
                 cell["interval"] = {"low": low, "high": high, "text": text}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}

@@ -201,7 +201,7 @@ def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out
             escape(entry["run"]),
             format_score(metric, entry["score"]),
             f"{format_score(metric, entry['low'])} to {format_score(metric, entry['high'])}",
-            "" if entry["loss"] is None else f"{entry['loss']:.3f}",
+            "" if entry["loss"] is None else format_score("loss", entry["loss"]),
             "" if entry is leaderboard[0] else f"{change}{unclear}",
         )
     out.print(table)

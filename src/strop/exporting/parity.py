@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from strop.data.images import hide_images
 from strop.data.types import Example
+from strop.display.terminal import LASTING
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
 from strop.machine.memory import free_memory
@@ -137,6 +138,7 @@ def measure_against(
     examples, starts = select_rows(examples)
     sizes = [len(example) - 1 - start for example, start in zip(examples, starts, strict=True)]
     ends = list(accumulate(sizes))
+    LOG.info("measuring the result on rows, which may take longest (--no-parity skips it)", extra=LASTING)
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
         stored, losses = _LogprobFile(Path(folder) / "tuned"), []
@@ -184,8 +186,8 @@ def measure_against(
 
 def _log_progress(name: str, examples: Sequence[Example]) -> Iterator[Example]:
     """Yield the examples, and log for the status line which one is measured."""
-    for number, example in enumerate(examples, 1):
-        LOG.info("measuring %s: row %d of %d", name, number, len(examples))
+    for number, example in enumerate(examples):
+        LOG.info("measuring %s: %d of %d rows", name, number, len(examples))
         yield example
 
 

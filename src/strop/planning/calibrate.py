@@ -58,7 +58,9 @@ def examine(machine: Machine) -> tuple[list[Finding], Rates]:
     """Run all checks, and measure the CPU's rates, which are stored for `strop plan`."""
     rates, warnings = _measure_or_keep(machine)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
-    what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {pick_dtype('cpu')[0]} here"
+    dtype, why = pick_dtype("cpu")  # the reason has the ratio of another measurement
+    what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {dtype} here "
+    what += f"({why.partition(':')[0]})"
     findings = [Finding("ok", what)]
     if rates.integers:
         both = " and ".join(f"{rates.integers[name] / 1e9:,.0f}" for name in ("none", "int8"))

@@ -24,6 +24,9 @@ from typing import Any
 
 TURN_CHARACTERS = 400  # longer messages are cut where a trace is shown
 
+SIGNAL, INTERRUPTED = "signal", "interrupted; checkpoints that were saved before are intact"
+ON_REQUEST = (SIGNAL, INTERRUPTED)  # reasons of a stop that the user asked for
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 

@@ -127,7 +127,8 @@ class RunFolder:
 
     def _in_use_error(self, pid: int | None) -> FolderError:
         by = f"process {pid}" if pid is not None else "another process"
-        return FolderError(f"{self.path}: in use by {by}", fix="wait for it, or give --out another folder")
+        fix = "wait for it" if pid is None else f"wait for it, or stop it with `kill {pid}`"
+        return FolderError(f"{self.path}: in use by {by}", fix=fix)
 
 
 def is_run(path: Path) -> bool:

@@ -26,7 +26,7 @@ from strop.engine.train.buffers import copy_like
 from strop.evaluation.retrieval import Retrieval, score_retrieval, summarize_scores
 from strop.objectives import require
 from strop.objectives.embedding import contrastive_losses
-from strop.training.criteria import Criterion, Metrics, Split, micro_batches_of
+from strop.training.criteria import EVALUATING, Criterion, Metrics, Split, micro_batches_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class EmbedCriterion(Criterion):
         The candidates are all texts of the held-out rows.
         """
         batch = _as_triplets(items)
-        parts = self._embed(step, batch, split)
+        parts = self._embed(step, batch, split, EVALUATING)
         if not all(np.isfinite(part).all() for part in parts):
             return {"loss": math.nan}
         total = 0.0
@@ -101,7 +101,7 @@ class EmbedCriterion(Criterion):
     def _contrast(self, vectors: Tensor, batch: Sequence[Triplet]) -> tuple[Tensor, Tensor]:
         return contrastive_losses(vectors, batch, require(self.options.temperature))
 
-    def _embed(self, step: Step, batch: Sequence[Triplet], split: Split) -> list[Vectors]:
+    def _embed(self, step: Step, batch: Sequence[Triplet], split: Split, activity: str = "") -> list[Vectors]:
         """Return the vectors of the texts of each triplet, (n, h), computed without gradients on all devices."""
         batches = list(micro_batches_of(batch, split))
 
@@ -111,7 +111,7 @@ class EmbedCriterion(Criterion):
             return np.split(vectors, np.cumsum([len(batch[row].examples) for row in rows])[:-1])
 
         with torch.no_grad():
-            parts = self.devices.map(batches, embed, lambda rows: sum(len(batch[row]) for row in rows))
+            parts = self.devices.map(batches, embed, lambda rows: sum(len(batch[row]) for row in rows), activity)
         return in_row_order(batches, parts)
 
 

@@ -36,6 +36,7 @@ from strop.objectives.table import objective_of
 R = TypeVar("R")
 Metrics = dict[str, Tensor]  # a value of each metric per row that has it
 Split = Callable[[Sequence[Item]], list[list[int]]]  # splits rows into micro-batches of indices
+EVALUATING = "evaluating"  # in the status line
 KEPT = "kept"  # metric: divergence of the rows of train.keep from the model before training, in nats per token
 BLOCK = 64  # number of rows that are split into micro-batches together, outside of training steps
 
@@ -111,7 +112,7 @@ class SupervisedCriterion(Criterion):
         return total, {KEPT: (step.soft_loss / number).expand(number)} if number else {}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        return {"loss": mean_loss(step.token_loss, _as_examples(items), split, devices=self.devices)}
+        return {"loss": mean_loss(step.token_loss, _as_examples(items), split, self.devices, EVALUATING)}
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,11 @@ class PreferenceCriterion(Criterion):
             all_ratios = [ratio for ratios in self._map(items, split, log_ratios) for ratio in ratios]
         return max(0.0, float(torch.tensor(all_ratios, dtype=torch.float64).mean())) if all_ratios else 0.0
 
-    def _map(self, items: Sequence[Item], split: Split, compute: Callable[[Sequence[int]], R]) -> list[R]:
+    def _map(
+        self, items: Sequence[Item], split: Split, compute: Callable[[Sequence[int]], R], activity: str = ""
+    ) -> list[R]:
         batches = list(micro_batches_of(items, split))
-        return self.devices.map(batches, compute, lambda rows: sum(len(items[row]) for row in rows))
+        return self.devices.map(batches, compute, lambda rows: sum(len(items[row]) for row in rows), activity)
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         if kept := kept_rows(items):
@@ -211,7 +214,7 @@ class PreferenceCriterion(Criterion):
             return float(loss), {name: values.tolist() for name, values in metrics.items()}
 
         with torch.no_grad():
-            parts = self._map(items, split, loss_and_metrics)
+            parts = self._map(items, split, loss_and_metrics, EVALUATING)
         values = {name: [x for _, part in parts for x in part[name]] for name in parts[0][1]}
         total = 0.0
         for loss, _ in parts:
@@ -271,7 +274,7 @@ class ClassCriterion(Criterion):
             return values
 
         with torch.no_grad():
-            parts = self.devices.map(batches, score, lambda rows: sum(len(items[row]) for row in rows))
+            parts = self.devices.map(batches, score, lambda rows: sum(len(items[row]) for row in rows), EVALUATING)
         scores = torch.tensor(in_row_order(batches, parts), dtype=torch.float64)
         if not scores.isfinite().all():
             return {"loss": math.nan}

@@ -26,6 +26,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.store import JoinedItems, message_json
 from strop.data.types import Example, Indices, Message
+from strop.display.terminal import LASTING
 from strop.errors import RecipeError
 from strop.models.adapter_config import adapter_folder
 from strop.models.source import Source
@@ -153,8 +154,11 @@ def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Render
     """Return the rows with the model's answers; earlier answers are not trained on."""
     from strop.engine.decode.generate import generate
 
-    message = "answering general prompts for train.keep: %d of %d"
-    LOG.info(message, 0, len(rows))
+    message = "answering general prompts: %d of %d"
+    LOG.info(
+        "keep     the model answers %d general prompts first, so that training keeps its other skills; "
+        "--train.keep off skips this", len(rows), extra=LASTING,
+    )  # fmt: skip
     prompts, answerable = [], []
     for row in rows:
         messages = [Message(**turn) for turn in row]

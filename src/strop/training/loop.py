@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shlex
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +21,10 @@ import torch
 from strop.data.batching import Batch, BatchStream
 from strop.data.store import JoinedItems
 from strop.data.types import Item
+from strop.distributed.devices import find_ranks
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.machine.memory import memory_in_use
+from strop.runs.events import SIGNAL
 from strop.training import guard
 from strop.training.criteria import KEPT
 from strop.training.gradients import (
@@ -141,7 +141,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
             save(job)
             saved_at = time.monotonic()
         if stopping:
-            job.log.emit("stop", step=progress.step, why="signal")
+            job.log.emit("stop", step=progress.step, why=SIGNAL)
             what = f"stopped after step {progress.step} of {stream.total_steps}"
             raise Stopped(what, fix=f"continue with `strop resume {shlex.quote(str(job.folder.path))}`")
         if ended:
@@ -252,7 +252,7 @@ def evaluate(job: Job) -> None:
     """Evaluate the held-out rows, update the best step, and log sample completions."""
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
-    LOG.info("evaluating on %d rows", len(held_out))
+    LOG.info("evaluating %d rows", len(held_out))
     job.model.eval()
     split = partial(micro_batches, job)
     metrics = retry_with_less_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, split))
@@ -272,7 +272,6 @@ def evaluate(job: Job) -> None:
     job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **metrics)
     if job.samples is not None:
         started = time.perf_counter()
-        LOG.info("generating sample completions")
         job.devices.run_on_main(lambda: _log_samples(job))
         progress.eval_seconds += time.perf_counter() - started
 
@@ -283,7 +282,8 @@ def _log_samples(job: Job) -> None:
     step, random, reason = job.state.progress.step, random_states(job.state.device), ""
     job.model.eval()
     try:
-        samples = job.samples.complete(job.model)
+        number = len(job.samples.ids)
+        samples = job.samples.complete(job.model, lambda done: LOG.info("sampling: %d of %d completions", done, number))
     except Exception as error:  # the generation code of a model can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -299,6 +299,7 @@ def _log_samples(job: Job) -> None:
 def save(job: Job) -> None:
     """Write a checkpoint. Raises Diverged if a weight is not finite."""
     started, progress = time.perf_counter(), job.state.progress
+    LOG.info("saving a checkpoint")
     job.devices.check_equal(lambda: all_tensors(job.state))  # so that all devices decide the same below
     if (not_finite := first_not_finite(job.state)) is not None:
         progress.streak = [*progress.streak, progress.step - 1]
@@ -429,9 +430,20 @@ def _log_step(
     job.log.emit(
         "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
         learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
-        seconds_left=round((total - number) * progress.seconds / number, 1), **result.metrics, **device_times,
+        seconds_left=round(_seconds_left(job, number, total), 1), **result.metrics, **device_times,
         **memory_in_use(str(job.state.device)),
     )  # fmt: skip
+
+
+def _seconds_left(job: Job, number: int, total: int) -> float:
+    """Return the forecast after step `number`: of its steps and, after the first one, of evaluations with samples."""
+    progress = job.state.progress
+    seconds = (total - number) * progress.seconds / number
+    if job.eval:
+        every = job.recipe.train.eval_steps or batch_stream(job.recipe, len(job.train)).steps_per_epoch
+        done = (number - 1) // every  # one that follows this step is not done
+        seconds += (math.ceil(total / every) - done) * progress.eval_seconds / done if done else 0.0
+    return seconds
 
 
 def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
@@ -463,8 +475,12 @@ def parse_seconds(text: str) -> float:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True after Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt."""
+    """Yield a function that returns True after Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt.
+
+    The first one logs at once what it does, because the step may take long.
+    """
     received: list[int] = []
+    ranks = find_ranks()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
@@ -473,8 +489,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
                 earlier_handler(number, frame)
             raise KeyboardInterrupt
         received.append(number)
-        if number == signal.SIGINT and sys.stderr.isatty():  # not through Python's buffers, which may be in use
-            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop now\n")
+        if ranks is None or ranks.rank == 0:
+            again = "Ctrl-C again stops" if number == signal.SIGINT else "a second signal stops"
+            text = f"stopping after this step and saving; {again} at once, without saving"
+            # in another thread, because this one may hold the locks and buffers of the output
+            threading.Thread(target=LOG.warning, args=(text,), daemon=True).start()
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False

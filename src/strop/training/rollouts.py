@@ -7,6 +7,7 @@ samples the same completions. Completions are sampled by strop's decoder, or by 
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import subprocess
 import tempfile
@@ -56,10 +57,11 @@ from strop.objectives.table import (
     sequences_per_row,
 )
 from strop.runs.events import EventLog
-from strop.training.criteria import BLOCK, Criterion, Metrics, Split
+from strop.training.criteria import BLOCK, EVALUATING, Criterion, Metrics, Split
 from strop.training.state import temporary_values
 from strop.training.teacher import teacher_weight
 
+LOG = logging.getLogger(__name__)
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
 VLLM_GPU_SHARE = 0.3  # share of the GPU's memory for vLLM's copy of the base and its cache
 VLLM_MAX_SEQUENCES = 256
@@ -208,7 +210,10 @@ class PolicyCriterion(Criterion):
             return self._evaluate_traces(self.tracer, prompts)
         try:
             ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
-            answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
+            answers = generate(
+                self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit,
+                advance=lambda done: LOG.info("%s: %d of %d prompts", EVALUATING, done, len(ids)),
+            )  # fmt: skip
         finally:
             drop_decoder(self.model)
         rewarded = self._reward([(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)])

@@ -23,7 +23,7 @@ from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
 from strop.models.streaming import ReadAhead
 from strop.models.upstream_errors import convert_model_errors
 from strop.planning.workload import Workload
-from strop.runs.events import EventLog, Listener, read_events
+from strop.runs.events import INTERRUPTED, EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
     create_run_folder,
@@ -268,7 +268,7 @@ def _execute(
                     log.emit("note", text=gatherer.describe())
         except KeyboardInterrupt:  # the second one in `fit`, or before or after it
             step = 0 if job is None else job.state.progress.step
-            log.emit("stop", step=step, why="interrupted; checkpoints that were saved before are intact")
+            log.emit("stop", step=step, why=INTERRUPTED)
             saved = max([number for number, _ in folder.checkpoints()], default=0)
             what = f"stopped at once: {step} steps are complete, {saved} of them saved"
             again = "" if saved else ", which starts with step 1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,11 +30,11 @@ class SamplePrompts:
     tokenizer: Any
     stop_ids: Sequence[int]
 
-    def complete(self, model: nn.Module) -> list[dict[str, Any]]:
+    def complete(self, model: nn.Module, advance: Callable[[float], None] | None = None) -> list[dict[str, Any]]:
         """Return prompt, reference, completion and `cut` of each prompt. The decoder is freed afterwards."""
         try:
             completions = generate(
-                model, self.tokenizer, self.ids, stop_ids=self.stop_ids, max_new_tokens=MAX_NEW_TOKENS
+                model, self.tokenizer, self.ids, stop_ids=self.stop_ids, max_new_tokens=MAX_NEW_TOKENS, advance=advance
             )
         finally:
             drop_decoder(model)

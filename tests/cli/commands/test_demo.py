@@ -55,7 +55,8 @@ def test_interrupted_demo_resumes(
 
     monkeypatch.setattr(api, "evaluate", stop)
     code, _, err = run("demo", capsys=capsys)
-    assert code == 130 and "resuming" not in err
+    assert code == 130 and "resuming" not in err and "error" not in err
+    assert "stopped; the training up to the last save is kept in runs/demo-1; continue with `strop demo`" in err
     monkeypatch.setattr(api, "evaluate", evaluate)
     code, out, err = run("demo", "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["run"] == "runs/demo-1"

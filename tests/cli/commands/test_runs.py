@@ -22,7 +22,13 @@ def test_delete_needs_a_name_and_yes(tmp_path: Path, capsys: pytest.CaptureFixtu
     (folder / "link").symlink_to(outside)
     code, out, err = run("runs", tmp_path / "runs", "--delete", "mine", "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["deleted"] is False and json.loads(out)["files"] == 4
-    assert "events.jsonl" in err and "add --yes" in err and folder.is_dir()
+    assert (
+        "events.jsonl" in err
+        and "4 files" in err
+        and str(folder / "events.jsonl") not in err
+        and "add --yes" in err
+        and folder.is_dir()
+    )
     code, out, _ = run("runs", tmp_path / "runs", "--delete", "mine", "--yes", "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["deleted"] is True
     assert not folder.exists() and (outside / "file").read_text() == "mine"
@@ -45,6 +51,35 @@ def test_run_in_use_is_not_deleted(tmp_path: Path, capsys: pytest.CaptureFixture
         code, _, err = run("runs", tmp_path, "--delete", "mine", "--yes", capsys=capsys)
         process.communicate(b"\n")
     assert code == 2 and "in use" in err and (folder / "events.jsonl").is_file()
+    assert "--out" not in err and f"kill {process.pid}" in err
+
+
+def test_run_is_deleted_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "runs", "mine", [*session(), step(1)])
+    assert run("runs", tmp_path / "runs", "--delete", f"{folder}/", "--yes", capsys=capsys)[0] == 0
+    assert not folder.exists()
+
+
+def test_running_run_is_shown_as_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "mine", [*session(), step(3)])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        claim = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        (folder / "claim.json").write_text(json.dumps(claim))
+        _, out, err = run("runs", tmp_path, "--json", capsys=capsys)
+        process.communicate(b"\n")
+    assert json.loads(out)["runs"][0]["state"] == "running" and "running," in err and "step 3" in err
+
+
+def test_table_is_readable_in_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strop.display.tables.console._width", 80)
+    report = {"exit": 0, "steps": 9, "loss": {"first": 2.0, "last": 0.01325}, "eval_loss": 0.015, "seconds": 700}
+    evaluated(make_run(tmp_path, "support-tickets", [*session(), step(9)], report), [sample(1, False, True)])
+    make_run(tmp_path, "two", [*session(), step(4)])
+    err = run("runs", tmp_path, capsys=capsys)[2]
+    assert "…" not in err and "support-tickets" in err and "finished" in err and "step 4" in err
+    assert max(map(len, err.splitlines())) <= 80
 
 
 def test_yes_without_delete_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,4 +129,4 @@ def test_losses_and_scores_are_named_and_marked(
     assert "0.01325" in err and "0.015" in err and "1 of 1 rows trained on" in err
     assert (rows["done"]["train_loss"], rows["done"]["eval_loss"], rows["done"]["loss"]) == (0.01325, 0.015, 0.015)
     assert (rows["live"]["step"], rows["live"]["train_loss"], rows["live"]["eval_loss"]) == (6, 4.94, None)
-    assert "step 6, not finished" in err
+    assert "crashed, step 6" in err

@@ -294,7 +294,7 @@ def test_unclosed_quote_reports_its_lines_or_refuses_the_file(tmp_path: Path) ->
     swallowed = 'prompt,completion\na,b\n"c,d\ne,f\ng,{}\ni,j\n'
     message = refusal(write(tmp_path / "a.csv", swallowed.format("h")))
     assert "a.csv:3: a quote at the start of a cell is not closed before the file ends (lines 3 to 6)" in message
-    for end, what in (('"h"', "',' expected after"), ('h"', "1 cells, expected 2")):
+    for end, what in (('"h"', "',' expected after"), ('h"', "1 cell, expected 2")):
         rows, bad = read(write(tmp_path / "b.csv", swallowed.format(end)))
         assert [row.line for row in rows] == [2, 6] and len(bad) == 1
         assert bad[0].where.line == 3 and what in bad[0].where.what and bad[0].where.what.endswith("(lines 3 to 5)")

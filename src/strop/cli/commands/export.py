@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +12,7 @@ from rich.markup import escape
 from strop import api
 from strop.cli.options import DEFAULT_FOLDER, AdapterName, Data, Json, NoParity, check_folder, parse_numbers
 from strop.display.tables import console, print_adapters, print_fields, print_json, print_next, print_notes
-from strop.display.terminal import StatusLine, status_line
+from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
 
@@ -82,7 +80,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and compare the merged model with the tuned one."""
     api.check_inputs(adapters=[run], data=[data], out=out)
-    with _measuring_status(not no_parity) as status:
+    with status_line("loading the libraries") as status:
+        warmup.load(warmup.DECODE)
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
     _print_base_losses(merged.base_losses, merged.base)
     _print_parity(merged.parity)
@@ -108,16 +107,6 @@ def _print_uses(model: Path) -> None:
     print_next(*chat, ["serve", str(model)])
 
 
-@contextmanager
-def _measuring_status(measures: bool) -> Iterator[StatusLine]:
-    """Show a status line, and how to skip the measurement, which may take most of the time."""
-    with status_line("loading the libraries") as status:
-        if measures:
-            console.print("measuring the result on rows takes longest (--no-parity skips it)")
-        warmup.load(warmup.DECODE)
-        yield status
-
-
 GgufType = Annotated[
     str | None,
     typer.Option("--type", help="f32, f16, bf16 or q8_0 (default); with llama.cpp also q6_k, q5_k_m, q4_k_m."),
@@ -137,7 +126,8 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
     api.check_inputs(models=[run], data=[data], out=out)
-    with _measuring_status(not no_parity) as status:
+    with status_line("loading the libraries") as status:
+        warmup.load(warmup.DECODE)
         exported = api.export(
             "gguf", run, out, type=gguf_type, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
@@ -160,7 +150,8 @@ def ollama(
 ) -> None:
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
     api.check_inputs(models=[run], data=[data], out=out)
-    with _measuring_status(not no_parity) as status:
+    with status_line("loading the libraries") as status:
+        warmup.load(warmup.DECODE)
         prepared = api.export(
             "ollama", run, out, type=gguf_type, data=data, measure=not no_parity, progress=status.print
         )

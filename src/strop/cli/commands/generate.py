@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
-from strop.display.tables import command_name, console, print_json, print_next, print_notes
+from strop.display.tables import command_name, console, example_request, print_json, print_next, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -221,6 +221,7 @@ def serve(
         console.print(
             f"[bold]serving[/]  {server['url']}  models: {escape(', '.join(server['models']))}  (Ctrl-C to stop)"
         )
+        console.print(f"try      {example_request(server)}", markup=False)
         print_json(server, as_json)
 
     with status_line("loading the libraries") as status:

@@ -35,6 +35,7 @@ def doctor(
 
         return calibrate.examine(machine)
 
+    console.print("this takes about 15 s, and some minutes the first time or while other programs run")
     with status_line("loading the libraries"):
         examination = examine(measure)
     findings = examination.findings
@@ -141,7 +142,7 @@ def check(
 ) -> None:
     """Show the rows that would be trained on: drops, masks, stop tokens. The default tokenizer is the demo model's."""
     recipe_file, options = read_argument(recipe, "data.train", options)
-    with status_line("reading and checking the rows"):
+    with status_line("loading the libraries"):
         from strop.data import check as data_check
 
         checked = api.check_rows(recipe_file, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
 
 
+MIN_WIDE = 110  # columns of a terminal in which a run fits on one line
+
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains run folders.")]
 
 
@@ -29,7 +32,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder, or delete one of them."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from strop.runs.folder import find_runs
 
@@ -40,16 +43,20 @@ def runs(
         return
     check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
-    table = Table("run", "model", "data", "score", "train loss", "eval loss", "time", "state")
+    is_narrow = console.width < MIN_WIDE  # model and data are then below the name
+    sources, losses = ([], ["loss"]) if is_narrow else (["model", "data"], ["train loss", "eval loss"])
+    table = Table(Column("run", overflow="fold"), *sources, "score", *losses, "time", "state")
     for row in rows:
+        name, model = escape(Path(row["run"]).name), escape(_shorten_name(row["model"]))
+        data = escape(", ".join(map(_shorten_name, row["data"] or [None])))
+        train, held_out = ("-" if row[f"{x}_loss"] is None else f"{row[f'{x}_loss']:.4g}" for x in ("train", "eval"))
+        score = "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}"
         table.add_row(
-            escape(Path(row["run"]).name),
-            escape(_shorten_name(row["model"])),
-            escape(", ".join(map(_shorten_name, row["data"] or [None]))),
-            "-" if row["score"] is None else escape(f"{row['metric']} {row['score']:.1%} {row['caveat']}".strip()),
-            *("-" if row[loss] is None else f"{row[loss]:.4g}" for loss in ("train_loss", "eval_loss")),
+            *([f"{name}\n[dim]{model}, {data}[/]"] if is_narrow else [name, model, data]),
+            escape(f"{score}{chr(10) if is_narrow else ' '}{row['caveat']}".strip()),
+            *([f"train {train}\neval {held_out}"] if is_narrow else [train, held_out]),
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
-            "finished" if row["finished"] else f"step {row['step']}, not finished",
+            row["state"] if row["finished"] else f"{row['state']},{chr(10) if is_narrow else ' '}step {row['step']}",
         )
     console.print(table if rows else escape(f"no runs in {folder}"))
     print_json({"runs": rows}, as_json)
@@ -59,8 +66,8 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
     """Delete a run's folder if it is confirmed. Raises FolderError if a process uses the run."""
     from strop.runs.folder import disk_errors, open_run
 
-    path = folder / name
-    if name != Path(name).name or name in ("", ".", "..") or path.is_symlink():
+    path = folder / name if name == Path(name).name else Path(name)
+    if path.name in ("", ".", "..") or path == folder or path.is_symlink():
         raise InputError(f"--delete {name}: not the name of a run in {folder}", fix="see `strop runs`")
     run = open_run(path)
     files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
@@ -71,8 +78,9 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
     verb = "deleted" if confirmed else "would delete"
     console.print(f"[bold]{verb}[/] {escape(str(path))}: {len(files):,} files, {size / 2**20:,.1f} MiB")
     if not confirmed:
-        for file in files:
-            console.print(f"  {file}", markup=False)
+        counts = Counter(file.relative_to(path).parts[0] for file in files)
+        contents = (f"{name} ({count} files)" if count > 1 else name for name, count in counts.items())
+        console.print(f"  {', '.join(contents)}", markup=False)
         console.print("nothing was deleted: add --yes")
     print_json({"run": str(path), "deleted": confirmed, "files": len(files), "bytes": size}, as_json)
 
@@ -156,6 +164,7 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
         "model": _get(recipe, "model", "name"),
         "data": sources if sources is None or isinstance(sources, list) else [sources],
         "finished": run.finished,
+        "state": _find_state(run),
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
         "score": score,
@@ -165,6 +174,19 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
         "eval_loss": eval_loss,
         "seconds": _number_or_none(_get(report, "seconds")),
     }
+
+
+def _find_state(run: RunFolder) -> str:
+    """Return the state as the page shows it."""
+    from strop.dash.runs import RunTable
+    from strop.errors import FolderError
+
+    path = run.path.resolve()  # of a link
+    try:
+        row = RunTable(path.parent).row(path.name)
+    except FolderError:  # a name that the page does not show
+        row = None
+    return "finished" if run.finished else str(row["state"]) if row else "not finished"
 
 
 def _get(tree: Any, *keys: Any) -> Any:

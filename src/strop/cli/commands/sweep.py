@@ -12,7 +12,7 @@ from strop.display.tables import command_name, console, print_json
 from strop.display.terminal import StatusLine, activity_messages
 from strop.engine.kernels import warmup
 
-QUIET_SECONDS = 30.0  # longest time without a line where the output is not a terminal
+QUIET = (30.0,)  # seconds without a line where the output is not a terminal
 
 
 def sweep(
@@ -71,7 +71,7 @@ def sweep(
     values = read_over(over or [])
     is_folder = recipe is not None and (Path(recipe) / "sweep.json").is_file()
     file, fields = (Path(str(recipe)), options or {}) if is_folder else read_argument(recipe, "model.name", options)
-    status = StatusLine(console, "loading the libraries", QUIET_SECONDS)
+    status = StatusLine(console, "loading the libraries", QUIET)
     status.start()
     try:
         warmup.load(None if dry_run else warmup.TRAIN)

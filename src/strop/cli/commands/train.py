@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +17,7 @@ from strop.cli.options import Devices, Json, Memory, RecipeOrModel, console_for,
 from strop.display.tables import command_name, console, print_json, print_run_summary
 from strop.display.terminal import generation_progress, run_progress
 from strop.engine.kernels import warmup
+from strop.errors import Stopped
 
 
 def train(
@@ -98,6 +102,19 @@ def resume(
         print_run_summary(resumed.report, as_json)
 
 
+@contextmanager
+def _continued_by(words: Sequence[str], folder: Path) -> Iterator[None]:
+    """After Ctrl-C, name what is kept, and the command that continues."""
+    from strop.runs.folder import is_run
+
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        kept = f"the training up to the last save is kept in {folder}" if is_run(folder) else "training had not begun"
+        what = error.what if isinstance(error, Stopped) else f"stopped; {kept}"
+        raise Stopped(what, fix=f"continue with `strop {shlex.join(words)}`") from None
+
+
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/demo-N.")] = None, as_json: Json = False
 ) -> None:
@@ -110,20 +127,26 @@ def demo(
     fresh = next_numbered(Path("runs"), "demo")
     newest = fresh.with_name(f"demo-{int(fresh.name.removeprefix('demo-')) - 1}")
     folder = out or newest
-    is_resumed = is_run(folder) and "evaluation" not in RunFolder(folder).read_report()
+    evaluation = RunFolder(folder).read_report().get("evaluation") or {"interrupted": ""}
+    is_resumed = is_run(folder) and bool({"interrupted", "unfinished"} & evaluation.keys())
     if is_resumed:
         text = f"resuming {folder}, which was interrupted; to start afresh: {command_name()} demo --out {fresh}"
         console.print(text, markup=False)
     else:
         folder = out or fresh
-    with run_progress() as progress:
-        warmup.load()
-        run = api.train(
-            model="demo", data=train_file, out=folder, callback=progress, progress=False, resume_existing=is_resumed
-        )
-    console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
-    with generation_progress() as advance:
-        result = api.evaluate(folder, eval_file, metric="exact_json", general=True, progress=advance)
+    with _continued_by(["demo", *(["--out", str(out)] if out else [])], folder):
+        with run_progress() as progress:
+            warmup.load()
+            run = api.train(
+                model="demo", data=train_file, out=folder, callback=progress, progress=False, resume_existing=is_resumed
+            )
+        console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
+        with generation_progress() as advance:
+            result = api.evaluate(folder, eval_file, metric="exact_json", general=True, progress=advance)
+        from strop.evaluation.run import why_incomplete
+
+        if unfinished := why_incomplete(result):
+            raise Stopped(f"stopped: interrupted {unfinished}")
     samples = result["samples"]
     print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
     print_scores(result)

@@ -154,7 +154,12 @@ def read_table(
                 continue
         unnamed = [i for i, cell in enumerate(cells, 1) if i > len(header) and cell.strip()]
         if len(cells) != width:
-            errors.append(RowError("cells", Location(name, number, f"{len(cells)} cells, expected {width}{span}")))
+            errors.append(
+                RowError(
+                    "cells",
+                    Location(name, number, f"{len(cells)} cell{'s' * (len(cells) != 1)}, expected {width}{span}"),
+                )
+            )
         elif unnamed:
             what = f"cell {unnamed[0]} has text, but no name in the header"
             errors.append(RowError("cells", Location(name, number, what)))

@@ -6,6 +6,7 @@ Models that the compiled decoder does not support use transformers' generate (hf
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
@@ -29,6 +30,7 @@ from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions, max_positions
 from strop.models.tokenizer import TextStream
 
+REPORT_SECONDS = 0.5  # between reports on unfinished completions
 HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
 
 
@@ -92,7 +94,7 @@ def answer_turns(respond: Respond, turns: Sequence[tuple[int, SampledCompletion]
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], *, stop_ids: Sequence[int], max_new_tokens: int = 256,
     sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None,
-    advance: Callable[[int], None] | None = None, both: bool = False, partial: bool = False,
+    advance: Callable[[float], None] | None = None, both: bool = False, partial: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
 ) -> list[Completion]:  # fmt: skip
     """Generate one completion for each prompt of token ids, in order, with the active adapter.
@@ -102,7 +104,8 @@ def generate(
         max_new_tokens: the limit of each completion, which also ends where the model supports no more positions.
         sampling: None for greedy decoding.
         on_text: called with pieces of the text of the completion, for a single prompt.
-        advance: called with the number of finished completions.
+        advance: called with the number of finished completions, and with an estimate for the unfinished ones: the
+            fractional part.
         both: return the completions of the base model for all prompts, followed by those with the adapter.
         partial: on Ctrl-C, return the completions of the first prompts that are finished.
         expected: reference completions to score. They do not change the output, and decoding is faster where they are
@@ -151,7 +154,9 @@ def generate(
         rows.append([SequenceState(ids, name, sampling=replace(sampling, seed=seed), **options) for name in adapters])
     sequences = [sequence for row in rows for sequence in row]
     detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
-    num_finished = 0
+    counter = _CompletionCounter(len(sequences), max(limits))
+    if advance is not None:
+        advance(0)
     try:
         for progress in decode_all(batch_for(model, sequences), sequences):
             sequence = progress.sequence
@@ -161,9 +166,8 @@ def generate(
             if sequence.finish_reason == "failed":
                 fix = "use an older checkpoint or another adapter"
                 raise ModelError("the model's logits are not finite", fix=fix)
-            if sequence.finish_reason and advance is not None:
-                num_finished += 1
-                advance(num_finished)
+            if advance is not None and counter.count(sequence, len(progress.tokens)):
+                advance(counter.done)
     except KeyboardInterrupt:
         if not partial:
             raise
@@ -172,6 +176,33 @@ def generate(
         on_text(detokenizer.end())
     ordered = [row[i] for i in range(len(adapters)) for row in rows]
     return [_decode_completion(tokenizer, x.completion, stop_ids, x.expected_logprobs) for x in ordered]
+
+
+class _CompletionCounter:
+    """Counts finished completions, and estimates from their mean length how much of the others is done.
+
+    limit: the maximum length, which is used before one is finished.
+    """
+
+    def __init__(self, total: int, limit: int) -> None:
+        self._total, self._limit = total, limit
+        self._finished = self._finished_tokens = self._tokens = 0
+        self._reported = time.monotonic()
+        self.done = 0.0
+
+    def count(self, sequence: SequenceState, num_tokens: int) -> bool:
+        """Count new tokens. Return whether `done` is worth reporting."""
+        self._tokens += num_tokens
+        if sequence.finish_reason:
+            self._finished += 1
+            self._finished_tokens += len(sequence.completion)
+        elif time.monotonic() - self._reported < REPORT_SECONDS:
+            return False
+        self._reported = time.monotonic()
+        mean = max(1.0, self._finished_tokens / self._finished) if self._finished else self._limit
+        partly = min((self._tokens - self._finished_tokens) / mean, 0.99 * (self._total - self._finished))
+        self.done = max(self.done, self._finished + max(0.0, partly)) if self._finished < self._total else self._total
+        return True
 
 
 def _needs_two_passes(model: nn.Module) -> bool:
@@ -332,7 +363,7 @@ def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
 
 def _generate_with_hf(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], limits: Sequence[int],
-    sampling: Sampling, streamer: TextCallbackStreamer | None, advance: Callable[[int], None] | None,
+    sampling: Sampling, streamer: TextCallbackStreamer | None, advance: Callable[[float], None] | None,
 ) -> list[Completion]:  # fmt: skip
     """Implement `generate` with transformers' generate, in batches of prompts of similar length."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]

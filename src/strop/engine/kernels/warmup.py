@@ -1,6 +1,7 @@
 """Import the libraries of a command, and compile the CPU kernels ahead of time in another process.
 
-Compilation takes 15 to 30 s, once per machine and weight dtype. If numba's cache lacks kernels, `load` starts a
+Compilation takes 15 to 30 s on two idle cores, once per machine and weight dtype, and longer while other programs run.
+If numba's cache lacks kernels, `load` starts a
 `Compiler` process, which imports its libraries while the command imports its own. `compile_once` then makes it run tiny
 models (warmup_models.py), which compiles the kernels. This module and what it imports need only the standard library,
 so that commands start quickly.
@@ -214,7 +215,7 @@ def compile_once(
         if marker.is_file() or not any(cache.glob(f"strop-{state}-*")):
             for file in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 file.unlink(missing_ok=True)
-        LOG.info("compiling kernels for this CPU in %s, once on this machine (15 to 30 s)", arguments[0])
+        LOG.info("compiling CPU kernels for %s, once; may take minutes", arguments[0])
         parallel = machine.cores > 1 and machine.free_bytes > PARALLEL_BYTES
         program = [MODELS, warmup, *arguments]
         stages = [[program]]
