@@ -58,7 +58,7 @@ def test_a_stopped_run_can_be_used_and_resumed(
     options = {"max_steps": 6, "batch_size": 4, "dtype": "fp32", "lora": {"r": 4}, "progress": False}
     data = {"model": tiny_folder, "data": rows_file}
     out = tmp_path / "run"
-    with pytest.raises(strop.Stopped, match="after step 3 of 6"):
+    with pytest.raises(strop.Stopped, match="after step 3 of 6; its adapter so far is saved"):
         strop.train(**data, out=out, **options, callback=stop)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert (report["exit"], report["ended"], report["steps"], report["adapter_step"]) == (130, "stop", 3, 3)

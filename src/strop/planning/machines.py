@@ -13,7 +13,7 @@ from strop.errors import RecipeError
 from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, gpu_dtype, probe
 from strop.machine.rates import load_precision, load_rates
-from strop.planning.time import GUESS, Rate
+from strop.planning.time import Rate
 
 # Shares of the dense rate in a data sheet that are reached (assumed; docs/cards.md). By large matmuls: of GPUs that are
 # limited by their power, and of GeForce. By attention: flash attention 2 on Hopper and newer (arXiv:2407.08608), and on
@@ -204,7 +204,8 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         typical = DeviceSpec("like a typical Apple GPU in the table", UNKNOWN.kind, 0, 200, 4, "mps", "fp32")
         rate = typical.rate_of("fp32")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
-    guess = machine.expected_dtype, f"guessed from {GUESS}"
+    why = "guessed from the CPU's instructions; a run or `strop doctor` measures it while no other program runs"
+    guess = machine.expected_dtype, why
     return TargetMachine(machine, "cpu", precision or guess, partial(Rate.of_cpu, machine, rates))
 
 

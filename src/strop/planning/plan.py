@@ -411,7 +411,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = (
-        f", {_format_duration(plan.seconds)} in all{_describe_images(plan)}{_describe_answers(plan)}"
+        f", {_format_duration(plan.seconds)} of training{_describe_images(plan)}{_describe_answers(plan)}"
         if plan.seconds
         else ""
     )

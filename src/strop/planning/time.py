@@ -40,7 +40,6 @@ LOGIT_BYTES = 48  # bytes moved per logit of the plain step: to fp32, softmax, f
 HOST_BYTES_PER_S = 20e9  # assumed between GPU and host in each direction; PCIe 4.0 x16 has 32 GB/s
 # Assumed FLOP/s per core (bf16, AVX-512, other) and bytes/s of a CPU that was not measured.
 CORE_BF16, CORE_FP32, CORE_NARROW, CPU_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
-GUESS = "the CPU's instructions; `strop doctor` measures"
 LAUNCH_S = 10e-6  # seconds of the host per kernel on a GPU, with Python and autograd (assumed)
 # Kernels of a layer, forward and backward, and factors of the plain step (transformers) on the bytes that it moves
 # there: counted on the simulated GPU (docs/cards.md).
@@ -81,7 +80,7 @@ class Rate:
             return Rate.measured(rates, dtype)
         fp32 = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
         core = CORE_BF16 if machine.has_bf16 and dtype == "bf16" else fp32
-        return Rate(core * machine.cores, CPU_BANDWIDTH, f"a guess from {GUESS}")
+        return Rate(core * machine.cores, CPU_BANDWIDTH, "a guess from the CPU's instructions; `strop doctor` measures")
 
     def for_workload(self, workload: Workload) -> Rate:
         """Return the rate with the speed of int8 matmuls, if the workload uses them."""

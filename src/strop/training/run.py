@@ -289,6 +289,7 @@ def _execute(
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
     if stopped is not None:
+        stopped.what += "; its adapter so far is saved"
         raise stopped
     return Run(folder.path, report)
 
