@@ -46,14 +46,29 @@ def test_judge_that_prefers_a_position_gives_ties() -> None:
     half = iter([1, 0] * 3)
     once = compare_by_judge(lambda *_: next(half), "f", make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
     assert (once["ties"], once["order_decided"]) == (3, 3)  # better in one order and a tie in the other
-    unsaid = iter([1, None] * 3)
-    once = compare_by_judge(lambda *_: next(unsaid), "f", make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
-    assert (once["ties"], once["order_decided"], once["unsaid"]) == (3, 0, 3)
 
 
-def test_replies_without_a_verdict_are_ties_and_counted() -> None:
-    result = compare_by_judge(lambda *_: None, "f", make_questions(2), ["a", "b"], ["x", "y"], None)
-    assert result["unsaid"] == 4 and result["ties"] == 2
+def test_rows_without_a_verdict_are_left_out() -> None:
+    """As ties, they would make a small difference look certain."""
+    replies = iter([1, None, 1, -1, -1, -1])
+    result = compare_by_judge(
+        lambda *_: next(replies), "f", make_questions(4), ["a", "b", "c", "d"], [*"xyz", "d"], None
+    )
+    assert (result["rows"], result["unjudged"]) == (3, 1)  # the last one is a tie without a question
+    assert (result["wins"], result["ties"], result["losses"]) == (1, 2, 0)
+    alone = iter([1, -1, -1, -1])
+    same = compare_by_judge(lambda *_: next(alone), "f", make_questions(3), ["b", "c", "d"], [*"yz", "d"], None)
+    assert same["interval"] == result["interval"]
+    with pytest.raises(RunError, match="no verdict on any of 2 rows: its replies do not end with"):
+        compare_by_judge(lambda *_: None, "f", make_questions(2), ["a", "b"], ["x", "y"], None)
+
+
+def test_a_refused_request_costs_one_row() -> None:
+    with judge_server("answer 1", "[answer 2]", 413, "Answer 2", "answer 1.") as (url, _):
+        result = compare_by_judge(make_judge(url), url, make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
+    assert (result["wins"], result["losses"], result["unjudged"]) == (1, 1, 1) and result["lost"] == ["f:3"]
+    with judge_server(413, 413) as (url, _), pytest.raises(RunError, match=r"no verdict on any of 2 rows: .*413"):
+        compare_by_judge(make_judge(url), url, make_questions(2), ["a", "b"], ["x", "y"], None)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +87,12 @@ def test_replies_without_a_verdict_are_ties_and_counted() -> None:
         ("<think>\nOkay, first I need to look at", None),
         ("It is not the first", None),
         ("", None),
+        ("Answer 1", 1),
+        ("[answer 2]", -1),
+        ("Assistant 2 is better.", -1),
+        ("Verdict: 2", None),
+        ("Score: 1", None),
+        ("I give it 7 of 10", None),
     ],
 )
 def test_verdict_is_at_the_end_of_a_reply(reply: str, verdict: int | None) -> None:
@@ -195,20 +216,17 @@ def test_eval_with_a_judge_stores_answers_when_the_judge_fails(
     words = ["eval", adapter_folders[0], "--data", rows, "--max-new-tokens", "8", "--json"]
     file = tmp_path / "own.py"
     file.write_text("def most(asked, gold, first, second):\n    return len(set(first)) - len(set(second))\n")
-    for name in (f"{file}:most", f"{server.url}/v1"):
-        code, out, err = run(*words, "--judge", name, capsys=capsys)
-        assert code == 0, err
-        result = json.loads(out)["judge"]
-        assert result["rows"] == 3 == result["wins"] + result["ties"] + result["losses"] and "tuned wins" in err
+    code, out, err = run(*words, "--judge", f"{file}:most", capsys=capsys)
+    assert code == 0, err
+    result = json.loads(out)["judge"]
+    assert result["rows"] == 3 == result["wins"] + result["ties"] + result["losses"] and "tuned wins" in err
     with judge_server(401) as (url, _):  # the answers are kept
-        code, out, err = run(*words, "--judge", url, capsys=capsys)
-    assert code == 1 and "401" in err
-    stored = json.loads(out)
-    assert (
-        stored["error"]["kind"] == "RunError"
-        and len(stored["samples"]) == stored["rows"] == 3
-        and "judge" not in stored
-    )
+        for name, why in ((url, "401"), (f"{server.url}/v1", "no verdict on any of 3 rows")):
+            code, out, err = run(*words, "--judge", name, capsys=capsys)
+            assert code == 1 and why in err
+            stored = json.loads(out)
+            assert stored["error"]["kind"] == "RunError" and "judge" not in stored
+            assert len(stored["samples"]) == stored["rows"] == 3
     code, _, err = run("eval", adapter_folders[0], "--data", rows, "--judge-model", "m", capsys=capsys)
     assert code == 2 and "--judge" in err
 

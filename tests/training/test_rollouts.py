@@ -341,6 +341,38 @@ def test_reward_gets_the_row_with_its_columns(
     assert code == 2 and "--allow-changed rewards" in err
 
 
+def test_a_function_of_all_completions_gets_equal_ones_too(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Completions of one token, of which many are equal; others are rewarded once for each different one."""
+    data, own, out, log = (
+        write_prompts(tmp_path / "rows.jsonl", 8),
+        tmp_path / "own.py",
+        tmp_path / "run",
+        tmp_path / "log",
+    )
+    own.write_text(
+        "def all_of_them(completions, rows):\n"
+        "    different = set(zip(completions, [row['prompt'] for row in rows]))\n"
+        f"    with open({str(log)!r}, 'a') as file: print(len(completions), len(different), file=file)\n"
+        "    return [float(completions[: i + 1].count(text) > 1) for i, text in enumerate(completions)]\n"
+        "def each(completion, row):\n"
+        f"    with open({str(log)!r}, 'a') as file: print('each', file=file)\n"
+        "    return 0.0\n",
+        encoding="utf-8",
+    )
+    short = {"--train.max_steps": 1, "--train.answer_tokens": 1, "--train.group": 64, "--train.batch_size": 2}
+    words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *GROUPS]
+    more = [word for pair in short.items() for word in pair]
+    code, _, err = run(*words, *more, "--train.rewards", f"{own}:all_of_them,{own}:each", capsys=capsys)
+    assert code == 0, err
+    *_, (total, distinct) = [map(int, line.split()) for line in log.read_text().splitlines() if line != "each"]
+    asked = log.read_text().partition("128 ")[2].count("each")
+    assert total == 128 > distinct == asked
+    (step,) = [event for event in read_events(out / "events.jsonl") if event["event"] == "step"]
+    assert step["reward"] >= (total - distinct) / total  # repeats are rewarded, and count
+
+
 def test_reward_function_of_the_page_runs(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

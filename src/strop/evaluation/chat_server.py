@@ -81,7 +81,8 @@ class ChatServer:
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUSES or not remaining_tries:
                     what = f"{self.role} {self.url}{path}: {error.code}: {error.read(300).decode(errors='replace')}"
-                    raise (RequestRefused if error.code in REFUSED_STATUSES else RunError)(what) from None
+                    kind = RequestRefused if error.code in REFUSED_STATUSES else RunError
+                    raise kind(what, fix=f"check the address, the model, and the key in {self.key_variable}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not remaining_tries:
                     fix = "start it, or check the address"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from strop.errors import RecipeError, RunError
-from strop.evaluation.chat_server import ChatServer, check_address, is_address
+from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address
 from strop.evaluation.compare import Progress, Question
 from strop.evaluation.metrics import USER_CODE_ERRORS, find_metric, paired_difference
 
@@ -32,6 +32,7 @@ PROMPT = """Two assistants have answered the same conversation. Which answer is 
 
 Judge what is said, not its length or its place. End with one word: "first", "second" or "tie"."""
 VERDICTS = {"first": 1, "second": -1, "tie": 0}
+NUMBERS = {"1": "first", "2": "second"}  # after "answer", as in the prompt
 # words that may stand next to a verdict; a sentence with others may mean the opposite
 FILLERS = ("a", "answer", "assistant", "better", "best", "final", "is", "it", "my", "one", "the", "verdict", "winner")
 KEY = "STROP_JUDGE_KEY"  # environment variable with the server's API key
@@ -65,35 +66,42 @@ def compare_by_judge(
 ) -> dict[str, Any]:
     """Measure how often the tuned model's answer is better than the base's, with 95 % intervals.
 
-    `win_rate` counts a tie as half a win. `order_decided` counts rows whose verdict changed with the order, which are
-    ties. `unsaid` counts replies without a verdict; their rows are ties too. `lost` lists rows that the tuned model
-    lost.
+    `rows` are those that were judged, and all rates are of them; `unjudged` counts the others, for which a reply had no
+    verdict or the server refused the request. `win_rate` counts a tie as half a win. `order_decided` counts rows whose
+    verdict changed with the order, which are ties. `lost` lists rows that the tuned model lost.
+
+    Raises RunError if the judge fails, or judges no row.
     """
-    outcomes: list[int] = []
-    order_decided = unsaid = 0
+    outcomes: dict[int, int] = {}  # by row
+    order_decided, why = 0, 'its replies do not end with "first", "second" or "tie"'
     for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base, tuned, strict=True), 1):
-        outcome = 0
+        verdicts: list[int | None] = [0]
         if base_answer != tuned_answer:
             messages = question.conversation.messages[:-1]
             context = "\n\n".join(f"{message.role}: {message.text}" for message in messages), question.gold
-            replies = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
-            unsaid += replies.count(None)
-            verdicts = [replies[0], None if replies[1] is None else -replies[1]]
-            if None not in verdicts:
-                order_decided += verdicts[0] != verdicts[1]
-                outcome = (verdicts[0] or 0) if verdicts[0] == verdicts[1] else 0
-        outcomes.append(outcome)
+            try:
+                verdicts = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
+            except RequestRefused as error:  # such as a row that is too long for the judge
+                verdicts, why = [None], error.what
+        if None not in verdicts:
+            first, last = verdicts[0] or 0, -(verdicts[-1] or 0) if len(verdicts) == 2 else 0
+            order_decided += first != last
+            outcomes[number - 1] = first if first == last else 0
         if advance is not None:
             advance("judge", number, len(questions))
-    difference = paired_difference([outcome < 0 for outcome in outcomes], [outcome > 0 for outcome in outcomes])
-    rows = [question.conversation for question in questions]
+    if questions and not outcomes:
+        fix = "use a judge that follows its instructions, or a function: --judge file.py:function"
+        raise RunError(f"judge {name}: no verdict on any of {len(questions)} rows: {why}", fix=fix)
+    found = list(outcomes.values())
+    difference = paired_difference([outcome < 0 for outcome in found], [outcome > 0 for outcome in found])
+    lost = [questions[row].conversation for row, outcome in outcomes.items() if outcome < 0]
     return {
-        "name": name, "rows": len(outcomes),
-        "wins": outcomes.count(1), "ties": outcomes.count(0), "losses": outcomes.count(-1),
+        "name": name, "rows": len(found), "unjudged": len(questions) - len(found),
+        "wins": found.count(1), "ties": found.count(0), "losses": found.count(-1),
         "win_rate": 0.5 + difference.value / 2,
         "interval": [0.5 + difference.low / 2, 0.5 + difference.high / 2],
-        "difference": asdict(difference), "order_decided": order_decided, "unsaid": unsaid,
-        "lost": [f"{row.file}:{row.line}" for row, outcome in zip(rows, outcomes, strict=True) if outcome < 0],
+        "difference": asdict(difference), "order_decided": order_decided,
+        "lost": [f"{row.file}:{row.line}" for row in lost],
     }  # fmt: skip
 
 
@@ -128,7 +136,9 @@ def _make_server_judge(url: str, model: str | None) -> Judge:
 
 def parse_verdict(reply: str) -> int | None:
     """Return the verdict at the end of a reply, such as "first" or "The answer is: second", or None."""
-    parts = [re.findall(r"[^\W\d_]+", part) for part in re.split(r"[.:;!?\n]", reply.casefold())]
+    parts = [re.findall(r"[^\W_]+", part) for part in re.split(r"[.:;!?\n]", reply.casefold())]
     words = next((part for part in reversed(parts) if part), list[str]())
+    if {"answer", "assistant"} & {*words}:
+        words = [NUMBERS.get(word, word) for word in words]
     verdicts = [VERDICTS[word] for word in words if word in VERDICTS]
     return verdicts[0] if len(verdicts) == 1 and {*words} <= {*VERDICTS, *FILLERS} else None

@@ -173,12 +173,21 @@ class Rewarded:
 def compute_rewards(
     rewards: Sequence[Reward], candidates: Sequence[Candidate], rows: Rows, timeout: float
 ) -> list[Rewarded]:
-    """Return the reward of each completion. Raises RunError if a function fails."""
+    """Return the reward of each completion. Raises RunError if a function fails.
+
+    Only the batch form gets several copies of a completion, because it may count or group them.
+    """
     totals, parts = [0.0] * len(candidates), [dict[str, float]() for _ in candidates]
+    places = [(id(one.prompt), one.text, id(one.environment)) for one in candidates]
     for reward in rewards if candidates else ():
-        for i, values in enumerate(reward.compute(candidates, rows, timeout)):
-            totals[i] += reward.weight * sum(values.values())
-            parts[i] |= values
+        keys: Sequence[object] = range(len(candidates)) if reward.form == "batch" else places
+        asked: dict[object, Candidate] = {}
+        for key, candidate in zip(keys, candidates, strict=True):
+            asked.setdefault(key, candidate)
+        found = dict(zip(asked, reward.compute(list(asked.values()), rows, timeout), strict=True))
+        for i, key in enumerate(keys):
+            totals[i] += reward.weight * sum(found[key].values())
+            parts[i] |= found[key]
     return [Rewarded(total, values) for total, values in zip(totals, parts, strict=True)]
 
 

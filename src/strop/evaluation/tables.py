@@ -147,8 +147,9 @@ def _print_judge(verdicts: Mapping[str, Any], out: Console) -> None:
     )
     if verdicts["order_decided"]:
         out.print(f"{verdicts['order_decided']} of the ties: the verdict changed with the order of the answers")
-    if verdicts["unsaid"]:
-        out.print(f"{verdicts['unsaid']} replies of the judge had no verdict and count as ties", style="yellow")
+    if verdicts.get("unjudged"):
+        rows = f"{verdicts['unjudged']} of {verdicts['unjudged'] + verdicts['rows']} rows"
+        out.print(f"{rows} are left out: the judge gave no verdict, or refused the request", style="yellow")
 
 
 def _print_general(result: Mapping[str, Any], out: Console) -> None:

@@ -294,27 +294,33 @@ class PolicyCriterion(Criterion):
             for completion in completions:
                 by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
             distinct.append([(copies[0], len(copies)) for copies in by_ids.values()])
-        texts = [
-            (prompt, self._decode(completion.ids))
+        texts = [  # with all copies, because a function of all completions may count or group them
+            (prompt, text)
             for prompt, completions in zip(prompts, distinct, strict=True)
-            for completion, _ in completions
+            for completion, copies in completions
+            for text in [self._decode(completion.ids)] * copies
         ]
         rewarded = iter(self._reward(texts))
         return [
-            self._make_group(prompt, completions, [next(rewarded) for _ in completions])
+            self._make_group(
+                prompt, completions, [[next(rewarded) for _ in range(copies)] for _, copies in completions]
+            )
             for prompt, completions in zip(prompts, distinct, strict=True)
         ]
 
     def _make_group(
-        self, prompt: Prompt, completions: Sequence[tuple[SampledCompletion, int]], rewarded: Sequence[Rewarded]
+        self,
+        prompt: Prompt,
+        completions: Sequence[tuple[SampledCompletion, int]],
+        rewarded: Sequence[Sequence[Rewarded]],
     ) -> RolloutGroup:
         """Return a group of distinct completions. Advantages are computed over all copies of each."""
-        repeated = [reward for reward, (_, copies) in zip(rewarded, completions, strict=True) for _ in range(copies)]
+        repeated = [reward for copies in rewarded for reward in copies]
         rewards = [reward.total for reward in repeated]
-        advantages = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
+        advantages = iter(self.objective.advantages(rewards, self.options))
         return RolloutGroup(
             tuple(_as_example(prompt.examples[0], *pair) for pair in completions),
-            advantages=tuple(advantages[reward.total] for reward in rewarded),
+            advantages=tuple(_mean([next(advantages) for _ in copies]) for copies in rewarded),
             stopped=tuple(completion.stopped for completion, _ in completions),
             rewards=tuple(rewards),
             reward_parts={name: tuple(r.parts[name] for r in repeated) for name in _part_names(repeated)},
@@ -354,6 +360,11 @@ def disable_model_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "hidden_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def _mean(advantages: Sequence[float]) -> float:
+    """Return the mean over the copies of a completion; equal ones are kept as they are, to the bit."""
+    return advantages[0] if len(set(advantages)) == 1 else statistics.fmean(advantages)
 
 
 def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> Example:
