@@ -203,6 +203,32 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("plan --data rows.jsonl", "error: --model is required\nFix: give --model, or a recipe file\n"),
         ("train recipe.yaml", "error: --data is required\nFix: give --data, or complete recipe.yaml\n"),
         ("train demo --packing", "--packing: no such option: rows are always packed, so leave it out\nFix: see `strop"),
+        ("train demo --data rows.jsonl --lr abc --epochs 0", "Fix: for example --epochs 3 --lr 0.0001\n"),
+        ("train demo --data rows.jsonl --quantization 4bit", "Fix: for example --quantization nf4\n"),
+        ("train demo --data rows.jsonl --quantization 8bit", "Fix: for example --quantization int8\n"),
+        ("train demo --data rows.jsonl --device gpu", "Fix: for example --device cuda\n"),
+        ("train demo --data rows.jsonl --max-time soon", "Fix: for example --max-time 90s\n"),
+        ("train demo --data rows.jsonl --max-steps x", "Fix: correct it, or leave it out for the default\n"),
+        ("train demo --gpu", "error: --gpu: no such option (did you mean --device cuda?)\n"),
+        (
+            "train demo --gradient_accumulation_steps 4 --bf16 --colour --lora_alpha=8 --packing",
+            "error: --gradient_accumulation_steps: no such option (did you mean --batch-size? It is the effective "
+            "batch size, in rows per update; --train.micro_batch is the number of rows computed at once)\n"
+            "error: --bf16: no such option (did you mean --model.dtype bf16?)\n"
+            "error: --colour: no such option\n"
+            "error: --lora_alpha: no such option (did you mean --alpha?)\n"
+            "error: --packing: no such option: rows are always packed, so leave it out\n"
+            "error: unknown options\nFix: see `strop train --help`\n",
+        ),
+        (
+            "train demo --per_device_train_batch_size 4",
+            "(did you mean --train.micro_batch? It is the number of rows computed at once; --batch-size is the "
+            "effective batch size, in rows per update)\n",
+        ),
+        ("export gguf runs/a --foo --out x --bar", "error: --foo: no such option\nerror: --bar: no such option\n"),
+        ("--foo", "error: no such option: --foo\nFix: see `strop --help`\n"),
+        ("check your rows.jsonl --show 1", "Fix: quote the path: strop check 'your rows.jsonl' --show 1\n"),
+        ("train demo rows.jsonl", "Fix: give it with --data rows.jsonl\n"),
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
         ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
         ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
@@ -237,7 +263,8 @@ def test_a_terminal_shows_the_typed_names_and_a_fix(
     words: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text(GOOD)
+    for name in ("rows.jsonl", "your rows.jsonl"):
+        Path(name).write_text(GOOD)
     Path("broken.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
     Path("recipe.yaml").write_text("model: demo\n")
     code, _, err = run(*words.split(), capsys=capsys)

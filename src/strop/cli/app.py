@@ -31,9 +31,9 @@ from strop.cli.commands.runs import cache, dash, runs
 from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import BOOLEAN, CHAT_COMMANDS, add_recipe_options
-from strop.config.names import use_short_forms
+from strop.config.names import is_data_file, use_short_forms
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, StropError, closest, in_terminal
+from strop.errors import FIX, DiskError, FolderError, InputError, Location, PeerFailed, StropError, closest, in_terminal
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -284,7 +284,30 @@ class _Command(_HideFlagTypes, typer.core.TyperCommand):
             completed.append(word)
             if word in switches and (following.startswith("-") or os.path.exists(following)):
                 completed.append("true")
-        return super().parse_args(context, completed)
+        try:
+            return super().parse_args(context, [*completed])  # click empties its list
+        except Exception as error:  # click's NoSuchOption, from click or from the copy in typer
+            if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+                error.unknown = self._find_unknown(completed) or [error.option_name]  # type: ignore[attr-defined]
+            raise
+
+    def _find_unknown(self, words: Sequence[str]) -> list[str]:
+        """Return all options of a command line that the command does not have; click reports only the first one."""
+        takes_value = {
+            name: not (getattr(parameter, "is_flag", False) or getattr(parameter, "count", False))
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        unknown, remaining = dict[str, None](), iter(words)
+        for word in remaining:
+            name, separator, _ = word.partition("=")
+            if word == "--":
+                break
+            if name.startswith("--") and name not in (*takes_value, "--help"):
+                unknown[name] = None
+            elif takes_value.get(name) and not separator:
+                next(remaining, None)
+        return [*unknown]
 
 
 class _Group(_HideFlagTypes, typer.core.TyperGroup): ...
@@ -357,23 +380,20 @@ def _explain_usage(error: Any) -> InputError:
     words = sys.argv[1:]
     path = next((path for path in (" ".join(words[:2]), *words[:1]) if path in {*EXAMPLES, *GROUPS}), "")
     fix = f"for example: {EXAMPLES[path][0]}" if path in EXAMPLES else ""
-    if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
-        from strop.config.load import explain_name
-
-        has_fields = "options" in inspect.signature(COMMANDS.get(path, main)).parameters and path not in RECIPE_FIELDS
-        known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
-        hint = explain_name(option.lstrip("-"), "--", " ") if has_fields else ""
-        meant = MEANT_OPTIONS.get(option.lstrip("-").replace("_", "-"))
-        if meant and (not meant.startswith("--") or meant in known):
-            hint = f" (did you mean {meant}?)"
-        near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
-        hint = hint or (f" (did you mean --{near}?)" if near else "")
-        return InputError(f"{option}: no such option{hint}", fix=f"see `strop {path} --help`".replace("  ", " "))
-    if unknown := re.match(r"No such command '(.*?)'", message):
-        return _explain_command(unknown[1], path)
+    if unknown := getattr(error, "unknown", None):
+        hints = {option: _suggest_option(option, path, error) for option in unknown}
+        fix = f"see `strop {path} --help`".replace("  ", " ")
+        if len(hints) == 1:
+            return InputError(f"{unknown[0]}: no such option{hints[unknown[0]]}", fix=fix)
+        where = [Location(option, None, f"no such option{hint}") for option, hint in hints.items()]
+        return InputError("unknown options", fix=fix, where=where)
+    if match := re.match(r"No such command '(.*?)'", message):
+        return _explain_command(match[1], path)
     parameter = getattr(error, "param", None)
-    if path == "chat" and message.startswith("Got unexpected extra"):
-        fix = f"give the prompt through a pipe: echo {shlex.quote(words[-1])} | strop chat {shlex.quote(words[1])}"
+    if message.startswith("Got unexpected extra"):
+        fix = _fix_extra_arguments(path, words) or fix
+    if getattr(error, "option_name", None) and not path:
+        fix = "see `strop --help`"
     if parameter is None:
         return InputError(f"{message[:1].lower()}{message[1:].rstrip('.')}" if words else message, fix=fix)
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.metavar or parameter.name)
@@ -385,6 +405,34 @@ def _explain_usage(error: Any) -> InputError:
     issues = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     problem = f"{explain_issue(name, issues[0])} (got {issues[0]['input']!r})" if issues else error.message
     return InputError(f"{name}: {problem}", fix=fix)
+
+
+def _fix_extra_arguments(command: str, words: Sequence[str]) -> str:
+    """Return a fix for more arguments than a command has, or "" if their meaning is unknown."""
+    if command == "chat":
+        return f"give the prompt through a pipe: echo {shlex.quote(words[-1])} | strop chat {shlex.quote(words[1])}"
+    for start, end in itertools.combinations(range(1, len(words) + 1), 2):
+        if end - start > 1 and Path(path := " ".join(words[start:end])).exists():
+            return f"quote the path: strop {shlex.join([*words[:start], path, *words[end:]])}"
+    is_recipe_command = "options" in inspect.signature(COMMANDS.get(command, main)).parameters
+    if is_recipe_command and (data := next(filter(is_data_file, words[2:]), None)):
+        return f"give it with --data {shlex.quote(data)}"
+    return ""
+
+
+def _suggest_option(option: str, command: str, error: Any) -> str:
+    """Return what an unknown option of a command probably means, in a form to append to an error, or ""."""
+    from strop.config.load import explain_name
+
+    has_fields = "options" in inspect.signature(COMMANDS.get(command, main)).parameters
+    known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+    meant = MEANT_OPTIONS.get(option.lstrip("-").replace("_", "-"))
+    if meant and (not meant.startswith("--") or meant in known):
+        return f" (did you mean {meant}?)"
+    if has_fields and command not in RECIPE_FIELDS and (hint := explain_name(option.lstrip("-"), "--", " ")):
+        return hint
+    near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
+    return f" (did you mean --{near}?)" if near else ""
 
 
 def _explain_command(word: str, group: str) -> InputError:
