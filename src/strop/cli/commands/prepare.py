@@ -131,7 +131,7 @@ def plan(
 
 def check(
     recipe: RecipeOrData = None,
-    show: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids with --show.")] = False,
     fix: Annotated[
         Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, and a log of each change.")
