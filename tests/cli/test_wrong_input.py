@@ -48,7 +48,7 @@ def test_nearest_excludes_the_word_itself() -> None:
         (["--data", "rows.jsonl", "--out", "a-run"], "strop resume a-run"),
         (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
         (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
-        (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
+        (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such run or model folder"),
         (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "remote-code"),
@@ -149,7 +149,7 @@ def test_claimed_run_folder_is_refused(
         (["train", "nope.gguf", "--data", "rows.jsonl"], "nope.gguf: no such GGUF file"),
         (["eval", "nope", "--data", "rows.jsonl"], "nope: no such folder"),
         (["eval", "demo", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
-        (["chat", "./nope"], "./nope: no such model folder"),
+        (["chat", "./nope"], "./nope: no such run or model folder"),
         (["serve", "nope"], "nope: no such folder"),
         (["merge", "nope", "--out", "merged"], "nope: no such run or adapter folder"),
         (["export", "gguf", "nope", "--out", "x.gguf"], "nope: no such folder"),
@@ -255,7 +255,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("train demo --model demo --data rows.jsonl", "error: --model: given twice, as demo and as an option"),
         (
             "check broken.jsonl",
-            "or write the other rows to a file: `strop check --data broken.jsonl --fix clean.jsonl`; or leave",
+            "correct them, or write the others to a file: `strop check --data broken.jsonl --fix clean.jsonl`; or",
         ),
     ],
 )
@@ -288,7 +288,7 @@ def test_bad_rows_are_refused_before_torch_is_imported(tiny_folder: Path, tmp_pa
         [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "error: rows.jsonl:2: column 24: not valid JSON" in done.stderr
-    assert "write the other rows to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
+    assert "write the others to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
     assert done.stdout.split() == ["False"]
 
 
@@ -356,3 +356,18 @@ def test_recipe_of_another_tool_is_named(tmp_path: Path, capsys: pytest.CaptureF
     recipe.write_text("base_model: x\nadapter: lora\ndatasets: []\nsequence_len: 8\n", encoding="utf-8")
     code, _, err = run("train", recipe, capsys=capsys)
     assert code == 2 and f"strop import TOOL {recipe} --out recipe.yaml" in err
+
+
+def test_missing_run_names_the_runs_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        run_folder = tmp_path / "runs" / name
+        run_folder.mkdir(parents=True)
+        (run_folder / "lock.json").write_text("{}")
+        (run_folder / "recipe.yaml").write_text("{}")
+        os.utime(run_folder / "recipe.yaml", (0, 1000 if name == "first" else 2000))
+    for words in ("chat runs/nope", "merge runs/nope --out x", "resume runs/nope", "export gguf runs/nope --out x"):
+        code, _, err = run(*words.split(), capsys=capsys)
+        assert code == 2 and "Fix: give one of the runs runs/second, runs/first\n" in err, err

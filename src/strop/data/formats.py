@@ -325,6 +325,10 @@ class ConversationReader:
             missing = " or ".join(sorted({key for keys in expected.keys if keys[0] == "prompt" for key in keys[1:]}))
             if missing:
                 raise InvalidRow("no-content", f"no {missing}, which other rows of the file have")
+        if expected.name == "prompt" and detected not in (None, "prompt") and not self._answerless:
+            where = Location(row.file, self._first_known.line, f"no completion, which row {row.line} has")
+            fix = "give each row a completion, or remove the rows without one"
+            raise DataError("rows with and without a completion in one file", fix=fix, where=[where])
         if detected not in (None, expected.name):
             rows = [(self._first_known.line, expected.name), (row.line, detected)]
             raise DataError(
