@@ -206,6 +206,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("train demo --data rows.jsonl --lr abc --epochs 0", "Fix: for example --epochs 3 --lr 0.0001\n"),
         ("train demo --data rows.jsonl --quantization 4bit", "Fix: for example --quantization nf4\n"),
         ("train demo --data rows.jsonl --quantization 8bit", "Fix: for example --quantization int8\n"),
+        ("train demo --data rows.jsonl --data.format documnt", "Fix: for example --data.format document\n"),
         ("train demo --data rows.jsonl --device gpu", "Fix: for example --device cuda\n"),
         ("train demo --data rows.jsonl --max-time soon", "Fix: for example --max-time 90s\n"),
         ("train demo --data rows.jsonl --max-steps x", "Fix: correct it, or leave it out for the default\n"),

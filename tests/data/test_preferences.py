@@ -574,7 +574,6 @@ def test_format_document_reads_a_text_file_as_one_row(tmp_path: Path) -> None:
     assert len(pieces.train) > 5 and len(pieces.train_conversations) == 1
     path.write_text("\n \n", encoding="utf-8")
     assert "no rows" in refusal(path, "turns", format="document")
-    assert "document" in refusal(long, "turns", format="documnt")
 
 
 def test_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
