@@ -7,13 +7,15 @@ import os
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from strop.cli.app import COMMANDS, GROUPS, PANELS
+from strop.cli.app import COMMANDS, EXAMPLE_ROW, GROUPS, PANELS
 from strop.cli.options import COMMON
 from strop.config.names import OTHER_NAMES, SHORT_FORMS
-from strop.config.schema import option_fields
+from strop.config.schema import RowFormat, option_fields
+from strop.data.formats import DOCUMENT, FORMATS
 from tests import ROOT
 from tests.support.helptexts import FILE, help_by_command, helptexts
 from tests.support.runs import run
@@ -46,6 +48,7 @@ def test_help_equals_the_snapshot() -> None:
 @needs_terminal
 def test_first_help_screen_has_at_most_60_lines() -> None:
     texts = help_by_command()
+    assert len(texts["strop"].splitlines()) <= 45
     for name in ("strop", *(f"strop {name}" for name in ("train", "resume", "plan", "check"))):
         assert len(texts[name].splitlines()) <= 60, name
 
@@ -71,6 +74,42 @@ def test_full_help_shows_every_field_with_its_default(width: int) -> None:
         if not info.is_required() and info.default not in (None, []) and info.default_factory is None:
             assert f"[default: {default_text(info.default)}]" in shown
     assert "Recipe: objectives" in shown
+
+
+@needs_terminal
+def test_help_shows_rows_and_their_formats() -> None:
+    texts = help_by_command()
+    for name in ("strop", "strop check", "strop train", "strop sweep", "strop train --help-all"):
+        assert EXAMPLE_ROW in texts[name], name
+    for entry in FORMATS.values():
+        assert re.search(rf"^ *{entry.name} +{', '.join(entry.example)}", texts["strop check"], re.M), entry.name
+        assert f"| {entry.name}" in joined(texts["strop train --help-all"])
+    for objective in ("dpo", "kto", "grpo", "classify", "embed"):
+        listed = joined(texts["strop train --help-all"]).partition("Rows of each objective:")[2]
+        assert re.search(rf"\b{objective}\b[^{{]*{{", listed), objective
+    assert '{"prompt": "hi", "chosen": "yo", "rejected": "no"}' in texts["strop train --help-all"]
+
+
+@needs_terminal
+def test_first_help_screen_starts_with_the_commands_of_a_first_run() -> None:
+    start, _, commands = help_by_command()["strop"].partition("╭")
+    words = [line.split()[1] for line in start.splitlines() if line.startswith("   strop ")]
+    assert words == ["check", "train", "eval", "chat"] and "doctor" in commands and "--version" in start
+
+
+@needs_terminal
+def test_help_separates_the_options_of_output_and_lists_no_choice_twice() -> None:
+    texts = help_by_command()
+    common, _, others = texts["strop train"].partition("─ Output and help ─")
+    assert "--lr" in common and "--json" not in common
+    assert all(f"{option} " in others for option in ("--help-all", "--print-recipe", "--json", "--help"))
+    assert "[sft |" not in texts["strop train"] and "classes (classify)" in joined(texts["strop train"])
+    assert "for a sweep runs/sweep-N" in joined(texts["strop sweep"])
+    assert "strop runs --delete mine --yes" in texts["strop runs"]
+
+
+def test_formats_of_a_recipe_are_those_that_are_read() -> None:
+    assert get_args(RowFormat) == ("auto", DOCUMENT, *FORMATS)
 
 
 @pytest.mark.parametrize("command", ["", "eval", "merge", "chat", "runs", "export", "export gguf", "launch slurm"])

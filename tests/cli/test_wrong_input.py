@@ -48,7 +48,7 @@ def test_nearest_excludes_the_word_itself() -> None:
         (["--data", "rows.jsonl", "--out", "a-run"], "strop resume a-run"),
         (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
         (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
-        (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
+        (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such run or model folder"),
         (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "remote-code"),
@@ -149,7 +149,7 @@ def test_claimed_run_folder_is_refused(
         (["train", "nope.gguf", "--data", "rows.jsonl"], "nope.gguf: no such GGUF file"),
         (["eval", "nope", "--data", "rows.jsonl"], "nope: no such folder"),
         (["eval", "demo", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
-        (["chat", "./nope"], "./nope: no such model folder"),
+        (["chat", "./nope"], "./nope: no such run or model folder"),
         (["serve", "nope"], "nope: no such folder"),
         (["merge", "nope", "--out", "merged"], "nope: no such run or adapter folder"),
         (["export", "gguf", "nope", "--out", "x.gguf"], "nope: no such folder"),
@@ -203,6 +203,33 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("plan --data rows.jsonl", "error: --model is required\nFix: give --model, or a recipe file\n"),
         ("train recipe.yaml", "error: --data is required\nFix: give --data, or complete recipe.yaml\n"),
         ("train demo --packing", "--packing: no such option: rows are always packed, so leave it out\nFix: see `strop"),
+        ("train demo --data rows.jsonl --lr abc --epochs 0", "Fix: for example --epochs 3 --lr 0.0001\n"),
+        ("train demo --data rows.jsonl --quantization 4bit", "Fix: for example --quantization nf4\n"),
+        ("train demo --data rows.jsonl --quantization 8bit", "Fix: for example --quantization int8\n"),
+        ("train demo --data rows.jsonl --data.format documnt", "Fix: for example --data.format document\n"),
+        ("train demo --data rows.jsonl --device gpu", "Fix: for example --device cuda\n"),
+        ("train demo --data rows.jsonl --max-time soon", "Fix: for example --max-time 90s\n"),
+        ("train demo --data rows.jsonl --max-steps x", "Fix: correct it, or leave it out for the default\n"),
+        ("train demo --gpu", "error: --gpu: no such option (did you mean --device cuda?)\n"),
+        (
+            "train demo --gradient_accumulation_steps 4 --bf16 --colour --lora_alpha=8 --packing",
+            "error: --gradient_accumulation_steps: no such option (did you mean --batch-size? It is the effective "
+            "batch size, in rows per update; --train.micro_batch is the number of rows computed at once)\n"
+            "error: --bf16: no such option (did you mean --model.dtype bf16?)\n"
+            "error: --colour: no such option\n"
+            "error: --lora_alpha: no such option (did you mean --alpha?)\n"
+            "error: --packing: no such option: rows are always packed, so leave it out\n"
+            "error: unknown options\nFix: see `strop train --help`\n",
+        ),
+        (
+            "train demo --per_device_train_batch_size 4",
+            "(did you mean --train.micro_batch? It is the number of rows computed at once; --batch-size is the "
+            "effective batch size, in rows per update)\n",
+        ),
+        ("export gguf runs/a --foo --out x --bar", "error: --foo: no such option\nerror: --bar: no such option\n"),
+        ("--foo", "error: no such option: --foo\nFix: see `strop --help`\n"),
+        ("check your rows.jsonl --show 1", "Fix: quote the path: strop check 'your rows.jsonl' --show 1\n"),
+        ("train demo rows.jsonl", "Fix: give it with --data rows.jsonl\n"),
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
         ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
         ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
@@ -229,7 +256,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("train demo --model demo --data rows.jsonl", "error: --model: given twice, as demo and as an option"),
         (
             "check broken.jsonl",
-            "or write the other rows to a file: `strop check --data broken.jsonl --fix clean.jsonl`; or leave",
+            "correct them, or write the others to a file: `strop check --data broken.jsonl --fix clean.jsonl`; or",
         ),
     ],
 )
@@ -237,7 +264,8 @@ def test_a_terminal_shows_the_typed_names_and_a_fix(
     words: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text(GOOD)
+    for name in ("rows.jsonl", "your rows.jsonl"):
+        Path(name).write_text(GOOD)
     Path("broken.jsonl").write_text(GOOD + '{"messages": [{"role": "us\n')
     Path("recipe.yaml").write_text("model: demo\n")
     code, _, err = run(*words.split(), capsys=capsys)
@@ -261,7 +289,7 @@ def test_bad_rows_are_refused_before_torch_is_imported(tiny_folder: Path, tmp_pa
         [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "error: rows.jsonl:2: column 24: not valid JSON" in done.stderr
-    assert "write the other rows to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
+    assert "write the others to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
     assert done.stdout.split() == ["False"]
 
 
@@ -329,3 +357,18 @@ def test_recipe_of_another_tool_is_named(tmp_path: Path, capsys: pytest.CaptureF
     recipe.write_text("base_model: x\nadapter: lora\ndatasets: []\nsequence_len: 8\n", encoding="utf-8")
     code, _, err = run("train", recipe, capsys=capsys)
     assert code == 2 and f"strop import TOOL {recipe} --out recipe.yaml" in err
+
+
+def test_missing_run_names_the_runs_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        run_folder = tmp_path / "runs" / name
+        run_folder.mkdir(parents=True)
+        (run_folder / "lock.json").write_text("{}")
+        (run_folder / "recipe.yaml").write_text("{}")
+        os.utime(run_folder / "recipe.yaml", (0, 1000 if name == "first" else 2000))
+    for words in ("chat runs/nope", "merge runs/nope --out x", "resume runs/nope", "export gguf runs/nope --out x"):
+        code, _, err = run(*words.split(), capsys=capsys)
+        assert code == 2 and "Fix: give one of the runs runs/second, runs/first\n" in err, err

@@ -134,13 +134,14 @@ def test_all_invalid_fields_are_listed(tmp_path: Path) -> None:
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 0, target_modules: 3, dropout: 2}\n")
     with pytest.raises(RecipeError) as raised:
         resolve(file)
-    *places, last = raised.value.lines()
+    *places, last, fix = raised.value.lines()
     assert [place.removeprefix(f"{file}: ").partition(":")[0] for place in places] == [
         "lora.r",
         "lora.dropout",
         "lora.target_modules",
     ]
     assert last == "the recipe is not valid"
+    assert fix == "Fix: for example lora.r: 16, lora.dropout: 0"
 
 
 @pytest.mark.parametrize(

@@ -484,7 +484,8 @@ def test_report_and_rows_are_printed(tmp_path: Path) -> None:
     for part in (
         "8 rows read, 3 used, 5 dropped",
         "a.jsonl:4",
-        "would refuse",
+        "error: ",
+        "Fix: ",
         "--data.bad_rows drop",
         "repeat",
         "eval",

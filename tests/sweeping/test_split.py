@@ -134,8 +134,10 @@ def test_rows_with_several_prompts_are_refused(tiny_folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("number", "options", "expected"),
     [
-        (20, {}, "too few to compare settings on"),
-        (100, {"selection": "0.2"}, "write a share with %"),
+        (20, {}, "more rows, or --selection FILE with at least 10 rows"),
+        (40, {}, "--selection 30%, more rows, or --selection FILE with at least 10 rows"),
+        (100, {"selection": "0.2"}, "neither a share of the rows with % nor a file\nFix: --selection 20%"),
+        (100, {"selection": "10"}, "neither a share of the rows with % nor a file\nFix: --selection 10%"),
         (100, {"selection": "100%"}, "leaves no rows"),
         (100, {"selection": "50%", "test": "50%"}, "no rows are left for training"),
         (100, {"test": "nowhere.jsonl"}, "no such file"),

@@ -351,7 +351,9 @@ def test_a_changed_or_missing_base(
         patch.setattr(sys, "argv", ["strop", "chat", str(run), "--max-new-tokens", "2"])
         app.main()
     out, err = capsys.readouterr()
-    assert not ended.value.code and "no such model folder" in out + err and "answers: after training" in out + err
+    assert (
+        not ended.value.code and "no such run or model folder" in out + err and "answers: after training" in out + err
+    )
 
 
 def test_export_writes_the_trained_weights(run: Path, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_moved_base_and_rows_are_given_once(tiny_folder: Path, rows_file: Path, 
     out = cut_run(tmp_path / "r", base, rows_file)
     base, rows = base.rename(tmp_path / "moved"), rows_file.rename(tmp_path / "moved.jsonl")
     out = out.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="no such model folder"):
+    with pytest.raises(InputError, match="no such run or model folder"):
         strop.resume(out)
     with pytest.raises(Cut):
         strop.resume(out, callback=cut_at("step", 6), **{"model.name": str(base), "data.train": str(rows)})

@@ -30,10 +30,21 @@ from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import cache, dash, runs
 from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
-from strop.cli.options import BOOLEAN, CHAT_COMMANDS, add_recipe_options
-from strop.config.names import use_short_forms
+from strop.cli.options import BOOLEAN, CHAT_COMMANDS, OTHER_OPTIONS, OTHER_PANEL, add_recipe_options
+from strop.config.names import is_data_file, use_short_forms
 from strop.display.tables import console, print_json, with_command_name
-from strop.errors import FIX, DiskError, FolderError, InputError, PeerFailed, Stopped, StropError, closest, in_terminal
+from strop.errors import (
+    FIX,
+    DiskError,
+    FolderError,
+    InputError,
+    Location,
+    PeerFailed,
+    Stopped,
+    StropError,
+    closest,
+    in_terminal,
+)
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
@@ -51,7 +62,7 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
 # panels of `strop --help`: each command with its line there
 PANELS: Mapping[str, Mapping[str, str]] = {
     "Prepare": {
-        "doctor": "Check this machine, and print the command that fixes each problem.",
+        "doctor": "Check this machine, and show how to fix each problem.",
         "demo": "Fine-tune a small real model on this CPU in minutes.",
         "plan": "Predict memory and time, without weights or a GPU.",
         "check": "Show which rows and tokens would be trained on.",
@@ -103,6 +114,7 @@ MEANT: Mapping[str, str] = {
 # recipe fields of the commands that accept only some of them
 RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 
+EXAMPLE_ROW = '{"prompt": "taxi, 31 eur", "completion": "travel"}'
 # shown in the help of each command
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "doctor": ("strop doctor", "strop doctor --fix"),
@@ -126,7 +138,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "merge": ("strop merge runs/mine --out mine-merged", "strop merge runs/mine --out mine-merged --dtype fp16"),
     "serve": ("strop serve runs/mine", "strop serve runs/a runs/b --port 9000 --slots 8"),
     "modules": ("strop modules demo", "strop modules Qwen/Qwen3-8B"),
-    "runs": ("strop runs", "strop runs other-folder --json"),
+    "runs": ("strop runs", "strop runs --delete mine --yes"),
     "cache": ("strop cache", "strop cache --delete layers --unused 30 --yes"),
     "dash": ("strop dash", "strop dash other-folder --port 9001"),
     "import": ("strop import axolotl config.yml --out recipe.yaml", "strop import trl train.py --out recipe.yaml"),
@@ -228,11 +240,16 @@ def main() -> None:
 def build(arguments: Sequence[str]) -> typer.Typer:
     """Return the app. Only commands in `arguments` get options for recipe fields, which take 0.1 s to generate."""
     app = typer.Typer(
-        cls=_Group,
-        help="Fine-tune open language models with LoRA and QLoRA on your own computer, and measure what changed.",
-        epilog=(
-            "\b\nStart with:\n  strop demo\n  strop train --model demo --data rows.jsonl\n"
-            "`strop COMMAND --help` shows examples and the common options, `--help-all` all options."
+        cls=_App,
+        help=(
+            "\bFine-tune open language models with LoRA and QLoRA on your own computer.\n \n"
+            f"Start with rows such as {EXAMPLE_ROW}:\n"
+            "  strop check --data rows.jsonl\n"
+            "  strop train --model demo --data rows.jsonl --out runs/mine\n"
+            "  strop eval runs/mine --data held_out.jsonl\n"
+            "  strop chat runs/mine\n \n"
+            "`strop COMMAND --help` shows examples and common options, `--help-all` all.\n"
+            "Other options: --version, --install-completion, --show-completion, --help."
         ),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -255,6 +272,8 @@ def build(arguments: Sequence[str]) -> typer.Typer:
                     command, arguments if name in arguments else (), RECIPE_FIELDS.get(name, ())
                 )
             epilog = _format_examples(EXAMPLES[name])
+            if name in ("check", "train", "sweep") and name in arguments:
+                epilog += _describe_rows(name, arguments)
             if name == "chat":
                 epilog += "\n\n\b\nIn a chat:\n" + "\n".join(f"  {key:9} {does}" for key, does in CHAT_COMMANDS.items())
             app.command(name, cls=_Command, epilog=epilog, short_help=line, rich_help_panel=panel)(command)
@@ -265,17 +284,42 @@ def _format_examples(examples: Sequence[str]) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
 
 
-class _HideFlagTypes:
-    """Show no type for options without a value."""
+def _describe_rows(command: str, arguments: Sequence[str]) -> str:
+    """Return what rows look like, for the end of a command's help."""
+    rows = f"\n \nRows, one per line: {EXAMPLE_ROW}"
+    if not {"--help", "-h", "--help-all"} & set(arguments):  # the tables import numpy
+        return rows
+    from strop.data.formats import FORMATS, example_row
+    from strop.objectives.table import OBJECTIVES
+
+    kinds = {"sft": "turns", **{name: objective.data_kind for name, objective in OBJECTIVES.items()}}
+    if command == "check":
+        rows += "\n \nFormats and their columns (other names: --data.columns; docs/formats.md):\n"
+        rows += "\n".join(f"  {entry.name:18} {', '.join(entry.example)}" for entry in FORMATS.values())
+    if "--help-all" in arguments:
+        by_kind = {kind: ", ".join(name for name in kinds if kinds[name] == kind) for kind in kinds.values()}
+        rows += "\n \nRows of each objective:\n"
+        rows += "\n".join(f"  {names}:\n    {example_row(kind)}" for kind, names in by_kind.items())
+    elif command != "check":
+        rows += "\nOther formats: `strop check --help`; rows of other objectives: `--help-all`"
+    return rows
+
+
+class _TidyOptions:
+    """Show no type for options without a value, and separate a recipe's options from those of output and help."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar
+        if any(parameter.name == "help_all" for parameter in parameters):
+            for parameter in parameters:
+                if parameter.name in OTHER_OPTIONS:
+                    parameter.rich_help_panel = OTHER_PANEL
         return parameters
 
 
-class _Command(_HideFlagTypes, typer.core.TyperCommand):
+class _Command(_TidyOptions, typer.core.TyperCommand):
     def parse_args(self, context: Any, words: list[str]) -> list[str]:
         """Give a recipe's boolean the value true if it has none (`--train.exact --json`, `--train.exact r.yaml`)."""
         switches = {name for parameter in self.params if parameter.metavar == BOOLEAN for name in parameter.opts}
@@ -284,10 +328,42 @@ class _Command(_HideFlagTypes, typer.core.TyperCommand):
             completed.append(word)
             if word in switches and (following.startswith("-") or os.path.exists(following)):
                 completed.append("true")
-        return super().parse_args(context, completed)
+        try:
+            return super().parse_args(context, [*completed])  # click empties its list
+        except Exception as error:  # click's NoSuchOption, from click or from the copy in typer
+            if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+                error.unknown = self._find_unknown(completed) or [error.option_name]  # type: ignore[attr-defined]
+            raise
+
+    def _find_unknown(self, words: Sequence[str]) -> list[str]:
+        """Return all options of a command line that the command does not have; click reports only the first one."""
+        takes_value = {
+            name: not (getattr(parameter, "is_flag", False) or getattr(parameter, "count", False))
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        unknown, remaining = dict[str, None](), iter(words)
+        for word in remaining:
+            name, separator, _ = word.partition("=")
+            if word == "--":
+                break
+            if name.startswith("--") and name not in (*takes_value, "--help"):
+                unknown[name] = None
+            elif takes_value.get(name) and not separator:
+                next(remaining, None)
+        return [*unknown]
 
 
-class _Group(_HideFlagTypes, typer.core.TyperGroup): ...
+class _Group(_TidyOptions, typer.core.TyperGroup): ...
+
+
+class _App(_Group):
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Hide the options from the first screen, which names them in a sentence."""
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            parameter.hidden = True
+        return parameters
 
 
 class _ShortRetries(logging.Filter):
@@ -357,23 +433,20 @@ def _explain_usage(error: Any) -> InputError:
     words = sys.argv[1:]
     path = next((path for path in (" ".join(words[:2]), *words[:1]) if path in {*EXAMPLES, *GROUPS}), "")
     fix = f"for example: {EXAMPLES[path][0]}" if path in EXAMPLES else ""
-    if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
-        from strop.config.load import explain_name
-
-        has_fields = "options" in inspect.signature(COMMANDS.get(path, main)).parameters and path not in RECIPE_FIELDS
-        known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
-        hint = explain_name(option.lstrip("-"), "--", " ") if has_fields else ""
-        meant = MEANT_OPTIONS.get(option.lstrip("-").replace("_", "-"))
-        if meant and (not meant.startswith("--") or meant in known):
-            hint = f" (did you mean {meant}?)"
-        near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
-        hint = hint or (f" (did you mean --{near}?)" if near else "")
-        return InputError(f"{option}: no such option{hint}", fix=f"see `strop {path} --help`".replace("  ", " "))
-    if unknown := re.match(r"No such command '(.*?)'", message):
-        return _explain_command(unknown[1], path)
+    if unknown := getattr(error, "unknown", None):
+        hints = {option: _suggest_option(option, path, error) for option in unknown}
+        fix = f"see `strop {path} --help`".replace("  ", " ")
+        if len(hints) == 1:
+            return InputError(f"{unknown[0]}: no such option{hints[unknown[0]]}", fix=fix)
+        where = [Location(option, None, f"no such option{hint}") for option, hint in hints.items()]
+        return InputError("unknown options", fix=fix, where=where)
+    if match := re.match(r"No such command '(.*?)'", message):
+        return _explain_command(match[1], path)
     parameter = getattr(error, "param", None)
-    if path == "chat" and message.startswith("Got unexpected extra"):
-        fix = f"give the prompt through a pipe: echo {shlex.quote(words[-1])} | strop chat {shlex.quote(words[1])}"
+    if message.startswith("Got unexpected extra"):
+        fix = _fix_extra_arguments(path, words) or fix
+    if getattr(error, "option_name", None) and not path:
+        fix = "see `strop --help`"
     if parameter is None:
         return InputError(f"{message[:1].lower()}{message[1:].rstrip('.')}" if words else message, fix=fix)
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.metavar or parameter.name)
@@ -385,6 +458,34 @@ def _explain_usage(error: Any) -> InputError:
     issues = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     problem = f"{explain_issue(name, issues[0])} (got {issues[0]['input']!r})" if issues else error.message
     return InputError(f"{name}: {problem}", fix=fix)
+
+
+def _fix_extra_arguments(command: str, words: Sequence[str]) -> str:
+    """Return a fix for more arguments than a command has, or "" if their meaning is unknown."""
+    if command == "chat":
+        return f"give the prompt through a pipe: echo {shlex.quote(words[-1])} | strop chat {shlex.quote(words[1])}"
+    for start, end in itertools.combinations(range(1, len(words) + 1), 2):
+        if end - start > 1 and Path(path := " ".join(words[start:end])).exists():
+            return f"quote the path: strop {shlex.join([*words[:start], path, *words[end:]])}"
+    is_recipe_command = "options" in inspect.signature(COMMANDS.get(command, main)).parameters
+    if is_recipe_command and (data := next(filter(is_data_file, words[2:]), None)):
+        return f"give it with --data {shlex.quote(data)}"
+    return ""
+
+
+def _suggest_option(option: str, command: str, error: Any) -> str:
+    """Return what an unknown option of a command probably means, in a form to append to an error, or ""."""
+    from strop.config.load import explain_name
+
+    has_fields = "options" in inspect.signature(COMMANDS.get(command, main)).parameters
+    known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+    meant = MEANT_OPTIONS.get(option.lstrip("-").replace("_", "-"))
+    if meant and (not meant.startswith("--") or meant in known):
+        return f" (did you mean {meant}?)"
+    if has_fields and command not in RECIPE_FIELDS and (hint := explain_name(option.lstrip("-"), "--", " ")):
+        return hint
+    near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
+    return f" (did you mean --{near}?)" if near else ""
 
 
 def _explain_command(word: str, group: str) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ NoParity = Annotated[
     bool, typer.Option("--no-parity", help="Skip the measurement, for models too large to run on this machine.")
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's rows.")]
-Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
+Devices = Annotated[str | None, typer.Option(help="Number of devices to use, or all.", metavar="N|all")]
 Machines = Annotated[int, typer.Option(min=1, help="Number of machines.")]
 DevicesPerMachine = Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")]
 RecipeOrData = Annotated[str | None, typer.Argument(metavar="RECIPE|DATA", help="Recipe file (YAML), or data.")]
@@ -180,6 +181,8 @@ HelpAll = Annotated[
     bool,
     typer.Option("--help-all", help="Show all options, and exit.", is_eager=True, callback=_show_full_help),
 ]
+OTHER_PANEL = "Output and help"
+OTHER_OPTIONS = ("print_recipe", "as_json", "help_all", "help")  # in this panel, if the command has recipe options
 
 
 def _is_repeatable(info: Any) -> bool:
@@ -207,6 +210,8 @@ def _help_text(info: Any, default: str | None) -> str:
             str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
         )
     choices = _choices(info.annotation)
+    if set(choices) <= set(re.findall(r"[\w-]+", info.description)):  # the description explains each of them
+        choices = ()
     description = f"{info.description[0].upper()}{info.description[1:]}."
     parts = [description, f"[{' | '.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
     return " ".join(filter(None, parts))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from strop.config.names import ALWAYS, OTHER_NAMES, SHORT_FORMS, full_name, is_data_file
+from strop.config.names import ALWAYS, MEANINGS, OTHER_NAMES, OTHER_VALUES, SHORT_FORMS, full_name, is_data_file
 from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
 from strop.runs.folder import RunFolder, is_run
@@ -48,7 +48,10 @@ def explain_name(name: str, prefix: str = "", separator: str = ": ") -> str:
     same_leaf = next((field for field in fields if field.rpartition(".")[2] == leaf), None)
     short = full_name(leaf) if full_name(leaf) != leaf else None
     found = same_leaf or short or OTHER_NAMES.get(leaf) or closest(name, [*fields, *SHORT_FORMS])
-    return f" (did you mean {prefix}{found.replace(' ', separator)}?)" if found else ""
+    if not found:
+        return ""
+    meaning = f" {MEANINGS[leaf].format(prefix=prefix)}" if leaf in MEANINGS else ""
+    return f" (did you mean {prefix}{found.replace(' ', separator)}?{meaning})"
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
             names = "|".join(re.escape(field) for field, _ in option_fields() if "." in field)
             problem = problem if recipe_file else re.sub(rf"(?<![\w.])({names})\b", r"--\1", problem)
             where = [Location(recipe_file, None, problem)] if recipe_file else []
-            raise RecipeError(problem, where=where)
+            raise RecipeError(problem, fix="change or leave out one of these settings", where=where)
         value, origin, source = given.get(name, (None, "", ""))
         key = f"{issue['loc'][-1]}: " if isinstance(value, dict) and len(issue["loc"]) > 2 else ""
         file, what = (source, f"{name}: {key}") if origin == "recipe" else (f"--{name}", key)
@@ -273,6 +276,11 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
         locations[file, what] = Location(file, None, f"{what}{message}")
     names = " and ".join(missing)
     fix = f"give {names}, or {f'complete {recipe_file}' if recipe_file else 'a recipe file'}" if missing else ""
+    examples = (", " if recipe_file else " ").join(
+        dict.fromkeys(filter(None, (_valid_example(issue, given) for issue in issues)))
+    )
+    fix = "; ".join(filter(None, (fix, examples and f"for example {examples}")))
+    fix = fix or "correct it, or leave it out for the default"
     if len(missing) == len(locations):
         raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix)
     what = f"the {'recipe is' if recipe_file else 'options are'} not valid"
@@ -290,6 +298,39 @@ def explain_issue(name: str, issue: Mapping[str, Any]) -> str:
     details = {"example": f", such as {sample:g}" if is_number else "", "form": form}
     context = {key: str(value).replace("'", "") for key, value in issue.get("ctx", {}).items()}
     return f"must be {MESSAGES[issue['type']].format(**details, **context)}"
+
+
+def _valid_example(issue: Mapping[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> str:
+    """Return a field with a valid value in place of a wrong one, as it is written where it was given, or ""."""
+    name = _field_name(issue["loc"])
+    info = dict(option_fields()).get(name)
+    if info is None or name not in given or issue["type"] == "missing":
+        return ""
+    value, origin, _ = given[name]
+    hint = info.annotation
+    choices = [part for part in _literals(hint) if isinstance(part, str)]
+    suggested = OTHER_VALUES.get(str(value).lower())
+    if choices:
+        text = suggested if suggested in choices else closest(str(value), choices) or str(info.default or choices[0])
+    elif allows_type(hint, dict) or allows_type(hint, list) or name in ("model.name", "data.train"):
+        return ""
+    elif info.examples or info.default not in (None, ""):
+        sample = next(iter(info.examples or ()), info.default)
+        is_device = name == "model.device" and suggested
+        text = str(suggested) if is_device else f"{sample:g}" if isinstance(sample, float) else str(sample).lower()
+    elif form := re.search(r"such as ([^\s,]+)", info.description):
+        text = form[1]
+    else:
+        return ""
+    return f"{name}: {text}" if origin == "recipe" else f"--{name} {text}"
+
+
+def _literals(hint: Any) -> list[Any]:
+    """Return the values of all Literals in a type hint."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return list(parts)
+    return [value for part in parts for value in _literals(part)]
 
 
 def _field_name(path: tuple[int | str, ...]) -> str:

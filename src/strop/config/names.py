@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -38,8 +39,25 @@ OTHER_NAMES = {
     "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
     "output": "out", "output_dir": "out", "train_dataset": "data.train", "wandb": "track wandb",
     "tensorboard": "track tensorboard", "dpo": "train.objective dpo", "kto": "train.objective kto",
-    "orpo": "train.objective orpo", "grpo": "train.objective grpo",
+    "orpo": "train.objective orpo", "grpo": "train.objective grpo", "gpu": "model.device cuda",
+    "use_cpu": "model.device cpu", "no_cuda": "model.device cpu",
 }  # fmt: skip
+# values in other tools -> our values, of any field that allows these
+OTHER_VALUES = {
+    **dict.fromkeys(("4bit", "4-bit", "4", "int4", "qlora"), "nf4"), **dict.fromkeys(("8bit", "8-bit", "8"), "int8"),
+    **dict.fromkeys(("16bit", "16-bit", "16", "false", "no"), "none"), **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
+}  # fmt: skip
+# what a field of ours means, where the value for the other tool's name would be wrong
+MEANINGS = {
+    "gradient_accumulation_steps": "It is the effective batch size, in rows per update; {prefix}train.micro_batch is "
+    "the number of rows computed at once",
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size"),
+        "It is the number of rows computed at once; {prefix}train.batch_size is the effective batch size, in rows per "
+        "update",
+    ),
+}
 # options of other tools that strop has no option for, because it always does this
 ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")
 
@@ -50,7 +68,14 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
     pairs = [
         (name, item) for name, value in options.items() for item in (value if isinstance(value, list) else [value])
     ]
-    return [word for name, item in pairs for word in (f"--{short_forms.get(name, name)}", str(item))]
+    return [word for name, item in pairs for word in (f"--{short_forms.get(name, name)}", _option_value(item))]
+
+
+def _option_value(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    is_plain = not any(set(f"{key}{item}") & set(',={}"') for key, item in value.items())
+    return ",".join(f"{key}={item}" for key, item in value.items()) if is_plain else json.dumps(value)
 
 
 def full_name(name: str) -> str:

@@ -34,7 +34,23 @@ class Options(TypedDict, total=False):
     dtype: Literal["auto", "bf16", "fp32", "fp16"]
     device: str
     # data
-    format: str
+    format: Literal[
+        "auto",
+        "document",
+        "preference",
+        "ranking",
+        "labelled",
+        "messages",
+        "sharegpt",
+        "self-instruct",
+        "alpaca",
+        "prompt-completion",
+        "question-answer",
+        "prompt",
+        "classification",
+        "triplet",
+        "text",
+    ]
     columns: Mapping[str, str] | None
     image_folder: str | None
     max_length: int

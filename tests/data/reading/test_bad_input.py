@@ -44,8 +44,8 @@ OUTCOMES = [  # file, lines used, (reason, line) of each bad row
     ("utf8_bom.jsonl", [1, 2], []),
 ]
 REFUSALS = [
-    ("empty_file.jsonl", "0 rows in"),
-    ("only_newlines.jsonl", "0 rows in"),
+    ("empty_file.jsonl", "no rows: it is empty"),
+    ("only_newlines.jsonl", "no rows: it is empty"),
     ("missing_key_row2.jsonl", "two formats in one file: messages and text"),
 ]
 

@@ -302,7 +302,7 @@ def test_unclosed_quote_reports_its_lines_or_refuses_the_file(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", ["", "\n \n\r\n", "[]", '{"data": []}'])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
-    assert "0 rows in" in refusal(write(tmp_path / "d.json", content))
+    assert "no rows: it is empty" in refusal(write(tmp_path / "d.json", content))
 
 
 def test_file_with_only_a_header_is_refused(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_header_is_decided_by_known_names_or_by_the_option(tmp_path: Path) -> No
     assert values(known) == [{"question": "1", "answer": "2"}]
     own = write(tmp_path / "own.tsv", "frage\tantwort\n1\t2\n")
     assert "prompt=1,completion=2 (no header" in refusal(own)
-    assert "prompt=frage,completion=antwort (if antwort is the answer to frage) or" in refusal(own)
+    assert "or --data.columns prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
     assert values(own, columns={"prompt": "frage", "completion": "antwort"}) == [{"frage": "1", "antwort": "2"}]
     assert "no column 'frge' (did you mean frage?)" in refusal(own, columns={"prompt": "frge"})
 
@@ -372,7 +372,7 @@ def test_csv_separator_of_excel_is_detected(tmp_path: Path, mark: str) -> None:
         text = f"\ufeff{start}prompt{mark}completion\r\nhi, you{mark}yo\r\n"
         assert values(write(tmp_path / "d.csv", text)) == expected
     own = write(tmp_path / "own.csv", f"frage{mark}antwort\nhi, you{mark}yo\n")
-    assert "prompt=frage,completion=antwort (if antwort is the answer to frage) or" in refusal(own)
+    assert "or --data.columns prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
     assert values(own, columns={"prompt": "frage", "completion": "antwort"})[0]["antwort"] == "yo"
     plain = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
     assert values(plain, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
@@ -398,7 +398,7 @@ def test_fixes_for_one_column_can_be_followed(tmp_path: Path) -> None:
     assert values(sep) == [{"prompt": "hi", "completion": "yo"}]
     one = write(tmp_path / "one.csv", "saying\nHello you\n")
     message = refusal(one)
-    assert "--data.columns text=saying or --data.columns text=1 (no header)" in message
+    assert "--data.columns text=1 (no header) or --data.columns text=saying (line 1 is the header)" in message
     assert values(one, columns={"text": "saying"}) == [{"saying": "Hello you"}]
     assert len(values(one, columns={"text": "1"})) == 2
 

@@ -10,7 +10,7 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.config.names import full_name, option_words
+from strop.config.names import option_words
 from strop.display.tables import console, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
@@ -132,7 +132,7 @@ def plan(
 
 def check(
     recipe: RecipeOrData = None,
-    show: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids with --show.")] = False,
     fix: Annotated[
         Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, and a log of each change.")
@@ -147,7 +147,7 @@ def check(
 
         checked = api.check_rows(recipe_file, options)
     report = checked.prepared.report
-    data_check.print_report(report.as_json(), console)
+    data_check.print_report(report.as_json(), console, tokenizer=checked.recipe.model.name)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
     print_notes([note] if note else [])
     if show and checked.recipe.train.environment is not None and not report.refusal:
@@ -168,9 +168,9 @@ def check(
         words += ["--objective", objective] if objective != "sft" and not recipe_file else []
         print_next(["train", *words, "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
-    is_plain = {full_name(name) for name in options} <= {"model.name", "data.train"} and not recipe_file
-    if is_plain and not checked.recipe.model.adapter and not refusal and fix is None:
-        words = option_words({"model.name": checked.recipe.model.name, **options})
+    if not checked.recipe.model.adapter and not refusal and fix is None:
+        named = {} if recipe_file else {"model.name": checked.recipe.model.name}
+        words = [*([str(recipe_file)] if recipe_file else []), *option_words({**named, **options})]
         print_next(["plan", *words], ["train", *words])
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:

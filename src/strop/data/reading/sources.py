@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from strop.data.reading.in_memory import describe_file
 from strop.data.reading.json_reader import read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
-from strop.errors import MAX_SHOWN_LOCATIONS, DataError, InputError, first_line, suggest
+from strop.errors import MAX_SHOWN_LOCATIONS, DataError, InputError, closest, first_line
 
 _MAX_WEIGHT = 1000.0
 
@@ -146,10 +147,16 @@ def _missing_file_error(path: str) -> DataError:
     if not os.path.isdir(folder or "."):
         return file_error(path, f"no such file: there is no folder {folder}")
     siblings = os.listdir(folder or ".")
-    others = sorted(filter(_is_data_file, siblings))[:MAX_SHOWN_LOCATIONS]
-    fix = f"the data files there are {', '.join(others)}" if others else ""
+    near = closest(name, filter(_is_data_file, siblings)) or closest(name, siblings)
+    if near and _is_data_file(name):
+        return file_error(
+            path, f"no such file (did you mean {near}?)", f"--data {shlex.quote(os.path.join(folder, near))}"
+        )
+    is_text = name.lower().endswith(".txt")
+    others = sorted(other for other in siblings if _is_data_file(other) and (is_text or not other.endswith(".txt")))
+    fix = f"the data files there are {', '.join(others[:MAX_SHOWN_LOCATIONS])}" if others else ""
     fix = fix if _is_data_file(name) else "a Hub data set is named owner/name"
-    return file_error(path, f"no such file{suggest(name, siblings)}", fix)
+    return file_error(path, f"no such file{f' (did you mean {near}?)' if near else ''}", fix)
 
 
 # owner/name, optionally @revision, optionally a path or glob inside the repository
@@ -335,7 +342,7 @@ def read_rows(
             yield from _repeat(row, source, left_out)
         if is_empty and len(errors) == num_errors:
             raise file_error(
-                source.path, f"0 rows in {source.path}", "the file is empty, or has only blank lines or a header"
+                source.path, "no rows: it is empty, or has only blank lines or a header", "give a file with rows"
             )
 
 

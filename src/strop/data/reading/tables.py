@@ -131,9 +131,10 @@ def suggest_mapping(columns: Sequence[str]) -> str | None:
 
 def describe_mapping(columns: Sequence[str]) -> str:
     """Return a fix for columns whose names do not show which of them is the answer."""
-    is_known = any(column.lower() in (*_PROMPT_NAMES, *_CONTEXT_NAMES, *sum(_ANSWER_NAMES, ())) for column in columns)
-    if len(columns) == 2 and not is_known and not any(set(column) & set(",=") for column in columns):
-        prompt, answer = columns
+    is_prompt = [column.lower() in (*_PROMPT_NAMES, *_CONTEXT_NAMES) for column in columns]
+    if len(columns) == 2 and not all(is_prompt) and not any(set(column) & set(",=") for column in columns):
+        is_swapped = is_prompt[1] or (columns[0].lower() in sum(_ANSWER_NAMES, ()) and not is_prompt[0])
+        prompt, answer = reversed(columns) if is_swapped else columns
         mapping = shlex.quote(f"prompt={prompt},completion={answer}")
         return f"--data.columns {mapping} (if {answer} is the answer to {prompt})"
     return (
@@ -203,7 +204,7 @@ def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, 
         mapping = suggest_mapping(header)
         option = f"--data.columns {mapping}" if mapping else describe_mapping(list(filter(None, header)))
         option = option if len(header) > 1 else f"--data.columns {shlex.quote(f'text={header[0]}')}"
-        fix = f"with line {line} as the header: {option} or {fix}"
+        fix = f"{fix} or {option.partition(' (if ')[0]} (line {line} is the header)"
     fix = " or ".join(filter(None, (_separator_fix(header), fix)))
     raise file_error(name, "unclear whether the first record is a header", fix, line)
 

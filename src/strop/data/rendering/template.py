@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from itertools import accumulate
 from typing import Any, Literal, cast
 
 from strop.data.rendering.encoder import ControlText
-from strop.data.rendering.prober import Mode, Prober, PromptSplice
+from strop.data.rendering.prober import USER, Mode, Prober, PromptSplice
 from strop.data.rendering.template_source import (
     DATE_OPTION,
     TEMPLATE_ERRORS,
@@ -149,6 +150,10 @@ class ChatTemplate:
         }
         default, calls = self.traits.default_mode.ending, self.traits.default_mode.call_ending
         yield f"an answer ends with {default.stop}{explanations[default.origin]}"
+        before = re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "\n", self.traits.opening.partition(USER)[0])  # without tokens
+        if system := re.search(r"^\s*system\b[\s:]*(.{8,}?)\s*(?:\buser\s*:?)?\s*$", before, re.DOTALL):
+            text = " ".join(system[1].split())
+            yield f"rows without a system prompt get the template's: {text[:80]}{'...' * (len(text) > 80)}"
         if calls is not None and calls.stop != default.stop:
             yield f"a turn that calls tools ends with {calls.stop}{explanations[calls.origin]}"
         if self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block:
