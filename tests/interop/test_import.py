@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -193,6 +194,61 @@ def test_keys_with_another_meaning_are_listed(tmp_path: Path, tiny_folder: Path)
     assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= expected
     expected = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
     assert {"max_length", "load_best_model_at_end", "warmup_steps"} <= expected
+
+
+def noted(draft: Any) -> dict[str, str]:
+    return {note.key: note.text for note in (*draft.unsupported, *draft.differs, *draft.ignored)}
+
+
+AXOLOTL = """base_model: MODEL
+adapter: qlora
+load_in_4bit: true
+datasets:
+  - path: rows.jsonl
+    type: {}
+"""
+
+
+def test_a_warmup_over_all_steps_is_not_a_warmup_of_one_step(tmp_path: Path) -> None:
+    axolotl, factory = tmp_path / "a.yaml", tmp_path / "l.yaml"
+    axolotl.write_text(AXOLOTL.format("chat_template") + "warmup_ratio: 1\n", encoding="utf-8")
+    factory.write_text(
+        "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\nwarmup_ratio: 1.0\n", encoding="utf-8"
+    )
+    for tool, file in (("axolotl", axolotl), ("llamafactory", factory)):
+        draft = import_config(tool, file).draft
+        assert draft.get("train.warmup") is None and "over all steps" in noted(draft)["warmup_ratio"]
+
+
+def test_settings_of_bitsandbytes_and_of_inputs_in_axolotl(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    more = "bnb_config_kwargs: {bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: false}\n"
+    file.write_text(AXOLOTL.format("chat_template") + more, encoding="utf-8")
+    draft = import_config("axolotl", file).draft
+    assert (draft.get("model.quantization"), draft.get("model.double_quantization")) == ("fp4", False)
+    assert "bnb_config_kwargs" not in noted(draft)
+    pairs = AXOLOTL.format("chatml.intel") + "rl: ipo\ntrain_on_inputs: true\n"
+    file.write_text(pairs, encoding="utf-8")
+    draft = import_config("axolotl", file).draft
+    assert draft.get("data.loss") is None and "not use it with rl" in noted(draft)["train_on_inputs"]
+    mixed = AXOLOTL.format("completion") + "  - {path: b.jsonl, type: alpaca}\nexcess_length_strategy: raise\n"
+    file.write_text(mixed, encoding="utf-8")
+    draft = import_config("axolotl", file).draft
+    assert draft.get("data.overlong") == "refuse" and "strop refuses them" in noted(draft)["sequence_len"]
+
+
+def test_steps_between_evaluations_of_torchtune(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    data = "{_component_: torchtune.datasets.chat_dataset, source: json, data_files: ROWS.jsonl}"
+    text = (
+        "model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: m}\n"
+        f"dataset: {data}\nrun_val_every_n_steps: 7\n"
+    )
+    for more, expected in ((f"dataset_val: {data}\n", 7), ("", None)):
+        file.write_text(text + more, encoding="utf-8")
+        draft = import_config("torchtune", file).draft
+        assert draft.get("train.eval_steps") == expected
+        assert ("run_val_every_n_steps" in noted(draft)) is (expected is None)
 
 
 def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
-        "has_adapter": folder.has_model or (folder.adapter / "adapter_config.json").is_file(),
+        "has_adapter": folder.is_saved,
         # models with a score head and models of embeddings do not
         "generates": read_json(folder.adapter / "adapter_config.json").get("task_type") not in NOT_GENERATING,
         **read_notes(folder.path),

@@ -80,6 +80,13 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     in_4_bit, in_8_bit = keys.take("load_in_4bit"), keys.take("load_in_8bit")
     if in_4_bit:
         draft.put("model.quantization", "nf4", "load_in_4bit")
+        more = dict(keys.peek("bnb_config_kwargs") or {})
+        if set(more) <= {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"}:
+            keys.take("bnb_config_kwargs")
+            draft.put("model.quantization", more.get("bnb_4bit_quant_type", "nf4"), "bnb_config_kwargs")
+            draft.put(
+                "model.double_quantization", bool(more.get("bnb_4bit_use_double_quant", True)), "bnb_config_kwargs"
+            )
     elif in_8_bit:
         draft.put_int8("load_in_8bit")
     else:
@@ -156,9 +163,12 @@ def _read_data(draft: Draft, keys: Keys) -> None:
         text = "axolotl cuts long texts into pieces, as strop does; with pretraining_dataset it also joins short ones"
         draft.add_difference("sequence_len", text)
     elif any(are_texts):
-        text = "axolotl cuts long texts of type completion into pieces; strop drops them: split them in the file"
-        draft.add_unsupported("sequence_len", text)
-    if keys.take("train_on_inputs"):
+        text = "axolotl cuts long texts of type completion into pieces; strop {} them: split them in the file"
+        draft.add_unsupported("sequence_len", text.format("refuses" if strategy == "raise" else "drops"))
+    trains_on_inputs = keys.take("train_on_inputs")
+    if trains_on_inputs and draft.get("train.objective") not in (None, "reward"):
+        draft.add_ignored("train_on_inputs", "axolotl does not use it with rl")
+    elif trains_on_inputs:
         draft.put("data.loss", "all", "train_on_inputs")
         text = "axolotl trains on the contents and stop tokens of all turns of type chat_template; strop also on the "
         draft.add_difference("train_on_inputs", f"{text}template's tokens between them")
@@ -279,7 +289,8 @@ def _read_schedule(draft: Draft, keys: Keys) -> None:
     steps, ratio, name = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.take("lr_scheduler", "cosine")
     value, key = (steps, "warmup_steps") if steps is not None else (ratio, "warmup_ratio")
     warmup = as_float(key, 0.03 if value is None else value)
-    draft.put("train.warmup", warmup, "axolotl's default" if value is None else key)
+    if not draft.is_whole_warmup(key, warmup):
+        draft.put("train.warmup", warmup, "axolotl's default" if value is None else key)
     draft.put_schedule("lr_scheduler", name)
     if name == "constant":
         if value:

@@ -521,11 +521,20 @@ class Draft:
         source = key
         if value is None:
             value, source = default, keys.default_source(key, f"{self.tool}'s default")
+        if self.is_whole_warmup(key, value):
+            return
         self.put("train.warmup", as_number(value), source if value else "no warmup")
         if value and is_constant:
             self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
         elif value:
             self.add_difference(key, WARMUP_NOTE)
+
+    def is_whole_warmup(self, key: str, value: Any) -> bool:
+        """Report a ratio of 1, a warmup over all steps: strop reads numbers from 1 on as steps."""
+        is_whole = key == "warmup_ratio" and as_float(key, value) >= 1
+        if is_whole:
+            self.add_unsupported(key, f"{value}: a warmup over all steps; set train.warmup to their number")
+        return is_whole
 
     def put_intervals_and_output(self, keys: Keys) -> None:
         """Import step limits, intervals, the output folder, parallelism and trackers."""

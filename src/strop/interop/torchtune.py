@@ -127,6 +127,8 @@ def _read_data(draft: Draft, keys: Keys) -> None:
         sources = [source for entry in entries for source in _read_data_set(draft, key, dict(entry), column_maps)]
         draft.put_sources(field, sources, key)
     draft.put_columns(column_maps, "dataset")
+    if draft.get("data.eval") is not None:
+        draft.put_int(keys, "run_val_every_n_steps", "train.eval_steps")
 
 
 def _trains_on_prompts(entry: dict[str, Any]) -> bool:

@@ -269,7 +269,7 @@ def _read_config(
     elif objective == "simpo":
         raise RecipeError(f"{draft.file}: CPO: not an objective of strop", fix="use loss_type simpo, cpo_alpha 0")
     elif loss not in (None, "nll", "chunked_nll", "kto"):
-        raise RecipeError(what, fix="remove it from the config")
+        raise RecipeError(what, fix="remove it from the config, which trains with the default loss instead")
     if objective == "classify":
         draft.put("train.objective", objective, CLASSIFIER)
         draft.add_difference("class of a text", CLASSIFIER_NOTE)

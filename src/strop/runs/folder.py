@@ -62,6 +62,10 @@ class RunFolder:
         return self.model if self.has_model else self.adapter
 
     @property
+    def is_saved(self) -> bool:
+        return self.has_model or (self.adapter / "adapter_config.json").is_file()
+
+    @property
     def holder(self) -> int | None:
         """The id of another running process that has claimed the folder, or None."""
         return _find_claim_holder(self.path / _CLAIM_FILE)

@@ -141,7 +141,7 @@ def resume(
         raise RecipeError(f"--{fixed[0]}: cannot be changed when a run is resumed", fix="leave it out")
     folder = devices.run_on_main(lambda: open_run(path))
     with disk_errors(folder.path), _claim(folder, devices):
-        if devices.run_on_main(lambda: folder.finished):
+        if devices.run_on_main(lambda: folder.finished and folder.is_saved):
             return _finished_run(folder, options, devices)
         lock = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
