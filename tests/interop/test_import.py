@@ -241,7 +241,8 @@ def test_steps_between_evaluations_of_torchtune(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     data = "{_component_: torchtune.datasets.chat_dataset, source: json, data_files: ROWS.jsonl}"
     text = (
-        "model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}\ncheckpointer: {checkpoint_dir: m}\n"
+        "model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}\n"
+        "checkpointer: {checkpoint_dir: m}\n"
         f"dataset: {data}\nrun_val_every_n_steps: 7\n"
     )
     for more, expected in ((f"dataset_val: {data}\n", 7), ("", None)):
