@@ -265,7 +265,7 @@ def test_reset_keeps_the_first_system_prompt(bold: Model) -> None:
 
     def first_message() -> str:
         session.answer("what is 3", lambda text: None)
-        return bold.history[0].content
+        return session.history[0].content
 
     assert first_message() == "talk like a cook"
     assert session.run_command("/reset") and first_message() == "talk like a cook"
@@ -275,11 +275,11 @@ def test_reset_keeps_the_first_system_prompt(bold: Model) -> None:
 
 def test_chat_beyond_the_context_raises(tiny_folder: Path) -> None:
     model = strop.load(tiny_folder)
+    history: list[Any] = []
     with pytest.raises(InputError, match="512"):
         for _ in range(60):
-            model.chat("what is 3 and 4 and 5", max_new_tokens=40)
-    assert len(model.renderer.prompt(model.history)) > 400
-    model.history.clear()
+            model.chat("what is 3 and 4 and 5", max_new_tokens=40, history=history)
+    assert len(model.renderer.prompt(history)) > 400
     assert model.chat("what is 3", max_new_tokens=4)
 
 
@@ -328,9 +328,11 @@ def test_each_adapter_uses_the_system_prompt_of_its_training(adapter_folders: li
     model, alone = strop.load(calm), strop.load(bold)
     model.add(bold)
     model.use(bold)
+    assert f"in use: {bold!r}" in repr(model)
     assert model.default_system == alone.default_system is not None
     assert model.generate("what is 3", max_new_tokens=8) == alone.generate("what is 3", max_new_tokens=8)
     model.use(calm)
+    assert "in use" not in repr(model)
     assert model.default_system == strop.load(calm).default_system is None
 
 

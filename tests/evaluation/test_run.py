@@ -134,7 +134,6 @@ def test_model_reports_cut_answers(alphabet: Path, capsys: pytest.CaptureFixture
     model = strop.load(alphabet / "run")
     model.chat("say 0")
     assert not caplog.messages
-    model.history.clear()
     model.chat("say 0", max_new_tokens=20)
     model.generate(["say 0", "say 1"], max_new_tokens=30)
     assert caplog.messages == [

@@ -438,6 +438,8 @@ def test_too_little_memory_is_reported_before_merging(
         strop.merge(run, tmp_path / "merged")
     assert "measure=False" in raised.value.fix and not list(tmp_path.glob("merged*"))
     merged = strop.merge(run, tmp_path / "merged", dtype="fp32", measure=False)
+    assert str(merged).splitlines()[-2:] == ["parity   not measured", f"merged   {merged.out}"]
+    assert repr(merged) == f"Merged({str(merged.out)!r}, dtype='fp32')" and "not measured" in merged._repr_html_()
     assert merged.parity is None and merged.as_json()["parity"] is None and merged.base == "dequantized"
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():

@@ -103,7 +103,10 @@ def test_export_writes_gguf_and_modelfile(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "_ollama_is_running", lambda: False)
     rows = str(write_rows(tmp_path / "rows.jsonl", 8))
     tuned = gguf_models.adapt(gguf_models.save("qwen2", tmp_path / "base"), tmp_path / "My run")
-    result = export_ollama(str(tuned), tmp_path / "out", data=rows).as_json()
+    prepared = export_ollama(str(tuned), tmp_path / "out", data=rows)
+    assert prepared.exported.out == tmp_path / "out" / "model.gguf" and prepared.exported.out.is_file()
+    assert "ollama create" in str(prepared) and "parity" in str(prepared) and "\n" not in repr(prepared)
+    result = prepared.as_json()
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == result["files"] == ["Modelfile", "model.gguf"]
     assert result["template"] == {"rendered_by": None, "prompts_equal": None} and result["parity"] is None
     assert any("untested" in note for note in result["notes"]) and result["out"] == str(tmp_path / "out")

@@ -163,10 +163,10 @@ def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> 
     assert model.generate(["Which colour?"] * 3, images=images) == list(COLOURS)
     assert model.generate("Which colour?", images=Image.open(images[2])) == ["blue"]
     assert model.generate("Which colour?", images=Path(images[1]).read_bytes()) == ["green"]
-    assert model.chat("<image>Which colour?", images=images[0]) == "red"
-    model.chat("And now?")
-    assert len(model.history) == 4 and model.history[0].images
-    model.history.clear()
+    history: list[Any] = []
+    assert model.chat("<image>Which colour?", images=images[0], history=history) == "red"
+    model.chat("And now?", history=history)
+    assert len(history) == 4 and history[0].images
     part = {"type": "image_url", "image_url": {"url": images[1]}}
     assert model.chat([{"role": "user", "content": [part, {"type": "text", "text": "Which colour?"}]}]) == "green"
     with pytest.raises(InputError, match="2 images for 1 messages"):

@@ -176,11 +176,14 @@ def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_f
     assert strop.resume(out, **{"train.max_steps": 3}).report["steps"] == 3
     with pytest.raises(InputError, match="is finished"):
         strop.resume(out, **{"train.max_steps": 5})
+    opened = strop.Run(out)
     result = strop.evaluate(out, str(rows_file), metric="exact", max_new_tokens=3)
-    assert result["rows"] == 24
+    assert result["rows"] == 24 == opened.report["evaluation"]["rows"] and "steps=3" in repr(opened)
+    with pytest.raises(strop.InputError, match="not a run folder"):
+        strop.Run(tmp_path)
     model = strop.load(out)
-    assert model.chat("what is 3", max_new_tokens=4) == model.generate(["what is 3"], max_new_tokens=4)[0]
-    assert len(model.history) == 2
+    for _ in range(2):  # each call is a new conversation
+        assert model.chat("what is 3", max_new_tokens=4) == model.generate(["what is 3"], max_new_tokens=4)[0]
 
 
 @pytest.mark.parametrize("option", [("--lora.dropout", "0.1"), ("--lora.new_tokens", "what")])

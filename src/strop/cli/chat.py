@@ -14,6 +14,7 @@ from rich.text import Text
 
 from strop import api
 from strop.cli.options import CHAT_COMMANDS
+from strop.data.types import Message
 from strop.display.tables import SafeConsole, console, escape_control, print_notes
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
@@ -27,14 +28,14 @@ SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": 
 
 
 class Session:
-    """A conversation, whose history is in `model.history`. side: "base", "tuned" or "compare"."""
+    """A conversation. side: "base", "tuned" or "compare"."""
 
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
         self.model, self.side = model, side
-        self.first_system = system  # used again by /reset
-        self.system = system  # for the next line; None when the history contains it
+        self.system = system  # of the conversation, also after /reset
+        self.history: list[Message] = []
         self.images: list[str] = []  # files to show with the next line
-        self._options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
 
     def run_command(self, line: str) -> bool:
         """Run a command that begins with a slash. Return False if it ends the chat."""
@@ -57,9 +58,8 @@ class Session:
             else:
                 console.print(f"/image {text}: no such file", style="yellow", markup=False)
         elif command in ("/system", "/reset"):
-            self.model.history, self.images = [], []
-            self.first_system = text if command == "/system" else self.first_system
-            self.system = self.first_system
+            self.history, self.images = [], []
+            self.system = text if command == "/system" else self.system
         elif command == "/help":
             for name, description in CHAT_COMMANDS.items():
                 console.print(f"{name:9} {description}", markup=False)
@@ -86,9 +86,9 @@ class Session:
             previous_system = self.model.default_system
             self.model.use(name)
             self.side = "tuned"
-            if self.first_system is None and self.model.default_system != previous_system:
+            if self.system is None and self.model.default_system != previous_system:
                 system = self.model.default_system or "none"
-                when = " (used after /reset)" if self.model.history else ""
+                when = " (used after /reset)" if self.history else ""
                 console.print(f"system prompt, as in training: {system}{when}", style="dim", markup=False)
         elif name:
             message = f"/adapter {name}: not loaded{suggest(name, loaded)}: start with --adapter {name}"
@@ -99,11 +99,9 @@ class Session:
     def answer(self, text: str, on_text: Callable[[str], None]) -> None:
         """Stream the answer to a line, or print both answers when they are complete ("compare")."""
         if self.side == "compare":
-            history, system = list(self.model.history), self.system
             with status_line("answering without the adapter and with it"):
-                base = self._generate(text, "base", None)
-                self.model.history, self.system = history, system
-                tuned = self._generate(text, "tuned", None)
+                base = self._generate(text, "base", None, list(self.history))
+                tuned = self._generate(text, "tuned", None, self.history)
             _print_comparison(base, tuned)
             self.images = []
         else:
@@ -114,19 +112,17 @@ class Session:
                         status.stop()
                     on_text(piece)
 
-                self._generate(text, self.side, show)
+                self._generate(text, self.side, show, self.history)
             self.images = []
             print(flush=True)
             if self.model.was_cut:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
                 console.print(f"the answer was cut at its maximum length ({limit})", style="dim")
 
-    def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None) -> str:
+    def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None, history: list[Message]) -> str:
+        options = {**self._options, "images": self.images or None, "system": None if history else self.system}
         with self.model.base() if side == "base" else nullcontext():
-            images = self.images or None
-            answer = self.model.chat(text, images=images, system=self.system, on_text=on_text, **self._options)  # type: ignore[arg-type]
-        self.system = None
-        return answer
+            return self.model.chat(text, history=history, on_text=on_text, **options)
 
 
 def chat_in_terminal(

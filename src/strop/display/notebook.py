@@ -147,6 +147,8 @@ class NotebookDisplay:
 
 def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of a summary of a finished run; its loss curve is in the output of `train`."""
+    if not report:
+        return [("run", str(folder)), ("state", "ended before its report was written")]
     return [
         ("run", str(folder)),
         ("steps", f"{report['steps']}"),

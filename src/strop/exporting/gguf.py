@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,18 @@ import numpy as np
 import peft
 import torch
 from gguf import GGMLQuantizationType as TensorType
+from rich.console import Console
+from rich.markup import escape
 
 from strop.data.rendering.render import Renderer
+from strop.display.tables import Printed, print_notes
 from strop.errors import ModelError, ParityError, RecipeError
 from strop.exporting import llama_cpp
 from strop.exporting.adapter_weights import find_non_lora, read_names, read_scales, read_weights
 from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
 from strop.exporting.llama_cpp import LIMITS, SAMPLE_STRINGS, FileCheck, open_checker
 from strop.exporting.merge import TunedModel, check_data_option, check_memory, round_weight
+from strop.exporting.tables import print_base_losses, print_parity
 from strop.models.adapter_config import read_adapter_config, refuse_on_16_bit_base
 from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
@@ -47,8 +51,8 @@ Checker = Callable[[Path, str, "Path | None"], FileCheck]  # (file, type, adapte
 CheckerContext = AbstractContextManager["Checker | None"]
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Printed):
     """An exported GGUF file. See Merged for `base` and `base_losses`."""
 
     out: Path
@@ -58,8 +62,14 @@ class Exported:
     base_losses: dict[str, float]
     check: FileCheck | None  # result of the comparison in llama.cpp
     unmeasured: str | None  # reason if there was no comparison
-    vocabulary: Vocabulary = field(repr=False)  # hundreds of thousands of characters
+    vocabulary: Vocabulary
     notes: list[str]
+
+    def _print(self, out: Console) -> None:
+        print_exported(self, out)
+
+    def __repr__(self) -> str:
+        return f"Exported({str(self.out)!r}, kind={self.kind!r})"
 
     def as_json(self) -> dict[str, Any]:
         parity = self.check.parity if self.check is not None else None
@@ -69,6 +79,25 @@ class Exported:
             "not_measured": self.unmeasured,
             "text": self.check.as_json() if self.check else None, "notes": self.notes,
         }  # fmt: skip
+
+
+def print_exported(exported: Exported, out: Console) -> None:
+    print_checks(exported, out)
+    print_notes(exported.notes, out)
+    out.print(f"[bold]exported[/] {escape(str(exported.out))}")
+
+
+def print_checks(exported: Exported, out: Console) -> None:
+    print_base_losses(exported.base_losses, exported.base, out)
+    check = exported.check
+    if check is None or check.parity is None:
+        out.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
+        return
+    print_parity(check.parity, out)
+    out.print(
+        f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
+        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} with a stop token"
+    )
 
 
 def export_gguf(

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.data.rendering.image_encoder import image_encoder
 from strop.data.types import DataKind, Example, Item
+from strop.display.tables import Printed
 from strop.engine.images import install_images
 from strop.engine.step import step_for
 from strop.errors import DataError, MemoryLimitError, ModelError, RecipeError, Stopped
@@ -33,6 +36,7 @@ from strop.exporting.adapter_weights import load_merger
 from strop.exporting.classifier import SCORE_WEIGHT, compare_classifiers, read_score_weight, set_classes
 from strop.exporting.embedder import compare_embedders, set_architecture
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32
+from strop.exporting.tables import print_base_losses, print_parity
 from strop.machine.memory import free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import (
@@ -101,8 +105,8 @@ BASE_CHOICE_ROWS = 64  # number of rows to choose between the original and the d
 ROUNDING_CHUNK = 1 << 23  # values that are rounded to fp16 at once, which takes about 200 MB
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Printed):
     """A merged model."""
 
     out: Path
@@ -112,8 +116,20 @@ class Merged:
     parity: Parity | None  # None if the models were not compared
     dtype: str = "bf16"
 
+    def _print(self, out: Console) -> None:
+        print_merged(self, out)
+
+    def __repr__(self) -> str:
+        return f"Merged({str(self.out)!r}, dtype={self.dtype!r})"
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "parity": None if self.parity is None else self.parity.as_json()}
+
+
+def print_merged(merged: Merged, out: Console) -> None:
+    print_base_losses(merged.base_losses, merged.base, out)
+    print_parity(merged.parity, out)
+    out.print(f"[bold]merged[/]   {escape(str(merged.out))}")
 
 
 def merge(

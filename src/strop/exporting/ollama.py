@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rich.console import Console
+from rich.markup import escape
+
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.types import Message
+from strop.display.tables import Printed, print_notes
 from strop.errors import ModelError, ParityError
-from strop.exporting.gguf import Exported, export_gguf
+from strop.exporting.gguf import Exported, export_gguf, print_checks
 from strop.exporting.llama_cpp import make_sample_conversations
 from strop.exporting.merge import TunedModel
 from strop.models.adapter_config import read_identity
@@ -44,8 +48,8 @@ _MARKED_MESSAGES = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PreparedOllama:
+@dataclass(frozen=True, repr=False)
+class PreparedOllama(Printed):
     """A folder for `ollama create`."""
 
     out: Path
@@ -55,12 +59,28 @@ class PreparedOllama:
     commands: list[str]  # shell commands to use the folder
     notes: list[str]
 
+    def _print(self, out: Console) -> None:
+        print_prepared(self, out)
+
+    def __repr__(self) -> str:
+        return f"PreparedOllama({str(self.out)!r}, kind={self.exported.kind!r})"
+
     def as_json(self) -> dict[str, Any]:
         return {
             **self.exported.as_json(), "out": str(self.out), "files": sorted([MODEL_FILE, MODELFILE]),
             "template": {"rendered_by": self.rendered_by, "prompts_equal": self.prompts if self.rendered_by else None},
             "commands": self.commands, "notes": self.notes,
         }  # fmt: skip
+
+
+def print_prepared(prepared: PreparedOllama, out: Console) -> None:
+    print_checks(prepared.exported, out)
+    if prepared.rendered_by is not None:
+        out.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
+    print_notes(prepared.notes, out)
+    out.print(f"[bold]exported[/] {escape(str(prepared.out))}; now:")
+    for command in prepared.commands:
+        out.print(f"         {command}", markup=False)
 
 
 def export_ollama(
@@ -96,6 +116,7 @@ def export_ollama(
         notes.append(f"Ollama's prompts are untested: {reason}")
     model = _make_model_name(name)
     commands = [f"ollama create {model} -f {shlex.quote(str(out / MODELFILE))}", f"ollama run {model}"]
+    exported = replace(exported, out=out / MODEL_FILE)  # the folder has its name now
     return PreparedOllama(out, exported, rendered_by, prompts, commands, notes)
 
 

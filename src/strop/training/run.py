@@ -46,25 +46,35 @@ from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
 
 
-@dataclass(frozen=True, repr=False)
 class Run:
-    """A finished run.
+    """A run folder. `train` and `resume` return it; `strop.Run("runs/mine")` opens one. Raises FolderError for others.
 
     Attributes:
         folder: the run folder.
-        report: the contents of report.json, such as `steps`, `tokens`, `tokens_per_s`, `seconds`, `loss` (`first` and
-            `last`), `eval_loss`, `data` (rows by what was done with them), `memory`, `adapter` and `diagnosis`.
     """
 
-    folder: Path
-    report: dict[str, Any]
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = open_run(Path(folder)).path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The contents of report.json, {} if the run was killed before it wrote them.
+
+        For example `steps`, `tokens`, `tokens_per_s`, `seconds`, `loss` (`first` and `last`), `eval_loss`, `data` (rows
+        by what was done with them), `memory`, `adapter`, `diagnosis`, and after `strop.evaluate` its `evaluation`.
+        """
+        folder = RunFolder(self.folder)  # which may have been moved or copied
+        report = folder.read_report()
+        paths = {name: str(getattr(folder, name)) for name in ("adapter", "model") if report.get(name)}
+        return report and {**report, "run": str(self.folder), **paths}
 
     def __fspath__(self) -> str:
         """Return the folder, so that a Run can be passed as a path: `strop.load(run)`."""
         return str(self.folder)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r}, steps={self.report['steps']}, loss={self.report['loss']})"
+        report = self.report
+        return f"Run({str(self.folder)!r}, steps={report.get('steps')}, loss={report.get('loss')})"
 
     def __str__(self) -> str:
         return "\n".join(f"{name:9} {text}" for name, text in run_summary(self.folder, self.report))
@@ -182,16 +192,10 @@ def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices:
         what = f"{folder.path} is finished, so options no longer change it"
         command = f"strop train --model {shlex.quote(str(folder.path))} --data ROWS.jsonl"
         raise InputError(what, fix=f"train it further in a new run: `{command}`")
-    report = folder.read_report() | {"run": str(folder.path)}  # the folder may have been moved or copied
-    report |= {name: str(getattr(folder, name)) for name in _saved_paths(report)}
+    run = Run(folder.path)
     if devices.is_main and not folder.page.is_file():  # the process was killed before it wrote report.html
-        write_report(folder.path, report, read_events(folder.events))
-    return Run(folder.path, report)
-
-
-def _saved_paths(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the folder of the adapter, or of the model if all weights were trained."""
-    return {name: report[name] for name in ("adapter", "model") if report.get(name)}
+        write_report(folder.path, run.report, read_events(folder.events))
+    return run
 
 
 @contextmanager
@@ -285,13 +289,14 @@ def _execute(
         ends = (memory, expected, end_reason, weight_change, Stopped.exit_code if stopped else 0)
         report = devices.run_on_main(lambda: finish(job, setup, *ends))
         if stopped is None:
-            log.emit("end", step=job.state.progress.step, seconds=report["seconds"], **_saved_paths(report))
+            paths = {name: report[name] for name in ("adapter", "model") if name in report}
+            log.emit("end", step=job.state.progress.step, seconds=report["seconds"], **paths)
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
     if stopped is not None:
         stopped.what += "; its adapter so far is saved"
         raise stopped
-    return Run(folder.path, report)
+    return Run(folder.path)
 
 
 def _restore(job: Job, resumed: Resumed) -> None:

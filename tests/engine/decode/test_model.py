@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,11 +138,20 @@ def test_rounding_of_a_gguf_base_is_noted_where_fp32_is_chosen(tmp_path: Path, m
 
 def test_chat_accepts_a_list_of_messages_and_the_usual_names(tiny_folder: Path) -> None:
     model = strop.load(tiny_folder)
+    history: list[Any] = []
     answer = model.chat([{"role": "user", "content": "hi"}], max_tokens=3, temperature=0)
-    assert model.history[-1].content == answer and [turn.role for turn in model.history] == ["user", "assistant"]
-    assert answer == strop.load(tiny_folder).chat("hi", max_new_tokens=3, temperature=0)
+    assert answer == model.chat("hi", max_new_tokens=3, temperature=0, history=history)
+    assert history[-1].content == answer and [turn.role for turn in history] == ["user", "assistant"]
+    turns = [{"role": turn.role, "content": turn.content} for turn in history] + [{"role": "user", "content": "and"}]
+    assert model.chat("and", max_tokens=3, temperature=0, history=history) == model.chat(
+        turns, max_tokens=3, temperature=0
+    )
+    assert len(history) == 4
+    for wrong in ({"text": "hi", "system": "be kind"}, {"text": turns}):
+        with pytest.raises(strop.InputError, match=r"goes on|next to messages"):
+            model.chat(**wrong, history=history)
     messages = [{"role": role, "content": "an <image> tag"} for role in ("user", "assistant", "user")]
-    assert model.chat(messages, max_tokens=3, temperature=0) == model.history[-1].content  # it is text without an image
+    assert model.chat(messages, max_tokens=3, temperature=0)  # it is text without an image
     with pytest.raises(strop.InputError, match="did you mean temperature"):
         model.chat("hi", temprature=1)
     with pytest.raises(strop.errors.InputError, match="nothing to answer"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,10 +15,6 @@ from strop.display.tables import console, print_adapters, print_fields, print_js
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
-
-if TYPE_CHECKING:
-    from strop.exporting.gguf import Exported
-    from strop.exporting.parity import Parity
 
 
 def adapters(
@@ -83,10 +79,10 @@ def merge(
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
-    _print_base_losses(merged.base_losses, merged.base)
-    _print_parity(merged.parity)
     _print_unfinished(run)
-    console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
+    from strop.exporting.merge import print_merged
+
+    print_merged(merged, console)
     _print_uses(merged.out)
     print_json(merged.as_json(), as_json)
 
@@ -131,10 +127,10 @@ def gguf(
         exported = api.export(
             "gguf", run, out, type=gguf_type, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
-    _print_exported(exported)
-    print_notes(exported.notes)
     _print_unfinished(run)
-    console.print(f"[bold]exported[/] {escape(str(exported.out))}")
+    from strop.exporting.gguf import print_exported
+
+    print_exported(exported, console)
     if not adapter:
         _print_uses(exported.out)
     print_json(exported.as_json(), as_json)
@@ -155,54 +151,17 @@ def ollama(
         prepared = api.export(
             "ollama", run, out, type=gguf_type, data=data, measure=not no_parity, progress=status.print
         )
-    _print_exported(prepared.exported)
-    if prepared.rendered_by is not None:
-        console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
-    print_notes(prepared.notes)
     _print_unfinished(run)
-    console.print(f"[bold]exported[/] {escape(str(prepared.out))}; now:")
-    for command in prepared.commands:
-        console.print(f"  {command}", markup=False)
+    from strop.exporting.ollama import print_prepared
+
+    print_prepared(prepared, console)
     print_json(prepared.as_json(), as_json)
-
-
-def _print_base_losses(losses: dict[str, float], base: str) -> None:
-    """Print the loss on each candidate for the base weights. base: the candidate that was used."""
-    for candidate, loss in losses.items():
-        console.print(f"[bold]base[/]     {candidate}: loss {loss:.4f}{' (used)' if base == candidate else ''}")
-
-
-def _print_parity(parity: Parity | None) -> None:
-    """Print how the outputs of a merged or exported model differ from those of the base with the adapter."""
-    if parity is None:
-        console.print("[bold]parity[/]   not measured")
-        return
-    flips = f"{parity.clear_flips} clear flip{'s' * (parity.clear_flips != 1)} in {parity.positions:,} positions"
-    effect = "" if parity.effect is None else f"; {parity.effect.value:.1%} of the adapter's effect"
-    effect += "" if parity.cosine_min is None else f"; lowest cosine {parity.cosine_min:.6f}"
-    console.print(
-        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
-        f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
-    )
 
 
 def _print_unfinished(run: str) -> None:
     from strop.models.adapter_config import unfinished_notes
 
     print_notes(unfinished_notes(run))
-
-
-def _print_exported(exported: Exported) -> None:
-    _print_base_losses(exported.base_losses, exported.base)
-    check = exported.check
-    if check is None or check.parity is None:
-        console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
-        return
-    _print_parity(check.parity)
-    console.print(
-        f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
-        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} with a stop token"
-    )
 
 
 def export_script(

@@ -82,7 +82,6 @@ class Model:
     pooling: Pooling | None = None  # of a model of embeddings, which generates no text
     untuned: Mapping[str, str] | None = None  # name and fingerprint of the base, if all weights were trained
     has_base: bool = True  # whether that base is there, if it is used without it because of `force`
-    history: list[Message] = field(default_factory=list)
     was_cut: bool = False  # whether the last answers reached the limit of their length
     others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
@@ -92,6 +91,8 @@ class Model:
 
     def __repr__(self) -> str:
         adapter = "" if self.adapter is None else f", adapter={str(self.adapter)!r}"
+        for name, peft_name in self.others.items():
+            adapter += f", in use: {name!r}" if self.module.active_adapter == peft_name else ""
         return f"Model({self.name!r}{adapter}, quantization={self.quantization!r}, dtype={self.dtype!r})"
 
     @property
@@ -246,10 +247,7 @@ class Model:
     def base(self) -> Iterator[None]:
         """Disable the adapter, or load the base of a model whose weights were all trained, inside the block.
 
-        Other threads wait.
-
-        `chat` continues its conversation, with the tuned model's answers in it: compare the two with `generate`, or
-        after `history.clear()`. Raises InputError for a model that is its own base.
+        Other threads wait. Raises InputError for a model that is its own base.
         """
         if not self.is_tuned:
             raise InputError(f"base: {self.name} has no adapter, and is its own base", fix="leave it out")
@@ -338,6 +336,7 @@ class Model:
         self,
         text: str | Sequence[Mapping[str, Any]],
         *,
+        history: list[Message] | None = None,
         images: Any = None,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -345,28 +344,32 @@ class Model:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> str:
-        """Answer the next user message of the conversation in `history`.
+        """Answer a message, or a conversation. Each call is a new conversation, unless `history` is given.
 
         Args:
-            text: the user's message; or a list of messages such as {"role": "user", "content": "hi"}, which is a new
-                conversation.
+            text: the user's message; or a list of messages such as {"role": "user", "content": "hi"}.
+            history: a list that is empty at first. The conversation in it goes on with the message, which is added to
+                it with the answer.
             images: an image of the message (a path, bytes or a PIL image) or a list of images, as for `generate`.
-            system: start a new conversation with this system prompt. None: continue the conversation. A new one starts
-                with the system prompt of the training rows, if they all had the same one.
+            system: the system prompt of a new conversation. None: that of the training rows, if they all had the same.
             max_new_tokens: the limit for the answer.
             sampling: None for the settings in the model's generation config.
             on_text: called with pieces of the answer while it is generated.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 
         Raises:
-            InputError: if a message is invalid, or the conversation has more tokens than the model supports.
+            InputError: if a message is invalid, the conversation has more tokens than the model supports, or `system`
+                is given for one that goes on.
         """
         max_new_tokens, sampling = _apply_settings("chat", max_new_tokens, sampling or self.sampling, settings)
         if isinstance(text, str):
             if not text.strip():
                 raise InputError("chat: the message is empty", fix="give a text")
-            history = self._system_messages(system) if system is not None or not self.history else self.history
-            messages = [*history, _user_message(text, images, "chat")]
+            if history and system is not None:
+                raise InputError("chat: system is given for a conversation that goes on", fix="give an empty history")
+            messages = [*(history or self._system_messages(system)), _user_message(text, images, "chat")]
+        elif history is not None:
+            raise InputError("chat: history next to messages", fix="give the whole conversation as messages")
         elif images is not None:
             raise InputError("chat: images next to messages", fix="give them as parts of the messages' content")
         else:
@@ -378,10 +381,11 @@ class Model:
         prompt = self.renderer.prompt(messages)
         if len(prompt) >= self.max_length:
             what = f"the conversation has {len(prompt):,} tokens, and the model supports {self.max_length:,}"
-            raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
+            raise InputError(what, fix="start again: /reset in a chat, an empty history in Python")
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
         [answer] = self._check_length(self.answer([prompt], **options), max_new_tokens, log=on_text is None)
-        self.history = [*messages, Message("assistant", answer.text)]
+        if history is not None:
+            history[:] = [*messages, Message("assistant", answer.text)]
         return answer.text
 
     def _check_length(self, answers: list[Completion], limit: int, *, log: bool = True) -> list[Completion]:
