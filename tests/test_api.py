@@ -602,6 +602,9 @@ def test_error_attributes_are_in_python_and_in_the_terminal_as_options(
     assert 'bad_rows="drop"' in raised.value.fix and "--" not in str(raised.value)
     code, out, err = run("train", "--model", tiny_folder, "--data", rows, "--json", capsys=capsys)
     assert code == 2 and "--data.bad_rows drop" in err and "--data.bad_rows drop" in json.loads(out)["error"]["fix"]
+    assert "⟦" not in str(strop.check(model=tiny_folder, data=rows))
+    shown = strop.check(model=tiny_folder, data=rows, show=1)
+    assert "⟦" in str(shown) and "⟦" in shown._repr_html_() and shown["rows"]
     table = strop.check(model=tiny_folder, data=rows)._repr_html_()
     assert "bad_rows=&quot;drop&quot;" in table and "--data" not in table
 

@@ -371,11 +371,14 @@ class CheckedRows:
 
 
 @public
-def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **options: Unpack[Options]) -> CheckReport:
+def check(
+    recipe: PathLike | None = None, *, show: int = 0, fix: PathLike | None = None, **options: Unpack[Options]
+) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
     Args:
         recipe: path of a recipe file.
+        show: number of rows to print token by token with the report, with the tokens that are trained on.
         fix: a new file (.jsonl) for a cleaned copy of the rows; `fix` with `.changes.jsonl` lists what was changed.
         **options: recipe fields, as for `train`. Without `recipe` and `model`, the demo model's tokenizer is used.
 
@@ -387,6 +390,7 @@ def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **opti
 
     Examples:
         >>> strop.check(model="demo", data="rows.jsonl")["rows"]["used"]
+        >>> print(strop.check(model="demo", data="rows.jsonl", show=1))
     """
     from strop.display.tables import CheckReport
 
@@ -397,7 +401,7 @@ def check(recipe: PathLike | None = None, *, fix: PathLike | None = None, **opti
         write_cleaned_copy(
             checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind, checked.recipe.train.labels
         )
-    return CheckReport(checked.prepared.report.as_json())
+    return CheckReport(checked.prepared, show)
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:

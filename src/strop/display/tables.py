@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -21,6 +21,9 @@ from rich.text import Text
 
 from strop.config.names import option_words
 from strop.errors import in_python
+
+if TYPE_CHECKING:
+    from strop.data.prepare import Prepared
 
 # environment variables of the processes that --devices starts: the command that the user gave, and their number
 STARTED_AS, STARTED_DEVICES = "STROP_STARTED_AS", "STROP_STARTED_DEVICES"
@@ -223,7 +226,13 @@ def _format_value(name: str, value: Any) -> str:
 class CheckReport(Printed, dict[str, Any]):
     """The fields of `strop check --json`. `print` and a notebook show them as the table of the command line."""
 
+    def __init__(self, prepared: Prepared, show: int) -> None:
+        super().__init__(prepared.report.as_json())
+        self._prepared, self._show = prepared, show
+
     def _print(self, out: SafeConsole) -> None:
-        from strop.data.check import print_report
+        from strop.data.check import print_examples, print_report
 
         print_report(self, out)
+        if self._show:
+            print_examples(self._prepared, self._show, out)
