@@ -18,6 +18,7 @@ from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
 MAX_SHOWN_LOCATIONS = 10  # an error lists this many locations and counts the rest
+MAX_SAME_LOCATIONS = 3  # of more lines of a file with the same error, the first is shown with their number
 FIX = "Fix: "  # begins an error's last line
 
 _END = r"(?=:?(?:\s|$)|[;,()\[\]`])"  # follows a value
@@ -79,7 +80,7 @@ class StropError(Exception):
         """Return the locations, what is wrong, and the fix, with options by their names in Python."""
         lines = self.lines()
         if all(self.what not in line for line in lines):
-            lines.insert(len(self.where), self.what)
+            lines.insert(-1 if self.fix else len(lines), self.what)
         return "\n".join(in_python(line, is_fix=line.startswith(FIX)) for line in lines)
 
     def use_python_names(self) -> None:
@@ -94,10 +95,19 @@ class StropError(Exception):
 
     def lines(self) -> list[str]:
         """Return the lines to print in a terminal: the locations, what is wrong, and the fix."""
-        shown = [str(location) for location in self.where[:MAX_SHOWN_LOCATIONS]]
-        if more := len(self.where) - len(shown):
+        groups: dict[tuple[str, str], list[Location]] = {}
+        for location in self.where:
+            groups.setdefault((location.file, location.what), []).append(location)
+        entries: list[tuple[str, int]] = []  # a line, and for how many locations it stands
+        for same in groups.values():
+            if len(same) > MAX_SAME_LOCATIONS:
+                entries.append((f"{same[0]} ({len(same) - 1:,} more rows have the same error)", len(same)))
+            else:
+                entries += [(str(location), 1) for location in same]
+        shown = [line for line, _ in entries[:MAX_SHOWN_LOCATIONS]]
+        if more := sum(count for _, count in entries[MAX_SHOWN_LOCATIONS:]):
             shown.append(f"... and {more} more")
-        return [*shown, *([self.what] if len(shown) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
+        return [*shown, *([self.what] if len(self.where) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
         """Return the error as a dictionary with `kind`, `message`, `fix` and `where`."""
@@ -248,10 +258,12 @@ def _call(command: str) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word most similar to `word`, or None if none is similar. Equal file suffixes do not count."""
+    """Return the known word most similar to `word`, or None. Suffixes such as .json and .jsonl do not count."""
     for match in difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=5):
         paths = PurePath(word), PurePath(match)
-        names = [path.stem if paths[0].suffix == paths[1].suffix else str(path) for path in paths]
+        longer, shorter = sorted((path.suffix for path in paths), key=len, reverse=True)
+        are_alike = longer == shorter or (shorter and longer.startswith(shorter))  # .jsonl and .json
+        names = [path.stem if are_alike else str(path) for path in paths]
         if difflib.SequenceMatcher(None, names[0], names[1]).ratio() >= 0.6:
             return match
     return None
