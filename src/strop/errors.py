@@ -27,6 +27,8 @@ _VALUE = (
     rf"|(?=[^\s;,()\[\]`]*[\dA-Z=./_])[^\s;,()\[\]`]+?{_END}"  # not a word of the sentence
     r"|(?!(?:out|and|or|with)\b)[a-z-]+(?=:\s|[;,)`]|$| or | and ))"
 )
+_NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
+_OVER = re.compile(r"--over ([\w.]+)=([\w.+-]+(?:,[\w.+-]+)*)")
 _OPTION = re.compile(
     rf"`strop ([^`]*)`(?! in a terminal)|(`[^-`][^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)"
     rf"|(?<![\w'\"-])--([a-z][\w.-]*\w)(?: {_VALUE})?"
@@ -79,7 +81,8 @@ class StropError(Exception):
     def __str__(self) -> str:
         """Return the locations, what is wrong, and the fix, with options by their names in Python."""
         lines = self.lines()
-        if all(self.what not in line for line in lines):
+        what = self.what.removeprefix(f"{self.where[0].file}: ") if self.where else self.what
+        if all(what not in line for line in lines):
             lines.insert(-1 if self.fix else len(lines), self.what)
         return "\n".join(in_python(line, is_fix=line.startswith(FIX)) for line in lines)
 
@@ -216,13 +219,26 @@ def in_python(text: str, *, is_fix: bool = True) -> str:
 
     def translate(match: re.Match[str]) -> str:
         command, unchanged, option, value = match.groups()
+        if option in _PYTHON_FIELDS and not value:
+            return _PYTHON_FIELDS[option] + ("=..." if is_fix else "")
+        if option and not value and is_fix and text[: match.start()].endswith(("give ", "with ")):
+            return f"{_argument(option, None)}=..."
         if command:
             return _call(command)
         if value and not is_fix:
             return f"{_argument(option, None)} {value}"
-        return unchanged or _argument(option, value)
+        return unchanged or _argument(option, value) + ("," if value and text[match.end() :].startswith(" --") else "")
 
+    if is_fix:
+        text = _OVER.sub(lambda match: f'over={{"{match[1]}": {_sweep_values(match[2])}}}', text)
     return _OPTION.sub(translate, text)
+
+
+def _sweep_values(spec: str) -> str:
+    """Write the values of --over in Python: 8,16,32 as a list, and 1e-4..1e-3 as a tuple."""
+    if ".." in spec:
+        return f"({', '.join(spec.split('..'))})"
+    return f"[{', '.join(part if re.fullmatch(_NUMBER, part) else json.dumps(part) for part in spec.split(','))}]"
 
 
 def _argument(option: str, value: str | None) -> str:
@@ -234,7 +250,7 @@ def _argument(option: str, value: str | None) -> str:
         text = json.dumps(dict(pair.split("=") for pair in pairs.split(",")), ensure_ascii=False)
     elif value in ("true", "false"):
         text = value.title()
-    elif not re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?|\.\.\.", value):
+    elif not re.fullmatch(rf"{_NUMBER}|\.\.\.", value):
         text = json.dumps(pairs, ensure_ascii=False)
     return f"{_PYTHON_FIELDS.get(name, name.rpartition('.')[2])}={text}"
 
