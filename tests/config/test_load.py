@@ -88,7 +88,7 @@ def test_key_in_its_section_and_as_dotted_name_raises(tmp_path: Path, text: str)
     [
         ({"lora.rnk": 4}, "did you mean lora.r"),
         ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
-        ({"ranks": 4}, "--ranks: unknown key (did you mean rank=4?)"),
+        ({"ranks": 4}, "--ranks: unknown key (did you mean rank?)"),
         ({"lora.r": 0}, "must be at least 1"),
         ({"train.epochs": 0}, "must be above 0"),
         ({"train.learning_rate": -1}, "must be above 0"),
