@@ -546,6 +546,30 @@ def test_log_has_a_line_now_and_then_unless_progress_is_off(
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("fit", "train"), ("eval", "evaluate"), ("chat", "load(...).chat"), ("predict", "load(...).generate")],
+)
+def test_other_names_of_functions_are_explained(name: str, function: str) -> None:
+    with pytest.raises(AttributeError, match=re.escape(f"(did you mean strop.{function}?)")):
+        getattr(strop, name)
+    with pytest.raises(AttributeError, match=r"'nothing'$"):
+        strop.nothing  # noqa: B018
+
+
+def test_missing_file_suggests_no_other_name_with_a_similar_suffix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("e.json").write_text("{}")
+    with pytest.raises(InputError) as raised:
+        strop.train(model="demo", data="nope.jsonl")
+    assert "did you mean" not in str(raised.value)
+    Path("rows.json").write_text("{}")
+    with pytest.raises(InputError, match=r"did you mean rows\.json"):
+        strop.train(model="demo", data="rows.jsonl")
+
+
 def test_import_is_fast_and_needs_no_torch() -> None:
     code = "import sys; before = len(sys.modules); import strop; print(len(sys.modules) - before, *sys.modules)"
     count, *modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
@@ -578,7 +602,11 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
             'columns={"prompt": "a b", "completion": "c"} (no header)',
         ),
         ("--data.max_length 512, with --train.exact true", "max_length=512, with exact=True"),
-        ("give --out another folder, or leave --type out", "give out another folder, or leave type out"),
+        ("give another folder with --out, or leave --type out", "give another folder with out=..., or leave type out"),
+        ("for example --train.epochs 3 --lora.r 8", "for example epochs=3, r=8"),
+        ("give --model.name and --data.train", "give model=... and data=..."),
+        ("compare: --over lora.r=8,16,32", 'compare: over={"lora.r": [8, 16, 32]}'),
+        ("--over train.learning_rate=1e-4..1e-3", 'over={"train.learning_rate": (1e-4, 1e-3)}'),
         ("more memory, or --no-parity, which", "more memory, or measure=False, which"),
         ("`pip install --force-reinstall torch`", "`pip install --force-reinstall torch`"),
         ("--memory much: not a size", 'memory="much": not a size'),
@@ -617,13 +645,36 @@ def test_error_attributes_are_in_python_and_in_the_terminal_as_options(
         (lambda: strop.load(3), "name: a path or a name, not int"),
         (lambda: strop.merge(3, "x"), "run: a path or a name, not int"),
         (lambda: strop.load("demo", load_in_4bit=True), "load_in_4bit (did you mean quantization='nf4'?)"),
+        (lambda: strop.evaluate([], "rows.jsonl"), "the list of runs is empty"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", model="demo"), "did you mean run?"),
+        (lambda: strop.evaluate("demo", "rows.jsonl", "contains"), 'by name, such as metric="contains"'),
+        (lambda: strop.load(model="demo"), "did you mean name?"),
+        (lambda: strop.export(format="gguf", run="demo", out="x"), "did you mean target?"),
+        (lambda: strop.export("gguf", "demo", "x", quant="f16"), "did you mean type?"),
+        (lambda: strop.train(model="demo", data="rows.jsonl", resume_existing="yes"), "resume_existing is 'yes'"),
+        (lambda: strop.plan(model="demo", memory=8), 'memory 8: only 8 bytes\nFix: write memory="8GB"'),
+        (lambda: strop.Sampling(temperature=-1), "temperature: must be at least 0 (got -1)"),
+        (lambda: strop.Sampling(top_p=2), "top_p: must be above 0 and at most 1 (got 2)"),
+        (lambda: strop.Sampling(top_k=-1), "top_k: must be at least 0 (got -1)"),
+        (lambda: strop.Sampling(temperature="hot"), "temperature: must be a number (got 'hot')"),
         (lambda: strop.train("demo", "rows.jsonl"), "2 arguments by position"),
         (lambda: strop.merge("runs/mine"), "missing a required argument: 'out'"),
         (lambda: strop.evaluate("demo", "rows.jsonl", metrics="exact"), "did you mean metric?"),
         (lambda: strop.evaluate("demo", "rows.jsonl", max_tokens=8), "did you mean max_new_tokens?"),
         (lambda: strop.evaluate("demo", "rows.jsonl", batch_size=8), "unknown argument batch_size"),
         (lambda: strop.train(model="demo", data="rows.jsonl", callbacks=[print]), "did you mean callback?"),
-        (lambda: strop.train(model="demo", train_dataset="rows.jsonl"), "did you mean data.train?"),
+        (
+            lambda: strop.train(model="demo", train_dataset="rows.jsonl"),
+            'train_dataset: unknown key (did you mean data="rows.jsonl"?)',
+        ),
+        (lambda: strop.train(model="demo", task="classify"), 'unknown key (did you mean objective="classify"?)\nFix: '),
+        (lambda: strop.train(model="demo", lora_r=8), "lora_r: unknown key (did you mean rank=8?)\nFix: "),
+        (lambda: strop.train(model="demo", load_in_4bit=True), '(did you mean quantization="nf4"?)'),
+        (lambda: strop.train(model="demo", data="rows.jsonl", eval=0.2), '(got 0.2)\nFix: for example eval="20%"'),
+        (lambda: strop.train(), "model and data are required\nFix: give model=... and data=..., or a recipe file"),
+        (lambda: strop.sweep(model="demo", data="rows.jsonl"), 'over={"lora.r": [8, 16, 32]}'),
+        (lambda: strop.sweep(model="demo", data="rows.jsonl", over=[8]), "over: a dictionary of fields"),
+        (lambda: strop.sweep(model="demo", data="rows.jsonl", over={"lr": 1e-4}), "a tuple such as (1e-4, 1e-3)"),
         (lambda: strop.train(model="demo", lora=8), 'lora: a dictionary such as {"r": 8}, not 8'),
     ],
 )
@@ -663,7 +714,7 @@ def test_results_are_short_in_a_prompt_and_tables_when_printed(
     evaluated = strop.evaluate(run, rows_file, max_new_tokens=2)
     checked, compared = strop.check(model=tiny_folder, data=rows_file), strop.compare_methods(gpu="RTX 3060")
     tables = (run, plan, evaluated, checked, compared)
-    texts = ("loss ", "peak memory in MiB", "not a test, because", "24 rows read", "QLoRA (nf4)")
+    texts = ("loss ", "peak memory in MiB", "not a fair test, because", "24 rows read", "QLoRA (nf4)")
     for result, text in zip(tables, texts, strict=True):
         assert text in str(result) and "\x1b" not in str(result) and len(str(result).splitlines()) > 4
     assert json.loads(json.dumps(evaluated)) == evaluated and json.loads(json.dumps(checked)) == checked

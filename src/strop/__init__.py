@@ -38,7 +38,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
-from strop.errors import InputError, ParityError, RunError, Stopped, StropError
+from strop.errors import InputError, ParityError, RunError, Stopped, StropError, closest
 from strop.sweeping import sweep
 
 if TYPE_CHECKING:
@@ -83,11 +83,20 @@ _CLASSES = {  # imported when they are used: their modules import torch
     "Sweep": "strop.sweeping.run",
 }
 
+_OTHER_NAMES = {  # other names for functions -> ours
+    **dict.fromkeys(("fit", "finetune", "fine_tune", "sft", "Trainer"), "train"),
+    **dict.fromkeys(("eval", "test", "score", "benchmark"), "evaluate"), "compare": "evaluate",
+    **dict.fromkeys(("chat", "ask"), "load(...).chat"), **dict.fromkeys(("generate", "predict"), "load(...).generate"),
+    **dict.fromkeys(("convert", "quantize"), "export"), "estimate": "plan", "validate": "check", "upload": "push",
+}  # fmt: skip
+
 
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module(_CLASSES[name]), name)
-    raise AttributeError(f"module 'strop' has no attribute {name!r}")
+    near = None if name.startswith("_") else _OTHER_NAMES.get(name) or closest(name, [*__all__, *_CLASSES])
+    hint = f" (did you mean strop.{near}?)" if near else ""
+    raise AttributeError(f"module 'strop' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

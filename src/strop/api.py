@@ -331,6 +331,8 @@ def evaluate(
     is_list = isinstance(run, Iterable) and not isinstance(run, str | os.PathLike)
     runs: Any = run if is_list else [run]
     names = [check_path("run", name) for name in runs]
+    if not names:
+        raise InputError("evaluate: the list of runs is empty", fix='give a run, such as "runs/mine"')
     options = flatten_options(options)
     data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
     check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])

@@ -18,6 +18,7 @@ from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
 MAX_SHOWN_LOCATIONS = 10  # an error lists this many locations and counts the rest
+MAX_SAME_LOCATIONS = 3  # of more lines of a file with the same error, the first is shown with their number
 FIX = "Fix: "  # begins an error's last line
 
 _END = r"(?=:?(?:\s|$)|[;,()\[\]`])"  # follows a value
@@ -26,6 +27,8 @@ _VALUE = (
     rf"|(?=[^\s;,()\[\]`]*[\dA-Z=./_])[^\s;,()\[\]`]+?{_END}"  # not a word of the sentence
     r"|(?!(?:out|and|or|with)\b)[a-z-]+(?=:\s|[;,)`]|$| or | and ))"
 )
+_NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
+_OVER = re.compile(r"--over ([\w.]+)=([\w.+-]+(?:,[\w.+-]+)*)")
 _OPTION = re.compile(
     rf"`strop ([^`]*)`(?! in a terminal)|(`[^-`][^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)"
     rf"|(?<![\w'\"-])--([a-z][\w.-]*\w)(?: {_VALUE})?"
@@ -78,8 +81,9 @@ class StropError(Exception):
     def __str__(self) -> str:
         """Return the locations, what is wrong, and the fix, with options by their names in Python."""
         lines = self.lines()
-        if all(self.what not in line for line in lines):
-            lines.insert(len(self.where), self.what)
+        what = self.what.removeprefix(f"{self.where[0].file}: ") if self.where else self.what
+        if all(what not in line for line in lines):
+            lines.insert(-1 if self.fix else len(lines), self.what)
         return "\n".join(in_python(line, is_fix=line.startswith(FIX)) for line in lines)
 
     def use_python_names(self) -> None:
@@ -94,10 +98,19 @@ class StropError(Exception):
 
     def lines(self) -> list[str]:
         """Return the lines to print in a terminal: the locations, what is wrong, and the fix."""
-        shown = [str(location) for location in self.where[:MAX_SHOWN_LOCATIONS]]
-        if more := len(self.where) - len(shown):
+        groups: dict[tuple[str, str], list[Location]] = {}
+        for location in self.where:
+            groups.setdefault((location.file, location.what), []).append(location)
+        entries: list[tuple[str, int]] = []  # a line, and for how many locations it stands
+        for same in groups.values():
+            if len(same) > MAX_SAME_LOCATIONS:
+                entries.append((f"{same[0]} ({len(same) - 1:,} more rows have the same error)", len(same)))
+            else:
+                entries += [(str(location), 1) for location in same]
+        shown = [line for line, _ in entries[:MAX_SHOWN_LOCATIONS]]
+        if more := sum(count for _, count in entries[MAX_SHOWN_LOCATIONS:]):
             shown.append(f"... and {more} more")
-        return [*shown, *([self.what] if len(shown) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
+        return [*shown, *([self.what] if len(self.where) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
         """Return the error as a dictionary with `kind`, `message`, `fix` and `where`."""
@@ -206,13 +219,26 @@ def in_python(text: str, *, is_fix: bool = True) -> str:
 
     def translate(match: re.Match[str]) -> str:
         command, unchanged, option, value = match.groups()
+        if option in _PYTHON_FIELDS and not value:
+            return _PYTHON_FIELDS[option] + ("=..." if is_fix else "")
+        if option and not value and is_fix and text[: match.start()].endswith(("give ", "with ")):
+            return f"{_argument(option, None)}=..."
         if command:
             return _call(command)
         if value and not is_fix:
             return f"{_argument(option, None)} {value}"
-        return unchanged or _argument(option, value)
+        return unchanged or _argument(option, value) + ("," if value and text[match.end() :].startswith(" --") else "")
 
+    if is_fix:
+        text = _OVER.sub(lambda match: f'over={{"{match[1]}": {_sweep_values(match[2])}}}', text)
     return _OPTION.sub(translate, text)
+
+
+def _sweep_values(spec: str) -> str:
+    """Write the values of --over in Python: 8,16,32 as a list, and 1e-4..1e-3 as a tuple."""
+    if ".." in spec:
+        return f"({', '.join(spec.split('..'))})"
+    return f"[{', '.join(part if re.fullmatch(_NUMBER, part) else json.dumps(part) for part in spec.split(','))}]"
 
 
 def _argument(option: str, value: str | None) -> str:
@@ -224,7 +250,7 @@ def _argument(option: str, value: str | None) -> str:
         text = json.dumps(dict(pair.split("=") for pair in pairs.split(",")), ensure_ascii=False)
     elif value in ("true", "false"):
         text = value.title()
-    elif not re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?|\.\.\.", value):
+    elif not re.fullmatch(rf"{_NUMBER}|\.\.\.", value):
         text = json.dumps(pairs, ensure_ascii=False)
     return f"{_PYTHON_FIELDS.get(name, name.rpartition('.')[2])}={text}"
 
@@ -248,10 +274,12 @@ def _call(command: str) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word most similar to `word`, or None if none is similar. Equal file suffixes do not count."""
+    """Return the known word most similar to `word`, or None. Suffixes such as .json and .jsonl do not count."""
     for match in difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=5):
         paths = PurePath(word), PurePath(match)
-        names = [path.stem if paths[0].suffix == paths[1].suffix else str(path) for path in paths]
+        longer, shorter = sorted((path.suffix for path in paths), key=len, reverse=True)
+        are_alike = longer == shorter or (shorter and longer.startswith(shorter))  # .jsonl and .json
+        names = [path.stem if are_alike else str(path) for path in paths]
         if difflib.SequenceMatcher(None, names[0], names[1]).ratio() >= 0.6:
             return match
     return None

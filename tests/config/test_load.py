@@ -88,7 +88,7 @@ def test_key_in_its_section_and_as_dotted_name_raises(tmp_path: Path, text: str)
     [
         ({"lora.rnk": 4}, "did you mean lora.r"),
         ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
-        ({"ranks": 4}, "unknown key ranks (did you mean rank?)"),
+        ({"ranks": 4}, "--ranks: unknown key (did you mean rank?)"),
         ({"lora.r": 0}, "must be at least 1"),
         ({"train.epochs": 0}, "must be above 0"),
         ({"train.learning_rate": -1}, "must be above 0"),
@@ -172,7 +172,7 @@ def test_missing_field_is_named() -> None:
     assert raised.value.lines() == [
         "--data.train is required", "Fix: give --data.train, or a recipe file",
     ]  # fmt: skip
-    assert "data.train is required" in str(raised.value) and "--" not in str(raised.value)
+    assert str(raised.value) == "data is required\nFix: give data=..., or a recipe file"
 
 
 @pytest.mark.parametrize(

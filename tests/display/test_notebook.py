@@ -45,7 +45,9 @@ def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_
     assert all(len(outputs) == 1 for outputs in (planned, checked))  # shown once
     assert "peak memory in MiB" in shown_html(planned) and not silent
     assert "24 rows read" in shown_html(checked)
-    assert "<div>" not in shown_html(evaluated[:1]) and "not a test, because" in shown_html(evaluated)  # no progress
+    assert "<div>" not in shown_html(evaluated[:1]) and "not a fair test, because" in shown_html(
+        evaluated
+    )  # no progress
 
 
 def test_evaluation_is_shown_and_the_bar_stays() -> None:

@@ -89,6 +89,7 @@ def test_options_that_pairs_do_not_allow_are_refused(
     labelled = preferences.write_labelled(tmp_path / "c.jsonl", 4)
     for words, message in (
         ([pairs, "--metric", "contains"], "--metric preference"),
+        ([pairs, "--metric", "exact"], "--metric preference"),
         ([turns, "--metric", "preference"], "not pairs"),
         ([labelled], "labelled good or bad"),
         ([pairs, "--data", turns], "pairs and other rows"),

@@ -121,7 +121,7 @@ def test_references_longer_than_the_limit_are_reported(alphabet: Path, capsys: p
     code, out, err = run("eval", alphabet / "run", *words, "--regression-data", words[1], capsys=capsys)
     assert code == 0 and json.loads(out)["tuned"]["exact"] == 0
     text = " ".join(err.split())
-    assert f"not a test, because {cut}" in text and f"regression rows: {cut}" in text
+    assert f"not a fair test, because {cut}" in text and f"regression rows: {cut}" in text
     assert f"- {cut}" in (alphabet / "run" / "adapter" / "README.md").read_text()
     assert cut in (alphabet / "run" / "report.html").read_text()
     metric = [*words[:-1], "--metric", "regex", "--json"]
@@ -269,7 +269,7 @@ def test_ctrl_c_in_the_general_set_or_the_judge_keeps_the_scores_of_the_rows(
     part = "the general set" if flag == "--general" else "the judge"
     assert code == 130 and json.loads(out)["unfinished"] == part and json.loads(out)["rows"] == 12
     assert f"interrupted in {part}; the scores of the rows are complete" in err and (
-        "tuned minus base" in err or "not a test" in err
+        "tuned minus base" in err or "not a fair test" in err
     )
     report = json.loads((runs[0] / "report.json").read_text())
     assert report["evaluation"]["rows"] == 12 and "judge" not in report["evaluation"]

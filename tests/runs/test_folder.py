@@ -15,7 +15,7 @@ import pytest
 
 from strop.errors import FolderError
 from strop.runs.events import EventLog, read_events
-from strop.runs.folder import build_once, create_run_folder, exclusive_output, new_folder, read_json
+from strop.runs.folder import build_once, check_new_output, create_run_folder, exclusive_output, new_folder, read_json
 
 
 def test_leftovers_of_a_killed_process_in_the_cache_are_removed(tmp_path: Path) -> None:
@@ -106,3 +106,13 @@ def test_of_two_processes_that_start_in_one_folder_one_is_refused(tmp_path: Path
     for worker in workers:
         worker.join()
     assert counts == {"claimed": len(paths), "refused": len(paths)}
+
+
+def test_existing_output_suggests_a_free_name(tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    for name in ("m.gguf", "m-2.gguf"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(FolderError) as raised:
+        check_new_output(out)
+    assert raised.value.fix == f"give another name, such as --out {tmp_path / 'm-3.gguf'}"
+    assert str(raised.value).endswith(f'such as out="{tmp_path / "m-3.gguf"}"')

@@ -200,6 +200,7 @@ def test_classifier_is_trained_further_and_refused_elsewhere(
     train(tiny_folder, texts.rows(30), tmp_path / "more", "--model.adapter", str(out), capsys=capsys)
     other = [{**row, "label": row["label"][:-1]} for row in texts.rows(24)]
     data = texts.write(tmp_path / "other.jsonl", other)
+    turns = tiny.write_rows(tmp_path / "turns.jsonl", 12)
     classify = ["--train.objective", "classify"]
     commands: list[tuple[list[str | Path], str]] = [
         (["export", "gguf", out, "--out", tmp_path / "m.gguf"], "classifies texts"),
@@ -209,6 +210,9 @@ def test_classifier_is_trained_further_and_refused_elsewhere(
         (["train", "--model", out, "--data", data, "--out", tmp_path / "x"], "classify"),
         (["eval", out, "--data", data], "unknown label 'musi' (did you mean music?); known are music, table, weather"),
         (["eval", out, "--data", data, "--metric", "contains"], "--metric accuracy"),
+        (["eval", out, "--data", data, "--metric", "exact"], "--metric accuracy"),
+        (["eval", out, "--data", turns], "its rows need a text and a label, which 12 rows do not have"),
+        (["eval", out, "--data", turns], "(11 more rows have the same error)"),
         (["chat", out, "--base"], "takes no --base"),
         (
             ["train", "--model", tiny_folder, "--data", data, "--train.class_weights", "musi=2,x=1", *classify],

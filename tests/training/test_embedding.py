@@ -312,6 +312,7 @@ def test_embedder_is_trained_further_and_refused_elsewhere(
         (["export-script", out, "--out", tmp_path / "script"], "train.objective embed"),
         (["train", "--model", out, "--data", data, "--out", tmp_path / "x"], "embed"),
         (["eval", out, "--data", data, "--metric", "contains"], "--metric accuracy_at_1"),
+        (["eval", out, "--data", data, "--metric", "exact"], "--metric accuracy_at_1"),
         (["eval", out, "--data", data, "--general"], "generates nothing"),
         (["eval", out, tiny_folder, "--data", data], "not a model of embeddings"),
         ([*new, "--data", data, *embed, "--train.batch_size", "1"], "has nothing to compare"),

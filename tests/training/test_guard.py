@@ -190,11 +190,18 @@ def test_memory_watch_raises_before_the_limit() -> None:
 
 
 def test_parse_bytes_accepts_units_and_refuses_nonsense() -> None:
-    assert (parse_memory("8GB"), parse_memory("512MiB"), parse_memory("1000")) == (8_000_000_000, 512 << 20, 1000)
+    assert (parse_memory("8GB"), parse_memory("512MiB"), parse_memory("2000000")) == (
+        8_000_000_000,
+        512 << 20,
+        2_000_000,
+    )
     from strop.errors import RecipeError
 
     for wrong in ("much", "-1GB", "0"):
         with pytest.raises(RecipeError, match="not a size"):
+            parse_memory(wrong)
+    for wrong in ("8", "5KB", "1000"):
+        with pytest.raises(RecipeError, match=r"only .* bytes"):
             parse_memory(wrong)
 
 

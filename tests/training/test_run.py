@@ -141,7 +141,7 @@ def test_eval_compares_base_and_tuned_and_adds_to_the_report(
     assert gained - lost == round(24 * result["difference"]["value"])
     assert result["difference"]["low"] <= result["difference"]["value"] <= result["difference"]["high"]
     verdict, answers, *commands = err.splitlines()[-6:]
-    assert verdict.startswith("not a test, because ") and " 24 of 24 rows are also training rows: " in verdict
+    assert verdict.startswith("not a fair test, because ") and " 24 of 24 rows are also training rows: " in verdict
     assert answers == f"answers  {trained}/report.html, or strop dash {trained}"
     assert commands == [
         f"next     strop chat {trained}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +17,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # what parameters for displays take
 TAKEN = {"callback": "a function", "progress": "True, False, None, or for some functions a function"}
+# other names for parameters -> ours; the first one that the function has
+OTHER_PARAMETERS = {
+    **dict.fromkeys(("model", "model_name", "model_path", "path"), ("run", "name")), "run": ("name",),
+    "name": ("run",), "runs": ("run",), "adapter_path": ("run", "name"), "format": ("target",), "to": ("target",),
+    **dict.fromkeys(("quant", "quantize", "quantization", "dtype"), ("type",)), "max_tokens": ("max_new_tokens",),
+    **dict.fromkeys(("output_path", "save_path"), ("out",)), "repo_id": ("repo",),
+    **dict.fromkeys(("test", "dataset", "rows", "file"), ("data",)),
+}  # fmt: skip
 EVALUATION_FIELDS = ("format", "columns", "encoding")  # recipe fields that `evaluate` accepts
 
 
@@ -37,9 +46,13 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def _takes_recipe_fields(signature: inspect.Signature) -> bool:
+    return "options" in signature.parameters and "Unpack" in str(signature.parameters["options"].annotation)
+
+
 def _add_common_options(signature: inspect.Signature) -> inspect.Signature:
     """Return the signature with the common recipe fields, which an interactive shell then completes."""
-    if "options" not in signature.parameters or "Unpack" not in str(signature.parameters["options"].annotation):
+    if not _takes_recipe_fields(signature):
         return signature
     first, *others = signature.parameters.values()
     hints = Options.__annotations__
@@ -62,7 +75,12 @@ def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs:
     positional = [text for text, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(positional):
         what = f"{name}: {len(args)} arguments by position, where only {', '.join(positional)} can be given so"
-        raise InputError(what, fix='give the others by name, such as model="demo", data="rows.jsonl"')
+        named = [text for text, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+        pairs = zip(named, args[len(positional) :], strict=False)
+        example = ", ".join(f"{text}={json.dumps(value, default=lambda value: '...')}" for text, value in pairs)
+        if _takes_recipe_fields(signature):
+            example = 'model="demo", data="rows.jsonl"'
+        raise InputError(what, fix=f"give the others by name, such as {example}")
     for option in kwargs.keys() - parameters.keys():
         _check_option(name, option, parameters)
     try:
@@ -75,6 +93,8 @@ def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs:
             check_path(text, value)
         if text in TAKEN and not (value is None or callable(value) or (text == "progress" and isinstance(value, bool))):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give {TAKEN[text]}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise InputError(f"{name}: {text} is {value!r}", fix=f"give {text}=True or {text}=False")
 
 
 def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -89,7 +109,9 @@ def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Param
     )
     fields = [*EVALUATION_FIELDS] if name == "evaluate" else [field.replace("-", "_") for field in fields]
     field, _, value = OTHER_NAMES.get(option, "").partition(" ")
-    hint = field.rpartition(".")[2] or closest(option, [*known, *fields])
+    meant = next((text for text in OTHER_PARAMETERS.get(option, ()) if text in known), None)
+    hint = meant or field.rpartition(".")[2] or closest(option, [*known, *fields])
+    value = "" if meant else value
     if option.rpartition(".")[2] in fields or (fields and name != "evaluate" and hint not in known):
         return  # if the recipe has no such field, it says so
     suggestion = f" (did you mean {hint}{value and f'={value!r}'}?)" if hint in (*known, *fields) else ""

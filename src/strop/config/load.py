@@ -17,7 +17,16 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from strop.config.names import ALWAYS, MEANINGS, OTHER_NAMES, OTHER_VALUES, SHORT_FORMS, full_name, is_data_file
+from strop.config.names import (
+    ALWAYS,
+    MEANINGS,
+    OTHER_NAMES,
+    OTHER_VALUES,
+    SHORT_FORMS,
+    full_name,
+    is_data_file,
+    python_name,
+)
 from strop.config.schema import Recipe, allows_type, is_bracketed, option_fields
 from strop.errors import Location, RecipeError, closest
 from strop.runs.folder import RunFolder, is_run
@@ -52,6 +61,37 @@ def explain_name(name: str, prefix: str = "", separator: str = ": ") -> str:
         return ""
     meaning = f" {MEANINGS[leaf].format(prefix=prefix)}" if leaf in MEANINGS else ""
     return f" (did you mean {prefix}{found.replace(' ', separator)}?{meaning})"
+
+
+def _explain_argument(name: str, value: Any) -> str:
+    """Return what an unknown argument of a function probably means, with its value where the field takes it."""
+    leaf = name.lower()
+    fields = dict(option_fields())
+    meant, _, fixed = OTHER_NAMES.get(leaf, "").partition(" ")
+    field = meant or full_name(closest(name, [*fields, *SHORT_FORMS]) or "")
+    if leaf in ALWAYS or field not in fields:
+        return explain_name(name)
+    argument = python_name(field)
+    shown = json.dumps(fixed or value, ensure_ascii=False, default=lambda other: "...")
+    if fixed or (leaf in OTHER_NAMES and leaf not in MEANINGS and len(shown) <= 40 and _is_valid(field, value)):
+        argument += f"={shown}"
+    meaning = f" {MEANINGS[leaf].format(prefix='')}" if leaf in MEANINGS else ""
+    return f" (did you mean {argument}?{meaning})"
+
+
+def _is_valid(field: str, value: Any) -> bool:
+    """Return whether a field takes a value, such as text or a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    required = {"model.name": "m", "data.train": "d"}
+    try:
+        tree: dict[str, Any] = {}
+        for name, given in {**required, field: value}.items():
+            _set_field(tree, name, given)
+        Recipe.model_validate(tree)
+    except ValidationError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -227,12 +267,20 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     locations = []
     for name in [name for name in given if name not in known]:
-        locations.append(Location(given[name][2] or f"--{name}", None, f"unknown key {name}{explain_name(name)}"))
+        value, _, source = given[name]
+        if source:
+            location = Location(source, None, f"unknown key {name}{explain_name(name)}")
+        else:  # the command line has refused unknown options before
+            hint = explain_name(name) if "." in name else _explain_argument(name, value)
+            location = Location(f"--{name}", None, f"unknown key{hint}")
+        locations.append(location)
     if locations:
-        fix = "see docs/recipe.md or `strop train --help-all` for all keys"
+        has_file = any(given[name][2] for name in given if name not in known)
+        fix = f"see docs/recipe.md{' or `strop train --help-all`' if has_file else ''} for all keys"
         if len(locations) > 2 and (file := locations[0].file) in {name for _, _, name in given.values()}:
             fix = f"convert a file of another tool with `strop import TOOL {file} --out recipe.yaml`; {fix}"
-        raise RecipeError("unknown recipe key", fix=fix, where=locations)
+        what = str(locations[0]) if len(locations) == 1 else "unknown recipe keys"
+        raise RecipeError(what, fix=fix, where=locations)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
         _set_field(tree, name, value)
@@ -283,8 +331,9 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
     fix = fix or "correct it, or leave it out for the default"
     if len(missing) == len(locations):
         raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix)
-    what = f"the {'recipe is' if recipe_file else 'options are'} not valid"
-    raise RecipeError(what, fix=fix, where=list(locations.values()))
+    where = list(locations.values())
+    what = str(where[0]) if len(where) == 1 else f"the {'recipe is' if recipe_file else 'options are'} not valid"
+    raise RecipeError(what, fix=fix, where=where)
 
 
 def explain_issue(name: str, issue: Mapping[str, Any]) -> str:
@@ -310,7 +359,10 @@ def _valid_example(issue: Mapping[str, Any], given: Mapping[str, tuple[Any, Orig
     hint = info.annotation
     choices = [part for part in _literals(hint) if isinstance(part, str)]
     suggested = OTHER_VALUES.get(str(value).lower())
-    if choices:
+    if name == "data.eval" and isinstance(value, int | float | str) and re.fullmatch(r"\d*\.?\d+", str(value)):
+        share = float(value)
+        text = f"{100 * share if share < 1 else share:g}%" if 0 < share < 100 else "5%"
+    elif choices:
         text = suggested if suggested in choices else closest(str(value), choices) or str(info.default or choices[0])
     elif allows_type(hint, dict) or allows_type(hint, list) or name in ("model.name", "data.train"):
         return ""

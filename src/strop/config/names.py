@@ -40,6 +40,7 @@ OTHER_NAMES = {
     "output": "out", "output_dir": "out", "train_dataset": "data.train", "wandb": "track wandb",
     "tensorboard": "track tensorboard", "dpo": "train.objective dpo", "kto": "train.objective kto",
     "orpo": "train.objective orpo", "grpo": "train.objective grpo", "gpu": "model.device cuda",
+    "task": "train.objective", "task_type": "train.objective", "precision": "model.dtype",
     "use_cpu": "model.device cpu", "no_cuda": "model.device cpu",
 }  # fmt: skip
 # values in other tools -> our values, of any field that allows these
@@ -81,6 +82,12 @@ def _option_value(value: Any) -> str:
 def full_name(name: str) -> str:
     """Return the dotted name of a field from its short form, such as train.batch_size from batch-size or batch_size."""
     return SHORT_FORMS.get(name.replace("_", "-"), name)
+
+
+def python_name(field: str) -> str:
+    """Return the argument of `train` that sets a field: rank for lora.r, loss for data.loss."""
+    short = next((name for name, full in SHORT_FORMS.items() if full == field), field.rpartition(".")[2])
+    return short.replace("-", "_")
 
 
 def is_data_file(name: str) -> bool:

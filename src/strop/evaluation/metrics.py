@@ -356,7 +356,7 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
         verdict, _, numbers = text.partition(": ")
         is_small = result.get("rows", SMALL_ROWS) < SMALL_ROWS
         return kind, f"{verdict} on few rows: {numbers}" if is_small else text
-    return "unclear", f"not a test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+    return "unclear", f"not a fair test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
 
 
 def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:

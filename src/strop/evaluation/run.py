@@ -206,6 +206,8 @@ def _check_request(
     values = {name: getattr(options, name) for name in fields}
     content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
     devices.require_same({"the models": list(names), **values, "the content of the rows": content})
+    if _is_paired(rows) and options.metric == DEFAULT_METRIC:  # given, not the default
+        raise _refuse_metric_of_pairs(options.metric)
     if _is_paired(rows) and (options.general or regression or options.tasks or judge):
         fix = "leave --general, --regression-data, --tasks and --judge out"
         raise RecipeError("pairs: nothing is generated, so nothing else can be evaluated", fix=fix)
@@ -306,14 +308,22 @@ def _check_text_request(
     if len(models) < len(names):
         other = next(name for name in names if name not in models)
         raise RecipeError(f"{other}: not {what}, unlike {models[0]}", fix="evaluate it in a separate command")
-    if options.metric not in (None, DEFAULT_METRIC, metric):
+    if options.metric not in (None, metric):
         raise RecipeError(f"--metric {options.metric}: {what} gives no text", fix=f"--metric {metric}")
     if options.general or options.regression_data or options.tasks or options.judge:
         fix = "leave --general, --regression-data, --tasks and --judge out"
         raise RecipeError(f"{what} generates nothing, so nothing else can be evaluated", fix=fix)
-    rows = read_conversations(data, data_kind=data_kind, **reading)
+    needed, columns = "a text and a label", "text=COLUMN,label=COLUMN"
+    if kind == "embedder":
+        needed, columns = "an anchor and a positive", "anchor=COLUMN,positive=COLUMN"
+    try:
+        rows = read_conversations(data, data_kind=data_kind, **reading)
+    except DataError as error:
+        if error.fix == FIXES["missing-column"]:  # of all wrong rows
+            error.what = f"{models[0]} is {what}: its rows need {needed}, which {len(error.where)} rows do not have"
+            error.fix = f"give rows with {needed}, or name their columns with --data.columns {columns}"
+        raise
     if not rows:
-        needed = "a text and a label" if kind == "classifier" else "an anchor and a positive"
         raise DataError("no rows to evaluate on", fix=f"give rows with {needed}")
     for name in names if kind == "classifier" else ():
         folder = adapter_folder(name)
@@ -550,6 +560,10 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
+def _refuse_metric_of_pairs(metric: str) -> RecipeError:
+    return RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {PREFERENCE}")
+
+
 def read_scorable_rows(
     names: Sequence[str], reading: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
@@ -564,7 +578,7 @@ def read_scorable_rows(
         raise
     if _is_paired(rows):
         if metric not in (DEFAULT_METRIC, PREFERENCE):
-            raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {PREFERENCE}")
+            raise _refuse_metric_of_pairs(metric)
         return rows
     if metric == PREFERENCE:
         raise RecipeError(f"--metric {PREFERENCE}: the rows are not pairs", fix="give rows with chosen and rejected")

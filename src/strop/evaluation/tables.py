@@ -92,7 +92,7 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
             out.print(f"became wrong: {abbreviate(changed['lost'])}", markup=False)
         verdict = describe_change(result)[1]
         out.print(
-            f"{'' if verdict.startswith('not a test') else 'tuned minus base: '}{verdict} "
+            f"{'' if verdict.startswith('not a fair test') else 'tuned minus base: '}{verdict} "
             f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
         )
 

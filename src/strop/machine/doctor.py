@@ -161,7 +161,7 @@ def _check_resources(machine: Machine, folder: Path) -> Iterator[Finding]:
     if free < MIN_DISK_BYTES:
         what = f"{free / 2**30:.1f} GiB of disk are free in {folder}"
         why = "a model and its checkpoints take several GiB; see docs/troubleshooting.md#disk"
-        yield Finding("warning", what, why, "# free some space, or give --out another disk")
+        yield Finding("warning", what, why, "# free some space, or give a folder on another disk with --out")
 
 
 def _check_hub() -> Finding:
@@ -198,5 +198,5 @@ def _check_disk(folder: Path) -> Finding:
             rate = 16 / (time.perf_counter() - started)
     except OSError as error:
         why = "a run could not save; see docs/troubleshooting.md#disk"
-        return Finding("error", f"{runs} cannot be written: {error.strerror}", why, "# give --out another folder")
+        return Finding("error", f"{runs} cannot be written: {error.strerror}", why, "# give another folder with --out")
     return Finding("ok", f"wrote and synced 16 MiB in {runs} at {rate:,.0f} MiB/s")

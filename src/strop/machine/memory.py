@@ -18,6 +18,7 @@ from strop.errors import RecipeError
 from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+MIN_LIMIT_BYTES = 1 << 20  # a lower limit is a typing error, such as 8 for 8GB
 USABLE_SHARE = 0.9  # of a memory limit; the rest is for allocations within a layer, which are not measured
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 # HEAP_BLOCK_BYTES: larger blocks are mapped outside the heap. HEAP_TOP_BYTES: free memory kept at the heap's end.
@@ -109,6 +110,9 @@ def parse_memory(memory: str | int | None) -> int | None:
         size = 0
     if size <= 0:
         raise RecipeError(f"--memory {memory}: not a size", fix="write it as 8GB or 512MiB")
+    if size < MIN_LIMIT_BYTES:
+        unit = f"--memory {size}GB" if str(memory).strip() == str(size) and size < 1000 else "8GB or 512MiB"
+        raise RecipeError(f"--memory {memory}: only {size:,} bytes", fix=f"write {unit}")
     return size
 
 

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,21 @@ def is_run(path: Path) -> bool:
 def check_new_run(path: Path) -> None:
     """Raise FolderError if a new run cannot use this folder, which may have files of a run without events."""
     if not _VALID_NAME.fullmatch(path.name):
-        raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
-    fix = "give --out a new folder"
+        raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give another folder with --out")
+    fix = f"give another folder, such as {suggest_new(path)}"
     if is_run(path):
         raise FolderError(
             f"{path}: contains a run", fix=f"resume it with `strop resume {shlex.quote(str(path))}`, or {fix}"
         )
     if path.is_dir() and not _is_unused(path):
         raise FolderError(f"{path}: is not empty", fix=fix)
+
+
+def suggest_new(path: Path) -> str:
+    """Return the option --out with a name next to a path that does not exist yet."""
+    stem, suffix = (str(path), "") if path.is_dir() else os.path.splitext(path)
+    names = (f"{stem}-{number}{suffix}" for number in count(2))
+    return f"--out {shlex.quote(next(name for name in names if not os.path.exists(name)))}"
 
 
 def create_run_folder(path: Path) -> RunFolder:
@@ -162,7 +170,9 @@ def create_run_folder(path: Path) -> RunFolder:
         for name in _COMPUTED_FILES:  # of a run that was killed before it began, maybe with another model
             (path / name).unlink(missing_ok=True)
     except OSError as error:
-        raise FolderError(f"{path}: cannot be written: {error.strerror}", fix="give --out another folder") from None
+        raise FolderError(
+            f"{path}: cannot be written: {error.strerror}", fix="give another folder with --out"
+        ) from None
     return RunFolder(path)
 
 
@@ -359,7 +369,7 @@ def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callabl
 
 def check_new_output(out: Path) -> None:
     if out.exists():
-        raise FolderError(f"{out}: already exists", fix="give --out another name")
+        raise FolderError(f"{out}: already exists", fix=f"give another name, such as {suggest_new(out)}")
 
 
 @contextmanager
@@ -371,7 +381,7 @@ def exclusive_output(out: Path) -> Iterator[None]:
     try:
         acquired = FileLock(lock, timeout=0).acquire()
     except Timeout:
-        what, fix = f"{out}: another process is writing it", "wait for it, or give --out another name"
+        what, fix = f"{out}: another process is writing it", "wait for it, or give another name with --out"
         raise FolderError(what, fix=fix) from None
     with acquired:
         try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from strop import api
 from strop.errors import DiskError, FolderError, InputError, RunError, Stopped, StropError
-from strop.evaluation.metrics import wilson_interval
+from strop.evaluation.metrics import DEFAULT_METRIC, wilson_interval
 from strop.evaluation.run import EvalOptions, evaluate_models
 from strop.runs.events import EndTraining, Event, drop_undone_events, read_events
 from strop.runs.folder import RunFolder, is_run, read_json, write_atomic, write_json
@@ -255,7 +255,8 @@ class SweepFolder:
         from strop.machine.torch_state import isolated_torch_state
 
         options = self.request.options
-        request = EvalOptions(metric=options.metric, max_new_tokens=options.max_new_tokens, base=False)
+        metric = None if options.metric == DEFAULT_METRIC else options.metric  # the default depends on the model
+        request = EvalOptions(metric=metric, max_new_tokens=options.max_new_tokens, base=False)
         with isolated_torch_state():
             [result] = evaluate_models([name], self.split.files[part], request)
         if "interrupted" in result:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from strop.display.tables import Printed
 from strop.distributed.devices import find_ranks
 from strop.errors import FolderError, InputError, RecipeError
-from strop.runs.folder import next_numbered, read_json, write_atomic, write_json
+from strop.runs.folder import next_numbered, read_json, suggest_new, write_atomic, write_json
 from strop.sweeping.loop import STATE_FILE, Progress, SweepFolder
 from strop.sweeping.plan import Planner, SweepPlan, check_fits, plan_sweep
 from strop.sweeping.ray_tune import check_ray, run_slots
@@ -76,7 +76,8 @@ def run_sweep(
         out = Path(os.path.expanduser(request.resolved.recipe.out or next_numbered(Path("runs"), "sweep")))
         if is_sweep(out):
             if not resume_existing:
-                fix = f"resume it with `strop sweep --resume {shlex.quote(str(out))}`, or give --out a new folder"
+                fix = f"resume it with `strop sweep --resume {shlex.quote(str(out))}`"
+                fix = f"{fix}, or give another folder, such as {suggest_new(out)}"
                 raise FolderError(f"{out}: contains a sweep", fix=fix)
             folder = open_sweep(out, memory, progress)
             folder.check_same(request)
@@ -100,7 +101,7 @@ def create_sweep(out: Path, request: Request, memory: int | str | None, progress
     """Split the rows, plan all trials, and write the folder of a sweep. Nothing is left of a sweep that is refused."""
     allowed = {"data", "recipe.yaml", ".sweep.lock", ".create.lock"}
     if out.is_dir() and any(entry.name not in allowed and not entry.name.startswith(".") for entry in out.iterdir()):
-        raise FolderError(f"{out}: is not empty", fix="give --out a new folder")
+        raise FolderError(f"{out}: is not empty", fix=f"give another folder, such as {suggest_new(out)}")
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".create.lock"):

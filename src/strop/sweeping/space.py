@@ -124,6 +124,9 @@ def make_space(over: Mapping[str, Any], resolved: Resolved) -> list[Dimension]:
     """
     if not over:
         raise RecipeError("--over is required", fix="give the values to compare: --over lora.r=8,16,32")
+    if not isinstance(over, Mapping):
+        what = f"--over: a dictionary of fields and their values, not {type(over).__name__}"
+        raise RecipeError(what, fix="give the values to compare: --over lora.r=8,16,32")
     dimensions: list[Dimension] = []
     for name, values in over.items():
         field = find_field(name)
@@ -138,10 +141,11 @@ def _make_dimension(field: str, values: Any, resolved: Resolved) -> Dimension:
         return _make_range(field, values, resolved)
     if not isinstance(values, list):
         what = f"--over {field}: {values!r} is neither a list of choices nor a range of two numbers"
-        raise RecipeError(what, fix="write choices as 8,16,32 and a range as 1e-4..1e-3")
+        raise RecipeError(what, fix="give a list such as [8, 16, 32], or a range as a tuple such as (1e-4, 1e-3)")
     choices = [check_value(resolved, field, value) for value in values]
     if len(choices) < 2:
-        raise RecipeError(f"--over {field}: fewer than two values", fix=f"set one value with --{field}")
+        option = f"--{field} {format_value(choices[0])}" if choices else f"--{field}"
+        raise RecipeError(f"--over {field}: fewer than two values", fix=f"give more, or set one value with {option}")
     if repeated := [value for i, value in enumerate(choices) if value in choices[:i]]:
         raise RecipeError(f"--over {field}: {format_value(repeated[0])} is given twice", fix="give each value once")
     return Dimension(field, tuple(choices))
@@ -153,7 +157,7 @@ def _make_range(field: str, values: tuple[Any, ...], resolved: Resolved) -> Dime
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     )
     if not is_pair:
-        raise RecipeError(f"{what}: not a range of two numbers", fix="write it as 1e-4..1e-3")
+        raise RecipeError(f"{what}: not a range of two numbers", fix="give a tuple such as (1e-4, 1e-3)")
     if values[0] >= values[1]:
         raise RecipeError(f"{what}: the first number is not below the second", fix="write the smaller number first")
     ends = []

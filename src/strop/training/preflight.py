@@ -148,7 +148,7 @@ def set_up_on_all(
     for rank, is_visible in enumerate(devices.gather(folder.path.is_dir())):
         if not is_visible:
             what = f"{folder.path}: rank {rank} does not see this folder"
-            raise InputError(what, fix="give --out a folder on a disk that all nodes share")
+            raise InputError(what, fix="give a folder on a disk that all nodes share with --out")
     devices.require_same(_get_identity(setup))
     chosen = {"values": _get_values(resolved), "precision": resolved.recipe.model.dtype}
     return replace(setup, resolved=resolved, lock={**setup.lock, **chosen})
@@ -497,7 +497,12 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     run_bytes = num_checkpoints * checkpoint_bytes(setup.num_weights) + 4 * setup.num_weights + (16 << 20)
     for path, user, needed, fix in (
         (cache_folder(), "copies of the base need", _copies_bytes(setup), "or set STROP_CACHE to another disk"),
-        (folder.path, "the run needs", run_bytes, "give --out another disk, or lower --train.keep_checkpoints"),
+        (
+            folder.path,
+            "the run needs",
+            run_bytes,
+            "give a folder on another disk with --out, or lower --train.keep_checkpoints",
+        ),
     ):
         if needed and (free := free_bytes(path)) < needed:
             what = f"{path}: {user} {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free"

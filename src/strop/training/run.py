@@ -110,7 +110,7 @@ def train(
     path = resolved.recipe.out
     out = Path(os.path.expanduser(path)) if path else None  # in a recipe, no shell has expanded ~
     if out is None and (resume_existing or may_restart()):
-        raise InputError("a run that may be restarted needs a fixed folder", fix="give --out a folder")
+        raise InputError("a run that may be restarted needs a fixed folder", fix="give a folder with --out")
     if out is not None and devices.run_on_main(lambda: (resume_existing or was_restarted()) and is_run(out)):
         check_same_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)

@@ -43,11 +43,11 @@ def import_(
     imported = import_config(tool, file)
     if out is not None:
         if out.exists():
-            raise FolderError(f"{out}: already exists", fix="give --out another name")
+            raise FolderError(f"{out}: already exists", fix="give another name with --out")
         try:
             write_atomic(out, imported.to_yaml())
         except OSError as error:
-            fix = "give --out a file in a writable folder"
+            fix = "give a file in a writable folder with --out"
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
         print(imported.to_yaml(), end="")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from strop.data.images import FIRST_IMAGE_ID
 from strop.data.types import Ids
 from strop.engine.kernels.dispatch import argmax, sample_token, token_logprobs
+from strop.errors import InputError
 
 MIN_TEMPERATURE = 1e-4  # at lower temperatures decoding is greedy, because logits / temperature may overflow
 
@@ -64,6 +67,22 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise InputError for values that `strop chat` refuses too."""
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise InputError(f"{name}: must be a number (got {value!r})", fix="give a number")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(
+                f"temperature: must be at least 0 (got {self.temperature})", fix="for example temperature=0.7"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: must be above 0 and at most 1 (got {self.top_p})", fix="for example top_p=0.9")
+        if self.top_k < 0:
+            raise InputError(
+                f"top_k: must be at least 0 (got {self.top_k})", fix="for example top_k=50, or 0 for no limit"
+            )
+
     @staticmethod
     def from_generation_config(config: Any) -> Sampling:
         """Return the settings of a transformers.GenerationConfig."""
@@ -73,7 +92,8 @@ class Sampling:
         # The values for unset fields are the defaults of transformers.
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_p = 1.0 if config.top_p is None else float(config.top_p)
-        return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
+        top_k = 50 if config.top_k is None else max(0, int(config.top_k))  # -1 means no limit in some configs
+        return Sampling(temperature, min(max(top_p, 1e-6), 1.0), top_k, penalty)  # 0 keeps the most likely token
 
     @staticmethod
     def notes_on_ignored_settings(config: Any) -> list[str]:
