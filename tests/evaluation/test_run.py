@@ -693,12 +693,12 @@ def test_train_rows_are_counted_in_result_report_card_and_page(
     assert "3 of the 4 rows that it was evaluated on are also train rows" in card.read_text()
     assert "| held-out rows |" not in card.read_text() and "3 of them also train rows" in page.read_text()
     count, err = evaluated([NEW])
-    assert count == 0 and "1 held-out rows" in err and "| held-out rows | 1 rows: " in card.read_text()
+    assert count == 0 and "1 held-out row" in err and "| held-out rows | 1 row: " in card.read_text()
     assert "train rows" not in card.read_text() + page.read_text()
     (tmp_path / "train.jsonl").unlink()
     count, err = evaluated([NEW])
-    assert count is None and "1 rows" in err and "held-out" not in err
-    assert "| rows | 1 rows: " in card.read_text() and "is unknown" in card.read_text()
+    assert count is None and "1 row" in err and "held-out" not in err
+    assert "| rows | 1 row: " in card.read_text() and "is unknown" in card.read_text()
 
 
 @pytest.mark.parametrize("metric", ["exact", "choice"])

@@ -275,8 +275,7 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
             location = Location(f"--{name}", None, f"unknown key{hint}")
         locations.append(location)
     if locations:
-        has_file = any(given[name][2] for name in given if name not in known)
-        fix = f"see docs/recipe.md{' or `strop train --help-all`' if has_file else ''} for all keys"
+        fix = "see docs/recipe.md or `strop train --help-all` for all keys"
         if len(locations) > 2 and (file := locations[0].file) in {name for _, _, name in given.values()}:
             fix = f"convert a file of another tool with `strop import TOOL {file} --out recipe.yaml`; {fix}"
         what = str(locations[0]) if len(locations) == 1 else "unknown recipe keys"
