@@ -35,7 +35,7 @@ def doctor(
 
         return calibrate.examine(machine)
 
-    console.print("this takes about 15 s, and some minutes the first time or while other programs run")
+    console.print("this takes about 15 s, and some minutes the first time or on a busy machine")
     with status_line("loading the libraries"):
         examination = examine(measure)
     findings = examination.findings
