@@ -75,18 +75,18 @@ def compare_by_judge(
     outcomes: dict[int, int] = {}  # by row
     order_decided, why = 0, 'its replies do not end with "first", "second" or "tie"'
     for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base, tuned, strict=True), 1):
-        verdicts: list[int | None] = [0]
+        first: int | None = 0  # which is better: the tuned model's answer before the base's
+        second: int | None = 0  # the base's before the tuned model's
         if base_answer != tuned_answer:
             messages = question.conversation.messages[:-1]
             context = "\n\n".join(f"{message.role}: {message.text}" for message in messages), question.gold
             try:
-                verdicts = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
+                first, second = judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)
             except RequestRefused as error:  # such as a row that is too long for the judge
-                verdicts, why = [None], error.what
-        if None not in verdicts:
-            first, last = verdicts[0] or 0, -(verdicts[-1] or 0) if len(verdicts) == 2 else 0
-            order_decided += first != last
-            outcomes[number - 1] = first if first == last else 0
+                first, why = None, error.what
+        if first is not None and second is not None:
+            order_decided += first != -second
+            outcomes[number - 1] = first if first == -second else 0
         if advance is not None:
             advance("judge", number, len(questions))
     if questions and not outcomes:
