@@ -99,3 +99,17 @@ def test_biases_of_gpt2_are_trained_in_fp32_on_a_bf16_base(rows_file: Path, tmp_
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     parity = strop.merge(tmp_path / "bf16", tmp_path / "merged", dtype="fp32").parity
     assert parity is not None and parity.kl_mean < 1e-6
+
+
+def test_a_run_without_an_adapter_is_being_trained_or_ended_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("recipe.yaml", "lock.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match="ended before it saved its adapter") as raised:
+        strop.load(tmp_path)
+    assert "strop.resume" in str(raised.value)
+    monkeypatch.setattr("strop.runs.folder.RunFolder.holder", 7)
+    with pytest.raises(ModelError, match="is being trained by process 7") as raised:
+        strop.load(tmp_path)
+    assert "a LoRA run then saves its adapter" in str(raised.value)

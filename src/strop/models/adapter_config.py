@@ -48,7 +48,7 @@ def adapter_folder(name: str) -> Path | None:
             return None
         if (process := RunFolder(path).holder) is not None:
             what = f"{path}: is being trained by process {process}, and has no adapter yet"
-            raise ModelError(what, fix="wait for its end, or stop it with Ctrl-C, which saves the adapter")
+            raise ModelError(what, fix="wait for its end, or stop it with Ctrl-C: a LoRA run then saves its adapter")
         what = f"{path}: this run ended before it saved its adapter or model"
         raise ModelError(what, fix=f"continue it with `strop resume {shlex.quote(str(path))}`")
     return path if (path / "adapter_config.json").is_file() else None
