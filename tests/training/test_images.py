@@ -282,7 +282,7 @@ def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_pat
     text = "Which colour is it, and which is it not, if you look at each of its corners?"
     files = [rows.parent / f"{number}.png" for number in (0, 4)]
     model = strop.load(str(folder), dtype="fp32")
-    history, answers = [], list[str]()
+    history, turns, answers = [], list[Any](), list[str]()
     with (
         serving(folder, "--dtype", "fp32") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client,
@@ -296,7 +296,7 @@ def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_pat
             history.append({"role": "assistant", "content": answers[-1]})
         assert server.metric("strop_kept_tokens_total") >= 32
         assert server.chat("hello there", family, temperature=0, max_tokens=8).status_code == 200
-    expected = [model.chat(f"<image>{text}", images=str(file), max_new_tokens=8) for file in files]
+    expected = [model.chat(f"<image>{text}", images=str(f), history=turns, max_new_tokens=8) for f in files]
     assert answers == expected
 
 
