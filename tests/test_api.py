@@ -192,7 +192,7 @@ def test_share_without_percent_sign_raises(given: Any, tiny_folder: Path) -> Non
 
 def test_reward_function_object_raises(tiny_folder: Path) -> None:
     for source in (len, [len]):
-        with pytest.raises(InputError, match=r"train\.rewards: a function is given by its name"):
+        with pytest.raises(InputError, match=r"train\.rewards: len: not at the top of one Python file"):
             strop.train(model=tiny_folder, data="rows.jsonl", train={"objective": "grpo", "rewards": source})
 
 
@@ -220,7 +220,7 @@ def test_wrong_arguments_are_refused_at_once(tiny_folder: Path, tmp_path: Path) 
 
 def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
     wrong: list[tuple[Callable[[], Any], str]] = [
-        (lambda: bold.generate(3), "a prompt must be a string"),  # type: ignore[arg-type]
+        (lambda: bold.generate(3), "generate: prompt is a number, not a string"),  # type: ignore[arg-type]
         (lambda: bold.use("nope"), "nope: not loaded"),
         (lambda: bold.chat("hi", temperature=-1), "temperature -1: below 0"),
         (lambda: bold.chat(" "), "the message is empty"),
@@ -502,10 +502,81 @@ def test_long_invalid_value_is_shortened(tiny_folder: Path) -> None:
     assert len("".join(caught.value.lines())) < 400
 
 
-@pytest.mark.parametrize("prompts", [{"role": "user"}, [{"role": "user", "content": "hi"}], [3]])
-def test_prompt_that_is_not_text_raises(prompts: Any, bold: Model) -> None:
-    with pytest.raises(InputError):
+@pytest.mark.parametrize("prompts", [{"role": "user"}, [{"role": "assistant", "content": "hi"}], [3], [["hi"]], None])
+def test_prompt_that_is_no_text_and_no_conversation_raises(prompts: Any, bold: Model) -> None:
+    with pytest.raises(InputError, match="generate: "):
         bold.generate(prompts)
+
+
+def test_generate_answers_conversations(bold: Model) -> None:
+    first, second = {"role": "user", "content": "what is 3"}, {"role": "user", "content": "and 4"}
+    long = [first, {"role": "assistant", "content": "it is 3"}, second]
+    answers = bold.generate([long, "what is 3"], max_new_tokens=8)
+    assert answers == [
+        bold.chat(long, max_new_tokens=8, temperature=0),
+        bold.chat([first], max_new_tokens=8, temperature=0),
+    ]
+    assert bold.generate(long, max_new_tokens=8) == answers[:1]  # one conversation
+    with pytest.raises(InputError, match="generate: images next to messages"):
+        bold.generate([long], images=["a.png"])
+    with pytest.raises(InputError, match="generate: system is given twice"):
+        bold.generate([[{"role": "system", "content": "be short"}, first]], system="be long")
+
+
+def test_functions_are_metrics_and_judges(adapter_folders: list[Path], rows_file: Path) -> None:
+    scored, judged = list[tuple[str, str]](), list[tuple[str, ...]]()
+
+    def starts_alike(right: str, answer: str) -> bool:
+        scored.append((right, answer))
+        return answer[:1] == right[:1]
+
+    def shorter(*texts: str) -> int:
+        judged.append(texts)
+        return len(texts[3]) - len(texts[2])
+
+    result = strop.evaluate(adapter_folders[0], rows_file, metric=starts_alike, judge=shorter, max_new_tokens=4)
+    assert result["metric"] == "starts_alike" and json.loads(json.dumps(result)) == result
+    hits = [sample["tuned"][:1] == sample["gold"][:1] for sample in result["samples"]]
+    assert [sample["tuned_hit"] for sample in result["samples"]] == hits
+    assert {(sample["gold"], sample["tuned"]) for sample in result["samples"]} <= {*scored}
+    assert result["judge"]["name"] == "shorter" and {texts[1] for texts in judged} == {gold for gold, _ in scored}
+    assert strop.evaluate(adapter_folders[0], rows_file, metric=lambda gold, text: True)["tuned"]["lambda"] == 1.0
+
+    def exact(right: str, answer: str) -> bool:
+        return True
+
+    for wrong, what in (
+        (exact, "exact: a function with the name"),
+        (lambda answer: True, "lambda"),
+        (3, "by its name"),
+    ):
+        with pytest.raises(InputError, match=what):
+            strop.evaluate(adapter_folders[0], rows_file, metric=wrong)  # type: ignore[arg-type]
+
+
+def test_a_function_of_the_program_is_a_reward(tiny_folder: Path, tmp_path: Path) -> None:
+    """The program is not run twice; a later run of its recipe runs the file as a module."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hi"}\n' * 8, encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""print("started")
+import strop
+
+def short(completion, row):
+    return -float(len(completion))
+
+if __name__ == "__main__":
+    options = dict(objective="grpo", answer_tokens=4, group=2, batch_size=2, max_steps=1)
+    run = strop.train(model={str(tiny_folder)!r}, data="rows.jsonl", out="run", rewards=short, **options)
+    print(run.report["objective"]["options"]["rewards"])
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["started", f"['{program}:short']"]
+    again = strop.train(tmp_path / "run" / "recipe.yaml", data=tmp_path / "rows.jsonl", out=tmp_path / "again")
+    first, second = strop.Run(tmp_path / "run").report, again.report
+    assert first["loss"] == second["loss"] and first["objective"]["last"] == second["objective"]["last"]
 
 
 def test_list_of_runs_gives_a_leaderboard(adapter_folders: list[Path], rows_file: Path) -> None:

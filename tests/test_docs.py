@@ -99,7 +99,7 @@ def python_faults(text: str) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "strop"):
             continue
-        if node.attr not in strop.__all__:
+        if node.attr not in dir(strop):
             results.append(f"no strop.{node.attr}")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("strop."):

@@ -65,6 +65,19 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert len(rows) == 60 and (tmp_path / "expenses-model" / "README.md").is_file()
 
 
+def test_the_page_of_python_runs_from_top_to_bottom(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    ran = [block for block in blocks(ROOT / "docs" / "python.md") if "run" in block.marks]
+    for block in ran:
+        run_block(block, tiny_folder, names, capsys)
+    out = capsys.readouterr().out
+    assert len(ran) == 9 and "missing.jsonl" in out and "8 of 8" in out and "cosine" in out
+    assert (tmp_path / "sums.gguf").is_file() and isinstance(names["history"], list) and len(names["history"]) == 2
+
+
 def test_the_table_of_methods_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("plan", "--compare", "--memory", "8GB", capsys=capsys)
     printed = re.sub(r"[ │┃]+", " ", out + err)

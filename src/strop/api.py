@@ -276,14 +276,14 @@ def evaluate(
     run: PathLike | Sequence[PathLike],
     data: Rows,
     *,
-    metric: str | None = None,
+    metric: str | Callable[[str, str], bool] | None = None,
     max_new_tokens: int | None = None,
     general: bool = False,
     regression_data: Rows = (),
-    regression_metric: str | None = None,
+    regression_metric: str | Callable[[str, str], bool] | None = None,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
-    judge: str | None = None,
+    judge: str | Callable[[str, str, str, str], float] | None = None,
     judge_model: str | None = None,
     quantization: str = "auto",
     dtype: str = "auto",
@@ -296,9 +296,10 @@ def evaluate(
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, a list of files, or rows in memory, as for `train`.
-        metric: "exact" (default), "exact_json", "contains", "regex", "choice", "file.py:function"; by default
-            "preference" for pairs, "accuracy" for a classifier, "accuracy_at_1" for embeddings, and "mean_reward" for
-            a run in an environment, where other metrics score the last turn of a trace.
+        metric: "exact" (default), "exact_json", "contains", "regex", "choice", "file.py:function", or a function of
+            the right answer and an answer, which returns whether the answer is right; by default "preference" for
+            pairs, "accuracy" for a classifier, "accuracy_at_1" for embeddings, and "mean_reward" for a run in an
+            environment, where other metrics score the last turn of a trace.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
@@ -306,7 +307,9 @@ def evaluate(
         regression_metric: metric for `regression_data`. Default: `metric`.
         tasks: tasks of lm-evaluation-harness, by name or .yaml file.
         task_limit: maximum number of documents per task.
-        judge: decides which answer is better: "file.py:function", or the URL of an OpenAI-compatible server.
+        judge: decides which answer is better: "file.py:function", the URL of an OpenAI-compatible server, or a
+            function of the conversation, the right answer and two answers, which returns a number above 0 if the first
+            is better, and below 0 if the second is.
         judge_model: name of the model on the judge's server.
         quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
         dtype: "auto" (that of training), "bf16", "fp32" or "fp16".
@@ -335,24 +338,25 @@ def evaluate(
         raise InputError("evaluate: the list of runs is empty", fix='give a run, such as "runs/mine"')
     options = flatten_options(options)
     data, regression_data = _data_files(data, "data"), _data_files(regression_data, "regression_data")
-    check_inputs(models=names, data=[data, regression_data], metrics=[metric, regression_metric])
+    metric_name, regression_name, judge_name = map(_name_function, (metric, regression_metric, judge))
+    check_inputs(models=names, data=[data, regression_data], metrics=[metric_name, regression_name])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
 
         with isolated_torch_state():
             chosen = EvalOptions(
-                metric=metric,
+                metric=metric_name,
                 max_new_tokens=max_new_tokens,
                 quantization=quantization,
                 dtype=dtype,
                 force=force,
                 general=general,
                 regression_data=regression_data,
-                regression_metric=regression_metric,
+                regression_metric=regression_name,
                 tasks=tasks,
                 task_limit=task_limit,
-                judge=judge,
+                judge=judge_name,
                 judge_model=judge_model,
                 reading=options,
             )
@@ -642,7 +646,7 @@ def check_inputs(
     """
     from strop.data.reading import sources
     from strop.distributed.devices import find_ranks
-    from strop.evaluation.metrics import find_metric
+    from strop.evaluation.metrics import MODEL_METRICS, find_metric
     from strop.models.adapter_config import find_adapter_folder
     from strop.models.source import check_exists
     from strop.runs.folder import check_new_output
@@ -659,7 +663,7 @@ def check_inputs(
         if spec:
             sources.check_exists(spec)
     for metric in metrics:
-        if metric not in (None, "preference", "accuracy", "mean_reward"):
+        if metric not in (None, *MODEL_METRICS):
             find_metric(metric)
 
 
@@ -747,16 +751,16 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 dotted = short
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
-            if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):
-                raise InputError(f"{dotted}: a function is given by its name", fix="give 'file.py:function'")
+            if dotted == "train.rewards" and not isinstance(value, str):
+                value = [_function_spec(dotted, part) for part in (value if isinstance(value, list) else [value])]
             if dotted == "train.environment":
-                value = _environment_spec(value)
+                value = _function_spec(dotted, value)
             is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)
             flat[dotted] = _data_files(value, dotted) if is_files else _paths_to_text(value)
     return flat
 
 
-def _environment_spec(value: Any) -> Any:
+def _function_spec(field: str, value: Any) -> Any:
     """Return a class, or functions of one file, as "FILE.py:NAME,NAME". Raises InputError if they are in no file."""
     parts = value if isinstance(value, list | tuple) else [value]
     if not all(callable(part) and hasattr(part, "__qualname__") for part in parts):
@@ -764,8 +768,8 @@ def _environment_spec(value: Any) -> Any:
     files = {inspect.getsourcefile(part) for part in parts if _is_in_module(part)}
     if len(files) != 1 or not str(file := files.pop()).endswith(".py"):
         names = ", ".join(part.__qualname__ for part in parts)
-        fix = "put it into a file, and give the file and the name as text: 'file.py:Class'"
-        raise InputError(f"train.environment: {names}: not at the top of one Python file", fix=fix)
+        fix = "put it into a file, and give the file and the name as text: 'file.py:name'"
+        raise InputError(f"{field}: {names}: not at the top of one Python file", fix=fix)
     return f"{file}:{','.join(part.__name__ for part in parts)}"
 
 
@@ -773,6 +777,13 @@ def _is_in_module(part: Any) -> bool:
     """Return whether a class or function is at the top of a module that comes from a file."""
     module = sys.modules.get(part.__module__)
     return part.__qualname__ == part.__name__ and getattr(module, "__file__", None) is not None
+
+
+def _name_function(value: Any) -> Any:
+    """Return a function as a name that has it, and other values unchanged."""
+    from strop.evaluation.metrics import FunctionName
+
+    return FunctionName(value) if callable(value) else value
 
 
 def _paths_to_text(value: Any) -> Any:

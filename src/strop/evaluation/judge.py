@@ -14,7 +14,7 @@ from typing import Any, cast
 from strop.errors import RecipeError, RunError
 from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address
 from strop.evaluation.compare import Progress, Question
-from strop.evaluation.metrics import USER_CODE_ERRORS, find_metric, paired_difference
+from strop.evaluation.metrics import USER_CODE_ERRORS, FunctionName, find_metric, paired_difference
 
 PROMPT = """Two assistants have answered the same conversation. Which answer is better?
 
@@ -45,7 +45,7 @@ Judge = Callable[[str, str, str, str], int | None]
 
 def make_judge(name: str, model: str | None = None) -> Judge:
     """Return a judge for `file.py:function` or a server's URL. model: by default, the first one of the server."""
-    if ".py:" in name:
+    if isinstance(name, FunctionName) or ".py:" in name:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
         return _make_function_judge(name)

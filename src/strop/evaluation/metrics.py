@@ -59,6 +59,7 @@ SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
 }  # fmt: skip
 DEFAULT_METRIC = "exact"  # of answers
 MEAN_REWARD = "mean_reward"  # metric of runs with train.environment
+MODEL_METRICS = ("preference", "accuracy", "accuracy_at_1", MEAN_REWARD)  # of pairs, classifiers, embeddings, traces
 NUMBERS = {
     "loss": 3,
     "perplexity": 3,
@@ -77,6 +78,19 @@ class Metric:
     # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use
     judge: Callable[[str, str], Judgement]
     function: Callable[[str, str], Any] | None = None  # the user's function, for a metric `file.py:function`
+
+
+class FunctionName(str):
+    """The name of a function that a Python program gives as a metric or a judge, with the function."""
+
+    function: Callable[..., Any]
+
+    def __new__(cls, function: Callable[..., Any]) -> FunctionName:
+        name = str.__new__(cls, getattr(function, "__name__", type(function).__name__).strip("<>"))
+        if name in (*METRICS, *MODEL_METRICS):
+            raise RecipeError(f"{name}: a function with the name of a built-in metric", fix="rename the function")
+        name.function = function
+        return name
 
 
 @dataclass(frozen=True)
@@ -201,6 +215,8 @@ METRICS: dict[str, Metric] = {
 
 def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
     """Return a metric by name, or load a user-defined one from `file.py:function`, which takes these arguments."""
+    if isinstance(name, FunctionName):
+        return _make_metric(name.function, str(name), name, arguments)
     if not isinstance(name, str):
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
@@ -214,7 +230,13 @@ def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metri
 
 @lru_cache(maxsize=8)
 def _run_file(file: str, content_hash: str) -> Mapping[str, Any]:
-    """Run the user's file and return its global variables. Cached by content, because the file may load a model."""
+    """Run the user's file and return its global variables. Cached by content, because the file may load a model.
+
+    The program that is running is not run again: its functions are those of `__main__`.
+    """
+    main = sys.modules["__main__"]
+    if (main_file := getattr(main, "__file__", None)) is not None and os.path.realpath(main_file) == file:
+        return vars(main)
     if (folder := os.path.dirname(file)) not in sys.path:  # the file may import modules of its folder at any time
         sys.path.append(folder)
     return runpy.run_path(file)
@@ -252,8 +274,11 @@ def load_function(kind: str, file: str, name: str) -> Callable[..., Any]:
 
 def load_metric(kind: str, file: str, name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
     """Return a user-defined metric, which takes these arguments."""
-    function = load_function(kind, file, name)
-    _check_parameters(function, f"{file}:{name}", arguments)
+    return _make_metric(load_function(kind, file, name), name, f"{file}:{name}", arguments)
+
+
+def _make_metric(function: Callable[..., Any], name: str, place: str, arguments: Sequence[str]) -> Metric:
+    _check_parameters(function, place, arguments)
 
     def judge(gold: str, answer: str) -> Judgement:
         try:

@@ -23,7 +23,7 @@ from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
 from strop.models.streaming import ReadAhead
 from strop.models.upstream_errors import convert_model_errors
 from strop.planning.workload import Workload
-from strop.runs.events import INTERRUPTED, EventLog, Listener, read_events
+from strop.runs.events import INTERRUPTED, Event, EventLog, Listener, drop_undone_events, read_events
 from strop.runs.folder import (
     RunFolder,
     create_run_folder,
@@ -67,6 +67,14 @@ class Run:
         report = folder.read_report()
         paths = {name: str(getattr(folder, name)) for name in ("adapter", "model") if report.get(name)}
         return report and {**report, "run": str(self.folder), **paths}
+
+    @property
+    def events(self) -> list[Event]:
+        """The events in events.jsonl, of which some steps were undone if the run was resumed or rolled back.
+
+        Each is a dictionary with `event` (its kind, such as "step"), `time`, and the fields of that kind.
+        """
+        return drop_undone_events(read_events(RunFolder(self.folder).events))
 
     def __fspath__(self) -> str:
         """Return the folder, so that a Run can be passed as a path: `strop.load(run)`."""

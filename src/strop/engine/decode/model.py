@@ -234,7 +234,7 @@ class Model:
                 raise InputError(f"{function}: text {number} has half of a character", fix="give valid Unicode")
             if isinstance(text, str) and not text.strip():
                 raise InputError(f"{function}: text {number} is empty", fix="give a text")
-            messages = () if isinstance(text, str) else tuple(_parse_messages(text))
+            messages = () if isinstance(text, str) else tuple(_parse_messages(text, function))
             row = Conversation("text", number, messages, text=text if isinstance(text, str) else None, label="")
             [example] = self.renderer.render(row)
             if len(example) > limit:
@@ -293,7 +293,7 @@ class Model:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[Mapping[str, Any]]],
         *,
         images: Any = None,
         system: str | None = None,
@@ -301,10 +301,11 @@ class Model:
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> list[str]:
-        """Answer user messages, each in a new conversation.
+        """Answer user messages, each in a new conversation, or conversations.
 
         Args:
-            prompts: one or several user messages.
+            prompts: one or several user messages; or conversations, each a list of messages such as {"role": "user",
+                "content": "hi"}.
             images: for a model that reads images. For one message an image (a path, bytes or a PIL image) or a list of
                 images; for several messages one of these for each, or None. They are where the text has `<image>`, or
                 at its start.
@@ -316,16 +317,16 @@ class Model:
         Raises InputError for a prompt with more tokens than the model supports.
         """
         max_new_tokens, sampling = _apply_settings("generate", max_new_tokens, sampling or Sampling(), settings)
+        texts: list[Any]
         texts = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
+        texts = [texts] if texts and isinstance(texts[0], Mapping) else texts  # one conversation
         images = [images] if isinstance(prompts, str) or images is None else images
         images = [None] * len(texts) if images == [None] else images
         if len(images) != len(texts):
             what = f"generate: {len(images)} images for {len(texts)} messages"
             raise InputError(what, fix="give one image, a list of images, or None for each message")
-        turns = [_user_message(text, own, "generate") for text, own in zip(texts, images, strict=True)]
-        ids = [self.renderer.prompt([*self._system_messages(system), turn]) for turn in turns]
+        conversations = [self._new_conversation(*each, system, "generate") for each in zip(texts, images, strict=True)]
+        ids = [self.renderer.prompt(conversation) for conversation in conversations]
         if (longest := max(map(len, ids), default=0)) >= self.max_length:
             what = f"generate: a prompt has {longest:,} tokens, and the model supports {self.max_length:,}"
             raise InputError(what, fix="shorten it")
@@ -362,22 +363,16 @@ class Model:
                 is given for one that goes on.
         """
         max_new_tokens, sampling = _apply_settings("chat", max_new_tokens, sampling or self.sampling, settings)
-        if isinstance(text, str):
-            if not text.strip():
-                raise InputError("chat: the message is empty", fix="give a text")
-            if history and system is not None:
-                raise InputError("chat: system is given for a conversation that goes on", fix="give an empty history")
-            messages = [*(history or self._system_messages(system)), _user_message(text, images, "chat")]
-        elif history is not None:
+        if isinstance(text, str) and not text.strip():
+            raise InputError("chat: the message is empty", fix="give a text")
+        if history is not None and not isinstance(text, str):
             raise InputError("chat: history next to messages", fix="give the whole conversation as messages")
-        elif images is not None:
-            raise InputError("chat: images next to messages", fix="give them as parts of the messages' content")
+        if history and system is not None:
+            raise InputError("chat: system is given for a conversation that goes on", fix="give an empty history")
+        if history and isinstance(text, str):
+            messages = [*history, _user_message(text, images, "chat")]
         else:
-            messages = _parse_messages(text)
-            if messages[0].role != "system":
-                messages = [*self._system_messages(system), *messages]
-            elif system is not None:
-                raise InputError("chat: system is given twice", fix="leave out the argument, or the system message")
+            messages = self._new_conversation(text, images, system, "chat")
         prompt = self.renderer.prompt(messages)
         if len(prompt) >= self.max_length:
             what = f"the conversation has {len(prompt):,} tokens, and the model supports {self.max_length:,}"
@@ -397,6 +392,19 @@ class Model:
             why = "max_new_tokens sets the limit" if max(cut) == limit else "the model supports no more"
             LOG.warning("%s cut at %d tokens; %s", number, max(cut), why)
         return answers
+
+    def _new_conversation(self, prompt: Any, images: Any, system: str | None, function: str) -> list[Message]:
+        """Return the messages of a user message, or of a conversation. Raises InputError."""
+        if isinstance(prompt, str):
+            return [*self._system_messages(system), _user_message(prompt, images, function)]
+        if images is not None:
+            raise InputError(f"{function}: images next to messages", fix="give them as parts of the messages' content")
+        messages = _parse_messages(prompt, function)
+        if messages[0].role != "system":
+            return [*self._system_messages(system), *messages]
+        if system is not None:
+            raise InputError(f"{function}: system is given twice", fix="leave out the argument, or the system message")
+        return messages
 
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
@@ -421,14 +429,14 @@ def describe_classes(classes: Classes, probabilities: Sequence[float]) -> dict[s
     return {"label": next(iter(ranked)), "probabilities": ranked}
 
 
-def _parse_messages(messages: Any) -> list[Message]:
+def _parse_messages(messages: Any, function: str) -> list[Message]:
     """Parse a conversation that ends with a user or tool message. Raises InputError."""
     messages = [messages] if isinstance(messages, Mapping) else messages
     try:
         return [*read_images(convert_prompt({"prompt": messages}, ("prompt",))[0], Path(), conversation=True).messages]
     except InvalidRow as error:
         fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
-        raise InputError(f"chat: {error.what}", fix=fix) from None
+        raise InputError(f"{function}: {error.what}", fix=fix) from None
 
 
 def _apply_settings(function: str, limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
