@@ -17,6 +17,7 @@ import yaml
 import strop
 from strop.cli.app import COMMANDS
 from strop.config.load import resolve
+from strop.config.names import SHORT_FORMS
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.commands import find_error
@@ -122,7 +123,7 @@ def call_faults(function: Any, node: ast.Call) -> list[str]:
         elif name in ("model", "data", "lora", "train") and isinstance(keyword.value, ast.Dict):
             keys = [f"{name}.{ast.literal_eval(key)}" for key in keyword.value.keys if key is not None]
             results += [f"no recipe field {key}" for key in keys if key not in FIELDS]
-        elif name not in FIELDS and name not in ("model", "data", "eval", "adapter", "device"):
+        elif name not in {*FIELDS, *SHORT_FORMS, *(field.rpartition(".")[2] for field in FIELDS)}:
             results.append(f"no recipe field {name}")
     if len(node.args) > sum(
         p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()

@@ -775,6 +775,8 @@ NOT_MEASURED: dict[str, list[str]] = {
         r"alpha 1?[03] % too (large|small)", "1 % noise",  # injected faults
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
+    "docs/python.md": ['memory="8GB"'],
+    "docs/results.md": ["95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
     "docs/images.md": [

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from strop.errors import DiskError, InputError, Stopped
 from strop.evaluation.diagnosis import diagnose
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
-from strop.runs.lock import sha256_text
+from strop.runs.lock import changes_loss, sha256_text
 from strop.training import state
 from strop.training.loop import fit
 from tests.support import tiny
@@ -133,6 +134,58 @@ def test_changed_value_survives_a_kill_before_the_next_save(
     notes = [event["text"] for event in read_events(whole / "events.jsonl") if event["event"] == "note"]
     counted = [note for note in notes if note.startswith("steps have other rows than before: 4 steps were 0.7 epochs")]
     assert len(counted) == (field == "train.batch_size") and all(note.endswith("count as 1.0") for note in counted)
+
+
+def test_the_best_step_is_chosen_again_after_a_change_of_what_is_measured(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Losses on other evaluation rows have another scale: the earlier ones are not the best, and no overfitting."""
+    rows = rows_file.read_text().splitlines(keepends=True)
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    easy.write_text("".join(rows[:4]))
+    hard.write_text('{"prompt": "zq", "completion": "WVXKJ#%&@WVXKJ#%&@"}\n' * 4)
+    options = {"train.eval_steps": 2, "data.eval": str(easy)}
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **options)
+    with pytest.raises(InputError, match="data has changed"):
+        strop.resume(out, eval=hard)
+    run = strop.resume(out, eval=hard, allow_changed="data")
+    losses = {event["step"]: event["loss"] for event in run.events if event["event"] == "eval"}
+    later = {step: loss for step, loss in losses.items() if step > 4}
+    assert min(later.values()) > max(losses[2], losses[4])
+    assert run.report["eval_loss"] == min(later.values()) and run.report["adapter_step"] == min(
+        later, key=later.__getitem__
+    )
+    assert not any("overfitting" in text for text in run.report["diagnosis"])
+    notes = [event["text"] for event in run.events if event["event"] == "note"]
+    assert any("until step 4 do not count for the best step: data changed" in note for note in notes)
+
+
+def test_the_micro_batch_of_the_plan_is_replaced_by_an_option(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The plan's train.micro_batch_tokens is in recipe.yaml, and a run has one of the two."""
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    with pytest.raises(InputError) as raised:
+        strop.resume(out, micro_batch=2, epochs=9)
+    names = re.search(r'allow_changed="(.*)"', str(raised.value))
+    assert names and set(names[1].split(",")) >= {"train.micro_batch", "train.epochs"}  # one argument, valid in Python
+    assert strop.resume(out, micro_batch=2, epochs=9, allow_changed=names[1]).report["steps"] == 12
+
+
+def test_a_changed_keep_is_allowed_by_its_name(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.keep": 0.2})
+    with pytest.raises(InputError, match=r'resume with allow_changed="train.keep"$'):
+        strop.resume(out, keep="off")
+    assert strop.resume(out, keep="off", allow_changed="keep").report["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("data", True), ("train.beta", True), ("data.max_length", True), ("train.teacher_weight", True),
+     ("train.learning_rate", False), ("train.epochs", False), ("versions", False), ("kept", False)],
+)  # fmt: skip
+def test_which_changes_make_losses_incomparable(name: str, changes: bool) -> None:
+    assert changes_loss(name) is changes
 
 
 def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(

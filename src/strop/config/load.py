@@ -43,6 +43,7 @@ MESSAGES = {
     "less_than": "below {lt}", "literal_error": "{expected}", "string_type": "text", "list_type": "a list",
     "dict_type": "a map", "model_type": "a section", "string_pattern_mismatch": "{form}",
 }  # fmt: skip
+_MICRO_BATCH = ("train.micro_batch", "train.micro_batch_tokens")  # a run has one of them
 
 
 def explain_name(name: str, prefix: str = "", separator: str = ": ") -> str:
@@ -152,6 +153,9 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
     given.update({full_name(name): (value, "option", "") for name, value in (options or {}).items()})
+    for one, other in (_MICRO_BATCH, _MICRO_BATCH[::-1]):
+        if given.get(one, ("", "default"))[1] == "option" and given.get(other, ("", "default"))[1] == "recipe":
+            del given[other]  # a recipe may have one of them, and the option is the other
     preset = given.get("preset", ("auto", "default", ""))[0]
     preset_values: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _read_preset(preset).items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.runs.events import drop_undone_events
+from strop.runs.lock import changes_loss
 
 Losses = dict[int, float]  # by step
 FLAT_HINT = f"see {TROUBLESHOOTING_PAGE}#flat"
@@ -23,7 +24,9 @@ MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
     """Return one sentence per finding. weight_change: size of the adapter's change relative to the base weights."""
     events = drop_undone_events(events)
-    train, evaluated = _read_losses(events, "step"), _read_losses(events, "eval")
+    starts = [i for i, event in enumerate(events) if event["event"] == "override" and changes_loss(event["field"])]
+    comparable = events[starts[-1] :] if starts else events
+    train, evaluated = _read_losses(comparable, "step"), _read_losses(comparable, "eval")
     # Without duplicates, because a resumed run repeats some events.
     recoveries = dict.fromkeys(_describe_recovery(event) for event in events if event["event"] in RECOVERIES)
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -123,8 +124,14 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
                 if "Duplicate task" not in str(error):
                     raise
                 raise RecipeError(f"--tasks: {error}", fix="give a task or a group that has it, not both") from None
+    return _compare_outputs(outputs)
+
+
+def _compare_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of `run_tasks`. outputs: the results of `simple_evaluate` for `base`, `tuned` or both."""
     result: dict[str, Any] = {}
-    for task, task_scores in outputs["base"]["results"].items():
+    first = next(iter(outputs.values()))
+    for task, task_scores in first["results"].items():
         result[task] = {}
         for key, value in task_scores.items():
             if not isinstance(value, (int, float)) or "_stderr" in key or "," not in key:
@@ -134,11 +141,18 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
             name = metric if filters == {filter_name} else key
             scores = {side: _scores_by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
-            base, tuned = scores["base"], scores.get("tuned")  # none for groups, and for perplexities of documents
+            # the documents of groups have no scores
+            documents = max(map(len, scores.values())) or _count_documents(first, task)
+            # An aggregation such as perplexity is not the mean of its documents, whose interval would be another one's.
+            are_means = all(
+                len(found) > 1
+                and math.isclose(statistics.fmean(found.values()), values[name], rel_tol=1e-6, abs_tol=1e-9)
+                for name, found in scores.items()
+            )
             difference = None
-            if tuned is not None and len(base) > 1:
+            if len(scores) == 2 and are_means:
+                base, tuned = scores["base"], scores["tuned"]
                 difference = _compare_scores(list(base.values()), [tuned[document] for document in base])
-            documents = len(base) or _count_documents(outputs["base"], task)
             result[task][name] = {**values, "documents": documents, "difference": difference}
     return result
 

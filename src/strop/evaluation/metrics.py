@@ -432,12 +432,12 @@ def format_task_scores(tasks: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     """Yield (task, metric, documents, base, tuned, change) as text, from the result of `general.run_tasks`."""
     for task, metrics in tasks.items():
         for name, values in metrics.items():
-            difference, tuned = values.get("difference"), values.get("tuned")
+            difference, texts = values.get("difference"), [values.get(name) for name in ("base", "tuned")]
             change = ""
             if difference:
                 change = f"{difference['value']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
-            tuned_text = "" if tuned is None else f"{tuned:.4f}"
-            yield task, name, f"{values['documents']:,}", f"{values['base']:.4f}", tuned_text, change
+            base, tuned = ("" if value is None else f"{value:.4f}" for value in texts)
+            yield task, name, f"{values['documents']:,}", base, tuned, change
 
 
 def describe_general(result: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.errors import InputError, suggest
 
 LIBRARIES = (
@@ -29,6 +30,8 @@ FIXED_FIELDS = {
     "lora.new_tokens", "lora.init", "lora.vision", "train.objective", "train.teacher",
 }  # fmt: skip
 HASHED_PARTS = ("base", "data", "kept", "teacher", "template", "rewards", "environment")  # fields of lock.json
+# changes after which the loss of an evaluation measures something else than before
+_MEASURED_PARTS = ("base", "data", "teacher", "template", "rewards", "environment")
 FIELD_GROUPS = {  # names for several fields in --allow-changed
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
@@ -70,13 +73,14 @@ class Difference:
 
 def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Return the differences between two locks that can change results. Of libraries, only major versions count."""
-    differences = []
+    differences, old_values, new_values = [], old.get("values", {}), new.get("values", {})
     for name in HASHED_PARTS:
         was, now = old.get(name), new.get(name)
+        if name == "kept" and old_values.get("train.keep") != new_values.get("train.keep"):
+            continue  # it follows from the setting
         if _fingerprint(was) != _fingerprint(now):
             differences.append(Difference(name, _shorten(was), _shorten(now)))
-    new_values = new.get("values", {})
-    for field, was in old.get("values", {}).items():
+    for field, was in old_values.items():
         if was != new_values.get(field) and field not in IGNORED_FIELDS:
             differences.append(Difference(field, str(was), str(new_values.get(field)), field not in FIXED_FIELDS))
     for library, now in new["versions"].items():
@@ -84,6 +88,13 @@ def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differ
         if was.partition(".")[0] != now.partition(".")[0]:
             differences.append(Difference("versions", f"{library} {was}", f"{library} {now}"))
     return differences
+
+
+def changes_loss(name: str) -> bool:
+    """Return whether losses before and after a change cannot be compared. name: a field or input that changed."""
+    section, _, field = name.partition(".")
+    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith("teacher"))
+    return name in _MEASURED_PARTS or section in ("data", "model") or of_train
 
 
 def is_allowed(difference: Difference, names: Sequence[str]) -> bool:

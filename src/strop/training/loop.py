@@ -345,7 +345,7 @@ def reset_lost_best(job: Job) -> None:
     why = job.devices.run_on_main(lambda: checkpoint_error(checkpoint))
     if why is not None:
         job.log.emit("note", text=f"{checkpoint}: the best weights so far are lost: {why}")
-        progress.best_step, progress.best_loss, progress.held_out = None, None, {}
+        progress.forget_best()
 
 
 def _roll_back(job: Job, diverged: Diverged) -> None:

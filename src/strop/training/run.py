@@ -35,7 +35,7 @@ from strop.runs.folder import (
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
+from strop.runs.lock import Difference, changes_loss, check_allowed_names, compare_locks, is_allowed
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_images, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
@@ -217,8 +217,9 @@ def _claim(folder: RunFolder, devices: Devices) -> Iterator[None]:
 
 def _suggest_fix(refused: Sequence[Difference]) -> str:
     if all(change.allowable for change in refused):
-        names = " ".join(f"--allow-changed {name}" for name in dict.fromkeys(change.name for change in refused))
-        return f"restore it, or resume with {names}"
+        names = list(dict.fromkeys(change.name for change in refused))
+        value = names[0] if len(names) == 1 else f"'{','.join(names)}'"
+        return f"restore it, or resume with --allow-changed {value}"
     return "restore it, or start a new run (from this adapter with --model.adapter)"
 
 
@@ -315,6 +316,12 @@ def _restore(job: Job, resumed: Resumed) -> None:
     set_memory_options(progress, job.recipe.train, keep=not changes)
     if any(change.name == "train.learning_rate" for change in changes):  # a rollback had reduced the old rate
         progress.rate_scale, progress.rollbacks = 1.0, 0
+    loss_changes = [change.name for change in changes if changes_loss(change.name)]
+    if loss_changes and progress.best_step is not None:
+        progress.forget_best()
+        names = ", ".join(loss_changes)
+        text = f"losses of evaluations until step {progress.step} do not count for the best step: {names} changed"
+        job.log.emit("note", text=text)
     counts = dict(zip(("devices_before", "devices"), resumed.devices, strict=True)) if resumed.devices else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **counts)
     if changes:  # so that they are stored even if the run ends before its next save

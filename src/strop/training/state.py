@@ -79,6 +79,10 @@ class Progress:
     slowest_s: float = 0.0  # computation of the slowest rank of each step
     budget_from: float = 0.0  # seconds that do not count in the time limit, because it ended an earlier session
 
+    def forget_best(self) -> None:
+        """Choose the best evaluation from those that follow."""
+        self.best_step, self.best_loss, self.held_out, self.evals_without_better = None, None, {}, 0
+
 
 @dataclass
 class TrainState:
