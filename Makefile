@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy real scale site packages notebook clean
+.PHONY: demo test test-all faults vllm deploy real scale site packages notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -14,6 +14,10 @@ test: $(VENV)/tested-with
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# With the slow tests too, which `make test` leaves out: an hour.
+test-all: $(VENV)/tested-with
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # The tests on another Python, with the newest packages (`make test` takes those of constraints.txt): make suite-3.13
 suite-%: $(VENV)-suite-%/installed

@@ -20,8 +20,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as ma
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest test first, five minutes, so that no worker waits for it at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out, unless their file is named or -m is given, and run the longest one first."""
+    names_file = any(".py" in argument for argument in config.args)
+    if not (names_file or config.option.markexpr):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=lambda item: item.path.name != "test_real_models.py")
 
 

@@ -26,7 +26,7 @@ from tests.support.scripts import script
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FIELDS = {name for name, _ in option_fields()}
-TARGETS = set(re.findall(r"^([a-z]+(?:-%)?):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+TARGETS = set(re.findall(r"^([a-z]+(?:-%|-all)?):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 OTHERS = (
     "sbatch",
     "ray",
@@ -60,7 +60,7 @@ def shell_faults(block: Block) -> list[str]:
             results += [
                 f"no target {word}"
                 for word in words[1:]
-                if "=" not in word and re.sub(r"-.*", "-%", word) not in TARGETS
+                if "=" not in word and not {word, re.sub(r"-.*", "-%", word)} & TARGETS
             ]
         elif first in ("python", "python3"):
             results.append(python_fault(words[1:]))

@@ -15,6 +15,7 @@ from tests.support.scripts import script
 STAGES = ("check", "plan", "train", "eval", "merge", "gguf")
 
 
+@pytest.mark.slow
 def test_gemma_is_trained_evaluated_merged_and_exported(tmp_path: Path) -> None:
     work = ROOT / "build" / "real"
     work.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,7 @@ CHAPTERS = (
 )
 
 
+@pytest.mark.slow
 def test_the_whole_story(place: Path, options: dict[str, Any]) -> None:
     """This is one test because each part continues the run of the previous one; each part starts a new server."""
     for chapter in CHAPTERS:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.forks import Forks
 from tests.support.jobs import ASKED, WHY_NOT
+from tests.support.slow import slow_except
 
 CASES = [
     "equals_one_device(lab, [3])", "samples(lab)", "unusual_batches(lab)", "resume_on_other_counts(lab)",
@@ -25,7 +26,10 @@ IMPORTS = "from pathlib import Path; from tests.distributed.suite import *; from
 IMPORTS += "from tests.distributed.kills import *"
 
 
-@pytest.mark.parametrize("case", CASES)
+CORE = CASES[0], "preference_objectives(lab)", "nan_on_one_rank(lab)", "resume_on_other_counts(lab)", "killed_rank(lab)"
+
+
+@pytest.mark.parametrize("case", slow_except(CASES, (*CORE, "sharded_resume(lab)", "judge_runs_on_one_rank(lab)")))
 def test_case(case: str, tmp_path: Path, forks: Forks) -> None:
     run_case(forks, case, tmp_path)
 

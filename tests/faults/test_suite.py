@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forks import Forks
+from tests.support.slow import slow_except
 
 CASES = {
     "kills": "suite.kills(lab, 6)",
@@ -20,7 +21,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(CASES, ("kills", "not finite", "two at once")))
 def test_fault(case: str, tmp_path: Path, forks: Forks) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.faults import suite\n"

@@ -12,6 +12,7 @@ from strop.errors import ModelError, RunError
 from strop.models.upstream_errors import convert_model_errors
 from tests.models.walk import PAGE, QUICK, walk
 from tests.support import seeing, tiny_families
+from tests.support.slow import slow_except
 from tests.support.tiny import write_rows
 
 FAMILIES = (
@@ -20,7 +21,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", slow_except(FAMILIES, ("gpt2", "deepseek_v2", "olmo2")))
 def test_family_is_planned_trained_merged_and_trained_in_4_bit(kind: str, tmp_path: Path) -> None:
     if kind not in tiny_families.text_types():
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")

@@ -113,6 +113,7 @@ def test_curl_program(server: Server) -> None:
     assert subprocess.run(form, capture_output=True, timeout=60, check=True).stdout == b"415"
 
 
+@pytest.mark.slow
 def test_fuzzed_requests_never_get_a_500(server: Server, tmp_path: Path) -> None:
     """Valid and invalid requests, generated from the server's OpenAPI schema."""
     schemathesis = program("schemathesis")

@@ -40,6 +40,7 @@ def test_runs_launch_the_kernels_of_their_options(simulate: Simulate) -> None:
         assert not [event for event in run["events"] if "PyTorch's own operations" in str(event.get("text"))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_runs_of_other_families_launch_their_kernels(simulate: Simulate) -> None:
     """Norms of heads, windows, GELU, an interleaved rotary embedding; a model with the plain step; and a mixture.

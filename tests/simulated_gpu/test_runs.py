@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.simulated_gpu.conftest import Simulate
 
 GIB = 1 << 30
@@ -107,6 +109,7 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_objectives_wait_once_a_step(simulate: Simulate) -> None:
     """Masks, weights and references are not read from the GPU. Only the first update compares the weights."""
     outcomes = simulate(*({"scenario": "train", **QUICK, "train.objective": objective} for objective in OBJECTIVES))

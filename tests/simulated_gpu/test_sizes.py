@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.simulated_gpu.conftest import Simulate
 
 # A layer, forward and backward, of one micro-batch; Triton kernels count as one each.
@@ -17,6 +19,7 @@ FULL_SIZE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_kernels_per_layer_and_peak_memory_match_the_plan(simulate: Simulate) -> None:
     layers = [{"shape": "tiny", "scheme": scheme, "tokens": 64, "layers": n} for scheme in MOST_KERNELS for n in (3, 4)]
     outcomes = simulate(*({"scenario": "step", **case} for case in [*layers, *FULL_SIZE]))

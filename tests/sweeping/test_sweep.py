@@ -328,6 +328,7 @@ IN_A_FORK = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_to_the_same_result(tiny_folder: Path, tmp_path: Path, forks: Forks) -> None:
     """Kill a sweep with TPE and pruning at random instants; trials, adapters and result equal those without kills."""
     run_in_a_fork(forks, "kill_a_sweep", tmp_path, tiny_folder)

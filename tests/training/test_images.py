@@ -40,6 +40,7 @@ from tests.support.pages import blocks
 from tests.support.runs import QUICK, run
 from tests.support.seeing import COLOURS, save_seeing
 from tests.support.serving import CHAT, serving
+from tests.support.slow import slow_except
 from tests.training.test_resume import Cut, adapter, cut_at, same
 
 OPTIONS: dict[str, Any] = {"train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32"}
@@ -78,7 +79,7 @@ def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
     return strop.train(model=str(seeing), data=str(rows), out=tmp_path_factory.mktemp("run") / "run", **options).folder
 
 
-@pytest.mark.parametrize("vision", ["none", "projector", "all"])
+@pytest.mark.parametrize("vision", slow_except(["none", "projector", "all"], ["all"]))
 @pytest.mark.parametrize(("family", "dtype"), [("idefics3", "fp32"), ("idefics3", "bf16"), ("qwen3_vl", "fp32")])
 def test_resume_has_equal_bits(rows: Path, tmp_path: Path, vision: str, family: str, dtype: str) -> None:
     seeing = save_seeing(tmp_path / "seeing", family)
@@ -274,7 +275,9 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"])
+@pytest.mark.parametrize(
+    "family", slow_except(["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"], ["qwen2_5_vl", "gemma3"])
+)
 def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_path: Path, family: str) -> None:
     """Two images in two turns, whose first turn is in the cache: as `generate`, which is compared with transformers."""
     openai = pytest.importorskip("openai")

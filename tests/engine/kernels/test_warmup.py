@@ -169,6 +169,7 @@ def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
     return environment
 
 
+@pytest.mark.slow
 def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
     """Kernels that a run compiles itself have other last bits than those of a resumed run."""
     for models, family, fewest in (("usual", "llama", 20), ("all", "glm", 19)):
@@ -178,6 +179,7 @@ def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
         assert [line for line in lines if not line.endswith("[]")] == []
 
 
+@pytest.mark.slow
 def test_decoding_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
     environment = warm_up(tmp_path, "decode", "bfloat16")
 

@@ -35,6 +35,7 @@ def run_python(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @triton
 def test_values_in_tritons_interpreter() -> None:
     """numerics.py, in a process that starts with the interpreter."""
