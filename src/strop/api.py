@@ -277,6 +277,7 @@ def evaluate(
     data: Rows,
     *,
     metric: str | Callable[[str, str], bool] | None = None,
+    limit: int | None = None,
     max_new_tokens: int | None = None,
     general: bool = False,
     regression_data: Rows = (),
@@ -300,6 +301,7 @@ def evaluate(
             the right answer and an answer, which returns whether the answer is right; by default "preference" for
             pairs, "accuracy" for a classifier, "accuracy_at_1" for embeddings, and "mean_reward" for a run in an
             environment, where other metrics score the last turn of a trace.
+        limit: maximum number of rows, which are then evenly chosen, and of rows of `regression_data`. Default: all.
         max_new_tokens: maximum length of an answer in tokens. Default: 1.25 times the longest reference answer, and at
             least 80.
         general: also evaluate on the built-in general set, to detect abilities that training made worse.
@@ -347,6 +349,7 @@ def evaluate(
         with isolated_torch_state():
             chosen = EvalOptions(
                 metric=metric_name,
+                limit=limit,
                 max_new_tokens=max_new_tokens,
                 quantization=quantization,
                 dtype=dtype,

@@ -715,3 +715,19 @@ def test_the_tuned_model_alone_has_the_scores_that_it_has_next_to_the_base(
     assert (runs[1] / "report.html").is_file() and strop.evaluate(runs[1], data, metric=metric, max_new_tokens=4)[
         "base"
     ]
+
+
+def test_limit_takes_rows_evenly(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"prompt": f"say {number}", "completion": str(number)}) for number in range(7)]
+    data, extra = tmp_path / "seven.jsonl", tmp_path / "two.jsonl"
+    data.write_text("\n".join(lines))
+    extra.write_text("\n".join(lines[:2]))
+    words = ["eval", runs[0], "--data", data, "--regression-data", extra, "--max-new-tokens", "2", "--json"]
+    code, out, err = run(*words, "--limit", "3", capsys=capsys)
+    result = json.loads(out)
+    assert code == 0 and result["rows"] == 3 and result["regression"]["rows"] == 2
+    assert [sample["gold"] for sample in result["samples"]] == ["0", "2", "4"]
+    assert "3 of 7 rows, evenly chosen (--limit)" in result["notes"] and "evenly chosen" in err
+    assert not any("evenly" in note for note in strop.evaluate(runs[0], data, limit=7, max_new_tokens=2)["notes"])
+    with pytest.raises(strop.InputError, match="limit 0: below 1"):
+        strop.evaluate(runs[0], data, limit=0)

@@ -88,6 +88,7 @@ READ_FIELDS = (
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     metric: str | None = None  # name of a metric, or file.py:function; default: DEFAULT_METRIC, or that of the model
+    limit: int | None = None  # maximum number of rows, and of rows of regression_data
     max_new_tokens: int | None = None  # maximum length of an answer; default: see `compare`
     quantization: str = "auto"  # quantization of the base
     dtype: str = "auto"  # of its other weights
@@ -125,6 +126,8 @@ def evaluate_models(
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
+    if options.limit is not None:
+        request = _limit_rows(request, options.limit)
     bases: dict[tuple[str, ...], Side] = {}
     results = []
     for name in names:
@@ -221,6 +224,22 @@ def _check_request(
     dtypes = {read_identity(folder).get("dtype") for folder in map(adapter_folder, names) if folder is not None}
     trained_dtype = dtypes.pop() if len(dtypes) == 1 else None
     return _Request(options, rows, regression, trained_dtype, notes, judge, tasks, task_manager, advance, devices)
+
+
+def _limit_rows(request: _Request, limit: int) -> _Request:
+    """Return the request with at most `limit` rows, evenly chosen, because files may be sorted."""
+    if limit < 1:
+        raise RecipeError(f"--limit {limit}: below 1", fix="give a number of rows")
+    notes = [*request.notes]
+
+    def choose(rows: list[Conversation], label: str) -> list[Conversation]:
+        if len(rows) <= limit:
+            return rows
+        notes.append(f"{limit:,} of {len(rows):,} {label}, evenly chosen (--limit)")
+        return [rows[number * len(rows) // limit] for number in range(limit)]
+
+    rows, regression = choose(request.rows, "rows"), choose(request.regression, "regression rows")
+    return replace(request, rows=rows, regression=regression, notes=notes)
 
 
 def find_environment(name: str) -> Recipe | None:

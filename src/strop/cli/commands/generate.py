@@ -30,6 +30,7 @@ def evaluate(
             help="exact, exact_json, contains, regex, choice, file.py:function; default: exact, or the model's."
         ),
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of rows, evenly chosen; default: all.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum answer tokens; default: from the references, at least 80.")
     ] = None,
@@ -71,7 +72,8 @@ def evaluate(
     with generation_progress(console_for(is_main)) as advance:
         warmup.load(warmup.DECODE if is_main else None)
         result = api.evaluate(
-            names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+            names if len(names) > 1 else names[0], data, metric=metric, limit=limit, max_new_tokens=max_new_tokens,
+            general=general,
             regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
             task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, dtype=dtype,
             force=force, progress=advance, **(options or {}),
