@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from strop.engine.decode import generate
 from strop.engine.decode.hf_cache import PrefixCache
-from strop.engine.decode.hf_fallback import HfDecoder, check_batching
+from strop.engine.decode.hf_fallback import HfDecoder, check_batching, hf_generate
 from strop.errors import ModelError
 from tests.support import tiny_families
 from tests.support.random_models import tiny
@@ -43,6 +44,36 @@ def test_families_that_count_cache_positions_are_rejected(kind: str, message: st
     model = tiny_families.build(kind)
     with pytest.raises(ModelError, match=message):
         check_batching(HfDecoder(model, keep=100), model)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_prompts_of_a_step_are_sampled_together_on_a_gpu(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of completions in a padded batch are those of each prompt with its completion alone."""
+    model = tiny().eval()
+    batches = list[int]()
+
+    def counted(model: Any, texts: Any, *args: Any, **options: Any) -> Any:
+        batches.append(len(texts))
+        return hf_generate(model, texts, *args, **options)
+
+    monkeypatch.setattr(generate, "hf_generate", counted)
+    monkeypatch.setattr(generate, "MAX_SEQUENCES", 5)
+    monkeypatch.setattr(generate, "why_decoder_unsupported", lambda model: "on a GPU")
+    assert not generate._mixes_prompts(model)  # on a CPU
+    monkeypatch.setattr(generate, "_mixes_prompts", lambda model: mixed)
+    prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (4, 9, 6)]
+    seeds = [[1, 2], [3, 4], [5, 6]]
+    groups = generate.sample_completions(model, prompts, seeds, [2], 5)
+    assert batches == ([4, 2] if mixed else [2, 2, 2]) and [len(group) for group in groups] == [2, 2, 2]
+    again = generate.sample_completions(model, prompts, seeds, [2], 5)
+    for prompt, group, same in zip(prompts, groups, again, strict=True):
+        for completion, repeated in zip(group, same, strict=True):
+            assert np.array_equal(completion.ids, repeated.ids) and 1 <= len(completion.ids) <= 5
+            ids = torch.from_numpy(np.concatenate([prompt, completion.ids]).astype(np.int64))
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+            expected = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].numpy()
+            assert np.allclose(completion.log_probs, expected, atol=1e-5)
 
 
 def test_layers_with_other_state_are_rejected() -> None:

@@ -21,12 +21,14 @@ from transformers import GenerationConfig
 from strop.data.images import hide_images
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups, drop_decoder
+from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.images import image_features
 from strop.errors import InputError, ModelError, NonFiniteError
 from strop.models.adapters import adapter_disabled
+from strop.models.families.table import FAMILIES
 from strop.models.introspect import learned_positions, max_positions
 from strop.models.tokenizer import TextStream
 
@@ -218,12 +220,12 @@ def sample_completions(
     """Sample a completion of each prompt for each of its seeds, with the log-probability of each token.
 
     Tokens are sampled at temperature 1 from the whole vocabulary. A completion depends only on the weights, the prompt
-    and the seed (with transformers' generate: on all seeds of the prompt). The decoder is freed afterwards.
+    and the seed (with transformers' generate: on all prompts and seeds of a batch). The decoder is freed afterwards.
 
     Raises NonFiniteError if the logits are not finite.
     """
     if why_decoder_unsupported(model) is not None:
-        return [_sample_with_hf(model, *row, stop_ids, max_new_tokens) for row in zip(prompts, seeds, strict=True)]
+        return _sample_with_hf(model, prompts, seeds, stop_ids, max_new_tokens)
     adapter = find_active_adapter(model)
     options: Any = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "num_logprobs": 0}
     groups = [
@@ -385,10 +387,33 @@ def _generate_with_hf(
 
 
 def _sample_with_hf(
-    model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int
-) -> list[SampledCompletion]:
-    """Sample all completions of a prompt together, with the first seed."""
-    return _sample_batch_with_hf(model, [prompt] * len(seeds), seeds[0], stop_ids, max_new_tokens, False)
+    model: Any, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> list[list[SampledCompletion]]:
+    """Sample all completions of a prompt together, on a GPU those of several prompts, with the first seed."""
+    batches: list[list[tuple[Ids, Sequence[int]]]] = [[]]
+    mixes = _mixes_prompts(model)
+    for prompt, own in zip(prompts, seeds, strict=True):
+        rows = sum(len(others) for _, others in batches[-1])
+        if batches[-1] and (not mixes or rows + len(own) > MAX_SEQUENCES):
+            batches.append([])
+        batches[-1].append((prompt, own))
+    groups = []
+    for batch in batches:
+        texts, first = [prompt for prompt, own in batch for _ in own], batch[0][1][0]
+        sampled = iter(_sample_batch_with_hf(model, texts, first, stop_ids, max_new_tokens, False))
+        groups += [[next(sampled) for _ in own] for _, own in batch]
+    return groups
+
+
+def _mixes_prompts(model: Any) -> bool:
+    """Return whether prompts of different lengths are sampled together.
+
+    On a GPU, a step of many sequences takes as long as one of few. Padding does not change the values of attention,
+    which are all that fully fused families have; it may change those of other layers.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = FAMILIES.get(base.config.get_text_config().model_type)
+    return next(model.parameters()).device.type != "cpu" and family is not None and family.fully_fused
 
 
 def _sample_batch_with_hf(
