@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from strop.engine.decode import generate
 from strop.engine.decode.hf_cache import PrefixCache
 from strop.engine.decode.hf_fallback import HfDecoder, check_batching, hf_generate
+from strop.engine.decode.sampling import Sampling
 from strop.errors import ModelError
 from tests.support import tiny_families
 from tests.support.random_models import tiny
@@ -74,6 +76,26 @@ def test_prompts_of_a_step_are_sampled_together_on_a_gpu(mixed: bool, monkeypatc
                 logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
             expected = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].numpy()
             assert np.allclose(completion.log_probs, expected, atol=1e-5)
+
+
+def test_a_batch_without_enough_memory_is_generated_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny().eval(), list[int]()
+
+    def limited(model: Any, texts: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(texts))
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return hf_generate(model, texts, *args, **options)
+
+    prompts = [np.arange(3, 8 + row, dtype=np.int32) for row in range(5)]
+    options: Any = {"stop_ids": [2], "max_new_tokens": 4, "pad_id": 2, "with_log_probs": True}
+    alone = [hf_generate(model, [prompt], Sampling(0.0), **options)[0][0] for prompt in prompts]
+    monkeypatch.setattr(generate, "hf_generate", limited)
+    tokens, log_probs = generate._hf_generate_in_halves(model, prompts, Sampling(0.0), **options)
+    assert sizes == [5, 2, 3, 1, 2] and [row[:4] for row in tokens] == alone and len(log_probs) == 5
+    with pytest.raises(RuntimeError, match="another error"):
+        monkeypatch.setattr(generate, "hf_generate", Mock(side_effect=RuntimeError("another error")))
+        generate._hf_generate_in_halves(model, prompts, Sampling(0.0), **options)
 
 
 def test_layers_with_other_state_are_rejected() -> None:

@@ -27,13 +27,14 @@ from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.images import image_features
 from strop.errors import InputError, ModelError, NonFiniteError
+from strop.machine.memory import free_memory, is_out_of_memory
 from strop.models.adapters import adapter_disabled
 from strop.models.families.table import FAMILIES
 from strop.models.introspect import learned_positions, max_positions
 from strop.models.tokenizer import TextStream
 
 REPORT_SECONDS = 0.5  # between reports on unfinished completions
-HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
+HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate on a CPU; on a GPU MAX_SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -334,11 +335,12 @@ def _resample_turns(
 ) -> None:  # fmt: skip
     """Implement `sample_turns` without a cache between turns."""
     ids, active, turn = dict(enumerate(prompts)), list(range(len(prompts))), 0
+    size = _hf_batch_size(model)
     while active:
         turns = []
         turn_seeds = {trace: seeds[trace] + turn for trace in active}  # each turn has its own random numbers
-        for begin in range(0, len(active), HF_BATCH_SIZE):
-            traces = active[begin : begin + HF_BATCH_SIZE]
+        for begin in range(0, len(active), size):
+            traces = active[begin : begin + size]
             limit = min(turn_tokens, max_length - min(len(ids[trace]) for trace in traces))
             texts, batch_seeds = [ids[trace] for trace in traces], [turn_seeds[trace] for trace in traces]
             if sampler is not None and not greedy:
@@ -363,6 +365,34 @@ def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
+def _hf_batch_size(model: nn.Module) -> int:
+    """Return the number of prompts in a batch. On a GPU, a pass over many takes as long as one over few."""
+    return MAX_SEQUENCES if _is_on_gpu(model) else HF_BATCH_SIZE
+
+
+def _hf_generate_in_halves(
+    model: Any, prompts: Sequence[Ids], sampling: Sampling, **options: Any
+) -> tuple[list[list[int]], list[LogProbs]]:
+    """Return the tokens and the log-probabilities of each prompt, from smaller batches where memory runs out.
+
+    options: of `hf_generate`. A streamer takes only one prompt.
+    """
+    try:
+        tokens, log_probs = hf_generate(model, prompts, sampling, **options)
+        return tokens, [] if log_probs is None else [*log_probs]
+    except (RuntimeError, MemoryError) as error:
+        if len(prompts) == 1 or not is_out_of_memory(error):
+            raise
+    free_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(prompts) // 2
+    first, second = (
+        _hf_generate_in_halves(model, part, sampling, **options) for part in (prompts[:middle], prompts[middle:])
+    )
+    return first[0] + second[0], first[1] + second[1]
+
+
 def _generate_with_hf(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], limits: Sequence[int],
     sampling: Sampling, streamer: TextCallbackStreamer | None, advance: Callable[[float], None] | None,
@@ -374,8 +404,9 @@ def _generate_with_hf(
     completions: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     groups = [list(group) for _, group in groupby(order, key=lambda row: limits[row])]
-    for rows in (group[i : i + HF_BATCH_SIZE] for group in groups for i in range(0, len(group), HF_BATCH_SIZE)):
-        tokens, _ = hf_generate(
+    size = _hf_batch_size(model)
+    for rows in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
+        tokens, _ = _hf_generate_in_halves(
             model, [prompts[row] for row in rows], sampling, stop_ids=stop_ids, max_new_tokens=limits[rows[0]],
             pad_id=pad_id, streamer=streamer,
         )  # fmt: skip
@@ -413,7 +444,11 @@ def _mixes_prompts(model: Any) -> bool:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = FAMILIES.get(base.config.get_text_config().model_type)
-    return next(model.parameters()).device.type != "cpu" and family is not None and family.fully_fused
+    return _is_on_gpu(model) and family is not None and family.fully_fused
+
+
+def _is_on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type not in ("cpu", "meta")  # meta: weights that are streamed
 
 
 def _sample_batch_with_hf(
@@ -422,12 +457,11 @@ def _sample_batch_with_hf(
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tokens, log_probs = hf_generate(
+        tokens, log_probs = _hf_generate_in_halves(
             model, prompts, Sampling(temperature=0.0 if greedy else 1.0), stop_ids=stop_ids,
             max_new_tokens=max_new_tokens, pad_id=stop_ids[0], with_log_probs=True,
         )  # fmt: skip
-    assert log_probs is not None
-    if not np.isfinite(log_probs).all():
+    if not all(np.isfinite(row).all() for row in log_probs):
         raise _non_finite_error()
     completions = []
     for new, row in zip(tokens, log_probs, strict=True):
