@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -29,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import strop
+from strop.api import flatten_options
 from strop.cli.chat import Session
 from strop.config.names import SHORT_FORMS
 from strop.config.options import Options
@@ -552,6 +554,88 @@ def test_functions_are_metrics_and_judges(adapter_folders: list[Path], rows_file
     ):
         with pytest.raises(InputError, match=what):
             strop.evaluate(adapter_folders[0], rows_file, metric=wrong)  # type: ignore[arg-type]
+
+
+NAMED = """
+import functools
+
+def scaled(function):
+    @functools.wraps(function)
+    def inner(completion, row):
+        return 10 * function(completion, row)
+    return inner
+
+def one(completion, row):
+    return 1.0
+
+ten = scaled(one)
+first = one
+
+def one(completion, row):
+    return 2.0
+
+constant = lambda completion, row: 5.0
+part = functools.partial(one, row=None)
+
+class Reward:
+    def __call__(self, completion, row):
+        return 0.0
+
+reward = Reward()
+"""
+
+
+def test_the_function_that_is_given_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not another one whose `__name__` it has: a decorated function has that of the function in it."""
+    (tmp_path / "named_for_test.py").write_text(NAMED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("named_for_test")
+    for name in ("ten", "first", "one", "constant", "reward"):
+        spec = f"{tmp_path / 'named_for_test.py'}:{name}"
+        assert flatten_options({"rewards": getattr(module, name)}) == {"train.rewards": [spec]}
+    for nowhere in (module.scaled(module.one), module.part, lambda completion, row: 1.0, module.Reward()):
+        with pytest.raises(InputError, match="not at the top of one Python file"):
+            flatten_options({"rewards": nowhere})
+    program = tmp_path / "program.py"
+    program.write_text(
+        """import strop
+def early(completion, row): return 1.0
+if __name__ == "__main__":
+    def late(completion, row): return 1.0
+    from strop.api import flatten_options
+    print(flatten_options({"rewards": early}))
+    try: flatten_options({"rewards": late})
+    except strop.InputError as error: print(error)
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    assert f"{program}:early" in done.stdout and "late: not at the top of one Python file" in done.stdout
+
+
+def test_a_judge_that_returns_a_truth_value_is_refused(adapter_folders: list[Path], rows_file: Path) -> None:
+    """False would be a tie, so each row would be one."""
+    with pytest.raises(strop.RunError, match=r"returns (True|False).*\n.*above 0 if the first is better"):
+        strop.evaluate(adapter_folders[0], rows_file, judge=lambda *texts: len(texts[2]) > len(texts[3]), limit=2)
+
+    async def waits(right: str, answer: str) -> bool:
+        return True
+
+    with pytest.raises(InputError, match="waits: an async function"):
+        strop.evaluate(adapter_folders[0], rows_file, metric=waits)  # type: ignore[arg-type]
+
+
+def test_a_history_may_be_dictionaries(bold: Model) -> None:
+    turns = [{"role": "user", "content": "what is 3"}, {"role": "assistant", "content": "it is 3"}]
+    history: list[Any] = [*turns]
+    last = {"role": "user", "content": "and 4"}
+    answer = bold.chat("and 4", history=history, max_new_tokens=8, temperature=0)
+    assert answer == bold.generate([[*turns, last]], max_new_tokens=8)[0]
+    assert [turn.role for turn in history] == ["system", "user", "assistant", "user", "assistant"]
+    with pytest.raises(InputError, match="dictionaries next to messages of an earlier call"):
+        bold.chat("and 5", history=[*history, last])
+    with pytest.raises(InputError, match="a message has prompt, completion, and no role"):
+        bold.generate([{"prompt": "hello", "completion": "yo"}])
 
 
 def test_a_function_of_the_program_is_a_reward(tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,10 +17,8 @@ of the command line where stderr is a log.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from typing_extensions import Unpack
 
 from strop.config.arguments import check_path, public
+from strop.config.functions import function_spec
 from strop.config.options import Options
 from strop.display.progress import show_answers, show_run, show_steps
 from strop.errors import InputError, ModelError
@@ -755,31 +754,12 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
             if dotted == "train.rewards" and not isinstance(value, str):
-                value = [_function_spec(dotted, part) for part in (value if isinstance(value, list) else [value])]
+                value = [function_spec(dotted, part) for part in (value if isinstance(value, list) else [value])]
             if dotted == "train.environment":
-                value = _function_spec(dotted, value)
+                value = function_spec(dotted, value)
             is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)
             flat[dotted] = _data_files(value, dotted) if is_files else _paths_to_text(value)
     return flat
-
-
-def _function_spec(field: str, value: Any) -> Any:
-    """Return a class, or functions of one file, as "FILE.py:NAME,NAME". Raises InputError if they are in no file."""
-    parts = value if isinstance(value, list | tuple) else [value]
-    if not all(callable(part) and hasattr(part, "__qualname__") for part in parts):
-        return value
-    files = {inspect.getsourcefile(part) for part in parts if _is_in_module(part)}
-    if len(files) != 1 or not str(file := files.pop()).endswith(".py"):
-        names = ", ".join(part.__qualname__ for part in parts)
-        fix = "put it into a file, and give the file and the name as text: 'file.py:name'"
-        raise InputError(f"{field}: {names}: not at the top of one Python file", fix=fix)
-    return f"{file}:{','.join(part.__name__ for part in parts)}"
-
-
-def _is_in_module(part: Any) -> bool:
-    """Return whether a class or function is at the top of a module that comes from a file."""
-    module = sys.modules.get(part.__module__)
-    return part.__qualname__ == part.__name__ and getattr(module, "__file__", None) is not None
 
 
 def _name_function(value: Any) -> Any:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 import strop
 from strop.errors import DiskError, InputError, Stopped
-from strop.evaluation.diagnosis import diagnose
+from strop.evaluation.diagnosis import changes_loss, diagnose
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
-from strop.runs.lock import changes_loss, sha256_text
+from strop.runs.lock import sha256_text
 from strop.training import state
 from strop.training.loop import fit
 from tests.support import tiny

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.runs.events import drop_undone_events
-from strop.runs.lock import changes_loss
 
 Losses = dict[int, float]  # by step
 FLAT_HINT = f"see {TROUBLESHOOTING_PAGE}#flat"
@@ -19,6 +19,8 @@ MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which
 MAX_CUT_OFF = 0.9  # maximum share of completions that reach the length limit
 MIN_CUT_OFF = 0.01  # smallest share that is reported
 MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
+# changes after which the loss of an evaluation measures something else than before
+_MEASURED_PARTS = ("base", "data", "teacher", "template", "rewards", "environment")
 
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
@@ -139,3 +141,10 @@ def _read_losses(events: Sequence[dict[str, Any]], kind: str) -> Losses:
     """Return the losses of "step" or "eval" events. If a step was repeated, the last loss counts."""
     with_loss = (event for event in events if event["event"] == kind and event.get("loss") is not None)
     return {event["step"]: event["loss"] for event in with_loss}
+
+
+def changes_loss(name: str) -> bool:
+    """Return whether losses before and after a change cannot be compared. name: a field or input that changed."""
+    section, _, field = name.partition(".")
+    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith("teacher"))
+    return name in _MEASURED_PARTS or section in ("data", "model") or of_train

@@ -216,16 +216,22 @@ METRICS: dict[str, Metric] = {
 def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
     """Return a metric by name, or load a user-defined one from `file.py:function`, which takes these arguments."""
     if isinstance(name, FunctionName):
-        return _make_metric(name.function, str(name), name, arguments)
+        return _refuse_async(_make_metric(name.function, str(name), name, arguments))
     if not isinstance(name, str):
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
         file, _, function = name.rpartition(":")
-        return load_metric("metric", file, function, arguments)
+        return _refuse_async(load_metric("metric", file, function, arguments))
     if name not in METRICS:
         fix = f"use one of {', '.join(METRICS)}, or file.py:function"
         raise RecipeError(f"metric {name} is not known{suggest(name, METRICS)}", fix=fix)
     return METRICS[name]
+
+
+def _refuse_async(metric: Metric) -> Metric:
+    if inspect.iscoroutinefunction(metric.function):
+        raise RecipeError(f"{metric.name}: an async function", fix="only rewards may be async: write `def`")
+    return metric
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.errors import InputError, suggest
 
 LIBRARIES = (
@@ -30,8 +29,6 @@ FIXED_FIELDS = {
     "lora.new_tokens", "lora.init", "lora.vision", "train.objective", "train.teacher",
 }  # fmt: skip
 HASHED_PARTS = ("base", "data", "kept", "teacher", "template", "rewards", "environment")  # fields of lock.json
-# changes after which the loss of an evaluation measures something else than before
-_MEASURED_PARTS = ("base", "data", "teacher", "template", "rewards", "environment")
 FIELD_GROUPS = {  # names for several fields in --allow-changed
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
@@ -88,13 +85,6 @@ def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differ
         if was.partition(".")[0] != now.partition(".")[0]:
             differences.append(Difference("versions", f"{library} {was}", f"{library} {now}"))
     return differences
-
-
-def changes_loss(name: str) -> bool:
-    """Return whether losses before and after a change cannot be compared. name: a field or input that changed."""
-    section, _, field = name.partition(".")
-    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith("teacher"))
-    return name in _MEASURED_PARTS or section in ("data", "model") or of_train
 
 
 def is_allowed(difference: Difference, names: Sequence[str]) -> bool:

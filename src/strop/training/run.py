@@ -18,6 +18,7 @@ from strop.display.notebook import html_table, run_summary
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import explain_driver_error, repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, Stopped, StropError, first_line
+from strop.evaluation.diagnosis import changes_loss
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
 from strop.models.streaming import ReadAhead
@@ -35,7 +36,7 @@ from strop.runs.folder import (
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, changes_loss, check_allowed_names, compare_locks, is_allowed
+from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_images, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save

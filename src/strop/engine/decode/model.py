@@ -337,7 +337,7 @@ class Model:
         self,
         text: str | Sequence[Mapping[str, Any]],
         *,
-        history: list[Message] | None = None,
+        history: list[Any] | None = None,
         images: Any = None,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -349,8 +349,8 @@ class Model:
 
         Args:
             text: the user's message; or a list of messages such as {"role": "user", "content": "hi"}.
-            history: a list that is empty at first. The conversation in it goes on with the message, which is added to
-                it with the answer.
+            history: a list that is empty at first, or has messages such as {"role": "user", "content": "hi"}. The
+                conversation in it goes on with the message, which is added to it with the answer.
             images: an image of the message (a path, bytes or a PIL image) or a list of images, as for `generate`.
             system: the system prompt of a new conversation. None: that of the training rows, if they all had the same.
             max_new_tokens: the limit for the answer.
@@ -370,7 +370,8 @@ class Model:
         if history and system is not None:
             raise InputError("chat: system is given for a conversation that goes on", fix="give an empty history")
         if history and isinstance(text, str):
-            messages = [*history, _user_message(text, images, "chat")]
+            messages = [*_parse_history(history), _user_message(text, images, "chat")]
+            messages = [*([] if messages[0].role == "system" else self._system_messages(None)), *messages]
         else:
             messages = self._new_conversation(text, images, system, "chat")
         prompt = self.renderer.prompt(messages)
@@ -429,13 +430,26 @@ def describe_classes(classes: Classes, probabilities: Sequence[float]) -> dict[s
     return {"label": next(iter(ranked)), "probabilities": ranked}
 
 
+def _parse_history(history: Sequence[Any]) -> list[Message]:
+    """Return the messages of a history, which may be dictionaries. Raises InputError."""
+    if all(isinstance(message, Message) for message in history):
+        return list(history)
+    if not all(isinstance(message, Mapping) for message in history):
+        what = "chat: history has dictionaries next to messages of an earlier call"
+        raise InputError(what, fix="give dictionaries, or only the list that earlier calls have extended")
+    return _parse_messages([*history, {"role": "user", "content": "-"}], "chat")[:-1]
+
+
 def _parse_messages(messages: Any, function: str) -> list[Message]:
     """Parse a conversation that ends with a user or tool message. Raises InputError."""
     messages = [messages] if isinstance(messages, Mapping) else messages
+    fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
+    first = messages[0] if isinstance(messages, list | tuple) and messages else None
+    if isinstance(first, Mapping) and not {"role", "from"} & first.keys():
+        raise InputError(f"{function}: a message has {', '.join(map(str, first))}, and no role", fix=fix)
     try:
         return [*read_images(convert_prompt({"prompt": messages}, ("prompt",))[0], Path(), conversation=True).messages]
     except InvalidRow as error:
-        fix = 'give a string, or messages such as {"role": "user", "content": "hi"}'
         raise InputError(f"{function}: {error.what}", fix=fix) from None
 
 
