@@ -36,7 +36,6 @@ TITLES = {"index.md": "Fine-tune language models on your own computer"}  # of th
 LONG = 60  # characters: a table of few columns with a longer cell is shown as a list on a narrow screen
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
 _INDENTED = re.compile(r"^(\S[^\n]*?):\n((?:  .*\n)+)", re.M)
-_JSON = re.compile(r"\{\"[^\n]*?\}(?=[:,\n])")
 _TABLE = re.compile(r"<table>.*?</table>", re.S)
 _CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)</\1>", re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
