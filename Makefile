@@ -99,7 +99,7 @@ site: $(VENV)-site/installed
 
 $(VENV)-site/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-site
-	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt -e . mkdocs mkdocs-material 'mkdocstrings[python]'
+	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt -e . mkdocs mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # The lesson's notebook, executed by Jupyter's own client. Some minutes.

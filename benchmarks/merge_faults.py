@@ -3,7 +3,7 @@
     python benchmarks/merge_faults.py RUN [--dtype bf16 --positions 2048] [--out RESULT.json]
 
 Each wrong merge is made in memory with the rounding of `strop merge`, and compared with the adapter on its base, both
-computing in fp32. Prints the table of docs/after.md, with figures beyond their limits in bold.
+computing in fp32. Prints the table of docs/measured.md, with figures beyond their limits in bold.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python benchmarks/scale.py links               seconds of gloo's all-reduce by size, the source of the plan's constants
 python benchmarks/scale.py pair --rounds 5     one process of two threads and two of one thread, in turn, on SmolLM2
 python benchmarks/scale.py memory              total memory of the processes (Linux)
-python benchmarks/scale.py simulate            the tables of docs/scale.md, computed from measured constants
+python benchmarks/scale.py simulate            the tables of docs/measured.md, computed from measured constants
 
 The first three need an idle machine. --out FILE stores the result as JSON.
 """

@@ -47,10 +47,10 @@ def test_every_folder_is_described() -> None:
 
 
 def test_each_silent_error_on_record_has_a_test_that_names_it() -> None:
-    """docs/preferences.md lists sixteen errors; the docstring of a test for one has `on record, N`."""
+    """docs/measured.md lists sixteen errors; the docstring of a test for one has `on record, N`."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     numbers = [result for text in texts for result in re.findall(r"[Oo]n record, ([\d and]+)", text)]
     assert {int(number) for one in numbers for number in re.findall(r"\d+", one)} == set(range(1, 17))
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    listed = page[page.index("## Errors on record") :].split("\n## ")[0]
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    listed = page[page.index("### Errors on record") :].split("\n##")[0]
     assert [int(number) for number in re.findall(r"^(\d+)\.", listed, re.MULTILINE)] == list(range(1, 17))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib.util
 import inspect
 import json
@@ -17,7 +18,7 @@ import yaml
 import strop
 from strop.cli.app import COMMANDS
 from strop.config.load import resolve
-from strop.config.names import SHORT_FORMS
+from strop.config.options import Options
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.commands import find_error
@@ -123,7 +124,7 @@ def call_faults(function: Any, node: ast.Call) -> list[str]:
         elif name in ("model", "data", "lora", "train") and isinstance(keyword.value, ast.Dict):
             keys = [f"{name}.{ast.literal_eval(key)}" for key in keyword.value.keys if key is not None]
             results += [f"no recipe field {key}" for key in keys if key not in FIELDS]
-        elif name not in {*FIELDS, *SHORT_FORMS, *(field.rpartition(".")[2] for field in FIELDS)}:
+        elif name not in Options.__annotations__:
             results.append(f"no recipe field {name}")
     if len(node.args) > sum(
         p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()
@@ -184,6 +185,33 @@ def test_link_targets_exist(page: Path) -> None:
         elif anchor and anchor not in anchors(target):
             wrong.append(f"{name}#{anchor}")
     assert not wrong
+
+
+def test_commands_have_no_placeholder_that_a_shell_reads_as_a_redirection() -> None:
+    assert [str(block) for block in BLOCKS if block.language in SHELL and re.search(r"<[\w ]+>", block.text)] == []
+    clones = {re.sub(r" *#.*", "", line) for block in BLOCKS for line in block.text.splitlines() if "git clone" in line}
+    assert clones == {"git clone ADDRESS strop && cd strop"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_link_texts_are_not_file_names(page: Path) -> None:
+    assert re.findall(r"\[[\w/]+\.md\]\(", page.read_text(encoding="utf-8")) == []
+
+
+def test_blocks_of_the_api_page_define_the_names_that_they_use() -> None:
+    for block in (block for block in BLOCKS if block.page.name == "api.md"):
+        names = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        bound |= set(re.findall(r"^import (\w+)", block.text, re.M))
+        assert {node.id for node in names} <= bound, block
+
+
+def test_reference_reads_as_text() -> None:
+    recipe, formats = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipe.md", "formats.md"))
+    assert not re.search(r"\| `(None|True|False|\d+\.0)` \|", recipe)
+    assert "auto, replicated, sharded, streamed" not in recipe
+    columns = re.findall(r"^- (?:Columns|Or): (.*)", formats, re.M)
+    assert len(columns) > 20 and all(line.count(" or ") <= 2 for line in columns)
 
 
 PLANTED = [

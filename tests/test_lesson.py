@@ -78,6 +78,19 @@ def test_the_page_of_python_runs_from_top_to_bottom(
     assert (tmp_path / "sums.gguf").is_file() and isinstance(names["history"], list) and len(names["history"]) == 2
 
 
+def test_the_first_run_on_pairs_of_the_page_runs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = blocks(ROOT / "docs" / "preferences.md")
+    rows = next(block.text for block in page if block.language == "jsonl")
+    for name in ("pairs.jsonl", "held_out_pairs.jsonl"):
+        (tmp_path / name).write_text(rows, encoding="utf-8")
+    (ran,) = [block for block in page if "run" in block.marks]
+    run_block(ran, tiny_folder, {}, capsys)
+    assert "preference" in json.loads((tmp_path / "runs" / "pairs" / "report.json").read_text())["evaluation"]["metric"]
+
+
 def test_the_table_of_methods_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("plan", "--compare", "--memory", "8GB", capsys=capsys)
     printed = re.sub(r"[ │┃]+", " ", out + err)

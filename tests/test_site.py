@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import inspect
 import os
 import re
 import subprocess
@@ -90,6 +92,16 @@ def test_remote_scripts_and_fonts_are_detected() -> None:
     assert elsewhere(fetched(page)) == ["https://x.org/a.js", "//f.org/f"]
 
 
+def first_results(page: Any, words: str) -> list[str]:
+    """Type words into the search, and return the addresses of its results, best first."""
+    for _ in range(6):  # text typed before the search is ready is lost
+        page.fill("input[name=query]", "")
+        page.locator("input[name=query]").press_sequentially(words)
+        if _appears(page):
+            break
+    return list(page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)"))
+
+
 def _appears(page: Any) -> bool:
     from playwright.sync_api import TimeoutError
 
@@ -119,14 +131,52 @@ def test_search_works_on_pages_opened_as_files(site: Path, words: str, found: st
         page.on("request", lambda request: requested.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((site / "tutorial.html").as_uri())
-        for _ in range(6):  # text typed before the search is ready is lost
-            page.fill("input[name=query]", "")
-            page.locator("input[name=query]").press_sequentially(words)
-            if _appears(page):
-                break
-        result = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
+        result = first_results(page, words)
     assert any(found in link for link in result) and not any("/log/" in link for link in result) and not errors
     assert not [url for url in requested if not url.startswith(("file:", "data:", "about:", "blob:"))]
+
+
+@pytest.mark.parametrize(
+    ("words", "best"),
+    [
+        ("per_device_train_batch_size", "import"),
+        ("micro_batch_size", "import"),
+        ("lora_r", "import"),
+        ("load_in_4bit", "quantization"),
+        ("oom", "troubleshooting"),
+        ("multi gpu", "scale"),
+        ("dpo", "preferences"),
+        ("grpo", "preferences"),
+        ("uninstall", "install"),
+        ("merge adapter", "after"),
+        ("python evaluate result", "python"),
+        ("batch generate", "python"),
+        ("alpaca", "formats"),
+        ("sharegpt", "formats"),
+    ],
+)
+def test_best_result_of_a_search_is_the_page_on_it(site: Path, words: str, best: str) -> None:
+    with open_browser() as browser:
+        page = browser.new_page()
+        page.goto((site / "tutorial.html").as_uri())
+        assert f"/{best}.html" in first_results(page, words)[0]
+
+
+def test_heading_is_the_name_in_the_navigation_and_in_the_tab(site: Path, pages: dict[Path, str]) -> None:
+    titles = []
+    for page, content in pages.items():
+        if page.parent == site and page.name != "404.html":
+            (heading,) = re.findall(r"<h1[^>]*>(.*?)<a class=\"headerlink\"", content, re.S)
+            (title,) = re.findall(r"<title>(.*?) - strop</title>", content)
+            titles.append(title)
+            if page.name != "index.html":
+                name = re.search(
+                    r'class="md-nav__link md-nav__link--active">\s*<span class="md-ellipsis">(.*?)</span>',
+                    content,
+                    re.S,
+                )
+                assert heading == title and name and name[1].strip() == title, page
+    assert len(titles) == len(set(titles)) and "strop" not in titles
 
 
 def test_no_page_shows_an_escape_of_a_table(pages: dict[Path, str]) -> None:
@@ -136,8 +186,30 @@ def test_no_page_shows_an_escape_of_a_table(pages: dict[Path, str]) -> None:
 def test_reference_lists_every_command_and_public_name(pages: dict[Path, str]) -> None:
     text = {page.stem: content for page, content in pages.items()}
     assert all(f'id="strop-{name}"' in text["cli"] for name in (*COMMANDS, *GROUPS))
-    assert "--train.learning_rate" in text["cli"] and "[default: 16]" in text["cli"]
-    assert all(f'id="strop.{name}"' in text["api"] for name in strop.__all__)
+    assert "train.learning_rate" in text["recipe"] and "Peak learning rate" not in text["cli"]
+    assert all(f'id="strop.{name}"' in text["api"] for name in (*strop.__all__, "Run", "Model", "Sampling", "Plan"))
+
+
+def test_commands_are_shown_as_in_a_terminal(pages: dict[Path, str]) -> None:
+    (cli,) = (content for page, content in pages.items() if page.name == "cli.html")
+    shown = html.unescape(re.sub(r"<[^>]+>", "", cli))
+    assert "\b" not in shown
+    for line in ("strop check --data rows.jsonl", "strop chat runs/mine", "/base     answer without the adapter"):
+        assert line in shown.splitlines()
+    for name in ("plan", "check", "train", "resume", "sweep"):
+        section = cli[cli.index(f'id="strop-{name}"') :].partition("<h2")[0]
+        assert section.count('href="recipe.html"') == 1
+
+
+def test_names_in_signatures_of_the_api_are_explained(pages: dict[Path, str]) -> None:
+    (api,) = (content for page, content in pages.items() if page.name == "api.html")
+    headings = re.findall(r'<h\d[^>]*class="doc doc-heading">(.*?)</h\d>', api, re.S)
+    assert not [heading for heading in headings if re.search(r"strop\.\w+\.\w+\.", re.sub(r"<[^>]+>", "", heading))]
+    cells = {re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", api, re.S)}
+    assert {*inspect.signature(strop.Sampling).parameters, "Rows", "Event", "AnswerProgress", "StepProgress"} <= cells
+    text = re.sub(r"<[^>]+>", "", api)
+    assert all(name in text for name in ("Merged", "Exported", "Pushed", "CheckReport", "Comparison"))
+    assert re.search(r"^train\(\n    recipe", html.unescape(text), re.M), "signatures have an argument a line"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -155,6 +227,43 @@ def test_pages_fit_the_screen_and_follow_the_colour_scheme(site: Path, width: in
     assert brightness > 200 if scheme == "light" else brightness < 80
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tables_are_readable_on_a_phone(site: Path, scheme: str) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+        for name in ("recipe", "formats", "import"):
+            page.goto((site / f"{name}.html").as_uri())
+            page.wait_for_selector(".table[data-fits]")
+            widths = page.evaluate(
+                "[...document.querySelectorAll('[data-list] td:last-child')].map((td) => td.offsetWidth)"
+            )
+            assert min(widths) > 280 and page.locator(".table:not([data-fits])").count() == 0, name
+        page.goto((site / "comparison.html").as_uri())
+        page.wait_for_selector(".table[data-fits]")
+        hint = page.evaluate("getComputedStyle(document.querySelector('.table:not([data-fits])'), '::before').content")
+        assert "Scroll sideways" in hint
+
+
+@pytest.mark.parametrize(("name", "fits"), [("comparison", True), ("models", False), ("recipe", True)])
+def test_header_and_first_column_of_a_long_table_stay_in_view(site: Path, name: str, fits: bool) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 700})
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_selector(".table[data-fits]")
+        head, first = page.evaluate(SCROLL_TABLE)
+        assert page.locator(".table:not([data-fits])").count() == (0 if fits else 1)
+    assert 0 <= head["top"] < 700 and 0 <= first["left"] < 700
+
+
+# scroll to the middle of the longest table, and within it if it scrolls; return the places of its header and first cell
+SCROLL_TABLE = """() => {
+    const tables = [...document.querySelectorAll(".table table")];
+    const table = tables.reduce((a, b) => (a.rows.length >= b.rows.length ? a : b));
+    table.scrollTo(300, 2000);
+    table.rows[Math.floor(table.rows.length / 2)].scrollIntoView({block: "center"});
+    const row = table.rows[Math.floor(table.rows.length / 2)];
+    return [table.rows[0].cells[0], row.cells[0]].map((cell) => cell.getBoundingClientRect().toJSON());
+}"""
 # code blocks that are wider than what is shown of them, and cannot be scrolled
 CLIPPED_CODE = """[...document.querySelectorAll("pre > code")]
     .filter((code) => code.scrollWidth > code.clientWidth && getComputedStyle(code).overflowX !== "auto")

@@ -1,6 +1,6 @@
 """Preference losses: values computed by hand, gradients by finite differences, and the limits of their range.
 
-"On record, N" refers to the list of other trainers' silent errors in docs/preferences.md.
+"On record, N" refers to the list of other trainers' silent errors in docs/measured.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preference objectives in the training loop; "on record, N" refers to the list in docs/preferences.md."""
+"""Preference objectives in the training loop; "on record, N" refers to the list in docs/measured.md."""
 
 from __future__ import annotations
 

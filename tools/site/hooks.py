@@ -6,6 +6,7 @@ outside of docs/ become text. Words after a block's language are marks for the t
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -24,24 +25,42 @@ BOOSTS = {
     "howto.md": 2,
     "comparison.md": 0.2,
     "api.md": 0.5,
+    "hunting.md": 0.2,
+    "release.md": 0.2,
+    "design.md": 0.2,
+    "extend.md": 0.5,
+    "contributing.md": 0.2,
+    "measured.md": 0.3,
 }
+TITLES = {"index.md": "Fine-tune language models on your own computer"}  # of the browser's tab
+LONG = 60  # characters: a table of few columns with a longer cell is shown as a list on a narrow screen
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
-_EXAMPLES = re.compile(r"^[\b]?\n?(Examples|Start with):\n((?:  .*\n)+)", re.M)
+_INDENTED = re.compile(r"^(\S[^\n]*?):\n((?:  .*\n)+)", re.M)
+_TABLE = re.compile(r"<table>.*?</table>", re.S)
+_CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)</\1>", re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
 
 
 def command_reference() -> str:
-    """Return a Markdown page of all commands and options, as Typer writes it."""
+    """Return a Markdown page of all commands, as Typer writes it. The options of a recipe are named once, as a link."""
     sys.path.insert(0, str(ROOT / "src"))
     import typer.main
     from typer.cli import get_docs_for_click
 
     from strop.cli.app import COMMANDS, build
+    from strop.config.names import SHORT_FORMS
+    from strop.config.schema import option_fields
 
     command = typer.main.get_command(build([*COMMANDS]))
     context = command.make_context("strop", [], resilient_parsing=True)
     page = get_docs_for_click(obj=command, ctx=context, name="strop", title="Commands")
-    return _EXAMPLES.sub(lambda match: f"**{match[1]}**:\n\n```console\n{dedent(match[2])}```\n\n", page)
+    options = "|".join(re.escape(name) for name, _ in option_fields())
+    short = ", ".join(f"`--{name}`" for name in SHORT_FORMS)
+    link = f"* The options of a [recipe](recipe.md), such as {short}.\n"
+    page = re.sub(rf"(?:^\* `--(?:{options}) .*\n){{9,}}", link, page, flags=re.M)
+    page = re.sub(r"^ +$|\x08\n?", "", page, flags=re.M)  # the marks of Click against rewrapping
+    page = _INDENTED.sub(lambda match: f"**{match[1]}**:\n\n```text\n{dedent(match[2])}```\n", page)
+    return re.sub(r"\*\*(.*)( )(\{.*\})\*\*", r"**\1**\2`\3`", page)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -54,7 +73,7 @@ def on_files(files: Files, config: Any) -> Files:
     }
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
-    for asset in ("iframe-worker.js", "extra.css", "search.js"):
+    for asset in ("iframe-worker.js", "extra.css", "site.js"):
         files.append(File.generated(config, f"assets/{asset}", abs_src_path=str(ROOT / "tools" / "site" / asset)))
     return files
 
@@ -65,6 +84,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         page.meta["search"] = {"exclude": True}  # a third of all words
     elif boost := BOOSTS.get(page.file.src_path):
         page.meta["search"] = {"boost": boost}
+    if title := TITLES.get(page.file.src_path):
+        page.meta["title"] = title
     folder = Path(config["docs_dir"]) / Path(page.file.src_path).parent
     docs = Path(config["docs_dir"]).resolve()
 
@@ -75,3 +96,32 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match[0] if is_page else match[1]
 
     return _MARKS.sub(r"\1", _LINK.sub(resolve, markdown)).replace("<details>", '<details markdown="1">')
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Wrap tables, mark long cells, and name the column in each cell of a table that may be shown as a list."""
+    return _TABLE.sub(lambda match: f'<div class="table">{_mark_cells(match[0])}</div>', html)
+
+
+def _mark_cells(table: str) -> str:
+    cells = _CELL.findall(table)
+    names = [_text(content) for kind, _, content in cells if kind == "th"]
+    columns = itertools.cycle(names)
+    is_list = 2 <= len(names) <= 6 and any(_is_long(content) for kind, _, content in cells if kind == "td")
+
+    def mark(match: re.Match[str]) -> str:
+        if match[1] == "th":
+            return match[0]
+        long, column = " data-long" * _is_long(match[3]), next(columns)
+        column = f' data-column="{column}"' if is_list and len(names) > 2 else ""
+        return f"<td{match[2]}{long}{column}>{match[3]}</td>"
+
+    return _CELL.sub(mark, table).replace("<table>", "<table data-list>" if is_list else "<table>", 1)
+
+
+def _is_long(html: str) -> bool:
+    return len(_text(html)) > LONG
+
+
+def _text(html: str) -> str:
+    return re.sub(r"<[^>]+>", "", html).replace('"', "&quot;")

@@ -72,7 +72,7 @@ FORMATS: dict[str, Format] = {
             ),
             converters.convert_preference,
             "pairs of a chosen and a rejected answer, as strings, messages, or whole conversations with a shared "
-            "prefix: [preferences.md](preferences.md)",
+            "prefix: [preferences](preferences.md)",
             {"prompt": "hi", "chosen": "yo", "rejected": "no"},
         ),
         Format(

@@ -53,15 +53,27 @@ CheckerContext = AbstractContextManager["Checker | None"]
 
 @dataclass(frozen=True, repr=False)
 class Exported(Printed):
-    """An exported GGUF file. See Merged for `base` and `base_losses`."""
+    """An exported GGUF file.
+
+    Attributes:
+        out: the file.
+        files: names of all files that were written.
+        kind: type of the weights, such as q8_0.
+        base: the base the adapter was merged into, "original" or "dequantized".
+        base_losses: loss of the adapter on each base, if both were compared.
+        check: result of the comparison in llama.cpp, or None.
+        unmeasured: the reason if there was no comparison.
+        vocabulary: the tokenizer in the file.
+        notes: what to know about the file.
+    """
 
     out: Path
     files: list[str]
-    kind: str  # a key of LIMITS, such as q8_0
+    kind: str
     base: str
     base_losses: dict[str, float]
-    check: FileCheck | None  # result of the comparison in llama.cpp
-    unmeasured: str | None  # reason if there was no comparison
+    check: FileCheck | None
+    unmeasured: str | None
     vocabulary: Vocabulary
     notes: list[str]
 

@@ -38,17 +38,30 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 @dataclass(frozen=True)
 class Pushed:
-    """A pushed adapter or model."""
+    """A pushed adapter or model.
+
+    Attributes:
+        repo: its Hub id.
+        url: its address.
+        commit: the commit on the Hub.
+        private: whether the repository is private.
+        kind: "adapter" or "model".
+        base: Hub id of the adapter's base, or None.
+        files: uploaded files.
+        left_out: files of the folder that were not uploaded.
+        removed: files of an earlier push that were deleted.
+        size_bytes: size of the uploaded files.
+    """
 
     repo: str
     url: str
     commit: str
     private: bool
-    kind: str  # adapter or model
-    base: str | None  # Hub id of the adapter's base
-    files: list[str]  # uploaded files
-    left_out: list[str]  # files of the folder that were not uploaded
-    removed: list[str]  # files of an earlier push that were deleted
+    kind: str
+    base: str | None
+    files: list[str]
+    left_out: list[str]
+    removed: list[str]
     size_bytes: int
 
     def as_json(self) -> dict[str, Any]:

@@ -107,13 +107,22 @@ ROUNDING_CHUNK = 1 << 23  # values that are rounded to fp16 at once, which takes
 
 @dataclass(frozen=True, repr=False)
 class Merged(Printed):
-    """A merged model."""
+    """A merged model.
+
+    Attributes:
+        out: its folder.
+        files: names of its files.
+        base: the base it was merged into, "original" or "dequantized".
+        base_losses: loss of the adapter on each base, if both were compared.
+        parity: how it differs from the adapter on its base, or None if they were not compared.
+        dtype: data type of its weights.
+    """
 
     out: Path
     files: list[str]
-    base: str  # the base it was merged into: "original" or "dequantized"
-    base_losses: dict[str, float]  # loss of the adapter on each base, if both were compared
-    parity: Parity | None  # None if the models were not compared
+    base: str
+    base_losses: dict[str, float]
+    parity: Parity | None
     dtype: str = "bf16"
 
     def _print(self, out: Console) -> None:

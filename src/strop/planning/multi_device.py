@@ -38,7 +38,7 @@ class Link:
 NVLINK = Link("NVLink 3", 300e9, 3.4e-6, 8.4e-6)
 NODE_LINKS = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
 NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) for gb in (10, 25, 100, 400))
-# gloo between processes of one machine: `benchmarks/scale.py links`, on two busy cores (docs/scale.md).
+# gloo between processes of one machine: `benchmarks/scale.py links`, on two busy cores (docs/measured.md).
 LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 
 # Fields of Rate that are divided by the number of processes on a CPU

@@ -311,7 +311,8 @@ class Model:
                 at its start.
             system: the system prompt. None: the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for each answer.
-            sampling: None for greedy decoding.
+            sampling: None for greedy decoding, so that answers can be compared. (`chat` takes the settings in the
+                model's generation config.)
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 
         Raises InputError for a prompt with more tokens than the model supports.
@@ -354,7 +355,7 @@ class Model:
             images: an image of the message (a path, bytes or a PIL image) or a list of images, as for `generate`.
             system: the system prompt of a new conversation. None: that of the training rows, if they all had the same.
             max_new_tokens: the limit for the answer.
-            sampling: None for the settings in the model's generation config.
+            sampling: None for the settings in the model's generation config. (`generate` is greedy.)
             on_text: called with pieces of the answer while it is generated.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 

@@ -56,9 +56,14 @@ class PassOutput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. temperature 0: greedy decoding. top_k 0: no limit.
+    """Sampling settings.
 
-    With a seed the output is reproducible, and does not depend on other sequences in the batch.
+    Attributes:
+        temperature: 0 for greedy decoding.
+        top_p: sample from the most likely tokens with this total probability; 1 for all.
+        top_k: sample from this many most likely tokens; 0 for all.
+        repetition_penalty: above 1, tokens that were used before become less likely; 1 for no penalty.
+        seed: with a seed the output is reproducible, and does not depend on other sequences in the batch.
     """
 
     temperature: float = 0.0
