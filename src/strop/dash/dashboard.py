@@ -55,6 +55,10 @@ class Dashboard:
         names = {row["name"] for row in rows}
         return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
 
+    def running_names(self) -> list[str]:
+        """Return the runs that train now."""
+        return [row["name"] for row in self.runs() if row["state"] == "running"]
+
     def _rows_without_folder(self) -> dict[str, dict[str, Any]]:
         """Return rows by name for the newest job of each run, if it starts the run or has failed to."""
         rows: dict[str, dict[str, Any]] = {}
