@@ -59,18 +59,18 @@ export function phaseBars(phases, usable) {
               style: { width: `${(100 * phase.parts[part]) / max}%` },
             }),
           ),
-          usable && usable <= max
+          usable != null && usable <= max
             ? h("b", { title: `usable: ${bytes(usable)}`, style: { left: `${(100 * usable) / max}%` } })
             : null,
         ),
-        h("span", { class: usable && phase.needed_bytes > usable ? "sum bad" : "sum" }, bytes(phase.peak_bytes)),
+        h("span", { class: usable != null && phase.needed_bytes > usable ? "sum bad" : "sum" }, bytes(phase.peak_bytes)),
       );
     }),
     h(
       "p",
       { class: "key" },
       parts.map((part) => h("span", { title: PARTS[part] }, h("i", { class: `dot ${at.get(part)}` }), partName(part))),
-      usable ? h("span", {}, `usable here: ${bytes(usable)}`) : null,
+      usable != null ? h("span", {}, `usable here: ${bytes(usable)}`) : null,
       usable > max
         ? h("span", {}, `the longest bar is ${percent(Math.max(...all.map((phase) => phase.peak_bytes)) / usable)} of that`)
         : null,
