@@ -667,7 +667,7 @@ def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Da
         assert tab.page.locator(".phase .sum.bad").count() == 0
         rate = tab.page.get_by_label("Learning rate").get_attribute("placeholder")
         assert rate.startswith("chosen (") and "default" in tab.page.get_by_label("Longer rows").inner_text()
-        assert "The layer that is being computed." in tab.page.locator("main").inner_html()
+        assert "Code of the libraries and compiled kernels" in tab.page.locator("main").inner_html()
         tab.check("verdict")
 
 
