@@ -13,7 +13,7 @@ from strop.dash.jobs import Busy
 from strop.dash.runs import RunTable
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson_interval
-from strop.runs.folder import RunFolder
+from strop.runs.folder import RunFolder, write_json
 from tests.support.dash import evaluated, make_run, sample, session, step
 
 HITS = [(True, True), (True, False), (False, True), (False, False), (False, True)]
@@ -117,8 +117,30 @@ def test_compare_names_runs_without_evaluation(tmp_path: Path) -> None:
         folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
         if name == "scored":
             evaluated(folder, [sample(number, False, True) for number in range(5)])
-    (pair,) = compare(RunTable(tmp_path).rows(), {"scored": {}, "bare": {}})["pairs"]
-    assert pair["words"].endswith("cannot be compared: bare: not evaluated")
+    result = compare(RunTable(tmp_path).rows(), {"scored": {}, "bare": {}})
+    assert result["pairs"] == [] and result["unevaluated"] == ["bare"]
+    assert result["verdict"] == "Not comparable yet: evaluate bare, all runs on the same rows."
+
+
+def test_compare_warns_of_different_answer_limits(tmp_path: Path) -> None:
+    """One run was evaluated with answers of at most 24 tokens, which cut all of them."""
+    for name, limit, cut in (("long", 80, 0), ("short", 24, 16)):
+        folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+        rows = [sample(number % 15, False, name == "long") for number in range(16)]
+        evaluated(folder, rows)
+        report = RunFolder(folder).read_report()
+        report["evaluation"]["answers"] = {"max_tokens": limit, "references_cut": 0, "tuned_cut": cut}
+        write_json(RunFolder(folder).report, report)
+    result = compare(RunTable(tmp_path).rows(), {"long": {}, "short": {}})
+    for part in ("long with answers of at most 80 tokens (0 of 16 cut)", "short with answers of at most 24 tokens (16"):
+        assert part in result["verdict"]
+    assert result["verdict"].startswith("Not a fair comparison: ") and "clearly above" not in result["verdict"]
+    (pair,) = result["pairs"]
+    assert pair["verdict"] == "unclear" and pair["words"].startswith("Not a fair comparison: ")
+    assert "exact on 15 rows in common (repeated rows count once: 1)" in pair["words"]
+    assert {item["run"]: (item["max_tokens"], item["cut"]) for item in result["scores"]} == {
+        "long": (80, 0), "short": (24, 16)
+    }  # fmt: skip
 
 
 def verdict_of(root: Path, **hits: list[dict[str, Any]]) -> str:

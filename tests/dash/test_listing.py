@@ -146,6 +146,17 @@ def test_row_of_the_table(tmp_path: Path) -> None:
     assert row["bytes"] == sum(file.stat().st_size for file in folder.rglob("*"))
 
 
+def test_row_of_a_resumed_run_is_newer_than_its_report(tmp_path: Path) -> None:
+    report = {"exit": 130, "ended": "stop", "steps": 2, "eval_loss": 0.5, "tokens": 2, "seconds": 59.0}
+    evals = [{"event": "eval", "time": 1.0, "step": number, "loss": loss} for number, loss in ((2, 0.5), (4, 0.25))]
+    events = [*session(), step(1), step(2, tokens=2), evals[0], *(step(number, tokens=number) for number in (3, 4))]
+    make_run(tmp_path, "one", events[:-2], report)
+    assert (only(tmp_path)["step"], only(tmp_path)["eval_loss"], only(tmp_path)["seconds"]) == (2, 0.5, 59.0)
+    make_run(tmp_path / "resumed", "one", [*events, evals[1]], report)
+    row = only(tmp_path / "resumed")
+    assert (row["step"], row["eval_loss"], row["tokens"], row["seconds"]) == (4, 0.25, 4, None)
+
+
 def test_sparkline_keeps_a_spike(tmp_path: Path) -> None:
     events = [step(number, loss=50.0 if number == 77 else 1.0) for number in range(1, 101)]
     make_run(tmp_path, "one", [*session(), *events])

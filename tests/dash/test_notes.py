@@ -14,7 +14,7 @@ from strop.dash.dashboard import Dashboard
 from strop.dash.jobs import Busy
 from strop.dash.notes import read_notes
 from strop.errors import FolderError, InputError
-from strop.runs.folder import RunFolder
+from strop.runs.folder import RunFolder, write_json
 from tests.support.dash import make_run, session, step
 
 HOSTILE = "<b>bold</b>\n\u202e"
@@ -81,6 +81,16 @@ def test_rename_moves_the_folder_and_its_jobs(dashboard: Dashboard) -> None:
     assert [job["id"] for job in dashboard.detail("new name")["jobs"]] == [job]
     with pytest.raises(FolderError):
         dashboard.row("one")
+
+
+def test_report_of_a_renamed_run_has_its_new_name(dashboard: Dashboard) -> None:
+    folder = RunFolder(dashboard.root / "one")
+    recipe = [{"field": "out", "value": "runs/one", "origin": "option", "why": ""}]
+    write_json(folder.report, {**folder.read_report(), "run": "runs/one", "recipe": recipe})
+    folder.page.write_text("<h1>one</h1> runs/one", encoding="utf-8")
+    dashboard.rename("one", "renamed")
+    page = b"".join(dashboard.download("renamed", "report")).decode()
+    assert "<h1>renamed</h1>" in page and "runs/one" not in page and str(dashboard.root / "renamed") in page
 
 
 @pytest.mark.parametrize("name", ["two", "one", "", ".x", "../x", "a/b", "a\nb", "x" * 300])

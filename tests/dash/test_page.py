@@ -640,16 +640,35 @@ def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> No
     address = f"/new?options={quote(json.dumps({**options, 'data.max_length': 1024}))}&memory="
     with open_tab(browser, dash) as tab:
         start, apply = (tab.page.get_by_role("button", name=name) for name in ("Start", "Apply all"))
-        open_at(tab, dash, f"{address}150MB", "h3:text('No change to these settings makes it fit')")
+        open_at(tab, dash, f"{address}720MB", "h3:text('No change to these settings makes it fit')")
         assert start.is_disabled() and apply.count() == 0
         tab.page.wait_for_selector("p:text('with each change and all those above it')")
         tab.check("nothing fits")
-        open_at(tab, dash, f"{address}230MB", "h3:text('Changes that make it fit')")
+        open_at(tab, dash, f"{address}970MB", "h3:text('Changes that make it fit')")
         assert start.is_disabled() and apply.count() == 1
         apply.click()
-        tab.page.wait_for_selector(".startbar span:text('It fits')")
+        tab.page.wait_for_selector(".startbar span:text('fits')")
         assert start.is_enabled()
         tab.check("changes")
+
+
+def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Dash) -> None:
+    options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "model.dtype": "bf16"}
+    address = f"/new?options={quote(json.dumps(options))}&memory="
+    with open_tab(browser, dash) as tab:
+        start, verdict = tab.page.get_by_role("button", name="Start"), tab.page.locator("main .verdict").first
+        summary = tab.page.locator(".startbar span")
+        open_at(tab, dash, f"{address}600MB", ".startbar span:text('Training does not fit')")
+        assert start.is_disabled() and "worse" in verdict.get_attribute("class")
+        assert "training does not fit: " in verdict.inner_text() and tab.page.locator(".phase .sum.bad").count()
+        open_at(tab, dash, f"{address}8GB", ".startbar span:text('It fits')")
+        assert start.is_enabled() and "better" in verdict.get_attribute("class")
+        assert "on an otherwise idle machine" in verdict.inner_text() and "It fits" in summary.inner_text()
+        assert tab.page.locator(".phase .sum.bad").count() == 0
+        rate = tab.page.get_by_label("Learning rate").get_attribute("placeholder")
+        assert rate.startswith("chosen (") and "default" in tab.page.get_by_label("Longer rows").inner_text()
+        assert "Code of the libraries and compiled kernels" in tab.page.locator("main").inner_html()
+        tab.check("verdict")
 
 
 def test_new_run_shows_its_form_while_the_plan_is_made(browser: Any, dash: Dash) -> None:
@@ -1158,7 +1177,7 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         open_at(tab, dash, "/chat", ".chat >> nth=1")
         user = ("user", "hi")
         assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
-        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Switch to this run"
+        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Load this model"
         tab.page.wait_for_selector("[aria-label='Answers of plain']")
         assert ask() == ({"base": [user], "plain": [user]}, "none")
         tab.page.locator("details > summary").click()
@@ -1181,9 +1200,9 @@ def test_chat_stays_while_another_screen_is_shown(browser: Any, dash: Dash) -> N
             "(shown) => document.querySelector('[role=status] p').innerText !== shown", arg=shown
         )
         now["state"] = "ready"
-        assert tab.page.get_by_role("button", name="Switch to this run").is_disabled()
+        assert tab.page.get_by_role("button", name="Load this model").is_disabled()
         tab.page.get_by_label("Run", exact=True).select_option(HOSTILE_NAME)
-        assert tab.page.get_by_role("button", name="Switch to this run").is_enabled()
+        assert tab.page.get_by_role("button", name="Load this model").is_enabled()
         tab.page.wait_for_selector(".chat >> nth=1")
         tab.page.get_by_label("Your message").fill("hi")
         tab.page.keyboard.press("Enter")

@@ -114,7 +114,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("button:text-is('Send')")
         answers = page.locator(".chat p:nth-child(2)").all_text_contents()
         assert len(answers) == 2 and all(answers)
-        press("Stop the server")
+        press("Unload the model")
         page.wait_for_selector("text=No model is loaded")
 
         follow("Runs")

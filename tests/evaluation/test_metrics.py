@@ -437,7 +437,9 @@ def test_numbers_have_one_format_everywhere() -> None:
     assert [score["sides"][0]["text"] for score in shown] == ["16,076", "0.000226"]
 
 
-@pytest.mark.parametrize(("rows", "verdict"), [(4, "better on few rows: +50.0 points"), (40, "better: +50.0 points")])
+@pytest.mark.parametrize(
+    ("rows", "verdict"), [(4, "better, but only 4 rows: +50.0 points"), (40, "better: +50.0 points")]
+)
 def test_verdict_on_few_rows_says_so(rows: int, verdict: str) -> None:
     difference = {"value": 0.5, "low": 0.1, "high": 0.9}
     assert describe_change({"rows": rows, "difference": difference, "metric": "exact"})[1].startswith(verdict)

@@ -283,7 +283,33 @@ def test_report_of_a_short_run_names_what_it_shows(tmp_path: Path) -> None:
     assert "held out for evaluation138" in re.sub(r"\s", " ", page.text)
     assert "answers that stopped" in page.text and "valid JSON" in page.text and "exact_json" in page.text
     assert not any(word in page.text for word in ("tokens_per_s", "8.957", "stop_rate", "valid_json"))
-    assert "2026-11-2" in page.text and "first try" in page.text and "good · " in page.text
+    assert "2026-11-2" in page.text and "first try" in page.text and "tags: good, " in page.text
     assert "smoothed" in render(report, steps(60))
     single = render(report, [*steps(1), {"event": "eval", "step": 1, "loss": 0.3}])
     assert single.count("<use ") > render(report, [*steps(2), {"event": "eval", "step": 1, "loss": 0.3}]).count("<use ")
+
+
+def test_report_of_a_stopped_run_says_so(tmp_path: Path) -> None:
+    events = [
+        *({"event": "start", "time": 1.0, "steps": 14, "step": step} for step in (0, 4)),
+        {"event": "stop", "time": 2.0, "step": 4, "why": "signal"},
+        {"event": "resume", "time": 3.0, "step": 4},
+        {"event": "stop", "time": 4.0, "step": 8, "why": "signal"},
+    ]
+    report = {"run": "runs/old", "steps": 8, "ended": "stop", "eval_seconds": 0.0, "seconds": 9.0}
+    page = render(report, events, {"tags": ["red"]})
+    assert "Stopped after step 8 of 14. Resume the run to finish it." in page
+    assert "evaluation and samples" not in page and "1 stop, 1 resume" in page and "tags: red" in page
+    assert "Stopped after" not in render({**report, "ended": "steps", "steps": 14}, events)
+    once = render({**report, "steps": 4}, events[:1] + events[2:3])
+    assert "Stopped after step 4 of 14" in once and "During the run" not in once
+    renamed = write_report(tmp_path / "new", report, events) if (tmp_path / "new").mkdir() is None else tmp_path
+    assert "<h1>new</h1>" in renamed.read_text(encoding="utf-8")
+
+
+def test_legend_names_only_marks_that_are_shown() -> None:
+    report = full()
+    equal = {"prompt": "a", "gold": "same", "base": "same", "tuned": "same", "base_hit": True, "tuned_hit": True}
+    assert "<ins>not expected</ins>" in render(report, [])
+    page = render({**report, "samples": [equal]}, [])
+    assert "1 of the 1 samples in report.json</small>" in page and "not expected" not in page

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import strop
@@ -18,6 +20,7 @@ from strop.errors import ModelError, ParityError
 from strop.exporting import merge as module
 from strop.exporting.merge import merge
 from strop.exporting.parity import LIMITS, Limit, Parity, compare
+from strop.exporting.tables import print_parity
 from tests.support import tiny
 
 BF16 = LIMITS["bf16"]
@@ -70,7 +73,13 @@ def test_two_clear_flips_in_129_positions_are_not_significant() -> None:
     few = compare_fixed([same, clear], [same, swapped], [128, 3])
     assert few.clear_flips == 2 and few.positions == 129 and few.agreement.value < BF16.agreement
     assert not [violation for violation in few.violations if "flip" in violation]
+    few_text = "as 129 positions are few, their 95 % interval is compared: 0.4% to 5.5%"
+    assert few_text in few.describe_limits() and few.as_json()["limits"] == few.describe_limits()
+    out = StringIO()
+    print_parity(few, Console(file=out, width=300))
+    assert "clear flips in at most 0.5% of the positions (as 129 positions are few" in out.getvalue()
     many = compare_fixed([same, clear], [same, swapped], [1271, 21])
+    assert "few" not in many.describe_limits()
     assert many.clear_flips == 20 and [violation for violation in many.violations if "flip" in violation]
 
 

@@ -14,7 +14,7 @@ from strop.errors import RecipeError
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
 from strop.planning.machines import TargetMachine
-from strop.planning.memory import base_layer_bytes
+from strop.planning.memory import PROCESS_BYTES, base_layer_bytes
 from strop.planning.multi_device import (
     LOOPBACK,
     NETWORKS,
@@ -77,7 +77,9 @@ def test_communication_seconds_equal_a_calculation_by_hand() -> None:
 
 def test_processes_share_cores_memory_and_rates_of_a_cpu() -> None:
     part = target_share(target(), Devices(4), local=True)
-    assert (part.machine.cores, part.machine.free_bytes) == (2, 15 << 30)
+    assert (part.machine.cores, part.machine.free_bytes) == (2, (15 << 30) - 3 * PROCESS_BYTES // 4), (
+        "each process has its libraries"
+    )
     rate = part.rate_of("bf16")
     assert (rate.flops, rate.head_flops, rate.attention_flops, rate.bandwidth) == (2.5e11, 1.25e11, 1e11, 2.5e10)
     whole = target()
@@ -150,7 +152,7 @@ def test_devices_without_rows_are_idle() -> None:
 
 
 def test_two_processes_that_do_not_fit_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--model", "demo", "--memory", "2GB", "--device", "cpu", "--train.micro_batch", "8"]
+    words = ["plan", "--model", "demo", "--memory", "3GB", "--device", "cpu", "--train.micro_batch", "8"]
     words += ["--model.quantization", "none", "--train.optimizer", "adamw", "--train.gradient_checkpointing", "off"]
     words += ["--data.max_length", "256", "--model.placement", "replicated", "--model.dtype", "bf16"]
     code, out, _ = run(*words, "--json", capsys=capsys)

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -184,39 +185,88 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
         values = {name: recipes[name].get(field) for name in names}
         if field != "out" and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             settings.append({"field": field, "values": values})
-    hits = {row["name"]: _read_hits(RunFolder(Path(row["path"]))) for row in rows}
-    pairs = [_compare_pair(a, b, hits) for a, b in combinations(names, 2)]
-    scores = [{"run": row["name"], **(row["score"] or {}), "loss": row["eval_loss"]} for row in rows]
+    evaluations = {row["name"]: _read_evaluation(RunFolder(Path(row["path"]))) for row in rows}
+    evaluated = [name for name in names if evaluations[name].metric]
+    pairs = [_compare_pair(evaluations[a], evaluations[b], a, b, recipes) for a, b in combinations(evaluated, 2)]
+    scores = [
+        {"run": row["name"], **(row["score"] or {}), "loss": row["eval_loss"], **evaluations[row["name"]].limits}
+        for row in rows
+    ]
+    unevaluated = [name for name in names if name not in evaluated]
     verdict = _describe_comparison(rows, pairs, recipes)
-    return {"runs": rows, "settings": settings, "scores": scores, "pairs": pairs, "verdict": verdict}
+    if unevaluated and verdict.startswith("Not comparable"):
+        verdict = f"Not comparable yet: evaluate {' and '.join(unevaluated)}, all runs on the same rows."
+    elif unevaluated and evaluated:
+        verdict = f"{verdict} Not evaluated: {', '.join(unevaluated)}."
+    return {
+        "runs": rows, "settings": settings, "scores": scores, "pairs": pairs, "verdict": verdict,
+        "unevaluated": unevaluated,
+    }  # fmt: skip
 
 
-def _read_hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
-    """Return the metric of the last evaluation, and whether the tuned model is right on each row."""
+@dataclass(frozen=True)
+class _Evaluation:
+    """The last evaluation of a run."""
+
+    metric: str  # "" without an evaluation
+    hits: dict[str, bool]  # whether the tuned model is right on each different row
+    rows: int  # with repeated rows
+    limits: dict[str, Any]  # max_tokens of an answer, and how many answers of the tuned model were cut
+    settings: dict[str, Any]  # of the loaded model
+
+
+def _read_evaluation(folder: RunFolder) -> _Evaluation:
     report = read_json(folder.report)
+    evaluation = report.get("evaluation") or {}
+    rows = [row for row in _rows(folder, report)[0] if isinstance(row.get("tuned_hit"), bool)]
     hits = {
         json.dumps([row.get(name) for name in ("prompt", "gold", "chosen", "rejected")]): row["tuned_hit"]
-        for row in _rows(folder, report)[0]
-        if isinstance(row.get("tuned_hit"), bool)
+        for row in rows
     }
-    return str((report.get("evaluation") or {}).get("metric") or ""), hits
+    limit = evaluation.get("answers") or {}
+    limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut")}
+    settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
+    return _Evaluation(str(evaluation.get("metric") or ""), hits, len(rows), limits, settings)
 
 
-def _compare_pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[str, Any]:
-    (metric, hits_a), (metric_b, hits_b) = hits[a], hits[b]
+def _why_unfair(
+    a: _Evaluation, b: _Evaluation, names: tuple[str, str], recipes: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Return how the evaluations of two runs differ, apart from what differs between the runs themselves."""
+    reasons = []
+    limits = [evaluation.limits for evaluation in (a, b)]
+    if limits[0]["max_tokens"] != limits[1]["max_tokens"] and any(limit["cut"] for limit in limits):
+        parts = (
+            f"{name} with answers of at most {limit['max_tokens']} tokens ({limit['cut'] or 0} of {it.rows} cut)"
+            for name, limit, it in zip(names, limits, (a, b), strict=True)
+        )
+        reasons.append(" and ".join(parts))
+    for setting in ("quantization", "dtype"):
+        values = [evaluation.settings[setting] for evaluation in (a, b)]
+        trained = {json.dumps(recipes[name].get(f"model.{setting}")) for name in names}
+        if values[0] != values[1] and len(trained) == 1:
+            reasons.append(f"{names[0]} with {setting} {values[0]} and {names[1]} with {values[1]}")
+    return reasons
+
+
+def _compare_pair(
+    of_a: _Evaluation, of_b: _Evaluation, a: str, b: str, recipes: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    (metric, hits_a), (metric_b, hits_b) = (of_a.metric, of_a.hits), (of_b.metric, of_b.hits)
     common = sorted(hits_a.keys() & hits_b.keys())
     result: dict[str, Any] = {"a": a, "b": b, "rows": len(common), "difference": None, "verdict": "unclear"}
     if not common or metric != metric_b:
-        unscored = [name for name, used in ((a, metric), (b, metric_b)) if not used]
-        why = (
-            f"{' and '.join(unscored)}: not evaluated" if unscored
-            else "no rows in common: evaluate both on the same data" if metric == metric_b
-            else f"{metric} against {metric_b}"
-        )  # fmt: skip
+        no_rows = "no rows in common: evaluate both on the same data"
+        why = no_rows if metric == metric_b else f"{metric} against {metric_b}"
         return {**result, "words": f"{a} and {b} cannot be compared: {why}"}
     difference = vars(paired_difference([hits_a[key] for key in common], [hits_b[key] for key in common]))
     kind, words = describe_difference(difference)
-    text = f"{b} against {a}, {metric} on {len(common):,} rows in common: {words}"
+    repeated = max(of_a.rows - len(hits_a), of_b.rows - len(hits_b))
+    repeats = f" (repeated rows count once: {repeated})" if repeated else ""
+    text = f"{b} against {a}, {metric} on {len(common):,} rows in common{repeats}: {words}"
+    if unfair := _why_unfair(of_a, of_b, (a, b), recipes):
+        text = f"Not a fair comparison: {'; '.join(unfair)}. {text}"
+        return {**result, "unfair": unfair, "words": text}
     return {**result, "difference": difference, "verdict": kind, "words": text}
 
 
@@ -226,6 +276,8 @@ def _describe_comparison(
     """Describe which runs score highest, above which runs clearly, and which runs are not comparable."""
     scores = {row["name"]: row["score"] for row in rows if row["score"]}
     leads: Leads = {name: {} for name in scores}
+    unfair = dict.fromkeys(reason for pair in pairs for reason in pair.get("unfair", ()))
+    warning = f"Not a fair comparison: evaluated were {'; '.join(unfair)}. " if unfair else ""
     caveats = [f"{name}: {score['caveat']}" for name, score in scores.items() if score["caveat"]]
     for pair in pairs:
         a, b, difference = pair["a"], pair["b"], pair["difference"]
@@ -233,7 +285,7 @@ def _describe_comparison(
             leads[a][b] = (-difference["value"], -difference["high"])
             leads[b][a] = (difference["value"], difference["low"])
     if not any(leads.values()):
-        return _describe_losses(rows, recipes)
+        return f"{warning}{_describe_losses(rows, recipes)}"
     best = [name for name, others in leads.items() if others and min(others.values())[0] >= 0]
     sentences = []
     while best:  # runs that are not comparable with each other may each be the best of their group
@@ -241,7 +293,9 @@ def _describe_comparison(
         sentences.append(_describe_best(equal, leads, scores, [row["name"] for row in rows]))
         best = [name for name in best if name not in equal]
     sentences = sentences or ["No run is above all others: see the pairs."]
-    return " ".join([*sentences, *([f"No test of what it learned: {'; '.join(caveats)}."] if caveats else [])])
+    return warning + " ".join(
+        [*sentences, *([f"No test of what it learned: {'; '.join(caveats)}."] if caveats else [])]
+    )
 
 
 def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, Any]], names: list[str]) -> str:
@@ -266,11 +320,11 @@ def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, A
 def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
     losses = {row["name"]: row["eval_loss"] for row in rows if isinstance(row["eval_loss"], (int, float))}
     if len(losses) < 2 or len({_evaluation_key(recipes[name]) for name in losses}) > 1:
-        return "Not comparable: evaluate the runs on the same rows."
+        return "Not comparable: evaluate the runs on the same rows, with the same settings."
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
     text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows."
+    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows, with the same settings."
 
 
 def _evaluation_key(recipe: dict[str, Any]) -> str:

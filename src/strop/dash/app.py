@@ -237,7 +237,8 @@ def post_routes(services: Services) -> list[BaseRoute]:
             name = await call(dashboard.unused_run_name, stem(options))
         folder = str(dashboard.root / name)
         parameters = {"options": options, "memory": memory, "gpu": gpu, "out": folder, "thorough": thorough}
-        return {**await services.planner.call("plan", **parameters), "name": name, "out": folder}
+        planned = await services.planner.call("plan", **parameters)
+        return {**planned, "name": name, "out": folder, "training": await call(dashboard.running_names)}
 
     async def data(request: Request) -> Any:
         options, part, order, ids, offset, count = await read_fields(

@@ -21,7 +21,7 @@ from strop.dash import answers
 from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, split_names
 from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, parse_options, send_signal
-from strop.dash.notes import check_notes, move_run, write_notes
+from strop.dash.notes import check_notes, move_run, rewrite_report, write_notes
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
 from strop.dash.sweeps import SweepTable
 from strop.dash.transfer import download
@@ -54,6 +54,10 @@ class Dashboard:
         rows = sorted([*rows, *sweeps], key=lambda row: -(row["started"] or row["updated"] or 0)) if sweeps else rows
         names = {row["name"] for row in rows}
         return [*(row for name, row in self._rows_without_folder().items() if name not in names), *rows]
+
+    def running_names(self) -> list[str]:
+        """Return the runs that train now."""
+        return [row["name"] for row in self.runs() if row["state"] == "running"]
 
     def _rows_without_folder(self) -> dict[str, dict[str, Any]]:
         """Return rows by name for the newest job of each run, if it starts the run or has failed to."""
@@ -272,12 +276,13 @@ class Dashboard:
         """Rename a run and its folder. Raises Busy if a process uses it, FolderError if the name is taken."""
         path, target = run_path(self.root, name), run_path(self.root, new_name)
         if any(str(path) in split_names(str(job["run"])) for job in self.jobs.running("serve")):
-            raise Busy(f"{name} is loaded for a chat", fix="stop the server on the Chat screen, then rename the run")
+            raise Busy(f"{name} is loaded for a chat", fix="unload the model on the Chat screen, then rename the run")
         if self.row(name)["pid"] is not None or self._has_job(name):
             raise Busy(f"{name} is in use", fix="stop it first")
         if target.exists() or new_name in self._rows_without_folder():  # of a run that starts, or failed to
             raise FolderError(f"{new_name}: a run with this name exists", fix="choose another name")
         move_run(path, target)
+        rewrite_report(target)
         self.jobs.rename_run(name, new_name)
         self._histories.pop(name, None)
         return {"name": new_name}

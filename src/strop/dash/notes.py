@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from strop.dash.files import read_json
+from strop.dash.files import CONTENT_ERRORS, read_json
 from strop.errors import FolderError, InputError
+from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, disk_errors, write_json
 
 NOTES_FILE = "notes.json"
@@ -49,6 +50,19 @@ def move_run(folder: Path, target: Path) -> None:
         with RunFolder(folder).claim():  # no process can start to use the folder before it is renamed
             folder.rename(target)
         (target / "claim.json").unlink(missing_ok=True)
+
+
+def rewrite_report(path: Path) -> None:
+    """Write report.html again, with the name of the run's folder and its tags, if the run has one."""
+    folder = RunFolder(path)
+    if not folder.page.is_file() or folder.page.is_symlink():
+        return
+    from strop.evaluation.report import write_report  # loads jinja2
+
+    with suppress(OSError, *CONTENT_ERRORS):
+        report = folder.read_report()
+        recipe = [{**item, "value": str(path)} if item.get("field") == "out" else item for item in report["recipe"]]
+        write_report(path, {**report, "recipe": recipe}, read_events(folder.events))
 
 
 @contextmanager

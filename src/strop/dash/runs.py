@@ -165,6 +165,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     heartbeat = (stamp or max(other_stamps, default=(0, 0)))[0] / 1e9
     last: tuple[Any, Any] = sparkline[-1] if sparkline else (0, None)
     last_step, loss = (step.get("step"), step.get("loss")) if step else last
+    # Of a resumed run, report.json is from before the resume until the run ends again.
+    now = {} if (last_step or 0) > (report.get("steps") or 0) else report
     return {
         "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path), "damaged": "",
         "events": [{key: event.get(key) for key in ("event", "time", "why")} for event in last_events],
@@ -174,11 +176,11 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "objective": values.get("train.objective"), "preset": values.get("preset"),
         "quantization": values.get("model.quantization"),
         "rank": None if values.get("train.method") == "full" else values.get("lora.r"),
-        "step": report.get("steps", last_step), "steps": step.get("steps") or report.get("steps"),
+        "step": now.get("steps", last_step), "steps": step.get("steps") or report.get("steps"),
         "epoch": step.get("epoch"), "seconds_left": step.get("seconds_left"),
-        "seconds": report.get("seconds"), "loss": loss, "eval_loss": report.get("eval_loss", evaluated.get("loss")),
-        "tokens": report.get("tokens", step.get("tokens")),
-        "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
+        "seconds": now.get("seconds"), "loss": loss, "eval_loss": now.get("eval_loss", evaluated.get("loss")),
+        "tokens": now.get("tokens", step.get("tokens")),
+        "tokens_per_s": now.get("tokens_per_s", step.get("tokens_per_s")),
         "score": evaluation_score(report), "sparkline": sparkline,
         "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": folder.is_saved,

@@ -49,7 +49,7 @@ MIN_SIMILARITY = 0.6  # differences are marked only between answers that are at 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 T_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # the same of Student's t distribution, for 1 to 4 degrees of freedom
 MIN_CLAIM_ROWS = 3  # two equal coins differ clearly in 12.5 % of pairs of tosses; from 3 rows on, in 3 to 7 %
-SMALL_ROWS = 20  # below it, a verdict says that the rows are few
+SMALL_ROWS = 20  # below it, a verdict says how many rows there are
 SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
     "stop_rate": "answers that stopped", "tokens_per_answer": "tokens per answer", "valid_json": "valid JSON",
     "preference_sum": "preference, summed", "margin": "margin of rewards", "macro_f1": "macro F1",
@@ -385,8 +385,9 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
     if not reasons:
         verdict, _, numbers = text.partition(": ")
-        is_small = result.get("rows", SMALL_ROWS) < SMALL_ROWS
-        return kind, f"{verdict} on few rows: {numbers}" if is_small else text
+        rows = result.get("rows", SMALL_ROWS)
+        few = f", but only {rows} row{'s' * (rows != 1)}"
+        return kind, f"{verdict}{few}: {numbers}" if rows < SMALL_ROWS else text
     return "unclear", f"not a fair test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
 
 

@@ -49,7 +49,8 @@ STEP_PLOTS = {  # field of a "step" event -> title of its plot
 def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str, Any]]) -> Path:
     """Write report.html from the content of report.json and the run's events, and return its path."""
     path = folder / "report.html"
-    write_atomic(path, render(report, list(events), read_json(folder / "notes.json")))
+    named = {**report, "run": str(folder)}  # the folder may have been renamed
+    write_atomic(path, render(named, list(events), read_json(folder / "notes.json")))
     return path
 
 
@@ -64,9 +65,13 @@ def render(
     recipe, regression = report.get("recipe") or [], _describe_change(report.get("regression") or {})
     train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
+    stopped = _describe_stop(report, events)
+    event_counts["stop"] -= bool(stopped)
+    shown = [_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))]
     page = _template().render(
         title=Path(str(report.get("run") or "run")).name,
         dates=_describe_dates(events),
+        stopped=stopped,
         tags=tags if isinstance(tags := (notes or {}).get("tags"), list) else [],
         note=(notes or {}).get("note") or "",
         verdict=_describe_change(evaluation) or _describe_baseline(evaluation),
@@ -77,7 +82,8 @@ def render(
         loss_plot=plot_loss(train, evaluated, 10.4),
         narrow_loss_plot=plot_loss(train, evaluated, 4.2),  # for phones, where the text of the wide plot is too small
         plots=list(_plot_steps(events)),
-        samples=[_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))],
+        samples=shown,
+        marks={mark for sample in shown for answer in sample["answers"] for _, mark in answer["parts"]},
         num_samples=len(samples),
         data=list(_list_row_counts(report.get("data") or {}, (report.get("data_report") or {}).get("held_out"))),
         data_warnings=(report.get("data_report") or {}).get("warnings") or [],
@@ -89,7 +95,9 @@ def render(
             for name in ("lock", "machine")
             if report.get(name)
         ],
-        recoveries=", ".join(_count_events(kind, n) for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
+        recoveries=", ".join(
+            _count_events(kind, n) for kind, n in event_counts.items() if n > 0 and kind not in NORMAL_EVENTS
+        ),
         general=_format_general(report.get("general") or {}, evaluation, intervals),
         classes=list(_list_classes(evaluation)),
         confusion=_format_confusion(evaluation),
@@ -128,6 +136,15 @@ def _count_events(kind: str, number: int) -> str:
     return f"{number} {name}{'s' * (number != 1)}"
 
 
+def _describe_stop(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    """Return where a run was stopped before its last step, or ""."""
+    total = next((event["steps"] for event in reversed(events) if _is_number(event.get("steps"))), None)
+    step = report.get("steps")
+    if report.get("ended") != "stop" or not _is_number(step) or total is None or step >= total:
+        return ""
+    return f"Stopped after step {step:,} of {total:,}. Resume the run to finish it."
+
+
 def _describe_dates(events: Sequence[Mapping[str, Any]]) -> str:
     """Return the local time of the first and the last event, or "" without events."""
     times = [event["time"] for event in events if _is_number(event.get("time"))]
@@ -137,15 +154,16 @@ def _describe_dates(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (name, value) of the numbers at the top of the page."""
+    if _is_number(report.get("steps")):
+        yield "steps", f"{report['steps']:,}"
     for field, name, format_value in (
-        ("steps", "steps", "{:,}".format),
         ("seconds", "training time", _format_duration),
         ("eval_seconds", "evaluation and samples", _format_duration),
         ("tokens", "tokens", "{:,}".format),
         ("supervised_tokens", "supervised tokens", "{:,}".format),
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
     ):
-        if _is_number(report.get(field)):
+        if _is_number(report.get(field)) and (report[field] or field != "eval_seconds"):
             yield name, format_value(report[field])
     loss = report.get("loss") or {}
     if _is_number(loss.get("first")) and _is_number(loss.get("last")):

@@ -104,8 +104,18 @@ class Parity:
     def passed(self) -> bool:
         return not self.violations
 
+    def describe_limits(self) -> str:
+        """Return the limits as they were applied, with the reason why few positions may exceed one."""
+        share = f"{1 - self.limit.agreement:.1%}"
+        text = f"mean KL at most {self.limit.kl_mean:.2g}, clear flips in at most {share} of the positions"
+        if self.positions >= FEW_POSITIONS:
+            return text
+        low, high = 1 - self.agreement.high, 1 - self.agreement.low
+        few = f"as {self.positions} positions are few, their 95 % interval is compared: {low:.1%} to {high:.1%}"
+        return f"{text} ({few})"
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "limits": self.describe_limits()}
 
     def check(self, name: str, alternative: str = "") -> None:
         """Raise ParityError if a limit is exceeded. alternative: what to do instead, such as another option."""

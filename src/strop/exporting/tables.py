@@ -27,3 +27,4 @@ def print_parity(parity: Parity | None, out: Console) -> None:
         f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
         f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
     )
+    out.print(f"[bold]limits[/]   {parity.describe_limits()}")

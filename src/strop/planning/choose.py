@@ -18,6 +18,7 @@ from strop.models.families.shape import ModelShape
 from strop.models.families.table import FAMILIES, overflows_fp16
 from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices, why_not_streamed
+from strop.planning.memory import PROCESS_BYTES
 from strop.planning.time import Rate
 from strop.planning.workload import check_patterns, why_not_offloaded, why_recipe_not_fast
 from strop.runs.lock import sha256_text
@@ -163,7 +164,10 @@ def why_no_int8(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | No
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """Return the bytes that a run may use, a share of the device's free memory."""
+    """Return the bytes that a run may use, a share of the device's free memory.
+
+    On a CPU it is a share of the whole process, with its libraries, as MemoryWatch has it.
+    """
     kind, _, index = device.partition(":")
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
@@ -171,6 +175,8 @@ def usable_bytes(machine: Machine, device: str) -> int:
         free = int(match[1]) << 20 if (match := re.search(r"(\d+) MiB", line)) else free
     if kind == "cuda" and machine.card_free_bytes is not None:
         free = machine.card_free_bytes
+    if kind == "cpu":
+        free = max(0, free - round((1 - USABLE[kind]) / USABLE[kind] * PROCESS_BYTES))
     return int(USABLE[kind] * free)
 
 

@@ -12,7 +12,7 @@ from strop.errors import RecipeError
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import data_kind_of, longest_sequence, sequences_per_row
 from strop.planning.activations import offloaded_bytes
-from strop.planning.memory import load_phase, train_phase
+from strop.planning.memory import PROCESS_BYTES, format_sizes, load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, mean_micro_batch
 from strop.planning.time import DISK_BYTES_PER_S, Rate, disk_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
@@ -60,7 +60,8 @@ class MemoryBudget:
         return disk_rate(workload, mean_micro_batch(recipe), rate) > DISK_BYTES_PER_S
 
     def describe(self, needed: int) -> str:
-        return f"{needed / GIB:.1f} GiB needed for rows of max_length, {self.usable / GIB:.1f} GiB usable"
+        required, usable = format_sizes(needed, self.usable)
+        return f"{required} needed for rows of max_length, {usable} usable"
 
     def tokens_per_s(self, recipe: Recipe, rate: Rate) -> float:
         """Predict the speed of one device on rows of the maximum length."""
@@ -378,6 +379,9 @@ Changes = Iterator[tuple[str, str, dict[str, Any]]]  # the first fields of Sugge
 
 def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[Suggestion]:
     """Return changes, the cheapest first, until the recipe fits. If it never does, the last is a smaller model."""
+    if not budget.usable:  # of a CPU
+        what = f"a larger memory limit: Python and its libraries take {format_sizes(PROCESS_BYTES)[0]}"
+        return [Suggestion(what, "memory", {}, budget.needed(recipe), False, 1.0)]
     suggestions: list[Suggestion] = []
     options: dict[str, Any] = {}
     speed, changed = budget.tokens_per_s(recipe, rate), recipe

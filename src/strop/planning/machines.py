@@ -13,6 +13,7 @@ from strop.errors import RecipeError
 from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, gpu_dtype, probe
 from strop.machine.rates import load_precision, load_rates
+from strop.planning.memory import PROCESS_BYTES
 from strop.planning.time import Rate
 
 # Shares of the dense rate in a data sheet that are reached (assumed; docs/cards.md). By large matmuls: of GPUs that are
@@ -182,6 +183,7 @@ class TargetMachine:
 
 
 def find_target(device: str, memory: int | None = None, gpu: str | None = None) -> TargetMachine:
+    """Return the machine to plan for. Of host memory, Python and its libraries take PROCESS_BYTES before a model."""
     machine = probe()
     if gpu is not None:
         return _make_target(machine, find_spec(gpu), memory)
@@ -199,6 +201,7 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         return _make_target(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
+    machine = replace(machine, free_bytes=max(0, machine.free_bytes - PROCESS_BYTES))
     rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
         typical = DeviceSpec("like a typical Apple GPU in the table", UNKNOWN.kind, 0, 200, 4, "mps", "fp32")
@@ -214,7 +217,7 @@ def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: t
     reasons = {"bf16": "the GPU computes in bf16", "fp16": "the GPU has no bf16", "fp32": "it has no fast 16-bit type"}
     dtype = spec.dtype, reasons[spec.dtype]
     if spec.device != "cuda":
-        machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
+        machine = replace(machine, memory_bytes=size, free_bytes=max(0, size - PROCESS_BYTES), gpus=())
     else:
         machine = replace(machine, gpus=gpus or (f"{spec.name}, {size >> 20} MiB",))
     return TargetMachine(machine, spec.device, dtype, spec.rate_of)

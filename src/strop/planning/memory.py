@@ -26,6 +26,9 @@ PARTS = (
 )  # fmt: skip
 # Growth of a CPU process in one step of a tiny model (docs/plan.md, "What does not depend on the model").
 CODE_BYTES = 20 * MIB  # transformers and PEFT
+# Resident memory of a run before it loads its model: Python, PyTorch, transformers and PEFT (runs of the demo: 551 to
+# 631 MiB). It counts against a memory limit, but is in no phase.
+PROCESS_BYTES = 630 * MIB
 KERNELS_BYTES = 85 * MIB  # numba and LLVM with the compiled kernels
 # PyTorch and cached oneDNN kernels (engine.device): in bf16 without and with LoRA matmuls, and in fp32
 MATMULS_BYTES, MORE_MATMULS_BYTES, FP32_MATMULS_BYTES = 47 * MIB, 87 * MIB, 5 * MIB
@@ -52,7 +55,7 @@ PARITY_BYTES = 32 * MIB  # temporary log-probabilities (export.parity)
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part at the peak of a phase. The system can reclaim `mapped_files` (weight files)."""
+    """Bytes by part at the peak of a phase. The system can reclaim `mapped_files` (weight files that were copied)."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -65,7 +68,17 @@ class Phase:
         return self.peak_bytes - self.parts.get("mapped_files", 0)
 
     def as_json(self) -> dict[str, object]:
-        return {"peak_bytes": self.peak_bytes, "parts": dict(self.parts)}
+        return {"peak_bytes": self.peak_bytes, "needed_bytes": self.needed_bytes, "parts": dict(self.parts)}
+
+
+def format_sizes(*sizes: int) -> list[str]:
+    """Return sizes in one unit, MiB or GiB, with up to three decimals, so that different sizes look different."""
+    unit, digits = (MIB, 0) if max(sizes) < 1 << 30 else (1 << 30, 1)
+    while True:
+        texts = [f"{size / unit:,.{digits}f} {'MiB' if unit == MIB else 'GiB'}" for size in sizes]
+        if len(set(texts)) == len(set(sizes)) or digits == 3:
+            return texts
+        digits += 1
 
 
 @dataclass(frozen=True)
@@ -219,7 +232,7 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
     """Return the parts that are constant during a phase. trained: with the optimizer's state."""
     base = workload.base
     return {
-        "weights": 0 if base.streamed else weight_bytes(workload) // base.shards,
+        "weights": _streamed_bytes(workload) if base.streamed else weight_bytes(workload) // base.shards,
         "quantization_constants": 0 if base.streamed else constant_bytes(workload) // base.shards,
         "adapters": 0 if workload.adapter.full else 4 * workload.adapter_weights,
         "optimizer": int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights) if trained else 0,
@@ -229,18 +242,18 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
     }
 
 
-def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files).
+def _streamed_bytes(workload: Workload) -> int:
+    """Return bytes of a streamed base in memory: the layer that is computed and the next, or a layer and the head."""
+    layer = base_layer_bytes(workload)
+    return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding_weights)
 
-    Of a streamed base, the layer that is computed and the next one, or a layer and the head.
-    """
-    if workload.base.streamed:
-        layer = base_layer_bytes(workload)
-        return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding_weights)
+
+def _mapped_copies(workload: Workload) -> int:
+    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in the dtype of the files)."""
     # FastLoss copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
-    if compute.device != "cpu" or base.scheme != "none" or base.converted_bytes or base.shards > 1:
-        return 0  # shards are read into other memory
+    if compute.device != "cpu" or base.scheme != "none" or base.converted_bytes or base.shards > 1 or base.streamed:
+        return 0  # shards and streamed layers are read into other memory
     embeddings = shape.embedding_weights * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
     copied = [] if shape.family in FUSED_EXPERTS else [*shape.expert_linears]
     if compute.step == "fast":

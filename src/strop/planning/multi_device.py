@@ -18,7 +18,7 @@ from strop.distributed.assign import assign_contiguous, nodes_to_send
 from strop.errors import RecipeError
 from strop.objectives.table import sequences_per_row
 from strop.planning.machines import TargetMachine
-from strop.planning.memory import base_layer_bytes
+from strop.planning.memory import PROCESS_BYTES, base_layer_bytes
 from strop.planning.microbatch import mean_micro_batch
 from strop.planning.time import Rate, step_seconds
 from strop.planning.workload import Workload
@@ -111,8 +111,8 @@ def target_share(target: TargetMachine, devices: Devices, *, local: bool) -> Tar
     if local and per_node > cores:
         what = f"--devices {per_node}: this machine has {cores} core{'s' * (cores != 1)}, and each device needs one"
         raise RecipeError(what, fix=f"give --devices {cores} or fewer")
-    memory, free = machine.memory_bytes // per_node, machine.free_bytes // per_node
-    part = replace(machine, cores=max(1, cores // per_node), memory_bytes=memory, free_bytes=free)
+    memory, free = machine.memory_bytes // per_node, machine.free_bytes - (per_node - 1) * PROCESS_BYTES
+    part = replace(machine, cores=max(1, cores // per_node), memory_bytes=memory, free_bytes=max(0, free // per_node))
     return replace(target, machine=part, rate_of=lambda dtype: _rate_share(target.rate_of(dtype), per_node))
 
 

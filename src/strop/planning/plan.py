@@ -50,10 +50,12 @@ from strop.planning.keep import ANSWERS, choose_keep
 from strop.planning.machines import TargetMachine
 from strop.planning.memory import (
     PARTS,
+    PROCESS_BYTES,
     EvaluationLoad,
     Phase,
     RolloutLoad,
     constant_bytes,
+    format_sizes,
     predict_phases,
     weight_bytes,
 )
@@ -74,6 +76,7 @@ from strop.planning.workload import Workload, why_recipe_not_fast
 CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
 MAX_TOKENS = 1 << 20
 SINGLE_DEVICE = Devices()
+_COMMANDS = {"evaluate": "strop eval", "serve": "strop serve", "merge": "strop merge", "export": "strop export"}
 _ALTERNATIVES = {
     "evaluate": "use shorter rows, or a machine with more memory",
     "serve": "use a machine with more memory",
@@ -90,7 +93,8 @@ class Plan(Printed):
     `as_json` gives the fields of `strop plan --json`.
     """
 
-    fits: bool  # whether loading, sampling and training fit in memory
+    fits: bool  # whether training fits in memory, with loading and sampling
+    needed_bytes: int  # memory that training needs
     refused: str | None  # why `strop train` would reject this model, or None
     device: str
     memory_bytes: int
@@ -115,18 +119,32 @@ class Plan(Printed):
         later = ("evaluate", "serve", *(() if self.device == "cuda" else ("merge", "export")))
         return [x for x in later if x in self.phases and self.phases[x].needed_bytes > self.usable_bytes]
 
+    @property
+    def verdict(self) -> str:
+        """What fits, in one sentence: training, and the commands after it."""
+        needed = [self.needed_bytes, *(self.phases[name].needed_bytes for name in self.phases_too_large)]
+        *sizes, usable = format_sizes(*needed, self.usable_bytes)
+        if not self.fits:
+            return f"training does not fit: {sizes[0]} needed, {usable} usable"
+        if len(sizes) == 1:
+            return "it fits"
+        commands = zip(self.phases_too_large, sizes[1:], strict=True)
+        later = ", ".join(f"{_COMMANDS[name]} needs {size}" for name, size in commands)
+        return f"training fits ({sizes[0]} of {usable} usable), but not every command after it: {later}"
+
     def _print(self, out: Console) -> None:
         print_plan(self, out)
 
     def __repr__(self) -> str:
-        peak = _format_gib(self.phases["train"].peak_bytes)
-        return f"Plan(fits={self.fits}, device={self.device!r}, peak={peak} GiB, seconds={self.seconds})"
+        (peak,) = format_sizes(self.phases["train"].peak_bytes)
+        return f"Plan({self.verdict}, device={self.device!r}, peak={peak}, seconds={self.seconds})"
 
     def as_json(self) -> dict[str, Any]:
         choices = [asdict(choice) for choice in self.resolved.choices.values() if choice.origin != "default"]
         base = self.workload.base
         return {
-            "fits": self.fits, "beyond": self.phases_too_large, "refused": self.refused, "device": self.device,
+            "fits": self.fits, "beyond": self.phases_too_large, "verdict": self.verdict, "refused": self.refused,
+            "device": self.device, "needed_bytes": self.needed_bytes,
             "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes,
             "phases": {name: phase.as_json() for name, phase in self.phases.items()},
             "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
@@ -205,6 +223,7 @@ def make_plan(
     why = why_recipe_not_fast(recipe, shape)
     return Plan(
         fits=fits,
+        needed_bytes=needed,
         refused=model.refused,
         device=recipe.model.device,
         memory_bytes=machine.memory_bytes if recipe.model.device in ("cpu", "mps") else round(budget.usable / 0.95),
@@ -416,7 +435,8 @@ def print_plan(plan: Plan, out: Console) -> None:
         else ""
     )
     seconds += ", without the teacher's time" if seconds and plan.resolved.recipe.train.teacher else ""
-    out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
+    speed = f"{plan.tokens_per_s:,.0f} tokens/s{seconds}, on an otherwise idle machine"
+    out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"max_length {length:,}"
     if tokens:
@@ -425,15 +445,16 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"[bold]disk[/]     at most {plan.disk_bytes / 2**20:,.0f} MiB, in the run folder and the cache")
     if plan.refused or plan.data["refused"]:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
+    colour = "red" if not plan.fits else "yellow" if plan.phases_too_large else "green"
+    out.print(f"[{colour}]{plan.verdict}[/]", highlight=False, soft_wrap=True)
     if plan.fits:
-        out.print("[green]it fits[/]")
         for name in plan.phases_too_large:
-            out.print(f"[yellow]but not[/]  {name}: {_ALTERNATIVES[name]}", highlight=False)
+            out.print(f"  {_COMMANDS[name]}: {_ALTERNATIVES[name]}", highlight=False)
         return
-    out.print("[red]it does not fit[/]; the cheapest changes that would help:")
+    out.print("the cheapest changes that would help:")
     for change in plan.suggestions:
         flags = " ".join(f"--{field} {value}" for field, value in change.options.items())
-        fits = "[green]fits[/]" if change.fits else f"{_format_gib(change.peak_bytes)} GiB"
+        fits = "[green]fits[/]" if change.fits else format_sizes(change.peak_bytes, plan.usable_bytes)[0]
         out.print(f"  {change.what}: {fits}, {change.time:.2f} times the time; gives up: {change.gives_up}")
     if plan.suggestions[-1].fits:
         out.print(f"  {flags}", markup=False)
@@ -451,7 +472,9 @@ def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
     _, _, name = plan.rate.source.partition("data sheet of ")
     device = f"{plan.device} ({name})" if name else plan.device
-    yield "machine", f"{device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
+    memory, usable = format_sizes(plan.memory_bytes, plan.usable_bytes)
+    host = f" besides {PROCESS_BYTES / 2**20:.0f} MiB for Python and its libraries" if plan.device == "cpu" else ""
+    yield "machine", f"{device}, {memory}, {usable} usable{host}"
 
 
 def _describe_rows(plan: Plan) -> str:
@@ -505,11 +528,10 @@ def _make_phase_table(plan: Plan) -> Table:
         table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *sizes)
     table.add_section()
     table.add_row("in all", *(f"{phase.peak_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
+    if any(phase.needed_bytes < phase.peak_bytes for phase in plan.phases.values()):
+        table.add_row("needed", *(f"{phase.needed_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
+        table.caption, table.caption_justify = "needed: without files, which the system can take back", "left"
     return table
-
-
-def _format_gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
 
 
 def _format_duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from strop.config.load import Resolved
 from strop.errors import InputError, MemoryLimitError
 from strop.machine.memory import parse_memory
 from strop.planning.machines import find_target
+from strop.planning.memory import format_sizes
 from strop.planning.microbatch import Rows, measure_rows
 from strop.planning.multi_device import Devices, target_share
 from strop.planning.plan import Plan, make_plan, read_model_facts, start_adapter
@@ -91,8 +92,9 @@ def plan_sweep(planner: Planner, settings: Sequence[Setting], trials: int, seeds
     what = ""
     if too_large is not None:
         plan = next(plan for setting, plan in plans if setting == too_large)
-        needed = max(phase.needed_bytes for phase in plan.phases.values()) / 2**30
-        what = f"{format_setting(too_large)} needs {needed:.2f} GiB, and {plan.usable_bytes / 2**30:.2f} GiB are usable"
+        needed = max(plan.needed_bytes, plan.phases["evaluate"].needed_bytes)
+        required, usable = format_sizes(needed, plan.usable_bytes)
+        what = f"{format_setting(too_large)} needs {required}, and {usable} are usable"
     return SweepPlan(
         trials, final_runs, peaks[largest], plans[largest][0], plans[0][1].usable_bytes, total, len(plans), what
     )

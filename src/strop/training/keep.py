@@ -157,7 +157,7 @@ def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Render
     message = "answering general prompts: %d of %d"
     LOG.info(
         "keep     the model answers %d general prompts first, so that training keeps its other skills; "
-        "--train.keep off skips this", len(rows), extra=LASTING,
+        "`strop train` skips this with --train.keep off", len(rows), extra=LASTING,
     )  # fmt: skip
     prompts, answerable = [], []
     for row in rows:

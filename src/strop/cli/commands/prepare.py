@@ -124,7 +124,7 @@ def plan(
     result = planned.as_json()
     if not planned.fits:
         fixes = "; ".join(suggestion.what for suggestion in planned.suggestions)
-        result["error"] = {"kind": "DoesNotFit", "message": "the recipe does not fit", "fix": fixes, "where": []}
+        result["error"] = {"kind": "DoesNotFit", "message": planned.verdict, "fix": fixes, "where": []}
     print_json(result, as_json)
     if not planned.fits:
         raise typer.Exit(1)

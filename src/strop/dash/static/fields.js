@@ -63,6 +63,18 @@ export function confirmTyping(form) {
   });
 }
 
+/** Show in each empty control the value that the plan chose, or else the default. recipe: the values of the plan. */
+export function showChosen(form, recipe) {
+  const chosen = new Map(recipe.filter((item) => item.origin !== "default").map((item) => [item.field, item.value]));
+  for (const control of form.querySelectorAll("[data-option]")) {
+    const name = control.dataset.option,
+      item = control.options?.[0] ?? control,
+      attribute = control.options ? "textContent" : "placeholder";
+    control.dataset.unset ??= item[attribute];
+    item[attribute] = chosen.has(name) ? `chosen (${formatValue(chosen.get(name))})` : control.dataset.unset;
+  }
+}
+
 function concerns(problem, option, value) {
   if (value && problem.startsWith(`${value}:`)) return true;
   const [, dashes, name] = problem.replace(/^recipe: /, "").match(/^(--)?([\w.-]*)/);

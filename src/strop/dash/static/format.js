@@ -18,6 +18,20 @@ export function figure(value) {
 
 export const percent = (share, digits = 1) => (isNumber(share) ? `${(100 * share).toFixed(digits)} %` : "");
 
+/** Return one sentence on what a metric measures, for a title; "" for a user's own metric. */
+export const describeMetric = (name) =>
+  ({
+    exact: "Share of the answers that are equal to the reference answer, apart from spaces.",
+    exact_json: "Share of the answers that are the same JSON object as the reference, without other text.",
+    contains: "Share of the answers that contain the reference answer, in any case.",
+    regex: "Share of the answers that match the row's pattern.",
+    choice: "Share of the rows whose reference is the most likely of all references.",
+    preference: "Share of the pairs whose preferred answer is more likely.",
+    accuracy: "Share of the texts with the right class.",
+    accuracy_at_1: "Share of the texts whose nearest passage is the right one.",
+    mean_reward: "Mean reward of the traces.",
+  })[name] ?? "";
+
 /** Format a score: a share as a percentage, other values as they are. */
 export const scoreText = (value) => (isNumber(value) && value >= 0 && value <= 1 ? percent(value) : figure(value));
 

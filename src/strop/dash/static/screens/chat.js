@@ -140,11 +140,11 @@ function createScreen() {
             "div",
             { class: "line", style: { margin: ".8rem 0" } },
             picker,
-            button(off ? "Start" : "Switch to this run", () => change("chat/start", { names: [chosen] }), {
+            button(off ? "Start" : "Load this model", () => change("chat/start", { names: [chosen] }), {
               class: off ? "main" : "",
               disabled: !off && server.names.length === 1 && lastPart(server.names[0]) === chosen,
             }),
-            off ? null : button("Stop the server", () => change("chat/stop")),
+            off ? null : button("Unload the model", () => change("chat/stop")),
           ),
       server.state === "ready" ? options : null,
     );
@@ -159,7 +159,7 @@ function createScreen() {
   /** Show the default system prompts as placeholder. */
   function showDefaultPrompt() {
     const same = columns.every((chat) => trainedPrompt(chat) === trainedPrompt(columns[0])),
-      promptText = (chat) => trainedPrompt(chat) || "none";
+      promptText = (chat) => trainedPrompt(chat) || "that of the chat template, if it has one";
     system.placeholder = same
       ? promptText(columns[0])
       : columns.map((chat) => `${chat.name}: ${promptText(chat)}`).join("\n");

@@ -3,6 +3,7 @@
 import {
   button,
   count,
+  describeMetric,
   duration,
   errorBox,
   figure,
@@ -187,6 +188,15 @@ export async function show(container, { query, signal }) {
     put(
       out,
       comparison.verdict ? h("p", { class: "verdict" }, comparison.verdict) : null,
+      comparison.unevaluated.length
+        ? h(
+            "p",
+            { class: "actions" },
+            comparison.unevaluated.map((name) =>
+              link(to("run", name, "answers"), `Evaluate ${name}`, { class: "button" }),
+            ),
+          )
+        : null,
       scores(comparison),
       pairs(comparison),
       h(
@@ -227,7 +237,12 @@ function scores(comparison) {
         value: (run) => run.state,
         show: (run) => h("span", { class: `state ${run.state}` }, run.state),
       },
-      { key: "metric", name: "metric", value: (run) => of.get(run.name)?.metric },
+      {
+        key: "metric",
+        name: "metric",
+        value: (run) => of.get(run.name)?.metric,
+        show: (run, value) => h("span", { title: describeMetric(value) }, value ?? ""),
+      },
       { key: "caveat", name: "caveat", csvOnly: true, value: (run) => of.get(run.name)?.caveat },
       {
         key: "score",
@@ -243,6 +258,14 @@ function scores(comparison) {
         sortable: false,
         value: () => null,
         show: (run) => interval(of.get(run.name)),
+      },
+      {
+        key: "limit",
+        name: "answer limit",
+        csvName: "max_tokens",
+        number: true,
+        value: (run) => of.get(run.name)?.max_tokens ?? null,
+        show: (run, value) => (value === null ? "" : `${count(value)} tokens, ${count(of.get(run.name).cut ?? 0)} cut`),
       },
       {
         key: "eval",
@@ -301,7 +324,9 @@ function interval(item) {
 
 function pairs(comparison) {
   if (!comparison.pairs?.length)
-    return h("p", { class: "soft" }, "No paired comparison: no two of these runs were evaluated on the same rows.");
+    return comparison.unevaluated.length
+      ? null
+      : h("p", { class: "soft" }, "No paired comparison: no two of these runs were evaluated on the same rows.");
   return h(
     "ul",
     {},

@@ -153,7 +153,7 @@ export async function show(container, { query, signal }) {
         report.padding
           ? fact("padding in batches of 8", percent(report.padding.batched, 0))
           : null,
-        page.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(page.sharing.prefix_saves, 0)) : null,
+        page.sharing?.prefix_saves ? fact("computed once, as rows begin alike", percent(page.sharing.prefix_saves, 0)) : null,
       ),
       (report.warnings ?? []).map((warning) => h("p", { class: "warn" }, `Warning: ${warning}`)),
       (report.template ?? []).map((line) => h("p", { class: "soft" }, line)),

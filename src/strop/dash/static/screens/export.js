@@ -160,18 +160,14 @@ function parity(job) {
           ),
           facts([
             ["positions compared", measured.positions],
-            ["same most likely token", percent(measured.top1_agreement, 2)],
+            ["clear flips (another most likely token, no near tie)", measured.clear_flips],
+            ["same most likely token, near ties included", percent(measured.top1_agreement, 2)],
             ["KL divergence, mean", figure(measured.kl_mean)],
             ["KL divergence, largest", figure(measured.kl_max)],
             ["loss difference", figure(measured.loss_difference)],
             ["lowest cosine of a text's vectors", measured.cosine_min == null ? null : measured.cosine_min.toFixed(6)],
-            [
-              "limit",
-              measured.limit
-                ? `KL ${figure(measured.limit.kl_mean)}, same token ${percent(measured.limit.agreement, 1)}`
-                : null,
-            ],
           ]),
+          measured.limits ? h("p", { class: "soft" }, `Limits: ${measured.limits}.`) : null,
         ]
       : h("p", { class: "soft" }, `Parity was ${details.not_measured ?? "not measured"}.`),
     text ? facts(textFacts(text)) : null,

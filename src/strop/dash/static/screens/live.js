@@ -198,7 +198,7 @@ export async function show(container, { run, query, signal, draw }) {
           "trained parameters",
           run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null,
         ],
-        ["engine", run.engine?.name],
+        ["training step", { fast: "fast: strop's own kernels", plain: "plain: the model's own code" }[run.engine?.name]],
       ]),
     );
     drawMarks();

@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { confirmTyping, fieldList, showFieldErrors, slider, withLabels } from "../fields.js";
+import { confirmTyping, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -285,6 +285,7 @@ export async function show(container, { query, signal }) {
     const resolved = new Map(planned.recipe.map((item) => [item.field, item.value]));
     for (const control of sliders)
       if (options[control.name] === undefined && resolved.has(control.name)) control.draw(resolved.get(control.name));
+    showChosen(container, planned.recipe);
     const chosen = recipeTable({ label: "Recipe", file: "recipe.csv" });
     chosen.set(planned.recipe.filter((item) => item.origin !== "default"));
     const defaults = planned.recipe.filter((item) => item.origin === "default");
@@ -293,18 +294,17 @@ export async function show(container, { query, signal }) {
       verdict,
       h(
         "p",
-        { class: `verdict ${planned.fits ? "better" : "worse"}`, role: "status" },
-        planned.fits ? "It fits" : "It does not fit",
-        ` on ${planned.device}.`,
-        planned.fits && phasesOverLimit(planned).length
-          ? ` Phases that do not fit: ${phasesOverLimit(planned).join(", ")}.`
-          : "",
+        { class: `verdict ${planned.fits ? (planned.beyond.length ? "unclear" : "better") : "worse"}`, role: "status" },
+        `On ${planned.device}: ${planned.verdict}.`,
         planned.rows.measuring ? " Measuring the rows…" : "",
         planned.seconds
-          ? ` About ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s.`
+          ? ` About ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
           : planned.tokens_per_s
-            ? ` ${count(planned.tokens_per_s)} tokens/s.`
+            ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
             : "",
+        planned.here && planned.training.length
+          ? ` It takes longer now: ${planned.training.join(", ")} ${planned.training.length > 1 ? "are" : "is"} training.`
+          : "",
       ),
     );
     verdict.append(...(planned.rows.warnings ?? []).map((text) => h("p", { class: "warn" }, `Warning: ${text}`)));
@@ -320,7 +320,7 @@ export async function show(container, { query, signal }) {
     }
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
     summary.textContent = [
-      planned.fits ? "It fits" : "It does not fit",
+      !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
       planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
@@ -436,9 +436,4 @@ async function waitForRun(name, signal) {
     }
     await new Promise((done) => setTimeout(done, 400));
   }
-}
-
-/** Return the phases that need more memory than available, although training fits. */
-function phasesOverLimit({ phases, usable_bytes: usable }) {
-  return Object.keys(phases).filter((name) => phases[name].peak_bytes > usable);
 }
