@@ -774,8 +774,6 @@ NOT_MEASURED: dict[str, list[str]] = {
         "At least 99.5 %", "It must be 100 %, give or take 2 %",  # limits of exporting.parity
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
-    "docs/python.md": ['memory="8GB"'],
-    "docs/results.md": ["95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
     "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
     "docs/images.md": [
