@@ -52,14 +52,27 @@ export function showFieldErrors(form, error) {
   });
 }
 
-/** Confirm the text of an option half a second after it was typed, as leaving its field does. */
+/**
+ * Confirm the text of an option when its field is left, or half a second after it was typed. The browser confirms only a
+ * text that differs from the one at which the field was entered, and thus not one that was changed and changed back.
+ */
 export function confirmTyping(form) {
-  let timer = 0;
-  form.addEventListener("change", () => clearTimeout(timer));
+  let typed = null,
+    timer = 0;
+  const confirm = () => {
+    if (typed?.isConnected) typed.dispatchEvent(new Event("change", { bubbles: true }));
+    typed = null;
+  };
+  form.addEventListener("change", ({ target }) => {
+    if (target === typed) typed = null;
+  });
+  form.addEventListener("focusout", confirm);
   form.addEventListener("input", ({ target }) => {
+    if (target !== typed) confirm();
     clearTimeout(timer);
-    if (target.matches("input[data-option]"))
-      timer = setTimeout(() => target.dispatchEvent(new Event("change", { bubbles: true })), 500);
+    if (!target.matches("input[data-option]")) return;
+    typed = target;
+    timer = setTimeout(confirm, 500);
   });
 }
 

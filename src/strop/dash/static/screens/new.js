@@ -99,7 +99,7 @@ export async function show(container, { query, signal }) {
     on: {
       change: () => {
         setQuery({ memory: memory.value.trim() });
-        requestPlan();
+        planAgain();
       },
     },
   });
@@ -107,7 +107,7 @@ export async function show(container, { query, signal }) {
     spellcheck: "false",
     placeholder: "auto",
     data: { option: "name" },
-    on: { change: () => requestPlan() },
+    on: { change: planAgain },
   });
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
@@ -223,6 +223,13 @@ export async function show(container, { query, signal }) {
   function change(name, value) {
     setOption(options, name, value);
     storeOptions(options);
+    planAgain();
+  }
+
+  /** Plan changed values. They cannot be started before their plan is shown. */
+  function planAgain() {
+    summary.textContent = "Planning…";
+    startButton.disabled = true;
     requestPlan();
   }
 
