@@ -546,7 +546,10 @@ def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) ->
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files({**rows, "name": "run.exe"})
-        tab.page.wait_for_selector("#notice.bad:has-text('not a data file')")
+        problem = tab.page.locator(".field [role=alert]:has-text('run.exe was not uploaded: ')")
+        problem.wait_for()
+        assert "not a data file" in problem.inner_text()
+        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows-2.jsonl"  # as before
 
 
 def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser: Any, dash: Dash) -> None:

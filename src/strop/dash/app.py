@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 
 from strop import __version__
 from strop.dash.dashboard import Dashboard, Services
-from strop.dash.files import browse, display_path, run_path, split_names
+from strop.dash.files import browse, display_path, split_names
 from strop.dash.history import StreamPosition
 from strop.dash.jobs import TOKEN_VARIABLE, Busy, forward, option_flags
 from strop.dash.runs import with_heartbeat_age
@@ -231,10 +231,8 @@ def post_routes(services: Services) -> list[BaseRoute]:
             request, options=dict, name=(str, None), memory=(str, None), gpu=(str, None), thorough=(bool, False)
         )
         option_arguments(options)
-        if given_name:
-            name = run_path(dashboard.root, given_name).name
-        else:
-            name = await call(dashboard.unused_run_name, stem(options))
+        name = given_name or await call(dashboard.unused_run_name, stem(options))
+        await call(dashboard.new_run_path, name)
         folder = str(dashboard.root / name)
         parameters = {"options": options, "memory": memory, "gpu": gpu, "out": folder, "thorough": thorough}
         return {**await services.planner.call("plan", **parameters), "name": name, "out": folder}

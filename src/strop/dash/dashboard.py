@@ -289,11 +289,15 @@ class Dashboard:
             raise Busy(f"{name} has no adapter yet: it is written at the end of training", fix=fix)
         return self.jobs.start(kind, arguments, name)
 
-    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
-        """Start a run. Raises FolderError if the name is taken."""
+    def new_run_path(self, name: str) -> Path:
+        """Return the folder for a new run. Raises FolderError if the name is taken."""
         path = run_path(self.root, name)
         if path.exists() or any(job["run"] == name for job in self.jobs.running("train")):
             raise FolderError(f"{name}: a run with this name exists", fix="choose another name")
+        return path
+
+    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        path = self.new_run_path(name)
         return self.jobs.start("train", ["train", *arguments, f"--out={path}"], name)
 
     def doctor(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ export async function show(container, { query, signal }) {
     } catch (error) {
       if (error.name !== "AbortError" && request === requests) {
         showFieldErrors(container, error);
-        put(out, errorBox(withLabels(container, error)));
+        put(out, errorBox(error, withLabels(container)));
       }
     }
     out.removeAttribute("aria-busy");
@@ -128,10 +128,8 @@ export async function show(container, { query, signal }) {
       out,
       report.refusal
         ? errorBox(
-            withLabels(container, {
-              message: `A run would be refused: ${report.refusal.message}`,
-              fix: report.refusal.fix,
-            }),
+            { message: `A run would be refused: ${report.refusal.message}`, fix: report.refusal.fix },
+            withLabels(container),
           )
         : null,
       h(

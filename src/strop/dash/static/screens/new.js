@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { confirmTyping, fieldList, showFieldErrors, slider, withLabels } from "../fields.js";
+import { confirmTyping, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { readOptions, storeOptions, setOption } from "../options.js";
@@ -113,6 +113,7 @@ export async function show(container, { query, signal }) {
   const verdict = h("div"),
     bars = h("div"),
     trainedShare = h("span", { class: "push soft" }),
+    barsHead = h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
     ladderBox = h("div"),
     commandBox = h("div"),
     traffic = h("ul"),
@@ -127,7 +128,7 @@ export async function show(container, { query, signal }) {
       chosenBox,
       h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
     ),
-    results = [trainedShare, bars, ladderBox, commandParts, trafficCard, values]; // hidden while the recipe has an error
+    results = [barsHead, bars, ladderBox, commandParts, trafficCard, values]; // hidden while the recipe has an error
   const startButton = button("Start", start, { class: "main", disabled: true }),
     summary = h("span", {}),
     bar = h("div", { class: "card startbar" }, summary, startButton);
@@ -137,7 +138,7 @@ export async function show(container, { query, signal }) {
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
-      h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
+      barsHead,
       bars,
       field("Memory limit", memory, "such as 8GB"),
     ),
@@ -203,7 +204,7 @@ export async function show(container, { query, signal }) {
             number("train.max_steps", "Maximum steps"),
             number("train.learning_rate", "Learning rate"),
             number("train.eval_steps", "Steps between evaluations"),
-            number("train.max_time", "Maximum time", "such as 30m"),
+            number("train.max_time", "Maximum time", "such as 30m; a number without a unit is in seconds"),
             number("seed", "Seed"),
           ),
         ),
@@ -278,9 +279,10 @@ export async function show(container, { query, signal }) {
 
   /** Show an error of the recipe at its fields, without the plan of earlier values. */
   function showError(error) {
-    put(verdict, errorBox(withLabels(container, error)));
+    put(verdict, errorBox(error, withLabels(container)));
     if (!planBox.isConnected) put(plan, verdict, planBox);
     for (const element of results) element.hidden = true;
+    runName.placeholder = "auto"; // the name in the plan of earlier values
     const labels = showFieldErrors(container, error);
     summary.textContent = fixFirst(labels);
     startButton.disabled = true;
@@ -288,6 +290,7 @@ export async function show(container, { query, signal }) {
 
   function draw(planned) {
     showFieldErrors(container, null);
+    showChosen(container, planned.recipe);
     for (const element of results) element.hidden = false;
     const resolved = new Map(planned.recipe.map((item) => [item.field, item.value]));
     for (const control of sliders)
@@ -300,7 +303,10 @@ export async function show(container, { query, signal }) {
       verdict,
       h(
         "p",
-        { class: `verdict ${planned.fits ? "better" : "worse"}`, role: "status" },
+        {
+          class: `verdict ${planned.rows.measuring || planned.rows.refused ? "" : planned.fits ? "better" : "worse"}`,
+          role: "status",
+        },
         planned.fits ? "It fits" : "It does not fit",
         ` on ${planned.device}.`,
         planned.fits && phasesOverLimit(planned).length
@@ -321,11 +327,11 @@ export async function show(container, { query, signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
-    if (refusal) {
-      const shown = withLabels(container, refusal);
-      verdict.append(errorBox({ ...shown, message: `A run would be refused: ${shown.message}` }));
-    }
-    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
+    if (refusal)
+      verdict.append(
+        errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container)),
+      );
+    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       planned.fits ? "It fits" : "It does not fit",
       planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
@@ -333,6 +339,7 @@ export async function show(container, { query, signal }) {
     ]
       .filter(Boolean)
       .join(", ");
+    if (planned.rows.measuring) summary.textContent = "Measuring the rows…";
     if (refusal) summary.textContent = fixFirst(labels);
     put(
       traffic,
@@ -417,7 +424,7 @@ export async function show(container, { query, signal }) {
       location.hash = to("run", started.run);
     } catch (error) {
       if (error.name === "AbortError") return;
-      put(problem, errorBox(withLabels(container, error)));
+      put(problem, errorBox(error, withLabels(container)));
       showFieldErrors(container, error);
       problem.scrollIntoView({ block: "nearest" });
       startButton.disabled = false;
