@@ -205,6 +205,10 @@ def get_routes(services: Services) -> list[BaseRoute]:
         chunks = await call(dashboard.download, *request.path_params.values())
         return StreamingResponse(chunks, media_type="application/octet-stream")
 
+    async def download_export(request: Request) -> Response:
+        chunks = await call(dashboard.download_export, *request.path_params.values())
+        return StreamingResponse(chunks, media_type="application/octet-stream")
+
     endpoints: dict[str, Endpoint] = {
         "hello": hello, "runs": runs, "stream": runs_stream, "runs/stream": runs_stream,
         "runs/{name}": endpoint(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
@@ -216,7 +220,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
-        "jobs/{id}/stream": job_stream, "files": files,
+        "jobs/{id}/stream": job_stream, "jobs/{id}/download": download_export, "files": files,
         "machine": endpoint(dashboard.machine), "chat": endpoint(services.chat.status),
     }  # fmt: skip
     return _routes("GET", endpoints)
