@@ -144,3 +144,16 @@ def test_unknown_address_and_lost_server_offer_a_way_on(browser: Any, tmp_path: 
         with run_dash(tmp_path, port=int(own.url.rpartition(":")[2])):
             tab.page.get_by_role("button", name="Try again").click()
             tab.page.wait_for_selector("text=No runs yet")
+
+
+def test_link_takes_the_text_of_a_field_that_was_not_left(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={NEW}", ".tokens .stop >> nth=3")
+        type_text(tab, "Maximum row length in tokens", "77")
+        tab.page.get_by_role("link", name="Plan a run with this data").click()  # at once
+        tab.page.wait_for_selector("code:text('--data.max_length=77')")
+        assert tab.page.get_by_label("Maximum row length in tokens, exact").input_value() == "77"
+        type_text(tab, "Maximum row length in tokens, exact", "66")
+        tab.page.get_by_role("link", name="Inspect the data").click()
+        tab.page.wait_for_selector(".tokens .stop >> nth=3")
+        assert tab.page.get_by_label("Maximum row length in tokens", exact=True).input_value() == "66"

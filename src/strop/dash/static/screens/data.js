@@ -14,7 +14,7 @@ const PAGE = 20;
 export async function show(container, { query, signal }) {
   const options = readOptions(),
     out = h("div"),
-    next = h("span", { class: "push" });
+    next = link("", "Plan a run with this data", { class: "button main push" });
   let offset = Number(query.get("offset")) || 0,
     order = query.get("order") ?? "file",
     part = query.get("part") ?? "train",
@@ -75,10 +75,7 @@ export async function show(container, { query, signal }) {
 
   confirmTyping(container);
   async function load() {
-    put(
-      next,
-      link(to("new", { options: JSON.stringify(options) }), "Plan a run with this data", { class: "button main" }),
-    );
+    next.href = to("new", { options: JSON.stringify(options) });
     if (!options["data.train"] || !options["model.name"]) {
       put(out, h("p", { class: "empty" }, "Choose a data file and a model. No weights are loaded."));
       return;
@@ -189,7 +186,7 @@ export async function show(container, { query, signal }) {
         ? h(
             "details",
             {},
-            h("summary", {}, `${count(duplicates.length)} duplicate rows`),
+            h("summary", {}, `${count(duplicates.length)} duplicate ${duplicates.length === 1 ? "row" : "rows"}`),
             h(
               "ul",
               {},
