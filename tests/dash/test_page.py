@@ -428,7 +428,8 @@ def test_single_value_is_drawn_as_a_dot(browser: Any, tmp_path: Path) -> None:
         plot = tab.page.locator(".plot:has(.title:text-is('evaluation loss'))")
         assert "0.5" in plot.locator(".legend").inner_text()
         tab.page.locator(".plot").first.evaluate("(first) => first.remove()")
-        assert count_pixels(tab, "c0") > 10
+        colour = plot.locator(".entry i").first.get_attribute("style").partition("--")[2].partition(")")[0]
+        assert count_pixels(tab, colour) > 10
         with tab.page.expect_download() as saved:
             plot.locator("summary").click()
             plot.get_by_role("button", name="SVG", exact=True).click()
