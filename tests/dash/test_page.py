@@ -428,7 +428,8 @@ def test_single_value_is_drawn_as_a_dot(browser: Any, tmp_path: Path) -> None:
         plot = tab.page.locator(".plot:has(.title:text-is('evaluation loss'))")
         assert "0.5" in plot.locator(".legend").inner_text()
         tab.page.locator(".plot").first.evaluate("(first) => first.remove()")
-        assert count_pixels(tab, "c0") > 10
+        colour = plot.locator(".entry i").first.get_attribute("style").partition("--")[2].partition(")")[0]
+        assert count_pixels(tab, colour) > 10
         with tab.page.expect_download() as saved:
             plot.locator("summary").click()
             plot.get_by_role("button", name="SVG", exact=True).click()
@@ -546,7 +547,10 @@ def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) ->
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files({**rows, "name": "run.exe"})
-        tab.page.wait_for_selector("#notice.bad:has-text('not a data file')")
+        problem = tab.page.locator(".field [role=alert]:has-text('run.exe was not uploaded: ')")
+        problem.wait_for()
+        assert "not a data file" in problem.inner_text()
+        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows-2.jsonl"  # as before
 
 
 def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser: Any, dash: Dash) -> None:

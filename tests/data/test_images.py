@@ -524,7 +524,7 @@ def test_one_picture_under_two_names_is_a_repeated_row(folder: Path, tokenizer: 
     first, other, copy, same = (example.ids.tolist() for example in prepared.train)
     assert first == copy == same != other
     evaluated = run(write(folder / "d.jsonl", *rows[:2]), tokenizer, eval=write(folder / "e.jsonl", rows[2]))
-    assert "1 evaluation rows are also training rows" in evaluated.report.warnings
+    assert "1 evaluation row is also a training row" in evaluated.report.warnings
 
 
 def test_token_ids_of_training_and_evaluation_images_differ(

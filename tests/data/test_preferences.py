@@ -448,7 +448,7 @@ def test_prompts_in_training_and_evaluation_give_a_warning(tmp_path: Path) -> No
     report = run(tmp_path / "a.jsonl", eval=str(evaluation)).report
     assert report.eval is not None and report.eval.duplicates == {"within": 0, "across": 1, "prompts": 2}
     assert report.warnings[-2:] == [
-        "1 evaluation rows are also training rows",
+        "1 evaluation row is also a training row",
         "2 evaluation rows have a prompt that is also in training rows",
     ]
 

@@ -328,7 +328,7 @@ def test_duplicates_and_placeholders_give_warnings(tmp_path: Path) -> None:
     assert report["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
     warnings = "\n".join(report["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
-    assert "1 training rows repeat" in warnings and "1 evaluation rows are also training rows" in warnings
+    assert "1 training row repeats" in warnings and "1 evaluation row is also a training row" in warnings
     assert report["eval"]["rows"]["read"] == 2
 
 

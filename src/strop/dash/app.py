@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 
 from strop import __version__
 from strop.dash.dashboard import Dashboard, Services
-from strop.dash.files import browse, display_path, run_path, split_names
+from strop.dash.files import browse, display_path, split_names
 from strop.dash.history import StreamPosition
 from strop.dash.jobs import TOKEN_VARIABLE, Busy, forward, option_flags
 from strop.dash.runs import with_heartbeat_age
@@ -205,6 +205,10 @@ def get_routes(services: Services) -> list[BaseRoute]:
         chunks = await call(dashboard.download, *request.path_params.values())
         return StreamingResponse(chunks, media_type="application/octet-stream")
 
+    async def download_export(request: Request) -> Response:
+        chunks = await call(dashboard.download_export, *request.path_params.values())
+        return StreamingResponse(chunks, media_type="application/octet-stream")
+
     endpoints: dict[str, Endpoint] = {
         "hello": hello, "runs": runs, "stream": runs_stream, "runs/stream": runs_stream,
         "runs/{name}": endpoint(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
@@ -216,7 +220,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/ballot": endpoint(dashboard.ballot), "compare": compare, "schema": schema,
         "system": endpoint(dashboard.system_state, run=(str, None)),
         "jobs": endpoint(jobs, run=(str, None), kind=(str, None)), "jobs/{id}": endpoint(job),
-        "jobs/{id}/stream": job_stream, "files": files,
+        "jobs/{id}/stream": job_stream, "jobs/{id}/download": download_export, "files": files,
         "machine": endpoint(dashboard.machine), "chat": endpoint(services.chat.status),
     }  # fmt: skip
     return _routes("GET", endpoints)
@@ -231,10 +235,8 @@ def post_routes(services: Services) -> list[BaseRoute]:
             request, options=dict, name=(str, None), memory=(str, None), gpu=(str, None), thorough=(bool, False)
         )
         option_arguments(options)
-        if given_name:
-            name = run_path(dashboard.root, given_name).name
-        else:
-            name = await call(dashboard.unused_run_name, stem(options))
+        name = given_name or await call(dashboard.unused_run_name, stem(options))
+        await call(dashboard.new_run_path, name)
         folder = str(dashboard.root / name)
         parameters = {"options": options, "memory": memory, "gpu": gpu, "out": folder, "thorough": thorough}
         planned = await services.planner.call("plan", **parameters)

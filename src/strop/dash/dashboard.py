@@ -22,9 +22,9 @@ from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path, spl
 from strop.dash.history import AXES, History, StreamPosition, round_significant
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, parse_options, send_signal
 from strop.dash.notes import check_notes, move_run, rewrite_report, write_notes
-from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
+from strop.dash.runs import EMPTY, RunTable, contents, detail, join_text, with_axis_positions, with_heartbeat_age
 from strop.dash.sweeps import SweepTable
-from strop.dash.transfer import download
+from strop.dash.transfer import download, read_file
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
@@ -67,10 +67,12 @@ class Dashboard:
             if job["kind"] != "train" or job["state"] not in ("running", "failed"):
                 continue
             failed = job["state"] == "failed"
+            options = parse_options(job["command"])
             rows[job["run"]] = {
                 **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "started": job["started"],
                 "state": "failed" if failed else "running", "phase": None if failed else "preparing",
                 "why": job["error"]["message"] if failed else "", "pid": None if failed else job["pid"],
+                "model": options.get("model.name"), "data": join_text(options.get("data.train")),
                 "updated": job["started"], "heartbeat": job["started"],
                 "can": ["duplicate", "delete"] if failed else [], "job": job["id"],
             }  # fmt: skip
@@ -204,6 +206,14 @@ class Dashboard:
         with self._run(name) as folder:
             return download(folder, kind)
 
+    def download_export(self, job: str) -> Iterator[bytes]:
+        """Return the content of the file that an export to GGUF has written."""
+        status = self.jobs.status(job)
+        out = (status["result"] or {}).get("out") if status["kind"] == "gguf" and status["state"] == "done" else None
+        if out is None:
+            raise FolderError("this job has written no file", fix="wait until the export is done")
+        return read_file(Path(out))
+
     def samples(self, name: str, step: float | None) -> dict[str, Any]:
         """Return the completions that were sampled at an evaluation, by default at the last one."""
         with self._run(name):
@@ -251,7 +261,7 @@ class Dashboard:
         return {"asked": send_signal(row["pid"], start_time, number)}
 
     def resume(self, name: str, arguments: list[str]) -> dict[str, Any]:
-        if "resume" not in self.row(name)["can"] or self._has_job(name, "resume"):
+        if "resume" not in self.row(name)["can"]:
             raise Busy(f"{name} is running or finished: there is nothing to resume", fix="stop it first")
         return self.jobs.start("resume", ["resume", str(run_path(self.root, name)), *arguments], name)
 
@@ -294,11 +304,15 @@ class Dashboard:
             raise Busy(f"{name} has no adapter yet: it is written at the end of training", fix=fix)
         return self.jobs.start(kind, arguments, name)
 
-    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
-        """Start a run. Raises FolderError if the name is taken."""
+    def new_run_path(self, name: str) -> Path:
+        """Return the folder for a new run. Raises FolderError if the name is taken."""
         path = run_path(self.root, name)
         if path.exists() or any(job["run"] == name for job in self.jobs.running("train")):
             raise FolderError(f"{name}: a run with this name exists", fix="choose another name")
+        return path
+
+    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        path = self.new_run_path(name)
         return self.jobs.start("train", ["train", *arguments, f"--out={path}"], name)
 
     def doctor(self) -> dict[str, Any]:
@@ -320,9 +334,10 @@ class Dashboard:
             number += 1
         return f"{stem}-{number}"
 
-    def _has_job(self, name: str, *kinds: str) -> bool:
-        kinds = kinds or ("train", "resume", "evaluate", "merge", "gguf", "ollama", "delete")
-        return any(job["run"] == name for job in self.jobs.running(*kinds))
+    def _has_job(self, name: str) -> bool:
+        """Return whether a job uses the folder of a run. A process that trains claims it, and may outlive its claim."""
+        jobs = self.jobs.running("evaluate", "merge", "gguf", "ollama", "delete")
+        return any(job["run"] == name for job in jobs)
 
 
 class Services:

@@ -252,8 +252,10 @@ class History:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Return the values of the last step, with the loss of the last evaluation as eval_loss."""
+        """Return the values of the last step, with seconds of training and the last evaluation's loss as eval_loss."""
         values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
+        if self.clock:
+            values["seconds"] = round_significant(self.clock[-1])
         return values | {"eval_loss": round_significant(self.evals[-1])} if self.evals else values
 
     def axis(self, by: str, steps: Any) -> Values:

@@ -172,7 +172,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "events": [{key: event.get(key) for key in ("event", "time", "why")} for event in last_events],
         "ended": {name: report.get(name) for name in ("exit", "ended")}, "heartbeat": heartbeat,
         "started": float(first_time[1]) if first_time else None, "updated": heartbeat or None,
-        "model": values.get("model.name"), "data": _join_text(values.get("data.train")),
+        "model": values.get("model.name"), "data": join_text(values.get("data.train")),
         "objective": values.get("train.objective"), "preset": values.get("preset"),
         "quantization": values.get("model.quantization"),
         "rank": None if values.get("train.method") == "full" else values.get("lora.r"),
@@ -190,7 +190,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _join_text(value: Any) -> str | None:
+def join_text(value: Any) -> str | None:
+    """Return a value of a recipe as text: a list with commas."""
     return ", ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
 
 

@@ -30,11 +30,17 @@ def download(folder: RunFolder, kind: str) -> Iterator[bytes]:
             return _zip([(name, path) for name, path in files if not path.is_symlink()])
     elif kind in ("report", "recipe"):
         path = folder.page if kind == "report" else folder.recipe
-        try:
-            return _read(os.fdopen(open_file(path), "rb"))
-        except OSError:  # missing, or a link
-            pass
+        if path.is_file() and not path.is_symlink():
+            return read_file(path)
     raise FolderError(f"{folder.path.name} has no {kind}", fix="wait until the run has written it")
+
+
+def read_file(path: Path) -> Iterator[bytes]:
+    """Return the content of a file. Raises FolderError if it is missing or a link."""
+    try:
+        return _read(os.fdopen(open_file(path), "rb"))
+    except OSError:
+        raise FolderError(f"{path}: no such file", fix="it was moved or deleted: write it again") from None
 
 
 def _read(file: BinaryIO) -> Iterator[bytes]:

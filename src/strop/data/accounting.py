@@ -138,7 +138,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
     records = selection.records[["digest", "file", "line"]]
     copies = int((records[1:] == records[:-1]).sum())  # of a row that its file's weight repeats; they are no duplicates
     if repeated := len(rows) - copies - len(np.unique(records["digest"])):
-        warnings.append(f"{repeated} {role} rows repeat an earlier one")
+        warnings.append(f"{repeated} {role} {'row repeats' if repeated == 1 else 'rows repeat'} an earlier one")
     warnings += _label_warnings(selection)
     refusal = _why_refused(data, selection, errors, counts)
     return DataReport(

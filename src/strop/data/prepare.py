@@ -300,9 +300,11 @@ def _add_evaluation(
         int(np.isin(evaluation.records[name], training.records[name]).sum()) for name in ("digest", "prompt")
     )
     overlap = {"across": across, "prompts": prompts}
-    warnings = [*([f"{across} evaluation rows are also training rows"] if across else []), *known_texts]
+    also = "row is also a training row" if across == 1 else "rows are also training rows"
+    warnings = [*([f"{across} evaluation {also}"] if across else []), *known_texts]
     if prompts > across:
-        warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
+        have = "row has" if prompts == 1 else "rows have"
+        warnings.append(f"{prompts} evaluation {have} a prompt that is also in training rows")
     stop_token = report.stop_token
     if evaluation.shares_store:  # the held-out rows are counted in their own report
         num_stops = stop_token["rows"] - eval_report.stop_token["rows"]

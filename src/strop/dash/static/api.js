@@ -32,20 +32,31 @@ export class ApiError extends Error {
   }
 }
 
-/** Return an element that shows an error: what is wrong, how to fix it, and where. */
-export function errorBox(error) {
-  const places = (error.where ?? []).slice(0, 50).filter(({ file, what }) => `${file}: ${what}` !== error.message);
+/** Return an element that shows an error: what is wrong, how to fix it, and where. words: returns nodes for a text. */
+export function errorBox(error, words = prose) {
+  const groups = new Map(); // places of each problem: one cause may concern all rows
+  for (const place of error.where ?? []) {
+    const text = place.what ?? "";
+    if (!error.message?.endsWith(`${place.file}: ${text}`)) groups.set(text, [...(groups.get(text) ?? []), place]);
+  }
+  const shown = [...groups.values()].flatMap((places) => (places.length > 3 ? [places] : places.map((place) => [place])));
   return h(
     "div",
     { class: "verdict error", role: "alert" },
-    h("div", { class: "error" }, prose(error.message ?? error)),
-    error.fix ? h("p", { class: "free" }, prose(error.fix)) : null,
-    places.length
+    h("div", { class: "error" }, words(error.message ?? error)),
+    error.fix ? h("p", { class: "free" }, words(error.fix)) : null,
+    shown.length
       ? h(
           "ul",
           {},
-          places.map((place) =>
-            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", prose(place.what ?? "")),
+          shown.slice(0, 50).map(([{ file, line, what }, ...more]) =>
+            h(
+              "li",
+              {},
+              h("code", {}, words(file), line ? `:${line}` : ""),
+              more.length ? ` and ${more.length} more: ` : " ",
+              words(what ?? ""),
+            ),
           ),
         )
       : null,

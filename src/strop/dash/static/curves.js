@@ -49,9 +49,18 @@ export function joinSeries(series) {
 
 const WEIGHTS = [0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
 const DEFAULT_WEIGHT = 0.6;
+const MIN_SMOOTHED = 20; // steps: a mean of a shorter curve lags too far behind its end
 
-/** Return the loss of a history as a smoothed series. A long curve is smoothed from the means of its parts. */
-export function smoothedLoss({ series }, weight) {
+/** Return whether the loss of a history is smoothed. */
+export const isSmoothed = ({ last }, weight) => weight > 0 && (last?.step ?? 0) >= MIN_SMOOTHED;
+
+/**
+ * Return the loss of a history as a smoothed series, or unchanged if it is short. A long curve is smoothed from the means
+ * of its parts.
+ */
+export function smoothedLoss(history, slider) {
+  const { series } = history,
+    weight = isSmoothed(history, slider) ? slider : 0;
   const { x, y, steps = 1 } = series.loss_mean ?? series.loss ?? { x: [], y: [] },
     decay = weight ** steps,
     lead = average(series.loss?.before ?? [], weight),

@@ -1,20 +1,36 @@
 // Form controls of several elements.
 
-import { field, h, prose, put, select, uniqueId } from "./dom.js";
+import { button, field, h, prose, put, select, uniqueId } from "./dom.js";
 import { formatValue } from "./format.js";
 
-/** Return an error with the labels of a form instead of command-line options: "Invalid rows: drop". */
-export function withLabels(form, { message, fix, where }) {
-  const words = (text) =>
-    text?.replace(/--([a-z_]+(?:\.[a-z_0-9]+)?)(?:[ =]([\w-]+))?/g, (option, name, value) => {
-      const control = form.querySelector(`[data-option="${name}"]`);
-      if (!control) return option;
+const labelOf = (control) => control.closest(".field").querySelector("label").textContent;
+
+/** Make a field visible that is folded or filtered out. */
+function reveal(control) {
+  control.closest(".field").hidden = false;
+  const folded = control.closest("details");
+  if (folded) folded.open = true;
+}
+
+/**
+ * Return a function from text to nodes, as `prose`. Names and options of the form's fields are links to these, with their
+ * labels: "Invalid rows: drop".
+ */
+export function withLabels(form) {
+  const linked = (text) =>
+    text.split(/(--[a-z_]+(?:\.[a-z_0-9]+)?(?:[ =][\w-]+)?|\b[a-z]+\.[a-z_0-9]+)/).map((part, index) => {
+      const [, name, value] = (index % 2 && part.match(/^(?:--)?([\w.]+)(?:[ =](.+))?$/)) || [];
+      const control = name && form.querySelector(`[data-option="${name}"]`);
+      if (!control) return part;
+      const open = () => {
+        reveal(control);
+        control.focus();
+      };
       const chosen = [...(control.options ?? [])].some((item) => item.value && item.value === value);
-      const rest = value ? ` ${value}` : "";
-      return `${control.closest(".field").querySelector("label").textContent}${chosen ? ":" : ""}${rest}`;
+      return [button(labelOf(control), open, { class: "link" }), chosen ? ":" : "", value ? ` ${value}` : ""];
     });
-  const places = (where ?? []).map(({ file, line, what }) => ({ file: words(file), line, what: words(what) }));
-  return { message: words(message), fix: words(fix), where: places };
+  return (text) =>
+    prose(text).map((part) => (typeof part === "string" ? linked(part) : h("code", {}, linked(part.textContent))));
 }
 
 /**
@@ -35,31 +51,49 @@ export function showFieldErrors(form, error) {
   return [...form.querySelectorAll("[data-option]")].flatMap((control) => {
     const own = problems.filter((text) => concerns(text, control.dataset.option, control.value.trim()));
     if (!own.length) return [];
-    const lines = [...own.slice(0, 3), own.length > 3 ? `and ${own.length - 3} more` : "", error.fix];
+    const lines = [...(own.length > 3 ? [own[0], `and ${own.length - 1} more`] : own), fixOf(error, control)];
     const id = uniqueId("problem"),
       box = control.closest(".field");
     const text = lines
       .filter(Boolean)
       .map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""))
-      .map((line) => withLabels(form, { message: line }).message);
-    box.append(h("p", { class: "problem bad", id }, prose(text.join("\n"))));
+      .map((line, index) => [index ? "\n" : "", withLabels(form)(line)]);
+    box.append(h("p", { class: "problem bad", id }, text));
     control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") ?? ""} ${id}`.trim());
     control.setAttribute("aria-errormessage", id);
     control.setAttribute("aria-invalid", "true");
-    const folded = control.closest("details");
-    if (folded) folded.open = true;
-    return [box.querySelector("label").textContent];
+    reveal(control);
+    return [labelOf(control)];
   });
 }
 
-/** Confirm the text of an option half a second after it was typed, as leaving its field does. */
+/** Return how to fix a problem of a field: of the examples for several fields only its own. */
+function fixOf({ fix, where }, { dataset: { option } }) {
+  if (!fix?.startsWith("for example ") || !(where?.length > 1)) return fix;
+  return fix.split(/(?=--)/).find((part) => part.startsWith(`--${option} `))?.replace(/^\S+/, "for example");
+}
+
+/**
+ * Confirm the text of an option when its field is left, or half a second after it was typed. The browser confirms only a
+ * text that differs from the one at which the field was entered, and thus not one that was changed and changed back.
+ */
 export function confirmTyping(form) {
-  let timer = 0;
-  form.addEventListener("change", () => clearTimeout(timer));
+  let typed = null,
+    timer = 0;
+  const confirm = () => {
+    if (typed?.isConnected) typed.dispatchEvent(new Event("change", { bubbles: true }));
+    typed = null;
+  };
+  form.addEventListener("change", ({ target }) => {
+    if (target === typed) typed = null;
+  });
+  form.addEventListener("focusout", confirm);
   form.addEventListener("input", ({ target }) => {
+    if (target !== typed) confirm();
     clearTimeout(timer);
-    if (target.matches("input[data-option]"))
-      timer = setTimeout(() => target.dispatchEvent(new Event("change", { bubbles: true })), 500);
+    if (!target.matches("input[data-option]")) return;
+    typed = target;
+    timer = setTimeout(confirm, 500);
   });
 }
 
@@ -117,18 +151,26 @@ export function slider(option, label, values, value, onChange) {
 /** Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). */
 export function fieldList(fields, values, onChange) {
   const filter = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting" });
-  const list = h("div", { class: "fields" });
-  const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], onChange), item.help)]);
+  const change = (name, value) => {
+    onChange(name, value);
+    countSet();
+  };
+  const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], change), item.help)]);
   const draw = () => {
     const word = filter.value.toLowerCase();
-    put(
-      list,
-      rows.filter(([item]) => `${item.field} ${item.help}`.toLowerCase().includes(word)).map(([, element]) => element),
-    );
+    for (const [item, element] of rows) element.hidden = !`${item.field} ${item.help}`.toLowerCase().includes(word);
   };
-  draw();
   filter.addEventListener("input", draw);
-  return h("details", { class: "card others" }, h("summary", {}, `More settings (${rows.length})`), filter, list);
+  const summary = h("summary"),
+    list = h("div", { class: "fields" }, rows.map(([, element]) => element)),
+    element = h("details", { class: "card others" }, summary, filter, list);
+  const countSet = () => {
+    const set = fields.filter((item) => values[item.field] !== undefined).length;
+    summary.textContent = `More settings (${rows.length}${set ? `, ${set} set` : ""})`;
+    return set;
+  };
+  element.open = countSet() > 0;
+  return element;
 }
 
 function control({ field: name, choices, type, default: preset }, value, onChange) {

@@ -1,6 +1,6 @@
 // A text field for a path, with a dialog to choose a file or folder.
 
-import { button, field, uniqueId, h, notify, put } from "./dom.js";
+import { button, field, uniqueId, h, notify, prose, put } from "./dom.js";
 import { errorBox, get, upload } from "./api.js";
 import { bytes } from "./format.js";
 
@@ -24,26 +24,33 @@ export function fileField(option, label, kind, value, onChange, hint = null) {
     { "aria-label": `Choose: ${label}` },
   );
   const element = field(label, input, hint);
-  const line = h("div", { class: "choose" });
+  const line = h("div", { class: "choose" }),
+    problem = h("div", { class: "bad", role: "alert" });
   input.replaceWith(line);
   line.append(input, choose);
   if (kind === "data")
     line.append(
-      uploadButton(label, (path) => {
+      uploadButton(label, problem, (path) => {
         input.value = path;
         onChange(path);
       }),
     );
+  input.addEventListener("change", () => put(problem));
+  line.after(problem);
   return { element, input };
 }
 
-/** Return a button that uploads a file from the browser's machine. onDone(path) receives its path on the server. */
-function uploadButton(label, onDone) {
+/**
+ * Return a button that uploads a file from the browser's machine. problem: shows why it failed. onDone(path) receives its
+ * path on the server.
+ */
+function uploadButton(label, problem, onDone) {
   const chooser = h("input", { type: "file", hidden: true });
   const start = button("Upload", () => chooser.click(), { "aria-label": `Upload: ${label}` });
   chooser.addEventListener("change", async () => {
     const [file] = chooser.files;
     if (!file) return;
+    put(problem);
     start.disabled = true;
     start.textContent = "Uploading…";
     try {
@@ -53,7 +60,7 @@ function uploadButton(label, onDone) {
       notify(`Uploaded to ${path}.`);
       onDone(path);
     } catch (error) {
-      notify([error.message, error.fix].filter(Boolean).join(": "), true);
+      put(problem, prose(`${file.name} was not uploaded: ${[error.message, error.fix].filter(Boolean).join(": ")}`));
     }
     chooser.value = "";
     start.disabled = false;

@@ -69,7 +69,7 @@ export function ago(time, now = Date.now() / 1000) {
   return age < 5
     ? "now"
     : age < 3600
-      ? `${duration(age)} ago`
+      ? `${age < 60 ? duration(age) : `${Math.round(age / 60)} min`} ago`
       : age < 48 * 3600
         ? `${Math.round(age / 3600)} h ago`
         : moment(time);

@@ -53,7 +53,7 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
     );
     put(
       body,
-      update.progress?.share !== null && update.progress?.share !== undefined && !finished
+      update.progress?.share < 1 && update.progress.share !== null && !finished // work follows the last part
         ? h("div", { class: "bar" }, h("i", { class: "tuned", style: { width: `${100 * update.progress.share}%` } }))
         : null,
       !update.error

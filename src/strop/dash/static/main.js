@@ -40,7 +40,7 @@ async function navigate() {
   }
   const { parts, query, path } = address();
   if (!parts.length && (await openGivenRun())) return;
-  const [screen, load] = SCREENS[parts[0]] ? [parts[0], SCREENS[parts[0]][1]] : ["runs", SCREENS.runs[1]];
+  const screen = parts[0] ?? "runs";
   current.abort();
   current = new AbortController();
   const { signal } = current;
@@ -48,7 +48,11 @@ async function navigate() {
   const container = h("div", { class: "screen" });
   container.setAttribute("aria-busy", "true");
   try {
-    const { show } = await load();
+    if (!Object.hasOwn(SCREENS, screen)) throw new Error(`There is no page at #/${path}.`);
+    const { show } = await SCREENS[screen][1]().catch(async (error) => {
+      await get("hello"); // if the server does not respond, this is the error
+      throw error;
+    });
     if (signal.aborted) return;
     put(main, put(container, h("p", { class: "soft loading", role: "status" }, "Loading…")));
     const title = await show(container, { parts: parts.slice(1), query, signal });
@@ -60,7 +64,12 @@ async function navigate() {
       main,
       h("h1", {}, "This page cannot be shown"),
       errorBox(error),
-      h("p", {}, link("#/runs", "Back to the runs")),
+      h(
+        "div",
+        { class: "line" },
+        button("Try again", navigate),
+        screen === "runs" ? null : link("#/runs", "Back to the runs"),
+      ),
     );
   }
   container.removeAttribute("aria-busy");

@@ -121,6 +121,13 @@ export class Plot {
     this.#values(null);
   }
 
+  /** Change the name of a series. */
+  rename(index, name) {
+    if (this.options.series[index].name === name) return;
+    this.options.series[index].name = name;
+    this.#drawLegend();
+  }
+
   zoom(range) {
     this.zoomTo(range);
     this.options.onZoom?.(range);
@@ -197,7 +204,7 @@ export class Plot {
             size: 58,
             space: 34,
             incrs: this.options.incrs,
-            values: (u, splits) => splits.map((value) => (value === null ? "" : show(value))),
+            values: (u, splits) => axisTexts(splits, show),
           },
         ],
         series: [
@@ -396,6 +403,13 @@ export class Plot {
       copy.toBlob((blob) => download(`${name}.png`, "image/png", blob));
     }
   }
+}
+
+/** Return the texts of an axis: all with an exponent if one of them has it. */
+function axisTexts(values, show) {
+  const texts = values.map((value) => (value === null ? "" : show(value)));
+  if (show !== figure || !texts.some((text) => text.includes("e"))) return texts;
+  return values.map((value, index) => (value ? Number(value.toPrecision(3)).toExponential() : texts[index]));
 }
 
 function span(low, high, zero) {

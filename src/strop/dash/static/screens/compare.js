@@ -20,7 +20,7 @@ import {
   formatValue,
   to,
 } from "../all.js";
-import { AXES, BYTES, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { AXES, BYTES, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -34,6 +34,19 @@ const FIELDS = [
   "allocated_bytes",
 ];
 const MAX_RUNS = 6; // limited by the number of colours
+
+/** Return the colours of runs, which depend on their names and not on their order. */
+function coloursOf(names) {
+  const free = new Set(Array.from({ length: MAX_RUNS }, (_, index) => index)),
+    colours = new Map();
+  for (const name of [...names].sort()) {
+    const wanted = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 9973, 7) % MAX_RUNS,
+      colour = free.has(wanted) ? wanted : Math.min(...free);
+    free.delete(colour);
+    colours.set(name, `c${colour}`);
+  }
+  return colours;
+}
 
 export async function show(container, { query, signal }) {
   const { runs: all } = await get("runs", {}, signal),
@@ -145,6 +158,7 @@ export async function show(container, { query, signal }) {
       ),
     );
     plots.forEach((plot) => plot.destroy());
+    const colours = coloursOf(chosen);
     const curve = (field, title, more = {}) => {
       const series = histories.map((history) => history.series[field]);
       if (!series.some((item) => item?.x.length)) return null;
@@ -155,24 +169,26 @@ export async function show(container, { query, signal }) {
         height: 230,
         x: AXES[by],
         onZoom: (range) => plots.forEach((other) => other.zoomTo(range)),
-        series: chosen.map((name, index) => ({ name, colour: `c${index}`, width: 1.8 })),
+        series: chosen.map((name) => ({ name, colour: colours.get(name), width: 1.8 })),
         ...more,
       });
       if (!more.series) plot.set(joinSeries(series), [], AXES[by]);
       return plot;
     };
     const raw = histories.map((history) => history.series.loss);
-    const loss = curve("loss", "training loss, smoothed", {
+    const canSmooth = histories.some((history) => isSmoothed(history, 1));
+    smoothing.element.hidden = !canSmooth;
+    const loss = curve("loss", canSmooth ? "training loss, smoothed" : "training loss", {
       log: true,
       series: [
         ...chosen.map((name, index) => ({
           name: `${name}, each step`,
-          colour: `c${index}`,
+          colour: colours.get(name),
           width: 1,
           opacity: 0.35,
           of: chosen.length + index,
         })),
-        ...chosen.map((name, index) => ({ name, colour: `c${index}`, width: 2 })),
+        ...chosen.map((name) => ({ name, colour: colours.get(name), width: 2 })),
       ],
     });
     drawLoss = () => {

@@ -14,7 +14,7 @@ const PAGE = 20;
 export async function show(container, { query, signal }) {
   const options = readOptions(),
     out = h("div"),
-    next = h("span", { class: "push" });
+    next = link("", "Plan a run with this data", { class: "button main push" });
   let offset = Number(query.get("offset")) || 0,
     order = query.get("order") ?? "file",
     part = query.get("part") ?? "train",
@@ -75,10 +75,7 @@ export async function show(container, { query, signal }) {
 
   confirmTyping(container);
   async function load() {
-    put(
-      next,
-      link(to("new", { options: JSON.stringify(options) }), "Plan a run with this data", { class: "button main" }),
-    );
+    next.href = to("new", { options: JSON.stringify(options) });
     if (!options["data.train"] || !options["model.name"]) {
       put(out, h("p", { class: "empty" }, "Choose a data file and a model. No weights are loaded."));
       return;
@@ -96,7 +93,7 @@ export async function show(container, { query, signal }) {
     } catch (error) {
       if (error.name !== "AbortError" && request === requests) {
         showFieldErrors(container, error);
-        put(out, errorBox(withLabels(container, error)));
+        put(out, errorBox(error, withLabels(container)));
       }
     }
     out.removeAttribute("aria-busy");
@@ -128,10 +125,8 @@ export async function show(container, { query, signal }) {
       out,
       report.refusal
         ? errorBox(
-            withLabels(container, {
-              message: `A run would be refused: ${report.refusal.message}`,
-              fix: report.refusal.fix,
-            }),
+            { message: `A run would be refused: ${report.refusal.message}`, fix: report.refusal.fix },
+            withLabels(container),
           )
         : null,
       h(
@@ -191,7 +186,7 @@ export async function show(container, { query, signal }) {
         ? h(
             "details",
             {},
-            h("summary", {}, `${count(duplicates.length)} duplicate rows`),
+            h("summary", {}, `${count(duplicates.length)} duplicate ${duplicates.length === 1 ? "row" : "rows"}`),
             h(
               "ul",
               {},

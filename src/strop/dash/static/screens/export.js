@@ -10,6 +10,7 @@ import {
   errorBox,
   figure,
   h,
+  lastPart,
   link,
   noAdapter,
   runPath,
@@ -149,6 +150,12 @@ function parity(job) {
     "div",
     {},
     h("p", {}, "Wrote ", h("code", {}, details.out ?? "")),
+    job.kind === "gguf" && job.state === "done"
+      ? button("Download the GGUF file", async () => {
+          const file = await getBlob(`jobs/${encodeURIComponent(job.id)}/download`);
+          download(lastPart(details.out), "application/octet-stream", file);
+        })
+      : null,
     measured
       ? [
           h(

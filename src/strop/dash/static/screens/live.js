@@ -22,7 +22,7 @@ import {
   notify,
   lastPart,
 } from "../all.js";
-import { append, AXES, BYTES, withPositions, TITLES, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { append, AXES, BYTES, withPositions, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -80,22 +80,25 @@ export async function show(container, { run, query, signal, draw }) {
       { name: "undone by a resume or rollback", colour: "bad", opacity: 0.5, width: 1 },
     ],
   });
-  let process = null;
+  const tools = h(
+    "div",
+    { class: "line", style: { margin: "1.2rem 0 .7rem" } },
+    h("span", { class: "soft" }, "Curves by"),
+    axes,
+    smoothing.element,
+    h("span", { class: "soft" }, "Drag over a curve to zoom in."),
+  );
+  let process = null,
+    system = null;
   const small = new Map();
   const all = () => [loss, ...small.values()];
   signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
+  tools.hidden = loss.element.hidden = true;
   put(
     container,
     progress,
     top,
-    h(
-      "div",
-      { class: "line", style: { margin: "1.2rem 0 .7rem" } },
-      h("span", { class: "soft" }, "Curves by"),
-      axes,
-      smoothing.element,
-      h("span", { class: "soft" }, "Drag over a curve to zoom in."),
-    ),
+    tools,
     loss.element,
     samples,
     details,
@@ -105,10 +108,19 @@ export async function show(container, { run, query, signal, draw }) {
 
   function drawLoss() {
     const { loss: raw, eval_loss: evaluation, undone } = history.series;
-    loss.set(joinSeries([raw, smoothedLoss(history, smoothing.weight()), evaluation, undone]), shownMarks(), AXES[by]);
+    const smoothed = isSmoothed(history, smoothing.weight());
+    smoothing.element.hidden = !isSmoothed(history, 1);
+    loss.rename(1, smoothed ? "training, smoothed" : "training");
+    loss.set(
+      joinSeries([smoothed ? raw : null, smoothedLoss(history, smoothing.weight()), evaluation, undone]),
+      shownMarks(),
+      AXES[by],
+    );
   }
 
   function drawCurves() {
+    const isEmpty = !range && !Object.values(history.series).some((series) => series.x.length);
+    for (const element of [loss.element, tools]) element.hidden = isEmpty;
     const { series } = history,
       x = AXES[by];
     drawLoss();
@@ -149,7 +161,15 @@ export async function show(container, { run, query, signal, draw }) {
       h(
         "div",
         { class: "line" },
-        h("span", {}, steps ? `Step ${count(step)} of ${count(steps)}` : "No step yet"),
+        h(
+          "span",
+          {},
+          steps
+            ? `Step ${count(step)} of ${count(steps)}`
+            : active
+              ? "Preparing the model and the rows. The curves begin with the first step."
+              : "No step yet",
+        ),
         doing ? h("span", { class: "soft" }, doing) : null,
         active && isNumber(left) && left > 0
           ? h(
@@ -191,7 +211,7 @@ export async function show(container, { run, query, signal, draw }) {
         active
           ? ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)]
           : [run.report ? "tokens/s, mean" : "tokens/s, last step", count(run.tokens_per_s)],
-        ["training time", duration(run.seconds)],
+        ["training time", duration(active ? (last.seconds ?? run.seconds) : run.seconds)],
         ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
         ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],
         [
@@ -359,7 +379,8 @@ export async function show(container, { run, query, signal, draw }) {
   }
 
   function drawSystem(update) {
-    process = update.process;
+    system = update;
+    process = run.pid ? update.process : null;
     drawMemory();
     const share = (label, part, text, full = false) =>
       isNumber(part)
@@ -439,6 +460,7 @@ export async function show(container, { run, query, signal, draw }) {
         {
           run: (update) => {
             draw(update);
+            if (!run.pid && process) drawSystem(system);
             marks = update.marks;
             drawFacts();
             drawSamples();

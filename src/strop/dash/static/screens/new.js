@@ -99,7 +99,7 @@ export async function show(container, { query, signal }) {
     on: {
       change: () => {
         setQuery({ memory: memory.value.trim() });
-        requestPlan();
+        planAgain();
       },
     },
   });
@@ -107,12 +107,13 @@ export async function show(container, { query, signal }) {
     spellcheck: "false",
     placeholder: "auto",
     data: { option: "name" },
-    on: { change: () => requestPlan() },
+    on: { change: planAgain },
   });
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
     bars = h("div"),
     trainedShare = h("span", { class: "push soft" }),
+    barsHead = h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
     ladderBox = h("div"),
     commandBox = h("div"),
     traffic = h("ul"),
@@ -127,7 +128,7 @@ export async function show(container, { query, signal }) {
       chosenBox,
       h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
     ),
-    results = [trainedShare, bars, ladderBox, commandParts, trafficCard, values]; // hidden while the recipe has an error
+    results = [barsHead, bars, ladderBox, commandParts, trafficCard, values]; // hidden while the recipe has an error
   const startButton = button("Start", start, { class: "main", disabled: true }),
     summary = h("span", {}),
     bar = h("div", { class: "card startbar" }, summary, startButton);
@@ -137,7 +138,7 @@ export async function show(container, { query, signal }) {
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
-      h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
+      barsHead,
       bars,
       field("Memory limit", memory, "such as 8GB"),
     ),
@@ -203,7 +204,7 @@ export async function show(container, { query, signal }) {
             number("train.max_steps", "Maximum steps"),
             number("train.learning_rate", "Learning rate"),
             number("train.eval_steps", "Steps between evaluations"),
-            number("train.max_time", "Maximum time", "such as 30m"),
+            number("train.max_time", "Maximum time", "such as 30m; a number without a unit is in seconds"),
             number("seed", "Seed"),
           ),
         ),
@@ -223,6 +224,13 @@ export async function show(container, { query, signal }) {
   function change(name, value) {
     setOption(options, name, value);
     storeOptions(options);
+    planAgain();
+  }
+
+  /** Plan changed values. They cannot be started before their plan is shown. */
+  function planAgain() {
+    summary.textContent = "Planning…";
+    startButton.disabled = true;
     requestPlan();
   }
 
@@ -271,9 +279,10 @@ export async function show(container, { query, signal }) {
 
   /** Show an error of the recipe at its fields, without the plan of earlier values. */
   function showError(error) {
-    put(verdict, errorBox(withLabels(container, error)));
+    put(verdict, errorBox(error, withLabels(container)));
     if (!planBox.isConnected) put(plan, verdict, planBox);
     for (const element of results) element.hidden = true;
+    runName.placeholder = "auto"; // the name in the plan of earlier values
     const labels = showFieldErrors(container, error);
     summary.textContent = fixFirst(labels);
     startButton.disabled = true;
@@ -281,20 +290,24 @@ export async function show(container, { query, signal }) {
 
   function draw(planned) {
     showFieldErrors(container, null);
+    showChosen(container, planned.recipe);
     for (const element of results) element.hidden = false;
     const resolved = new Map(planned.recipe.map((item) => [item.field, item.value]));
     for (const control of sliders)
       if (options[control.name] === undefined && resolved.has(control.name)) control.draw(resolved.get(control.name));
-    showChosen(container, planned.recipe);
     const chosen = recipeTable({ label: "Recipe", file: "recipe.csv" });
     chosen.set(planned.recipe.filter((item) => item.origin !== "default"));
     const defaults = planned.recipe.filter((item) => item.origin === "default");
     if (!runName.value) runName.placeholder = planned.name;
+    const shade = !planned.fits ? "worse" : planned.beyond.length ? "unclear" : "better";
     put(
       verdict,
       h(
         "p",
-        { class: `verdict ${planned.fits ? (planned.beyond.length ? "unclear" : "better") : "worse"}`, role: "status" },
+        {
+          class: `verdict ${planned.rows.measuring || planned.rows.refused ? "" : shade}`,
+          role: "status",
+        },
         `On ${planned.device}: ${planned.verdict}.`,
         planned.rows.measuring ? " Measuring the rows…" : "",
         planned.seconds
@@ -314,11 +327,11 @@ export async function show(container, { query, signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
-    if (refusal) {
-      const shown = withLabels(container, refusal);
-      verdict.append(errorBox({ ...shown, message: `A run would be refused: ${shown.message}` }));
-    }
-    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null;
+    if (refusal)
+      verdict.append(
+        errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container)),
+      );
+    startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
       planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
@@ -326,6 +339,7 @@ export async function show(container, { query, signal }) {
     ]
       .filter(Boolean)
       .join(", ");
+    if (planned.rows.measuring) summary.textContent = "Measuring the rows…";
     if (refusal) summary.textContent = fixFirst(labels);
     put(
       traffic,
@@ -410,7 +424,7 @@ export async function show(container, { query, signal }) {
       location.hash = to("run", started.run);
     } catch (error) {
       if (error.name === "AbortError") return;
-      put(problem, errorBox(withLabels(container, error)));
+      put(problem, errorBox(error, withLabels(container)));
       showFieldErrors(container, error);
       problem.scrollIntoView({ block: "nearest" });
       startButton.disabled = false;

@@ -152,11 +152,12 @@ function columns(chosen, update, onTag) {
       number: true,
       value: (run) => run.step,
       show: (run) =>
+        (run.step || run.steps) &&
         h(
           "span",
           {},
           run.steps ? `${count(run.step)} / ${count(run.steps)}` : count(run.step),
-          run.state === "running" && run.seconds_left !== null
+          run.state === "running" && run.seconds_left > 0
             ? h("span", { class: "soft" }, ` ${duration(run.seconds_left)} left`)
             : null,
         ),

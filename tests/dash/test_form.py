@@ -1,0 +1,159 @@
+"""The form of a new run in a real browser: what its fields show is what is planned and started."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.dash.test_page import NEW, hold, open_at
+from tests.support.browser import PHONE, Watched, at, open_tab
+from tests.support.dash import Dash, run_dash
+
+WHOLE, SUMMARY = ".bars .phase >> nth=4", ".startbar span"
+
+
+def type_text(tab: Watched, label: str, text: str) -> None:
+    """Replace the text of a field by keys, as a person does."""
+    tab.page.get_by_label(label, exact=True).click()
+    tab.page.keyboard.press("Control+A")
+    tab.page.keyboard.press("Delete")
+    tab.page.keyboard.type(text)
+
+
+@pytest.mark.parametrize(
+    ("label", "wrong"),
+    [
+        ("Epochs", "0"), ("Rank, exact", "0"), ("Memory limit", "lots"), ("Run name", "a/b"), ("data.columns", "text"),
+        ("Evaluation rows", "none.jsonl"),
+    ],
+)  # fmt: skip
+def test_text_that_is_removed_at_once_is_not_planned(browser: Any, dash: Dash, label: str, wrong: str) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        tab.page.locator("details.others > summary").click()
+        type_text(tab, label, wrong)
+        tab.page.wait_for_selector(f"{SUMMARY}:text('Fix: ')")
+        type_text(tab, label, "")
+        type_text(tab, "Maximum steps", "5")  # at once, in another field
+        tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+        assert tab.page.locator("p.problem").count() == 0
+        tab.page.wait_for_selector("code:text('--train.max_steps=5')")
+        tab.page.reload()
+        tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+        assert tab.page.get_by_label("Maximum steps").input_value() == "5"
+        assert tab.page.get_by_label("Epochs").input_value() == ""
+        assert tab.page.locator("p.problem").count() == 0
+
+
+def test_changed_values_are_not_started_before_their_plan_is_shown(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        start = tab.page.get_by_role("button", name="Start", exact=True)
+        assert start.is_enabled()
+        held = hold(tab, "plan")
+        tab.page.get_by_label("Invalid rows").select_option("refuse")
+        tab.page.wait_for_selector(f"{SUMMARY}:text('Planning…')")
+        assert start.is_disabled()
+        for way in held:
+            way.continue_()
+        tab.page.wait_for_selector(f"{SUMMARY}:text('Fix: Training rows')")
+        assert start.is_disabled()
+
+
+def test_start_waits_for_rows_that_are_measured(browser: Any, dash: Dash) -> None:
+    measuring = {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/plan", lambda way: way.fulfill(json=way.fetch().json() | {"rows": measuring}))
+        open_at(tab, dash, f"/new?options={NEW}", f"{SUMMARY}:text-is('Measuring the rows…')")
+        assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
+        tab.page.unroute("**/api/plan")
+        tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+        assert tab.page.get_by_role("button", name="Start", exact=True).is_enabled()
+
+
+def test_hint_leads_to_a_field_in_more_settings(browser: Any, dash: Dash, dashboard: Path) -> None:
+    rows = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" for n in range(60))
+    (dashboard / "labels.jsonl").write_text(rows, encoding="utf-8")
+    options = {"model.name": "tiny-model", "data.train": "labels.jsonl"}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", f"{SUMMARY}:text('Fix: Training rows')")
+        folded, field = tab.page.locator("details.others"), tab.page.get_by_label("data.columns", exact=True)
+        assert re.fullmatch(r"More settings \(\d+\)", folded.locator("summary").inner_text()) and not field.is_visible()
+        tab.page.get_by_label("Find a setting").evaluate("(find) => { find.value = 'seed'; }")
+        tab.page.get_by_label("Find a setting").dispatch_event("input")
+        tab.page.locator(".verdict").get_by_role("button", name="data.columns").first.click()
+        assert field.is_visible() and field.evaluate("(field) => field === document.activeElement")
+        tab.axe("a hint")
+        tab.page.keyboard.type("prompt=ticket,completion=label")
+        tab.page.wait_for_selector("li:has-text(\"labels.jsonl:1 and 59 more: no column 'ticket'\")")
+        tab.page.reload()
+        tab.page.wait_for_selector(f"{SUMMARY}:text('Fix: Training rows')")
+        assert re.fullmatch(r"More settings \(\d+, 1 set\)", folded.locator("summary").inner_text())
+        assert field.input_value() and field.is_visible()
+        tab.page.set_viewport_size(PHONE)
+        tab.faults.clear()  # the browser reports the refused requests
+        tab.check("a hint")
+
+
+def test_example_is_shown_at_the_field_it_is_for(browser: Any, dash: Dash) -> None:
+    options = {"model.name": "tiny-model", "lora.r": "x", "train.epochs": "0", "train.max_steps": "ten"}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", f"{SUMMARY}:text('Fix: ')")
+        rank, epochs, steps = tab.page.locator("p.problem").all_inner_texts()
+        assert "for example 16" in rank and "for example 3" in epochs and "for example" not in steps
+        assert "Peak memory by phase" not in tab.page.locator("main").inner_text()  # nothing is shown of it
+
+
+def test_name_of_another_run_is_refused_while_it_is_typed(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        type_text(tab, "Run name", "one")
+        tab.page.wait_for_selector("p.problem:has-text('a run with this name exists')")
+        assert tab.page.locator(SUMMARY).inner_text() == "Fix: Run name"
+        assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
+
+
+def test_fields_that_are_not_set_show_what_the_plan_chose(browser: Any, dash: Dash) -> None:
+    chosen = [("data.overlong", "split"), ("train.learning_rate", 0.002), ("data.max_length", 512)]
+    items = [{"field": field, "value": value, "origin": "plan", "why": ""} for field, value in chosen]
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/plan", lambda way: way.fulfill(json=way.fetch().json() | {"recipe": items}))
+        open_at(tab, dash, f"/new?options={NEW}", f"{SUMMARY}:text('It fits')")
+        assert tab.page.get_by_label("Longer rows").locator("option").first.inner_text() == "chosen (split)"
+        assert tab.page.get_by_label("Learning rate").get_attribute("placeholder") == "chosen (0.002)"
+        assert tab.page.get_by_label("Maximum row length in tokens, exact").input_value() == "512"
+
+
+def test_unknown_address_and_lost_server_offer_a_way_on(browser: Any, tmp_path: Path) -> None:
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        tab.page.goto(at(own, "/foo"))
+        tab.page.wait_for_selector("text=There is no page at #/foo.")
+        tab.page.get_by_role("link", name="Back to the runs").click()
+        tab.page.wait_for_selector("text=No runs yet")
+        own.stop()
+        tab.page.get_by_role("link", name="Machine").click()
+        tab.page.wait_for_selector("text=The server does not respond.")
+        tab.page.get_by_role("link", name="Runs", exact=True).click()
+        tab.page.wait_for_selector("nav [aria-current]:text-is('Runs')")
+        tab.page.wait_for_selector("text=The server does not respond.")
+        with run_dash(tmp_path, port=int(own.url.rpartition(":")[2])):
+            tab.page.get_by_role("button", name="Try again").click()
+            tab.page.wait_for_selector("text=No runs yet")
+
+
+def test_link_takes_the_text_of_a_field_that_was_not_left(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={NEW}", ".tokens .stop >> nth=3")
+        type_text(tab, "Maximum row length in tokens", "77")
+        tab.page.get_by_role("link", name="Plan a run with this data").click()  # at once
+        tab.page.wait_for_selector("code:text('--data.max_length=77')")
+        assert tab.page.get_by_label("Maximum row length in tokens, exact").input_value() == "77"
+        type_text(tab, "Maximum row length in tokens, exact", "66")
+        tab.page.get_by_role("link", name="Inspect the data").click()
+        tab.page.wait_for_selector(".tokens .stop >> nth=3")
+        assert tab.page.get_by_label("Maximum row length in tokens", exact=True).input_value() == "66"

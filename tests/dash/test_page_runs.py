@@ -1,0 +1,158 @@
+"""Runs in a real browser: the table, a run from its preparation to its end, exports and comparisons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.dash.test_page import facts_of, open_at, sleeping
+from tests.support.browser import DESK, PHONE, open_tab
+from tests.support.dash import Dash, make_run, run_dash, session, step
+
+
+def make_job(root: Path, kind: str, pid: int, result: Any = None, log: str = "", run: str = "one") -> str:
+    """Create a job of a run, which runs as long as the process `pid`."""
+    try:
+        born = psutil.Process(pid).create_time()
+    except psutil.Error:
+        born = 1.0
+    name = f"20261201-120000-{kind}-123456"
+    folder = root / ".dash" / "jobs" / name
+    folder.mkdir(parents=True)
+    words = ["train", "--model.name=models/tiny", "--data.train=a.jsonl", "--data.train=b.jsonl"]
+    job = {"id": name, "kind": kind, "run": run, "words": words, "started": time.time(), "pid": pid, "born": born}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    (folder / "out").write_text(json.dumps(result) if result else "", encoding="utf-8")
+    (folder / "log").write_text(log, encoding="utf-8")
+    return name
+
+
+def claim(folder: Path, pid: int) -> Path:
+    """Let a process own a run."""
+    file = folder / "claim.json"
+    file.write_text(json.dumps({"pid": pid, "started": psutil.Process(pid).create_time()}), encoding="utf-8")
+    return file
+
+
+def test_short_curve_is_not_smoothed(browser: Any, tmp_path: Path) -> None:
+    for name, steps in (("short", 14), ("long", 30)):
+        make_run(tmp_path, name, [*session(), *(step(n, loss=3 * 0.5**n) for n in range(1, steps + 1))])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/short", ".plot canvas")
+        assert tab.page.locator(".legend .entry:visible").first.inner_text() == "training 1.831e-4".replace(
+            "1e-4", "e-4"
+        )
+        assert not tab.page.get_by_label("Smoothing").is_visible()
+        open_at(tab, own, "/run/long", ".plot canvas")
+        entries = tab.page.locator(".plot").first.locator(".entry:visible").all_inner_texts()
+        assert [text.rpartition(" ")[0] for text in entries] == ["training, each step", "training, smoothed"]
+        assert tab.page.get_by_label("Smoothing").is_visible()
+
+
+def test_run_that_prepares_shows_its_model_and_no_empty_curve(browser: Any, tmp_path: Path) -> None:
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        make_job(tmp_path, "train", process.pid)
+        open_at(tab, own, "/runs", "tbody .state.running")
+        assert tab.page.locator("td[data-name=model]").inner_text() == "tiny"
+        assert tab.page.locator("td[data-name=data]").inner_text() == "a.jsonl, b.jsonl"
+        assert tab.page.locator("td[data-name=steps]").inner_text() == ""
+        open_at(tab, own, "/run/one", "text=Preparing the model and the rows.")
+        assert not tab.page.locator(".plot").first.is_visible() and not tab.page.get_by_label("Smoothing").is_visible()
+        tab.check("a run that prepares")
+
+
+def test_process_is_shown_only_while_a_run_has_one(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), *(step(n, 4, seconds_left=4.0 - n) for n in range(1, 5))])
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        owner = claim(folder, process.pid)
+        open_at(tab, own, "/runs", "tbody .state.running")
+        assert tab.page.locator("td[data-name=steps]").inner_text() == "4 / 4"  # not "0.0 s left"
+        open_at(tab, own, "/run/one", f"text=The run's process ({process.pid}) uses")
+        assert facts_of(tab)["training time"] == "4.0 s"
+        owner.unlink()
+        tab.page.wait_for_selector(".state.crashed")
+        assert "The run's process" not in tab.page.locator("main").inner_text()
+
+
+def test_colours_of_compared_runs_do_not_depend_on_their_order(browser: Any, tmp_path: Path) -> None:
+    names = ["one", "two", "three", "four"]
+    for name in names:
+        make_run(tmp_path, name, [*session(), step(1), step(2)])
+    colours = []
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for order in (names, names[::-1]):
+            open_at(tab, own, f"/compare?runs={','.join(order)}", ".plot canvas")
+            entries = tab.page.locator(".plot >> nth=1 >> .entry").all()
+            found = {entry.inner_text().split()[0]: entry.locator("i").get_attribute("style") for entry in entries}
+            assert len(set(found.values())) == len(names)
+            colours.append(found)
+            tab.page.goto("about:blank")
+    assert colours[0] == colours[1]
+
+
+def test_comparison_leads_to_the_evaluation_of_runs_without_a_score(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path, name, [*session(), step(1), step(2)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+        text = tab.page.locator("main").inner_text()
+        assert text.count("Not comparable") == 1 and "cannot be compared" not in text
+        assert tab.page.get_by_role("link", name="Evaluate two").is_visible()
+        tab.page.get_by_role("link", name="Evaluate one").click()
+        tab.page.wait_for_selector(".tabs [aria-current]:text-is('Answers')")
+
+
+def test_run_is_renamed_while_its_process_ends(tmp_path: Path) -> None:
+    make_run(tmp_path, "one", [*session(), step(1), {"event": "stop", "time": 1, "step": 1, "why": "signal"}])
+    with sleeping() as process, run_dash(tmp_path) as own:
+        make_job(tmp_path, "train", process.pid)
+        assert own.get("/api/jobs?run=one").json()["jobs"][0]["state"] == "running"
+        answer = own.post("/api/runs/one/notes", {"note": "", "tags": [], "to": "two"})
+        assert answer.status_code == 200, answer.text
+        assert own.get("/api/runs/two").json()["state"] == "stopped"
+
+
+def test_gguf_file_is_downloaded(browser: Any, dash: Dash, dashboard: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tuned.gguf"
+    file.write_bytes(b"GGUF of a test")
+    with open_tab(browser, dash) as tab:
+        name = make_job(dashboard / "runs", "gguf", 2**22 - 3, {"out": str(file), "not_measured": "not measured"})
+        open_at(tab, dash, "/run/one/export", ".job")
+        with tab.page.expect_download() as saved:
+            tab.page.get_by_role("button", name="Download the GGUF file").click()
+        assert saved.value.suggested_filename == "tuned.gguf"
+        assert Path(saved.value.path()).read_bytes() == b"GGUF of a test"
+    shutil.rmtree(dashboard / "runs" / ".dash" / "jobs" / name)
+
+
+def test_job_that_measures_after_its_last_part_shows_no_full_bar(
+    browser: Any, tmp_path: Path, dash: Dash, dashboard: Path
+) -> None:
+    with sleeping() as process, open_tab(browser, dash) as tab:
+        name = make_job(dashboard / "runs", "merge", process.pid, log="still    merging: shard 1 of 2\n")
+        open_at(tab, dash, "/run/one/export", ".job .bar")
+        (dashboard / "runs" / ".dash" / "jobs" / name / "log").write_text(
+            "still    merging: shard 2 of 2\n", encoding="utf-8"
+        )
+        tab.page.wait_for_selector(".job:has-text('shard 2 of 2')")
+        assert tab.page.locator(".job .bar").count() == 0
+    shutil.rmtree(dashboard / "runs" / ".dash" / "jobs" / name)
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE])
+def test_tags_and_large_links_are_shown_at_every_width(browser: Any, tmp_path: Path, size: Any) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1), step(2)])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        own.post(f"/api/runs/{folder.name}/notes", {"note": "", "tags": ["first", "second"]})
+        tab.page.set_viewport_size(size)
+        open_at(tab, own, "/runs", "tbody .state")
+        assert [tag.is_visible() for tag in tab.page.locator("tbody .tag").all()] == [True, True]
+        boxes = [link.bounding_box() for link in tab.page.locator("#nav a").all()]
+        assert all(box["height"] >= 30 for box in boxes)
+        tab.check("tags")
