@@ -65,6 +65,17 @@ def test_changed_values_are_not_started_before_their_plan_is_shown(browser: Any,
         assert start.is_disabled()
 
 
+def test_start_takes_the_first_click_once_typed_values_are_planned(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        held = hold(tab, "start")
+        type_text(tab, "Run name", "first")
+        tab.page.wait_for_selector("code:text('--out=runs/first')")
+        with tab.page.expect_request("**/api/start") as sent:
+            tab.page.get_by_role("button", name="Start", exact=True).click()  # leaves the field
+        assert sent.value.post_data_json["name"] == "first" and len(held) == 1
+
+
 def test_start_waits_for_rows_that_are_measured(browser: Any, dash: Dash) -> None:
     measuring = {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
     with open_tab(browser, dash) as tab:

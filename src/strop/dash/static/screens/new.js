@@ -227,8 +227,13 @@ export async function show(container, { query, signal }) {
     planAgain();
   }
 
+  const shownValues = () => JSON.stringify([options, memory.value.trim(), runName.value.trim()]);
+  let plannedValues = shownValues();
+
   /** Plan changed values. They cannot be started before their plan is shown. */
   function planAgain() {
+    if (shownValues() === plannedValues) return; // a field is left whose text was already read
+    plannedValues = shownValues();
     summary.textContent = "Planning…";
     startButton.disabled = true;
     requestPlan();
@@ -282,6 +287,7 @@ export async function show(container, { query, signal }) {
     put(verdict, errorBox(error, withLabels(container)));
     if (!planBox.isConnected) put(plan, verdict, planBox);
     for (const element of results) element.hidden = true;
+    plannedValues = null; // the same values may be tried again
     runName.placeholder = "auto"; // the name in the plan of earlier values
     const labels = showFieldErrors(container, error);
     summary.textContent = fixFirst(labels);
