@@ -961,7 +961,7 @@ def test_run_in_a_chat_is_not_renamed_and_the_reason_is_shown(browser: Any, tmp_
             tab.page.get_by_role("button", name="Edit", exact=True).click()
             tab.page.get_by_label("Name", exact=True).fill("two")
             tab.page.get_by_role("button", name="Save", exact=True).click()
-            tab.page.wait_for_selector("dialog .verdict.error:has-text('stop the server on the Chat screen')")
+            tab.page.wait_for_selector("dialog .verdict.error:has-text('unload the model on the Chat screen')")
             tab.page.get_by_role("button", name="Cancel").click()
         sleeper.kill()
         sleeper.wait()
@@ -1183,7 +1183,7 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
         now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Load this model"
         tab.page.wait_for_selector("[aria-label='Answers of plain']")
-        assert ask() == ({"base": [user], "plain": [user]}, "none")
+        assert ask() == ({"base": [user], "plain": [user]}, "that of the chat template, if it has one")
         tab.page.locator("details > summary").click()
         tab.page.get_by_label("System prompt").fill("be brief")
         tab.page.get_by_role("button", name="New chat").click()

@@ -90,7 +90,7 @@ function createScreen() {
         : server.error
           ? errorBox(server.error)
           : server.state === "off" && servable.length
-            ? h("p", { class: "soft" }, "No model is loaded. A loaded model uses memory until you stop the server.")
+            ? h("p", { class: "soft" }, "No model is loaded. A loaded model uses memory until you unload it.")
             : null,
     );
     composer.hidden = true;
