@@ -137,7 +137,8 @@ class Plan(Printed):
 
     def __repr__(self) -> str:
         (peak,) = format_sizes(self.phases["train"].peak_bytes)
-        return f"Plan({self.verdict}, device={self.device!r}, peak={peak}, seconds={self.seconds})"
+        facts = f"device={self.device!r}, peak={peak!r}, seconds={self.seconds}"
+        return f"Plan(fits={self.fits}, verdict={self.verdict!r}, {facts})"
 
     def as_json(self) -> dict[str, Any]:
         choices = [asdict(choice) for choice in self.resolved.choices.values() if choice.origin != "default"]
