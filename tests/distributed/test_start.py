@@ -114,6 +114,7 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, start
     assert again.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", ["1", "2"])
 def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """The second signal arrives in the middle of a long step, and the run ends at once."""
@@ -140,6 +141,7 @@ def test_fix_names_the_run_if_the_command_does() -> None:
         assert f"`strop resume {folder}`" in _resume_fix(words)
 
 
+@pytest.mark.slow
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """Exit code 130 means that the state was saved."""
     command = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")

@@ -26,7 +26,7 @@ IMPORTS = "from pathlib import Path; from tests.distributed.suite import *; from
 IMPORTS += "from tests.distributed.kills import *"
 
 
-CORE = CASES[0], "preference_objectives(lab)", "nan_on_one_rank(lab)", "resume_on_other_counts(lab)", "killed_rank(lab)"
+CORE = CASES[0], "nan_on_one_rank(lab)", "resume_on_other_counts(lab)", "classification(lab)"
 
 
 @pytest.mark.parametrize("case", slow_except(CASES, (*CORE, "sharded_resume(lab)", "judge_runs_on_one_rank(lab)")))

@@ -340,6 +340,7 @@ def test_ctrl_c_saves_the_trial_and_names_the_command_to_continue(
     run_in_a_fork(forks, "interrupt_a_sweep", tmp_path, tiny_folder)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_sweep(tiny_folder: Path, tmp_path: Path, forks: Forks) -> None:
     run_in_a_fork(forks, "share_a_sweep", tmp_path, tiny_folder)
 

@@ -45,6 +45,7 @@ def test_vllm_samples_from_the_present_adapter(
     assert all(1 <= step["answer_length"] <= 8 for step in steps)
 
 
+@pytest.mark.slow
 def test_run_fails_when_vllm_ends_and_can_be_resumed(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

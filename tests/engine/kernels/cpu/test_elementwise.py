@@ -218,6 +218,7 @@ def test_nonfinite_values_stay_nonfinite(dtype: torch.dtype, bad: float) -> None
     assert not elementwise.layer_norm_backward(x, rand(dtype, 2, 64), weight, 1e-5)[1].isfinite().any()
 
 
+@pytest.mark.slow
 def test_compiling_and_cached_processes_have_the_same_bits(tmp_path: Path) -> None:
     """A parallel kernel that was just compiled runs other machine code than one read from numba's cache."""
     script = """

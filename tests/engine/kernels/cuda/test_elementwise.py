@@ -44,6 +44,7 @@ def test_values_in_tritons_interpreter() -> None:
     assert "100%" in output and "s" not in output.splitlines()[0]  # none was skipped
 
 
+@pytest.mark.slow
 @triton
 def test_compiled_code_is_efficient(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each architecture has 16 bytes an access, no fp64, no spilled registers, and two programs a multiprocessor."""
