@@ -26,6 +26,7 @@ from strop.data.converters import parse_request, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.engine.decode import generate
+from strop.engine.decode.model import _parse_messages
 from strop.engine.images import install_images
 from strop.errors import InputError, ModelError, RecipeError, StropError
 from strop.evaluation.run import EvalOptions, evaluate_models
@@ -135,7 +136,7 @@ def test_the_adapter_loads_in_peft_with_equal_logits(seeing: Path, rows: Path, t
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[[Image.open(image)]], return_tensors="pt", add_special_tokens=False)
     message = {"role": "user", "content": [{"type": "image", "path": str(image)}, parts[1]]}
-    prompt = loaded.renderer.prompt(strop.engine.decode.model._parse_messages([message]))  # type: ignore[attr-defined]
+    prompt = loaded.renderer.prompt(_parse_messages([message], "chat"))
     with torch.no_grad():
         expected = tuned(**inputs).logits[0]
         computed = loaded.module(input_ids=torch.from_numpy(prompt).long()[None]).logits[0]
