@@ -593,6 +593,9 @@ def test_the_function_that_is_given_is_named(tmp_path: Path, monkeypatch: pytest
     for name in ("ten", "first", "one", "constant", "reward"):
         spec = f"{tmp_path / 'named_for_test.py'}:{name}"
         assert flatten_options({"rewards": getattr(module, name)}) == {"train.rewards": [spec]}
+    pair = flatten_options({"rewards": (module.ten, "exact")})["train.rewards"]
+    assert pair == [f"{tmp_path / 'named_for_test.py'}:ten", "exact"]
+    assert flatten_options({"rewards": None}) == {"train.rewards": None}
     for nowhere in (module.scaled(module.one), module.part, lambda completion, row: 1.0, module.Reward()):
         with pytest.raises(InputError, match="not at the top of one Python file"):
             flatten_options({"rewards": nowhere})

@@ -753,8 +753,9 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 dotted = short
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
-            if dotted == "train.rewards" and not isinstance(value, str):
-                value = [function_spec(dotted, part) for part in (value if isinstance(value, list) else [value])]
+            if dotted == "train.rewards" and not isinstance(value, str | None):
+                parts = value if isinstance(value, list | tuple) else [value]
+                value = [function_spec(dotted, part) for part in parts]
             if dotted == "train.environment":
                 value = function_spec(dotted, value)
             is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)

@@ -113,16 +113,14 @@ def _make_function_judge(name: str) -> Judge:
     def judge(conversation: str, gold: str, first: str, second: str) -> int:
         try:
             result = function(conversation, gold, first, second)
-            if isinstance(result, bool | np.bool_):  # False would be a tie
-                what = f"judge {name}: returns {result} (for {conversation[-80:]!r})"
-                raise RunError(what, fix="return a number: above 0 if the first is better, below 0 if the second is")
             value = float(result)
-        except RunError:
-            raise
         except USER_CODE_ERRORS as error:
             what = f"judge {name}: {type(error).__name__}: {error} (for {conversation[-80:]!r})"
             fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
             raise RunError(what, fix=fix) from None
+        if isinstance(result, bool | np.bool_):  # False would be a tie
+            what = f"judge {name}: returns {result} (for {conversation[-80:]!r})"
+            raise RunError(what, fix="return a number: above 0 if the first is better, below 0 if the second is")
         if math.isnan(value):
             what = f"judge {name}: returns nan (for {conversation[-80:]!r})"
             raise RunError(what, fix="return a number for any answers")
