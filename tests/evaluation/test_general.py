@@ -6,14 +6,17 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import strop
+from strop.data.rendering.render import Renderer
 from strop.evaluation.general import compare_general, load_questions
 from strop.evaluation.metrics import describe_cut, describe_general, paired_difference
 from tests.support import tiny
+from tests.support.families import tokenizer
 from tests.support.runs import run
 
 
@@ -74,18 +77,25 @@ def test_general_set_is_compared_and_stored_in_the_report(
     assert code == 2 and "nothing to compare" in err
 
 
+class Fake:
+    """A model that loses plain text."""
+
+    def __init__(self, renderer: Any) -> None:
+        self.renderer = renderer
+
+    def answer(self, prompts: Any, *, both: bool, **options: Any) -> Any:
+        assert both
+        texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
+        return [SimpleNamespace(text=text, stopped=text[0] == "{") for text in texts]
+
+
+def test_questions_with_system_prompts_are_left_out_where_the_template_has_none() -> None:
+    result = compare_general(Fake(Renderer(tokenizer("gemma"))))  # type: ignore[arg-type]
+    assert result["rows"] == 306 and len(result["kinds"]) == 9 and "system prompts" not in result["kinds"]
+
+
 def test_model_that_answers_only_in_json_loses_plain_text() -> None:
-    from types import SimpleNamespace
-
-    class Fake:
-        renderer = SimpleNamespace(prompt=lambda messages: messages)
-
-        def answer(self, prompts: Any, *, both: bool, **options: Any) -> Any:
-            assert both
-            texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
-            return [SimpleNamespace(text=text, stopped=text[0] == "{") for text in texts]
-
-    result = compare_general(Fake())  # type: ignore[arg-type]
+    result = compare_general(Fake(SimpleNamespace(prompt=lambda messages: messages)))  # type: ignore[arg-type]
     kind = result["kinds"]["plain text"]
     assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (34, 1.0, 0.0, -1.0)
     assert result["answers"] == {"max_tokens": 48, "references_cut": 0, "base_cut": 340, "tuned_cut": 0}

@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from strop.data.types import Message
+from strop.data.row_errors import RenderError
+from strop.data.types import Ids, Message
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
 from strop.errors import RecipeError, suggest
@@ -47,9 +48,15 @@ def load_questions() -> list[GeneralQuestion]:
 
 
 def compare_general(model: Model, advance: Progress | None = None, devices: Devices = SINGLE_PROCESS) -> dict[str, Any]:
-    """Return {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost}."""
-    questions = load_questions()
-    prompts = [model.renderer.prompt(list(question.messages)) for question in questions]
+    """Return {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost}.
+
+    Questions that the chat template cannot render, such as those with system prompts, are left out.
+    """
+    questions, prompts = list[GeneralQuestion](), list[Ids]()
+    for question in load_questions():
+        with suppress(RenderError):
+            prompts.append(model.renderer.prompt(list(question.messages)))
+            questions.append(question)
     answers = generate_answers(
         model, prompts, devices, max_new_tokens=MAX_NEW_TOKENS, both=True,
         advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(questions))),
