@@ -165,7 +165,14 @@ def test_an_unknown_pre_tokenizer_is_refused(bases: Any, rows: str, tmp_path: Pa
         gguf_tokenizer._build_entries(Fake(), renderer, backend.get_vocab_size())
 
 
-def test_invalid_exports_are_refused_before_writing(bases: Any, rows: str, tmp_path: Path) -> None:
+def test_rows_are_asked_for_only_if_something_is_measured(bases: Any, tmp_path: Path, no_llama_cpp: None) -> None:
+    exported = export_gguf(str(bases.adapter("qwen2")), tmp_path / "m.gguf")
+    assert exported.unmeasured is not None and "llama.cpp is not installed" in exported.unmeasured
+
+
+def test_invalid_exports_are_refused_before_writing(
+    bases: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuned = str(bases.adapter("qwen2"))
     (tmp_path / "there.gguf").write_text("mine")
     with pytest.raises(FolderError, match="already exists"):
@@ -175,8 +182,10 @@ def test_invalid_exports_are_refused_before_writing(bases: Any, rows: str, tmp_p
         export_gguf(tuned, tmp_path / "m.gguf", kind="q3", data=rows)
     with pytest.raises(RecipeError, match="stored in f32"):
         export_gguf(tuned, tmp_path / "m.gguf", kind="f16", adapter=True, data=rows)
-    with pytest.raises(ModelError, match="no rows to measure on"):
-        export_gguf(tuned, tmp_path / "m.gguf")
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="not a run, so it has no rows to measure on"):
+        patch.setattr(llama_cpp, "is_installed", lambda: True)
+        patch.setattr(llama_cpp, "check_import", lambda: None)
+        export_gguf(str(bases.base("qwen2")), tmp_path / "m.gguf")
     with pytest.raises(InputError, match="not an adapter"):
         strop.export("ollama", tuned, tmp_path / "m.gguf", adapter=True)
     with pytest.raises(ModelError, match="no adapter there"):

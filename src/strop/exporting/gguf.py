@@ -139,8 +139,9 @@ def export_gguf(
     if tuned.folder is not None and trained_token_rows(read_adapter_config(tuned.folder)):
         what = f"{name}: trains rows of the embedding (new tokens)"
         raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
-    if measure:
-        tuned = tuned.load_rows(data, choose_base=not adapter)
+    chooses_base = not adapter and tuned.storage.scheme != "none"
+    if measure and (chooses_base or unmeasured is None):
+        tuned = tuned.load_rows(data, choose_base=chooses_base)
     if tuned.has_images:
         what = (
             f"{name}: was trained on images, and llama.cpp needs a second file for them (mmproj), which is not written"

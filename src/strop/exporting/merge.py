@@ -363,7 +363,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
                 raise ModelError(f"{name}: its rows have no answers to measure on", fix="give --data")
             data_kind = "turns"  # compare on the reference answers
     elif data is None:
-        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+        raise ModelError(f"{name}: not a run, so it has no rows to measure on", fix="give --data, or --no-parity")
     else:
         section = DataSection(train=data)
     try:
@@ -386,7 +386,7 @@ def _read_texts(
     """Read the texts to compare classifiers or models of embeddings on, as `_read_rows`."""
     recipe = read_resolved(RunFolder(Path(name)).recipe).recipe if is_run(Path(name)) else None
     if recipe is None and data is None:
-        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+        raise ModelError(f"{name}: not a run, so it has no rows to measure on", fix="give --data, or --no-parity")
     section = recipe.data if recipe is not None else DataSection(train=str(data))
     if data is not None:
         section = section.model_copy(update={"train": data, "eval": None})
