@@ -34,7 +34,7 @@ from strop.models.lora import add_lora, check_lora, trainable_parameters
 from strop.models.quantize import QuantizedLinear, quantizable_linears
 from strop.models.source import locate
 from tests.engine.train.test_fast import assert_same, step
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny_of
 
@@ -276,3 +276,11 @@ def test_new_tokens_on_a_head_with_a_bias_are_refused() -> None:
     assert check_lora(model, section())
     with pytest.raises(ModelError, match="leaves out the bias"):
         check_lora(model, section(new_tokens=["<A>"]))
+
+
+def test_dense_layers_of_a_mixture_without_experts_get_adapters() -> None:
+    config = tiny_families.config_of("deepseek_v3")
+    assert config.first_k_dense_replace > config.num_hidden_layers  # peft takes the names of its MLPs for experts'
+    model = add_lora(AutoModelForCausalLM.from_config(config), section(), tokenizer("chatml"))
+    adapted = {path.rpartition(".")[2] for path, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {"gate_proj", "up_proj", "down_proj", "o_proj"} <= adapted

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.config.schema import LoraSection
-from strop.models.families.shape import EMBEDDINGS
+from strop.models.families.shape import EMBEDDINGS, EXPERT_FIELDS
 from strop.models.families.table import FAMILIES, Family
 
 # Dropout of the model itself. Unlike the dropout of adapters, its masks depend on the micro-batch.
@@ -18,7 +18,6 @@ DROPOUT_FIELDS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
     "router_jitter_noise",
 )  # fmt: skip
-EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LONG_ROPE = {"su", "yarn"}  # older names of longrope in configs of Phi-3
 
 

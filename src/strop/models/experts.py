@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from strop.models.families.shape import EXPERT_FIELDS
 from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, quantizable_linears, quantize_weight
 
 OFFSET = "nested_offset"  # a field of bitsandbytes' quantization state, the only one that differs between experts
@@ -44,8 +45,12 @@ def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 def parameter_adapter_leaves(model: nn.Module) -> set[str]:
     """Return the leaf names of linear layers that PEFT must adapt through their weight parameter in this model."""
-    # In a mixture, PEFT treats layers with transformers 4's names of experts as experts, and skips dense ones.
-    has_experts = next(expert_parameters(model), None) is not None
+    # In a mixture, even one that has only dense layers, PEFT treats layers with transformers 4's names of experts as
+    # experts, and skips dense ones.
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    may_have_experts = any((getattr(config, field, None) or 1) > 1 for field in EXPERT_FIELDS)
+    may_have_experts &= getattr(config, "enable_moe_block", None) is not False  # Gemma 4
+    has_experts = may_have_experts or next(expert_parameters(model), None) is not None
     return {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"} if has_experts else set()
 
 

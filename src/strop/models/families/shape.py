@@ -35,6 +35,8 @@ TARGET_SETS = ("all-linear", "attention", "gate", "experts")
 EXPERTS = "Experts"  # LinearKind.type of a parameter that contains all experts of a layer
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
+# Config fields with the number of experts of a mixture.
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Config fields with the number of layers, and with a list that has one entry per layer.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
@@ -342,8 +344,7 @@ def _rope_type(config: Mapping[str, Any]) -> str:
 
 def _count_experts(config: Mapping[str, Any]) -> int:
     section = {**config, **(config.get("ffn_config") or {})}
-    fields = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return max(1, *(int(section.get(field) or 1) for field in fields))
+    return max(1, *(int(section.get(field) or 1) for field in EXPERT_FIELDS))
 
 
 def _get_size(config: Mapping[str, Any], family: str, *fields: str, default: int | None = None) -> int:
