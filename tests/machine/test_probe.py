@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 
 from strop.machine import probe
@@ -41,3 +44,18 @@ def test_probe_lists_only_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.probe().gpus == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1f")  # a MIG part: only CUDA knows of which GPU
     assert len(probe.probe().gpus) == 3
+
+
+def test_arm_cpu_is_named_by_lscpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = "processor\t: 0\nFeatures\t: fp asimd sve bf16 i8mm\nCPU implementer\t: 0x41\nCPU part\t: 0xd85\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p, **how: cpuinfo if str(p) == "/proc/cpuinfo" else read(p, **how))
+    lines = "  BIOS Model name: -\n  Model name:  Cortex-X925\n  Thread(s) per core: 1\n  Model name:  Cortex-A725\n"
+    (tmp_path / "lscpu").write_text(f"#!/bin/sh\necho '{lines}'\n")
+    (tmp_path / "lscpu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probe._cpu.__wrapped__() == ("Cortex-X925 + Cortex-A725", {"fp", "asimd", "sve", "bf16", "i8mm"})
+    monkeypatch.setattr(probe, "_cpu", probe._cpu.__wrapped__)
+    assert probe.probe().vector == ("asimd", "sve", "bf16") and probe.probe().expected_dtype == "bf16"
+    (tmp_path / "lscpu").unlink()
+    assert probe._cpu()[0] == platform.machine()

@@ -41,7 +41,7 @@ class Machine:
 
     @property
     def has_bf16(self) -> bool:
-        return self.has_avx512_bf16 or "amx_bf16" in self.vector
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.vector)  # the last is ARM's
 
     @property
     def expected_dtype(self) -> str:
@@ -138,7 +138,19 @@ def _cpu() -> tuple[str, set[str]]:
         return platform.processor() or platform.machine(), set()
     fields = [line.partition(":") for line in text.splitlines()]
     info = {key.strip(): value.strip() for key, _, value in reversed(fields)}
-    return info.get("model name", platform.machine()), set(info.get("flags", info.get("Features", "")).split())
+    name = info.get("model name") or _lscpu_name() or platform.machine()
+    return name, set(info.get("flags", info.get("Features", "")).split())
+
+
+def _lscpu_name() -> str | None:
+    """Return the CPU's name from `lscpu`, which knows the numbers that Linux reports in place of a name on ARM."""
+    try:
+        done = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    fields = [line.strip().partition(":") for line in done.stdout.splitlines()]
+    names = [value.strip() for key, _, value in fields if key == "Model name" and value.strip() != "-"]
+    return " + ".join(names) or None  # one for each kind of core
 
 
 def _query_gpus(fields: str) -> tuple[str, ...]:
