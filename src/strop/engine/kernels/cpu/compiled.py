@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -94,7 +95,10 @@ class BFloat(ir.Type):  # type: ignore[misc]
 
 
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
-HAS_BF16 = "avx512_bf16" in vector_extensions()  # instructions that round to bf16 and multiply it
+ARM_BF16 = "bf16" in vector_extensions()  # FEAT_BF16: Graviton 3, Grace, Apple M2 and later
+HAS_BF16 = ARM_BF16 or "avx512_bf16" in vector_extensions()  # instructions that round to bf16 and multiply it
+if ARM_BF16 and not _config.CPU_FEATURES:  # LLVM knows the extension only of CPUs whose name it knows
+    _config.CPU_FEATURES = f"{get_host_cpu_features()},+bf16"
 
 
 def _unary(result: Any, emit: Callable[[Any, Any], Any]) -> Any:
@@ -217,6 +221,26 @@ def call_llvm(b: Any, name: str, result: Any, *args: Any) -> Any:
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """Return x * y + z of fp32 vectors, rounded once."""
     return call_llvm(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
+
+
+def pair_dots(b: Any, sums: Any, x: Any, y: Any) -> Any:
+    """Return sums[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1] of bf16 vectors x and y and an fp32 vector."""
+    if not ARM_BF16:
+        return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", sums.type, sums, x, y)
+    lanes, register = sums.type.count, ir.VectorType(F32, 4)
+
+    def part(vector: Any, begin: int, size: int) -> Any:
+        return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, size), list(range(begin, begin + size))))
+
+    parts = []
+    for i in range(0, lanes, 4):
+        operands = part(sums, i, 4), part(x, 2 * i, 8), part(y, 2 * i, 8)
+        parts.append(call_llvm(b, "llvm.aarch64.neon.bfdot.v4f32.v8bf16", register, *operands))
+    while len(parts) > 1:
+        indices = list(range(2 * parts[0].type.count))
+        kind = ir.Constant(ir.VectorType(I32, len(indices)), indices)
+        parts = [b.shuffle_vector(u, v, kind) for u, v in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def add_ordered(b: Any, x: Any, y: Any) -> Any:

@@ -29,6 +29,7 @@ from strop.engine.kernels.cpu.compiled import (
     call_llvm,
     fma,
     load,
+    pair_dots,
     pointer,
     prefetch,
     repeat,
@@ -75,7 +76,7 @@ class Operands:
 
     def multiply_add(self, b: Any, a: Any, x: Any, sums: Any) -> Any:
         if self.pairs:
-            return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _FP32_VECTOR, sums, a, x)
+            return pair_dots(b, sums, a, x)
         return fma(b, a, x, sums)
 
 
