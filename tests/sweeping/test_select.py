@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from strop.evaluation.metrics import t_quantile, wilson_interval
-from strop.sweeping.select import Candidate, compare_on_test, conclude, rank, recommend, score_interval
+from strop.sweeping.select import Candidate, compare_on_test, conclude, find_cheapest, rank, recommend, score_interval
 
 SEEDS_SD = 0.5  # standard deviation of a seed's effect, in logits: about 8 points at 70 %
 COST = (1000.0, 10.0, 1e9)
@@ -42,7 +42,8 @@ def sweep(world: World, effects: list[float], costs: list[float] | None = None, 
         candidates.append(Candidate({"x": number}, (number,), hits, -float(hits.mean()), (cost, 1.0, 1.0)))
     chosen = recommend(rank(candidates), candidates[0])
     selection = {
-        "is_default": chosen is candidates[0], "has_default": True, "cheaper": chosen.cost < candidates[0].cost,
+        "is_default": chosen is candidates[0], "has_default": True,
+        "cheaper": candidates[0] not in find_cheapest([chosen, candidates[0]]),
     }  # fmt: skip
     names = {"default": effects[0], "chosen": effects[chosen.numbers[0]]}
     runs = [
@@ -155,6 +156,11 @@ def test_the_cheapest_of_equal_settings_is_recommended_and_the_default_among_equ
     assert recommend(rank([default, dear]), default) is default
     same_cost = candidate(3, hits, cost=2, loss=0.5)
     assert recommend(rank([default, same_cost]), default) is default
+    slightly_cheaper = candidate(4, [1] * 30 + [0] * 10, cost=1.9)
+    assert recommend(rank([default, slightly_cheaper]), default) is default
+    half = candidate(5, [0, *[1] * 39], cost=1.1)
+    assert recommend(rank([default, half, cheap, slightly_cheaper]), default) is cheap  # it has a higher score
+    assert recommend(rank([default, half, candidate(6, [0, 0, *[1] * 38], cost=1)]), default) is half
     better = candidate(4, [1] * 40, cost=5)
     poor = candidate(0, [0] * 40, cost=1)
     assert recommend(rank([poor, better]), poor) is better

@@ -23,7 +23,7 @@ from strop.runs.events import EndTraining, Event, drop_undone_events, read_event
 from strop.runs.folder import RunFolder, is_run, read_json, write_atomic, write_json
 from strop.sweeping.plan import Planner
 from strop.sweeping.request import Request
-from strop.sweeping.select import Candidate, as_marks, conclude, rank, read_marks, recommend
+from strop.sweeping.select import Candidate, as_marks, conclude, find_cheapest, rank, read_marks, recommend
 from strop.sweeping.space import Setting, apply_setting, as_yaml, format_setting, given_values, without_seed
 from strop.sweeping.split import Split, data_options
 from strop.sweeping.study import STATES, Trials
@@ -329,7 +329,8 @@ class SweepFolder:
                     for entry in ranking
                 ],
                 "chosen": list(chosen.numbers), "is_default": 0 in chosen.numbers, "setting": chosen.setting,
-                "cheaper": default is not None and chosen.cost < default.cost, "has_default": default is not None,
+                "cheaper": default is not None and default not in find_cheapest([chosen, default]),
+                "has_default": default is not None,
                 "first_seed": max(seeds) + 1,
             }  # fmt: skip
             self._write(self.state)

@@ -21,10 +21,11 @@ from strop.sweeping.space import Setting
 
 ERROR_RATE = 0.05  # of all comparisons of a sweep together
 MAX_LOSS = 0.02  # score that a cheaper setting may lose on the test rows, without a clear difference
+MIN_SAVING = 1.25  # ratio of costs from which a setting is cheaper
 Hits = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """The finished trials of one setting.
 
@@ -72,10 +73,22 @@ def rank(candidates: Sequence[Candidate]) -> list[Standing]:
 
 
 def recommend(ranking: Sequence[Standing], default: Candidate | None) -> Candidate:
-    """Return the cheapest setting that is as good as the best; the default if it is, and none of them is cheaper."""
-    equal = [entry.candidate for entry in ranking if entry.standing != "worse"]
-    cheapest = min(equal, key=lambda x: (x.cost, -x.score, x.loss, x.numbers))
-    return default if default in equal and default is not None and default.cost <= cheapest.cost else cheapest
+    """Return the best of the cheapest settings that are as good as the best; the default if it is one of them."""
+    cheapest = find_cheapest([entry.candidate for entry in ranking if entry.standing != "worse"])
+    if default is not None and default in cheapest:
+        return default
+    return min(cheapest, key=lambda x: (-x.score, x.loss, x.cost, x.numbers))
+
+
+def find_cheapest(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the settings that have the fewest parameters, of these the shortest, and of these the smallest in memory.
+
+    Costs within a factor of MIN_SAVING count as the same: otherwise almost no two settings would cost the same.
+    """
+    for part in range(len(candidates[0].cost)):
+        limit = MIN_SAVING * min(x.cost[part] for x in candidates)
+        candidates = [x for x in candidates if x.cost[part] <= limit]
+    return list(candidates)
 
 
 def compare_on_test(default: Sequence[Sequence[bool]], chosen: Sequence[Sequence[bool]]) -> dict[str, Any]:
