@@ -18,6 +18,7 @@ from strop.errors import DivergedError, InputError, RecipeError
 from strop.runs.events import read_events
 from strop.runs.folder import read_json
 from strop.sweeping import loop
+from strop.sweeping.tables import describe_trial
 from tests import ROOT
 from tests.support.forks import Forks
 from tests.support.pages import blocks
@@ -399,3 +400,12 @@ def test_a_trial_that_is_killed_while_it_is_pruned_is_pruned_when_it_is_resumed(
     again = sweep(tiny_folder, **options, resume_existing=True)
     assert without_times(again.state["trials"]) == without_times(whole.state["trials"])
     assert without_times(again.state["selection"]) == without_times(whole.state["selection"])
+
+
+def test_time_of_the_first_trial_is_not_that_of_the_others() -> None:
+    trials = [
+        {"seconds": seconds, "state": "finished", "same_as": None, "score": 0.5, "loss": None, "setting": {}}
+        for seconds in (540, 10, 12)
+    ]
+    state = {"trials": [*trials, {"seconds": None, "state": "waiting"}], "plan": {"final_runs": 3}}
+    assert describe_trial({**state, "request": {"metric": "exact"}, "metric": "exact"}, 2).endswith("at most 44 s left")

@@ -62,6 +62,7 @@ def describe_trial(state: Mapping[str, Any], number: int) -> str:
 
 def _time_left(state: Mapping[str, Any]) -> str:
     times = [row["seconds"] for row in state["trials"] if row["seconds"] and row["same_as"] is None]
+    times = times[1:] or times  # the first trial may have compiled kernels
     remaining = sum(row["state"] in ("waiting", "running") for row in state["trials"])
     remaining += state["plan"]["final_runs"]
     return f", at most {format_seconds(remaining * sum(times) / len(times))} left" if times else ""
