@@ -154,6 +154,8 @@ def test_claimed_run_folder_is_refused(
         (["merge", "nope", "--out", "merged"], "nope: no such run or adapter folder"),
         (["export", "gguf", "nope", "--out", "x.gguf"], "nope: no such folder"),
         (["export", "ollama", "demo", "--out", "taken"], "taken: already exists"),
+        (["export", "gguf", "demo", "--out", "tuned"], "tuned: the name must end in .gguf"),
+        (["export", "gguf", "demo", "--out", "rows.jsonl/tuned.gguf"], "rows.jsonl is a file"),
         (["export-script", "nope", "--out", "script"], "nope: no such run"),
         (["push", "nope", "me/x"], "nope: no such run, adapter or model folder"),
         (["adapters", "nope"], "nope: no such folder"),

@@ -723,8 +723,8 @@ def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -
 def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: Dash, dashboard: Path) -> None:
     (dashboard / "taken").mkdir(exist_ok=True)
     (dashboard / "taken" / "file").write_text("x", encoding="utf-8")
+    jobs = dash.get("/api/jobs").json()
     with open_tab(browser, dash) as tab:
-        tab.page.set_default_timeout(120_000)  # the commands import torch
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             open_at(tab, dash, "/run/one/answers", ".sample >> nth=5")
@@ -733,7 +733,8 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             assert file.input_value() == str(dashboard / "held-out.jsonl")  # the evaluation rows of the recipe
             file.fill("")
             tab.page.get_by_role("button", name="Evaluate", exact=True).click()
-            tab.page.wait_for_selector("p.problem:text('choose a file')")
+            tab.page.wait_for_selector("p.problem:text('no file is chosen')")
+            tab.faults.clear()  # the browser reports the refused requests
             with tab.page.expect_file_chooser() as chooser:
                 tab.page.get_by_role("button", name="Upload: File of held-out rows").click()
             name = f"held-{size['width']}.jsonl"
@@ -744,15 +745,26 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             tab.page.get_by_role("button", name="Evaluate", exact=True).click()
             tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
             assert file.get_attribute("aria-invalid") == "true"
+            tab.faults.clear()
             tab.check("evaluate")
             open_at(tab, dash, "/run/one/export", ".form >> nth=2")
             out = tab.page.locator(".form:has(h2:text-is('Merged model'))").get_by_label("Output path")
             out.fill("taken")
             tab.page.get_by_role("button", name="Export: Merged model").click()
-            tab.page.wait_for_selector("p.problem:text('taken')")
+            problem = tab.page.locator("p.problem:text('taken: already exists')")
+            assert problem.inner_text().endswith("give another name, such as Output path taken-2")
             assert out.get_attribute("aria-invalid") == "true"
+            out = tab.page.locator(".form:has(h2:text-is('GGUF file'))").get_by_label("Output path")
+            out.fill("new/tuned")
+            tab.page.get_by_role("button", name="Export: GGUF file").click()
+            tab.page.wait_for_selector("p.problem:text('new/tuned: the name must end in .gguf')")
+            out.fill("rows.jsonl/tuned.gguf")
+            tab.page.get_by_role("button", name="Export: GGUF file").click()
+            tab.page.wait_for_selector("p.problem:text('rows.jsonl is a file')")
+            tab.faults.clear()
             tab.axe(f"export at {size['width']}")
             tab.check("export")
+    assert dash.get("/api/jobs").json() == jobs  # none has started
 
 
 def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, dashboard: Path, tmp_path: Path) -> None:

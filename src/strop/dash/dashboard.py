@@ -297,12 +297,12 @@ class Dashboard:
         self._histories.pop(name, None)
         return {"name": new_name}
 
-    def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
-        """Start an evaluation or an export. Raises Busy if the run has no adapter."""
+    def adapter_path(self, name: str) -> str:
+        """Return the path of a run with an adapter. Raises Busy if it has none."""
         if not self.row(name)["has_adapter"]:
             fix = "resume it" if "resume" in self.row(name)["can"] else "wait"
             raise Busy(f"{name} has no adapter yet: it is written at the end of training", fix=fix)
-        return self.jobs.start(kind, arguments, name)
+        return str(self.root / name)
 
     def new_run_path(self, name: str) -> Path:
         """Return the folder for a new run. Raises FolderError if the name is taken."""

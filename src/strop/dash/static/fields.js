@@ -1,6 +1,7 @@
 // Form controls of several elements.
 
 import { button, field, h, prose, put, select, uniqueId } from "./dom.js";
+import { errorBox } from "./api.js";
 import { formatValue } from "./format.js";
 
 const labelOf = (control) => control.closest(".field").querySelector("label").textContent;
@@ -65,6 +66,30 @@ export function showFieldErrors(form, error) {
     reveal(control);
     return [labelOf(control)];
   });
+}
+
+/**
+ * Return a button that submits a form, and an element for an error that no field has caused. form: returns the form.
+ * submit: sends the request; its error is shown at the fields.
+ */
+export function submitButton(text, form, submit, props = {}) {
+  const problem = h("div");
+  const submitting = button(
+    text,
+    async () => {
+      put(problem);
+      showFieldErrors(form(), null);
+      submitting.disabled = true;
+      try {
+        await submit();
+      } catch (error) {
+        if (!showFieldErrors(form(), error).length) put(problem, errorBox(error, withLabels(form())));
+      }
+      submitting.disabled = false;
+    },
+    { class: "main", ...props },
+  );
+  return [submitting, problem];
 }
 
 /** Return how to fix a problem of a field: of the examples for several fields only its own. */

@@ -7,7 +7,6 @@ import {
   download,
   getBlob,
   facts,
-  errorBox,
   figure,
   h,
   lastPart,
@@ -22,7 +21,7 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
-import { showFieldErrors } from "../fields.js";
+import { showFieldErrors, submitButton, withLabels } from "../fields.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
@@ -57,9 +56,9 @@ export async function show(container, { run, signal }) {
     forms,
     canExport
       ? kindsOf(run).map(([kind, details]) =>
-          form(run, kind, details, (job, onEnd) => {
+          form(run, kind, details, (job, shown) => {
             jobs.querySelector(":scope > p")?.remove();
-            jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
+            jobs.prepend(jobCard(job, signal, { ...shown, result: parity }));
           }),
         )
       : h("p", { class: "empty" }, noAdapter(run)),
@@ -108,22 +107,14 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     data: { option: "out" },
   });
   let type = preset;
-  const problem = h("div");
-  const exportButton = button(
+  const exportButton = submitButton(
     "Export",
+    () => element,
     async () => {
-      put(problem);
-      showFieldErrors(element, null);
-      exportButton.disabled = true;
-      try {
-        const job = await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type });
-        onStart(job, (now) => showFieldErrors(element, now.error));
-      } catch (error) {
-        if (!showFieldErrors(element, error).length) put(problem, errorBox(error));
-      }
-      exportButton.disabled = false;
+      const job = await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type });
+      onStart(job, { onEnd: (now) => showFieldErrors(element, now.error), words: withLabels(element) });
     },
-    { "aria-label": `Export: ${name}`, class: "main" },
+    { "aria-label": `Export: ${name}` },
   );
   const element = h(
     "section",
@@ -135,7 +126,6 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
       select(types, preset, (value) => (type = value), { data: { option } }),
     ),
     h("div", {}, exportButton),
-    problem,
   );
   return element;
 }
