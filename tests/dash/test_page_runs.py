@@ -131,6 +131,26 @@ def test_gguf_file_is_downloaded(browser: Any, dash: Dash, dashboard: Path, tmp_
     shutil.rmtree(dashboard / "runs" / ".dash" / "jobs" / name)
 
 
+def test_gguf_file_is_downloaded_after_the_run_is_renamed(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", "one", [*session(), step(1), step(2)], {"exit": 0})
+    (folder / "one.gguf").write_bytes(b"GGUF of a test")
+    commands = ["ollama create one -f runs/one/ollama/Modelfile", "ollama run one"]
+    result = {"out": "runs/one/one.gguf", "not_measured": "not measured", "commands": commands}
+    make_job(tmp_path / "runs", "gguf", 2**22 - 3, result)
+    with run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
+        assert own.post("/api/runs/one/notes", {"note": "", "tags": [], "to": "a new name"}).status_code == 200
+        open_at(tab, own, "/run/a%20new%20name/export", ".job")
+        tab.page.wait_for_selector("code:text-is('runs/a new name/one.gguf')")
+        tab.page.wait_for_selector("code:text-is(\"ollama create one -f 'runs/a new name/ollama/Modelfile'\")")
+        with tab.page.expect_download() as saved:
+            tab.page.get_by_role("button", name="Download the GGUF file").click()
+        assert Path(saved.value.path()).read_bytes() == b"GGUF of a test"
+        tab.check("renamed")
+        (tmp_path / "runs" / "a new name" / "one.gguf").unlink()
+        tab.page.get_by_role("button", name="Download the GGUF file").click()
+        tab.page.wait_for_selector(".job [role=alert]:has-text('runs/a new name/one.gguf: no such file')")
+
+
 def test_job_that_measures_after_its_last_part_shows_no_full_bar(
     browser: Any, tmp_path: Path, dash: Dash, dashboard: Path
 ) -> None:

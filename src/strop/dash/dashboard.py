@@ -293,7 +293,7 @@ class Dashboard:
             raise FolderError(f"{new_name}: a run with this name exists", fix="choose another name")
         move_run(path, target)
         rewrite_report(target)
-        self.jobs.rename_run(name, new_name)
+        self.jobs.rename_run(path, target)
         self._histories.pop(name, None)
         return {"name": new_name}
 

@@ -7,6 +7,7 @@ import {
   download,
   getBlob,
   facts,
+  errorBox,
   figure,
   h,
   lastPart,
@@ -134,7 +135,8 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
 function parity(job) {
   const details = job.result,
     measured = details.parity,
-    text = details.text;
+    text = details.text,
+    problem = h("div");
   if (job.error && !measured) return null; // nothing was written
   return h(
     "div",
@@ -142,10 +144,16 @@ function parity(job) {
     h("p", {}, "Wrote ", h("code", {}, details.out ?? "")),
     job.kind === "gguf" && job.state === "done"
       ? button("Download the GGUF file", async () => {
-          const file = await getBlob(`jobs/${encodeURIComponent(job.id)}/download`);
-          download(lastPart(details.out), "application/octet-stream", file);
+          put(problem);
+          try {
+            const file = await getBlob(`jobs/${encodeURIComponent(job.id)}/download`);
+            download(lastPart(details.out), "application/octet-stream", file);
+          } catch (error) {
+            put(problem, errorBox(error));
+          }
         })
       : null,
+    problem,
     measured
       ? [
           h(
