@@ -15,11 +15,11 @@ function reveal(control) {
 
 /**
  * Return a function from text to nodes, as `prose`. Names and options of the form's fields are links to these, with their
- * labels: "Invalid rows: drop".
+ * labels: "Invalid rows: drop". Column names that fit the rows have a button that enters them.
  */
 export function withLabels(form) {
   const linked = (text) =>
-    text.split(/(--[a-z_]+(?:\.[a-z_0-9]+)?(?:[ =][\w-]+)?|\b[a-z]+\.[a-z_0-9]+)/).map((part, index) => {
+    text.split(/(--[a-z_]+(?:\.[a-z_0-9]+)?(?:[ =](?:'[^']*'|[\w-][\w=,./-]*[\w]|[\w-]))?|\b[a-z]+\.[a-z_0-9]+)/).map((part, index) => {
       const [, name, value] = (index % 2 && part.match(/^(?:--)?([\w.]+)(?:[ =](.+))?$/)) || [];
       const control = name && form.querySelector(`[data-option="${name}"]`);
       if (!control) return part;
@@ -28,7 +28,18 @@ export function withLabels(form) {
         control.focus();
       };
       const chosen = [...(control.options ?? [])].some((item) => item.value && item.value === value);
-      return [button(labelOf(control), open, { class: "link" }), chosen ? ":" : "", value ? ` ${value}` : ""];
+      const columns = name === "data.columns" && value?.replace(/^'(.*)'$/, "$1");
+      const use = () => {
+        reveal(control);
+        control.value = columns;
+        control.dispatchEvent(new Event("change", { bubbles: true }));
+      };
+      return [
+        button(labelOf(control), open, { class: "link" }),
+        chosen ? ":" : "",
+        value ? ` ${value}` : "",
+        columns && /=(?!A\b)/.test(columns) ? [" ", button("Use these columns", use, { class: "small" })] : "",
+      ];
     });
   return (text) =>
     prose(text).map((part) => (typeof part === "string" ? linked(part) : h("code", {}, linked(part.textContent))));
