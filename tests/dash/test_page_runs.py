@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -65,6 +66,40 @@ def test_run_that_prepares_shows_its_model_and_no_empty_curve(browser: Any, tmp_
         open_at(tab, own, "/run/one", "text=Preparing the model and the rows.")
         assert not tab.page.locator(".plot").first.is_visible() and not tab.page.get_by_label("Smoothing").is_visible()
         tab.check("a run that prepares")
+
+
+def test_run_that_prepares_is_stopped(browser: Any, tmp_path: Path) -> None:
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        make_job(tmp_path, "train", process.pid)
+        open_at(tab, own, "/run/one", "text=Preparing the model and the rows.")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        tab.page.wait_for_selector("#notice:has-text('stopped before its first step')")
+        tab.page.wait_for_selector("h1:text-is('Runs')")
+        assert process.wait(10) and own.get("/api/jobs").json()["jobs"][0]["state"] == "stopped"
+        assert own.get("/api/runs").json()["runs"] == []
+        tab.check("stopped")
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_resumed_run_that_prepares_shows_no_time_left_and_is_stopped(
+    browser: Any, tmp_path: Path, is_claimed: bool
+) -> None:
+    stop = {"event": "stop", "time": 1, "step": 7, "why": "signal"}
+    steps = [step(n, 150, seconds_left=4860.0) for n in range(1, 8)]
+    folder = make_run(tmp_path, "one", [*session(), *steps, stop])
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        os.utime(folder / "events.jsonl", (1000, 1000))
+        make_job(tmp_path, "resume", process.pid)
+        if is_claimed:
+            claim(folder, process.pid)
+        open_at(tab, own, "/runs", "tbody .state.running")
+        assert tab.page.locator("td[data-name=steps]").inner_text() == "7 / 150"
+        open_at(tab, own, "/run/one", "text=Preparing to continue after step 7 of 150")
+        assert " left" not in tab.page.locator(".progress").inner_text()
+        tab.check("resumed")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        tab.page.wait_for_selector(".state.stopped")
+        assert process.wait(10)
 
 
 def test_process_is_shown_only_while_a_run_has_one(browser: Any, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Dashboard:
                 "why": job["error"]["message"] if failed else "", "pid": None if failed else job["pid"],
                 "model": options.get("model.name"), "data": join_text(options.get("data.train")),
                 "updated": job["started"], "heartbeat": job["started"],
-                "can": ["duplicate", "delete"] if failed else [], "job": job["id"],
+                "can": ["duplicate", "delete"] if failed else ["stop"], "job": job["id"],
             }  # fmt: skip
         return rows
 
@@ -88,13 +88,14 @@ class Dashboard:
         return self._with_resume(row)
 
     def _with_resume(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the row as that of a running run, if a process that resumes it has not yet claimed its folder."""
-        jobs = [] if row["pid"] is not None else self.jobs.running("resume")
+        """Return the row as that of a run that prepares, if a process that resumes it has not yet written events."""
+        jobs = self.jobs.running("resume")
         # a process that ends has written events since it started
         job = next((job for job in jobs if job["run"] == row["name"] and job["started"] > row["heartbeat"]), None)
         if job is None:
             return row
-        return {**row, "state": "running", "why": "", "phase": "preparing", "pid": job["pid"], "can": []}
+        now = {"state": "running", "why": "", "phase": "preparing", "seconds_left": None, "can": ["stop"]}
+        return {**row, **now, "pid": row["pid"] or job["pid"], "job": job["id"]}
 
     def history(self, name: str) -> History:
         """Return the events of a run, read up to now."""
@@ -251,13 +252,15 @@ class Dashboard:
         row = self.row(name)
         if row["pid"] is None:
             raise Busy(f"{name} is not running", fix="there is nothing to stop")
+        number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
+        if "job" in row:  # it has not claimed the folder yet
+            return {"asked": self.jobs.stop(row["job"], number)}
         claim = read_json(run_path(self.root, name) / "claim.json")
         start_time = claim.get("started") if claim.get("pid") == row["pid"] else None
-        if start_time is None and "job" not in row:
+        if start_time is None:
             raise Busy(f"{name}: another process has just taken over the run", fix="reload and try again")
         if sys.platform != "win32" and row["why"] == "the process is suspended":
             send_signal(row["pid"], start_time, signal.SIGCONT)  # a suspended process cannot save
-        number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
         return {"asked": send_signal(row["pid"], start_time, number)}
 
     def resume(self, name: str, arguments: list[str]) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class Jobs:
         lines = [line for line in read_tail(folder / "log", 4096).splitlines() if line.strip()]
         last_line = lines[-1] if lines else ""
         silent = running and last_line.startswith("still ")
-        if not running and result is None:
+        if not running and result is None and job.get("asked"):  # before it could handle the signal
+            error = {"kind": "Stopped", "message": "stopped on request", "fix": "", "where": []}
+        elif not running and result is None:
             message = "the process ended without a result" + (f"; its last line: {last_line.strip()}" if lines else "")
             fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
             error = {"kind": "Killed", "message": message, "fix": fix, "where": []}
