@@ -161,6 +161,28 @@ def test_form_is_kept_until_it_is_cleared_or_its_run_starts(browser: Any, dash: 
         tab.check("cleared")
 
 
+@pytest.mark.parametrize(
+    ("word", "label"),
+    [
+        ("lora_r", "Rank"), ("per_device_train_batch_size", "Effective batch size in rows"), ("lr", "Learning rate"),
+        ("load_in_4bit", "Base quantization"), ("effective batch", "Effective batch size in rows"),
+    ],
+)  # fmt: skip
+def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, word: str, label: str) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        tab.page.locator("details.others > summary").click()
+        tab.page.get_by_label("Find a setting").fill(word)
+        tab.page.locator("details.others").get_by_role("button", name=label).click()
+        assert tab.page.evaluate("document.activeElement.closest('.field').querySelector('label').textContent") == label
+        tab.page.get_by_label("Find a setting").fill("no such thing")
+        assert tab.page.get_by_text("No setting matches.").is_visible()
+        tab.page.get_by_label("Find a setting").fill("")
+        assert not tab.page.get_by_text("No setting matches.").is_visible()
+        tab.axe("search")
+        tab.check("search")
+
+
 def test_example_is_shown_at_the_field_it_is_for(browser: Any, dash: Dash) -> None:
     options = {"model.name": "tiny-model", "lora.r": "x", "train.epochs": "0", "train.max_steps": "ten"}
     with open_tab(browser, dash) as tab:

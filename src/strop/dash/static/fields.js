@@ -184,28 +184,46 @@ export function slider(option, label, values, value, onChange) {
   return { element, draw };
 }
 
-/** Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). */
-export function fieldList(fields, values, onChange) {
+/**
+ * Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). placed: fields with a
+ * control elsewhere in the form, which the search finds too.
+ */
+export function fieldList(fields, values, onChange, placed) {
   const filter = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting" });
   const change = (name, value) => {
     onChange(name, value);
     countSet();
   };
   const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], change), item.help)]);
+  const found = h("p", { role: "status" });
   const draw = () => {
-    const word = filter.value.toLowerCase();
-    for (const [item, element] of rows) element.hidden = !`${item.field} ${item.help}`.toLowerCase().includes(word);
+    const word = filter.value.trim().toLowerCase();
+    const matches = (...texts) => texts.flat().join(" ").toLowerCase().includes(word);
+    for (const [item, row] of rows) row.hidden = !matches(item.field, item.help, item.names);
+    const controls = (word ? placed : []).flatMap((item) => {
+      const at = element.parentElement.querySelector(`[data-option="${item.field}"]`);
+      return at && matches(item.field, item.help, item.names, labelOf(at)) ? [at] : [];
+    });
+    const links = controls.map((at) => button(labelOf(at), () => at.focus(), { class: "link" }));
+    put(
+      found,
+      links.length
+        ? ["Above: ", links.map((item, index) => [index ? ", " : "", item])]
+        : rows.every(([, row]) => row.hidden) && "No setting matches.",
+    );
+    found.hidden = !found.childNodes.length;
   };
   filter.addEventListener("input", draw);
   const summary = h("summary"),
     list = h("div", { class: "fields" }, rows.map(([, element]) => element)),
-    element = h("details", { class: "card others" }, summary, filter, list);
+    element = h("details", { class: "card others" }, summary, filter, found, list);
   const countSet = () => {
     const set = fields.filter((item) => values[item.field] !== undefined).length;
     summary.textContent = `More settings (${rows.length}${set ? `, ${set} set` : ""})`;
     return set;
   };
   element.open = countSet() > 0;
+  draw();
   return element;
 }
 

@@ -228,6 +228,7 @@ export async function show(container, { signal }) {
           fields.filter((item) => !placedFields.has(item.field)),
           options,
           change,
+          fields.filter((item) => placedFields.has(item.field)),
         ),
       ),
       plan,
