@@ -14,7 +14,7 @@ import pytest
 
 from tests.dash.test_page import facts_of, open_at, sleeping
 from tests.support.browser import DESK, PHONE, open_tab
-from tests.support.dash import Dash, make_run, run_dash, session, step
+from tests.support.dash import Dash, evaluated, make_run, run_dash, sample, session, step
 
 
 def make_job(root: Path, kind: str, pid: int, result: Any = None, log: str = "", run: str = "one") -> str:
@@ -141,6 +141,28 @@ def test_comparison_leads_to_the_evaluation_of_runs_without_a_score(browser: Any
         assert tab.page.get_by_role("link", name="Evaluate two").is_visible()
         tab.page.get_by_role("link", name="Evaluate one").click()
         tab.page.wait_for_selector(".tabs [aria-current]:text-is('Answers')")
+
+
+def test_comparison_fills_in_the_evaluation_of_the_other_run(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    answers = {"max_tokens": 12, "tuned_cut": 0}
+    evaluated(tmp_path / "two", [sample(n, False, True) for n in range(3)], answers=answers, metric="contains")
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        make_job(tmp_path, "evaluate", process.pid, run="three")
+        open_at(tab, own, "/compare?runs=one,two,three", ".plot canvas")
+        assert tab.page.get_by_role("link", name="three is being evaluated").is_visible()
+        assert tab.page.get_by_role("link", name="Evaluate three").count() == 0
+        tab.page.get_by_role("link", name="Evaluate one").click()
+        for _ in range(2):
+            tab.page.wait_for_selector("[data-option=metric]")
+            assert tab.page.get_by_label("File of held-out rows", exact=True).input_value() == "held.jsonl"
+            assert tab.page.get_by_label("Metric").input_value() == "contains"
+            assert tab.page.get_by_label("Maximum answer length in tokens").input_value() == "12"
+            tab.page.reload()
+        tab.check("evaluate")
 
 
 def test_run_is_renamed_while_its_process_ends(tmp_path: Path) -> None:

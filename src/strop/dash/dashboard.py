@@ -236,7 +236,8 @@ class Dashboard:
         rows = [with_heartbeat_age(self.row(name)) for name in dict.fromkeys(names)]
         with damaged_files_as_run_error(", ".join(names)):
             recipes = {row["name"]: _recipe_values(RunFolder(Path(row["path"]))) for row in rows}
-            return answers.compare(rows, recipes)
+            evaluating = sorted({str(job["run"]) for job in self.jobs.running("evaluate")} & recipes.keys())
+            return {**answers.compare(rows, recipes), "evaluating": evaluating}
 
     def machine(self) -> dict[str, Any]:
         """Return machine facts and the last `strop doctor` result started from here."""

@@ -96,7 +96,7 @@ export async function show(container, { run, query, signal }) {
     button("Save CSV", save, { class: "small" }),
     comparesBase ? link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }) : null,
   );
-  const evaluate = evaluation(run, signal, () => load());
+  const evaluate = evaluation(run, query, signal, () => load());
   put(container, head, tools, rows, pages, evaluate);
 
   async function load() {
@@ -366,14 +366,14 @@ function heldOutButton(run, share, onFile) {
   return copy;
 }
 
-function evaluation(run, signal, onEnd) {
+function evaluation(run, query, signal, onEnd) {
   if (!(run.can ?? []).includes("evaluate")) return null;
   const value = run.recipe?.find((item) => item.field === "data.eval")?.value,
     evalRows = typeof value === "string" ? value : "",
-    evalFile = evalRows.endsWith("%") ? "" : evalRows,
+    evalFile = query.get("data") ?? (evalRows.endsWith("%") ? "" : evalRows),
     file = fileField("data", "File of held-out rows", "data", evalFile, () => {}),
     jobs = h("div");
-  let metric = run.score?.metric ?? "";
+  let metric = query.get("metric") ?? run.score?.metric ?? "";
   const metricField = h("div", { class: "field" });
   get("hello", {}, signal).then(({ metrics }) => {
     if (!metrics.includes(metric)) metric = "";
@@ -386,7 +386,11 @@ function evaluation(run, signal, onEnd) {
     );
   });
   const limit = { type: "number", min: 1, placeholder: "from the reference answers" };
-  const maxTokens = h("input", { ...limit, data: { option: "max-new-tokens" } });
+  const maxTokens = h("input", {
+    ...limit,
+    value: query.get("max_new_tokens") ?? "",
+    data: { option: "max-new-tokens" },
+  });
   const evaluateButton = submitButton(
     "Evaluate",
     () => form,
@@ -401,7 +405,7 @@ function evaluation(run, signal, onEnd) {
   );
   const form = h(
     "details",
-    { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score },
+    { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score || query.has("data") },
     h("summary", {}, "Evaluate on held-out rows"),
     h(
       "div",
