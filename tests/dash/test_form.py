@@ -188,8 +188,20 @@ def test_example_is_shown_at_the_field_it_is_for(browser: Any, dash: Dash) -> No
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", f"{SUMMARY}:text('Fix: ')")
         rank, epochs, steps = tab.page.locator("p.problem").all_inner_texts()
+        assert "must be above 0 (got" in epochs
         assert "for example 16" in rank and "for example 3" in epochs and "for example" not in steps
         assert "Peak memory by phase" not in tab.page.locator("main").inner_text()  # nothing is shown of it
+
+
+def test_durations_are_read_as_people_write_them(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        type_text(tab, "Maximum time", "30 min")
+        tab.page.wait_for_selector("code:text('--train.max_time=30 min')")
+        tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+        for share, purpose in (("150%", "train on"), ("0%", "evaluate on")):
+            type_text(tab, "Evaluation rows", share)
+            tab.page.wait_for_selector(f"p.problem:has-text('{share} leaves no rows to {purpose}')")
 
 
 def test_name_of_another_run_is_refused_while_it_is_typed(browser: Any, dash: Dash) -> None:

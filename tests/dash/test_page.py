@@ -526,6 +526,16 @@ def test_adapter_report_and_recipe_are_downloaded(browser: Any, dash: Dash) -> N
         tab.check("downloads")
 
 
+def test_types_of_exports_have_sizes(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        weights = dash.get("/api/runs/one").json()["parameters"]["all"]
+        open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+        types = tab.page.locator(".form:has(h2:text-is('GGUF file'))").get_by_label("Data type")
+        texts = types.locator("option").all_inner_texts()
+        assert texts[0] == f"f32, about {round(weights * 4 / 1024)} KiB" and texts[-1].startswith("q4_k_m, about ")
+        assert types.input_value() == "q8_0"
+
+
 def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) -> None:
     rows = {"name": "my rows.jsonl", "mimeType": "", "buffer": (dashboard / "rows.jsonl").read_bytes()}
     with open_tab(browser, dash) as tab:
@@ -541,16 +551,15 @@ def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) ->
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files(rows)
-        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows-2.jsonl.')")
+        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows.jsonl.')")  # it is there already
         tab.page.set_viewport_size(PHONE)
         tab.check("upload")
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files({**rows, "name": "run.exe"})
-        problem = tab.page.locator(".field [role=alert]:has-text('run.exe was not uploaded: ')")
+        problem = tab.page.locator(".field [role=alert]:has-text('Not uploaded: run.exe: not a data file')")
         problem.wait_for()
-        assert "not a data file" in problem.inner_text()
-        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows-2.jsonl"  # as before
+        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows.jsonl"  # as before
 
 
 def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser: Any, dash: Dash) -> None:
@@ -814,6 +823,7 @@ def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_
         tab.page.wait_for_selector("h1:text-is('New run')")
         assert tab.page.get_by_label("Training rows", exact=True).input_value() == "rows.jsonl"
         assert tab.page.get_by_label("Rank, exact").input_value() == "4"
+        assert tab.page.get_by_label("Run name").input_value() == "bad-2"
         open_at(tab, own, "/run/bad", "h1:text-is('bad')")
         tab.page.get_by_role("button", name="Delete").click()
         tab.page.get_by_label("Type the run's name").fill("bad")
@@ -888,10 +898,20 @@ def test_events_are_listed_once_while_a_run_is_followed(browser: Any, tmp_path: 
 
 
 def test_demo_is_offered_as_a_model_and_a_job_that_was_stopped_is_no_error(browser: Any, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
+    for name in ("runs", "cache/inner", "models/tiny"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "cache" / "rows.jsonl").write_text("{}", encoding="utf-8")
     with sleeping() as sleeper, run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
         open_at(tab, own, "/new", "h1:text-is('New run')")
-        tab.page.get_by_role("button", name="Choose: Model").click()
+        for kind, folder in (("Training rows", "cache/"), ("Model", "models/")):
+            tab.page.get_by_role("button", name=f"Choose: {kind}").click()
+            tab.page.wait_for_selector("dialog li")
+            names = tab.page.locator("dialog li button").all_inner_texts()
+            assert names == [*(["demo"] if kind == "Model" else []), folder]
+            assert tab.page.locator("dialog code").count() == 0  # the line above is prose
+            if kind != "Model":
+                tab.page.get_by_role("button", name="Cancel").click()
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             assert tab.page.locator("dialog").bounding_box()["width"] > 0.7 * min(400, size["width"])
@@ -1266,5 +1286,7 @@ def test_export_types_equal_those_of_the_commands() -> None:
 
     text = (STATIC / "screens" / "export.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
+    bits = re.search(r"BITS = \{(.*?)\}", text)
+    assert bits and set(re.findall(r"(\w+):", bits[1])) == {*llama_cpp.LIMITS, *parity.LIMITS}
     assert types and json.loads(types[1]) == list(llama_cpp.LIMITS)
     assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

@@ -229,7 +229,7 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
     settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
     metric = str(evaluation.get("metric") or "")
     files = {str(row.get("place")).rpartition(":")[0] for row in rows}
-    options = {"data": next(iter(files), "") if len(files) == 1 else "", "metric": metric}
+    options: dict[str, Any] = {"data": next(iter(files), "") if len(files) == 1 else "", "metric": metric}
     options["max_new_tokens"] = limits["max_tokens"]
     return _Evaluation(metric, hits, len(rows), limits, settings, options)
 

@@ -199,7 +199,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
     )  # fmt: skip
     compare = endpoint(lambda names: dashboard.compare(split_names(names)), runs=str)
     folders = [Path.cwd(), dashboard.root.absolute(), dashboard.data_folder]
-    files = endpoint(lambda path: browse(folders, path), path=(str, ""))
+    files = endpoint(lambda path, kind: browse(folders, path, kind), path=(str, ""), kind=(str, ""))
 
     async def download(request: Request) -> Response:
         chunks = await call(dashboard.download, *request.path_params.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import signal
 import subprocess
@@ -187,17 +188,19 @@ class Dashboard:
         }
 
     def duplicate(self, name: str) -> dict[str, Any]:
-        """Return the options that were set for a run, to start a similar one."""
+        """Return the options that were set for a run, and a name, to start a similar one."""
         row = self.row(name)
+        match = re.fullmatch(r"(.+)-(\d+)", name)
+        new_name = self.unused_run_name(match[1] if match else name, int(match[2]) + 1 if match else 2)
         if row["state"] == "failed":
-            return {"options": parse_options(self.jobs.status(row["job"])["command"]), "name": name}
+            return {"options": parse_options(self.jobs.status(row["job"])["command"]), "name": new_name}
         with self._run(name):
             options = {
                 choice["field"]: choice["value"]
                 for choice in self.history(name).choices
                 if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
             }
-            return {"options": options, "name": name}
+            return {"options": options, "name": new_name}
 
     def answers(self, name: str, *query: Any) -> dict[str, Any]:
         with self._run(name) as folder:
@@ -330,10 +333,9 @@ class Dashboard:
             raise InputError("give either names of runs or a model")
         return chat.start([str(run_path(self.root, name)) for name in names] if names else [str(model)])
 
-    def unused_run_name(self, stem: str) -> str:
-        """Return the first of stem-1, stem-2, ... that no run or job uses."""
+    def unused_run_name(self, stem: str, number: int = 1) -> str:
+        """Return the first of stem-1, stem-2, ..., from this number on, that no run or job uses."""
         starting = {job["run"] for job in self.jobs.running("train")}
-        number = 1
         while f"{stem}-{number}" in starting or (self.root / f"{stem}-{number}").exists():
             number += 1
         return f"{stem}-{number}"

@@ -27,6 +27,8 @@ import { jobCard, jobCards } from "../jobs.js";
 
 const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
 
+const BITS = { f32: 32, fp32: 32, f16: 16, fp16: 16, bf16: 16, q8_0: 8.5, q6_k: 6.6, q5_k_m: 5.7, q4_k_m: 4.9 }; // a weight
+
 const KINDS = {
   merge: [
     "Merged model",
@@ -108,6 +110,8 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     data: { option: "out" },
   });
   let type = preset;
+  const weights = run.parameters?.all,
+    sizes = types.map((name) => [name, weights ? `${name}, about ${bytes((weights * BITS[name]) / 8)}` : name]);
   const exportButton = submitButton(
     "Export",
     () => element,
@@ -124,7 +128,7 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     field("Output path", out),
     field(
       "Data type",
-      select(types, preset, (value) => (type = value), { data: { option } }),
+      select(sizes, preset, (value) => (type = value), { data: { option } }),
     ),
     h("div", {}, exportButton),
   );

@@ -67,7 +67,7 @@ export async function show(container, { signal }) {
     "data",
     options["data.eval"],
     (value) => change("data.eval", value),
-    "a file, or a share such as 5%",
+    "a file, or a share of the training rows such as 5%; their content decides which, so it is not exact",
   );
   const choice = (name, label, choices = byName.get(name).choices) => {
     placedFields.add(name);
@@ -220,7 +220,7 @@ export async function show(container, { signal }) {
             number("train.max_steps", "Maximum steps"),
             number("train.learning_rate", "Learning rate"),
             number("train.eval_steps", "Steps between evaluations"),
-            number("train.max_time", "Maximum time", "such as 30m; a number without a unit is in seconds"),
+            number("train.max_time", "Maximum time", "such as 30 min; a number without a unit is in seconds"),
             number("seed", "Seed"),
           ),
         ),
