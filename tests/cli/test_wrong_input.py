@@ -371,6 +371,11 @@ def test_missing_run_names_the_runs_there(
         (run_folder / "lock.json").write_text("{}")
         (run_folder / "recipe.yaml").write_text("{}")
         os.utime(run_folder / "recipe.yaml", (0, 1000 if name == "first" else 2000))
-    for words in ("chat runs/nope", "merge runs/nope --out x", "resume runs/nope", "export gguf runs/nope --out x"):
+    for words in (
+        "chat runs/nope",
+        "merge runs/nope --out x",
+        "resume runs/nope",
+        "export gguf runs/nope --out x.gguf",
+    ):
         code, _, err = run(*words.split(), capsys=capsys)
         assert code == 2 and "Fix: give one of the runs runs/second, runs/first\n" in err, err
