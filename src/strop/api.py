@@ -582,7 +582,7 @@ def export(
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
     name, rows = os.fspath(run), None if data is None else _data_files(data, "data")
-    check_inputs(models=[run], data=[rows], out=out)
+    check_inputs(models=[run], data=[rows], out=out, suffix=".gguf" if target == "gguf" else "")
     with show_steps(progress, "loading the libraries") as step:
         from strop.exporting.gguf import export_gguf
         from strop.exporting.ollama import export_ollama
@@ -641,8 +641,9 @@ def check_inputs(
     data: Sequence[Any] = (),
     metrics: Sequence[str | None] = (),
     out: PathLike | None = None,
+    suffix: str = "",
 ) -> None:
-    """Raise InputError for names and paths that do not exist, and for an output that exists.
+    """Raise InputError for names and paths that do not exist, and for an output that exists or lacks the suffix.
 
     This takes less than a second, so that a typing error is reported before the libraries load, which takes longer.
     """
@@ -656,7 +657,7 @@ def check_inputs(
     if find_ranks() is not None:  # the processes of a launcher have to fail together
         return
     if out is not None:
-        check_new_output(Path(out))
+        check_new_output(Path(out), suffix)
     for name in models:
         check_exists(os.fspath(name), revision)
     for name in adapters:

@@ -154,6 +154,8 @@ def test_claimed_run_folder_is_refused(
         (["merge", "nope", "--out", "merged"], "nope: no such run or adapter folder"),
         (["export", "gguf", "nope", "--out", "x.gguf"], "nope: no such folder"),
         (["export", "ollama", "demo", "--out", "taken"], "taken: already exists"),
+        (["export", "gguf", "demo", "--out", "tuned"], "tuned: the name must end in .gguf"),
+        (["export", "gguf", "demo", "--out", "rows.jsonl/tuned.gguf"], "rows.jsonl is a file"),
         (["export-script", "nope", "--out", "script"], "nope: no such run"),
         (["push", "nope", "me/x"], "nope: no such run, adapter or model folder"),
         (["adapters", "nope"], "nope: no such folder"),
@@ -369,6 +371,11 @@ def test_missing_run_names_the_runs_there(
         (run_folder / "lock.json").write_text("{}")
         (run_folder / "recipe.yaml").write_text("{}")
         os.utime(run_folder / "recipe.yaml", (0, 1000 if name == "first" else 2000))
-    for words in ("chat runs/nope", "merge runs/nope --out x", "resume runs/nope", "export gguf runs/nope --out x"):
+    for words in (
+        "chat runs/nope",
+        "merge runs/nope --out x",
+        "resume runs/nope",
+        "export gguf runs/nope --out x.gguf",
+    ):
         code, _, err = run(*words.split(), capsys=capsys)
         assert code == 2 and "Fix: give one of the runs runs/second, runs/first\n" in err, err

@@ -90,7 +90,7 @@ def test_key_in_its_section_and_as_dotted_name_raises(tmp_path: Path, text: str)
         ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
         ({"ranks": 4}, "--ranks: unknown key (did you mean rank?)"),
         ({"lora.r": 0}, "must be at least 1"),
-        ({"train.epochs": 0}, "must be above 0"),
+        ({"train.epochs": 0}, "must be above 0 (got"),
         ({"train.learning_rate": -1}, "must be above 0"),
         ({"train.learning_rate": "nan"}, "--train.learning_rate"),
         ({"train.learning_rate": 1e9}, "must be at most 1"),
@@ -229,3 +229,9 @@ def test_run_as_model_means_its_base_and_its_adapter(tmp_path: Path) -> None:
     assert (model.name, model.revision, model.adapter) == ("owner/base", "v1", str(run))
     assert resolve(None, {**MINIMAL, "model": str(run), "adapter": "a"}).recipe.model.adapter == "a"
     assert resolve(run / "recipe.yaml", {"train.epochs": 4}).recipe.model.adapter is None  # a resumed run
+
+
+def test_durations_are_read_as_people_write_them() -> None:
+    spoken = {"30 min": "30m", "2 hours": "2h", "90 sec": "90s", "1.5 days": "1.5d", "45 minutes": "45m", "1h": "1h"}
+    times = {text: resolve(None, {**MINIMAL, "train.max_time": text}).recipe.train.max_time for text in spoken}
+    assert times == spoken

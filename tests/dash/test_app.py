@@ -177,6 +177,7 @@ def test_read_routes_return_the_run(dash: Dash, root: Path) -> None:
     assert {"recipe", "machine", "memory", "checkpoints", "lock", "report", "jobs"} <= set(one)
     assert dash.get("/api/runs/a%20run%20%26%20100%25").json()["step"] == 40
     assert dash.get("/api/runs/one/duplicate").json()["options"]["lora.r"] == 4
+    assert dash.get("/api/runs/one/duplicate").json()["name"] == "one-2"
     answers = dash.get("/api/runs/one/answers?filter=gained").json()
     assert answers["total"] == 2 and answers["rows"][0]["gold"].startswith("<script>")
     ballot = dash.get("/api/runs/one/ballot").json()

@@ -111,13 +111,97 @@ def test_hint_leads_to_a_field_in_more_settings(browser: Any, dash: Dash, dashbo
         tab.check("a hint")
 
 
+def test_column_names_that_fit_are_entered_by_a_button(browser: Any, dash: Dash, dashboard: Path) -> None:
+    rows = "question,label\n" + "".join(f"what is {n},{n}\n" for n in range(9))
+    (dashboard / "rows.csv").write_text(rows, encoding="utf-8")
+    options = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.csv"}))
+    with open_tab(browser, dash) as tab:
+        for address, done in (("/data", ".tokens >> nth=3"), ("/new", f"{SUMMARY}:text('It fits')")):
+            open_at(tab, dash, f"{address}?options={options}", "p.problem:has-text('no format has the columns')")
+            main = tab.page.locator("main").inner_text()
+            assert "--" not in main and (address == "/new" or main.count("no format has") == 1)
+            tab.page.locator("p.problem").get_by_role("button", name="Use these columns").click()
+            tab.page.wait_for_selector(done)
+            assert tab.page.locator("p.problem").count() == 0
+            field = tab.page.locator("[data-option='data.columns']")
+            assert field.is_visible() and field.input_value() == "prompt=question,completion=label"
+            tab.faults.clear()  # the browser reports the refused requests
+            tab.axe("columns")
+            tab.check("columns")
+
+
+def test_form_is_kept_until_it_is_cleared_or_its_run_starts(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        link = tab.page.get_by_role("navigation").get_by_role("link", name="New run", exact=True)
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        type_text(tab, "Memory limit", "8GB")
+        type_text(tab, "Run name", "mine")
+        type_text(tab, "Epochs", "7")
+        tab.page.wait_for_selector("code:text('--train.epochs=7')")
+        tab.page.get_by_role("link", name="Data", exact=True).click()
+        tab.page.wait_for_selector(".tokens .stop >> nth=3")
+        assert tab.page.get_by_label("Rows", exact=True).input_value() == "rows.jsonl"
+        type_text(tab, "Maximum row length in tokens", "77")
+        tab.page.get_by_role("link", name="Plan a run with this data").click()
+        tab.page.wait_for_selector("code:text('--out=runs/mine')")
+        tab.page.get_by_role("link", name="Runs", exact=True).click()
+        tab.page.wait_for_selector("tbody .state")
+        link.click()
+        tab.page.wait_for_selector("code:text('--data.max_length=77')")
+        values = {"Epochs": "7", "Memory limit": "8GB", "Run name": "mine", "Maximum row length in tokens, exact": "77"}
+        assert {label: tab.page.get_by_label(label, exact=True).input_value() for label in values} == values
+        tab.page.get_by_role("button", name="Clear the form").click()
+        for _ in range(2):
+            tab.page.wait_for_selector("text=Choose a model. The plan reads only its config")
+            assert tab.page.get_by_label("Training rows", exact=True).input_value() == ""
+            tab.page.get_by_role("link", name="Data", exact=True).click()
+            tab.page.wait_for_selector("text=Choose a data file and a model.")
+            assert not tab.page.get_by_role("link", name="Plan a run with this data").is_visible()
+            link.click()
+        tab.check("cleared")
+
+
+@pytest.mark.parametrize(
+    ("word", "label"),
+    [
+        ("lora_r", "Rank"), ("per_device_train_batch_size", "Effective batch size in rows"), ("lr", "Learning rate"),
+        ("load_in_4bit", "Base quantization"), ("effective batch", "Effective batch size in rows"),
+    ],
+)  # fmt: skip
+def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, word: str, label: str) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        tab.page.locator("details.others > summary").click()
+        tab.page.get_by_label("Find a setting").fill(word)
+        tab.page.locator("details.others").get_by_role("button", name=label).click()
+        assert tab.page.evaluate("document.activeElement.closest('.field').querySelector('label').textContent") == label
+        tab.page.get_by_label("Find a setting").fill("no such thing")
+        assert tab.page.get_by_text("No setting matches.").is_visible()
+        tab.page.get_by_label("Find a setting").fill("")
+        assert not tab.page.get_by_text("No setting matches.").is_visible()
+        tab.axe("search")
+        tab.check("search")
+
+
 def test_example_is_shown_at_the_field_it_is_for(browser: Any, dash: Dash) -> None:
     options = {"model.name": "tiny-model", "lora.r": "x", "train.epochs": "0", "train.max_steps": "ten"}
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", f"{SUMMARY}:text('Fix: ')")
         rank, epochs, steps = tab.page.locator("p.problem").all_inner_texts()
+        assert "must be above 0 (got" in epochs
         assert "for example 16" in rank and "for example 3" in epochs and "for example" not in steps
         assert "Peak memory by phase" not in tab.page.locator("main").inner_text()  # nothing is shown of it
+
+
+def test_durations_are_read_as_people_write_them(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={NEW}", WHOLE)
+        type_text(tab, "Maximum time", "30 min")
+        tab.page.wait_for_selector("code:text('--train.max_time=30 min')")
+        tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+        for share, purpose in (("150%", "train on"), ("0%", "evaluate on")):
+            type_text(tab, "Evaluation rows", share)
+            tab.page.wait_for_selector(f"p.problem:has-text('{share} leaves no rows to {purpose}')")
 
 
 def test_name_of_another_run_is_refused_while_it_is_typed(browser: Any, dash: Dash) -> None:

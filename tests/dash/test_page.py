@@ -526,6 +526,16 @@ def test_adapter_report_and_recipe_are_downloaded(browser: Any, dash: Dash) -> N
         tab.check("downloads")
 
 
+def test_types_of_exports_have_sizes(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        weights = dash.get("/api/runs/one").json()["parameters"]["all"]
+        open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+        types = tab.page.locator(".form:has(h2:text-is('GGUF file'))").get_by_label("Data type")
+        texts = types.locator("option").all_inner_texts()
+        assert texts[0] == f"f32, about {round(weights * 4 / 1024)} KiB" and texts[-1].startswith("q4_k_m, about ")
+        assert types.input_value() == "q8_0"
+
+
 def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) -> None:
     rows = {"name": "my rows.jsonl", "mimeType": "", "buffer": (dashboard / "rows.jsonl").read_bytes()}
     with open_tab(browser, dash) as tab:
@@ -541,16 +551,15 @@ def test_uploaded_file_is_selected(browser: Any, dash: Dash, dashboard: Path) ->
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files(rows)
-        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows-2.jsonl.')")
+        tab.page.wait_for_selector("#notice:has-text('Uploaded to data/my-rows.jsonl.')")  # it is there already
         tab.page.set_viewport_size(PHONE)
         tab.check("upload")
         with tab.page.expect_file_chooser() as chooser:
             tab.page.get_by_role("button", name="Upload: Rows").click()
         chooser.value.set_files({**rows, "name": "run.exe"})
-        problem = tab.page.locator(".field [role=alert]:has-text('run.exe was not uploaded: ')")
+        problem = tab.page.locator(".field [role=alert]:has-text('Not uploaded: run.exe: not a data file')")
         problem.wait_for()
-        assert "not a data file" in problem.inner_text()
-        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows-2.jsonl"  # as before
+        assert tab.page.get_by_label("Rows", exact=True).input_value() == "data/my-rows.jsonl"  # as before
 
 
 def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser: Any, dash: Dash) -> None:
@@ -723,8 +732,8 @@ def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -
 def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: Dash, dashboard: Path) -> None:
     (dashboard / "taken").mkdir(exist_ok=True)
     (dashboard / "taken" / "file").write_text("x", encoding="utf-8")
+    jobs = dash.get("/api/jobs").json()
     with open_tab(browser, dash) as tab:
-        tab.page.set_default_timeout(120_000)  # the commands import torch
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             open_at(tab, dash, "/run/one/answers", ".sample >> nth=5")
@@ -733,7 +742,8 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             assert file.input_value() == str(dashboard / "held-out.jsonl")  # the evaluation rows of the recipe
             file.fill("")
             tab.page.get_by_role("button", name="Evaluate", exact=True).click()
-            tab.page.wait_for_selector("p.problem:text('choose a file')")
+            tab.page.wait_for_selector("p.problem:text('no file is chosen')")
+            tab.faults.clear()  # the browser reports the refused requests
             with tab.page.expect_file_chooser() as chooser:
                 tab.page.get_by_role("button", name="Upload: File of held-out rows").click()
             name = f"held-{size['width']}.jsonl"
@@ -744,15 +754,26 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             tab.page.get_by_role("button", name="Evaluate", exact=True).click()
             tab.page.wait_for_selector("p.problem:text('none.jsonl: no such file')")
             assert file.get_attribute("aria-invalid") == "true"
+            tab.faults.clear()
             tab.check("evaluate")
             open_at(tab, dash, "/run/one/export", ".form >> nth=2")
             out = tab.page.locator(".form:has(h2:text-is('Merged model'))").get_by_label("Output path")
             out.fill("taken")
             tab.page.get_by_role("button", name="Export: Merged model").click()
-            tab.page.wait_for_selector("p.problem:text('taken')")
+            problem = tab.page.locator("p.problem:text('taken: already exists')")
+            assert problem.inner_text().endswith("give another name, such as Output path taken-2")
             assert out.get_attribute("aria-invalid") == "true"
+            out = tab.page.locator(".form:has(h2:text-is('GGUF file'))").get_by_label("Output path")
+            out.fill("new/tuned")
+            tab.page.get_by_role("button", name="Export: GGUF file").click()
+            tab.page.wait_for_selector("p.problem:text('new/tuned: the name must end in .gguf')")
+            out.fill("rows.jsonl/tuned.gguf")
+            tab.page.get_by_role("button", name="Export: GGUF file").click()
+            tab.page.wait_for_selector("p.problem:text('rows.jsonl is a file')")
+            tab.faults.clear()
             tab.axe(f"export at {size['width']}")
             tab.check("export")
+    assert dash.get("/api/jobs").json() == jobs  # none has started
 
 
 def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, dashboard: Path, tmp_path: Path) -> None:
@@ -802,6 +823,7 @@ def test_run_that_fails_before_its_first_step_shows_its_error(browser: Any, tmp_
         tab.page.wait_for_selector("h1:text-is('New run')")
         assert tab.page.get_by_label("Training rows", exact=True).input_value() == "rows.jsonl"
         assert tab.page.get_by_label("Rank, exact").input_value() == "4"
+        assert tab.page.get_by_label("Run name").input_value() == "bad-2"
         open_at(tab, own, "/run/bad", "h1:text-is('bad')")
         tab.page.get_by_role("button", name="Delete").click()
         tab.page.get_by_label("Type the run's name").fill("bad")
@@ -876,10 +898,20 @@ def test_events_are_listed_once_while_a_run_is_followed(browser: Any, tmp_path: 
 
 
 def test_demo_is_offered_as_a_model_and_a_job_that_was_stopped_is_no_error(browser: Any, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
+    for name in ("runs", "cache/inner", "models/tiny"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "cache" / "rows.jsonl").write_text("{}", encoding="utf-8")
     with sleeping() as sleeper, run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
         open_at(tab, own, "/new", "h1:text-is('New run')")
-        tab.page.get_by_role("button", name="Choose: Model").click()
+        for kind, folder in (("Training rows", "cache/"), ("Model", "models/")):
+            tab.page.get_by_role("button", name=f"Choose: {kind}").click()
+            tab.page.wait_for_selector("dialog li")
+            names = tab.page.locator("dialog li button").all_inner_texts()
+            assert names == [*(["demo"] if kind == "Model" else []), folder]
+            assert tab.page.locator("dialog code").count() == 0  # the line above is prose
+            if kind != "Model":
+                tab.page.get_by_role("button", name="Cancel").click()
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             assert tab.page.locator("dialog").bounding_box()["width"] > 0.7 * min(400, size["width"])
@@ -1254,5 +1286,7 @@ def test_export_types_equal_those_of_the_commands() -> None:
 
     text = (STATIC / "screens" / "export.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
+    bits = re.search(r"BITS = \{(.*?)\}", text)
+    assert bits and set(re.findall(r"(\w+):", bits[1])) == {*llama_cpp.LIMITS, *parity.LIMITS}
     assert types and json.loads(types[1]) == list(llama_cpp.LIMITS)
     assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

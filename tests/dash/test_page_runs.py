@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.dash.test_page import facts_of, open_at, sleeping
 from tests.support.browser import DESK, PHONE, open_tab
-from tests.support.dash import Dash, make_run, run_dash, session, step
+from tests.support.dash import Dash, evaluated, make_run, run_dash, sample, session, step
 
 
 def make_job(root: Path, kind: str, pid: int, result: Any = None, log: str = "", run: str = "one") -> str:
@@ -67,6 +68,40 @@ def test_run_that_prepares_shows_its_model_and_no_empty_curve(browser: Any, tmp_
         tab.check("a run that prepares")
 
 
+def test_run_that_prepares_is_stopped(browser: Any, tmp_path: Path) -> None:
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        make_job(tmp_path, "train", process.pid)
+        open_at(tab, own, "/run/one", "text=Preparing the model and the rows.")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        tab.page.wait_for_selector("#notice:has-text('stopped before its first step')")
+        tab.page.wait_for_selector("h1:text-is('Runs')")
+        assert process.wait(10) and own.get("/api/jobs").json()["jobs"][0]["state"] == "stopped"
+        assert own.get("/api/runs").json()["runs"] == []
+        tab.check("stopped")
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_resumed_run_that_prepares_shows_no_time_left_and_is_stopped(
+    browser: Any, tmp_path: Path, is_claimed: bool
+) -> None:
+    stop = {"event": "stop", "time": 1, "step": 7, "why": "signal"}
+    steps = [step(n, 150, seconds_left=4860.0) for n in range(1, 8)]
+    folder = make_run(tmp_path, "one", [*session(), *steps, stop])
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        os.utime(folder / "events.jsonl", (1000, 1000))
+        make_job(tmp_path, "resume", process.pid)
+        if is_claimed:
+            claim(folder, process.pid)
+        open_at(tab, own, "/runs", "tbody .state.running")
+        assert tab.page.locator("td[data-name=steps]").inner_text() == "7 / 150"
+        open_at(tab, own, "/run/one", "text=Preparing to continue after step 7 of 150")
+        assert " left" not in tab.page.locator(".progress").inner_text()
+        tab.check("resumed")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        tab.page.wait_for_selector(".state.stopped")
+        assert process.wait(10)
+
+
 def test_process_is_shown_only_while_a_run_has_one(browser: Any, tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one", [*session(), *(step(n, 4, seconds_left=4.0 - n) for n in range(1, 5))])
     with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
@@ -108,6 +143,28 @@ def test_comparison_leads_to_the_evaluation_of_runs_without_a_score(browser: Any
         tab.page.wait_for_selector(".tabs [aria-current]:text-is('Answers')")
 
 
+def test_comparison_fills_in_the_evaluation_of_the_other_run(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    answers = {"max_tokens": 12, "tuned_cut": 0}
+    evaluated(tmp_path / "two", [sample(n, False, True) for n in range(3)], answers=answers, metric="contains")
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        make_job(tmp_path, "evaluate", process.pid, run="three")
+        open_at(tab, own, "/compare?runs=one,two,three", ".plot canvas")
+        assert tab.page.get_by_role("link", name="three is being evaluated").is_visible()
+        assert tab.page.get_by_role("link", name="Evaluate three").count() == 0
+        tab.page.get_by_role("link", name="Evaluate one").click()
+        for _ in range(2):
+            tab.page.wait_for_selector("[data-option=metric]")
+            assert tab.page.get_by_label("File of held-out rows", exact=True).input_value() == "held.jsonl"
+            assert tab.page.get_by_label("Metric").input_value() == "contains"
+            assert tab.page.get_by_label("Maximum answer length in tokens").input_value() == "12"
+            tab.page.reload()
+        tab.check("evaluate")
+
+
 def test_run_is_renamed_while_its_process_ends(tmp_path: Path) -> None:
     make_run(tmp_path, "one", [*session(), step(1), {"event": "stop", "time": 1, "step": 1, "why": "signal"}])
     with sleeping() as process, run_dash(tmp_path) as own:
@@ -129,6 +186,26 @@ def test_gguf_file_is_downloaded(browser: Any, dash: Dash, dashboard: Path, tmp_
         assert saved.value.suggested_filename == "tuned.gguf"
         assert Path(saved.value.path()).read_bytes() == b"GGUF of a test"
     shutil.rmtree(dashboard / "runs" / ".dash" / "jobs" / name)
+
+
+def test_gguf_file_is_downloaded_after_the_run_is_renamed(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", "one", [*session(), step(1), step(2)], {"exit": 0})
+    (folder / "one.gguf").write_bytes(b"GGUF of a test")
+    commands = ["ollama create one -f runs/one/ollama/Modelfile", "ollama run one"]
+    result = {"out": "runs/one/one.gguf", "not_measured": "not measured", "commands": commands}
+    make_job(tmp_path / "runs", "gguf", 2**22 - 3, result)
+    with run_dash(Path("runs"), tmp_path) as own, open_tab(browser, own) as tab:
+        assert own.post("/api/runs/one/notes", {"note": "", "tags": [], "to": "a new name"}).status_code == 200
+        open_at(tab, own, "/run/a%20new%20name/export", ".job")
+        tab.page.wait_for_selector("code:text-is('runs/a new name/one.gguf')")
+        tab.page.wait_for_selector("code:text-is(\"ollama create one -f 'runs/a new name/ollama/Modelfile'\")")
+        with tab.page.expect_download() as saved:
+            tab.page.get_by_role("button", name="Download the GGUF file").click()
+        assert Path(saved.value.path()).read_bytes() == b"GGUF of a test"
+        tab.check("renamed")
+        (tmp_path / "runs" / "a new name" / "one.gguf").unlink()
+        tab.page.get_by_role("button", name="Download the GGUF file").click()
+        tab.page.wait_for_selector(".job [role=alert]:has-text('runs/a new name/one.gguf: no such file')")
 
 
 def test_job_that_measures_after_its_last_part_shows_no_full_bar(

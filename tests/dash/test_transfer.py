@@ -76,6 +76,8 @@ def test_missing_files_and_links_are_not_downloaded(dash: Dash, root: Path, tmp_
 def test_upload_is_stored_next_to_the_runs_and_never_overwrites(dash: Dash, root: Path) -> None:
     assert send(dash, "rows.jsonl").json() == {"path": "data/rows.jsonl", "bytes": len(ROWS)}
     assert send(dash, "../../rows.jsonl", b"other").json()["path"] == "data/rows-2.jsonl"
+    assert send(dash, "rows.jsonl", b"other").json()["path"] == "data/rows-2.jsonl"  # the file that has this content
+    assert send(dash, "rows.jsonl").json()["path"] == "data/rows.jsonl"
     assert send(dash, "C:\\files\\my rows.jsonl.gz", iter([b"a", b"b"])).json()["path"] == "data/my-rows.jsonl.gz"
     folder = root.parent / "data"
     assert (folder / "rows.jsonl").read_bytes() == ROWS and (folder / "rows-2.jsonl").read_bytes() == b"other"

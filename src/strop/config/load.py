@@ -348,7 +348,8 @@ def explain_issue(name: str, issue: Mapping[str, Any]) -> str:
     is_number = isinstance(sample, int | float) and not isinstance(sample, bool)
     form = re.split(r"(?=such as)|: ", info.description)[-1].replace("such as", "a value such as") if info else ""
     details = {"example": f", such as {sample:g}" if is_number else "", "form": form}
-    context = {key: str(value).replace("'", "") for key, value in issue.get("ctx", {}).items()}
+    values = issue.get("ctx", {}).items()
+    context = {key: f"{value:g}" if isinstance(value, float) else str(value).replace("'", "") for key, value in values}
     return f"must be {MESSAGES[issue['type']].format(**details, **context)}"
 
 

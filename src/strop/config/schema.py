@@ -50,6 +50,13 @@ def _number_to_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+def _shorten_unit(value: Any) -> Any:
+    """Return "30 min" or "30 minutes" as "30m"."""
+    unit = r"(s|sec|second|m|min|minute|h|hour|d|day)s?"
+    match = re.fullmatch(rf"([\d.]+) *{unit}", value.strip()) if isinstance(value, str) else None
+    return f"{match[1]}{match[2][0]}" if match else value
+
+
 def _none_to_off(value: Any) -> Any:
     """Return off for null and none (of recipes of earlier versions), and for false (as YAML reads off)."""
     return "off" if value in (None, "none") or value is False else value
@@ -64,7 +71,7 @@ Finite = Annotated[float, AfterValidator(_check_finite)]
 Layers = Annotated[int, Field(ge=1)]
 Share = Annotated[Finite, Field(gt=0, lt=1)]
 MAX_RANK = 4096
-DURATION_PATTERN = r"^\d+(\.\d+)?[smhd]?$"
+Duration = Annotated[str, BeforeValidator(_shorten_unit), Field(pattern=r"^\d+(\.\d+)?[smhd]?$")]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
@@ -417,14 +424,11 @@ class TrainSection(Section):
         description="multiply frozen weights in int8: faster on CPUs with VNNI and without bf16; checked against fp32"
         " before the first step",
     )
-    timeout: str = Field(
+    timeout: Duration = Field(
         "30m",
-        pattern=DURATION_PATTERN,
         description="maximum time that a device waits for the others, such as 90s, 30m or 2h",
     )
-    max_time: str | None = Field(
-        None, pattern=DURATION_PATTERN, description="save and stop after this time, such as 90s, 30m or 2h"
-    )
+    max_time: Duration | None = Field(None, description="save and stop after this time, such as 90s, 30m or 2h")
 
     @property
     def keep_share(self) -> float:

@@ -200,7 +200,7 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
         verdict = f"{verdict} Not evaluated: {', '.join(unevaluated)}."
     return {
         "runs": rows, "settings": settings, "scores": scores, "pairs": pairs, "verdict": verdict,
-        "unevaluated": unevaluated,
+        "unevaluated": unevaluated, "evaluate": evaluations[evaluated[0]].options if evaluated else {},
     }  # fmt: skip
 
 
@@ -213,6 +213,7 @@ class _Evaluation:
     rows: int  # with repeated rows
     limits: dict[str, Any]  # max_tokens of an answer, and how many answers of the tuned model were cut
     settings: dict[str, Any]  # of the loaded model
+    options: dict[str, Any]  # with which another run is evaluated in the same way
 
 
 def _read_evaluation(folder: RunFolder) -> _Evaluation:
@@ -226,7 +227,11 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
     limit = evaluation.get("answers") or {}
     limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut")}
     settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
-    return _Evaluation(str(evaluation.get("metric") or ""), hits, len(rows), limits, settings)
+    metric = str(evaluation.get("metric") or "")
+    files = {str(row.get("place")).rpartition(":")[0] for row in rows}
+    options: dict[str, Any] = {"data": next(iter(files), "") if len(files) == 1 else "", "metric": metric}
+    options["max_new_tokens"] = limits["max_tokens"]
+    return _Evaluation(metric, hits, len(rows), limits, settings, options)
 
 
 def _why_unfair(

@@ -199,7 +199,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
     )  # fmt: skip
     compare = endpoint(lambda names: dashboard.compare(split_names(names)), runs=str)
     folders = [Path.cwd(), dashboard.root.absolute(), dashboard.data_folder]
-    files = endpoint(lambda path: browse(folders, path), path=(str, ""))
+    files = endpoint(lambda path, kind: browse(folders, path, kind), path=(str, ""), kind=(str, ""))
 
     async def download(request: Request) -> Response:
         chunks = await call(dashboard.download, *request.path_params.values())
@@ -259,20 +259,38 @@ def post_routes(services: Services) -> list[BaseRoute]:
     def resume(name: str, allowed: list[Any], options: dict[str, Any]) -> Any:
         return dashboard.resume(name, [f"--allow-changed={text}" for text in allowed] + option_arguments(options))
 
-    def evaluate(name: str, data: str, metric: str | None, max_tokens: int | None, general: bool) -> Any:
-        arguments = ["eval", str(dashboard.root / name), f"--data={data}"]
+    async def evaluate(request: Request) -> Any:
+        data, metric, max_tokens, general = await read_fields(
+            request, data=str, metric=(str, None), max_new_tokens=(int, None), general=(bool, False)
+        )
+        if not data:
+            raise InputError("data: no file is chosen", fix="choose a file of rows that the run was not trained on")
+        name = request.path_params["name"]
+        path = await call(dashboard.adapter_path, name)
+        await services.data.call("check_inputs", models=[path], data=[data], metrics=[metric])
+        arguments = ["eval", path, f"--data={data}"]
         arguments += [f"--metric={metric}"] if metric else []
         arguments += [f"--max-new-tokens={max_tokens}"] if max_tokens is not None else []
         arguments += ["--general"] if general else []
-        return dashboard.start_adapter_job("evaluate", name, arguments)
+        return await call(dashboard.jobs.start, "evaluate", arguments, name)
 
-    def export(name: str, kind: str, out: str, no_parity: bool, *values: str | None) -> Any:
+    async def export(request: Request) -> Any:
+        kind, out, no_parity, dtype, gguf_type, data = await read_fields(
+            request, kind=str, out=str, no_parity=(bool, False), dtype=(str, None), type=(str, None), data=(str, None)
+        )
         if kind not in ("merge", "gguf", "ollama"):
             raise InputError(f"kind: {kind}: unknown export", fix="merge, gguf or ollama")
-        arguments = [*(["merge"] if kind == "merge" else ["export", kind]), str(dashboard.root / name), f"--out={out}"]
-        options = zip(("dtype", "type", "data"), values, strict=True)
-        arguments += [f"--{option}={value}" for option, value in options if value]
-        return dashboard.start_adapter_job(kind, name, arguments + (["--no-parity"] if no_parity else []))
+        if not out:
+            raise InputError("out: no path is given", fix="give the path of a new file or folder")
+        name = request.path_params["name"]
+        path = await call(dashboard.adapter_path, name)
+        suffix = ".gguf" if kind == "gguf" else ""
+        await services.data.call("check_inputs", models=[path], data=[data], out=out, suffix=suffix)
+        arguments = [*(["merge"] if kind == "merge" else ["export", kind]), path, f"--out={out}"]
+        options = {"dtype": dtype, "type": gguf_type, "data": data}
+        arguments += [f"--{option}={value}" for option, value in options.items() if value]
+        arguments += ["--no-parity"] if no_parity else []
+        return await call(dashboard.jobs.start, kind, arguments, name)
 
     async def upload(request: Request) -> Any:
         with Upload(dashboard.data_folder, request.query_params.get("name", "")).receive() as file:
@@ -304,13 +322,9 @@ def post_routes(services: Services) -> list[BaseRoute]:
         "runs/{name}/notes": endpoint(dashboard.set_notes, note=(str, ""), tags=(list, []), to=(str, None)),
         "runs/{name}/rename": endpoint(dashboard.rename, to=str),
         "runs/{name}/delete": endpoint(dashboard.delete, confirm=str),
-        "runs/{name}/evaluate": endpoint(
-            evaluate, data=str, metric=(str, None), max_new_tokens=(int, None), general=(bool, False)
-        ),
+        "runs/{name}/evaluate": evaluate,
         "runs/{name}/held-out": held_out,
-        "runs/{name}/export": endpoint(
-            export, kind=str, out=str, no_parity=(bool, False), dtype=(str, None), type=(str, None), data=(str, None)
-        ),
+        "runs/{name}/export": export,
         "sweeps/{name}/train": endpoint(dashboard.train_winner, name=(str, "")),
         "runs/{name}/vote": endpoint(dashboard.vote, ballot=str, choice=str),
         "jobs/{id}/stop": endpoint(lambda job: {"sent": dashboard.jobs.stop(job)}),

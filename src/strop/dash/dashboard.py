@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ class Dashboard:
                 "why": job["error"]["message"] if failed else "", "pid": None if failed else job["pid"],
                 "model": options.get("model.name"), "data": join_text(options.get("data.train")),
                 "updated": job["started"], "heartbeat": job["started"],
-                "can": ["duplicate", "delete"] if failed else [], "job": job["id"],
+                "can": ["duplicate", "delete"] if failed else ["stop"], "job": job["id"],
             }  # fmt: skip
         return rows
 
@@ -88,13 +89,14 @@ class Dashboard:
         return self._with_resume(row)
 
     def _with_resume(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the row as that of a running run, if a process that resumes it has not yet claimed its folder."""
-        jobs = [] if row["pid"] is not None else self.jobs.running("resume")
+        """Return the row as that of a run that prepares, if a process that resumes it has not yet written events."""
+        jobs = self.jobs.running("resume")
         # a process that ends has written events since it started
         job = next((job for job in jobs if job["run"] == row["name"] and job["started"] > row["heartbeat"]), None)
         if job is None:
             return row
-        return {**row, "state": "running", "why": "", "phase": "preparing", "pid": job["pid"], "can": []}
+        now = {"state": "running", "why": "", "phase": "preparing", "seconds_left": None, "can": ["stop"]}
+        return {**row, **now, "pid": row["pid"] or job["pid"], "job": job["id"]}
 
     def history(self, name: str) -> History:
         """Return the events of a run, read up to now."""
@@ -186,17 +188,19 @@ class Dashboard:
         }
 
     def duplicate(self, name: str) -> dict[str, Any]:
-        """Return the options that were set for a run, to start a similar one."""
+        """Return the options that were set for a run, and a name, to start a similar one."""
         row = self.row(name)
+        match = re.fullmatch(r"(.+)-(\d+)", name)
+        new_name = self.unused_run_name(match[1] if match else name, int(match[2]) + 1 if match else 2)
         if row["state"] == "failed":
-            return {"options": parse_options(self.jobs.status(row["job"])["command"]), "name": name}
+            return {"options": parse_options(self.jobs.status(row["job"])["command"]), "name": new_name}
         with self._run(name):
             options = {
                 choice["field"]: choice["value"]
                 for choice in self.history(name).choices
                 if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
             }
-            return {"options": options, "name": name}
+            return {"options": options, "name": new_name}
 
     def answers(self, name: str, *query: Any) -> dict[str, Any]:
         with self._run(name) as folder:
@@ -235,7 +239,8 @@ class Dashboard:
         rows = [with_heartbeat_age(self.row(name)) for name in dict.fromkeys(names)]
         with damaged_files_as_run_error(", ".join(names)):
             recipes = {row["name"]: _recipe_values(RunFolder(Path(row["path"]))) for row in rows}
-            return answers.compare(rows, recipes)
+            evaluating = sorted({str(job["run"]) for job in self.jobs.running("evaluate")} & recipes.keys())
+            return {**answers.compare(rows, recipes), "evaluating": evaluating}
 
     def machine(self) -> dict[str, Any]:
         """Return machine facts and the last `strop doctor` result started from here."""
@@ -251,13 +256,15 @@ class Dashboard:
         row = self.row(name)
         if row["pid"] is None:
             raise Busy(f"{name} is not running", fix="there is nothing to stop")
+        number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
+        if "job" in row:  # it has not claimed the folder yet
+            return {"asked": self.jobs.stop(row["job"], number)}
         claim = read_json(run_path(self.root, name) / "claim.json")
         start_time = claim.get("started") if claim.get("pid") == row["pid"] else None
-        if start_time is None and "job" not in row:
+        if start_time is None:
             raise Busy(f"{name}: another process has just taken over the run", fix="reload and try again")
         if sys.platform != "win32" and row["why"] == "the process is suspended":
             send_signal(row["pid"], start_time, signal.SIGCONT)  # a suspended process cannot save
-        number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
         return {"asked": send_signal(row["pid"], start_time, number)}
 
     def resume(self, name: str, arguments: list[str]) -> dict[str, Any]:
@@ -293,16 +300,16 @@ class Dashboard:
             raise FolderError(f"{new_name}: a run with this name exists", fix="choose another name")
         move_run(path, target)
         rewrite_report(target)
-        self.jobs.rename_run(name, new_name)
+        self.jobs.rename_run(path, target)
         self._histories.pop(name, None)
         return {"name": new_name}
 
-    def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
-        """Start an evaluation or an export. Raises Busy if the run has no adapter."""
+    def adapter_path(self, name: str) -> str:
+        """Return the path of a run with an adapter. Raises Busy if it has none."""
         if not self.row(name)["has_adapter"]:
             fix = "resume it" if "resume" in self.row(name)["can"] else "wait"
             raise Busy(f"{name} has no adapter yet: it is written at the end of training", fix=fix)
-        return self.jobs.start(kind, arguments, name)
+        return str(self.root / name)
 
     def new_run_path(self, name: str) -> Path:
         """Return the folder for a new run. Raises FolderError if the name is taken."""
@@ -326,10 +333,9 @@ class Dashboard:
             raise InputError("give either names of runs or a model")
         return chat.start([str(run_path(self.root, name)) for name in names] if names else [str(model)])
 
-    def unused_run_name(self, stem: str) -> str:
-        """Return the first of stem-1, stem-2, ... that no run or job uses."""
+    def unused_run_name(self, stem: str, number: int = 1) -> str:
+        """Return the first of stem-1, stem-2, ..., from this number on, that no run or job uses."""
         starting = {job["run"] for job in self.jobs.running("train")}
-        number = 1
         while f"{stem}-{number}" in starting or (self.root / f"{stem}-{number}").exists():
             number += 1
         return f"{stem}-{number}"

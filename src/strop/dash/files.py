@@ -28,7 +28,7 @@ def run_path(root: Path, name: str) -> Path:
     invalid = not name or name.startswith(".") or len(os.fsencode(name)) > 255
     if invalid or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
         fix = "give a name without / and \\ that does not start with a dot"
-        raise FolderError(f"{name or 'an empty name'}: not a name for a run", fix=fix)
+        raise FolderError(f"{name}: not a name for a run" if name else "the name is empty", fix=fix)
     return path
 
 
@@ -123,8 +123,14 @@ def limit_rows(report: dict[str, Any] | None, limit: int) -> dict[str, Any] | No
     return result or report
 
 
-def browse(roots: list[Path], path: str) -> dict[str, Any]:
-    """Return the entries of a folder for the file chooser. Raises InputError outside the roots."""
+CHOICES = {"data": ("data",), "model": ("model", "run"), "": ("data", "model", "run")}  # of the file chooser
+MAX_SEARCHED_ENTRIES = 5000  # in one listing
+
+
+def browse(roots: list[Path], path: str, kind: str) -> dict[str, Any]:
+    """Return the entries of a folder for the file chooser. kind: of CHOICES. Raises InputError outside the roots."""
+    if kind not in CHOICES:
+        raise InputError(f"kind: {kind}: unknown", fix="data or model")
     try:
         folder = Path(path or roots[0]).expanduser().resolve(strict=True)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
@@ -133,13 +139,40 @@ def browse(roots: list[Path], path: str) -> dict[str, Any]:
     allowed = [root.resolve() for root in roots]
     if not any(folder == root or root in folder.parents for root in allowed):
         raise InputError(f"{path}: outside the folder that strop dash was started in", fix="type the path instead")
+    finder = _Finder(CHOICES[kind])
     listed = [
-        {"name": entry.name, "path": display_path(Path(entry.path)), "kind": kind, "bytes": size}
+        {"name": entry.name, "path": display_path(Path(entry.path)), "kind": found, "bytes": size}
         for entry in entries[:5000]
-        if not entry.name.startswith(".") and (kind := _entry_kind(entry)) and (size := _size(entry)) is not None
+        if (found := finder.kind(entry)) and (size := _size(entry)) is not None
     ]
     parent = None if folder in allowed else str(folder.parent)
     return {"path": display_path(folder), "parent": parent, "entries": listed}
+
+
+class _Finder:
+    """Finds entries of some kinds, also in folders. Folders are listed without a search once it took long."""
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self._kinds = kinds
+        self._num_left = MAX_SEARCHED_ENTRIES
+
+    def kind(self, entry: os.DirEntry[str]) -> str:
+        """Return the kind of an entry, or "" if neither it nor an entry below it is of these kinds."""
+        kind = "" if entry.name.startswith(".") else _entry_kind(entry)
+        if kind in self._kinds:
+            return kind
+        return kind if kind == "folder" and self._contains(entry.path) else ""
+
+    def _contains(self, folder: str) -> bool:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self._num_left -= 1
+                    if self._num_left < 0 or self.kind(entry):
+                        return True
+        except (OSError, RecursionError):
+            pass
+        return False
 
 
 def display_path(path: Path) -> str:

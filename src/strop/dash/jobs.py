@@ -105,7 +105,9 @@ class Jobs:
         lines = [line for line in read_tail(folder / "log", 4096).splitlines() if line.strip()]
         last_line = lines[-1] if lines else ""
         silent = running and last_line.startswith("still ")
-        if not running and result is None:
+        if not running and result is None and job.get("asked"):  # before it could handle the signal
+            error = {"kind": "Stopped", "message": "stopped on request", "fix": "", "where": []}
+        elif not running and result is None:
             message = "the process ended without a result" + (f"; its last line: {last_line.strip()}" if lines else "")
             fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
             error = {"kind": "Killed", "message": message, "fix": fix, "where": []}
@@ -144,12 +146,15 @@ class Jobs:
             write_json(file, {**job, "asked": time.time()})
         return send_signal(int(job["pid"]), float(job["born"]), number)
 
-    def rename_run(self, name: str, new_name: str) -> None:
-        """Assign the ended jobs of a run to its new name, so that their output is still found."""
+    def rename_run(self, old: Path, new: Path) -> None:
+        """Change the run's name and the paths below its folder in its ended jobs, so that their output is found."""
         for job in self.all():
-            if job["run"] == name:
-                file = self._folder / job["id"] / "job.json"
-                write_json(file, {**read_json(file), "run": new_name})
+            if job["run"] == old.name:
+                folder = self._folder / job["id"]
+                moved = _replace_folder(read_json(folder / "job.json"), str(old), str(new))
+                write_json(folder / "job.json", {**moved, "run": new.name})
+                if result := read_json(folder / "out"):
+                    write_json(folder / "out", _replace_folder(result, str(old), str(new)))
                 self._ended.pop(job["id"], None)
 
     def remove(self, run: str) -> dict[str, Any]:
@@ -190,6 +195,19 @@ class Jobs:
             (self._folder / name / file).unlink(missing_ok=True)
         (self._folder / name).rmdir()
         self._ended.pop(name, None)
+
+
+def _replace_folder(value: Any, old: str, new: str, key: str = "") -> Any:
+    """Replace a folder in all paths, options and commands of a JSON value."""
+    if isinstance(value, dict):
+        return {key: _replace_folder(item, old, new, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace_folder(item, old, new, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key == "commands":
+        return shlex.join(_replace_folder(shlex.split(value), old, new))
+    return re.sub(rf"(^|^--[\w.-]+=){re.escape(old)}(?=/|$)", lambda match: match[1] + new, value)
 
 
 def shell_command(arguments: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from strop.config.load import Choice, parse_option, resolve
-from strop.config.names import SHORT_FORMS, full_name
+from strop.config.names import MEANINGS, OTHER_NAMES, SHORT_FORMS, full_name
 from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
 from strop.dash.jobs import option_flags, shell_command
@@ -144,9 +144,16 @@ def schema() -> dict[str, Any]:
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         fields.append({
             "field": name, "type": kind, "choices": choices, "default": default, "required": info.is_required(),
-            "help": info.description or "", "minimum": minimum, "maximum": maximum,
+            "help": info.description or "", "minimum": minimum, "maximum": maximum, "names": _other_names(name),
         })  # fmt: skip
     return {"fields": fields, "short": SHORT_FORMS}
+
+
+def _other_names(field: str) -> list[str]:
+    """Return the short form of a field, and names in other tools whose translation mentions it."""
+    names = [name for name, translated in OTHER_NAMES.items() if translated.split()[0] == field]
+    names += [name for name, text in MEANINGS.items() if f"}}{field} " in text]
+    return [*names, *(short for short, full in SHORT_FORMS.items() if full == field)]
 
 
 def _form_type(hint: Any) -> tuple[str, list[Any] | None]:

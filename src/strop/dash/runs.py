@@ -113,7 +113,7 @@ class RunTable:
             status = replace(status, why=facts["damaged"])
         row = {key: value for key, value in facts.items() if key not in ("events", "ended", "is_run", "damaged")}
         row |= {"state": status.state, "why": status.why, "phase": status.phase, "pid": holder}
-        if status.state in ("finished", "stopped", "crashed"):
+        if status.phase != "training":  # the events are from before a resume
             row["seconds_left"] = None
         row["can"] = _possible_actions(status.state, facts["has_adapter"], facts["generates"])
         cached.row = row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import secrets
@@ -84,7 +85,7 @@ def data_file_name(name: str) -> str:
     """Return a safe name for an uploaded file. Raises InputError if its suffix is not that of a data file."""
     safe = re.sub(r"[^\w.-]+", "-", re.split(r"[/\\]", name)[-1]).strip(".-")[-MAX_NAME_CHARS:].lstrip(".-")
     if not is_data_file(safe):
-        raise InputError(f"{name[:200]!r}: not a data file", fix=f"upload one of {', '.join(DATA_SUFFIXES)}")
+        raise InputError(f"{name[:200]}: not a data file", fix=f"upload one of {', '.join(DATA_SUFFIXES)}")
     return safe
 
 
@@ -117,7 +118,7 @@ class Upload:
         self.num_bytes += len(chunk)
 
     def finish(self) -> Path:
-        """Give the file its name, with a number if that name is taken."""
+        """Give the file its name, with a number if a file with other content has it. Returns an equal file if any."""
         if not self.num_bytes:
             raise InputError(f"{self._name}: empty", fix="choose a file with rows")
         self._file.flush()
@@ -130,6 +131,8 @@ class Upload:
             try:
                 path.open("xb").close()  # reserves the name
             except FileExistsError:
+                if path.is_file() and not path.is_symlink() and filecmp.cmp(self._temp, path, shallow=False):
+                    return path
                 number += 1
                 continue
             self._temp.replace(path)

@@ -25,11 +25,13 @@ def main() -> None:
     """Answer requests until the input ends."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keep output printed by libraries out of the protocol
-    from strop.dash.previews import DataReader, Planner, schema  # not imported by the server, to save memory
+    from strop.api import check_inputs  # these are not imported by the server, to save memory
+    from strop.dash.previews import DataReader, Planner, schema
 
     reader = DataReader()
     methods: dict[str, Callable[..., Any]] = {
-        "plan": Planner().plan, "schema": schema, "rows": reader.rows, "held_out": reader.held_out
+        "plan": Planner().plan, "schema": schema, "rows": reader.rows, "held_out": reader.held_out,
+        "check_inputs": check_inputs,
     }  # fmt: skip
     for line in sys.stdin:
         request = json.loads(line)

@@ -130,7 +130,7 @@ def export_gguf(
         raise RecipeError(f"--type {kind}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if kind not in FILE_TYPES and not llama_cpp.is_installed():
         raise RecipeError(f"--type {kind}: needs llama.cpp's quantizer", fix=f"{llama_cpp.INSTALL}, or q8_0")
-    check_new_output(out)
+    check_new_output(out, ".gguf")
     check_data_option(data, measure)
     unmeasured = DISABLED if not measure else None if llama_cpp.is_installed() else NOT_INSTALLED
     if unmeasured is None or kind not in FILE_TYPES:

@@ -367,9 +367,17 @@ def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callabl
     return folder
 
 
-def check_new_output(out: Path) -> None:
+def check_new_output(out: Path, suffix: str = "") -> None:
+    """Raise an InputError for an output that exists, lacks the suffix, or cannot be written."""
     if out.exists():
         raise FolderError(f"{out}: already exists", fix=f"give another name, such as {suggest_new(out)}")
+    if not out.name.endswith(suffix):
+        named = out.with_name(out.name + suffix)
+        raise FolderError(f"{out}: the name must end in {suffix}", fix=f"give --out {shlex.quote(str(named))}")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "is not writable" if parent.is_dir() else "is a file"
+        raise FolderError(f"{out}: cannot be written: {parent} {why}", fix="give another folder with --out")
 
 
 @contextmanager

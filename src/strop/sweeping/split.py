@@ -174,10 +174,7 @@ def hash_sources(data: DataSection, *others: str | None) -> str:
 
 def _read_share(name: str, spec: str | list[str]) -> float | None:
     """Return a share of the rows, or None if the spec names files."""
-    try:
-        share = sources.read_eval_share(spec)
-    except DataError as error:
-        raise RecipeError(f"--{name} {spec}: leaves no rows on one side", fix=error.fix) from None
+    share = sources.read_eval_share(spec, f"--{name}")
     if share is None and isinstance(spec, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", spec):
         what = f"--{name} {spec}: neither a share of the rows with % nor a file"
         percent = float(spec) if float(spec) >= 1 else 100 * float(spec)

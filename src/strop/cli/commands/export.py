@@ -111,7 +111,7 @@ GgufType = Annotated[
 
 def gguf(
     run: AdapterName,
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(help="File to write; its name ends in .gguf.")],
     gguf_type: GgufType = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the LoRA adapter, for a base that is already in GGUF.")
@@ -121,7 +121,7 @@ def gguf(
     as_json: Json = False,
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
-    api.check_inputs(models=[run], data=[data], out=out)
+    api.check_inputs(models=[run], data=[data], out=out, suffix=".gguf")
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         exported = api.export(

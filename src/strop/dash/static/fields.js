@@ -1,6 +1,7 @@
 // Form controls of several elements.
 
 import { button, field, h, prose, put, select, uniqueId } from "./dom.js";
+import { errorBox } from "./api.js";
 import { formatValue } from "./format.js";
 
 const labelOf = (control) => control.closest(".field").querySelector("label").textContent;
@@ -14,11 +15,11 @@ function reveal(control) {
 
 /**
  * Return a function from text to nodes, as `prose`. Names and options of the form's fields are links to these, with their
- * labels: "Invalid rows: drop".
+ * labels: "Invalid rows: drop". Column names that fit the rows have a button that enters them.
  */
 export function withLabels(form) {
   const linked = (text) =>
-    text.split(/(--[a-z_]+(?:\.[a-z_0-9]+)?(?:[ =][\w-]+)?|\b[a-z]+\.[a-z_0-9]+)/).map((part, index) => {
+    text.split(/(--[a-z_]+(?:\.[a-z_0-9]+)?(?:[ =](?:'[^']*'|[\w-][\w=,./-]*[\w]|[\w-]))?|\b[a-z]+\.[a-z_0-9]+)/).map((part, index) => {
       const [, name, value] = (index % 2 && part.match(/^(?:--)?([\w.]+)(?:[ =](.+))?$/)) || [];
       const control = name && form.querySelector(`[data-option="${name}"]`);
       if (!control) return part;
@@ -27,7 +28,18 @@ export function withLabels(form) {
         control.focus();
       };
       const chosen = [...(control.options ?? [])].some((item) => item.value && item.value === value);
-      return [button(labelOf(control), open, { class: "link" }), chosen ? ":" : "", value ? ` ${value}` : ""];
+      const columns = name === "data.columns" && value?.replace(/^'(.*)'$/, "$1");
+      const use = () => {
+        reveal(control);
+        control.value = columns;
+        control.dispatchEvent(new Event("change", { bubbles: true }));
+      };
+      return [
+        button(labelOf(control), open, { class: "link" }),
+        chosen ? ":" : "",
+        value ? ` ${value}` : "",
+        columns && /=(?!A\b)/.test(columns) ? [" ", button("Use these columns", use, { class: "small" })] : "",
+      ];
     });
   return (text) =>
     prose(text).map((part) => (typeof part === "string" ? linked(part) : h("code", {}, linked(part.textContent))));
@@ -65,6 +77,30 @@ export function showFieldErrors(form, error) {
     reveal(control);
     return [labelOf(control)];
   });
+}
+
+/**
+ * Return a button that submits a form, and an element for an error that no field has caused. form: returns the form.
+ * submit: sends the request; its error is shown at the fields.
+ */
+export function submitButton(text, form, submit, props = {}) {
+  const problem = h("div");
+  const submitting = button(
+    text,
+    async () => {
+      put(problem);
+      showFieldErrors(form(), null);
+      submitting.disabled = true;
+      try {
+        await submit();
+      } catch (error) {
+        if (!showFieldErrors(form(), error).length) put(problem, errorBox(error, withLabels(form())));
+      }
+      submitting.disabled = false;
+    },
+    { class: "main", ...props },
+  );
+  return [submitting, problem];
 }
 
 /** Return how to fix a problem of a field: of the examples for several fields only its own. */
@@ -148,28 +184,46 @@ export function slider(option, label, values, value, onChange) {
   return { element, draw };
 }
 
-/** Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). */
-export function fieldList(fields, values, onChange) {
+/**
+ * Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). placed: fields with a
+ * control elsewhere in the form, which the search finds too.
+ */
+export function fieldList(fields, values, onChange, placed) {
   const filter = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting" });
   const change = (name, value) => {
     onChange(name, value);
     countSet();
   };
   const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], change), item.help)]);
+  const found = h("p", { role: "status" });
   const draw = () => {
-    const word = filter.value.toLowerCase();
-    for (const [item, element] of rows) element.hidden = !`${item.field} ${item.help}`.toLowerCase().includes(word);
+    const word = filter.value.trim().toLowerCase();
+    const matches = (...texts) => texts.flat().join(" ").toLowerCase().includes(word);
+    for (const [item, row] of rows) row.hidden = !matches(item.field, item.help, item.names);
+    const controls = (word ? placed : []).flatMap((item) => {
+      const at = element.parentElement.querySelector(`[data-option="${item.field}"]`);
+      return at && matches(item.field, item.help, item.names, labelOf(at)) ? [at] : [];
+    });
+    const links = controls.map((at) => button(labelOf(at), () => at.focus(), { class: "link" }));
+    put(
+      found,
+      links.length
+        ? ["Above: ", links.map((item, index) => [index ? ", " : "", item])]
+        : rows.every(([, row]) => row.hidden) && "No setting matches.",
+    );
+    found.hidden = !found.childNodes.length;
   };
   filter.addEventListener("input", draw);
   const summary = h("summary"),
     list = h("div", { class: "fields" }, rows.map(([, element]) => element)),
-    element = h("details", { class: "card others" }, summary, filter, list);
+    element = h("details", { class: "card others" }, summary, filter, found, list);
   const countSet = () => {
     const set = fields.filter((item) => values[item.field] !== undefined).length;
     summary.textContent = `More settings (${rows.length}${set ? `, ${set} set` : ""})`;
     return set;
   };
   element.open = countSet() > 0;
+  draw();
   return element;
 }
 

@@ -60,7 +60,7 @@ function uploadButton(label, problem, onDone) {
       notify(`Uploaded to ${path}.`);
       onDone(path);
     } catch (error) {
-      put(problem, prose(`${file.name} was not uploaded: ${[error.message, error.fix].filter(Boolean).join(": ")}`));
+      put(problem, prose(`Not uploaded: ${[error.message, error.fix].filter(Boolean).join(": ")}`));
     }
     chooser.value = "";
     start.disabled = false;
@@ -71,7 +71,7 @@ function uploadButton(label, problem, onDone) {
 
 async function browse(kind, onPick) {
   const list = h("ul", { class: "files" }),
-    where = h("p", { class: "mono soft" });
+    where = h("p", { class: "soft" });
   const dialog = h(
     "dialog",
     { "aria-label": "Choose a file", on: { close: () => dialog.remove() } },
@@ -92,10 +92,9 @@ async function browse(kind, onPick) {
   };
   async function open(path) {
     try {
-      const folder = await get("files", { path }),
-        kinds = kind === "data" ? ["data"] : ["model", "run"];
-      const entries = folder.entries.filter((entry) => entry.kind === "folder" || kinds.includes(entry.kind));
-      where.textContent = folder.path === "." ? "the folder in which strop dash was started" : folder.path;
+      const folder = await get("files", { path, kind }),
+        { entries } = folder;
+      put(where, folder.path === "." ? "The folder in which strop dash was started" : h("code", {}, folder.path));
       put(
         list,
         folder.parent !== null && folder.parent !== undefined

@@ -17,8 +17,11 @@ const NAMES = {
   serve: "Server",
 };
 
-/** Show a job and follow it. `onEnd(job)` is called once it has ended. `result(job)` returns an element for its result. */
-export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
+/**
+ * Show a job and follow it. `onEnd(job)` is called once it has ended. `result(job)` returns an element for its result.
+ * words: returns nodes for a text of its error, see errorBox.
+ */
+export function jobCard(job, signal, { onEnd = null, result = null, words = undefined } = {}) {
   const head = h("div", { class: "line" }),
     body = h("div"),
     log = h("pre", { class: "log", tabIndex: 0, "aria-label": "Log" });
@@ -60,7 +63,7 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
         ? null
         : update.state === "stopped"
           ? h("p", { class: "soft" }, "Stopped on request.")
-          : errorBox(update.error),
+          : errorBox(update.error, words),
       finished && update.result && result ? result(update) : null,
     );
     if (finished && !ended) {

@@ -1,6 +1,6 @@
 // The recipe options in the page's address: only those that are set.
 
-import { address, setQuery } from "./route.js";
+import { address, setQuery, to } from "./route.js";
 
 export function readOptions() {
   try {
@@ -12,7 +12,32 @@ export function readOptions() {
 }
 
 export function storeOptions(options) {
-  setQuery({ options: Object.keys(options).length ? JSON.stringify(options) : null });
+  storeForm({ options: Object.keys(options).length ? JSON.stringify(options) : null });
+}
+
+const FORM_KEY = "strop-dash-form";
+const storedForm = () => JSON.parse(sessionStorage.getItem(FORM_KEY) ?? "{}");
+
+/** Store values of the form in the address, and for the next time that the form is opened in this tab. */
+export function storeForm(values) {
+  setQuery(values);
+  sessionStorage.setItem(FORM_KEY, JSON.stringify({ ...storedForm(), ...values }));
+}
+
+/** Restore values of the form that the address lacks, and store those that it has. */
+export function restoreForm(names) {
+  const { query } = address();
+  const isGiven = query.has("options"), // by a link
+    stored = isGiven ? {} : storedForm();
+  storeForm(Object.fromEntries(names.map((name) => [name, query.get(name) ?? stored[name] ?? null])));
+}
+
+/** Return the address of the form with its stored values. */
+export const formAddress = () => to("new", storedForm());
+
+/** Forget the form of this tab. */
+export function clearForm() {
+  sessionStorage.removeItem(FORM_KEY);
 }
 
 /** Set an option; an empty value removes it. */

@@ -41,14 +41,18 @@ class Source:
     weight: float = 1.0  # how often each row is read; a fraction selects a share of the rows
 
 
-def read_eval_share(spec: str | list[str] | None) -> float | None:
-    """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError."""
+def read_eval_share(spec: str | list[str] | None, name: str = "data.eval") -> float | None:
+    """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError.
+
+    name: of the option, for the error.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
     if match is None:
         return None
     share = float(match[1]) / 100
     if not 0 < share < 1:
-        raise DataError(f"data.eval: {spec} leaves no rows on one side", fix="choose a share between 0% and 100%")
+        purpose = "evaluate on" if share == 0 else "train on"
+        raise DataError(f"{name}: {spec} leaves no rows to {purpose}", fix="choose a share such as 5%")
     return share
 
 

@@ -5,7 +5,6 @@ import {
   count,
   csv,
   download,
-  errorBox,
   get,
   h,
   isNumber,
@@ -22,7 +21,7 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
-import { showFieldErrors } from "../fields.js";
+import { showFieldErrors, submitButton, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard, jobCards } from "../jobs.js";
 
@@ -97,7 +96,7 @@ export async function show(container, { run, query, signal }) {
     button("Save CSV", save, { class: "small" }),
     comparesBase ? link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }) : null,
   );
-  const evaluate = evaluation(run, signal, () => load());
+  const evaluate = evaluation(run, query, signal, () => load());
   put(container, head, tools, rows, pages, evaluate);
 
   async function load() {
@@ -367,15 +366,14 @@ function heldOutButton(run, share, onFile) {
   return copy;
 }
 
-function evaluation(run, signal, onEnd) {
+function evaluation(run, query, signal, onEnd) {
   if (!(run.can ?? []).includes("evaluate")) return null;
   const value = run.recipe?.find((item) => item.field === "data.eval")?.value,
     evalRows = typeof value === "string" ? value : "",
-    evalFile = evalRows.endsWith("%") ? "" : evalRows,
+    evalFile = query.get("data") ?? (evalRows.endsWith("%") ? "" : evalRows),
     file = fileField("data", "File of held-out rows", "data", evalFile, () => {}),
-    jobs = h("div"),
-    problem = h("div");
-  let metric = run.score?.metric ?? "";
+    jobs = h("div");
+  let metric = query.get("metric") ?? run.score?.metric ?? "";
   const metricField = h("div", { class: "field" });
   get("hello", {}, signal).then(({ metrics }) => {
     if (!metrics.includes(metric)) metric = "";
@@ -388,33 +386,26 @@ function evaluation(run, signal, onEnd) {
     );
   });
   const limit = { type: "number", min: 1, placeholder: "from the reference answers" };
-  const maxTokens = h("input", { ...limit, data: { option: "max-new-tokens" } });
-  const evaluateButton = button(
+  const maxTokens = h("input", {
+    ...limit,
+    value: query.get("max_new_tokens") ?? "",
+    data: { option: "max-new-tokens" },
+  });
+  const evaluateButton = submitButton(
     "Evaluate",
+    () => form,
     async () => {
-      put(problem);
-      showFieldErrors(form, null);
-      if (!file.input.value.trim()) {
-        showFieldErrors(form, { message: "data: choose a file of rows that the run was not trained on" });
-        file.input.focus();
-        return;
-      }
-      try {
-        const job = await post(runPath(run.name, "evaluate"), {
-          data: file.input.value.trim(),
-          metric,
-          max_new_tokens: maxTokens.value ? Number(maxTokens.value) : undefined,
-        });
-        put(jobs, jobCard(job, signal, { onEnd: end }));
-      } catch (error) {
-        if (!showFieldErrors(form, error).length) put(problem, errorBox(error));
-      }
+      const job = await post(runPath(run.name, "evaluate"), {
+        data: file.input.value.trim(),
+        metric,
+        max_new_tokens: maxTokens.value ? Number(maxTokens.value) : undefined,
+      });
+      put(jobs, jobCard(job, signal, { onEnd: end, words: withLabels(form) }));
     },
-    { class: "main" },
   );
   const form = h(
     "details",
-    { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score },
+    { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score || query.has("data") },
     h("summary", {}, "Evaluate on held-out rows"),
     h(
       "div",
@@ -428,8 +419,7 @@ function evaluation(run, signal, onEnd) {
       metricField,
       field("Maximum answer length in tokens", maxTokens),
     ),
-    h("p", {}, evaluateButton),
-    problem,
+    h("div", { style: { margin: "1rem 0" } }, evaluateButton),
     jobs,
   );
   const end = (job) => {
@@ -438,7 +428,7 @@ function evaluation(run, signal, onEnd) {
     notify("The evaluation is done.");
     onEnd();
   };
-  jobCards({ run: run.name, kind: "evaluate" }, signal, { onEnd: end }, 0).then(
+  jobCards({ run: run.name, kind: "evaluate" }, signal, { onEnd: end, words: withLabels(form) }, 0).then(
     (running) => jobs.children.length || put(jobs, running),
   );
   return form;

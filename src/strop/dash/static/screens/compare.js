@@ -209,7 +209,9 @@ export async function show(container, { query, signal }) {
             "p",
             { class: "actions" },
             comparison.unevaluated.map((name) =>
-              link(to("run", name, "answers"), `Evaluate ${name}`, { class: "button" }),
+              comparison.evaluating.includes(name)
+                ? link(to("run", name, "answers"), `${name} is being evaluated`)
+                : link(to("run", name, "answers", comparison.evaluate), `Evaluate ${name}`, { class: "button" }),
             ),
           )
         : null,

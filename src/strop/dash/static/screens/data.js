@@ -1,10 +1,10 @@
 // Data: rows as tokens, dropped rows, lengths and duplicates. Works on a file before any run.
 
-import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
+import { count, errorBox, field, get, h, link, percent, post, put, select } from "../all.js";
 import { histogram } from "../bars.js";
 import { confirmTyping, showFieldErrors, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
-import { readOptions, storeOptions, setOption } from "../options.js";
+import { formAddress, readOptions, restoreForm, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
 import { Table } from "../table.js";
 import { pager } from "./answers.js";
@@ -12,6 +12,7 @@ import { pager } from "./answers.js";
 const PAGE = 20;
 
 export async function show(container, { query, signal }) {
+  restoreForm(["options"]);
   const options = readOptions(),
     out = h("div"),
     next = link("", "Plan a run with this data", { class: "button main push" });
@@ -48,6 +49,12 @@ export async function show(container, { query, signal }) {
     data: { option: "data.max_length" },
     on: { change: () => change("data.max_length", longest.value.trim()) },
   });
+  const columns = h("input", {
+    value: typeof options["data.columns"] === "object" ? JSON.stringify(options["data.columns"]) : options["data.columns"],
+    placeholder: "automatic",
+    data: { option: "data.columns" },
+    on: { change: () => change("data.columns", columns.value.trim()) },
+  });
   put(
     container,
     h("div", { class: "line" }, h("h1", {}, "Data"), next),
@@ -67,6 +74,7 @@ export async function show(container, { query, signal }) {
           choice("data.overlong", "Longer rows"),
           choice("data.bad_rows", "Invalid rows"),
           choice("data.loss", "Trained on"),
+          field("Columns", columns, "their names in your rows, such as `prompt=question,completion=answer`"),
         ),
       ),
     ),
@@ -75,7 +83,8 @@ export async function show(container, { query, signal }) {
 
   confirmTyping(container);
   async function load() {
-    next.href = to("new", { options: JSON.stringify(options) });
+    next.href = formAddress();
+    next.hidden = !options["data.train"];
     if (!options["data.train"] || !options["model.name"]) {
       put(out, h("p", { class: "empty" }, "Choose a data file and a model. No weights are loaded."));
       return;
@@ -92,8 +101,13 @@ export async function show(container, { query, signal }) {
       }
     } catch (error) {
       if (error.name !== "AbortError" && request === requests) {
-        showFieldErrors(container, error);
-        put(out, errorBox(error, withLabels(container)));
+        const labels = showFieldErrors(container, error);
+        put(
+          out,
+          labels.length
+            ? h("p", { class: "empty", role: "status" }, `Fix: ${labels.join(", ")}`)
+            : errorBox(error, withLabels(container)),
+        );
       }
     }
     out.removeAttribute("aria-busy");

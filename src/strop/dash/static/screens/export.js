@@ -22,10 +22,12 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
-import { showFieldErrors } from "../fields.js";
+import { showFieldErrors, submitButton, withLabels } from "../fields.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
+
+const BITS = { f32: 32, fp32: 32, f16: 16, fp16: 16, bf16: 16, q8_0: 8.5, q6_k: 6.6, q5_k_m: 5.7, q4_k_m: 4.9 }; // a weight
 
 const KINDS = {
   merge: [
@@ -57,9 +59,9 @@ export async function show(container, { run, signal }) {
     forms,
     canExport
       ? kindsOf(run).map(([kind, details]) =>
-          form(run, kind, details, (job, onEnd) => {
+          form(run, kind, details, (job, shown) => {
             jobs.querySelector(":scope > p")?.remove();
-            jobs.prepend(jobCard(job, signal, { onEnd, result: parity }));
+            jobs.prepend(jobCard(job, signal, { ...shown, result: parity }));
           }),
         )
       : h("p", { class: "empty" }, noAdapter(run)),
@@ -108,22 +110,16 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     data: { option: "out" },
   });
   let type = preset;
-  const problem = h("div");
-  const exportButton = button(
+  const weights = run.parameters?.all,
+    sizes = types.map((name) => [name, weights ? `${name}, about ${bytes((weights * BITS[name]) / 8)}` : name]);
+  const exportButton = submitButton(
     "Export",
+    () => element,
     async () => {
-      put(problem);
-      showFieldErrors(element, null);
-      exportButton.disabled = true;
-      try {
-        const job = await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type });
-        onStart(job, (now) => showFieldErrors(element, now.error));
-      } catch (error) {
-        if (!showFieldErrors(element, error).length) put(problem, errorBox(error));
-      }
-      exportButton.disabled = false;
+      const job = await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type });
+      onStart(job, { onEnd: (now) => showFieldErrors(element, now.error), words: withLabels(element) });
     },
-    { "aria-label": `Export: ${name}`, class: "main" },
+    { "aria-label": `Export: ${name}` },
   );
   const element = h(
     "section",
@@ -132,10 +128,9 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     field("Output path", out),
     field(
       "Data type",
-      select(types, preset, (value) => (type = value), { data: { option } }),
+      select(sizes, preset, (value) => (type = value), { data: { option } }),
     ),
     h("div", {}, exportButton),
-    problem,
   );
   return element;
 }
@@ -144,7 +139,8 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
 function parity(job) {
   const details = job.result,
     measured = details.parity,
-    text = details.text;
+    text = details.text,
+    problem = h("div");
   if (job.error && !measured) return null; // nothing was written
   return h(
     "div",
@@ -152,10 +148,16 @@ function parity(job) {
     h("p", {}, "Wrote ", h("code", {}, details.out ?? "")),
     job.kind === "gguf" && job.state === "done"
       ? button("Download the GGUF file", async () => {
-          const file = await getBlob(`jobs/${encodeURIComponent(job.id)}/download`);
-          download(lastPart(details.out), "application/octet-stream", file);
+          put(problem);
+          try {
+            const file = await getBlob(`jobs/${encodeURIComponent(job.id)}/download`);
+            download(lastPart(details.out), "application/octet-stream", file);
+          } catch (error) {
+            put(problem, errorBox(error));
+          }
         })
       : null,
+    problem,
     measured
       ? [
           h(

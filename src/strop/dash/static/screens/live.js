@@ -155,7 +155,7 @@ export async function show(container, { run, query, signal, draw }) {
       share = steps ? step / steps : 0;
     const active = run.state === "running",
       doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
-      left = last.seconds_left ?? run.seconds_left;
+      left = run.phase === "training" ? (last.seconds_left ?? run.seconds_left) : null;
     put(
       progress,
       h(
@@ -165,7 +165,7 @@ export async function show(container, { run, query, signal, draw }) {
           "span",
           {},
           steps
-            ? `Step ${count(step)} of ${count(steps)}`
+            ? `${run.phase === "preparing" ? "Preparing to continue after step" : "Step"} ${count(step)} of ${count(steps)}`
             : active
               ? "Preparing the model and the rows. The curves begin with the first step."
               : "No step yet",
@@ -496,7 +496,11 @@ export async function show(container, { run, query, signal, draw }) {
           },
           system: drawSystem,
           gone: () => {
-            notify("This run was deleted or renamed.");
+            notify(
+              run.stopping
+                ? "The run was stopped before its first step. Nothing was saved."
+                : "This run was deleted or renamed.",
+            );
             location.hash = "#/runs";
           },
           error: (error) => {

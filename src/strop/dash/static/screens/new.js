@@ -1,6 +1,7 @@
 // New run: the plan of a recipe, the reasons for its values, the command, and the start.
 
 import {
+  address,
   button,
   bytes,
   command,
@@ -13,7 +14,6 @@ import {
   link,
   post,
   put,
-  setQuery,
   notify,
   select,
   formatValue,
@@ -23,7 +23,7 @@ import { phaseBars } from "../bars.js";
 import { confirmTyping, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
-import { readOptions, storeOptions, setOption } from "../options.js";
+import { clearForm, readOptions, restoreForm, storeForm, storeOptions, setOption } from "../options.js";
 import { recipeTable } from "../recipe.js";
 
 const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, (_, power) => low * 2 ** power);
@@ -33,10 +33,12 @@ const SLIDERS = [
   ["train.batch_size", "Effective batch size in rows", POWERS(1, 256)],
 ];
 
-export async function show(container, { query, signal }) {
+export async function show(container, { signal }) {
   const { fields } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
-  const options = readOptions(),
+  restoreForm(["options", "memory", "name"]);
+  const { query } = address(),
+    options = readOptions(),
     plan = h("div", { class: "stay", "aria-live": "off" }),
     problem = h("div"),
     job = h("div");
@@ -65,7 +67,7 @@ export async function show(container, { query, signal }) {
     "data",
     options["data.eval"],
     (value) => change("data.eval", value),
-    "a file, or a share such as 5%",
+    "a file, or a share of the training rows such as 5%; their content decides which, so it is not exact",
   );
   const choice = (name, label, choices = byName.get(name).choices) => {
     placedFields.add(name);
@@ -98,17 +100,31 @@ export async function show(container, { query, signal }) {
     data: { option: "memory" },
     on: {
       change: () => {
-        setQuery({ memory: memory.value.trim() });
+        storeForm({ memory: memory.value.trim() });
         planAgain();
       },
     },
   });
   const runName = h("input", {
+    value: query.get("name") ?? "",
     spellcheck: "false",
     placeholder: "auto",
     data: { option: "name" },
-    on: { change: planAgain },
+    on: {
+      change: () => {
+        storeForm({ name: runName.value.trim() });
+        planAgain();
+      },
+    },
   });
+  const clear = button(
+    "Clear the form",
+    () => {
+      clearForm();
+      if (address().query.size) location.hash = to("new");
+    },
+    { class: "push" },
+  );
   const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
     bars = h("div"),
@@ -149,7 +165,7 @@ export async function show(container, { query, signal }) {
   );
   put(
     container,
-    h("h1", {}, "New run"),
+    h("div", { class: "line" }, h("h1", {}, "New run"), clear),
     h(
       "div",
       { class: "two", style: { "margin-top": "1rem" } },
@@ -204,7 +220,7 @@ export async function show(container, { query, signal }) {
             number("train.max_steps", "Maximum steps"),
             number("train.learning_rate", "Learning rate"),
             number("train.eval_steps", "Steps between evaluations"),
-            number("train.max_time", "Maximum time", "such as 30m; a number without a unit is in seconds"),
+            number("train.max_time", "Maximum time", "such as 30 min; a number without a unit is in seconds"),
             number("seed", "Seed"),
           ),
         ),
@@ -212,6 +228,7 @@ export async function show(container, { query, signal }) {
           fields.filter((item) => !placedFields.has(item.field)),
           options,
           change,
+          fields.filter((item) => placedFields.has(item.field)),
         ),
       ),
       plan,
@@ -426,6 +443,7 @@ export async function show(container, { query, signal }) {
       );
       job.scrollIntoView({ block: "nearest" });
       await waitForRun(started.run, signal);
+      clearForm();
       notify(`${started.run} has started.`);
       location.hash = to("run", started.run);
     } catch (error) {

@@ -140,8 +140,8 @@ function actionButtons(run, redraw) {
     button(
       "Duplicate",
       async () => {
-        const { options } = await get(runPath(run.name, "duplicate"));
-        location.hash = to("new", { options: JSON.stringify(options) });
+        const { options, name } = await get(runPath(run.name, "duplicate"));
+        location.hash = to("new", { options: JSON.stringify(options), name });
       },
       { title: "Start a new run from these settings" },
     ),
