@@ -303,6 +303,16 @@ def test_tables_are_readable_on_a_phone(site: Path, scheme: str) -> None:
         assert "Scroll sideways" in hint
 
 
+def test_a_phone_gets_the_narrow_picture_and_buttons_hide_no_text(site: Path) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.goto((site / "index.html").as_uri())
+        page.locator("article img").first.scroll_into_view_if_needed()
+        assert page.locator("article img").first.evaluate("image => image.currentSrc").endswith("dash-run-phone.png")
+        button = page.locator("article .md-code__nav, article .md-clipboard").first
+        assert button.evaluate("button => getComputedStyle(button).backgroundColor") != "rgba(0, 0, 0, 0)"
+
+
 @pytest.mark.parametrize(("name", "fits"), [("comparison", True), ("models", False), ("recipe", True)])
 def test_header_and_first_column_of_a_long_table_stay_in_view(site: Path, name: str, fits: bool) -> None:
     with open_browser() as browser:

@@ -45,6 +45,7 @@ _INDENTED = re.compile(r"^(\S[^\n]*?):\n((?:  .*\n)+)", re.M)
 _TABLE = re.compile(r"<table>.*?</table>", re.S)
 _CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)</\1>", re.S)
 _OPTION = re.compile(r'<td[^>]*><a id="([\w.]+)"></a>(.*?)</td>.*?<td[^>]*>.*?</td>.*?<td[^>]*>(.*?)</td>', re.S)
+_IMAGE = re.compile(r'<img [^>]*?src="([\w/.-]+)\.png"[^>]*>')
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
 
 
@@ -106,7 +107,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
-    """Wrap tables, mark long cells, and name the column in each cell of a table that may be shown as a list."""
+    """Show the narrow version of a picture on a phone, wrap tables, mark long cells, and name the column in each cell.
+
+    The names of columns are for tables that may be shown as a list.
+    """
+
+    def choose(match: re.Match[str]) -> str:
+        phone = f"{match[1]}-phone.png"
+        if not (Path(config["docs_dir"]) / phone).is_file():
+            return match[0]
+        return f'<picture><source media="(max-width: 600px)" srcset="{phone}">{match[0]}</picture>'
+
+    content = _IMAGE.sub(choose, content)
     exclude = " data-search-exclude" * (page.file.src_path in TABLES_NOT_SEARCHED)
     return _TABLE.sub(lambda match: f'<div class="table"{exclude}>{_mark_cells(match[0])}</div>', content)
 
