@@ -193,6 +193,24 @@ def test_commands_have_no_placeholder_that_a_shell_reads_as_a_redirection() -> N
     assert clones == {"git clone ADDRESS strop && cd strop"}
 
 
+def test_pytorch_for_cpus_is_installed_before_strop_with_the_tested_version() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("### Upgrade")[0]
+    lines = [line for line in page.splitlines() if line.startswith("    ")]
+    torch = [n for n, line in enumerate(lines) if "whl/cpu" in line]
+    strop = [n for n, line in enumerate(lines) if "make demo" in line or "constraints.txt" in line]
+    assert len(torch) == 2 and torch[0] < strop[0] < torch[1] < strop[1]
+    (version,) = re.findall(r"^torch(==.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    assert all(f"torch{version} " in lines[n] for n in torch)
+
+
+def test_tutorial_plans_the_run_that_it_trains_and_finds_strop_of_each_installation() -> None:
+    page, install = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tutorial.md", "install.md"))
+    (planned,), (trained,) = (re.findall(rf"^strop {name} (.*)$", page, re.M) for name in ("plan", "train"))
+    assert trained.startswith(f"{planned} --out ")
+    paths = set(re.findall(r'export PATH="[^"]+"', install))
+    assert len(paths) == 2 and paths <= set(re.findall(r'export PATH="[^"]+"', page))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_link_texts_are_not_file_names(page: Path) -> None:
     assert re.findall(r"\[[\w/]+\.md\]\(", page.read_text(encoding="utf-8")) == []

@@ -775,7 +775,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     ],
     "docs/classify.md": ["above 50 %", "with 80 % probability 80 %", "takes a second", "95 % interval"],
     "docs/embed.md": ["95 % intervals", "--eval 20%", r"\(95 % interval\)"],
-    "docs/data.md": ["over 50 million pixels or 50 MiB"],  # data.images
+    "docs/formats.md": ["over 50 million pixels or 50 MiB"],  # data.images
     "docs/images.md": [
         r"\(95 % interval\)", "50 million pixels, 50 MiB", "at most 20 GiB", "at most 4 MiB",
         r"digits had 71.3 % after an epoch",  # in the log

@@ -17,6 +17,8 @@ import pytest
 
 import strop
 from strop.cli.app import COMMANDS, GROUPS
+from strop.config.options import COMMON
+from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.browser import open_browser
 
@@ -153,6 +155,17 @@ def test_search_works_on_pages_opened_as_files(site: Path, words: str, found: st
         ("batch generate", "python"),
         ("alpaca", "formats"),
         ("sharegpt", "formats"),
+        ("early stopping", "howto"),
+        ("structured output", "serve"),
+        ("save model", "after"),
+        ("truncation", "data"),
+        ("mixture of datasets", "data"),
+        ("huggingface token", "push"),
+        ("hf token", "push"),
+        ("crash", "howto"),
+        ("delete run", "howto"),
+        ("colab", "python"),
+        ("overfitting", "howto"),
     ],
 )
 def test_best_result_of_a_search_is_the_page_on_it(site: Path, words: str, best: str) -> None:
@@ -160,6 +173,54 @@ def test_best_result_of_a_search_is_the_page_on_it(site: Path, words: str, best:
         page = browser.new_page()
         page.goto((site / "tutorial.html").as_uri())
         assert f"/{best}.html" in first_results(page, words)[0]
+
+
+def test_search_finds_the_row_of_an_option_and_no_wall_of_cells(site: Path) -> None:
+    with open_browser() as browser:
+        page = browser.new_page()
+        page.goto((site / "tutorial.html").as_uri())
+        links = first_results(page, "early stopping")
+        found = page.locator(".md-search-result__article").all_inner_texts()
+        assert any("recipe.html" in link and link.endswith("#train.early_stopping") for link in links)
+        assert [text for text in found if text.startswith("early_stopping") and "Missing" not in text]
+        first_results(page, "tensorboard")
+        texts = page.locator(".md-search-result__article").all_inner_texts()
+    assert texts and not [text for text in texts if text.count("yes") > 3]
+
+
+@pytest.mark.parametrize("place", ["training", "adapter", "train.early_stopping", "other-options"])
+def test_address_in_the_recipe_shows_its_place_and_marks_its_section(site: Path, place: str) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{(site / 'recipe.html').as_uri()}#{place}")
+        page.wait_for_function("document.querySelectorAll('.md-nav__link--active').length > 2")
+        top = page.evaluate(f"document.getElementById('{place}').getBoundingClientRect().top")
+        active = page.locator(".md-nav__link--active").last.inner_text()
+    expected = {"adapter": "Adapter", "other-options": "Other options"}.get(place, "Training")
+    assert (48 < top < 160 or place == "other-options") and active.strip() == expected
+
+
+def test_every_option_of_the_recipe_has_an_address(pages: dict[Path, str]) -> None:
+    (recipe,) = (content for page, content in pages.items() if page.name == "recipe.html")
+    assert all(f'id="{name}"' in recipe for name, _ in option_fields())
+
+
+def test_guides_are_in_groups(site: Path) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((site / "howto.html").as_uri())
+        names = page.locator(".md-nav--primary .md-nav__link:visible").all_inner_texts()
+        bottom = page.get_by_text("When something fails").first.bounding_box()["y"]
+    assert bottom < 900 and not [name for name in names if "GGUF" in name or "Fix a problem" in name]
+
+
+def test_signature_of_train_lists_the_common_options(pages: dict[Path, str]) -> None:
+    (api,) = (content for page, content in pages.items() if page.name == "api.html")
+    section = api[api.index('id="strop.train"') : api.index('id="strop.resume"')]
+    text = html.unescape(re.sub(r"<[^>]+>", "", section))
+    listed = re.findall(r"^    (\w+):", text, re.M)
+    assert listed[: len(COMMON) + 1] == ["recipe", *COMMON] and "epochs: float = 3" in text
+    assert all(str(info.description) in text for name, info in option_fields() if name in ("out", "train.epochs"))
 
 
 def test_heading_is_the_name_in_the_navigation_and_in_the_tab(site: Path, pages: dict[Path, str]) -> None:
@@ -233,15 +294,23 @@ def test_tables_are_readable_on_a_phone(site: Path, scheme: str) -> None:
         page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
         for name in ("recipe", "formats", "import"):
             page.goto((site / f"{name}.html").as_uri())
-            page.wait_for_selector(".table[data-fits]")
             widths = page.evaluate(
                 "[...document.querySelectorAll('[data-list] td:last-child')].map((td) => td.offsetWidth)"
             )
-            assert min(widths) > 280 and page.locator(".table:not([data-fits])").count() == 0, name
+            assert min(widths) > 280 and page.locator(".table[data-wide]").count() == 0, name
         page.goto((site / "comparison.html").as_uri())
-        page.wait_for_selector(".table[data-fits]")
-        hint = page.evaluate("getComputedStyle(document.querySelector('.table:not([data-fits])'), '::before').content")
+        hint = page.evaluate("getComputedStyle(document.querySelector('.table[data-wide]'), '::before').content")
         assert "Scroll sideways" in hint
+
+
+def test_a_phone_gets_the_narrow_picture_and_buttons_hide_no_text(site: Path) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.goto((site / "index.html").as_uri())
+        page.locator("article img").first.scroll_into_view_if_needed()
+        assert page.locator("article img").first.evaluate("image => image.currentSrc").endswith("dash-run-phone.png")
+        button = page.locator("article .md-code__nav, article .md-clipboard").first
+        assert button.evaluate("button => getComputedStyle(button).backgroundColor") != "rgba(0, 0, 0, 0)"
 
 
 @pytest.mark.parametrize(("name", "fits"), [("comparison", True), ("models", False), ("recipe", True)])
@@ -249,9 +318,8 @@ def test_header_and_first_column_of_a_long_table_stay_in_view(site: Path, name: 
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 700})
         page.goto((site / f"{name}.html").as_uri())
-        page.wait_for_selector(".table[data-fits]")
         head, first = page.evaluate(SCROLL_TABLE)
-        assert page.locator(".table:not([data-fits])").count() == (0 if fits else 1)
+        assert page.locator(".table[data-wide]").count() == (0 if fits else 1)
     assert 0 <= head["top"] < 700 and 0 <= first["left"] < 700
 
 

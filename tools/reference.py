@@ -33,7 +33,7 @@ def recipe() -> str:
     short = {field: name for name, field in SHORT_FORMS.items()}
     for name, info in option_fields():
         section, _, leaf = name.rpartition(".")
-        option = f"`{name}`" + (f", `--{short[name]}`" if name in short else "")
+        option = f'<a id="{name}"></a>`{name}`' + (f", `--{short[name]}`" if name in short else "")
         default = "required" if info.is_required() else _yaml(info.get_default(call_default_factory=True))
         rows["objective" if leaf in OBJECTIVE_OPTIONS else section].append((option, default, _meaning(info)))
     head = ("option", "default", "meaning")

@@ -650,7 +650,7 @@ def check_inputs(
     from strop.data.reading import sources
     from strop.distributed.devices import find_ranks
     from strop.evaluation.metrics import MODEL_METRICS, find_metric
-    from strop.models.adapter_config import find_adapter_folder
+    from strop.models.adapter_config import adapter_folder, find_adapter_folder
     from strop.models.source import check_exists
     from strop.runs.folder import check_new_output
 
@@ -660,6 +660,7 @@ def check_inputs(
         check_new_output(Path(out), suffix)
     for name in models:
         check_exists(os.fspath(name), revision)
+        adapter_folder(os.fspath(name))  # a run that is still being trained
     for name in adapters:
         find_adapter_folder(os.fspath(name))
     for spec in data:

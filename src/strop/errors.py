@@ -110,7 +110,8 @@ class StropError(Exception):
         shown = [line for line, _ in entries[:MAX_SHOWN_LOCATIONS]]
         if more := sum(count for _, count in entries[MAX_SHOWN_LOCATIONS:]):
             shown.append(f"... and {more} more")
-        return [*shown, *([self.what] if len(self.where) != 1 else []), *([f"{FIX}{self.fix}"] if self.fix else [])]
+        what = [self.what] if len(self.where) != 1 and self.what not in shown else []
+        return [*shown, *what, *([f"{FIX}{self.fix}"] if self.fix else [])]
 
     def as_json(self) -> dict[str, Any]:
         """Return the error as a dictionary with `kind`, `message`, `fix` and `where`."""

@@ -221,7 +221,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
             "error: --colour: no such option\n"
             "error: --lora_alpha: no such option (did you mean --alpha?)\n"
             "error: --packing: no such option: rows are always packed, so leave it out\n"
-            "error: unknown options\nFix: see `strop train --help`\n",
+            "Fix: see `strop train --help`\n",
         ),
         (
             "train demo --per_device_train_batch_size 4",
@@ -233,6 +233,8 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("check your rows.jsonl --show 1", "Fix: quote the path: strop check 'your rows.jsonl' --show 1\n"),
         ("train demo rows.jsonl", "Fix: give it with --data rows.jsonl\n"),
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
+        ("merge runs/a -o x", "error: -o: no such option (did you mean --out?)\n"),
+        ("train demo -d rows.jsonl", "error: -d: no such option (did you mean --data?)\n"),
         ("merge runs/a --ouut x", "error: --ouut: no such option (did you mean --out?)\nFix: "),
         ("train --data", "error: option '--data' requires an argument\nFix: for example: strop train --model demo"),
         (
@@ -252,7 +254,7 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("eval", "error: RUN|MODEL is required\nFix: for example: strop eval runs/mine --data held_out.jsonl"),
         (
             "train demo --data nope.jsonl",
-            "error: nope.jsonl: no such file\nFix: the data files there are broken.jsonl, rows",
+            "error: nope.jsonl: no such file\nFix: the data files there are rows.jsonl, broken.jsonl, ",
         ),
         ("train demo --data nope", "error: nope: no such file\nFix: a Hub data set is named owner/name"),
         ("train demo --model demo --data rows.jsonl", "error: --model: given twice, as demo and as an option"),

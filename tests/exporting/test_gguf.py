@@ -180,6 +180,10 @@ def test_invalid_exports_are_refused_before_writing(
     assert (tmp_path / "there.gguf").read_text() == "mine"
     with pytest.raises(RecipeError, match="no such type"):
         export_gguf(tuned, tmp_path / "m.gguf", kind="q3", data=rows)
+    with pytest.raises(RecipeError, match=r"type q5: no such type \(did you mean q5_k_m\?\)"):
+        export_gguf(tuned, tmp_path / "m.gguf", kind="q5", data=rows)
+    with pytest.raises(FolderError, match="already exists"):  # as llama.cpp writes the type
+        export_gguf(tuned, tmp_path / "there.gguf", kind="Q8_0", data=rows)
     with pytest.raises(RecipeError, match="stored in f32"):
         export_gguf(tuned, tmp_path / "m.gguf", kind="f16", adapter=True, data=rows)
     with monkeypatch.context() as patch, pytest.raises(ModelError, match="not a run, so it has no rows to measure on"):

@@ -13,6 +13,7 @@ import strop
 from strop.data.types import Message
 from strop.errors import ModelError
 from tests.support import tiny
+from tests.support.runs import run
 from tests.support.serving import serving
 
 PROMPT = "what is 3"
@@ -113,3 +114,17 @@ def test_a_run_without_an_adapter_is_being_trained_or_ended_too_early(
     with pytest.raises(ModelError, match="is being trained by process 7") as raised:
         strop.load(tmp_path)
     assert "a LoRA run then saves its adapter" in str(raised.value)
+
+
+def test_a_run_that_is_being_trained_is_refused_before_libraries_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("recipe.yaml", "lock.json"):
+        (tmp_path / name).touch()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr("strop.runs.folder.RunFolder.holder", 7)
+    monkeypatch.setattr("strop.engine.kernels.warmup.load", lambda *_: pytest.fail("the libraries were loaded"))
+    for words in (["eval", tmp_path, "--data", rows], ["chat", tmp_path], ["serve", tmp_path]):
+        code, _, err = run(*words, capsys=capsys)
+        assert code == 2 and "is being trained by process 7" in err

@@ -26,8 +26,8 @@ def test_howto_page_prints_the_current_plan_of_a_7b_model(tmp_path: Path) -> Non
         name: int(number.replace(",", "")) for name, number in re.findall(r"^([a-z ]+?)  +([\d,]+)", block, re.M)
     }
     train = plan["phases"]["train"]
-    expected = {name: round(train["parts"][NAMES.get(name, name)] / 2**20) for name in set(printed) - {"in all"}}
-    assert printed == {**expected, "in all": round(train["peak_bytes"] / 2**20)}
-    assert sum(expected.values()) > 0.999 * printed["in all"]
+    expected = {name: round(train["parts"][NAMES.get(name, name)] / 2**20) for name in set(printed) - {"needed"}}
+    assert printed == {**expected, "needed": round(train["needed_bytes"] / 2**20)}
+    assert sum(expected.values()) > 0.999 * printed["needed"]
     assert re.findall(r"^given up (.*)$", block, re.M) == plan["gives_up"] and plan["fits"]
     assert f"{plan['phases']['merge']['peak_bytes'] / 2**30:.0f} GiB for this model" in page

@@ -193,6 +193,23 @@ def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) 
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
+def test_table_has_one_total_and_largest_rows_in_words(
+    tiny_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = run("plan", "--model", tiny_folder, "--data", rows_file, "--memory", "4GB", capsys=capsys)
+    lines = [" ".join(line.strip("│ ").split()) for line in out.splitlines()]
+    assert sum(line.startswith(("needed", "in all")) for line in lines) == 1
+    text = " ".join(out.split())
+    assert re.search(r"largest rows of up to [\d,]+ tokens, or [\d,]+ tokens at once in rows of 1,024 ", text)
+    assert "guess" not in text and "take back" not in text and "micro_batch_tokens [" not in text
+
+
+def test_files_that_the_system_frees_are_below_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, out = run("plan", "--model", "demo", "--device", "cpu", capsys=capsys)
+    names = re.findall(r"^│ (\w[\w ]*?) +│", out, re.M)
+    assert names[-2:] == ["needed", "files"] and "files: a cache of weight files, not needed" in " ".join(out.split())
+
+
 def test_plan_reports_its_rows_or_why_they_are_unknown(
     llama_8b: Path, tiny_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +425,7 @@ def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
     monkeypatch.setattr("strop.machine.probe._query_gpus", lambda fields: gpus)
     monkeypatch.setattr("strop.planning.machines.compute_capability", lambda index: capability.get(index))
     old = strop.plan(model=str(llama_8b), device="cuda:1")
-    assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
+    assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a rough estimate")
     assert old.usable_bytes == int(0.95 * (49152 << 20))
     capability[1] = 8.6
     assert strop.plan(model=str(llama_8b), device="cuda:1").resolved.recipe.model.dtype == "bf16"
@@ -591,7 +608,7 @@ def test_plan_uses_the_rates_that_doctor_measured(
     before = strop.plan(model=str(llama_8b), device="cpu").rate
     save_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")
-    assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
+    assert "estimate" in before.source and after.rate == Rate.measured(RATES, "bf16")
     assert after.resolved.recipe.model.dtype == "bf16"
     save_precision(probe(), 2, "fp32", "measured by a run")
     again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)

@@ -95,7 +95,7 @@ def links(page: Path) -> list[tuple[str, str]]:
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings as GitHub generates them, and those that the page sets."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    anchors_ = set(re.findall(r'<a id="([\w-]+)">', text))
+    anchors_ = set(re.findall(r'<a id="([\w.-]+)">', text))
     for heading in re.findall(r"^#+ (.*)$", text, re.M):
         slug = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower().strip())
         anchors_.add(slug.replace(" ", "-"))

@@ -6,7 +6,9 @@ outside of docs/ become text. Words after a block's language are marks for the t
 
 from __future__ import annotations
 
+import html
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ BOOSTS = {
     "recipe.md": 3,
     "classify.md": 0.5,
     "howto.md": 2,
+    "models.md": 0.3,
+    "base_models.md": 0.3,
     "comparison.md": 0.2,
     "api.md": 0.5,
     "hunting.md": 0.2,
@@ -32,12 +36,16 @@ BOOSTS = {
     "contributing.md": 0.2,
     "measured.md": 0.3,
 }
+# pages whose tables are not searched: they match every search, or (the recipe) have an entry for each row
+TABLES_NOT_SEARCHED = ("comparison.md", "recipe.md")
 TITLES = {"index.md": "Fine-tune language models on your own computer"}  # of the browser's tab
 LONG = 60  # characters: a table of few columns with a longer cell is shown as a list on a narrow screen
 _MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)
 _INDENTED = re.compile(r"^(\S[^\n]*?):\n((?:  .*\n)+)", re.M)
 _TABLE = re.compile(r"<table>.*?</table>", re.S)
 _CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)</\1>", re.S)
+_OPTION = re.compile(r'<td[^>]*><a id="([\w.]+)"></a>(.*?)</td>.*?<td[^>]*>.*?</td>.*?<td[^>]*>(.*?)</td>', re.S)
+_IMAGE = re.compile(r'<img [^>]*?src="([\w/.-]+)\.png"[^>]*>')
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
 
 
@@ -98,9 +106,34 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return _MARKS.sub(r"\1", _LINK.sub(resolve, markdown)).replace("<details>", '<details markdown="1">')
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Wrap tables, mark long cells, and name the column in each cell of a table that may be shown as a list."""
-    return _TABLE.sub(lambda match: f'<div class="table">{_mark_cells(match[0])}</div>', html)
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+    """Show the narrow version of a picture on a phone, wrap tables, mark long cells, and name the column in each cell.
+
+    The names of columns are for tables that may be shown as a list.
+    """
+
+    def choose(match: re.Match[str]) -> str:
+        phone = f"{match[1]}-phone.png"
+        if not (Path(config["docs_dir"]) / phone).is_file():
+            return match[0]
+        return f'<picture><source media="(max-width: 600px)" srcset="{phone}">{match[0]}</picture>'
+
+    content = _IMAGE.sub(choose, content)
+    exclude = " data-search-exclude" * (page.file.src_path in TABLES_NOT_SEARCHED)
+    return _TABLE.sub(lambda match: f'<div class="table"{exclude}>{_mark_cells(match[0])}</div>', content)
+
+
+def on_post_build(config: Any) -> None:
+    """Add an entry for each recipe option to the search, which has one for each heading."""
+    site = Path(config["site_dir"])
+    index = site / "search" / "search_index.json"
+    search = json.loads(index.read_text(encoding="utf-8"))
+    for name, option, meaning in _OPTION.findall((site / "recipe.html").read_text(encoding="utf-8")):
+        words = name.rpartition(".")[2].replace("_", " ")  # "early stopping" finds train.early_stopping
+        text = f"{html.unescape(_text(option))}, {words}: {html.unescape(_text(meaning))}"
+        entry = {"location": f"recipe.html#{name}", "title": name.rpartition(".")[2], "text": text, "boost": 0.5}
+        search["docs"].append(entry)
+    index.write_text(json.dumps(search), encoding="utf-8")
 
 
 def _mark_cells(table: str) -> str:
@@ -119,9 +152,9 @@ def _mark_cells(table: str) -> str:
     return _CELL.sub(mark, table).replace("<table>", "<table data-list>" if is_list else "<table>", 1)
 
 
-def _is_long(html: str) -> bool:
-    return len(_text(html)) > LONG
+def _is_long(content: str) -> bool:
+    return len(_text(content)) > LONG
 
 
-def _text(html: str) -> str:
-    return re.sub(r"<[^>]+>", "", html).replace('"', "&quot;")
+def _text(content: str) -> str:
+    return re.sub(r"<[^>]+>", "", content).replace('"', "&quot;")

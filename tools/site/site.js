@@ -8,13 +8,12 @@ addEventListener(
   true,
 );
 
-// A table that is too wide scrolls, and says so; the header of any other stays below that of the page.
+// A table that is too wide scrolls on its own, and says so. This must not move the place that an address names.
 function markTables() {
   for (const place of document.querySelectorAll(".table")) {
-    const table = place.querySelector("table");
-    place.removeAttribute("data-fits");
-    place.toggleAttribute("data-fits", table.scrollWidth <= table.clientWidth + 1);
+    place.toggleAttribute("data-wide", place.querySelector("table").scrollWidth > place.clientWidth + 1);
   }
 }
+markTables();
 addEventListener("load", markTables);
 addEventListener("resize", markTables);

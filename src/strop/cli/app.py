@@ -124,7 +124,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "strop train --model demo --data rows.jsonl --out runs/mine",
         "strop train recipe.yaml --lr 1e-4 --print-recipe",
     ),
-    "resume": ("strop resume runs/mine", "strop resume runs/mine --epochs 5 --allow-changed schedule"),
+    "resume": ("strop resume runs/mine", "strop resume runs/mine --epochs 5 --allow-changed train.epochs"),
     "sweep": (
         "strop sweep --model demo --data rows.jsonl --over lora.r=8,16,32",
         "strop sweep --resume runs/sweep-1",
@@ -439,7 +439,7 @@ def _explain_usage(error: Any) -> InputError:
         if len(hints) == 1:
             return InputError(f"{unknown[0]}: no such option{hints[unknown[0]]}", fix=fix)
         where = [Location(option, None, f"no such option{hint}") for option, hint in hints.items()]
-        return InputError("unknown options", fix=fix, where=where)
+        return InputError(str(where[0]), fix=fix, where=where)
     if match := re.match(r"No such command '(.*?)'", message):
         return _explain_command(match[1], path)
     parameter = getattr(error, "param", None)
@@ -484,7 +484,10 @@ def _suggest_option(option: str, command: str, error: Any) -> str:
         return f" (did you mean {meant}?)"
     if has_fields and command not in RECIPE_FIELDS and (hint := explain_name(option.lstrip("-"), "--", " ")):
         return hint
-    near = closest(option.lstrip("-"), [name.lstrip("-") for name in known])
+    names = [name.lstrip("-") for name in known if name.startswith("--")]
+    near = closest(option.lstrip("-"), names)
+    if len(option) == 2:  # -o of other tools is --out here
+        near = next((name for name in sorted(names, key=len) if name.startswith(option[1])), None)
     return f" (did you mean --{near}?)" if near else ""
 
 

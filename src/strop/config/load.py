@@ -279,11 +279,10 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
             location = Location(f"--{name}", None, f"unknown key{hint}")
         locations.append(location)
     if locations:
-        fix = "see docs/recipe.md or `strop train --help-all` for all keys"
+        fix = "see `strop train --help-all` for all keys"
         if len(locations) > 2 and (file := locations[0].file) in {name for _, _, name in given.values()}:
             fix = f"convert a file of another tool with `strop import TOOL {file} --out recipe.yaml`; {fix}"
-        what = str(locations[0]) if len(locations) == 1 else "unknown recipe keys"
-        raise RecipeError(what, fix=fix, where=locations)
+        raise RecipeError(str(locations[0]), fix=fix, where=locations)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
         _set_field(tree, name, value)

@@ -422,12 +422,13 @@ def _check_kind(data: DataSection, facts: dict[str, Any], data_kind: DataKind) -
         return None
     what = names.get(kind, f"{kind} rows")
     if data_kind == "turns":
+        unknown = "prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)"
         fix = {
             # kto labels an answer as good or bad, and an answer in the middle of a ranking would be both
             "pairs": "--train.objective dpo (ipo, orpo, simpo)"
             if facts["formats"][file] == "ranking"
             else "--train.objective dpo (ipo, orpo, simpo, kto), or only the better answers: "
-            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
+            f"--data.columns {facts.get('chosen', {}).get(file, unknown)}",
             "labelled": "--train.objective kto, or, to learn from good and bad answers alike, "
             + _ignore_label(data, facts),
             "prompt": f"rows with answers: {example_row('turns')}; or --train.objective grpo, or "

@@ -233,6 +233,7 @@ class ConversationReader:
         self._image_folder = image_folder
         self.formats: dict[str, str] = {}  # file -> name of its format
         self.unlabelled: dict[str, str] = {}  # file with labelled answers -> name of the format without the label
+        self.chosen: dict[str, str] = {}  # file with pairs -> data.columns that reads only their better answers
         self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
         self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
         self._errors = errors
@@ -275,6 +276,8 @@ class ConversationReader:
             raise InvalidRow("missing-column", what)
         if entry.name == "labelled":
             self.unlabelled[row.file] = next(name for name, other in FORMATS.items() if keys[:-1] in other.keys)
+        if entry.name == "preference" and row.file not in self.chosen and (columns := _chosen_columns(value, keys)):
+            self.chosen[row.file] = columns
         unread = converters.unread_pair_columns(value, keys) if entry.name == "preference" else set()
         if entry.name == "classification" and keys[0] not in converters.TURNS:  # a text is used alone
             unread = {name for name in entry.optional if value.get(name)}
@@ -323,8 +326,8 @@ class ConversationReader:
             raise InvalidRow("unknown-shape", what)
         if detected == "prompt" and not self._answerless:
             missing = " or ".join(sorted({key for keys in expected.keys if keys[0] == "prompt" for key in keys[1:]}))
-            if missing:
-                raise InvalidRow("no-content", f"no {missing}, which other rows of the file have")
+            if missing or expected.name != "prompt":
+                raise InvalidRow("no-content", f"no {missing or 'answer'}, which other rows of the file have")
         if expected.name == "prompt" and detected not in (None, "prompt") and not self._answerless:
             where = Location(row.file, self._first_known.line, f"no completion, which row {row.line} has")
             fix = "give each row a completion, or remove the rows without one"
@@ -343,6 +346,14 @@ class ConversationReader:
         if self.formats.keys() - {row.file}:
             fix = f"rename or remove columns of this file, because options apply to every file (alone it needs {fix})"
         return file_error(row.file, what, fix, row.line)
+
+
+def _chosen_columns(value: Mapping[str, Any], keys: Keys) -> str | None:
+    """Return a value of data.columns that reads the better answer of a pair alone, or None if it is ambiguous."""
+    chosen, prompts = value.get(keys[0]), [name for name in ("prompt", "question") if value.get(name)]
+    if keys[0] == "messages" or (isinstance(chosen, list) and not prompts):
+        return f"messages={keys[0]}"
+    return f"prompt={prompts[0]},completion={keys[0]}" if isinstance(chosen, str) and len(prompts) == 1 else None
 
 
 def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:

@@ -459,9 +459,9 @@ def _write_rows(
 
     Returns the content of facts.json: "read": number of rows; "outcomes": number of rows by outcome; "faults": errors
     of dropped rows; "cut": shortened rows; "notes": warnings (text, number of rows, first row); "unused": columns that
-    were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled": by file; "longest",
-    "longest_dropped": tokens of the longest example, of all and of rows that are too long; "chats": conversations,
-    "thinking": those with reasoning, "stops": those that end with a stop token.
+    were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled", "chosen": by file;
+    "longest", "longest_dropped": tokens of the longest example, of all and of rows that are too long; "chats":
+    conversations, "thinking": those with reasoning, "stops": those that end with a stop token.
     """
     errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
@@ -525,6 +525,7 @@ def _write_rows(
         "left_out": dict(reader.left_out),
         "formats": reader.formats,
         "unlabelled": reader.conversations.unlabelled,
+        "chosen": reader.conversations.chosen,
         "longest": longest,
         "longest_dropped": longest_dropped,
         "chats": chats,

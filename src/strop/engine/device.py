@@ -113,7 +113,7 @@ def pick_dtype(device: str) -> tuple[str, str]:
     measured, disturbed = measure_precision()
     if disturbed:
         dtype = machine.expected_dtype
-        return dtype, "guessed from the CPU's instructions, because other programs disturbed the measurement"
+        return dtype, "estimated from the CPU's instructions, because other programs disturbed the measurement"
     return measured.dtype, measured.why
 
 

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from strop.data.rendering.render import Renderer
 from strop.display.tables import Printed, print_notes
-from strop.errors import ModelError, ParityError, RecipeError
+from strop.errors import ModelError, ParityError, RecipeError, suggest
 from strop.exporting import llama_cpp
 from strop.exporting.adapter_weights import find_non_lora, read_names, read_scales, read_weights
 from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
@@ -123,11 +123,14 @@ def export_gguf(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write a tuned model or its adapter as a GGUF file; see `strop.export`. May raise MemoryLimitError."""
+    kind = kind and kind.lower()  # llama.cpp and Ollama write Q4_K_M
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
     kind = kind or ("f32" if adapter else "q8_0")
     if kind not in LIMITS:
-        raise RecipeError(f"--type {kind}: no such type", fix=f"choose among {', '.join(LIMITS)}")
+        start = next((name for name in LIMITS if name.startswith(kind)), None)
+        near = f" (did you mean {start}?)" if start else suggest(kind, LIMITS)
+        raise RecipeError(f"--type {kind}: no such type{near}", fix=f"choose among {', '.join(LIMITS)}")
     if kind not in FILE_TYPES and not llama_cpp.is_installed():
         raise RecipeError(f"--type {kind}: needs llama.cpp's quantizer", fix=f"{llama_cpp.INSTALL}, or q8_0")
     check_new_output(out, ".gguf")

@@ -40,7 +40,7 @@ class DeviceSpec:
     fp32_tflops: float | None = None  # if dtype is fp16, in which some models overflow
 
     def rate_of(self, dtype: str) -> Rate:
-        source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a guess: {self.name}"
+        source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a rough estimate: {self.name}"
         flops = 1e12 * (self.fp32_tflops if dtype == "fp32" and self.fp32_tflops else self.tflops)
         if self.device == "cpu":
             return Rate(flops, self.bandwidth_gbs * 1e9, source)
@@ -207,9 +207,9 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
         typical = DeviceSpec("like a typical Apple GPU in the table", UNKNOWN.kind, 0, 200, 4, "mps", "fp32")
         rate = typical.rate_of("fp32")
         return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
-    why = "guessed from the CPU's instructions; a run or `strop doctor` measures it while no other program runs"
-    guess = machine.expected_dtype, why
-    return TargetMachine(machine, "cpu", precision or guess, partial(Rate.of_cpu, machine, rates))
+    why = "estimated from the CPU's instructions; a run or `strop doctor` measures it while no other program runs"
+    expected = machine.expected_dtype, why
+    return TargetMachine(machine, "cpu", precision or expected, partial(Rate.of_cpu, machine, rates))
 
 
 def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> TargetMachine:

@@ -83,7 +83,7 @@ _ALTERNATIVES = {
     "merge": "use a machine with more memory, or --no-parity, which skips the comparison",
     "export": "use a machine with more memory, or --no-parity, which skips the comparison",
 }
-_PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
+_PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -439,9 +439,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     speed = f"{plan.tokens_per_s:,.0f} tokens/s{seconds}, on an otherwise idle machine"
     out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
-    largest = f"max_length {length:,}"
+    largest = f"rows of up to {length:,} tokens"
     if tokens:
-        largest += f"; with the recipe's max_length, micro_batch_tokens {tokens:,}"
+        largest += f", or {tokens:,} tokens at once in rows of {plan.resolved.recipe.data.max_length:,}"
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
     out.print(f"[bold]disk[/]     at most {plan.disk_bytes / 2**20:,.0f} MiB, in the run folder and the cache")
     if plan.refused or plan.data["refused"]:
@@ -519,20 +519,26 @@ def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
 
 
 def _make_phase_table(plan: Plan) -> Table:
-    used = [part for part in PARTS if any(phase.parts[part] for phase in plan.phases.values())]
+    used = {part: [phase.parts[part] for phase in plan.phases.values()] for part in PARTS}
+    files = used.pop("mapped_files")
     table = Table(title="peak memory in MiB", title_justify="left")
     table.add_column("")
     for name in plan.phases:
         table.add_column(name, justify="right")
-    for part in used:
-        sizes = [f"{phase.parts[part] / 2**20:,.0f}" if phase.parts[part] else "" for phase in plan.phases.values()]
-        table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *sizes)
+    for part, sizes in used.items():
+        if any(sizes):
+            table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *map(_format_mib, sizes))
     table.add_section()
-    table.add_row("in all", *(f"{phase.peak_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
-    if any(phase.needed_bytes < phase.peak_bytes for phase in plan.phases.values()):
-        table.add_row("needed", *(f"{phase.needed_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
-        table.caption, table.caption_justify = "needed: without files, which the system can take back", "left"
+    table.add_row("needed", *(_format_mib(phase.needed_bytes) for phase in plan.phases.values()), style="bold")
+    if any(files):
+        table.add_row("files", *map(_format_mib, files), style="dim")
+        table.caption_justify = "left"
+        table.caption = "files: a cache of weight files, not needed: the system frees it when memory is short"
     return table
+
+
+def _format_mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}" if size else ""
 
 
 def _format_duration(seconds: float) -> str:

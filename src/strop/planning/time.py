@@ -80,7 +80,8 @@ class Rate:
             return Rate.measured(rates, dtype)
         fp32 = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
         core = CORE_BF16 if machine.has_bf16 and dtype == "bf16" else fp32
-        return Rate(core * machine.cores, CPU_BANDWIDTH, "a guess from the CPU's instructions; `strop doctor` measures")
+        source = "the CPU's instructions, a rough estimate; `strop doctor` measures it"
+        return Rate(core * machine.cores, CPU_BANDWIDTH, source)
 
     def for_workload(self, workload: Workload) -> Rate:
         """Return the rate with the speed of int8 matmuls, if the workload uses them."""

@@ -105,7 +105,7 @@ def find_field(name: str) -> str:
         last_names = [known for known in fields if known.rpartition(".")[2] == name.replace("-", "_")]
         if len(last_names) != 1:
             what = f"--over {name}: no such recipe field{explain_name(name)}"
-            raise RecipeError(what, fix="see docs/recipe.md or `strop train --help-all` for all fields")
+            raise RecipeError(what, fix="see `strop train --help-all` for all fields")
         field = last_names[0]
     if field in FIXED_FIELDS:
         raise RecipeError(f"--over {field}: cannot be swept: {FIXED_FIELDS[field]}", fix="leave it out")
@@ -177,7 +177,7 @@ def check_value(resolved: Resolved, field: str, value: Any) -> Any:
         return attrgetter(field)(apply_setting(resolved, {field: value}).recipe)
     except InputError as error:
         problems = [place.what.removeprefix(f"{field}: ") for place in error.where] or [error.what]
-        fix = error.fix or f"see docs/recipe.md for the values of {field}"
+        fix = error.fix or f"see `strop train --help-all` for the values of {field}"
         raise RecipeError(f"--over {field}={format_value(value)}: {'; '.join(problems)}", fix=fix) from None
 
 

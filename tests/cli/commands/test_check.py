@@ -137,6 +137,31 @@ def test_columns_of_a_table_lead_to_a_call_that_works(
     assert f"Fix: {option} (if" in run(*words, capsys=capsys)[2]
 
 
+def test_missing_file_lists_the_nearest_names_first_and_counts_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [*(f"{letter}.jsonl" for letter in "abcdefghijklm"), "train.jsonl"]:
+        Path(name).write_text("")
+    err = run("check", "my-train-rows.jsonl", capsys=capsys)[2]
+    assert "Fix: the data files there are train.jsonl, " in err and err.endswith(", and 4 more\n")
+
+
+def test_row_without_an_answer_is_reported_with_the_other_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    rows = [good, good.replace("assistant", "asistant"), good[:-2], '{"prompt": "a"}', good]
+    Path("bad.jsonl").write_text("\n".join(rows) + "\n")
+    code, _, err = run("check", "bad.jsonl", capsys=capsys)
+    lines = [" ".join(line.split()) for line in err.splitlines()]
+    assert code == 2 and [line[:12] for line in lines if line.startswith("bad.jsonl:")] == [
+        "bad.jsonl:2:", "bad.jsonl:3:", "bad.jsonl:4:"
+    ]  # fmt: skip
+    assert "bad.jsonl:4: no answer, which other rows of the file have" in lines and "two formats" not in err
+
+
 def test_file_without_rows_and_missing_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

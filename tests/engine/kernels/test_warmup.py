@@ -208,6 +208,18 @@ def test_full_disk_raises_before_compiling(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "kernels").exists()
 
 
+def test_message_says_what_the_kernels_are_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compiler = SimpleNamespace(run=lambda *stages: (0, ""))
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(warmup, "take_compiler", lambda: compiler)
+        for use in (warmup.TRAIN, warmup.DECODE):
+            warmup.compile_once(torch.bfloat16, tmp_path / use, use)
+    assert [text.partition(",")[0] for text in caplog.messages] == [
+        "compiling CPU kernels for training in bfloat16",
+        "compiling CPU kernels for generating text in bfloat16",
+    ]
+
+
 def test_kernels_of_other_sources_are_removed(tmp_path: Path) -> None:
     for name in ("kernel-1.nbi", "kernel-1.1.nbc", "strop-other-train-float32"):
         (tmp_path / name).touch()

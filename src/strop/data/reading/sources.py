@@ -17,6 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
@@ -157,8 +158,11 @@ def _missing_file_error(path: str) -> DataError:
             path, f"no such file (did you mean {near}?)", f"--data {shlex.quote(os.path.join(folder, near))}"
         )
     is_text = name.lower().endswith(".txt")
-    others = sorted(other for other in siblings if _is_data_file(other) and (is_text or not other.endswith(".txt")))
-    fix = f"the data files there are {', '.join(others[:MAX_SHOWN_LOCATIONS])}" if others else ""
+    others = [other for other in sorted(siblings) if _is_data_file(other) and (is_text or not other.endswith(".txt"))]
+    stem = os.path.splitext(name)[0].lower()
+    others.sort(key=lambda other: -SequenceMatcher(None, stem, os.path.splitext(other)[0].lower()).ratio())
+    more = f", and {len(others) - MAX_SHOWN_LOCATIONS} more" if len(others) > MAX_SHOWN_LOCATIONS else ""
+    fix = f"the data files there are {', '.join(others[:MAX_SHOWN_LOCATIONS])}{more}" if others else ""
     fix = fix if _is_data_file(name) else "a Hub data set is named owner/name"
     return file_error(path, f"no such file{f' (did you mean {near}?)' if near else ''}", fix)
 

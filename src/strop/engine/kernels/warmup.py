@@ -215,7 +215,8 @@ def compile_once(
         if marker.is_file() or not any(cache.glob(f"strop-{state}-*")):
             for file in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 file.unlink(missing_ok=True)
-        LOG.info("compiling CPU kernels for %s, once; may take minutes", arguments[0])
+        use = "training" if warmup == TRAIN else "generating text"
+        LOG.info("compiling CPU kernels for %s in %s, once on this machine; may take minutes", use, arguments[0])
         parallel = machine.cores > 1 and machine.free_bytes > PARALLEL_BYTES
         program = [MODELS, warmup, *arguments]
         stages = [[program]]
