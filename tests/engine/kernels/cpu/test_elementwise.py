@@ -139,6 +139,16 @@ def test_softmax_matches_eager(dtype: torch.dtype, window: int, group: int, firs
     assert_same(result, eager.softmax_backward_(grad.clone(), probs, group, first, window))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_small_probabilities_of_a_large_vocabulary_are_not_lost(softcap: float) -> None:
+    logits = 3 * torch.randn(4, 262_144, generator=torch.Generator().manual_seed(0))
+    logits[:, 5] += 12  # beside it, a sum in fp32 loses the others
+    values = softcap * torch.tanh(logits.double() / softcap) if softcap else logits.double()
+    expected = torch.logsumexp(values, 1) - values[:, 7]
+    losses = elementwise.cross_entropy_(logits, torch.full((4,), 7), torch.ones(4), softcap, False)
+    assert float((losses - expected).abs().max()) < 3e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_cross_entropy_matches_eager(dtype: torch.dtype, softcap: float) -> None:

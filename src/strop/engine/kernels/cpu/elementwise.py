@@ -35,6 +35,8 @@ from strop.engine.train.packing import Slots
 
 SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
 KINDS = {"SILU": SILU, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU2": RELU2, "RELU": RELU, "XIELU": XIELU}
+# elements of a row that are summed in fp32; more would lose small ones: 3e-5 of a loss over 262,144 tokens
+SUM_BLOCK = 1024
 GELU_SCALE, GELU_CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
 _INV_SQRT_2, _INV_SQRT_2PI = np.float32(0.7071067811865476), np.float32(0.3989422804014327)
 
@@ -482,9 +484,13 @@ def _cross_entropy(logits: Any, labels: Any, weights: Any, softcap: Any, gradien
             if softcap > 0:
                 t = tanh(target_logit / softcap)
                 highest, target_logit, slope = softcap * tanh(highest / softcap), softcap * t, np.float32(1.0) - t * t
-                total = _capped_exp_row(row, highest, softcap, buffer)
-            else:
-                total = exp_row(row, highest, buffer)
+            exact_total = 0.0
+            for begin in range(0, n, SUM_BLOCK):
+                part, out = row[begin : begin + SUM_BLOCK], buffer[begin : begin + SUM_BLOCK]
+                exact_total += (
+                    _capped_exp_row(part, highest, softcap, out) if softcap > 0 else exp_row(part, highest, out)
+                )
+            total = np.float32(exact_total)
             losses[i] = weights[i] * (np.log(total) + highest - target_logit)
             if gradient:
                 scale = weights[i] / total
