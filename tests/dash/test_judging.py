@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_best_run_is_comparable(tmp_path: Path) -> None:
     )
     easy = verdict_of(tmp_path / "3", A=rows_of(0, 100, 40), B=rows_of(0, 50, 30))  # A: 40 of these 50
     assert easy == "A scores highest on the rows in common: clearly above B."
+
+
+def test_lead_on_few_rows_is_not_called_clear(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path / "1", b=rows_of(0, 12, 9), a=rows_of(0, 12, 5))
+    assert verdict == "b scores highest (exact 75.0%): above a, but only 12 rows."
+    result = compare(RunTable(tmp_path / "1").rows(), {"a": {}, "b": {}})
+    assert re.search(": (better|worse), but only 12 rows: .33.3 points", result["pairs"][0]["words"])
+
+
+def test_vote_on_few_pairs_is_hedged(run: RunFolder) -> None:
+    votes = Votes()
+    while (ballot := votes.ballot(run))["ballot"]:
+        tuned = answers(run, "all", "row", "", ballot["row"], 1)["rows"][0]["tuned"]
+        votes.vote(run, ballot["ballot"], "a" if ballot["a"] == tuned else "b")
+    words = tally(run)["words"]
+    assert words.startswith("tuned is preferred, but only 4 votes: tuned won 4 of 4 (100.0%, ")
 
 
 def test_equal_runs_share_the_best_score(tmp_path: Path) -> None:

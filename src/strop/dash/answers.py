@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strop.dash.files import read_bytes, read_json
 from strop.dash.jobs import Busy
 from strop.dash.runs import evaluation_score
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import describe_difference, mark_differences, paired_difference, wilson_interval
+from strop.evaluation.metrics import (
+    describe_change,
+    describe_few,
+    mark_differences,
+    paired_difference,
+    wilson_interval,
+)
 from strop.runs.folder import RunFolder
 
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")
@@ -26,7 +32,17 @@ VOTES = "votes.jsonl"
 MAX_PAGE_ROWS = 500
 MAX_BALLOTS = 1000
 MAX_MARKED_CHARACTERS = 4000  # differences of longer answers are not highlighted
-Leads = dict[str, dict[str, tuple[float, float]]]  # by run and other run: difference of scores, and its lower bound
+
+
+class Lead(NamedTuple):
+    """How far a run scores above another one on their common rows."""
+
+    value: float
+    low: float  # lower end of the interval
+    rows: int
+
+
+Leads = dict[str, dict[str, Lead]]  # by run and other run
 
 
 def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: float, count: float) -> dict[str, Any]:
@@ -141,7 +157,8 @@ def tally(folder: RunFolder) -> dict[str, Any]:
     low, high = wilson_interval(tuned, decided)
     verdict = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "no clear preference"
     share = tuned / decided
-    words = f"{verdict}: tuned won {tuned} of {decided} ({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    few = describe_few(decided, "vote") if verdict != "no clear preference" else ""
+    words = f"{verdict}{few}: tuned won {tuned} of {decided} ({share:.1%}, 95 % interval {low:.1%} to {high:.1%})"
     return {**result, "share": share, "low": low, "high": high, "words": words}
 
 
@@ -260,7 +277,7 @@ def _compare_pair(
         why = no_rows if metric == metric_b else f"{metric} against {metric_b}"
         return {**result, "words": f"{a} and {b} cannot be compared: {why}"}
     difference = vars(paired_difference([hits_a[key] for key in common], [hits_b[key] for key in common]))
-    kind, words = describe_difference(difference)
+    kind, words = describe_change({"difference": difference, "rows": len(common)})
     repeated = max(of_a.rows - len(hits_a), of_b.rows - len(hits_b))
     repeats = f" (repeated rows count once: {repeated})" if repeated else ""
     text = f"{b} against {a}, {metric} on {len(common):,} rows in common{repeats}: {words}"
@@ -282,11 +299,11 @@ def _describe_comparison(
     for pair in pairs:
         a, b, difference = pair["a"], pair["b"], pair["difference"]
         if difference and a in scores and b in scores:
-            leads[a][b] = (-difference["value"], -difference["high"])
-            leads[b][a] = (difference["value"], difference["low"])
+            leads[a][b] = Lead(-difference["value"], -difference["high"], pair["rows"])
+            leads[b][a] = Lead(difference["value"], difference["low"], pair["rows"])
     if not any(leads.values()):
         return f"{warning}{_describe_losses(rows, recipes)}"
-    best = [name for name, others in leads.items() if others and min(others.values())[0] >= 0]
+    best = [name for name, others in leads.items() if others and min(others.values()).value >= 0]
     sentences = []
     while best:  # runs that are not comparable with each other may each be the best of their group
         equal = [best[0], *(name for name in best if name in leads[best[0]])]
@@ -307,13 +324,15 @@ def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, A
         text += f" ({first['metric']} {first['value']:.1%})"
     else:  # some runs have additional rows
         text += " on the rows in common"
-    clear = [name for name in others if all(leads[best].get(name, (0, 0))[1] > 0 for best in equal)]
-    groups = {
-        "clearly above": clear,
-        "not clearly above": [name for name in others if name not in clear],
-        "not comparable with": [name for name in names if name not in (*equal, *others)],
-    }
-    parts = [f"{relation} {', '.join(runs)}" for relation, runs in groups.items() if runs]
+    groups: dict[tuple[str, str], list[str]] = {}  # by relation, and by a caveat on few rows
+    for name in others:
+        lead = min((leads[best].get(name, Lead(0, 0, 0)) for best in equal), key=lambda lead: lead.low)
+        few = describe_few(lead.rows) if lead.low > 0 else ""
+        relation = "not clearly above" if lead.low <= 0 else "above" if few else "clearly above"
+        groups.setdefault((relation, few), []).append(name)
+    if rest := [name for name in names if name not in (*equal, *others)]:
+        groups["not comparable with", ""] = rest
+    parts = [f"{relation} {', '.join(runs)}{few}" for (relation, few), runs in groups.items()]
     return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 

@@ -385,10 +385,13 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
     if not reasons:
         verdict, _, numbers = text.partition(": ")
-        rows = result.get("rows", SMALL_ROWS)
-        few = f", but only {rows} row{'s' * (rows != 1)}"
-        return kind, f"{verdict}{few}: {numbers}" if rows < SMALL_ROWS else text
+        return kind, f"{verdict}{describe_few(result.get('rows', SMALL_ROWS))}: {numbers}"
     return "unclear", f"not a fair test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+
+
+def describe_few(number: int, noun: str = "row") -> str:
+    """Return ", but only 12 rows" if a verdict is based on few rows, else ""."""
+    return f", but only {number} {noun}{'s' * (number != 1)}" if number < SMALL_ROWS else ""
 
 
 def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:
