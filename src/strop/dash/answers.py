@@ -17,10 +17,14 @@ from typing import Any, NamedTuple
 from strop.dash.files import read_bytes, read_json
 from strop.dash.jobs import Busy
 from strop.dash.runs import evaluation_score
+from strop.display.numbers import format_percent
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import (
     describe_change,
+    describe_cut,
     describe_few,
+    format_number,
+    format_score,
     mark_differences,
     paired_difference,
     wilson_interval,
@@ -66,7 +70,7 @@ def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: fl
     score, start = evaluation_score(report), max(0, int(offset))
     return {
         "evaluation": report.get("evaluation"), "intervals": report.get("intervals"),
-        "words": score["words"] if score else None,
+        "words": score["words"] if score else None, "cut": describe_cut(report["evaluation"]) if score else [],
         "complete": complete, "counts": {"all": len(all_rows), **counts}, "total": len(rows),
         "rows": [_mark_answers(row) for row in rows[start : start + min(max(0, int(count)), MAX_PAGE_ROWS)]],
     }  # fmt: skip
@@ -158,7 +162,8 @@ def tally(folder: RunFolder) -> dict[str, Any]:
     verdict = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "no clear preference"
     share = tuned / decided
     few = describe_few(decided, "vote") if verdict != "no clear preference" else ""
-    words = f"{verdict}{few}: tuned won {tuned} of {decided} ({share:.1%}, 95 % interval {low:.1%} to {high:.1%})"
+    words = f"{verdict}{few}: tuned won {tuned} of {decided} ({format_percent(share)}, "
+    words += f"95 % interval {format_percent(low)} to {format_percent(high)})"
     return {**result, "share": share, "low": low, "high": high, "words": words}
 
 
@@ -200,6 +205,8 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
     settings = []
     for field in fields:
         values = {name: recipes[name].get(field) for name in names}
+        if field == "train.epochs":  # train.max_steps replaces it
+            values = {name: None if recipes[name].get("train.max_steps") else values[name] for name in names}
         if field != "out" and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             settings.append({"field": field, "values": values})
     evaluations = {row["name"]: _read_evaluation(RunFolder(Path(row["path"]))) for row in rows}
@@ -228,7 +235,7 @@ class _Evaluation:
     metric: str  # "" without an evaluation
     hits: dict[str, bool]  # whether the tuned model is right on each different row
     rows: int  # with repeated rows
-    limits: dict[str, Any]  # max_tokens of an answer, and how many answers of the tuned model were cut
+    limits: dict[str, Any]  # max_tokens of an answer, and how many answers of both models were cut
     settings: dict[str, Any]  # of the loaded model
 
 
@@ -241,7 +248,7 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
         for row in rows
     }
     limit = evaluation.get("answers") or {}
-    limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut")}
+    limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut"), "base_cut": limit.get("base_cut")}
     settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
     return _Evaluation(str(evaluation.get("metric") or ""), hits, len(rows), limits, settings)
 
@@ -284,6 +291,9 @@ def _compare_pair(
     if unfair := _why_unfair(of_a, of_b, (a, b), recipes):
         text = f"Not a fair comparison: {'; '.join(unfair)}. {text}"
         return {**result, "unfair": unfair, "words": text}
+    limits = [it.limits["max_tokens"] for it in (of_a, of_b)]
+    if limits[0] != limits[1]:
+        text += f"; their answer limits, {limits[0]} and {limits[1]} tokens, cut no tuned answer"
     return {**result, "difference": difference, "verdict": kind, "words": text}
 
 
@@ -321,7 +331,7 @@ def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, A
     text = f"{equal[0]} scores highest" if len(equal) == 1 else f"{' and '.join(equal)} score equal"
     are_equal = all(scores[name]["value"] == first["value"] for name in equal)
     if are_equal and all(scores[name]["value"] <= first["value"] for name in others):
-        text += f" ({first['metric']} {first['value']:.1%})"
+        text += f" ({first['metric']} {format_score(first['metric'], first['value'])})"
     else:  # some runs have additional rows
         text += " on the rows in common"
     groups: dict[tuple[str, str], list[str]] = {}  # by relation, and by a caveat on few rows
@@ -343,7 +353,8 @@ def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, An
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
     text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows, with the same settings."
+    advice = "To compare answers, evaluate the runs on the same rows, with the same settings."
+    return f"{text} ({format_number('loss', lowest)}). {advice}"
 
 
 def _evaluation_key(recipe: dict[str, Any]) -> str:

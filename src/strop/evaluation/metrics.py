@@ -29,6 +29,7 @@ import numpy as np
 from strop.data.reading.json_reader import loads
 from strop.data.row_errors import type_name
 from strop.data.types import Conversation
+from strop.display.numbers import format_decimals, format_percent
 from strop.errors import DataError, Location, RecipeError, RunError, suggest
 from strop.runs.lock import sha256_file
 
@@ -357,14 +358,12 @@ def is_number(score: str) -> bool:
 
 def format_score(score: str, value: float) -> str:
     """Return a score as text: a rate in percent, others as a number."""
-    return format_number(score, value) if is_number(score) else f"{value:.1%}"
+    return format_number(score, value) if is_number(score) else format_percent(value)
 
 
 def format_number(score: str, value: float) -> str:
     """Return a score that is not a rate, with its decimals, but at least three digits, and no decimals from 1,000."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.{NUMBERS.get(score, 3)}f}"
+    return format_decimals(value, NUMBERS.get(score, 3))
 
 
 def describe_difference(difference: Mapping[str, float], metric: str | None = None) -> tuple[str, str]:
