@@ -2,6 +2,7 @@
 
 import { button, field, h, prose, put, select, uniqueId } from "./dom.js";
 import { formatValue } from "./format.js";
+import { labelOfField } from "./labels.js";
 
 const labelOf = (control) => control.closest(".field").querySelector("label").textContent;
 
@@ -155,10 +156,13 @@ export function fieldList(fields, values, onChange) {
     onChange(name, value);
     countSet();
   };
-  const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], change), item.help)]);
+  const rows = fields.map((item) => [
+    item,
+    field(labelOfField(item.field), control(item, values[item.field], change), item.help),
+  ]);
   const draw = () => {
     const word = filter.value.toLowerCase();
-    for (const [item, element] of rows) element.hidden = !`${item.field} ${item.help}`.toLowerCase().includes(word);
+    for (const [item, element] of rows) element.hidden = !`${item.field} ${labelOfField(item.field)} ${item.help}`.toLowerCase().includes(word);
   };
   filter.addEventListener("input", draw);
   const summary = h("summary"),
@@ -173,14 +177,18 @@ export function fieldList(fields, values, onChange) {
   return element;
 }
 
+/** Return a default as text: "not set" for null and an empty list or map. */
+const defaultText = (preset) =>
+  preset === null || (typeof preset === "object" && !Object.keys(preset).length) ? "not set" : formatValue(preset);
+
 function control({ field: name, choices, type, default: preset }, value, onChange) {
   const now = value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
   const orNumber = choices?.includes("<integer>"); // one of the choices, or a number
   const label = type === "boolean" ? ["true", "false"] : orNumber ? null : choices?.map(String);
   const data = { option: name };
   if (label)
-    return select([["", `default (${formatValue(preset)})`], ...label], now, (text) => onChange(name, text), { data });
-  const placeholder = orNumber ? `${formatValue(preset)} (${choices.join(", ")})` : formatValue(preset);
+    return select([["", `default (${defaultText(preset)})`], ...label], now, (text) => onChange(name, text), { data });
+  const placeholder = orNumber ? `${defaultText(preset)} (${choices.join(", ")})` : defaultText(preset);
   const change = (event) => onChange(name, event.target.value.trim());
   return h("input", { value: now, placeholder, data, on: { change } });
 }
