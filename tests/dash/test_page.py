@@ -662,7 +662,7 @@ def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Da
         assert start.is_enabled() and "better" in verdict.get_attribute("class")
         assert "on an otherwise idle machine" in verdict.inner_text() and "It fits" in summary.inner_text()
         assert tab.page.locator(".phase .sum.bad").count() == 0
-        rate = tab.page.get_by_label("Learning rate").get_attribute("placeholder")
+        rate = tab.page.get_by_label("Learning rate", exact=True).get_attribute("placeholder")
         assert rate.startswith("chosen (") and "default" in tab.page.get_by_label("Longer rows").inner_text()
         assert "Code of the libraries and compiled kernels" in tab.page.locator("main").inner_html()
         tab.check("verdict")
@@ -1059,8 +1059,8 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
             file.write(json.dumps(more) + "\n")
         for one in (tab, other):
             one.page.wait_for_selector(f"text=Step {last['step'] + 1} of")
-            one.page.wait_for_selector(".legend b:has-text('123.5')")
-            assert facts_of(one)["training loss"] == "123.5"  # the last loss, not a smoothed one
+            one.page.wait_for_selector(".legend b:has-text('123.456')")
+            assert facts_of(one)["training loss"] == "123.456"  # the last loss, not a smoothed one
             assert "skip" in one.page.locator(".marks").text_content()
             one.check("two tabs")
         own.process.kill()

@@ -19,7 +19,7 @@ FIGURES = [0, 1e-5, 1e-3, 4.67e-4, 0.0028, 0.001867, 0.0123, 0.05, 0.36778, 9.85
 DURATIONS = [0, 3.21, 9.96, 12.4, 59.7, 60, 126, 3599.9, 3600, 7384, 200_000]
 # rows of a phone's screen whose controls are too small for a finger
 SMALL = """() => [...document.querySelectorAll("button, .button, select, summary, input:not([type=checkbox])")]
-  .filter((one) => one.type !== "radio" && one.checkVisibility() && !one.matches(".link, .entry") && !one.closest("thead"))
+  .filter((one) => one.checkVisibility() && !one.matches(".link, .entry") && !one.closest("thead"))
   .filter((one) => one.getBoundingClientRect().height < 39.5).map((one) => one.outerHTML.slice(0, 120))"""
 
 
