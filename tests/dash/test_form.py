@@ -28,7 +28,7 @@ def type_text(tab: Watched, label: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("label", "wrong"),
     [
-        ("Epochs", "0"), ("Rank, exact", "0"), ("Memory limit", "lots"), ("Run name", "a/b"), ("data.columns", "text"),
+        ("Epochs", "0"), ("Rank, exact", "0"), ("Memory limit", "lots"), ("Run name", "a/b"), ("Columns", "text"),
         ("Evaluation rows", "none.jsonl"),
     ],
 )  # fmt: skip
@@ -93,11 +93,11 @@ def test_hint_leads_to_a_field_in_more_settings(browser: Any, dash: Dash, dashbo
     options = {"model.name": "tiny-model", "data.train": "labels.jsonl"}
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", f"{SUMMARY}:text('Fix: Training rows')")
-        folded, field = tab.page.locator("details.others"), tab.page.get_by_label("data.columns", exact=True)
+        folded, field = tab.page.locator("details.others"), tab.page.get_by_label("Columns", exact=True)
         assert re.fullmatch(r"More settings \(\d+\)", folded.locator("summary").inner_text()) and not field.is_visible()
         tab.page.get_by_label("Find a setting").evaluate("(find) => { find.value = 'seed'; }")
         tab.page.get_by_label("Find a setting").dispatch_event("input")
-        tab.page.locator(".verdict").get_by_role("button", name="data.columns").first.click()
+        tab.page.locator(".verdict").get_by_role("button", name="Columns").first.click()
         assert field.is_visible() and field.evaluate("(field) => field === document.activeElement")
         tab.axe("a hint")
         tab.page.keyboard.type("prompt=ticket,completion=label")
@@ -220,7 +220,7 @@ def test_fields_that_are_not_set_show_what_the_plan_chose(browser: Any, dash: Da
         tab.page.route("**/api/plan", lambda way: way.fulfill(json=way.fetch().json() | {"recipe": items}))
         open_at(tab, dash, f"/new?options={NEW}", f"{SUMMARY}:text('It fits')")
         assert tab.page.get_by_label("Longer rows").locator("option").first.inner_text() == "chosen (split)"
-        assert tab.page.get_by_label("Learning rate").get_attribute("placeholder") == "chosen (0.002)"
+        assert tab.page.get_by_label("Learning rate", exact=True).get_attribute("placeholder") == "chosen (2e-3)"
         assert tab.page.get_by_label("Maximum row length in tokens, exact").input_value() == "512"
 
 

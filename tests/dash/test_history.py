@@ -163,7 +163,7 @@ def test_number_of_marks_is_limited(tmp_path: Path) -> None:
 
 def test_memory_mark_text() -> None:
     tried = {"event": "rehearsal", "predicted_bytes": 3 << 29, "usable_bytes": 4 << 30, "done": True, "tokens": 9}
-    assert _result(tried) == "1.50 GiB predicted, 4.0 usable: dry run of the largest micro-batch"
+    assert _result(tried) == "1.50 GiB predicted, 4.0 GiB usable at that time: dry run of the largest micro-batch"
     assert "skipped" in _result({**tried, "done": False})
     assert _result({"event": "shrink", "step": 2, "to": "smaller pieces", "why": "no memory"}) == (
         "out of memory at step 2; now smaller pieces: no memory"

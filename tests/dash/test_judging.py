@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,44 @@ def test_best_run_is_comparable(tmp_path: Path) -> None:
     assert easy == "A scores highest on the rows in common: clearly above B."
 
 
+def test_answer_limits_that_cut_only_the_base_are_named(tmp_path: Path) -> None:
+    for name, limit in (("long", 80), ("short", 10)):
+        folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+        evaluated(folder, rows_of(0, 30, 9))
+        report = RunFolder(folder).read_report()
+        report["evaluation"]["answers"] = {"max_tokens": limit, "references_cut": 0, "base_cut": 7, "tuned_cut": 0}
+        write_json(RunFolder(folder).report, report)
+    result = compare(RunTable(tmp_path).rows(), {"long": {}, "short": {}})
+    assert re.search("answer limits, (80 and 10|10 and 80) tokens, cut no tuned answer$", result["pairs"][0]["words"])
+    assert [score["base_cut"] for score in result["scores"]] == [7, 7]
+    (shown,) = answers(RunFolder(tmp_path / "short"), "all", "row", "", 0, 1)["cut"]
+    assert shown.startswith("7 of 30 base answers were cut at 10 tokens")
+
+
+def test_epochs_are_not_compared_with_a_run_of_a_number_of_steps(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+    recipes: dict[str, dict[str, Any]] = {"a": {"train.epochs": 30}, "b": {"train.epochs": 3, "train.max_steps": 5}}
+    settings = {item["field"]: item["values"] for item in compare(RunTable(tmp_path).rows(), recipes)["settings"]}
+    assert settings["train.epochs"] == {"a": 30, "b": None}
+
+
+def test_lead_on_few_rows_is_not_called_clear(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path / "1", b=rows_of(0, 12, 9), a=rows_of(0, 12, 5))
+    assert verdict == "b scores highest (exact 75.0%): above a, but only 12 rows."
+    result = compare(RunTable(tmp_path / "1").rows(), {"a": {}, "b": {}})
+    assert re.search(": (better|worse), but only 12 rows: .33.3 points", result["pairs"][0]["words"])
+
+
+def test_vote_on_few_pairs_is_hedged(run: RunFolder) -> None:
+    votes = Votes()
+    while (ballot := votes.ballot(run))["ballot"]:
+        tuned = answers(run, "all", "row", "", ballot["row"], 1)["rows"][0]["tuned"]
+        votes.vote(run, ballot["ballot"], "a" if ballot["a"] == tuned else "b")
+    words = tally(run)["words"]
+    assert words.startswith("tuned is preferred, but only 4 votes: tuned won 4 of 4 (100.0%, ")
+
+
 def test_equal_runs_share_the_best_score(tmp_path: Path) -> None:
     none = rows_of(0, 20, 0)
     assert verdict_of(tmp_path / "1", a=none, b=none) == "a and b score equal (exact 0.0%)."
@@ -180,7 +219,7 @@ def test_losses_on_different_rows_are_not_compared() -> None:
         {"name": name, "path": "nowhere", "score": None, "eval_loss": loss} for name, loss in (("a", 1.0), ("b", 2.0))
     ]
     same, other = {"data.eval": "x.jsonl"}, {"data.eval": "y.jsonl"}
-    assert compare(rows, {"a": same, "b": same})["verdict"].startswith("a has the lowest evaluation loss (1)")
+    assert compare(rows, {"a": same, "b": same})["verdict"].startswith("a has the lowest evaluation loss (1.000)")
     assert compare(rows, {"a": same, "b": other})["verdict"].startswith("Not comparable")
     parts = {"data.eval": "5%"}
     assert compare(rows, {"a": {**parts, "rows": "f"}, "b": {**parts, "rows": "g"}})["verdict"].startswith(

@@ -121,7 +121,7 @@ def test_the_screen_of_a_sweep(dash: Dash, tmp_path: Path, tiny_folder: Path) ->
                     "lora.r", "learning_rate", "loss", "exact",
                 ]  # fmt: skip
                 assert tab.page.locator("tbody tr").count() == 3
-                assert "80.0 %" in tab.page.locator("tbody tr").first.inner_text()
+                assert "80.0%" in tab.page.locator("tbody tr").first.inner_text()
                 tab.axe(f"sweep {size}")
                 tab.check(f"sweep {size}")
         with open_tab(browser, dash) as tab:

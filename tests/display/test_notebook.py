@@ -59,7 +59,7 @@ def test_evaluation_is_shown_and_the_bar_stays() -> None:
         display.show_activity("sampling: 1 of 4 completions")
         assert "<b>sampling: 1 of 4 completions</b>" in display._render() and "4/8" in display._render()
         display.on_event({"event": "samples", "step": 4})
-        assert "<b>training</b>" in display._render() and "1:02" in display._render()
+        assert "<b>training</b>" in display._render() and "1 min 2 s" in display._render()
     finally:
         display.close("done")
 

@@ -38,7 +38,7 @@ def test_progress_in_a_file_is_a_line_per_interval() -> None:
             show({**STEP, "time": seconds, "step": number})
         show({"event": "end", "time": 99.0, "step": 3})
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
-    assert lines == [f"step     {number}  loss 1.5000  400 tokens/s  1:02 left" for number in (1, 3)]
+    assert lines == [f"step     {number}  loss 1.5000  400 tokens/s  1 min 2 s left" for number in (1, 3)]
 
 
 def test_long_run_prints_fewer_lines() -> None:
@@ -128,7 +128,7 @@ def test_counted_activity_shows_the_time_left() -> None:
         status._since -= 60
         status._pace._started -= 60
         status.update("answering: 1 of 4")
-        assert re.fullmatch(r"answering: 1 of 4 \(6\d s, [23]:\d\d left\)", status.text())
+        assert re.fullmatch(r"answering: 1 of 4 \(6\d s, [23] min( \d+ s)? left\)", status.text())
         assert len(status.text(24)) == 24 and status.text(24).endswith(" left)")
 
 
@@ -169,7 +169,7 @@ def test_time_left_of_answers_counts_unfinished_ones(monkeypatch: pytest.MonkeyP
             advance("base and tuned", done, 12)
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["answers  base and tuned 0/12"] * 2
-    assert re.fullmatch(r"answers  base and tuned 1/12, \d:\d\d left", lines[2])
+    assert re.fullmatch(r"answers  base and tuned 1/12, (\d min )?[\d.]+ s left", lines[2])
 
 
 def test_generation_progress_removes_its_log_handler() -> None:

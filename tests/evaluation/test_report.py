@@ -105,7 +105,7 @@ def test_full_report_shows_every_figure(tmp_path: Path) -> None:
         "2.310 → 0.021",
         "1.50 GiB",
         "1.25 GiB",
-        "81.7 to 91.6%",
+        "81.7% to 91.6%",
     ):
         assert figure in page.text, figure
     for word in (
@@ -160,7 +160,7 @@ def test_base_without_tuned_is_scored_without_a_verdict() -> None:
     report = full()
     del report["evaluation"]["tuned"], report["evaluation"]["difference"]
     page = Page(render(report, []))
-    assert "0.0 to 2.1%" in page.text and "went from" not in page.text
+    assert "0.0% to 2.1%" in page.text and "went from" not in page.text
 
 
 def test_figures_that_are_not_finite_numbers_are_left_out() -> None:
@@ -268,7 +268,7 @@ def test_long_samples_are_truncated_with_a_note() -> None:
     report["samples"] = [{"prompt": "p", "gold": "g", "base": "y" * 5000, "tuned": ""}] * 40
     text = Page(render(report, [])).text
     assert "(4,400 more characters)" in text and "y" * 601 not in text
-    assert "(nothing)" in text and "12 of the 40 samples in report.json" in text
+    assert "(nothing)" in text and "answers to 12 of the 176 evaluated rows" in text
 
 
 def test_report_of_a_short_run_names_what_it_shows(tmp_path: Path) -> None:
@@ -287,6 +287,22 @@ def test_report_of_a_short_run_names_what_it_shows(tmp_path: Path) -> None:
     assert "smoothed" in render(report, steps(60))
     single = render(report, [*steps(1), {"event": "eval", "step": 1, "loss": 0.3}])
     assert single.count("<use ") > render(report, [*steps(2), {"event": "eval", "step": 1, "loss": 0.3}]).count("<use ")
+
+
+def test_report_shows_planned_time_completions_and_cut_answers() -> None:
+    report = full() | {"predicted_seconds": 42.0}
+    report["evaluation"]["answers"] = {"max_tokens": 80, "references_cut": 0, "base_cut": 7, "tuned_cut": 0}
+    report["samples"][0] |= {"base_cut": True, "tuned_cut": False}
+    samples = [{"prompt": "pens", "reference": "office", "completion": "pen", "cut": True}]
+    page = Page(render(report, [*steps(4), {"event": "samples", "step": 4, "samples": samples}]))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "planned, on an idle machine42 s" in text
+    assert "Sample completions during training, at step 4" in text and "pen … (cut at the limit)" in text
+    assert "7 of 176 base answers were cut at 80 tokens" in text and "x … (cut at the limit)" in text
+    assert text.count("cut at the limit") == 2
+    assert "trained on" not in text
+    text = Page(render(report | {"data_report": {"held_out": 138}}, [])).text
+    assert "trained on553" in text and "held out for evaluation138" in text
 
 
 def test_report_of_a_stopped_run_says_so(tmp_path: Path) -> None:
@@ -312,4 +328,4 @@ def test_legend_names_only_marks_that_are_shown() -> None:
     equal = {"prompt": "a", "gold": "same", "base": "same", "tuned": "same", "base_hit": True, "tuned_hit": True}
     assert "<ins>not expected</ins>" in render(report, [])
     page = render({**report, "samples": [equal]}, [])
-    assert "1 of the 1 samples in report.json</small>" in page and "not expected" not in page
+    assert "answers to 1 of the 176 evaluated rows</small>" in page and "not expected" not in page

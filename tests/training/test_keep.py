@@ -356,7 +356,7 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     text = console.export_text()
     assert "train.keep = 0.15  the rows have a system prompt" in text
     assert "of which 1 min once to answer general prompts" in " ".join(text.split())
-    assert re.search(r"a short run: [\d,]+ tokens", decided(talker, data, epochs=0.1).why)
+    assert re.search(r"added to short runs: this one has [\d,]+ tokens", decided(talker, data, epochs=0.1).why)
     assert decided(talker, data, **{"train.max_steps": 2}).value == "off"
     assert decided(talker, data, **{"train.keep": "off"}).origin == "option"
     assert decided(talker, data, **{"train.keep": None}).value == "off"  # the recipe.yaml of an earlier version

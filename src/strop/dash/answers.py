@@ -12,13 +12,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strop.dash.files import read_bytes, read_json
 from strop.dash.jobs import Busy
 from strop.dash.runs import evaluation_score
+from strop.display.numbers import format_percent
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import describe_difference, mark_differences, paired_difference, wilson_interval
+from strop.evaluation.metrics import (
+    describe_change,
+    describe_cut,
+    describe_few,
+    format_number,
+    format_score,
+    mark_differences,
+    paired_difference,
+    wilson_interval,
+)
 from strop.runs.folder import RunFolder
 
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")
@@ -26,7 +36,17 @@ VOTES = "votes.jsonl"
 MAX_PAGE_ROWS = 500
 MAX_BALLOTS = 1000
 MAX_MARKED_CHARACTERS = 4000  # differences of longer answers are not highlighted
-Leads = dict[str, dict[str, tuple[float, float]]]  # by run and other run: difference of scores, and its lower bound
+
+
+class Lead(NamedTuple):
+    """How far a run scores above another one on their common rows."""
+
+    value: float
+    low: float  # lower end of the interval
+    rows: int
+
+
+Leads = dict[str, dict[str, Lead]]  # by run and other run
 
 
 def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: float, count: float) -> dict[str, Any]:
@@ -50,7 +70,7 @@ def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: fl
     score, start = evaluation_score(report), max(0, int(offset))
     return {
         "evaluation": report.get("evaluation"), "intervals": report.get("intervals"),
-        "words": score["words"] if score else None,
+        "words": score["words"] if score else None, "cut": describe_cut(report["evaluation"]) if score else [],
         "complete": complete, "counts": {"all": len(all_rows), **counts}, "total": len(rows),
         "rows": [_mark_answers(row) for row in rows[start : start + min(max(0, int(count)), MAX_PAGE_ROWS)]],
     }  # fmt: skip
@@ -141,7 +161,9 @@ def tally(folder: RunFolder) -> dict[str, Any]:
     low, high = wilson_interval(tuned, decided)
     verdict = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "no clear preference"
     share = tuned / decided
-    words = f"{verdict}: tuned won {tuned} of {decided} ({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    few = describe_few(decided, "vote") if verdict != "no clear preference" else ""
+    words = f"{verdict}{few}: tuned won {tuned} of {decided} ({format_percent(share)}, "
+    words += f"95 % interval {format_percent(low)} to {format_percent(high)})"
     return {**result, "share": share, "low": low, "high": high, "words": words}
 
 
@@ -183,6 +205,8 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
     settings = []
     for field in fields:
         values = {name: recipes[name].get(field) for name in names}
+        if field == "train.epochs":  # train.max_steps replaces it
+            values = {name: None if recipes[name].get("train.max_steps") else values[name] for name in names}
         if field != "out" and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             settings.append({"field": field, "values": values})
     evaluations = {row["name"]: _read_evaluation(RunFolder(Path(row["path"]))) for row in rows}
@@ -211,7 +235,7 @@ class _Evaluation:
     metric: str  # "" without an evaluation
     hits: dict[str, bool]  # whether the tuned model is right on each different row
     rows: int  # with repeated rows
-    limits: dict[str, Any]  # max_tokens of an answer, and how many answers of the tuned model were cut
+    limits: dict[str, Any]  # max_tokens of an answer, and how many answers of both models were cut
     settings: dict[str, Any]  # of the loaded model
     options: dict[str, Any]  # with which another run is evaluated in the same way
 
@@ -225,7 +249,7 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
         for row in rows
     }
     limit = evaluation.get("answers") or {}
-    limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut")}
+    limits = {"max_tokens": limit.get("max_tokens"), "cut": limit.get("tuned_cut"), "base_cut": limit.get("base_cut")}
     settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
     metric = str(evaluation.get("metric") or "")
     files = {str(row.get("place")).rpartition(":")[0] for row in rows}
@@ -265,13 +289,16 @@ def _compare_pair(
         why = no_rows if metric == metric_b else f"{metric} against {metric_b}"
         return {**result, "words": f"{a} and {b} cannot be compared: {why}"}
     difference = vars(paired_difference([hits_a[key] for key in common], [hits_b[key] for key in common]))
-    kind, words = describe_difference(difference)
+    kind, words = describe_change({"difference": difference, "rows": len(common)})
     repeated = max(of_a.rows - len(hits_a), of_b.rows - len(hits_b))
     repeats = f" (repeated rows count once: {repeated})" if repeated else ""
     text = f"{b} against {a}, {metric} on {len(common):,} rows in common{repeats}: {words}"
     if unfair := _why_unfair(of_a, of_b, (a, b), recipes):
         text = f"Not a fair comparison: {'; '.join(unfair)}. {text}"
         return {**result, "unfair": unfair, "words": text}
+    limits = [it.limits["max_tokens"] for it in (of_a, of_b)]
+    if limits[0] != limits[1]:
+        text += f"; their answer limits, {limits[0]} and {limits[1]} tokens, cut no tuned answer"
     return {**result, "difference": difference, "verdict": kind, "words": text}
 
 
@@ -287,11 +314,11 @@ def _describe_comparison(
     for pair in pairs:
         a, b, difference = pair["a"], pair["b"], pair["difference"]
         if difference and a in scores and b in scores:
-            leads[a][b] = (-difference["value"], -difference["high"])
-            leads[b][a] = (difference["value"], difference["low"])
+            leads[a][b] = Lead(-difference["value"], -difference["high"], pair["rows"])
+            leads[b][a] = Lead(difference["value"], difference["low"], pair["rows"])
     if not any(leads.values()):
         return f"{warning}{_describe_losses(rows, recipes)}"
-    best = [name for name, others in leads.items() if others and min(others.values())[0] >= 0]
+    best = [name for name, others in leads.items() if others and min(others.values()).value >= 0]
     sentences = []
     while best:  # runs that are not comparable with each other may each be the best of their group
         equal = [best[0], *(name for name in best if name in leads[best[0]])]
@@ -309,16 +336,18 @@ def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, A
     text = f"{equal[0]} scores highest" if len(equal) == 1 else f"{' and '.join(equal)} score equal"
     are_equal = all(scores[name]["value"] == first["value"] for name in equal)
     if are_equal and all(scores[name]["value"] <= first["value"] for name in others):
-        text += f" ({first['metric']} {first['value']:.1%})"
+        text += f" ({first['metric']} {format_score(first['metric'], first['value'])})"
     else:  # some runs have additional rows
         text += " on the rows in common"
-    clear = [name for name in others if all(leads[best].get(name, (0, 0))[1] > 0 for best in equal)]
-    groups = {
-        "clearly above": clear,
-        "not clearly above": [name for name in others if name not in clear],
-        "not comparable with": [name for name in names if name not in (*equal, *others)],
-    }
-    parts = [f"{relation} {', '.join(runs)}" for relation, runs in groups.items() if runs]
+    groups: dict[tuple[str, str], list[str]] = {}  # by relation, and by a caveat on few rows
+    for name in others:
+        lead = min((leads[best].get(name, Lead(0, 0, 0)) for best in equal), key=lambda lead: lead.low)
+        few = describe_few(lead.rows) if lead.low > 0 else ""
+        relation = "not clearly above" if lead.low <= 0 else "above" if few else "clearly above"
+        groups.setdefault((relation, few), []).append(name)
+    if rest := [name for name in names if name not in (*equal, *others)]:
+        groups["not comparable with", ""] = rest
+    parts = [f"{relation} {', '.join(runs)}{few}" for (relation, few), runs in groups.items()]
     return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 
@@ -329,7 +358,8 @@ def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, An
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
     text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{text} ({lowest:.4g}). To compare answers, evaluate the runs on the same rows, with the same settings."
+    advice = "To compare answers, evaluate the runs on the same rows, with the same settings."
+    return f"{text} ({format_number('loss', lowest)}). {advice}"
 
 
 def _evaluation_key(recipe: dict[str, Any]) -> str:

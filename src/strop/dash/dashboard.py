@@ -417,19 +417,22 @@ class System:
     def state(self, pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any]:
         """Return the state of the machine and of the process `pid`. CPU usage is the average since the last call."""
         machine, memory = probe(), psutil.virtual_memory()
+        process, cpu = _process_state(pid, cores_used), psutil.cpu_percent() / 100
+        used = (process or {}).get("cpu")
+        other_cores = None if used is None else max(0.0, cpu * (psutil.cpu_count() or 1) - used)
         try:
             usage = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd())
             disk: dict[str, int | None] = {"free": usage.free, "total": usage.total}
         except OSError:
             disk = {"free": None, "total": None}
         return {
-            "time": time.time(), "cpu": psutil.cpu_percent() / 100, "cores": machine.cores,
+            "time": time.time(), "cpu": cpu, "cores": machine.cores, "other_cores": other_cores,
             "load": [round(load, 2) for load in psutil.getloadavg()],
             "memory": {
                 "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
                 "available": machine.free_bytes, "whole_machine": memory.total,
             },
-            "process": _process_state(pid, cores_used), "gpus": self._query_gpus(), "disk": disk,
+            "process": process, "gpus": self._query_gpus(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
 

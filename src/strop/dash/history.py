@@ -38,6 +38,7 @@ LEVELS = {
 MAX_SAMPLE_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = 100, 50, 4000  # evaluations, completions of each, length of a text
 _WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
 _NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
+_BEFORE_STEPS = ("start", "rehearsal", "reference", "reference-check")  # the time of the first step begins after them
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
 
 
@@ -61,6 +62,7 @@ class History:
     def _clear(self) -> None:
         self._offset, self._inode = 0, 0
         self.steps, self.clock, self.tokens = array("l"), array("d"), array("d")
+        self.trained = array("d")  # seconds in steps up to each step, as `seconds` of report.json
         self.columns: dict[str, array[float]] = {}
         self.eval_steps, self.evals = array("l"), array("d")
         self.undone: list[tuple[int, float]] = []  # (step, loss) of steps that were repeated
@@ -71,13 +73,15 @@ class History:
         self.samples: dict[int, list[dict[str, str]]] = {}  # completions at evaluations by step, oldest first
         self._first_time: float | None = None
         self._session_start, self._earlier_seconds = 0.0, 0.0
+        self._step_start, self._last_time, self._lost_seconds = 0.0, 0.0, 0.0
+        self.eval_seconds = 0.0  # in evaluations with samples
         self._epoch_starts: dict[int, int] = {}  # first step of each epoch
 
     @property
     def num_bytes(self) -> int:
         """Return the approximate size in memory."""
         texts = (text for samples in self.samples.values() for sample in samples for text in sample.values())
-        curves = len(self.steps) * (24 + 4 * len(self.columns))
+        curves = len(self.steps) * (32 + 4 * len(self.columns))
         return curves + 400 * len(self.marks) + 64 * len(self.undone) + sum(map(len, texts))
 
     @property
@@ -140,6 +144,7 @@ class History:
         self.newest["step"] = events[-1]
         if self._first_time is None:
             self._first_time = self._session_start = _number(events[0].get("time")) or 0.0
+            self._step_start = self._session_start
         for name, value in events[0].items():
             if name not in _NOT_COLUMNS and name not in self.columns and not isinstance(value, (str, bool, list, dict)):
                 self.columns[name] = array("f", [np.nan] * len(self.steps))
@@ -161,6 +166,10 @@ class History:
         for time in _numbers(events, "time"):
             elapsed = max(elapsed, self._earlier_seconds + time - self._session_start)  # the clock may be set back
             self.clock.append(elapsed)
+            seconds = max(0.0, time - self._step_start) + self._lost_seconds
+            self.trained.append((self.trained[-1] if self.trained else 0.0) + seconds)
+            self._step_start, self._lost_seconds = time, 0.0
+        self._last_time = self._step_start
         self.tokens.extend(_numbers(events, "tokens"))
         for name, column in self.columns.items():
             column.extend(_numbers(events, name))
@@ -176,6 +185,14 @@ class History:
             self._session_start = time
         if kind in _STORED_EVENTS:
             self.newest[kind] = event
+        if kind in _BEFORE_STEPS:
+            self._step_start = time
+        elif kind in ("eval", "save", "samples"):  # not part of the next step's time
+            seconds = time - self._last_time if kind == "samples" else _number(event.get("seconds"))
+            if math.isfinite(seconds):
+                self._step_start += seconds
+                self.eval_seconds += seconds if kind != "save" else 0.0
+        self._last_time = time
         if kind == "note":
             self.notes = [*self.notes, str(event.get("text", ""))][-200:]
         if kind == "eval" and isinstance(step, int):
@@ -190,9 +207,12 @@ class History:
         if kind == "answers" and isinstance(step, int) and isinstance(event.get("messages"), list):
             prompt, turns = split_prompt(event["messages"])
             self._add_samples(step, [{"prompt": prompt, "completion": describe_turns(turns)}])
+        before = self.trained[-1] if self.trained else 0.0
         last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
         if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
             self._undo(last_valid)
+            if kind == "rollback":  # a rollback keeps the time of the steps that it undoes
+                self._lost_seconds += before - (self.trained[-1] if self.trained else 0.0)
             if kind == "resume":
                 self._earlier_seconds = self.clock[-1] if self.clock else 0.0
         mark = mark_for(event)
@@ -223,7 +243,7 @@ class History:
             losses = self.columns.get("loss", array("f"))
             self.undone += zip(self.steps[index:], losses[index:], strict=False)
             del self.undone[:-MAX_UNDONE]
-        for column in [*self.columns.values(), self.clock, self.tokens]:
+        for column in [*self.columns.values(), self.clock, self.tokens, self.trained]:
             del column[index:]
         del self.steps[index:]
         index = bisect_right(self.eval_steps, step)
@@ -252,10 +272,12 @@ class History:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Return the values of the last step, with seconds of training and the last evaluation's loss as eval_loss."""
+        """Return the values of the last step, with times, mean speed, epochs and eval_loss of the run."""
         values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
-        if self.clock:
-            values["seconds"] = round_significant(self.clock[-1])
+        if self.trained:
+            values |= {"seconds": round_significant(self.trained[-1]), "eval_seconds": self.eval_seconds}
+            values["tokens_per_s"] = round_significant(self.tokens[-1] / max(self.trained[-1], 1e-9))
+            values["epochs"] = round_significant(values.get("steps", math.nan) / (self.steps_per_epoch or math.nan))
         return values | {"eval_loss": round_significant(self.evals[-1])} if self.evals else values
 
     def axis(self, by: str, steps: Any) -> Values:
@@ -399,7 +421,7 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
     if kind == "rehearsal" and _is_int(event.get("predicted_bytes")) and _is_int(event.get("usable_bytes")):
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         action = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
-        return f"{need:.2f} GiB predicted, {usable:.1f} usable: {action}"
+        return f"{need:.2f} GiB predicted, {usable:.1f} GiB usable at that time: {action}"
     numbers = [str(row) for row in event.get("rows") or []] if kind in ("skip", "doubt") else []
     rows = f" (rows {', '.join(numbers[:4])}{', ...' if len(numbers) > 4 else ''})" if numbers else ""
     texts = {

@@ -61,8 +61,13 @@ def rewrite_report(path: Path) -> None:
 
     with suppress(OSError, *CONTENT_ERRORS):
         report = folder.read_report()
-        recipe = [{**item, "value": str(path)} if item.get("field") == "out" else item for item in report["recipe"]]
-        write_report(path, {**report, "recipe": recipe}, read_events(folder.events))
+        report = {**report, "recipe": with_folder(report["recipe"], path)}
+        write_report(path, report, read_events(folder.events))
+
+
+def with_folder(recipe: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Return a recipe whose option `out` is the folder of the run, which may have been renamed."""
+    return [{**item, "value": str(path)} if item.get("field") == "out" else item for item in recipe]
 
 
 @contextmanager

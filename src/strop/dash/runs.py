@@ -32,10 +32,11 @@ from strop.dash.files import (
     run_path,
 )
 from strop.dash.history import History, round_significant
-from strop.dash.notes import NOTES_FILE, read_notes
+from strop.dash.jobs import shell_command
+from strop.dash.notes import NOTES_FILE, read_notes, with_folder
 from strop.display.tables import describe_caveat
 from strop.evaluation.metrics import describe_baseline, describe_change, describe_rows, format_score, score_name
-from strop.runs.events import parse_event
+from strop.runs.events import list_row_counts, parse_event
 from strop.runs.folder import RunFolder, is_run
 
 NOT_GENERATING = ("SEQ_CLS", "FEATURE_EXTRACTION")  # PEFT's task types; models.adapter_config would load pydantic
@@ -261,18 +262,21 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
     folder = RunFolder(Path(row["path"]))
     report, lock, newest = read_json(folder.report), read_json(folder.lock), history.newest
     data, start = newest.get("data") or {}, newest.get("start") or {}
+    data_report = data.get("report") or report.get("data_report")
     files = file_sizes(folder.path)
     kind = folder.saved.name
     sizes = [size for name, size in files if name.startswith(f"{kind}/")]
     adapter = {"kind": kind, "path": str(folder.saved), "bytes": sum(sizes), "step": report.get("adapter_step")}
     return {
         **row,
-        "recipe": history.choices or report.get("recipe") or [],
+        "recipe": with_folder(history.choices or report.get("recipe") or [], folder.path),
         "machine": (newest.get("machine") or {}).get("lines") or [],
         "engine": {"name": start.get("engine"), "why": start.get("why")} if start else None,
         "parameters": start.get("parameters"),
-        "data_report": limit_rows(data.get("report") or report.get("data_report"), MAX_LISTED_ROWS),
+        "data_report": limit_rows(data_report, MAX_LISTED_ROWS),
+        "row_counts": list(list_row_counts(data_report)) if data_report else [],
         "notes": history.notes,
+        "predicted_seconds": (newest.get("rehearsal") or {}).get("predicted_seconds"),  # of all steps
         "memory": _memory(report, newest.get("rehearsal") or {}),
         "checkpoints": _checkpoints(files, report),
         "adapter": adapter if sizes else None,
@@ -283,7 +287,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "marks_left_out": history.marks_left_out,
         "sample_steps": list(reversed(history.samples)),
         "has_answers": folder.answers.is_file(),
-        "resume": f"strop resume {folder.path}",
+        "resume": shell_command(["resume", str(folder.path)]),
     }
 
 
@@ -327,7 +331,7 @@ def _checkpoints(files: list[tuple[str, int]], report: dict[str, Any]) -> list[d
     for name, size in files:
         if match := re.match(r"checkpoints/step-(\d+)/", name):
             totals[int(match[1])] += size
-    best = report.get("adapter_step")
+    best = None if report.get("eval_loss") is None else report.get("adapter_step")  # without an evaluation, the last
     return [{"step": step, "bytes": size, "best": step == best} for step, size in sorted(totals.items())]
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strop.display.terminal import format_clock
+from strop.display.numbers import format_duration
 from strop.errors import in_python
 from strop.runs.events import ON_REQUEST, Event
 
@@ -88,7 +88,7 @@ class NotebookDisplay:
         elif kind == "step":
             if math.isfinite(event["loss"]):
                 self._train[event["step"]] = event["loss"]
-            left = format_clock(event["seconds_left"])
+            left = format_duration(event["seconds_left"])
             self._rows.append((str(event["step"]), f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", left))
             total = event.get("steps", self._total)
             self._set_training("saving" if event["step"] == total else "training", event["step"], total)

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.status import Status
 from rich.text import Text
 
+from strop.display.numbers import format_duration
 from strop.display.tables import abbreviate, console
 from strop.errors import in_python, in_terminal
 from strop.runs.events import ON_REQUEST, Event
@@ -65,13 +66,6 @@ def activity_messages(show: Callable[[str], None], announce: Callable[[str], obj
         logger.removeHandler(handler)
         logger.propagate = propagates
         logger.setLevel(level)
-
-
-def format_clock(seconds: float) -> str:
-    """Return a duration as 1:02 or 2:03:04."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Pace:
@@ -168,7 +162,7 @@ class StatusLine:
     def text(self, width: int | None = None) -> str:
         """Return the activity and its times. width: the activity is cut, so that the times fit into it."""
         left = self._pace.seconds_left() if _COUNT.search(self._activity) else None
-        times = f" ({time.monotonic() - self._since:.0f} s{'' if left is None else f', {format_clock(left)} left'})"
+        times = f" ({time.monotonic() - self._since:.0f} s{'' if left is None else f', {format_duration(left)} left'})"
         activity = Text(self._activity)
         if width is not None:
             activity.truncate(max(1, width - len(times)), overflow="ellipsis")
@@ -311,7 +305,7 @@ class RunProgress:
         if "teacher_kl" in event:
             metrics += f"  KL to the teacher {event['teacher_kl']:.3f}, {event['stop_rate']:.0%} stopped"
         speed = f"{event['tokens_per_s']:.0f}"
-        time_left = "saving" if is_last else f"{format_clock(event['seconds_left'])} left"
+        time_left = "saving" if is_last else f"{format_duration(event['seconds_left'])} left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=event["step"], loss=metrics, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
@@ -413,7 +407,7 @@ class _TimeLeft(TextColumn):
 
     def render(self, task: Any) -> Text:
         left = task.fields["pace"].seconds_left()
-        return Text("" if left is None else f"{format_clock(left)} left")
+        return Text("" if left is None else f"{format_duration(left)} left")
 
 
 @contextmanager
@@ -443,7 +437,7 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, float
             interval = GENERATION_INTERVALS[min(lines, len(GENERATION_INTERVALS) - 1)]
             if not out.is_terminal and time.monotonic() - last_line > interval:
                 last_line, lines, seconds_left = time.monotonic(), lines + 1, paces[side].seconds_left()
-                time_left = "" if seconds_left is None else f", {format_clock(seconds_left)} left"
+                time_left = "" if seconds_left is None else f", {format_duration(seconds_left)} left"
                 out.print(f"answers  {side} {int(done)}/{total}{time_left}", markup=False)
                 status.restart_quiet_time()
 

@@ -173,6 +173,7 @@ def compare(
         {"place": f"{answered[row].file}:{answered[row].line}", "prompt": question.prompt, "gold": question.gold}
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
+        | {f"{name}_cut": not answers[row].stopped for name, (answers, _) in generated.items()}
         for row, question in enumerate(questions)
     ]
     return result

@@ -29,6 +29,7 @@ import numpy as np
 from strop.data.reading.json_reader import loads
 from strop.data.row_errors import type_name
 from strop.data.types import Conversation
+from strop.display.numbers import format_decimals, format_percent
 from strop.errors import DataError, Location, RecipeError, RunError, suggest
 from strop.runs.lock import sha256_file
 
@@ -357,14 +358,12 @@ def is_number(score: str) -> bool:
 
 def format_score(score: str, value: float) -> str:
     """Return a score as text: a rate in percent, others as a number."""
-    return format_number(score, value) if is_number(score) else f"{value:.1%}"
+    return format_number(score, value) if is_number(score) else format_percent(value)
 
 
 def format_number(score: str, value: float) -> str:
     """Return a score that is not a rate, with its decimals, but at least three digits, and no decimals from 1,000."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.{NUMBERS.get(score, 3)}f}"
+    return format_decimals(value, NUMBERS.get(score, 3))
 
 
 def describe_difference(difference: Mapping[str, float], metric: str | None = None) -> tuple[str, str]:
@@ -385,10 +384,13 @@ def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
     if not reasons:
         verdict, _, numbers = text.partition(": ")
-        rows = result.get("rows", SMALL_ROWS)
-        few = f", but only {rows} row{'s' * (rows != 1)}"
-        return kind, f"{verdict}{few}: {numbers}" if rows < SMALL_ROWS else text
+        return kind, f"{verdict}{describe_few(result.get('rows', SMALL_ROWS))}: {numbers}"
     return "unclear", f"not a fair test, because {' and '.join(reasons)}: {text.partition(': ')[2]}"
+
+
+def describe_few(number: int, noun: str = "row") -> str:
+    """Return ", but only 12 rows" if a verdict is based on few rows, else ""."""
+    return f", but only {number} {noun}{'s' * (number != 1)}" if number < SMALL_ROWS else ""
 
 
 def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from strop.display.numbers import format_figure
 from strop.evaluation.metrics import (
     describe_change,
     describe_cut,
@@ -319,7 +320,7 @@ def _describe_training(report: Mapping[str, Any], settings: Mapping[str, Any]) -
     amount = f"{report['steps']:,} steps of {settings['train.batch_size']} rows, {report['tokens']:,} tokens"
     if settings.get("train.objective", "sft") != "sft":
         amount = f"{settings['train.objective']}, {amount}"
-    rate = f"learning rate {settings['train.learning_rate']:g} ({settings['train.lr_scheduler']})"
+    rate = f"learning rate {format_figure(settings['train.learning_rate'])} ({settings['train.lr_scheduler']})"
     return f"{amount}, {rate}, {settings['train.optimizer']}, seed {settings['seed']}"
 
 

@@ -17,9 +17,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from strop.display.numbers import format_duration, format_figure, format_percent
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.evaluation import metrics
-from strop.runs.events import count_used, describe_turns, split_prompt
+from strop.runs.events import describe_turns, list_row_counts, split_prompt
 from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
@@ -84,8 +85,10 @@ def render(
         plots=list(_plot_steps(events)),
         samples=shown,
         marks={mark for sample in shown for answer in sample["answers"] for _, mark in answer["parts"]},
-        num_samples=len(samples),
-        data=list(_list_row_counts(report.get("data") or {}, (report.get("data_report") or {}).get("held_out"))),
+        num_samples=evaluation.get("rows") or len(samples),
+        cut=metrics.describe_cut(evaluation),
+        completions=_find_completions(events),
+        data=list(list_row_counts(_data_report(report))),
         data_warnings=(report.get("data_report") or {}).get("warnings") or [],
         memory=list(_list_memory_peaks(report.get("memory") or {})),
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
@@ -157,8 +160,9 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if _is_number(report.get("steps")):
         yield "steps", f"{report['steps']:,}"
     for field, name, format_value in (
-        ("seconds", "training time", _format_duration),
-        ("eval_seconds", "evaluation and samples", _format_duration),
+        ("seconds", "training time", format_duration),
+        ("predicted_seconds", "planned, on an idle machine", format_duration),
+        ("eval_seconds", "evaluation and samples", format_duration),
         ("tokens", "tokens", "{:,}".format),
         ("supervised_tokens", "supervised tokens", "{:,}".format),
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
@@ -172,23 +176,23 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "evaluation loss", metrics.format_number("loss", report["eval_loss"])
     ranking = (report.get("objective") or {}).get("held_out") or {}
     if _is_number(ranking.get("accuracy")):
-        low, high = (_format_percent(end) for end in ranking["accuracy_interval"])
+        low, high = (format_percent(end) for end in ranking["accuracy_interval"])
         name = "accuracy, held out" if "macro_f1" in ranking else "ranked correctly, held out"
-        yield name, f"{_format_percent(ranking['accuracy'])} ({low} to {high})"
+        yield name, f"{format_percent(ranking['accuracy'])} ({low} to {high})"
     for score in metrics.RETRIEVAL_SCORES:
         if _is_number(ranking.get(score)):
-            text, interval = _format_percent(ranking[score]), ranking.get(f"{score}_interval")
-            text += " ({} to {})".format(*map(_format_percent, interval)) if interval else ""
+            text, interval = format_percent(ranking[score]), ranking.get(f"{score}_interval")
+            text += " ({} to {})".format(*map(format_percent, interval)) if interval else ""
             yield f"{metrics.score_name(score, None)}, held out", text
     if _is_number(ranking.get("reward")):
         low, high = ranking.get("reward_interval") or (ranking["reward"],) * 2
         yield "reward, held out", f"{ranking['reward']:.3f} ({low:.3f} to {high:.3f})"
     judge = (report.get("evaluation") or {}).get("judge") or {}
     if _is_number(judge.get("win_rate")):
-        low, high = (_format_percent(end) for end in judge["interval"])
+        low, high = (format_percent(end) for end in judge["interval"])
         yield (
             f"wins over its base, judged by {judge['name']}",
-            f"{_format_percent(judge['win_rate'])} ({low} to {high})",
+            f"{format_percent(judge['win_rate'])} ({low} to {high})",
         )
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
@@ -210,17 +214,14 @@ def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) 
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell["text"] = _format_percent(value) if is_rate else metrics.format_number(name, value)
+                cell["text"] = format_percent(value) if is_rate else metrics.format_number(name, value)
                 cell["share"] = 100 * value if is_rate else None
             interval = intervals.get(side) if name == metric else None
             interval = interval or ((evaluation.get("score_intervals") or {}).get(side) or {}).get(name)
             if interval:
                 low, high = (100 * float(end) for end in interval)
-                text = (
-                    f"{low:.1f} to {high:.1f}%"
-                    if is_rate
-                    else " to ".join(metrics.format_number(name, end) for end in interval)
-                )
+                ends = (format_percent(end) if is_rate else metrics.format_number(name, end) for end in interval)
+                text = " to ".join(ends)
                 cell["interval"] = {"low": low, "high": high, "text": text}
             cells.append(cell)
         yield {"name": metrics.score_name(name, metric), "sides": cells}
@@ -232,7 +233,7 @@ def _describe_baseline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if verdict is None:
         return None
     metric = str(evaluation["metric"])
-    tuned, baseline = (_format_percent(evaluation[side][metric]) for side in ("tuned", "baseline"))
+    tuned, baseline = (format_percent(evaluation[side][metric]) for side in ("tuned", "baseline"))
     kind, text = verdict
     rows = metrics.describe_rows(evaluation)
     name = metrics.score_name(metric, metric)
@@ -245,9 +246,9 @@ def _list_classes(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         cells = [str(entry["label"]), f"{entry['rows']:,}"]
         for name in ("precision", "recall"):
             interval = entry[f"{name}_interval"]
-            ends = () if interval is None else map(_format_percent, interval)
-            cells.append("" if interval is None else "{} ({} to {})".format(_format_percent(entry[name]), *ends))
-        yield (*cells, "" if entry["f1"] is None else _format_percent(entry["f1"]))
+            ends = () if interval is None else map(format_percent, interval)
+            cells.append("" if interval is None else "{} ({} to {})".format(format_percent(entry[name]), *ends))
+        yield (*cells, "" if entry["f1"] is None else format_percent(entry["f1"]))
 
 
 def _format_confusion(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -274,7 +275,7 @@ def _format_general(
         return None
     rows = []
     for kind, values in [*general["kinds"].items(), ("all", general)]:
-        rates = (_format_percent(values["base"]), _format_percent(values["tuned"]))
+        rates = (format_percent(values["base"]), format_percent(values["tuned"]))
         rows.append((kind, str(values["rows"]), *rates, metrics.format_points(values["difference"])))
     text = metrics.describe_general(general)
     metric, general_intervals = evaluation.get("metric"), general.get("intervals") or {}
@@ -301,8 +302,27 @@ def _find_trace(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"step": logged[-1].get("step"), "prompt": _truncate(prompt), "turns": describe_turns(turns)}
 
 
+def _find_completions(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return {step, samples} of the completions that were sampled at the last evaluation in training, or None."""
+    logged = [event for event in events if event.get("event") == "samples" and event.get("samples")]
+    if not logged:
+        return None
+    names = ("prompt", "reference", "completion")
+    samples = [
+        {name: _truncate(str(sample.get(name) or "")) for name in names} | {"cut": bool(sample.get("cut"))}
+        for sample in logged[-1]["samples"][:MAX_SAMPLES]
+    ]
+    return {"step": logged[-1].get("step"), "samples": samples}
+
+
+def _data_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    data = report.get("data") or {}
+    held_out = (report.get("data_report") or {}).get("held_out")
+    return {"rows": data, "by_reason": data.get("by_reason"), "held_out": held_out}
+
+
 def _format_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {prompt, gold, answers} of a sample. Each answer has {side, hit, parts}; see `mark_differences`."""
+    """Return {prompt, gold, answers} of a sample. Each answer has {side, hit, parts, cut}; see `mark_differences`."""
     gold = None if sample.get("gold") is None else _truncate(str(sample["gold"]))
     answers = []
     for side in ("base", "tuned"):
@@ -311,26 +331,15 @@ def _format_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
             parts = (
                 metrics.mark_differences(gold, text) if text and gold is not None else [(text or "(nothing)", "same")]
             )
-            answers.append({"side": side, "hit": sample.get(f"{side}_hit"), "parts": parts})
+            answers.append(
+                {"side": side, "hit": sample.get(f"{side}_hit"), "parts": parts, "cut": sample.get(f"{side}_cut")}
+            )
     return {"prompt": _truncate(str(sample.get("prompt", ""))), "gold": gold, "answers": answers}
 
 
 def _truncate(text: str) -> str:
     excess = len(text) - MAX_CHARACTERS
     return text if excess <= 0 else f"{text[:MAX_CHARACTERS]} … ({excess:,} more characters)"
-
-
-def _list_row_counts(data: Mapping[str, Any], held_out: Any) -> Iterator[tuple[str, str, bool]]:
-    """Yield (name, number of rows, is_part): first the totals, then the reasons for dropped rows."""
-    counts = {
-        name: data[name] for name in ("read", "used", "truncated", "split", "dropped") if _is_number(data.get(name))
-    }
-    for name, number in counts.items():
-        yield name, f"{count_used(counts) if name == 'used' else number:,}", name in ("truncated", "split")
-        if name == "used" and _is_number(held_out) and held_out:
-            yield "held out for evaluation", f"{held_out:,}", True
-    for reason, number in (data.get("by_reason") or {}).items():
-        yield str(reason), f"{number:,}" if _is_number(number) else str(number), True
 
 
 def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -341,7 +350,7 @@ def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _format_choice(choice: Mapping[str, Any]) -> dict[str, str]:
     value = choice.get("value")
-    text = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else format_figure(value) if isinstance(value, float) else str(value)
     return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": text}
 
 
@@ -360,18 +369,6 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _format_percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, remainder = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {remainder:02} s" if minutes else f"{seconds:.1f} s"
 
 
 def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:

@@ -61,7 +61,7 @@ class MemoryBudget:
 
     def describe(self, needed: int) -> str:
         required, usable = format_sizes(needed, self.usable)
-        return f"{required} needed for rows of max_length, {usable} usable"
+        return f"{required} needed if every row had max_length, {usable} usable"
 
     def tokens_per_s(self, recipe: Recipe, rate: Rate) -> float:
         """Predict the speed of one device on rows of the maximum length."""

@@ -50,7 +50,9 @@ def choose_keep(resolved: Resolved, rows: int, tokens: int, why_not: str) -> Res
         f"data.max_length {recipe.data.max_length} is too short for general prompts": (
             recipe.data.max_length < MIN_LENGTH
         ),
-        f"a short run: {run_tokens:,} tokens": run_tokens < MIN_TOKENS,
+        f"no general prompts are added to short runs: this one has {run_tokens:,} tokens, fewer than {MIN_TOKENS:,}": (
+            run_tokens < MIN_TOKENS
+        ),
         why_not: bool(why_not),
     }
     why = next((reason for reason, applies in reasons.items() if applies), None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,21 @@ def find_rewind_step(event: Event) -> int | None:
 def count_used(rows: Mapping[str, int]) -> int:
     """Return the number of rows that are used, whole or shortened. rows: `rows` of a report."""
     return sum(rows.get(name, 0) for name in ("used", "truncated", "split"))
+
+
+def list_row_counts(report: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
+    """Yield (name, number of rows, is_part) of a data report: first the totals, then the reasons for dropped rows."""
+    rows = report.get("rows") or {}
+    held_out = report.get("held_out") or 0
+    for name in ("read", "used", "truncated", "split", "dropped"):
+        if not isinstance(rows.get(name), int):
+            continue
+        yield name, count_used(rows) if name == "used" else rows[name], name in ("truncated", "split")
+        if name == "used" and held_out:
+            yield "trained on", count_used(rows) - held_out, True
+            yield "held out for evaluation", held_out, True
+    for reason, number in (report.get("by_reason") or {}).items():
+        yield str(reason), number, True
 
 
 def describe_turns(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -29,8 +29,10 @@ from strop.machine.rates import generation_dtype, load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
+from strop.planning.machines import find_target
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
-from strop.planning.microbatch import searched_steps
+from strop.planning.microbatch import TIMED_STEPS, searched_steps
+from strop.planning.time import steps_seconds
 from strop.planning.workload import Workload
 from strop.training.contrastive import EmbedCriterion
 from strop.training.criteria import is_scored
@@ -58,6 +60,7 @@ class Forecast:
     items: list[Item]  # rows of the micro-batch that needs most memory
     batch: MicroBatch  # sizes of that micro-batch
     phases: dict[str, Phase]
+    seconds: float | None  # training time on an otherwise idle machine; None if it is not predicted
     error_bytes: int | None = None  # measured minus predicted bytes of the dry run, if there was one
 
     def peak_bytes(self, device: str) -> int:
@@ -98,9 +101,9 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     changes |= {"offload": True} if progress.offload else {}
     changes |= {"resident_layers": 0} if progress.streamed else {}
     workload = workload.replace(**changes)
+    largest, steps = _find_largest_batches(job, workload)
     candidates = [
-        (items, describe_batch(job, items, more, workload.compute.attention_tiles))
-        for items, more in _find_largest_batches(job, workload)
+        (items, describe_batch(job, items, more, workload.compute.attention_tiles)) for items, more in largest
     ]
     items, batch = max(candidates, key=lambda pair: peak_live_bytes(workload, pair[1]).total)
     rows = (job.train[row] for row in range(min(len(job.train), EVALUATED_ROWS)))
@@ -109,7 +112,15 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     rollouts = RolloutLoad.from_recipe(job.recipe, max(tokens for tokens, _ in sizes))
     model = job.recipe.model
     dtype = generation_dtype(model.dtype, model.device, _find_fastest_dtype(model.device))
-    return Forecast(items, batch, predict_phases(workload, batch, evaluation, usable, rollouts, dtype=dtype))
+    phases = predict_phases(workload, batch, evaluation, usable, rollouts, dtype=dtype)
+    is_predicted = rollouts is None and job.devices.world_size == 1
+    return Forecast(items, batch, phases, _predict_seconds(job, workload, steps) if is_predicted else None)
+
+
+def _predict_seconds(job: Job, workload: Workload, steps: Sequence[Sequence[MicroBatch]]) -> float:
+    """Return the training time of the run, predicted as in `strop plan`. steps: micro-batches of the first steps."""
+    rate = find_target(str(job.recipe.model.device)).rate_of(str(job.recipe.model.dtype))
+    return batch_stream(job.recipe, len(job.train)).total_steps * steps_seconds(workload, steps, rate) / len(steps)
 
 
 def _find_fastest_dtype(device: str) -> str:
@@ -136,21 +147,29 @@ def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles:
     return MicroBatch(len(packed.ids), len(packed.label_rows), documents, step_continues)
 
 
-def _find_largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
-    """Return the largest micro-batches by row lengths, and for each whether its step has other micro-batches."""
+def _find_largest_batches(job: Job, workload: Workload) -> tuple[list[tuple[list[Item], bool]], list[list[MicroBatch]]]:
+    """Return the largest micro-batches by row lengths, and the sizes of those of the first steps.
+
+    For each of the largest ones, return its rows and whether its step has other micro-batches.
+    """
     sizes: list[tuple[int, tuple[int, ...], bool]] = []
+    steps: list[list[MicroBatch]] = []
     stream = batch_stream(job.recipe, len(job.train))
     for step in islice(stream, searched_steps(stream)):
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
-        groups = micro_batches(job, items)
+        groups, step_sizes = micro_batches(job, items), list[MicroBatch]()
         for group in groups:
             batch_items, more = [items[row] for row in group], len(groups) > 1
             lengths = [len(example) for item in batch_items for example in item.examples]
             batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
             batch = replace(batch, supervised=sum(item.supervised for item in batch_items))
+            step_sizes.append(batch)
             sizes.append((peak_live_bytes(workload, batch).total, tuple(step.rows[row] for row in group), more))
+        if len(steps) < TIMED_STEPS:
+            steps.append(step_sizes)
     largest = heapq.nlargest(MAX_PACKED, sizes)
-    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
+    rows_of_largest = [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
+    return rows_of_largest, steps
 
 
 def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
@@ -165,6 +184,7 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
         "usable_bytes": usable,
         "mapped_bytes": expected.phases["train"].parts["mapped_files"],
         "resident_bytes": memory.resident_bytes,
+        "predicted_seconds": None if expected.seconds is None else round(expected.seconds, 1),
     }
     (needed,) = job.devices.any_rank(expected.needed_bytes >= SAFE_SHARE * usable)
     if not needed:

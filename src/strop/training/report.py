@@ -134,10 +134,11 @@ def finish(
         )  # fmt: skip
     else:
         save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
-    data = setup.data.report.as_json()
+    data, total_steps = setup.data.report.as_json(), batch_stream(job.recipe, len(job.train)).total_steps
     report: dict[str, Any] = {
         "run": str(folder.path),
         **summarize_progress(progress),
+        "predicted_seconds": None if expected.seconds is None else expected.seconds * progress.step / total_steps,
         "eval_loss": progress.best_loss,
         "objective": _describe_objective(job, setup),
         "skipped_steps": progress.skipped_steps,

@@ -3,6 +3,7 @@
 import { button, field, h, prose, put, select, uniqueId } from "./dom.js";
 import { errorBox } from "./api.js";
 import { formatValue } from "./format.js";
+import { labelOfField } from "./labels.js";
 
 const labelOf = (control) => control.closest(".field").querySelector("label").textContent;
 
@@ -194,12 +195,15 @@ export function fieldList(fields, values, onChange, placed) {
     onChange(name, value);
     countSet();
   };
-  const rows = fields.map((item) => [item, field(item.field, control(item, values[item.field], change), item.help)]);
+  const rows = fields.map((item) => [
+    item,
+    field(labelOfField(item.field), control(item, values[item.field], change), item.help),
+  ]);
   const found = h("p", { role: "status" });
   const draw = () => {
     const word = filter.value.trim().toLowerCase();
     const matches = (...texts) => texts.flat().join(" ").toLowerCase().includes(word);
-    for (const [item, row] of rows) row.hidden = !matches(item.field, item.help, item.names);
+    for (const [item, row] of rows) row.hidden = !matches(item.field, labelOfField(item.field), item.help, item.names);
     const controls = (word ? placed : []).flatMap((item) => {
       const at = element.parentElement.querySelector(`[data-option="${item.field}"]`);
       return at && matches(item.field, item.help, item.names, labelOf(at)) ? [at] : [];
@@ -227,14 +231,18 @@ export function fieldList(fields, values, onChange, placed) {
   return element;
 }
 
+/** Return a default as text: "not set" for null and an empty list or map. */
+const defaultText = (preset) =>
+  preset === null || (typeof preset === "object" && !Object.keys(preset).length) ? "not set" : formatValue(preset);
+
 function control({ field: name, choices, type, default: preset }, value, onChange) {
   const now = value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
   const orNumber = choices?.includes("<integer>"); // one of the choices, or a number
   const label = type === "boolean" ? ["true", "false"] : orNumber ? null : choices?.map(String);
   const data = { option: name };
   if (label)
-    return select([["", `default (${formatValue(preset)})`], ...label], now, (text) => onChange(name, text), { data });
-  const placeholder = orNumber ? `${formatValue(preset)} (${choices.join(", ")})` : formatValue(preset);
+    return select([["", `default (${defaultText(preset)})`], ...label], now, (text) => onChange(name, text), { data });
+  const placeholder = orNumber ? `${defaultText(preset)} (${choices.join(", ")})` : defaultText(preset);
   const change = (event) => onChange(name, event.target.value.trim());
   return h("input", { value: now, placeholder, data, on: { change } });
 }

@@ -1,22 +1,33 @@
-// Format numbers and times.
+// Format numbers and times, with the rules of display/numbers.py.
 
 export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-const integers = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const rounding = (digits) =>
+  new Intl.NumberFormat("en-US", {
+    minimumFractionDigits: digits,
+    maximumFractionDigits: digits,
+    roundingMode: "halfEven", // as Python
+  });
+const integers = rounding(0),
+  formats = [integers, rounding(1), rounding(2), rounding(3)];
 
 export const count = (value) => (isNumber(value) ? integers.format(value) : "");
 
-/** Format a value with four significant digits; very small and very large values with an exponent. */
-export function figure(value) {
+/** Format a value with significant digits; below 0.01, as most learning rates, and from 1e6 on with an exponent. */
+export function figure(value, digits = 4) {
   if (!isNumber(value)) return "";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(3)).toExponential();
+  if (size < 1e-2 || size >= 1e6) return Number(value.toPrecision(3)).toExponential();
   if (size >= 1000) return integers.format(value);
-  return String(Number(value.toPrecision(4)));
+  return String(Number(value.toPrecision(digits)));
 }
 
-export const percent = (share, digits = 1) => (isNumber(share) ? `${(100 * share).toFixed(digits)} %` : "");
+/** Format a loss with three decimals, and as other values if it is below 0.1 or above 1,000. */
+export const lossText = (value) =>
+  value === 0 || (Math.abs(value) >= 0.1 && Math.abs(value) < 1000) ? formats[3].format(value) : figure(value, 3);
+
+export const percent = (share, digits = 1) => (isNumber(share) ? `${formats[digits].format(100 * share)}%` : "");
 
 /** Return one sentence on what a metric measures, for a title; "" for a user's own metric. */
 export const describeMetric = (name) =>
@@ -45,7 +56,7 @@ export function bytes(size) {
 
 export function duration(seconds) {
   if (!isNumber(seconds)) return "";
-  if (seconds < 60) return seconds < 10 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
+  if (Math.round(seconds) < 60) return seconds < 9.95 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
   const rest = Math.round(seconds) % 60;
   if (Math.round(seconds) < 3600) return `${Math.floor(Math.round(seconds) / 60)} min${rest ? ` ${rest} s` : ""}`;
   const minutes = Math.round(seconds / 60);

@@ -3,7 +3,7 @@
 
 import uPlot from "./uplot/uPlot.esm.js";
 import { button, download, uniqueId, h, put } from "./dom.js";
-import { csv, figure, isNumber } from "./format.js";
+import { csv, figure, isNumber, lossText } from "./format.js";
 import { plotSvg } from "./drawing.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -407,8 +407,9 @@ export class Plot {
 
 /** Return the texts of an axis: all with an exponent if one of them has it. */
 function axisTexts(values, show) {
-  const texts = values.map((value) => (value === null ? "" : show(value)));
-  if (show !== figure || !texts.some((text) => text.includes("e"))) return texts;
+  const isPlain = show === figure || show === lossText;
+  const texts = values.map((value) => (value === null ? "" : isPlain ? figure(value) : show(value)));
+  if (!isPlain || !texts.some((text) => text.includes("e"))) return texts;
   return values.map((value, index) => (value ? Number(value.toPrecision(3)).toExponential() : texts[index]));
 }
 

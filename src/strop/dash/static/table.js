@@ -1,6 +1,6 @@
 // A table that can be sorted, filtered by words, and saved as CSV.
 
-import { button, download, uniqueId, h, prose, put } from "./dom.js";
+import { button, download, uniqueId, h, put } from "./dom.js";
 import { csv, isNumber } from "./format.js";
 
 /**
@@ -151,7 +151,7 @@ export class Table {
     if (!same) put(this.body, elements);
     if (focus && focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
     this.empty.hidden = chosen.length > 0;
-    put(this.empty, prose(this.rows.length ? "No row matches the filter." : this.options.empty));
+    put(this.empty, this.rows.length ? "No row matches the filter." : this.options.empty);
   }
 
   #row(row) {

@@ -36,6 +36,7 @@ const FILTERS = [
   ["neither", "neither right"],
 ];
 const PAGE = 25;
+const LONG_ANSWER = 240; // characters, from which an answer is folded
 const SHADE = 40; // percent of colour behind a number, so that it stays readable
 
 export async function show(container, { run, query, signal }) {
@@ -187,6 +188,7 @@ function summary(response, run) {
             `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
           )
         : null,
+      response.cut.map((text) => h("p", { class: "soft" }, `${text}.`)),
       response.complete
         ? null
         : h("p", { class: "warn" }, "This evaluation stored only some of its rows. Evaluate again to see all."),
@@ -313,7 +315,7 @@ function sample(row) {
               ? null
               : h("b", { class: row[`${name}_hit`] ? "good" : "bad" }, row[`${name}_hit`] ? "✓ right" : "✗ wrong"),
           ),
-          h("pre", {}, markedAnswer(row, name)),
+          foldedText(markedAnswer(row, name), row[name].length, row[`${name}_cut`]),
         );
   const kind = { lost: "bad", gained: "good" }[row.kind];
   return h(
@@ -338,6 +340,19 @@ function sample(row) {
       side("tuned"),
     ),
   );
+}
+
+/** Return a text, of which a long one is folded. cut: whether the limit has cut it. */
+function foldedText(parts, length, cut) {
+  const text = h("pre", {}, parts, cut ? h("span", { class: "soft" }, " … (cut at the limit)") : null);
+  if (length <= LONG_ANSWER) return text;
+  text.classList.add("folded");
+  const more = button(
+    "Show all",
+    () => (more.textContent = text.classList.toggle("folded") ? "Show all" : "Show less"),
+    { class: "small" },
+  );
+  return [text, more];
 }
 
 /** Return an answer with its differences from the expected text marked: added and missing parts. */

@@ -10,6 +10,7 @@ import {
   get,
   h,
   lastPart,
+  link,
   post,
   put,
   postStream,
@@ -17,6 +18,8 @@ import {
   notify,
   select,
 } from "../all.js";
+
+const BASE = "\t"; // precedes the name of a base, and is in no name of a run
 
 let screen = null; // stays when another screen is shown, with its answers and what is being generated
 
@@ -113,10 +116,13 @@ function createScreen() {
     box.focus();
   }
 
+  const isLoaded = (name) => (chosen.startsWith(BASE) ? name === chosen.slice(1) : lastPart(name) === chosen);
+  const chosenModel = () => (chosen.startsWith(BASE) ? { model: chosen.slice(1) } : { names: [chosen] });
+
   /** Draw the choice of a run, if it has changed: runs finish and are renamed while the page is open. */
   function drawControls(server) {
     const off = server.state === "off" || server.state === "failed",
-      current = servable.includes(chosen) ? chosen : (servable[0] ?? ""),
+      current = servable.some(([value]) => value === chosen) ? chosen : (servable[0]?.[0] ?? ""),
       key = JSON.stringify([server.state, server.names, servable, current]);
     chosen = current;
     if (key === drawnControls) return;
@@ -134,18 +140,21 @@ function createScreen() {
     );
     put(
       controls,
-      !servable.length
-        ? h("p", { class: "empty" }, "No run has an adapter to chat with yet.")
-        : h(
+      servable.some(([value]) => !value.startsWith(BASE))
+        ? null
+        : h("p", { class: "soft" }, "No run has an adapter to chat with yet. ", link("#/new", "Start a run"), "."),
+      servable.length
+        ? h(
             "div",
             { class: "line", style: { margin: ".8rem 0" } },
             picker,
-            button(off ? "Start" : "Load this model", () => change("chat/start", { names: [chosen] }), {
+            button(off ? "Start" : "Load this model", () => change("chat/start", chosenModel()), {
               class: off ? "main" : "",
-              disabled: !off && server.names.length === 1 && lastPart(server.names[0]) === chosen,
+              disabled: !off && server.names.length === 1 && isLoaded(server.names[0]),
             }),
             off ? null : button("Unload the model", () => change("chat/stop")),
-          ),
+          )
+        : null,
       server.state === "ready" ? options : null,
     );
   }
@@ -283,7 +292,11 @@ function createScreen() {
   const refresh = async () => {
     try {
       const [server, { runs }] = await Promise.all([get("chat", {}, signal), get("runs", {}, signal)]);
-      servable = runs.filter((run) => run.can.includes("chat")).map((run) => run.name);
+      const bases = new Set(runs.map((run) => run.model).filter(Boolean));
+      servable = [
+        ...runs.filter((run) => run.can.includes("chat")).map((run) => [run.name, run.name]),
+        ...[...bases].map((base) => [`${BASE}${base}`, `${lastPart(base)}, the base alone`]),
+      ];
       draw(server);
     } catch (error) {
       if (error.name !== "AbortError") notify(error.message, true);

@@ -6,11 +6,11 @@ import {
   describeMetric,
   duration,
   errorBox,
-  figure,
   get,
   h,
   joinNames,
   link,
+  lossText,
   runPath,
   splitNames,
   percent,
@@ -180,6 +180,7 @@ export async function show(container, { query, signal }) {
     smoothing.element.hidden = !canSmooth;
     const loss = curve("loss", canSmooth ? "training loss, smoothed" : "training loss", {
       log: true,
+      show: lossText,
       series: [
         ...chosen.map((name, index) => ({
           name: `${name}, each step`,
@@ -198,7 +199,7 @@ export async function show(container, { query, signal }) {
     drawLoss();
     plots = [
       loss,
-      curve("eval_loss", "evaluation loss", { log: true }),
+      curve("eval_loss", "evaluation loss", { log: true, show: lossText }),
       ...FIELDS.map((field) => curve(field, TITLES[field], field.endsWith("_bytes") ? BYTES : {})),
     ].filter(Boolean);
     put(
@@ -283,21 +284,21 @@ function scores(comparison) {
         csvName: "max_tokens",
         number: true,
         value: (run) => of.get(run.name)?.max_tokens ?? null,
-        show: (run, value) => (value === null ? "" : `${count(value)} tokens, ${count(of.get(run.name).cut ?? 0)} cut`),
+        show: (run, value) => (value === null ? "" : `${count(value)} tokens${cutAnswers(of.get(run.name))}`),
       },
       {
         key: "eval",
         name: "evaluation loss",
         number: true,
         value: (run) => run.eval_loss,
-        show: (run, value) => figure(value),
+        show: (run, value) => lossText(value),
       },
       {
         key: "loss",
         name: "training loss",
         number: true,
         value: (run) => run.loss,
-        show: (run, value) => figure(value),
+        show: (run, value) => lossText(value),
       },
       {
         key: "seconds",
@@ -321,6 +322,15 @@ function scores(comparison) {
     ),
     table.element,
   ];
+}
+
+/** Return how many answers of each model were cut at the limit. */
+function cutAnswers({ cut, base_cut: baseCut }) {
+  const sides = [
+    ["base", baseCut],
+    ["tuned", cut],
+  ].filter(([, number]) => typeof number === "number");
+  return sides.length ? `; cut: ${sides.map(([side, number]) => `${count(number)} ${side}`).join(", ")}` : "";
 }
 
 const caveat = (score) => (score?.caveat ? h("small", { class: "under warn" }, score.caveat) : null);

@@ -12,7 +12,9 @@ import {
   get,
   h,
   isNumber,
+  link,
   listen,
+  lossText,
   moment,
   runPath,
   percent,
@@ -21,12 +23,15 @@ import {
   setQuery,
   notify,
   lastPart,
+  to,
 } from "../all.js";
 import { append, AXES, BYTES, withPositions, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
 const POINTS = 800;
+const SLOW = 1.5, // a run that takes so many times the planned time is slower than planned,
+  SLOW_STEPS = 3; // from this step on: the first ones compile kernels
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
@@ -68,6 +73,7 @@ export async function show(container, { run, query, signal, draw }) {
   };
   const loss = new Plot({
     title: "Loss",
+    show: lossText,
     file: `${run.name} loss`,
     group: run.name,
     log: true,
@@ -86,7 +92,7 @@ export async function show(container, { run, query, signal, draw }) {
     h("span", { class: "soft" }, "Curves by"),
     axes,
     smoothing.element,
-    h("span", { class: "soft" }, "Drag over a curve to zoom in."),
+    h("span", { class: "soft mouse" }, "Drag over a curve to zoom in."),
   );
   let process = null,
     system = null;
@@ -155,7 +161,9 @@ export async function show(container, { run, query, signal, draw }) {
       share = steps ? step / steps : 0;
     const active = run.state === "running",
       doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
-      left = run.phase === "training" ? (last.seconds_left ?? run.seconds_left) : null;
+      left = run.phase === "training" ? (last.seconds_left ?? run.seconds_left) : null,
+      seconds = active ? (last.seconds ?? run.seconds) : (run.seconds ?? last.seconds),
+      planned = step >= SLOW_STEPS && isNumber(run.predicted_seconds) ? run.predicted_seconds * share : null;
     put(
       progress,
       h(
@@ -181,6 +189,9 @@ export async function show(container, { run, query, signal, draw }) {
           : null,
         h("span", { class: "soft push" }, run.updated ? `last event ${moment(run.updated)}` : ""),
       ),
+      active && seconds > SLOW * planned
+        ? h("p", { class: "warn" }, `Slower than planned: ${duration(seconds)} instead of ${duration(planned)}${otherPrograms()}.`)
+        : null,
       h(
         "div",
         {
@@ -197,21 +208,28 @@ export async function show(container, { run, query, signal, draw }) {
     const s = run.score;
     put(
       top,
-      s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
+      s?.words
+        ? h("p", { class: `verdict ${s.verdict}` }, s.words, " ", link(to("run", run.name, "answers"), "See the answers"))
+        : null,
       (run.report?.diagnosis ?? []).map((text) => h("p", { class: "verdict unclear" }, text)),
       facts([
-        ["training loss", figure(last.loss ?? run.loss)],
+        ["training loss", lossText(last.loss ?? run.loss)],
         [
           !active && isNumber(run.adapter?.step) ? `evaluation loss, best step ${count(run.adapter.step)}` : "evaluation loss",
-          figure(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss),
+          lossText(active ? (last.eval_loss ?? run.eval_loss) : run.eval_loss),
         ],
-        ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
+        [
+          "epoch",
+          isNumber(last.epoch ?? run.epoch)
+            ? `${count(1 + (last.epoch ?? run.epoch))}${isNumber(last.epochs) ? ` of ${count(Math.ceil(last.epochs))}` : ""}`
+            : null,
+        ],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
-        active
-          ? ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)]
-          : [run.report ? "tokens/s, mean" : "tokens/s, last step", count(run.tokens_per_s)],
-        ["training time", duration(active ? (last.seconds ?? run.seconds) : run.seconds)],
+        ["tokens/s, mean", count(run.report && !active ? run.tokens_per_s : last.tokens_per_s)],
+        ["training time", duration(seconds)],
+        ["planned, on an idle machine", duration(planned)],
+        ["evaluation and samples", duration((active ? last.eval_seconds : run.report?.eval_seconds) || null)],
         ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
         ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],
         [
@@ -328,6 +346,10 @@ export async function show(container, { run, query, signal, draw }) {
     sampleTable.set(response.samples);
   }
 
+  /** Return ": other programs use 1.7 cores", or "" if they use few. */
+  const otherPrograms = () =>
+    system?.other_cores >= 0.5 && !onGpu() ? `: other programs use ${system.other_cores.toFixed(1)} cores` : "";
+
   const onGpu = () => String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda");
 
   /** Return what training has added to the process up to now, which the plan predicts; null if that is unknown. */
@@ -422,6 +444,7 @@ export async function show(container, { run, query, signal, draw }) {
                 `The run's process (${process.pid}) uses ${bytes(process.rss)} of memory`,
                 isNumber(before) ? `, of which ${bytes(before)} before the model was loaded` : "",
                 isNumber(process.cpu) ? `, and ${process.cpu.toFixed(1)} cores` : "",
+                otherPrograms(),
                 ". ",
               ]
             : "",

@@ -1,6 +1,6 @@
 // Log: terminal output of the run's processes, and its events.
 
-import { button, count, download, eventName, figure, get, h, isNumber, runPath, put } from "../all.js";
+import { button, count, download, eventName, figure, get, h, isNumber, lossText, runPath, put } from "../all.js";
 import { jobCards } from "../jobs.js";
 
 export async function show(container, { run, signal }) {
@@ -63,7 +63,7 @@ function describeEvent(line) {
   );
   const fieldTexts = details.map(
     ([name, value]) =>
-      `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(value) : figure(value)) : value}`,
+      `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(value) : name === "loss" ? lossText(value) : figure(value)) : value}`,
   );
   return [
     at,

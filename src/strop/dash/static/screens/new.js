@@ -126,10 +126,10 @@ export async function show(container, { signal }) {
     { class: "push" },
   );
   const dataLink = link(to("data"), "Inspect the data");
-  const verdict = h("div"),
+  const verdict = h("div", { class: "first" }),
     bars = h("div"),
     trainedShare = h("span", { class: "push soft" }),
-    barsHead = h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
+    barsHead = h("div", { class: "line" }, h("h3", {}, "Peak memory by phase", h("small", {}, " for these rows")), trainedShare),
     ladderBox = h("div"),
     commandBox = h("div"),
     traffic = h("ul"),
@@ -357,7 +357,7 @@ export async function show(container, { signal }) {
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
-      planned.fits && planned.seconds ? `about ${duration(planned.seconds)}` : null,
+      planned.fits && planned.seconds ? `about ${duration(planned.seconds)} on an otherwise idle machine` : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
       .filter(Boolean)

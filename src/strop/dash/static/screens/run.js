@@ -181,7 +181,7 @@ function edit(run) {
       h("h2", { style: { margin: 0 } }, "Edit the run"),
       field("Name", name, "renames the folder; not while a process uses the run"),
       field("Tags", tags, "separated by commas; the table of runs can be filtered by them"),
-      field("Note", note),
+      field("Note", note, "plain text"),
       problem,
       h(
         "div",

@@ -2,7 +2,7 @@
 
 import { button, h, link, prose, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, isNumber, percent, lastPart, moment, scoreText } from "../format.js";
+import { ago, bytes, count, duration, isNumber, percent, lastPart, lossText, moment, scoreText } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
@@ -28,7 +28,7 @@ export async function show(container, { query, signal }) {
       sort: [column, direction],
       filter: query.get("filter") ?? "",
       identity: (run) => run.name,
-      empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
+      empty: ["No runs yet. ", link("#/new", "Start a run"), ", or use ", h("code", {}, "strop train"), " in a terminal."],
       onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
     },
   );
@@ -162,13 +162,13 @@ function columns(chosen, update, onTag) {
             : null,
         ),
     },
-    { key: "loss", name: "train loss", number: true, value: (run) => run.loss, show: (run, value) => figure(value) },
+    { key: "loss", name: "train loss", number: true, value: (run) => run.loss, show: (run, value) => lossText(value) },
     {
       key: "eval",
       name: "eval loss",
       number: true,
       value: (run) => run.eval_loss,
-      show: (run, value) => figure(value),
+      show: (run, value) => lossText(value),
     },
     {
       key: "curve",
@@ -179,7 +179,7 @@ function columns(chosen, update, onTag) {
       show: (run) =>
         sparkline(
           (run.sparkline ?? []).map(([, y]) => y),
-          `loss of ${run.name}, ${figure(run.loss)} at the end`,
+          `loss of ${run.name}, ${lossText(run.loss)} at the end`,
         ),
     },
     {
@@ -250,7 +250,7 @@ function score(result) {
     scoreText(result.value),
     h("small", { class: "under" }, result.metric),
     isNumber(result.low)
-      ? h("small", { class: "under interval" }, `${Math.round(100 * result.low)} to ${percent(result.high, 0)}`)
+      ? h("small", { class: "under interval" }, `${percent(result.low, 0)} to ${percent(result.high, 0)}`)
       : null,
     result.caveat ? h("small", { class: "under warn" }, result.caveat) : null,
   );

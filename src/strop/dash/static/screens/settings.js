@@ -19,8 +19,7 @@ export async function show(container, { run }) {
       recipe.filter((item) => item.origin === "default"),
       "defaults",
     );
-  const data = run.data_report,
-    pairs = [
+  const pairs = [
       ["seed", formatValue(lock.seed)],
       ["base", lock.base?.name],
       ["base fingerprint", lock.base?.fingerprint?.slice(0, 16)],
@@ -56,7 +55,9 @@ export async function show(container, { run }) {
         ]
       : null,
     run.report_page ? h("p", {}, "Report page: ", h("code", {}, run.report_page)) : null,
-    data ? [h("h2", {}, "Data"), facts(Object.entries(data.rows).map(([name, value]) => [name, count(value)]))] : null,
+    run.row_counts.length
+      ? [h("h2", {}, "Data", h("small", {}, " rows")), facts(run.row_counts.map(([name, rows]) => [name, count(rows)]))]
+      : null,
     h("h2", {}, "Versions and base model"),
     facts(pairs),
     h("h2", {}, "Machine of the run"),

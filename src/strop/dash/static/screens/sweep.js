@@ -6,7 +6,7 @@ import {
   duration,
   errorBox,
   facts,
-  figure,
+  lossText,
   formatValue,
   get,
   h,
@@ -102,7 +102,7 @@ export async function show(container, { parts, signal }) {
             value: (trial) => trial.setting?.[field],
             log: isWide(shown.map((trial) => trial.setting[field])),
           })),
-          { name: "loss", value: (trial) => trial.loss, show: figure },
+          { name: "loss", value: (trial) => trial.loss, show: lossText },
           { name: sweep.metric, value: (trial) => trial.score, show: (value) => percent(value) },
         ],
         shown,
@@ -226,7 +226,7 @@ function columns(fields, metric, sweep) {
             ]
           : "",
     },
-    { key: "loss", name: "loss", number: true, value: (trial) => trial.loss, show: (trial, value) => figure(value) },
+    { key: "loss", name: "loss", number: true, value: (trial) => trial.loss, show: (trial, value) => lossText(value) },
     {
       key: "standing",
       name: "compared",
