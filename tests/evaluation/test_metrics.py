@@ -431,10 +431,10 @@ def test_pattern_that_takes_too_long_is_a_miss_and_is_logged(
 
 def test_numbers_have_one_format_everywhere() -> None:
     values = {"perplexity": 16075.645, "loss": 0.0002255}
-    assert [format_score(name, value) for name, value in values.items()] == ["16,076", "0.000226"]
+    assert [format_score(name, value) for name, value in values.items()] == ["16,076", "2.26e-4"]
     assert format_score("loss", 2.5) == "2.500" and format_score("loss", 0.0) == "0.000"
     shown = _format_scores({"metric": "exact", "tuned": values}, {})
-    assert [score["sides"][0]["text"] for score in shown] == ["16,076", "0.000226"]
+    assert [score["sides"][0]["text"] for score in shown] == ["16,076", "2.26e-4"]
 
 
 @pytest.mark.parametrize(
