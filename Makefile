@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all faults vllm deploy real scale site packages notebook clean
+.PHONY: demo test test-all faults vllm deploy real arm scale site packages notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -67,6 +67,10 @@ $(VENV)-litellm/installed:
 # Real models through the whole path that a user has: benchmarks/real.py. Half an hour; downloads Gemma 3 270M (253 MB).
 real: $(VENV)-deploy/installed
 	$(VENV)-deploy/bin/python benchmarks/real.py --out build/real/results.json
+
+# strop on ARM, emulated (Debian: qemu-user-static, debootstrap; root): tools/arm.py. Some hours; a part: make arm PARTS=losses.
+arm: $(VENV)/tested-with
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/arm.py $(PARTS)
 
 # Several devices with all that they may meet, on one machine: Slurm (Debian: slurm-wlm, munge; root), two network
 # namespaces with a cable that is cut (root, iproute2), Ray, and the parsers of Kubeflow Trainer and SkyPilot. What is not
