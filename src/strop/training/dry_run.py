@@ -22,7 +22,7 @@ from strop.engine.device import pick_dtype
 from strop.engine.images import image_features
 from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_last_tokens, pack_separately
-from strop.errors import ModelError, RunError
+from strop.errors import ModelError, RecipeError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import generation_dtype, load_precision
@@ -117,9 +117,12 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     return Forecast(items, batch, phases, _predict_seconds(job, workload, steps) if is_predicted else None)
 
 
-def _predict_seconds(job: Job, workload: Workload, steps: Sequence[Sequence[MicroBatch]]) -> float:
+def _predict_seconds(job: Job, workload: Workload, steps: Sequence[Sequence[MicroBatch]]) -> float | None:
     """Return the training time of the run, predicted as in `strop plan`. steps: micro-batches of the first steps."""
-    rate = find_target(str(job.recipe.model.device)).rate_of(str(job.recipe.model.dtype))
+    try:
+        rate = find_target(str(job.recipe.model.device)).rate_of(str(job.recipe.model.dtype))
+    except RecipeError:  # PyTorch has a GPU that the driver does not list
+        return None
     return batch_stream(job.recipe, len(job.train)).total_steps * steps_seconds(workload, steps, rate) / len(steps)
 
 
