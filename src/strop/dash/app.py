@@ -267,7 +267,7 @@ def post_routes(services: Services) -> list[BaseRoute]:
             raise InputError("data: no file is chosen", fix="choose a file of rows that the run was not trained on")
         name = request.path_params["name"]
         path = await call(dashboard.adapter_path, name)
-        await services.data.call("check_inputs", models=[path], data=[data], metrics=[metric])
+        await services.data.call("check_inputs", models=[path], data=[data], metrics=[metric or None])
         arguments = ["eval", path, f"--data={data}"]
         arguments += [f"--metric={metric}"] if metric else []
         arguments += [f"--max-new-tokens={max_tokens}"] if max_tokens is not None else []
