@@ -743,7 +743,7 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
     assert f"{rows}:2" in str(raised.value)
     with pytest.raises(strop.InputError) as raised:
         strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"ranks": 3})
-    assert "did you mean lora.r?" in str(raised.value) and "docs/recipe.md" in str(raised.value)
+    assert "did you mean lora.r?" in str(raised.value) and "strop train --help-all" in str(raised.value)
 
 
 @pytest.mark.parametrize(
