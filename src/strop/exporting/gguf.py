@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType as TensorType
 from rich.console import Console
 from rich.markup import escape
 
+from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.render import Renderer
 from strop.display.tables import Printed, print_notes
 from strop.errors import ModelError, ParityError, RecipeError, suggest
@@ -143,7 +144,8 @@ def export_gguf(
         what = f"{name}: trains rows of the embedding (new tokens)"
         raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
     chooses_base = not adapter and tuned.storage.scheme != "none"
-    if measure and (chooses_base or unmeasured is None):
+    # rows of a model for images tell whether it was trained on some
+    if measure and (chooses_base or unmeasured is None or image_encoder(tuned.load_tokenizer()) is not None):
         tuned = tuned.load_rows(data, choose_base=chooses_base)
     if tuned.has_images:
         what = (
