@@ -29,7 +29,6 @@ NEON, BF16 = "neoverse-n1", "neoverse-v1"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 TOLERANCE = 1e-5  # between losses of the two machines
 STEPS = 6
-KERNELS = "tests/engine/kernels/cpu"
 
 
 class Failed(Exception):
@@ -145,7 +144,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "system": make_system,
     "install": install,
     "losses": compare_losses,
-    "bf16": test(BF16, f"{KERNELS}/test_dots.py", "tests/engine/decode/test_decoder.py"),
+    "bf16": test(BF16, "tests/engine/kernels/cpu/test_dots.py", "tests/engine/decode/test_decoder.py"),
     "neon": test(NEON, "tests/machine", "tests/engine"),
     "doctor": doctor,
 }
@@ -155,14 +154,16 @@ def main() -> int:
     if sys.argv[1:] == ["--losses"]:
         print(json.dumps(losses()))
         return 0
+    names = sys.argv[1:] or list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        print(f"error: unknown parts: {', '.join(unknown)}\nFix: choose among {', '.join(PARTS)}", file=sys.stderr)
+        return 2
     PLACE.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for name, part in PARTS.items():
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
+    for name in dict.fromkeys(("system", *names)):  # which also mounts what the other parts need
         start = time.monotonic()
         try:
-            result = part()
+            result = PARTS[name]()
         except Failed as error:
             result, failed = f"FAILED: {error}", failed + 1
         print(f"{name:8} {time.monotonic() - start:6.0f} s  {result}", flush=True)
