@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.name != "test_real_models.py")
 
 
+def pytest_collection_finish() -> None:
+    """Keep garbage collections, one of which each training makes, from visiting the imported objects and the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a strop cache that has the fastest dtype of this CPU, which each run would measure beside other tests."""
+    from strop.machine.probe import probe
+    from strop.machine.rates import save_precision
+
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("STROP_CACHE", str(folder))
+        machine = probe()
+        for threads in range(1, machine.cores + 1):
+            save_precision(machine, threads, machine.expected_dtype, "estimated from the CPU's instructions")
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("STROP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    yield
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(cache))
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Make the general set have some questions of each kind, and return how many."""
+    from strop.evaluation import general
+
+    questions = general.load_questions()[::16]
+    monkeypatch.setattr(general, "load_questions", lambda: questions)
+    return len(questions)
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,9 @@ def shorten_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_demo_trains_evaluates_and_names_the_next_commands(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_folder: Path, tmp_path: Path, few_questions: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     shorten_demo(tiny_folder, tmp_path, monkeypatch)
     code, out, err = run("demo", "--json", capsys=capsys)
     result = json.loads(out)
@@ -40,13 +41,14 @@ def test_demo_trains_evaluates_and_names_the_next_commands(
     assert result["rows"] == 6 and result["train_rows"] == 0 and {"base", "tuned", "difference"} <= set(result)
     report = json.loads((tmp_path / "runs" / "demo-1" / "report.json").read_text(encoding="utf-8"))
     assert report["evaluation"]["rows"] == 6
-    assert re.search(r"340 general questions: \d+% right before, \d+% after", err)
+    assert re.search(rf"{few_questions} general questions: \d+% right before, \d+% after", err)
     assert "tuned minus base" in err and "strop chat runs/demo-1" in err and err.count("prompt  ") == 3
 
 
 def test_interrupted_demo_resumes(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_folder: Path, tmp_path: Path, few_questions: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     shorten_demo(tiny_folder, tmp_path, monkeypatch)
     evaluate = api.evaluate
 

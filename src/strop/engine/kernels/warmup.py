@@ -7,7 +7,7 @@ models (warmup_models.py), which compiles the kernels. This module and what it i
 so that commands start quickly.
 
 Kernels are compiled in another process because a process that compiles a parallel kernel runs different machine code
-than a process that loads it from the cache: it calls the loop body as compiled alone, while the cached version was
+than a process that loads it from the cache: it calls functions as compiled alone, while the cached version was
 optimized together with the surrounding code. The results differ in the last bits, so a resumed run would not be
 bit-identical to the run that compiled the kernels.
 """

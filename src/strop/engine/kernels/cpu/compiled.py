@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core.codegen import get_host_cpu_features
+from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen, get_host_cpu_features
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -69,7 +70,62 @@ def _decorator(**options: Any) -> Callable[[Function], Function]:
     return decorator
 
 
-kernel = _decorator(parallel=True, fastmath=True)  # runs `prange` loops on all threads
+_compiles_kernel = ContextVar("_compiles_kernel", default=False)
+_PARTS = ("__numba_parfor_gufunc", "parallelgufuncwrapper", "<numba.np.ufunc.wrappers._GufuncWrapper")
+
+
+def kernel(function: Function) -> Function:
+    """Compile a function whose `prange` loops run on all threads."""
+    dispatcher: Any = _decorator(parallel=True, fastmath=True)(function)
+    compile_kernel = dispatcher._compiler.compile
+
+    def compile_once(*args: Any) -> Any:
+        token = _compiles_kernel.set(True)
+        try:
+            return compile_kernel(*args)
+        finally:
+            _compiles_kernel.reset(token)
+
+    dispatcher._compiler.compile = compile_once
+    return cast(Function, dispatcher)
+
+
+def _compile_loops_once() -> None:
+    """Compile the loops of a kernel only as parts of the kernel, which takes half of the time.
+
+    numba makes a library of a loop's body, of each of two functions around it, and of the kernel. It optimizes and
+    compiles each of them, and links it into the next one, so that a body is compiled four times. Here only the last
+    library is compiled. Nothing calls the others.
+    """
+    optimize, finalize = CPUCodeLibrary._optimize_final_module, CPUCodeLibrary._finalize_final_module
+    set_env = JITCPUCodegen.set_env
+
+    def is_part(library: Any) -> bool:
+        return _compiles_kernel.get() and library.name.startswith(_PARTS)
+
+    def optimize_unless_part(library: Any) -> None:
+        if not is_part(library):
+            optimize(library)
+
+    def finalize_unless_part(library: Any) -> None:
+        if is_part(library):
+            library._finalize_dynamic_globals()
+            library._finalized = True
+        else:
+            finalize(library)
+
+    def set_env_if_defined(
+        codegen: Any, name: str, env: Any
+    ) -> None:  # of the exceptions of a body: kernels raise none
+        if codegen._engine.is_symbol_defined(name):
+            set_env(codegen, name, env)
+
+    CPUCodeLibrary._optimize_final_module = optimize_unless_part
+    CPUCodeLibrary._finalize_final_module = finalize_unless_part
+    JITCPUCodegen.set_env = set_env_if_defined
+
+
+_compile_loops_once()
 subroutine = _decorator(fastmath=True)  # is called by kernels
 force_inline = _decorator(fastmath=True, forceinline=True)  # for long subroutines in loops that must be vectorized
 kernel_sequence = _decorator(nogil=True)  # calls kernels one after another without holding the GIL
