@@ -119,6 +119,7 @@ def test_answers_on_a_gpu_without_bf16(
 
 def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs shared the CPU once, and every later run was trained in fp32, at half the speed."""
+    monkeypatch.setattr(device, "_estimates", {})
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     slow = Precision("fp32", "bf16 13 GFLOP/s, fp32 15 GFLOP/s measured", 13e9, 15e9)
     monkeypatch.setattr(device, "measure", lambda name: slow)
@@ -129,6 +130,8 @@ def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     dtype, why = pick_dtype("cpu")
     assert dtype == "bf16" and "disturbed" in why and load_precision(machine, 2) is None
+    assert pick_dtype("cpu") == (dtype, why)  # this process does not measure again, a new one does
+    device._estimates.clear()
     monkeypatch.setattr(device.time, "process_time", iter([0.0, 2.0]).__next__)
     monkeypatch.setattr(device.time, "perf_counter", iter([0.0, 1.0]).__next__)
     assert pick_dtype("cpu") == ("fp32", slow.why) == load_precision(machine, 2)

@@ -40,16 +40,21 @@ def rows(path: Path, pairs: list[tuple[str, str]]) -> Path:
 COLOURS = [(f"what is {n}", ("green", "green", "red", "blue")[n % 4]) for n in range(12)]
 
 
+@pytest.fixture(scope="module")
+def trained_runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with colours.jsonl and runs/ of it: short and long."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = rows(folder / "colours.jsonl", COLOURS)
+    options: dict[str, Any] = {"train.batch_size": 4, "train.learning_rate": 0.02, "lora.r": 4, "model.dtype": "fp32"}
+    for name, steps in (("short", 1), ("long", 40)):
+        strop.train(model=tiny_folder, data=data, out=folder / "runs" / name, **options, **{"train.max_steps": steps})
+    return folder
+
+
 @pytest.fixture
-def runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[Path]:
-    data, folders = rows(tmp_path / "colours.jsonl", COLOURS), []
-    for name, steps in (("short", "1"), ("long", "40")):
-        out = tmp_path / "runs" / name
-        words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *QUICK, "--train.max_steps", steps]
-        code, _, err = run(*words, "--train.learning_rate", "0.02", capsys=capsys)
-        assert code == 0, err
-        folders.append(out)
-    return folders
+def runs(trained_runs: Path, tmp_path: Path) -> list[Path]:
+    shutil.copytree(trained_runs, tmp_path, dirs_exist_ok=True)
+    return [tmp_path / "runs" / name for name in ("short", "long")]
 
 
 def test_check_from_python_equals_the_command(

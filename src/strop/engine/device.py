@@ -28,6 +28,8 @@ MIN_CPU_SHARE = 0.8  # of all threads' time; measured: 0.99 on a quiet machine, 
 PRIMITIVES = 32  # matmul shapes of one layer, forward and backward
 PRIMITIVES_WITH_ADAPTERS = 64  # the same if oneDNN also computes the matmuls of adapters
 
+_estimates: dict[int, tuple[str, str]] = {}  # by threads: the results of pick_dtype in this process that were disturbed
+
 
 def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     """Set environment variables and flags that must be set before the first matmul and before CUDA starts.
@@ -106,14 +108,15 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
-    cached = load_precision(machine, threads)
+    cached = load_precision(machine, threads) or _estimates.get(threads)
     if cached is not None:
         return cached
     LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
     measured, disturbed = measure_precision()
     if disturbed:
-        dtype = machine.expected_dtype
-        return dtype, "estimated from the CPU's instructions, because other programs disturbed the measurement"
+        why = "estimated from the CPU's instructions, because other programs disturbed the measurement"
+        _estimates[threads] = machine.expected_dtype, why
+        return _estimates[threads]
     return measured.dtype, measured.why
 
 
