@@ -51,6 +51,25 @@ def test_long_run_prints_fewer_lines() -> None:
     assert steps == ["1", "2", "4"]
 
 
+def test_run_that_is_slower_than_planned_says_so_once() -> None:
+    def lines(seconds_per_step: float) -> list[str]:
+        out = io.StringIO()
+        with run_progress(Console(file=out, soft_wrap=True)) as show:
+            dry_run = {"event": "rehearsal", "done": False, "predicted_bytes": 1, "usable_bytes": 9, "tokens": 1}
+            show({**dry_run, "predicted_seconds": 60.0})
+            for number in range(1, 7):
+                at = number * seconds_per_step
+                show({**STEP, "steps": 60, "step": number, "time": at, "seconds": at})
+        return [line for line in out.getvalue().splitlines() if "slower" in line]
+
+    (line,) = lines(28.0)
+    assert line == (
+        "slow     slower than planned: 1 min 24 s for 3 steps instead of 3.0 s on an idle machine. "
+        "Are other programs running?"
+    )
+    assert lines(1.4) == [] and lines(2.0) == []  # the second one lost 6 s only
+
+
 def wait_for_lines(out: io.StringIO, number: int) -> list[str]:
     """Wait until `number` lines are printed, and return them."""
     deadline = time.monotonic() + 60

@@ -26,7 +26,7 @@ from rich.text import Text
 from strop.display.numbers import format_duration
 from strop.display.tables import abbreviate, console
 from strop.errors import in_python, in_terminal
-from strop.runs.events import ON_REQUEST, Event
+from strop.runs.events import ON_REQUEST, Event, is_slower_than_planned, plan_of_steps
 
 TICK_SECONDS = 0.5  # time between updates of the status line
 # for output that is not a terminal
@@ -213,6 +213,8 @@ class RunProgress:
         self._first_step: float | None = None
         self._bar: Progress | None = None
         self._next_line = 0.0
+        self._predicted_seconds: float | None = None  # of all steps
+        self._reported_slow = False
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"_on_{event['event']}", None)
@@ -255,6 +257,7 @@ class RunProgress:
 
     def _on_rehearsal(self, event: Event) -> None:
         """Show the predicted memory, and whether a dry run checks it."""
+        self._predicted_seconds = event.get("predicted_seconds")
         predicted, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         dry_run = f"dry run of {event['tokens']:,} tokens" if event["done"] else "fits easily, skipping the dry run"
         mapped = event.get("mapped_bytes", 0) / 2**30
@@ -313,6 +316,14 @@ class RunProgress:
             is_early = event["time"] - self._first_step < EARLY_SECONDS
             self._next_line = event["time"] + (EARLY_INTERVAL if is_early else LATE_INTERVAL)
             self._out.print(f"step     {event['step']}  loss {metrics}  {speed} tokens/s  {time_left}")
+        planned = plan_of_steps(event["step"], event.get("steps"), self._predicted_seconds)
+        if is_slower_than_planned(event.get("seconds", 0.0), planned) and not self._reported_slow:
+            self._reported_slow = True
+            times = [format_duration(seconds) for seconds in (event["seconds"], planned or 0.0)]
+            self._out.print(
+                f"[yellow]slow[/]     slower than planned: {times[0]} for {event['step']} steps instead of {times[1]} "
+                "on an idle machine. Are other programs running?"
+            )
 
     def _on_end(self, event: Event) -> None:
         self.close()
