@@ -675,7 +675,7 @@ def test_list_of_runs_gives_a_leaderboard(adapter_folders: list[Path], rows_file
 def test_evaluate_and_merge_report_progress(adapter_folders: list[Path], rows_file: Path, tmp_path: Path) -> None:
     counts: list[tuple[str, int, int]] = []
     strop.evaluate(adapter_folders[0], rows_file, max_new_tokens=2, progress=lambda *count: counts.append(count))
-    assert counts[-1] == ("base and tuned", 48, 48)
+    assert counts[-1] == ("base and tuned", 24, 24)
     steps: list[str] = []
     strop.merge(adapter_folders[0], tmp_path / "merged", measure=False, progress=steps.append)
     assert any(str(tmp_path / "merged") in step for step in steps)

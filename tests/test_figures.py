@@ -323,7 +323,7 @@ def kept_generals(results: Any) -> str:
     (low, *_, high), (least, *_, most) = ranges
     return (
         f"answered {base} % of general questions correctly before, {low} to {high} % after plain training, and "
-        f"[{least} to {most} %](docs/keep.md) with strop's default"
+        f"[{least} to {most} %](docs/keep.md) with `--train.keep 0.15`"
     )
 
 

@@ -22,7 +22,7 @@ def test_tiny_run_trains_and_can_be_loaded(tmp_path: Path) -> None:
     assert run.folder == tmp_path / "run" and run.report["steps"] == 4 and run.report["data"]["used"] == 24
     assert events[-1]["event"] == "end" and sum(event["event"] == "step" for event in events) == 4
     assert isinstance(strop.load(run.folder).chat("what is 3", max_new_tokens=2), str)
-    with pytest.raises(strop.InputError, match="contains a run"):
+    with pytest.raises(strop.InputError, match="contains a run, which is finished"):
         testing.tiny_run(tmp_path)
 
 

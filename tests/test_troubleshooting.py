@@ -60,7 +60,7 @@ def classes(kind: type[StropError]) -> list[type[StropError]]:
 def test_every_heading_that_messages_refer_to_exists() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in (PAGE.parents[1] / "src").rglob("*.py"))
     referred = {kind.page for kind in classes(StropError) if kind.page} | set(REFERENCE.findall(source))
-    assert referred <= headings() and len(headings()) == 8
+    assert referred <= headings() and len(headings()) == 9
 
 
 def test_out_of_memory_refers_to_its_heading(tmp_path: Path) -> None:
@@ -189,6 +189,11 @@ def test_nan_loss_refers_to_its_heading(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError) as raised:
         fit(broken)
     assert f"{TROUBLESHOOTING_PAGE}#nan" in raised.value.fix
+
+
+def test_rising_loss_refers_to_its_heading() -> None:
+    (result,) = diagnose(curve("step", {1: 10.0, 2: 15.0, 3: 138.0}), 0.02)
+    assert f"{TROUBLESHOOTING_PAGE}#rising" in result
 
 
 def test_flat_loss_refers_to_its_heading() -> None:

@@ -244,6 +244,8 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("finetune", "error: finetune: no such command (did you mean train?)\nFix: for example: strop train --model"),
         ("compare a b", "compare: no such command (did you mean eval?)\nFix: for example: strop eval runs/mine"),
         ("gguf runs/a", "(did you mean export gguf?)\nFix: for example: strop export gguf runs/mine --out mine.gguf"),
+        ("report runs/a", "report: no such command (did you mean dash?)\nFix: "),
+        ("sweep", "error: --over is required\nFix: give the values to compare: --over lora.r=8,16,32"),
         ("mrege runs/a", "mrege: no such command (did you mean merge?)\nFix: for example: strop merge runs/mine"),
         ("colour", "error: colour: no such command\nFix: see `strop --help`"),
         (
@@ -255,6 +257,10 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         (
             "train demo --data nope.jsonl",
             "error: nope.jsonl: no such file\nFix: the data files there are rows.jsonl, broken.jsonl, ",
+        ),
+        (
+            "import recipe.yaml",
+            "error: TOOL, the program of which the file is, is required\nFix: for example: strop import axolotl ",
         ),
         ("train demo --data nope", "error: nope: no such file\nFix: a Hub data set is named owner/name"),
         ("train demo --model demo --data rows.jsonl", "error: --model: given twice, as demo and as an option"),

@@ -46,6 +46,15 @@ def test_next_commands_work_as_printed(evaluated: Any, shown: str, capsys: pytes
     assert shown in err
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_measured_memory_says_what_it_leaves_out(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = {"measured_peak_bytes": 3 << 30, "predicted_peak_bytes": 2 << 30}
+    report = {"run": "runs/a", "adapter": "runs/a/adapter", "memory": memory, **FIGURES}
+    print_run_summary({**report, "recipe": [{"field": "model.device", "value": device}]}, False)
+    scope = " besides Python and its libraries" if device == "cpu" else ""
+    assert f"memory   3.00 GiB measured{scope}, 2.00 predicted (+50%)" in capsys.readouterr().err
+
+
 def test_long_names_and_modules_of_adapters_fit_into_a_line() -> None:
     out = io.StringIO()
     adapter = {"folder": "runs/a-long-name-of-a-run/adapter", "base": "demo", "rank": 8, "size_bytes": 3 << 20}

@@ -51,6 +51,25 @@ def test_long_run_prints_fewer_lines() -> None:
     assert steps == ["1", "2", "4"]
 
 
+def test_run_that_is_slower_than_planned_says_so_once() -> None:
+    def lines(seconds_per_step: float) -> list[str]:
+        out = io.StringIO()
+        with run_progress(Console(file=out, soft_wrap=True)) as show:
+            dry_run = {"event": "rehearsal", "done": False, "predicted_bytes": 1, "usable_bytes": 9, "tokens": 1}
+            show({**dry_run, "predicted_seconds": 60.0})
+            for number in range(1, 7):
+                at = number * seconds_per_step
+                show({**STEP, "steps": 60, "step": number, "time": at, "seconds": at})
+        return [line for line in out.getvalue().splitlines() if "slower" in line]
+
+    (line,) = lines(28.0)
+    assert line == (
+        "slow     slower than planned: 1 min 24 s for 3 steps instead of 3.0 s on an idle machine. "
+        "Are other programs running?"
+    )
+    assert lines(1.4) == [] and lines(2.0) == []  # the second one lost 6 s only
+
+
 def wait_for_lines(out: io.StringIO, number: int) -> list[str]:
     """Wait until `number` lines are printed, and return them."""
     deadline = time.monotonic() + 60
@@ -61,6 +80,7 @@ def wait_for_lines(out: io.StringIO, number: int) -> list[str]:
 
 def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "QUIET_INTERVALS", (0.0,))
+    monkeypatch.setattr(progress, "STILL_SECONDS", 0.0)
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
     out = io.StringIO()
     with status_line("loading the libraries", Console(file=out)):
@@ -112,6 +132,7 @@ def test_status_after_the_last_step_is_saving(monkeypatch: pytest.MonkeyPatch) -
 def test_still_lines_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
     monkeypatch.setattr(progress, "QUIET_INTERVALS", (0.0, 3600.0))
+    monkeypatch.setattr(progress, "STILL_SECONDS", 0.0)
     out = io.StringIO()
     with status_line("loading", Console(file=out)) as status:
         wait_for_lines(out, 1)
@@ -121,14 +142,27 @@ def test_still_lines_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.getvalue().splitlines() == ["still    loading (0 s)", "still    computing (0 s)"]
 
 
+def test_an_activity_that_has_just_begun_is_not_printed_as_still_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "QUIET_INTERVALS", (0.0,))
+    out = io.StringIO()
+    with status_line("sampling: 0 of 4 completions", Console(file=out)) as status:
+        time.sleep(0.1)
+        assert not out.getvalue()
+        status._since -= progress.STILL_SECONDS
+        assert re.fullmatch(r"still    sampling: 0 of 4 completions \([3-9] s\)", wait_for_lines(out, 1)[0])
+
+
 def test_counted_activity_shows_the_time_left() -> None:
     with status_line("loading", Console(file=io.StringIO())) as status:
-        status.update("answering: 0 of 4")
+        status.update("answering: 0 of 6")
         assert "left" not in status.text()
         status._since -= 60
         status._pace._started -= 60
-        status.update("answering: 1 of 4")
-        assert re.fullmatch(r"answering: 1 of 4 \(6\d s, [23] min( \d+ s)? left\)", status.text())
+        status.update("answering: 2 of 6")
+        assert "left" not in status.text()  # the first ones are slower
+        status.update("answering: 3 of 6")
+        assert re.fullmatch(r"answering: 3 of 6 \(6\d s, (1 min( \d+ s)?|5\d s) left\)", status.text())
         assert len(status.text(24)) == 24 and status.text(24).endswith(" left)")
 
 
@@ -165,11 +199,11 @@ def test_time_left_of_answers_counts_unfinished_ones(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "GENERATION_INTERVALS", (-1.0,))
     out = io.StringIO()
     with generation_progress(Console(file=out)) as advance:
-        for done in (0, 0.5, 1.5):
+        for done in (0, 1.5, 3.5):
             advance("base and tuned", done, 12)
     lines = out.getvalue().splitlines()
-    assert lines[:2] == ["answers  base and tuned 0/12"] * 2
-    assert re.fullmatch(r"answers  base and tuned 1/12, (\d min )?[\d.]+ s left", lines[2])
+    assert lines[:2] == ["answers  base and tuned 0/12 rows", "answers  base and tuned 1/12 rows"]
+    assert re.fullmatch(r"answers  base and tuned 3/12 rows, (\d min )?[\d.]+ s left", lines[2])
 
 
 def test_generation_progress_removes_its_log_handler() -> None:

@@ -147,6 +147,18 @@ def test_model_reports_cut_answers(alphabet: Path, capsys: pytest.CaptureFixture
     ]
 
 
+def test_json_answers_that_are_compared_as_text_are_noted(alphabet: Path) -> None:
+    def notes(*answers: str, **options: str) -> list[str]:
+        data = rows(alphabet / "json.jsonl", [(f"say {n}", answer) for n, answer in enumerate(answers)])
+        evaluation = strop.evaluate(alphabet / "model", data, max_new_tokens=2, **options)
+        return [note for note in evaluation["notes"] if "--metric exact_json" in note]
+
+    (note,) = notes('{"a": 1}', '{"a": 2}', '{"a": 3}')
+    assert note.startswith("all right answers are JSON objects")
+    assert not notes('{"a": 1}', '{"a": 2}', "three") and not notes("1", "2", "3")
+    assert not notes('{"a": 1}', '{"a": 2}', '{"a": 3}', metric="exact")  # given, not the default
+
+
 def test_repeated_rows_are_noted(alphabet: Path) -> None:
     data = rows(alphabet / "repeated.jsonl", [("say 0", "no"), ("say 1", "no"), ("say 0", "no")])
     notes = strop.evaluate(alphabet / "model", data, max_new_tokens=2)["notes"]

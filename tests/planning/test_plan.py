@@ -204,6 +204,19 @@ def test_table_has_one_total_and_largest_rows_in_words(
     assert "guess" not in text and "take back" not in text and "micro_batch_tokens [" not in text
 
 
+def test_plan_names_the_compilation_of_kernels_until_it_is_done(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    words = ["plan", "--model", tiny_folder, "--device", "cpu"]
+    text = "the first training also compiles kernels for this CPU"
+    assert text in run(*words, capsys=capsys)[2]
+    assert text not in run(*words[:3], "--gpu", "RTX 4090", capsys=capsys)[2]
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "strop-0-train-float32").touch()
+    assert text not in run(*words, capsys=capsys)[2]
+
+
 def test_files_that_the_system_frees_are_below_the_total(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, out = run("plan", "--model", "demo", "--device", "cpu", capsys=capsys)
     names = re.findall(r"^│ (\w[\w ]*?) +│", out, re.M)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -220,6 +221,48 @@ def test_diagnosis_reports_a_flat_loss_with_its_cause() -> None:
     flat = curve("step", falling(2.0, 2.0))
     assert "learning rate is too small" in diagnose(flat, 1e-6)[0]
     assert "strop check" in diagnose(flat, 0.02)[0]
+
+
+DIVERGED = (10.0, 15.0, 138.0)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        DIVERGED,
+        [2.3, 2.1, 2.5, 4.0, 8.0, 9.5, 8.6, 9.1, 8.8, 8.9],
+        [2.0 + 0.1 * (n % 3) for n in range(20)] + [0.4 * n for n in range(6, 20)],
+        [3.0 - 0.1 * n for n in range(20)] + [7.0 + n % 2 for n in range(20)],  # it fell at first
+    ],
+)
+def test_diagnosis_reports_a_rising_loss(losses: Sequence[float]) -> None:
+    events = [{**event, "learning_rate": 0.5} for event in curve("step", dict(enumerate(losses, 1)))]
+    (result,) = diagnose(events, 0.01)
+    assert result.startswith("diverging: the training loss rose from ") and "for example to 0.05 (see" in result
+
+
+def test_noisy_losses_are_not_reported_as_rising() -> None:
+    """Losses of batches with one row, which training does not change: an extreme case of a healthy run."""
+    sources = {
+        "gauss": lambda random: max(0.01, random.gauss(2.0, 0.8)),
+        "lognormal": lambda random: math.exp(random.gauss(0.0, 1.0)),
+        "one-token answers": lambda random: random.choice((0.05, 0.1, 2.0, 3.0, 4.0)),
+    }
+    random, numbers = Random(0), (2, 3, 4, 6, 8, 12, 19, 20, 40, 300)
+    runs = [
+        (name, n, [sources[name](random) for _ in range(n)]) for name in sources for n in numbers for _ in range(50)
+    ]
+    wrong = [
+        (name, n) for name, n, losses in runs
+        if any("rose" in text for text in diagnose(curve("step", dict(enumerate(losses, 1))), 0.01))
+    ]  # fmt: skip
+    assert len(wrong) <= len(runs) / 500, wrong
+
+
+def test_steps_with_kept_rows_only_are_no_rise() -> None:
+    """Their loss is a small divergence, so the next step would look like a rise."""
+    events = [{"event": "step", "step": 1, "loss": 0.02, "kept": 0.02}, *curve("step", {2: 12.0, 3: 11.0})]
+    assert diagnose(events, 0.01) == []
 
 
 def test_diagnosis_reports_out_of_memory() -> None:

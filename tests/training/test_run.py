@@ -699,3 +699,22 @@ def test_interrupt_before_the_recipe_leaves_no_folder(
     with pytest.raises(KeyboardInterrupt):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_diverging_run_is_reported_in_the_terminal_and_in_the_report(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The losses are not those of the tiny model, which are bounded."""
+    rising = [{"event": "step", "step": n, "loss": 6.0 * 10**n, "learning_rate": 0.5} for n in (1, 2, 3)]
+    monkeypatch.setattr("strop.training.report.read_events", lambda path: rising)
+    words = ["--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", *QUICK]
+    code, _, err = run("train", *words, capsys=capsys)
+    assert code == 0, err
+    after = err.split("done ", 1)[1].splitlines()
+    finding = next(line for line in after if "training loss rose from 60.000 to 6000.000" in line)
+    assert finding.startswith("finding  diverging: ") and "for example to 0.05 (see" in finding
+    text = finding.removeprefix("finding  ")
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["diagnosis"] == [text]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f'<p class="verdict unclear">{text}</p>' in page

@@ -108,7 +108,7 @@ MEANT: Mapping[str, str] = {
     **dict.fromkeys(("validate", "data", "inspect"), "check"), **dict.fromkeys(("info", "env"), "doctor"),
     **dict.fromkeys(("search", "hpo", "tune-settings", "optuna"), "sweep"),
     **dict.fromkeys(("clean", "prune", "clear", "gc"), "cache"),
-    "fuse": "merge", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
+    "fuse": "merge", "report": "dash", "upload": "push", "api": "serve", "continue": "resume", "quickstart": "demo",
     **{name: f"{group} {name}" for group, (_, commands) in GROUPS.items() for name in commands},
 }  # fmt: skip
 # recipe fields of the commands that accept only some of them
@@ -244,7 +244,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         help=(
             "\bFine-tune open language models with LoRA and QLoRA on your own computer.\n \n"
             f"Start with rows such as {EXAMPLE_ROW}:\n"
-            "  strop check --data rows.jsonl\n"
+            "  strop check --model demo --data rows.jsonl\n"
             "  strop train --model demo --data rows.jsonl --out runs/mine\n"
             "  strop eval runs/mine --data held_out.jsonl\n"
             "  strop chat runs/mine\n \n"
@@ -451,6 +451,8 @@ def _explain_usage(error: Any) -> InputError:
         return InputError(f"{message[:1].lower()}{message[1:].rstrip('.')}" if words else message, fix=fix)
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.metavar or parameter.name)
     if message.startswith("Missing"):
+        if path == "import" and len(words) > 1 and Path(words[1]).is_file():
+            name = "TOOL, the program of which the file is,"
         return InputError(f"{name} is required", fix=fix)
     from strop.config.load import explain_issue
 

@@ -194,11 +194,13 @@ def _is_repeatable(info: Any) -> bool:
 
 def _metavar(info: Any) -> str:
     """Return the name of a field's type that Typer shows for other options of this type."""
-    members = [part for part in get_args(info.annotation) or (info.annotation,) if part is not type(None)]
+    is_union = get_origin(info.annotation) in (Union, types.UnionType)
+    parts = get_args(info.annotation) if is_union else (info.annotation,)
+    members = [part for part in parts if part is not type(None)]
     first = get_origin(members[0]) or members[0]
     if first is Annotated:
         first = get_args(members[0])[0]
-    names = {bool: BOOLEAN, int: "<int>", float: "<float>", list: "<list>", dict: "<map>"}
+    names = {bool: BOOLEAN, int: "<int>", float: "<float>", list: "<a,b,...>", dict: "<k=v,...>"}
     return names.get(first, "<str>")
 
 
@@ -213,7 +215,11 @@ def _help_text(info: Any, default: str | None) -> str:
     if set(choices) <= set(re.findall(r"[\w-]+", info.description)):  # the description explains each of them
         choices = ()
     description = f"{info.description[0].upper()}{info.description[1:]}."
-    parts = [description, f"[{' | '.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
+    has_other_values = get_origin(info.annotation) in (Union, types.UnionType) and any(
+        get_origin(member) is not Literal and member is not type(None) for member in get_args(info.annotation)
+    )
+    listed = f"[{'or ' * has_other_values}{' | '.join(choices)}]" if choices else ""
+    parts = [description, listed, f"[default: {default}]" if default else ""]
     return " ".join(filter(None, parts))
 
 

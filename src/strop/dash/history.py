@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from strop.dash.files import CONTENT_ERRORS, open_file
 from strop.machine.memory import trim_heap
-from strop.runs.events import count_used, describe_turns, parse_event, split_prompt
+from strop.runs.events import (
+    count_used,
+    describe_turns,
+    is_slower_than_planned,
+    parse_event,
+    plan_of_steps,
+    split_prompt,
+)
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
@@ -37,7 +44,7 @@ LEVELS = {
 }  # fmt: skip
 MAX_SAMPLE_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = 100, 50, 4000  # evaluations, completions of each, length of a text
 _WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
-_NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
+_NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds", "seconds_left")
 _BEFORE_STEPS = ("start", "rehearsal", "reference", "reference-check")  # the time of the first step begins after them
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
 
@@ -276,6 +283,9 @@ class History:
         values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
         if self.trained:
             values |= {"seconds": round_significant(self.trained[-1]), "eval_seconds": self.eval_seconds}
+            predicted = (self.newest.get("rehearsal") or {}).get("predicted_seconds")
+            planned = plan_of_steps(values.get("step"), values.get("steps"), predicted)
+            values |= {"planned_seconds": planned, "is_slow": is_slower_than_planned(self.trained[-1], planned)}
             values["tokens_per_s"] = round_significant(self.tokens[-1] / max(self.trained[-1], 1e-9))
             values["epochs"] = round_significant(values.get("steps", math.nan) / (self.steps_per_epoch or math.nan))
         return values | {"eval_loss": round_significant(self.evals[-1])} if self.evals else values

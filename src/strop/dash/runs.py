@@ -276,7 +276,6 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "data_report": limit_rows(data_report, MAX_LISTED_ROWS),
         "row_counts": list(list_row_counts(data_report)) if data_report else [],
         "notes": history.notes,
-        "predicted_seconds": (newest.get("rehearsal") or {}).get("predicted_seconds"),  # of all steps
         "memory": _memory(report, newest.get("rehearsal") or {}),
         "checkpoints": _checkpoints(files, report),
         "adapter": adapter if sizes else None,

@@ -121,6 +121,7 @@ class Selection:
 def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
     examples, rows, role, facts = selection.examples, selection.rows, selection.role, selection.store.facts
     num_conversations, num_with_reasoning = facts["chats"], facts["thinking"]
+    num_without_system = facts.get("without_system", num_conversations)  # stores of earlier versions do not have it
     if selection.shares_store:
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
         num_used, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
@@ -155,7 +156,9 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         padding=_padding(examples.lengths),
         formats=facts["formats"],
         warnings=warnings,
-        template=[*renderer.chat.describe(num_with_reasoning, num_conversations)] if num_conversations else [],
+        template=[*renderer.chat.describe(num_with_reasoning, num_conversations, num_without_system)]
+        if num_conversations
+        else [],
         refusal=refusal,
         answers=_answer_statistics(selection) if refusal is None and selection.data_kind != "turns" else {},
     )

@@ -461,14 +461,15 @@ def _write_rows(
     of dropped rows; "cut": shortened rows; "notes": warnings (text, number of rows, first row); "unused": columns that
     were not read; "left_out": rows not used because of a source's weight; "formats", "unlabelled", "chosen": by file;
     "longest", "longest_dropped": tokens of the longest example, of all and of rows that are too long; "chats":
-    conversations, "thinking": those with reasoning, "stops": those that end with a stop token.
+    conversations, "thinking": those with reasoning, "without_system": those without a system prompt, "stops":
+    those that end with a stop token.
     """
     errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
     warnings: Counter[str] = Counter()  # number of rows with each warning
     first_examples: dict[str, str] = {}  # warning -> location and excerpt of the first row with it
     shortened: list[tuple[str, str, int | None, str]] = []  # outcome, file, line, lengths
-    stops = longest = longest_dropped = chats = thinking = 0
+    stops = longest = longest_dropped = chats = thinking = without_system = 0
     judgements: Judgements = {}
     render = RENDER.get(data_kind, Renderer.render_many)
     for _, row in groupby(render(renderer, reader), lambda _: reader.row_numbers.popleft()):
@@ -507,6 +508,7 @@ def _write_rows(
             group = writer.add(conversation, examples, prompt, prompt if data_kind in JUDGED_KINDS else group)
             chats += conversation.text is None
             thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
+            without_system += conversation.text is None and all(x.role != "system" for x in conversation.messages[:1])
             last_examples = examples if data_kind == "pairs" else examples[-1:]
             stops += data_kind not in RENDERED_PROMPTS and all(
                 ends_with_stop(example, renderer) for example in last_examples
@@ -530,6 +532,7 @@ def _write_rows(
         "longest_dropped": longest_dropped,
         "chats": chats,
         "thinking": thinking,
+        "without_system": without_system,
         "stops": stops,
     }
 

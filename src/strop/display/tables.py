@@ -155,6 +155,12 @@ def example_request(server: Mapping[str, Any]) -> str:
     return f"curl {server['url']}{path} {key}-H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
+def describe_memory_scope(report: Mapping[str, Any]) -> str:
+    """Return what the peak memory of a run leaves out, as words that follow "measured"; "" for GPU memory."""
+    device = next((choice["value"] for choice in report.get("recipe", []) if choice["field"] == "model.device"), "")
+    return " besides Python and its libraries" if device == "cpu" else ""
+
+
 def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     run = report["run"]
     console.print(
@@ -167,7 +173,9 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     if memory := report.get("memory"):
         measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
         prediction = f", {predicted / 2**30:.2f} predicted ({measured / predicted - 1:+.0%})" if predicted else ""
-        console.print(f"[bold]memory[/]   {measured / 2**30:.2f} GiB measured{prediction}")
+        console.print(
+            f"[bold]memory[/]   {measured / 2**30:.2f} GiB measured{describe_memory_scope(report)}{prediction}"
+        )
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {escape(finding)}")
     kind = "adapter" if "adapter" in report else "model"

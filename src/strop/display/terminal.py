@@ -26,7 +26,7 @@ from rich.text import Text
 from strop.display.numbers import format_duration
 from strop.display.tables import abbreviate, console
 from strop.errors import in_python, in_terminal
-from strop.runs.events import ON_REQUEST, Event
+from strop.runs.events import ON_REQUEST, Event, is_slower_than_planned, plan_of_steps
 
 TICK_SECONDS = 0.5  # time between updates of the status line
 # for output that is not a terminal
@@ -34,6 +34,8 @@ QUIET_INTERVALS = (10.0, 20.0, 60.0)  # seconds without output before each "stil
 EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # seconds between lines of training progress
 EARLY_SECONDS = 300.0  # EARLY_INTERVAL is used for this long after the first step
 GENERATION_INTERVALS = (5.0, 10.0, 30.0)  # seconds between lines of generation progress; the last one repeats
+STILL_SECONDS = 3.0  # a "still ..." line is printed only after the activity has lasted this long
+MIN_DONE = 3  # things of an activity that are finished before its time left is estimated: the first ones are slower
 SPINNER_WIDTH = 2
 LASTING = {"lasting": True}  # `extra` of a log message that is printed, not only shown while it is true
 _COUNT = re.compile(r"(\d+) of (\d+)\b")
@@ -83,9 +85,9 @@ class Pace:
         self._done, self._total = done, total
 
     def seconds_left(self) -> float | None:
-        """Return the estimate, or None before something was finished."""
+        """Return the estimate, or None before MIN_DONE things are finished."""
         finished = self._done - self._first
-        if finished <= 0 or self._done < 1 or self._done >= self._total:
+        if finished <= 0 or self._done < MIN_DONE or self._done >= self._total:
             return None
         seconds = (self._changed - self._started) * (self._total - self._done) / finished
         return max(0.0, seconds - (time.monotonic() - self._changed))
@@ -149,10 +151,14 @@ class StatusLine:
         while not self._stopped.wait(TICK_SECONDS):
             if self._out.is_terminal:
                 self._draw()
-            elif time.monotonic() - self._last_output > self._quiet[min(self._repeats, len(self._quiet) - 1)]:
+            elif self._is_still_line_due():
                 self.restart_quiet_time()
                 self._repeats += 1
                 self._out.print(f"still    {self.text()}", markup=False)
+
+    def _is_still_line_due(self) -> bool:
+        now, interval = time.monotonic(), self._quiet[min(self._repeats, len(self._quiet) - 1)]
+        return now - self._last_output > interval and now - self._since >= STILL_SECONDS
 
     def _draw(self) -> None:
         status = self._status  # `stop` may set it to None in another thread
@@ -213,6 +219,8 @@ class RunProgress:
         self._first_step: float | None = None
         self._bar: Progress | None = None
         self._next_line = 0.0
+        self._predicted_seconds: float | None = None  # of all steps
+        self._reported_slow = False
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"_on_{event['event']}", None)
@@ -255,6 +263,7 @@ class RunProgress:
 
     def _on_rehearsal(self, event: Event) -> None:
         """Show the predicted memory, and whether a dry run checks it."""
+        self._predicted_seconds = event.get("predicted_seconds")
         predicted, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         dry_run = f"dry run of {event['tokens']:,} tokens" if event["done"] else "fits easily, skipping the dry run"
         mapped = event.get("mapped_bytes", 0) / 2**30
@@ -313,6 +322,14 @@ class RunProgress:
             is_early = event["time"] - self._first_step < EARLY_SECONDS
             self._next_line = event["time"] + (EARLY_INTERVAL if is_early else LATE_INTERVAL)
             self._out.print(f"step     {event['step']}  loss {metrics}  {speed} tokens/s  {time_left}")
+        planned = plan_of_steps(event["step"], event.get("steps"), self._predicted_seconds)
+        if is_slower_than_planned(event.get("seconds", 0.0), planned) and not self._reported_slow:
+            self._reported_slow = True
+            times = [format_duration(seconds) for seconds in (event["seconds"], planned or 0.0)]
+            self._out.print(
+                f"[yellow]slow[/]     slower than planned: {times[0]} for {event['step']} steps instead of {times[1]} "
+                "on an idle machine. Are other programs running?"
+            )
 
     def _on_end(self, event: Event) -> None:
         self.close()
@@ -414,9 +431,12 @@ class _TimeLeft(TextColumn):
 def generation_progress(out: Console = console) -> Iterator[Callable[[str, float, int], None]]:
     """Yield a callback for progress of generation. Its arguments: side ("base" or "tuned"), done, total.
 
-    done: the finished answers, and fractions of the unfinished ones.
+    done: the finished rows, and fractions of the unfinished ones.
     """
-    columns = TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), _TimeLeft()
+    columns = (
+        TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), TextColumn("rows"), BarColumn(),
+        _TimeLeft(),
+    )  # fmt: skip
     bar = Progress(*columns, console=out, transient=True)
     with status_line("loading the libraries", out) as status:
         tasks: dict[str, TaskID] = {}
@@ -438,7 +458,7 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, float
             if not out.is_terminal and time.monotonic() - last_line > interval:
                 last_line, lines, seconds_left = time.monotonic(), lines + 1, paces[side].seconds_left()
                 time_left = "" if seconds_left is None else f", {format_duration(seconds_left)} left"
-                out.print(f"answers  {side} {int(done)}/{total}{time_left}", markup=False)
+                out.print(f"answers  {side} {int(done)}/{total} rows{time_left}", markup=False)
                 status.restart_quiet_time()
 
         try:

@@ -37,7 +37,7 @@ LOSS_BLOCK_ROWS = 64  # rows that are split into micro-batches together
 MIN_ANSWER_TOKENS = 80  # smallest default of max_new_tokens; a right answer may be longer than its reference
 ANSWER_MARGIN = 1.25  # default of max_new_tokens, relative to the longest reference answer
 EXTRA_SCORES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # independent of the metric
-Progress = Callable[[str, float, int], None]  # (label, done, with fractions of unfinished answers, total)
+Progress = Callable[[str, float, int], None]  # (label, finished rows, with fractions of unfinished ones, all rows)
 # Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
 TokenLoss = Callable[[Sequence[Example]], Tensor]
 MakeBatches = Callable[[Sequence[Example]], list[list[int]]]  # examples -> micro-batches, as lists of indices
@@ -315,7 +315,7 @@ def _generate_all(
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             expected=expected,
-            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(prompts))),
+            advance=advance and (lambda done: advance(" and ".join(sides), done / len(sides), len(prompts))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
     rows = len(answers) // len(sides)

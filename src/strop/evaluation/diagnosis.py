@@ -1,4 +1,4 @@
-"""Diagnose a run from its events: overfitting, no learning, and recoveries from errors."""
+"""Diagnose a run from its events: a rising loss, overfitting, no learning, and recoveries from errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from strop.errors import TROUBLESHOOTING_PAGE
 from strop.runs.events import drop_undone_events
 
 Losses = dict[int, float]  # by step
-FLAT_HINT = f"see {TROUBLESHOOTING_PAGE}#flat"
+FLAT_HINT, RISING_HINT = (f"see {TROUBLESHOOTING_PAGE}#{anchor}" for anchor in ("flat", "rising"))
 MIN_STEPS = 20  # shorter runs are not diagnosed as not learning
+# The training loss is reported as rising above these bounds. Those of short runs are higher, because a few losses of
+# batches with one row may rise by chance.
+RISE_SIGMAS, MIN_RISE_SHARE, MIN_RISE_NATS = 6.0, 0.2, 0.1  # standard errors, share of the loss, nats
+SHORT_STEPS, SHORT_RISE_NATS = 8, 10.0  # in runs of fewer steps
+MEDIUM_RISE_NATS = 4.0  # in runs of fewer than MIN_STEPS steps
 MAX_CHOSEN_DROP = 0.1  # nats per token by which the chosen answers may become less likely
 RECOVERIES = ("rollback", "shrink", "override")  # events that are reported
 MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which nothing is learned
@@ -33,8 +38,9 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     recoveries = dict.fromkeys(_describe_recovery(event) for event in events if event["event"] in RECOVERIES)
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:
         return [*_check_rewards(reward_steps), *recoveries]
-    findings = _check_overfitting(train, evaluated) + _check_learning(train, weight_change) + _check_chosen(events)
-    return [*findings, *recoveries]
+    rates = [event["learning_rate"] for event in comparable if event["event"] == "step" and "learning_rate" in event]
+    findings = _check_rise(train, max(rates, default=None)) or _check_learning(train, weight_change)
+    return [*findings, *_check_overfitting(train, evaluated), *_check_chosen(events), *recoveries]
 
 
 def _check_overfitting(train: Losses, evaluated: Losses) -> list[str]:
@@ -53,6 +59,35 @@ def _check_overfitting(train: Losses, evaluated: Losses) -> list[str]:
     if statistics.mean(after) < statistics.mean(before):
         return [f"overfitting: {rise} while the training loss fell: train for fewer epochs, or give more rows"]
     return [f"getting worse: {rise} and the training loss did not fall: lower the learning rate"]
+
+
+def _check_rise(train: Losses, rate: float | None) -> list[str]:
+    """Report a training loss that is far higher at the end. rate: the highest learning rate, or None if unknown."""
+    rise = _find_rise([loss for _, loss in sorted(train.items())])
+    if rise is None:
+        return []
+    lower = "lower train.learning_rate" + (f", for example to {rate / 10:.2g}" if rate else "")
+    return [f"diverging: the training loss rose from {rise[0]:.3f} to {rise[1]:.3f}: {lower} ({RISING_HINT})"]
+
+
+def _find_rise(losses: Sequence[float]) -> tuple[float, float] | None:
+    """Return the loss before and after a rise, or None if there is none.
+
+    In a long run, the last fifth is compared with the lowest fifth before it. In a short run, all losses of the second
+    half must be above those of the start.
+    """
+    if len(losses) < 2:
+        return None
+    if len(losses) < MIN_STEPS:
+        is_short = len(losses) < SHORT_STEPS
+        first, last = max(losses[: 1 if is_short else 2]), min(losses[-(len(losses) // 2) :])
+        needed = max(abs(first), SHORT_RISE_NATS if is_short else MEDIUM_RISE_NATS)
+        return (losses[0], losses[-1]) if last - first > needed else None
+    n = max(5, len(losses) // 5)
+    parts = [losses[start : start + n] for start in range(0, len(losses) - 2 * n + 1, n)]
+    first, last, noise = _compute_trend([*min(parts, key=statistics.mean), *losses[-n:]], n)
+    needed = max(RISE_SIGMAS * noise, MIN_RISE_SHARE * abs(first), MIN_RISE_NATS)
+    return (first, last) if last - first > needed else None
 
 
 def _check_learning(train: Losses, weight_change: float | None) -> list[str]:
@@ -102,9 +137,9 @@ def _check_reward_trend(steps: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _compute_trend(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the means of the first and the last fifth, and the standard error of their difference."""
-    n = max(5, len(values) // 5)
+def _compute_trend(values: Sequence[float], n: int | None = None) -> tuple[float, float, float]:
+    """Return the means of the first and the last n values (a fifth), and the standard error of their difference."""
+    n = n or max(5, len(values) // 5)
     first, last = values[:n], values[-n:]
     noise = ((statistics.variance(first) + statistics.variance(last)) / n) ** 0.5
     return statistics.mean(first), statistics.mean(last), noise
@@ -138,9 +173,12 @@ def _describe_recovery(event: dict[str, Any]) -> str:
 
 
 def _read_losses(events: Sequence[dict[str, Any]], kind: str) -> Losses:
-    """Return the losses of "step" or "eval" events. If a step was repeated, the last loss counts."""
+    """Return the losses of "step" or "eval" events, without steps that have only rows of train.keep.
+
+    If a step was repeated, the last loss counts.
+    """
     with_loss = (event for event in events if event["event"] == kind and event.get("loss") is not None)
-    return {event["step"]: event["loss"] for event in with_loss}
+    return {event["step"]: event["loss"] for event in with_loss if event.get("kept") != event["loss"]}
 
 
 def changes_loss(name: str) -> bool:

@@ -59,7 +59,7 @@ def compare_general(model: Model, advance: Progress | None = None, devices: Devi
             questions.append(question)
     answers = generate_answers(
         model, prompts, devices, max_new_tokens=MAX_NEW_TOKENS, both=True,
-        advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(questions))),
+        advance=advance and (lambda done: advance("general, base and tuned", done / 2, len(questions))),
     )  # fmt: skip
     texts = [answer.text for answer in answers]
     texts_by_side = {"base": texts[: len(questions)], "tuned": texts[len(questions) :]}

@@ -204,6 +204,14 @@ def _exact_json(gold: str, answer: str) -> Judgement:
     return judgement
 
 
+def are_json_objects(golds: Sequence[str]) -> bool:
+    """Return whether all right answers are JSON objects, for which "exact_json" is the better metric."""
+    try:
+        return bool(golds) and all(_parse_json_object(gold) is not None for gold in golds)
+    except ValueError:
+        return False
+
+
 METRICS: dict[str, Metric] = {
     "exact": Metric("exact", partial(_equal, "exact")),  # equal up to runs of white space
     "exact_json": Metric("exact_json", _exact_json),  # the same JSON object, without any text around it

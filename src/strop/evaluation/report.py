@@ -6,6 +6,7 @@ All text is escaped, because samples may contain text from untrusted sources.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from markupsafe import Markup
 
 from strop.display.numbers import format_duration, format_figure, format_percent
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
+from strop.display.tables import describe_memory_scope
 from strop.evaluation import metrics
 from strop.runs.events import describe_turns, list_row_counts, split_prompt
 from strop.runs.folder import read_json, write_atomic
@@ -145,7 +147,8 @@ def _describe_stop(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]
     step = report.get("steps")
     if report.get("ended") != "stop" or not _is_number(step) or total is None or step >= total:
         return ""
-    return f"Stopped after step {step:,} of {total:,}. Resume the run to finish it."
+    command = f"strop resume {shlex.quote(str(report.get('run') or 'RUN'))}"
+    return f"Stopped after step {step:,} of {total:,}. Resume the run to finish it: {command}"
 
 
 def _describe_dates(events: Sequence[Mapping[str, Any]]) -> str:
@@ -196,7 +199,7 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
-        yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        yield f"peak memory{describe_memory_scope(report)}", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
 
 
 def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -350,7 +353,10 @@ def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _format_choice(choice: Mapping[str, Any]) -> dict[str, str]:
     value = choice.get("value")
-    text = "-" if value is None else format_figure(value) if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = "-" if value in (None, [], {}) else format_figure(value) if isinstance(value, float) else str(value)
     return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": text}
 
 

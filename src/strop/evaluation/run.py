@@ -43,6 +43,7 @@ from strop.evaluation.metrics import (
     DEFAULT_METRIC,
     MEAN_REWARD,
     MIN_CLAIM_ROWS,
+    are_json_objects,
     check_golds,
     describe_cut,
     describe_difference,
@@ -83,6 +84,12 @@ READ_FIELDS = (
     "data.encoding",
     "data.image_folder",
 )  # recipe fields that are options of eval too
+
+
+JSON_HINT = (
+    "all right answers are JSON objects, which are compared as text here: with --metric exact_json, spaces and the "
+    "order of the names do not matter"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +427,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     result = _start_result(name, model, compared, request)
     result["notes"] += describe_cut(compared)
     _add_row_notes(result, rows, train_rows)
+    if options.metric is None and are_json_objects([sample["gold"] for sample in compared["samples"]]):
+        result["notes"] += [JSON_HINT]
     should_store = devices.is_main and is_run(Path(name))
     interrupted = "interrupted" in compared
     questions, renderer = make_questions(request.rows, model.renderer), model.renderer

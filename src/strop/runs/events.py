@@ -31,6 +31,10 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
+SLOW_FACTOR, SLOW_SECONDS = 1.5, 10.0  # a run is slower than planned above this multiple of the plan and this excess
+SLOW_STEPS = 3  # first step that is compared with the plan
+
+
 class EndTraining(Exception):
     """Raised by a listener to end training after an evaluation or a resume, as if the recipe ended there.
 
@@ -67,6 +71,21 @@ class EventLog:
                 listener(event)
             except EndTraining as request:
                 self.end_reason = request.reason
+
+
+def plan_of_steps(step: Any, steps: Any, predicted_seconds: Any) -> float | None:
+    """Return the planned seconds of the steps so far; None if there is no plan or it is too early to compare with it.
+
+    predicted_seconds: of all steps, as in a "rehearsal" event.
+    """
+    if not all(isinstance(value, int | float) for value in (step, steps, predicted_seconds)) or step < SLOW_STEPS:
+        return None
+    return float(predicted_seconds * step / max(1, steps))
+
+
+def is_slower_than_planned(seconds: float, planned: float | None) -> bool:
+    """Return whether training took clearly longer than the plan. Both are in seconds, of the same steps."""
+    return planned is not None and seconds > max(SLOW_FACTOR * planned, planned + SLOW_SECONDS)
 
 
 def read_events(path: Path) -> list[Event]:

@@ -145,6 +145,8 @@ def check_new_run(path: Path) -> None:
     if not _VALID_NAME.fullmatch(path.name):
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give another folder with --out")
     fix = f"give another folder, such as {suggest_new(path)}"
+    if is_run(path) and RunFolder(path).finished:
+        raise FolderError(f"{path}: contains a run, which is finished", fix=fix)
     if is_run(path):
         raise FolderError(
             f"{path}: contains a run", fix=f"resume it with `strop resume {shlex.quote(str(path))}`, or {fix}"

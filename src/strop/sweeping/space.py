@@ -112,6 +112,11 @@ def find_field(name: str) -> str:
     return field
 
 
+def require_over(over: Mapping[str, Any]) -> None:
+    if not over:
+        raise RecipeError("--over is required", fix="give the values to compare: --over lora.r=8,16,32")
+
+
 def make_space(over: Mapping[str, Any], resolved: Resolved) -> list[Dimension]:
     """Check all values with the recipe's schema, and return the dimensions of the search space.
 
@@ -122,8 +127,7 @@ def make_space(over: Mapping[str, Any], resolved: Resolved) -> list[Dimension]:
     Raises:
         RecipeError: If a field is unknown, a value is invalid, or there is nothing to compare.
     """
-    if not over:
-        raise RecipeError("--over is required", fix="give the values to compare: --over lora.r=8,16,32")
+    require_over(over)
     if not isinstance(over, Mapping):
         what = f"--over: a dictionary of fields and their values, not {type(over).__name__}"
         raise RecipeError(what, fix="give the values to compare: --over lora.r=8,16,32")

@@ -430,8 +430,8 @@ def _log_step(
     job.log.emit(
         "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
         learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
-        seconds_left=round(_seconds_left(job, number, total), 1), **result.metrics, **device_times,
-        **memory_in_use(str(job.state.device)),
+        seconds=round(progress.seconds, 3), seconds_left=round(_seconds_left(job, number, total), 1),
+        **result.metrics, **device_times, **memory_in_use(str(job.state.device)),
     )  # fmt: skip
 
 

@@ -85,6 +85,16 @@ def test_output_names_the_format_the_tokenizer_and_the_default_system_prompt(
         assert has_prompt == (name != "text")
 
 
+def test_default_system_prompt_is_not_named_if_all_rows_have_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, user, assistant = (f'{{"role": "{role}", "content": "a"}}' for role in ("system", "user", "assistant"))
+    rows = [f'{{"messages": [{system}, {user}, {assistant}]}}', f'{{"messages": [{user}, {assistant}]}}']
+    for lines, expected in ((rows[:1] * 2, False), (rows, True)):
+        err = run("check", write_lines(tmp_path / "rows.jsonl", *lines), capsys=capsys)[2]
+        assert ("rows without a system prompt get" in " ".join(err.split())) == expected
+
+
 def test_lines_that_cannot_be_read_are_named_before_missing_completions(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,9 @@ def plan(
         return
     planned = api.plan(file, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **options)
     print_plan(planned, console)
+    if planned.device == "cpu" and not (gpu or devices * nodes > 1) and warmup.is_missing(warmup.TRAIN):
+        note = "the first training also compiles kernels for this CPU, once: about half a minute on two idle cores"
+        print_notes([note])
     if planned.fits and planned.resolved.recipe.data.train and not (memory or gpu or devices * nodes > 1):
         print_next(["train", *([str(file)] if file else []), *option_words(options)])
     result = planned.as_json()

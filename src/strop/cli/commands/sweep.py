@@ -64,12 +64,14 @@ def sweep(
     """Train with several settings, and find out whether one is better than the default."""
     from pathlib import Path
 
-    from strop.sweeping.space import read_over
+    from strop.sweeping.space import read_over, require_over
     from strop.sweeping.study import check_optuna
 
-    check_optuna()
     values = read_over(over or [])
     is_folder = recipe is not None and (Path(recipe) / "sweep.json").is_file()
+    if not is_folder:
+        require_over(values)
+    check_optuna()
     file, fields = (Path(str(recipe)), options or {}) if is_folder else read_argument(recipe, "model.name", options)
     status = StatusLine(console, "loading the libraries", QUIET)
     status.start()

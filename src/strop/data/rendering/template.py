@@ -140,8 +140,11 @@ class ChatTemplate:
                 return replace(message, content=answer.lstrip(), reasoning=reasoning.strip() or None)
         return message
 
-    def describe(self, thinking: int, rows: int) -> Iterator[str]:
-        """Yield sentences on how the template renders `rows` conversations, `thinking` of which have reasoning."""
+    def describe(self, thinking: int, rows: int, without_system: int) -> Iterator[str]:
+        """Yield sentences on how the template renders conversations.
+
+        rows: number of conversations. thinking: those with reasoning. without_system: those without a system prompt.
+        """
         explanations = {
             "written": "",
             "later": ", which the template writes only before another turn: strop also writes it after the last one",
@@ -151,7 +154,8 @@ class ChatTemplate:
         default, calls = self.traits.default_mode.ending, self.traits.default_mode.call_ending
         yield f"an answer ends with {default.stop}{explanations[default.origin]}"
         before = re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "\n", self.traits.opening.partition(USER)[0])  # without tokens
-        if system := re.search(r"^\s*system\b[\s:]*(.{8,}?)\s*(?:\buser\s*:?)?\s*$", before, re.DOTALL):
+        system = re.search(r"^\s*system\b[\s:]*(.{8,}?)\s*(?:\buser\s*:?)?\s*$", before, re.DOTALL)
+        if system and without_system:
             text = " ".join(system[1].split())
             yield f"rows without a system prompt get the template's: {text[:80]}{'...' * (len(text) > 80)}"
         if calls is not None and calls.stop != default.stop:

@@ -107,7 +107,7 @@ def start_compiler(warmup: str) -> None:
 
     An unused process exits together with this process, or after WAIT_S.
     """
-    if FORKS and not _started and (os.cpu_count() or 1) > 1 and _is_missing(warmup):
+    if FORKS and not _started and (os.cpu_count() or 1) > 1 and is_missing(warmup):
         _started.append(Compiler())
 
 
@@ -121,8 +121,8 @@ def take_compiler() -> Compiler:
     return Compiler()
 
 
-def _is_missing(warmup: str) -> bool:
-    """Return whether the marker of compile_once is missing. Always False on machines with a GPU."""
+def is_missing(warmup: str) -> bool:
+    """Return whether kernels are not compiled yet: no marker of compile_once. Always False on machines with a GPU."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return False
     cache = os.environ.get("NUMBA_CACHE_DIR")

@@ -30,8 +30,6 @@ import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
 const POINTS = 800;
-const SLOW = 1.5, // a run that takes so many times the planned time is slower than planned,
-  SLOW_STEPS = 3; // from this step on: the first ones compile kernels
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
 
 export async function show(container, { run, query, signal, draw }) {
@@ -163,7 +161,7 @@ export async function show(container, { run, query, signal, draw }) {
       doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
       left = run.phase === "training" ? (last.seconds_left ?? run.seconds_left) : null,
       seconds = active ? (last.seconds ?? run.seconds) : (run.seconds ?? last.seconds),
-      planned = step >= SLOW_STEPS && isNumber(run.predicted_seconds) ? run.predicted_seconds * share : null;
+      planned = last.planned_seconds;
     put(
       progress,
       h(
@@ -189,7 +187,7 @@ export async function show(container, { run, query, signal, draw }) {
           : null,
         h("span", { class: "soft push" }, run.updated ? `last event ${moment(run.updated)}` : ""),
       ),
-      active && seconds > SLOW * planned
+      active && last.is_slow
         ? h("p", { class: "warn" }, `Slower than planned: ${duration(seconds)} instead of ${duration(planned)}${otherPrograms()}.`)
         : null,
       h(
