@@ -355,7 +355,7 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     print_plan(plan, console)
     text = console.export_text()
     assert "train.keep = 0.15  the rows have a system prompt" in text
-    assert "of which 1 min once to answer general prompts" in " ".join(text.split())
+    assert "of which 1 min 15 s once to answer general prompts" in " ".join(text.split())
     assert re.search(r"added to short runs: this one has [\d,]+ tokens", decided(talker, data, epochs=0.1).why)
     assert decided(talker, data, **{"train.max_steps": 2}).value == "off"
     assert decided(talker, data, **{"train.keep": "off"}).origin == "option"

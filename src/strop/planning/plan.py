@@ -22,6 +22,7 @@ from rich.table import Table
 from strop.config.load import Resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
+from strop.display.numbers import format_duration
 from strop.display.tables import Printed
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
@@ -431,7 +432,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = (
-        f", {_format_duration(plan.seconds)} of training{_describe_images(plan)}{_describe_answers(plan)}"
+        f", {format_duration(plan.seconds)} of training{_describe_images(plan)}{_describe_answers(plan)}"
         if plan.seconds
         else ""
     )
@@ -491,12 +492,12 @@ def _describe_images(plan: Plan) -> str:
     seconds = plan.data["image_seconds"]
     if seconds is None:
         return f", without the image encoder on {images:,} images, which has unknown layers"
-    return f", of which {_format_duration(seconds)} for the image encoder on {images:,} images"
+    return f", of which {format_duration(seconds)} for the image encoder on {images:,} images"
 
 
 def _describe_answers(plan: Plan) -> str:
     seconds = plan.data.get("answer_seconds") or 0.0
-    return f", of which {_format_duration(seconds)} once to answer general prompts" if seconds >= 1 else ""
+    return f", of which {format_duration(seconds)} once to answer general prompts" if seconds >= 1 else ""
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
@@ -539,8 +540,3 @@ def _make_phase_table(plan: Plan) -> Table:
 
 def _format_mib(size: int) -> str:
     return f"{size / 2**20:,.0f}" if size else ""
-
-
-def _format_duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from strop.display.numbers import format_duration
 from strop.display.tables import console
 from strop.sweeping.space import format_setting
 
@@ -31,7 +32,7 @@ def describe_plan(request: Request, split: Split, plan: SweepPlan) -> list[str]:
     final = (
         f"{plan.trials} trials, and up to {plan.final_runs} runs of the final check ({seeds} seed{'s' * (seeds > 1)})"
     )
-    time = "unknown time" if plan.seconds is None else f"about {format_seconds(plan.seconds)} of training"
+    time = "unknown time" if plan.seconds is None else f"about {format_duration(plan.seconds)} of training"
     lines.append(f"time     {time}: {final}; scoring is not included")
     return lines
 
@@ -56,7 +57,7 @@ def describe_trial(state: Mapping[str, Any], number: int) -> str:
     if row["same_as"] is not None:
         parts.append(f"the same setting as {row['same_as']:03d}")
     elif row["seconds"] is not None:
-        parts.append(format_seconds(row["seconds"]) + _time_left(state))
+        parts.append(format_duration(row["seconds"]) + _time_left(state))
     return "  ".join(parts)
 
 
@@ -65,7 +66,7 @@ def _time_left(state: Mapping[str, Any]) -> str:
     times = times[1:] or times  # the first trial may have compiled kernels
     remaining = sum(row["state"] in ("waiting", "running") for row in state["trials"])
     remaining += state["plan"]["final_runs"]
-    return f", at most {format_seconds(remaining * sum(times) / len(times))} left" if times else ""
+    return f", at most {format_duration(remaining * sum(times) / len(times))} left" if times else ""
 
 
 def describe_final(state: Mapping[str, Any], name: str) -> str:
@@ -166,11 +167,3 @@ def metric_name(state: Mapping[str, Any]) -> str:
 
 def next_command(folder: str) -> str:
     return f"strop train {shlex.quote(f'{folder}/winner.yaml')} --out runs/mine"
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
