@@ -718,13 +718,14 @@ def _as_path(recipe: PathLike | None) -> Path | None:
 
 def _data_files(value: Any, name: str) -> Any:
     """Convert paths of data files to text, and write rows in memory to a file in the cache. Raises InputError."""
-    from strop.data.reading.in_memory import find_rows, write_rows
+    from strop.data.reading.in_memory import find_rows, refuse_other_rows, write_rows
 
     if (rows := find_rows(value)) is not None:
         return write_rows(name, rows)
     if isinstance(value, list) and not value:
         raise InputError(f"{name}: the list has no rows and no files", fix="give rows as dicts, or paths")
     if isinstance(value, list | tuple):
+        refuse_other_rows(name, value)
         return [_data_files(part, name) for part in value]
     if not isinstance(value, str | os.PathLike):
         what = f"{name}: a file, a list of files, a DataFrame, a Dataset or a list of dicts, not {type(value).__name__}"
