@@ -550,7 +550,7 @@ def test_functions_are_metrics_and_judges(adapter_folders: list[Path], rows_file
     for wrong, what in (
         (exact, "exact: a function with the name"),
         (lambda answer: True, "lambda"),
-        (3, "by its name"),
+        (3, "a name or a function, not 3"),
     ):
         with pytest.raises(InputError, match=what):
             strop.evaluate(adapter_folders[0], rows_file, metric=wrong)  # type: ignore[arg-type]

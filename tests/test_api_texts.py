@@ -1,0 +1,112 @@
+"""What a Python program shows: summaries of runs, errors with fixes in Python's words, notes and help."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from strop.display.notebook import run_summary
+from strop.errors import StropError
+from tests import ROOT
+
+REPORT: dict[str, Any] = {
+    "steps": 8, "tokens": 900, "tokens_per_s": 7.5, "seconds": 120.0, "eval_seconds": 151.2, "save_seconds": 0.2,
+    "loss": {"first": 2.7861, "last": 0.004}, "eval_loss": 0.4148, "adapter": "runs/sums/adapter", "adapter_step": 4,
+    "diagnosis": ["overfitting: the evaluation loss rose", "not learning: see with `strop check` what is trained on"],
+}  # fmt: skip
+CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+ROWS = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(4)]
+
+
+def raised(call: Any, *args: Any, **options: Any) -> str:
+    with pytest.raises(StropError) as error:
+        call(*args, **options)
+    return str(error.value)
+
+
+def test_summary_names_the_step_of_the_adapter_and_each_finding(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = strop.train(model=tiny_folder, data=rows_file, eval=rows_file, out=out, r=2, max_steps=2, progress=False)
+    kept = run.report["adapter_step"]
+    for shown in (str(run), run._repr_html_()):
+        assert f"(weights of step {kept} of 2)" in shown and f"at step {kept}, the lowest" in shown
+    report = json.loads((out / "report.json").read_text()) | {"diagnosis": REPORT["diagnosis"]}
+    (out / "report.json").write_text(json.dumps(report))
+    assert str(run).count("\nfinding") == 2 and "`strop.check`" in str(run)
+    assert run._repr_html_().count("<td>finding</td>") == 2 and "<th>" not in run._repr_html_()
+
+
+def test_summary_of_other_reports() -> None:
+    rows = dict(run_summary(Path("runs/sums"), REPORT))
+    assert rows["eval loss"] == "0.4148 at step 4, the lowest"
+    assert rows["adapter"] == "runs/sums/adapter (weights of step 4 of 8)"
+    assert rows["time"] == "120 s, evaluation and samples 151 s"
+    assert rows["loss"] == "2.7861 in the first step, 0.0040 in the last one"
+    old = {"loss": {"first": None, "last": None}, "eval_loss": None, "diagnosis": [], "adapter_step": None}
+    rows = dict(run_summary(Path("runs/sums"), REPORT | old))
+    assert rows["adapter"] == "runs/sums/adapter" and "eval loss" not in rows and "finding" not in rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "what", "fix"),
+    [
+        ([CONVERSATION, CONVERSATION], "row 1 is a list, not a dict", '[{"messages": messages} for messages in rows]'),
+        ([("a", "b"), ("c", "d")], "row 1 is a tuple", '[{"prompt": a, "completion": b} for a, b in rows]'),
+        ([["a", "b", "c"]], "row 1 is a list", '[{"prompt": "hi", "completion": "yo"}]'),
+        (["what is 3", "it is 3"], "'what is 3' is not a file, and a row is a dict", '[{"text": "..."}]'),
+        (CONVERSATION, "role, content", '{"messages": [{"role": ..., "content": ...}, ...]}'),
+    ],
+)
+def test_rows_in_other_forms_get_their_fix(rows: Any, what: str, fix: str, tiny_folder: Path) -> None:
+    for text in (raised(strop.check, model=tiny_folder, data=rows), raised(strop.evaluate, tiny_folder, rows)):
+        assert what in text and fix in text and "columns=" not in text
+
+
+def test_files_without_a_suffix_are_not_rows(tiny_folder: Path, rows_file: Path) -> None:
+    plain = rows_file.rename(rows_file.with_suffix(""))
+    assert "unknown file type" in raised(strop.check, model=tiny_folder, data=[plain])
+    assert "rows.jsonl: no such file" in raised(strop.check, model=tiny_folder, data=["rows.jsonl@2"])
+
+
+def test_files_that_cannot_be_read_have_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no data file in {tmp_path}" in raised(strop.check, data="nope.jsonl")
+    assert "\nFix: give the path" in raised(strop.check, data="missing/nope.jsonl")
+    Path("fake.parquet").write_text("no Parquet")
+    assert "\nFix: write or copy the file again" in raised(strop.check, data="fake.parquet")
+
+
+def test_metric_that_accepts_no_right_answer_gets_a_note(adapter_folders: list[Path]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 2, "progress": False}
+    result = strop.evaluate(adapter_folders[0], ROWS, metric=lambda right, answer: False, **options)
+    assert "lambda accepts none of the 4 right answers as an answer" in str(result)
+    for metric in (lambda right, answer: right.endswith("1"), "exact"):
+        assert "accepts none" not in str(strop.evaluate(adapter_folders[0], ROWS, metric=metric, **options))
+
+
+def test_list_of_metrics_is_explained(tiny_folder: Path) -> None:
+    text = raised(strop.evaluate, tiny_folder, ROWS, metric=["exact", "contains"])
+    assert text == "metric: one metric, not a list of them\nFix: evaluate once with each metric"
+
+
+def test_each_error_class_is_public_and_on_the_page() -> None:
+    def tree(parent: type) -> set[str]:
+        return {parent.__name__}.union(*map(tree, parent.__subclasses__()))
+
+    page = (ROOT / "docs/api.md").read_text()
+    for name in (name for name in tree(StropError) if getattr(strop.errors, name, None)):
+        assert getattr(strop, name) is getattr(strop.errors, name) and f"::: strop.{name}\n" in page
+
+
+@pytest.mark.parametrize(("name", "near"), [("DataEror", "DataError"), ("ValueError", None), ("TokenizerError", None)])
+def test_wrong_error_classes_are_not_guessed(name: str, near: str | None) -> None:
+    with pytest.raises(AttributeError) as error:
+        getattr(strop, name)
+    assert re.findall(r"strop\.(\w+)\?", str(error.value)) == [near] * (near is not None)
