@@ -236,7 +236,7 @@ def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
 def test_unknown_keys_name_a_command_that_exists(tiny_folder: Path) -> None:
     with pytest.raises(InputError) as raised:
         strop.train(model=tiny_folder, data="rows.jsonl", nonsense=1)
-    assert raised.value.fix.endswith("`strop train --help-all` in a terminal for all keys")
+    assert raised.value.fix.endswith("see `help(strop.train)` for all keys")
 
 
 def test_check_writes_a_cleaned_copy(tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
     assert f"{rows}:2" in str(raised.value)
     with pytest.raises(strop.InputError) as raised:
         strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"ranks": 3})
-    assert "did you mean lora.r?" in str(raised.value) and "strop train --help-all" in str(raised.value)
+    assert "did you mean lora.r?" in str(raised.value) and "see `help(strop.train)` for all keys" in str(raised.value)
 
 
 @pytest.mark.parametrize(

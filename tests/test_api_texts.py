@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import strop
 from strop.display.notebook import run_summary
+from strop.engine.decode.model import Model
 from strop.errors import StropError
 from tests import ROOT
 
@@ -110,3 +112,73 @@ def test_wrong_error_classes_are_not_guessed(name: str, near: str | None) -> Non
     with pytest.raises(AttributeError) as error:
         getattr(strop, name)
     assert re.findall(r"strop\.(\w+)\?", str(error.value)) == [near] * (near is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"lora": {"r": 2}, "rank": 3},
+            'lora.r: given twice, as lora={"r": ...} and as rank\nFix: leave out one of them',
+        ),
+        ({"lr": 1e-4, "learning_rate": 1e-3}, "given twice, as lr and as learning_rate"),
+        ({"foobar": 1}, "foobar: unknown key\nFix: see `help(strop.train)` for all keys"),
+        ({"show": "two"}, "check: show is 'two'\nFix: give a whole number, such as show=2"),
+    ],
+)
+def test_options_of_check_get_a_fix_in_python(options: dict[str, Any], text: str) -> None:
+    assert text in raised(strop.check, data=ROWS, **options)
+
+
+def test_unknown_gpu_names_a_few_that_are_known() -> None:
+    text = raised(strop.plan, model="demo", gpu="RTX 9999")
+    assert "RTX 5090" in text and len(text) < 300
+
+
+def test_help_shows_defaults_types_and_all_fields() -> None:
+    import inspect
+
+    from strop.config.names import full_name
+    from strop.config.options import COMMON, Options
+    from strop.config.schema import option_fields
+
+    fields = dict(option_fields())
+    for name, default in COMMON.items():
+        if name not in ("model", "data", "lora", "train"):  # required, and sections
+            assert default == fields[full_name(name)].default, name
+    signature = str(inspect.signature(strop.train))
+    assert "Ellipsis" not in signature and "epochs: 'float' = 3.0" in signature and "model: 'PathLike'" in signature
+    text = inspect.getdoc(strop.train) or ""
+    assert all(re.search(rf"\b{name}\b", text) for name in Options.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [("max_length", "max_new_tokens"), ("do_sample", "temperature"), ("max_new_token", "max_new_tokens")],
+)
+def test_settings_of_other_libraries_are_translated(setting: str, meant: str, adapter_folders: list[Path]) -> None:
+    model = strop.load(adapter_folders[0], progress=False)
+    assert f"(did you mean {meant}?)" in raised(model.generate, "hi", **{setting: 8})
+
+
+def test_long_generation_reports_its_progress(
+    adapter_folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = strop.load(adapter_folders[0], progress=False)
+    answer = Model.answer
+
+    def wait(self: Model, prompts: Any, **options: Any) -> Any:
+        answers = answer(self, prompts, **options)
+        time.sleep(1.5)
+        return answers
+
+    monkeypatch.setattr(Model, "answer", wait)
+    monkeypatch.setattr("strop.display.progress.LOG_SECONDS", 0.2)
+    capsys.readouterr()
+    model.generate(["what is 3", "what is 4"], max_new_tokens=2)
+    model.chat("what is 3", max_new_tokens=2)
+    shown = capsys.readouterr().err
+    assert "still    generating answers: 2 of 2" in shown and "still    generating the answer" in shown
+    model.generate("what is 3", max_new_tokens=2, progress=False)
+    model.chat("what is 3", max_new_tokens=2, on_text=lambda text: None)
+    assert "still" not in capsys.readouterr().err
