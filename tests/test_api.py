@@ -168,9 +168,9 @@ def test_run_that_fails_before_its_first_step_leaves_its_folder_free(
 
 
 def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> None:
-    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3, [["a"], 3]):
+    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3):
         for name in ("data", "eval"):
-            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}|not int"):
+            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}"):
                 strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: [source]})
         with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.evaluate(tiny_folder, source)

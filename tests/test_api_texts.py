@@ -182,3 +182,56 @@ def test_long_generation_reports_its_progress(
     model.generate("what is 3", max_new_tokens=2, progress=False)
     model.chat("what is 3", max_new_tokens=2, on_text=lambda text: None)
     assert "still" not in capsys.readouterr().err
+
+
+def test_wrong_answers_are_printed_first(adapter_folders: list[Path]) -> None:
+    def ends_with_3(right: str, answer: str) -> bool:
+        return right != "it is 3"
+
+    result = strop.evaluate(adapter_folders[0], ROWS, metric=ends_with_3, max_new_tokens=2, progress=False)
+    assert re.findall(r"(?m)^right +(.+)", str(result))[0] == "it is 3"
+
+
+def test_callback_that_raises_names_the_way_to_continue(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(event: Any) -> None:
+        if event["event"] == "step":
+            raise ValueError("mine")
+
+    options: dict[str, Any] = {"out": tmp_path / "run", "r": 2, "max_steps": 2, "progress": False}
+    with pytest.raises(ValueError, match="mine"):
+        strop.train(model=tiny_folder, data=rows_file, callback=fail, **options)
+    what = f"the callback raised ValueError; strop.resume({str(tmp_path / 'run')!r}) continues the run"
+    assert what in caplog.text
+    assert strop.resume(tmp_path / "run", progress=False).report["steps"] == 2
+
+
+def test_merge_begins_with_a_verdict(adapter_folders: list[Path], rows_file: Path, tmp_path: Path) -> None:
+    merged = strop.merge(adapter_folders[0], tmp_path / "merged", data=rows_file, dtype="fp32", progress=False)
+    assert "parity   predicts like the adapter on its base, within the limits" in str(merged).splitlines()
+
+
+def test_command_in_a_notebook_stores_no_spinner(tmp_path: Path) -> None:
+    """`!strop` has a pseudo-terminal, and an environment that asks for colours."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    code = "import time; from strop.display.terminal import status_line\nwith status_line('waiting'): time.sleep(0.3)"
+    shown = {}
+    for name, extra in (("terminal", {}), ("cell", {"JPY_PARENT_PID": "1", "FORCE_COLOR": "1"})):
+        parent, child = pty.openpty()
+        environment = {key: value for key, value in os.environ.items() if key != "JPY_PARENT_PID"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=child, env=environment | {"TERM": "xterm"} | extra
+        )
+        os.close(child)
+        assert process.wait(60) == 0
+        try:
+            shown[name] = os.read(parent, 10**6)
+        except OSError:  # nothing was written
+            shown[name] = b""
+        os.close(parent)
+    assert b"waiting" in shown["terminal"] and shown["cell"] == b""
