@@ -14,6 +14,7 @@ import strop
 from strop.display.notebook import run_summary
 from strop.engine.decode.model import Model
 from strop.errors import StropError
+from strop.evaluation.run import rank_models
 from tests import ROOT
 
 REPORT: dict[str, Any] = {
@@ -235,3 +236,17 @@ def test_command_in_a_notebook_stores_no_spinner(tmp_path: Path) -> None:
             shown[name] = b""
         os.close(parent)
     assert b"waiting" in shown["terminal"] and shown["cell"] == b""
+
+
+def test_gap_to_the_best_is_positive_and_the_best_has_none() -> None:
+    results = [
+        {
+            "run": name, "metric": "exact", "intervals": {"tuned": [0.0, 1.0]}, "tuned": {"exact": hits / 20, "loss": 1.0},
+            "samples": [{"tuned": "", "tuned_hit": row < hits} for row in range(20)],
+        }
+        for name, hits in (("bad", 2), ("good", 18), ("near", 17))
+    ]  # fmt: skip
+    best, near, bad = rank_models(results)
+    assert best["behind"] == {"value": 0, "low": 0, "high": 0} and best["verdict"] == "best"
+    assert near["behind"]["value"] == pytest.approx(0.05) and near["verdict"] == "unclear"
+    assert bad["behind"]["value"] == pytest.approx(0.8) and 0 < bad["behind"]["low"] and bad["verdict"] == "worse"
