@@ -241,7 +241,8 @@ def test_command_in_a_notebook_stores_no_spinner(tmp_path: Path) -> None:
 def test_gap_to_the_best_is_positive_and_the_best_has_none() -> None:
     results = [
         {
-            "run": name, "metric": "exact", "intervals": {"tuned": [0.0, 1.0]}, "tuned": {"exact": hits / 20, "loss": 1.0},
+            "run": name, "metric": "exact", "intervals": {"tuned": [0.0, 1.0]},
+            "tuned": {"exact": hits / 20, "loss": 1.0},
             "samples": [{"tuned": "", "tuned_hit": row < hits} for row in range(20)],
         }
         for name, hits in (("bad", 2), ("good", 18), ("near", 17))
@@ -249,4 +250,11 @@ def test_gap_to_the_best_is_positive_and_the_best_has_none() -> None:
     best, near, bad = rank_models(results)
     assert best["behind"] == {"value": 0, "low": 0, "high": 0} and best["verdict"] == "best"
     assert near["behind"]["value"] == pytest.approx(0.05) and near["verdict"] == "unclear"
-    assert bad["behind"]["value"] == pytest.approx(0.8) and 0 < bad["behind"]["low"] and bad["verdict"] == "worse"
+    assert bad["behind"]["value"] == pytest.approx(0.8) and bad["behind"]["low"] > 0 and bad["verdict"] == "worse"
+
+
+def test_help_of_a_model_shows_no_internals() -> None:
+    import pydoc
+
+    text = pydoc.render_doc(strop.Model, renderer=pydoc.plaintext).partition("Data descriptors")[0]
+    assert "_lock" not in text and "renderer" not in text and "`strop.load` returns" in text

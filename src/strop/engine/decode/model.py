@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -67,7 +68,19 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(repr=False)
 class Model:
-    """A loaded model, with or without adapters. It can be shared by threads, of which one generates at a time."""
+    """A loaded model, with or without adapters, which `strop.load` returns.
+
+    It can be shared by threads, of which one generates at a time. Programs use the methods `generate`, `chat`,
+    `classify`, `embed`, `base`, `add` and `use`.
+
+    Attributes:
+        name: what was loaded.
+        adapter: the adapter's folder, or None.
+        default_system: the system prompt of the training rows, if they all had the same one.
+        notes: differences from training.
+        quantization, dtype: how the weights are stored.
+        was_cut: whether the last answers reached the limit of their length.
+    """
 
     name: str
     module: Any
@@ -420,6 +433,12 @@ class Model:
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
+
+
+# what `help` shows, without the fields, because `load` creates models
+Model.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+)
 
 
 def _user_message(text: str, images: Any, function: str) -> Message:
