@@ -168,9 +168,9 @@ def test_run_that_fails_before_its_first_step_leaves_its_folder_free(
 
 
 def test_values_that_are_not_rows_raise_an_input_error(tiny_folder: Path) -> None:
-    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3, [["a"], 3]):
+    for source in ({"prompt": "hi"}.keys(), (row for row in ROWS), 3):
         for name in ("data", "eval"):
-            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}|not int"):
+            with pytest.raises(InputError, match=f"a DataFrame.*not {type(source).__name__}"):
                 strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: [source]})
         with pytest.raises(InputError, match="data: a file, a list of files, a DataFrame"):
             strop.evaluate(tiny_folder, source)
@@ -236,7 +236,7 @@ def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
 def test_unknown_keys_name_a_command_that_exists(tiny_folder: Path) -> None:
     with pytest.raises(InputError) as raised:
         strop.train(model=tiny_folder, data="rows.jsonl", nonsense=1)
-    assert raised.value.fix.endswith("`strop train --help-all` in a terminal for all keys")
+    assert raised.value.fix.endswith("see `help(strop.train)` for all keys")
 
 
 def test_check_writes_a_cleaned_copy(tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_functions_are_metrics_and_judges(adapter_folders: list[Path], rows_file
     for wrong, what in (
         (exact, "exact: a function with the name"),
         (lambda answer: True, "lambda"),
-        (3, "by its name"),
+        (3, "a name or a function, not 3"),
     ):
         with pytest.raises(InputError, match=what):
             strop.evaluate(adapter_folders[0], rows_file, metric=wrong)  # type: ignore[arg-type]
@@ -743,7 +743,7 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
     assert f"{rows}:2" in str(raised.value)
     with pytest.raises(strop.InputError) as raised:
         strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"ranks": 3})
-    assert "did you mean lora.r?" in str(raised.value) and "strop train --help-all" in str(raised.value)
+    assert "did you mean lora.r?" in str(raised.value) and "see `help(strop.train)` for all keys" in str(raised.value)
 
 
 @pytest.mark.parametrize(

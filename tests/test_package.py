@@ -17,8 +17,10 @@ import strop
 from tests import ROOT
 
 PUBLIC = {
-    "InputError", "ParityError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export",
-    "load", "merge", "plan", "push", "resume", "sweep", "train",
+    "CheckpointError", "DataError", "DeviceError", "DiskError", "DivergedError", "FolderError", "GatedError",
+    "InputError", "MemoryLimitError", "ModelError", "NonFiniteError", "ParityError", "PeerFailed", "QuantizerError",
+    "RecipeError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export", "load",
+    "merge", "plan", "push", "resume", "sweep", "train",
 }  # fmt: skip
 
 

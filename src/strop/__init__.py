@@ -23,7 +23,8 @@ Functions:
 
 Classes: Run, Sweep, Model, Plan and Evaluation, which the functions return, and Sampling, an argument of
 `Model.generate`.
-Errors: StropError, and its subclasses InputError, RunError (such as ParityError) and Stopped.
+Errors: StropError, and its subclasses InputError (such as RecipeError, DataError, ModelError and FolderError), RunError
+(such as ParityError and MemoryLimitError), Stopped, and with several processes PeerFailed.
 
 In signatures, a PathLike is a string, a pathlib.Path or a Run; Rows are a data file, a DataFrame, a datasets.Dataset
 or a list of dicts; an Event is a dictionary with `event` (its kind, such as "step"), `time` and the fields of that
@@ -38,7 +39,27 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from strop.api import check, compare_methods, evaluate, export, load, merge, plan, push, resume, train
-from strop.errors import InputError, ParityError, RunError, Stopped, StropError, closest
+from strop.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    DiskError,
+    DivergedError,
+    FolderError,
+    GatedError,
+    InputError,
+    MemoryLimitError,
+    ModelError,
+    NonFiniteError,
+    ParityError,
+    PeerFailed,
+    QuantizerError,
+    RecipeError,
+    RunError,
+    Stopped,
+    StropError,
+    closest,
+)
 from strop.sweeping import sweep
 
 if TYPE_CHECKING:
@@ -56,8 +77,21 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
+    "DataError",
+    "DeviceError",
+    "DiskError",
+    "DivergedError",
+    "FolderError",
+    "GatedError",
     "InputError",
+    "MemoryLimitError",
+    "ModelError",
+    "NonFiniteError",
     "ParityError",
+    "PeerFailed",
+    "QuantizerError",
+    "RecipeError",
     "RunError",
     "Stopped",
     "StropError",
@@ -94,9 +128,17 @@ _OTHER_NAMES = {  # other names for functions -> ours
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module(_CLASSES[name]), name)
-    near = None if name.startswith("_") else _OTHER_NAMES.get(name) or closest(name, [*__all__, *_CLASSES])
+    near = None if name.startswith("_") else _OTHER_NAMES.get(name) or _closest_name(name)
     hint = f" (did you mean strop.{near}?)" if near else ""
     raise AttributeError(f"module 'strop' has no attribute {name!r}{hint}")
+
+
+def _closest_name(name: str) -> str | None:
+    """Return the public name most similar to `name`. Names of errors are compared without their common end."""
+    known = {word.removesuffix("Error"): word for word in (*__all__, *_CLASSES)}
+    stem = name.removesuffix("Error")
+    near = closest(stem, [word for word, full in known.items() if name == stem or full.endswith("Error")])
+    return None if near is None else known[near]
 
 
 def __dir__() -> list[str]:

@@ -181,10 +181,24 @@ def train(
         resume_existing: resume the run if `out` already contains it.
         progress: None shows the steps in a terminal or a notebook, and a line every 30 s in a log. True shows every
             few seconds in a log too, False nothing.
-        **options: recipe fields by name, such as `model="demo"`, `data="rows.jsonl"`, `epochs=1`, `max_steps=10`,
-            `learning_rate=1e-4` (or `lr`), or by section, such as `lora={"r": 8}`. `data` and `eval` may also be rows
-            in memory: a pandas or polars DataFrame, a `datasets.Dataset`, a pyarrow Table, or a list of dicts. strop
-            writes them to a file in its cache folder.
+        **options: recipe fields by name, or by section, such as `lora={"r": 8}`. docs/recipe.md explains all of them.
+            The usual ones are
+            model: Hub id, folder, .gguf file, run (to train it further), or "demo". Required.
+            data: training rows: a file, a list of files, or rows in memory: a pandas or polars DataFrame, a
+                `datasets.Dataset`, a pyarrow Table, or a list of dicts, which are written to a file in strop's cache
+                folder. Required.
+            eval: rows to evaluate on, in the same forms, or a share of the training rows such as "5%".
+            out: the run folder. Default: runs/DATA-N.
+            epochs: passes over the training rows. max_steps: number of steps instead.
+            lr: peak learning rate. Default: by model size, alpha and batch size.
+            batch_size: rows in a step. max_length: maximum tokens of a row.
+            rank: rank of the adapter. alpha: numerator of the LoRA scale. Default: 2 * rank.
+            quantization: storage format of the frozen weights.
+            objective: what the rows teach: completions ("sft"), pairs ("dpo"), rewards ("grpo"), and others.
+            adapter: adapter or run folder to start training from.
+            device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+            max_time: save and stop after this time, such as "30m".
+            seed: random seed.
 
     Returns:
         The run, with `folder` and `report`.
@@ -718,13 +732,14 @@ def _as_path(recipe: PathLike | None) -> Path | None:
 
 def _data_files(value: Any, name: str) -> Any:
     """Convert paths of data files to text, and write rows in memory to a file in the cache. Raises InputError."""
-    from strop.data.reading.in_memory import find_rows, write_rows
+    from strop.data.reading.in_memory import find_rows, refuse_other_rows, write_rows
 
     if (rows := find_rows(value)) is not None:
         return write_rows(name, rows)
     if isinstance(value, list) and not value:
         raise InputError(f"{name}: the list has no rows and no files", fix="give rows as dicts, or paths")
     if isinstance(value, list | tuple):
+        refuse_other_rows(name, value)
         return [_data_files(part, name) for part in value]
     if not isinstance(value, str | os.PathLike):
         what = f"{name}: a file, a list of files, a DataFrame, a Dataset or a list of dicts, not {type(value).__name__}"
@@ -740,6 +755,7 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
     full_names = {field.rpartition(".")[2]: field for field, _ in option_fields()}
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
+    given: dict[str, str] = {}  # field -> how the caller named it
     for name, option in options.items():
         if name in ("lora", "train") and not isinstance(option, Mapping):
             example = '{"r": 8}' if name == "lora" else '{"epochs": 1}'
@@ -753,8 +769,11 @@ def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
             short = full_names.get(field) or full_name(field)
             if dotted not in full_names.values() and (not is_section or short.startswith(f"{name}.")):
                 dotted = short
+            keyword = f'{name}={{"{field}": ...}}' if is_section else field
             if dotted in flat:
-                raise InputError(f"{dotted}: given twice", fix="give it once")
+                what = f"{dotted}: given twice, as {given[dotted]} and as {keyword}"
+                raise InputError(what, fix="leave out one of them")
+            given[dotted] = keyword
             if dotted == "train.rewards" and not isinstance(value, str | None):
                 parts = value if isinstance(value, list | tuple) else [value]
                 value = [function_spec(dotted, part) for part in parts]

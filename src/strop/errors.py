@@ -259,10 +259,10 @@ def _argument(option: str, value: str | None) -> str:
 def _call(command: str) -> str:
     """Return the call of a function that does what `strop COMMAND` does."""
     name, *words = (word.strip("'") for word in re.findall(r"'[^']*'|\S+", command))
-    if name not in _FUNCTIONS or "--help-all" in words:
+    if name not in _FUNCTIONS:
         return f"`strop {command}` in a terminal"
     function, arguments = f"strop.{_FUNCTIONS[name]}", list[str]()
-    if words == ["--help"]:
+    if words in (["--help"], ["--help-all"]):
         return f"`help({function})`"
     while words:
         word = words.pop(0)

@@ -300,7 +300,7 @@ def test_function_with_other_parameters_is_refused(parameters: str, message: str
 
 
 def test_function_object_is_refused() -> None:
-    with pytest.raises(RecipeError, match="by its name"):
+    with pytest.raises(RecipeError, match="a name or a function, not"):
         find_metric(test_function_object_is_refused)  # type: ignore[arg-type]
 
 

@@ -262,7 +262,9 @@ def test_several_models_are_ranked_and_share_their_base(
     result = json.loads(out)
     assert code == 0 and [line["run"] for line in result["leaderboard"]] == [str(runs[1]), str(runs[0])]
     best, last = result["leaderboard"]
-    assert best["behind"]["value"] == 0 and last["behind"]["value"] == pytest.approx(last["score"] - best["score"])
+    assert best["behind"]["value"] == 0 and last["behind"]["value"] == pytest.approx(best["score"] - last["score"])
+    assert (best["behind"], best["verdict"]) == ({"value": 0, "low": 0, "high": 0}, "best")
+    assert last["verdict"] in ("worse", "unclear")
     assert last["low"] <= last["score"] <= last["high"] and "gap to the best" in err
     assert calls == ["True", "False"]  # the base is evaluated once
     single = strop.evaluate(runs[0], str(data), metric="choice")

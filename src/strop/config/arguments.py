@@ -6,11 +6,13 @@ import functools
 import inspect
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 from strop.config.names import OTHER_NAMES, SHORT_FORMS
-from strop.config.options import COMMON, Options
+from strop.config.options import COMMON, SHOWN_TYPES, Options
 from strop.errors import InputError, StropError, closest, in_terminal
 
 P = ParamSpec("P")
@@ -42,6 +44,11 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 error.use_python_names()
             raise
 
+    if function.__name__ == "train":
+        names = textwrap.wrap(
+            ", ".join(Options.__annotations__), 100, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+        checked.__doc__ = "\n".join([f"{(function.__doc__ or '').rstrip()}\n\n    All recipe fields:", *names, "    "])
     checked.__signature__ = _add_common_options(signature)  # type: ignore[attr-defined]
     return checked
 
@@ -55,10 +62,10 @@ def _add_common_options(signature: inspect.Signature) -> inspect.Signature:
     if not _takes_recipe_fields(signature):
         return signature
     first, *others = signature.parameters.values()
-    hints = Options.__annotations__
+    hints = {name: hint.__forward_arg__ for name, hint in Options.__annotations__.items()} | SHOWN_TYPES
     common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=hints[name].__forward_arg__)
-        for name in COMMON
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in COMMON.items()
     ]
     return signature.replace(parameters=[first, *common, *others])
 
@@ -93,6 +100,9 @@ def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs:
             check_path(text, value)
         if text in TAKEN and not (value is None or callable(value) or (text == "progress" and isinstance(value, bool))):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give {TAKEN[text]}")
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if kind in ("int", "int | None") and not (is_integer or (value is None and "None" in kind)):
+            raise InputError(f"{name}: {text} is {value!r}", fix=f"give a whole number, such as {text}=2")
         if kind == "bool" and not isinstance(value, bool):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give {text}=True or {text}=False")
 

@@ -138,7 +138,13 @@ class Options(TypedDict, total=False):
 
 
 # those that an interactive shell completes
-COMMON = (
-    "model", "data", "eval", "out", "epochs", "max_steps", "lr", "batch_size", "rank", "alpha", "quantization",
-    "max_length", "objective", "adapter", "device", "max_time", "seed", "lora", "train",
-)  # fmt: skip
+COMMON: dict[str, Any] = {  # and their defaults
+    "model": None, "data": None, "eval": None, "out": None, "epochs": 3.0, "max_steps": None, "lr": None,
+    "batch_size": 8, "rank": 16, "alpha": None, "quantization": "none", "max_length": 1024, "objective": "sft",
+    "adapter": None, "device": "auto", "max_time": None, "seed": 0, "lora": None, "train": None,
+}  # fmt: skip
+# types of the fields that Options leaves open, so that type checkers accept each form of a table
+SHOWN_TYPES = {
+    "model": "PathLike", "data": "Rows", "eval": "Rows | None", "out": "PathLike | None", "adapter": "PathLike | None",
+    "train": "Mapping[str, Any]",
+}  # fmt: skip

@@ -162,6 +162,8 @@ USUAL_FORMATS: dict[DataKind, str] = {
     "turns": "prompt-completion", "pairs": "preference", "labels": "labelled", "prompts": "prompt",
     "classes": "classification", "triplets": "triplet",
 }  # fmt: skip
+_MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "weight"})
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 TEXT_FORMATS: dict[DataKind, str] = {"classes": "classification", "triplets": "triplet"}
 
@@ -385,6 +387,8 @@ def _list_columns(value: RowValue) -> str:
 def _suggest_options(value: RowValue) -> str:
     """Return the options with which a row without a format can be read."""
     present = _present_columns(value)
+    if is_message(value):
+        return 'a row is a whole conversation: {"messages": [{"role": ..., "content": ...}, ...]}'
     unread = {
         entry.name: columns
         for entry in FORMATS.values()
@@ -409,6 +413,11 @@ def _suggest_options(value: RowValue) -> str:
     if "anchor" in present and FORMATS["triplet"].matching_keys(present):
         options.append("--train.objective embed, to train a model of embeddings")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
+
+
+def is_message(value: Mapping[str, Any]) -> bool:
+    """Return whether a row is a message of a conversation, and not a conversation."""
+    return value.keys() <= _MESSAGE_KEYS and str(value.get("role")) in _ROLES and "content" in value
 
 
 def example_row(data_kind: DataKind) -> str:

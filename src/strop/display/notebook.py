@@ -36,9 +36,11 @@ def is_notebook() -> bool:
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    """Return a table. headings: () for none."""
+    names = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    head = f"<thead><tr>{names}</tr></thead>" if headings else ""
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table>{head}<tbody>{body}</tbody></table>"
 
 
 class NotebookDisplay:
@@ -149,12 +151,24 @@ def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]
     """Return the names and values of a summary of a finished run; its loss curve is in the output of `train`."""
     if not report:
         return [("run", str(folder)), ("state", "ended before its report was written")]
-    return [
+    steps, kept = report["steps"], report.get("adapter_step")
+    parts = {"": report["seconds"], "evaluation and samples ": report.get("eval_seconds", 0)}
+    parts["saving "] = report.get("save_seconds", 0)
+    times = [f"{name}{seconds:.0f} s" for name, seconds in parts.items() if not name or round(seconds)]
+    losses = [report["loss"][name] for name in ("first", "last")]
+    first, last = (f"{loss:.4f}" if loss is not None else "-" for loss in losses)
+    rows = [
         ("run", str(folder)),
-        ("steps", f"{report['steps']}"),
+        ("steps", f"{steps}"),
         ("tokens", f"{report['tokens']:,} ({report['tokens_per_s']:.0f} tokens/s)"),
-        ("time", f"{report['seconds']:.0f} s"),
-        ("loss", f"{report['loss']['first']:.4f} to {report['loss']['last']:.4f}"),
-        *([("eval loss", f"{report['eval_loss']:.4f}")] if report.get("eval_loss") is not None else []),
-        *((kind, str(report[kind])) for kind in ("adapter", "model") if kind in report),
+        ("time", ", ".join(times)),
+        ("loss", f"{first} in the first step, {last} in the last one"),
     ]
+    if (loss := report.get("eval_loss")) is not None:
+        rows.append(("eval loss", f"{loss:.4f}" + (f" at step {kept}, the lowest" if kept else "")))
+    rows += [
+        (kind, str(report[kind]) + (f" (weights of step {kept} of {steps})" if kept else ""))
+        for kind in ("adapter", "model")
+        if kind in report
+    ]
+    return [*rows, *(("finding", in_python(finding)) for finding in report.get("diagnosis", []))]

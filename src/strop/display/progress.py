@@ -134,6 +134,27 @@ def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> 
 
 
 @contextmanager
+def show_wait(progress: bool | None, activity: str) -> Iterator[StatusLine | None]:
+    """Yield a line that is printed every LOG_SECONDS in a terminal and a notebook too, or None if `progress` is False.
+
+    Several threads may wait at once.
+    """
+    if progress is False:
+        yield None
+        return
+    from strop.display.tables import SafeConsole
+    from strop.display.terminal import StatusLine
+
+    out = SafeConsole(stderr=True, highlight=False, soft_wrap=True, force_terminal=False, force_jupyter=False)
+    line = StatusLine(out, activity, quiet=[LOG_SECONDS])
+    line.start()
+    try:
+        yield line
+    finally:
+        line.stop()
+
+
+@contextmanager
 def _notebook(activity: str, keep: bool = False) -> Iterator[NotebookDisplay]:
     """Yield a display in the notebook's cell, which disappears after a success unless it is to be kept."""
     from strop.display.notebook import NotebookDisplay

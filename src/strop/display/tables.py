@@ -45,6 +45,11 @@ class SafeConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=escape_control(segment.text))
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether output is updated in place. A notebook stores all updates of the terminal that `!strop` has in it."""
+        return super().is_terminal and (self._force_terminal is True or "JPY_PARENT_PID" not in os.environ)
+
 
 class PythonConsole(SafeConsole):
     """A console for results of the Python functions, which writes options as in Python."""

@@ -227,7 +227,10 @@ def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metri
     if isinstance(name, FunctionName):
         return _refuse_async(_make_metric(name.function, str(name), name, arguments))
     if not isinstance(name, str):
-        raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
+        if isinstance(name, list | tuple):
+            raise RecipeError("metric: one metric, not a list of them", fix="evaluate once with each metric")
+        what = f"metric: a name or a function, not {name!r:.80}"
+        raise RecipeError(what, fix=f"give one of {', '.join(METRICS)}, 'file.py:function', or a function")
     if ".py:" in name:
         file, _, function = name.rpartition(":")
         return _refuse_async(load_metric("metric", file, function, arguments))
@@ -314,9 +317,12 @@ def _is_hit_or_miss(result: Any) -> bool:
 
 def check_golds(
     name: str, golds: Sequence[str], locations: Sequence[tuple[str, int]], *, any_number: bool = False
-) -> None:
-    """Raise DataError if the metric cannot use a row's gold answer. any_number: allow results other than 0 and 1."""
-    metric, invalid = find_metric(name), []
+) -> str:
+    """Raise DataError if the metric cannot use a row's gold answer. any_number: allow results other than 0 and 1.
+
+    Returns a note if the user's metric is 0 for every gold answer given as the answer, else "".
+    """
+    metric, invalid, num_accepted = find_metric(name), [], 0
     if name == "choice" and not 2 <= (num_options := len(choice_options(golds))) <= MAX_OPTIONS:
         what = f"choice: {num_options} different right answers to choose from, not 2 to {MAX_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
@@ -337,11 +343,15 @@ def check_golds(
         if not (any_number or _is_hit_or_miss(result)):
             what = f"metric {name}: {metric.name} returns {result!r:.80} for the right answer of {file}:{line}"
             raise RecipeError(what, fix=_RETURN_FIX)
+        num_accepted += any_number or bool(result)
     if invalid:
         fix = "correct these rows or choose another metric"
         if metric.function is not None:
             fix = f"fix {metric.name}, which gets (right answer, answer), or correct these rows"
         raise DataError(f"{len(invalid)} rows cannot be scored with {name}", fix=fix, where=invalid)
+    if metric.function is None or num_accepted or not golds:
+        return ""
+    return f"{metric.name} accepts none of the {len(golds)} right answers as an answer: check what it compares"
 
 
 def choice_options(golds: Sequence[str]) -> list[str]:

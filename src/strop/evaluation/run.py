@@ -43,10 +43,10 @@ from strop.evaluation.metrics import (
     DEFAULT_METRIC,
     MEAN_REWARD,
     MIN_CLAIM_ROWS,
+    Estimate,
     are_json_objects,
     check_golds,
     describe_cut,
-    describe_difference,
     find_metric,
     paired_difference,
 )
@@ -281,7 +281,9 @@ def _check_environment_request(
             if reading.get("format") == "prompt":  # as in the run
                 fix = f"--data.format prompt-completion (format prompt reads no answers), or {fix}"
             raise DataError(what, fix=fix, where=left_out)
-        check_golds(str(options.metric), [str(row.answer) for row in rows], [(row.file, row.line) for row in rows])
+        places = [(row.file, row.line) for row in rows]
+        if note := check_golds(str(options.metric), [str(row.answer) for row in rows], places):
+            notes.append(note)
     columns, encoding = reading.get("columns"), reading.get("encoding", "utf-8")
     values = {(row.file, row.line): row.value for row in read_rows(data, encoding=encoding, columns=columns, errors=[])}
     return _Request(
@@ -487,8 +489,8 @@ def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
 
-    `behind` is the score minus the best score, paired by row, and `verdict` describes that difference. `loss` is None
-    for a reward model. Interrupted evaluations are omitted, because they cover fewer rows.
+    `behind` is the best score minus this one, paired by row. `verdict` is "best" for the first, and then "worse" or
+    "unclear". `loss` is None for a reward model. Interrupted evaluations are omitted, because they cover fewer rows.
     """
     entries: list[tuple[dict[str, Any], str, Side]] = []
     for result in results:
@@ -498,13 +500,12 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = "tuned" if "tuned" in result else "base"
             entries.append((result, name, read_side(result, name)))
     entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], entry[2].scores.get("loss", 0.0)))
-    ranking = []
+    ranking: list[dict[str, Any]] = []
     for result, name, side in entries:
-        behind = asdict(paired_difference(entries[0][2].hits, side.hits))
-        low, high = result["intervals"][name]
+        behind, (low, high) = paired_difference(side.hits, entries[0][2].hits), result["intervals"][name]
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
-            "loss": side.scores.get("loss"), "behind": behind, "verdict": describe_difference(behind)[0],
+            "loss": side.scores.get("loss"), **_describe_gap(behind, is_best=not ranking),
         })  # fmt: skip
     return ranking
 
@@ -514,14 +515,20 @@ def _rank_by_reward(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     side = {id(result): "tuned" if "tuned" in result else "base" for result in results}
     ordered = sorted(results, key=lambda result: -result[side[id(result)]][MEAN_REWARD])
     rewards = [[row[f"{side[id(result)]}_reward"] for row in result["samples"]] for result in ordered]
-    ranking = []
+    ranking: list[dict[str, Any]] = []
     for result, values in zip(ordered, rewards, strict=True):
-        behind, (low, high) = asdict(difference_of(rewards[0], values)), result["intervals"][side[id(result)]]
+        behind, (low, high) = difference_of(values, rewards[0]), result["intervals"][side[id(result)]]
         ranking.append({
             "run": result["run"], "score": result[side[id(result)]][MEAN_REWARD], "low": low, "high": high,
-            "loss": None, "behind": behind, "verdict": describe_difference(behind)[0],
+            "loss": None, **_describe_gap(behind, is_best=not ranking),
         })  # fmt: skip
     return ranking
+
+
+def _describe_gap(behind: Estimate, *, is_best: bool) -> dict[str, Any]:
+    """Return the fields of a leaderboard's entry about its distance from the best, which has none from itself."""
+    verdict = "worse" if behind.low > 0 else "unclear"
+    return {"behind": asdict(Estimate(0.0, 0.0, 0.0) if is_best else behind), "verdict": "best" if is_best else verdict}
 
 
 def read_conversations(
@@ -593,9 +600,9 @@ def _refuse_metric_of_pairs(metric: str) -> RecipeError:
 
 
 def read_scorable_rows(
-    names: Sequence[str], reading: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
+    names: Sequence[str], reading: Mapping[str, Any], notes: list[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
-    """Read the rows and check that the metric can score the models' answers to them."""
+    """Read the rows and check that the metric can score the models' answers to them. notes: what it finds is added."""
     if metric != PREFERENCE and (name := find_metric(metric).name) in EXTRA_SCORES:
         what = f"metric {metric}: the name {name} is already used for another score in the result"
         raise RecipeError(what, fix="give the function another name")
@@ -627,7 +634,8 @@ def read_scorable_rows(
                 raise DataError(f"{what}: it is plain text", fix=fix)
             raise DataError(what, fix="give rows with the right answers", where=find_rows_without_answer(rows))
         locations = [(question.conversation.file, question.conversation.line) for question in questions]
-        check_golds(metric, [question.gold for question in questions], locations)
+        if (note := check_golds(metric, [question.gold for question in questions], locations)) not in ("", *notes):
+            notes.append(note)
     return rows
 
 

@@ -41,8 +41,9 @@ class Evaluation(Printed, dict[str, Any]):
 
 
 def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = console) -> None:
-    """Print up to `samples` answers of one model, and its scores, with the verdict at the end."""
-    print_samples(result["samples"][:samples], out)
+    """Print up to `samples` answers of one model, the wrong ones first, and its scores, with the verdict at the end."""
+    ordered = sorted(result["samples"], key=lambda sample: bool(sample.get("tuned_hit", sample.get("base_hit", True))))
+    print_samples(ordered[:samples], out)
     print_notes(result["notes"], out)
     for part, print_part in (("rewards", _print_rewards), ("judge", _print_judge), ("general", _print_general)):
         if part in result:

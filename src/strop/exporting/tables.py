@@ -23,8 +23,10 @@ def print_parity(parity: Parity | None, out: Console) -> None:
     flips = f"{parity.clear_flips} clear flip{'s' * (parity.clear_flips != 1)} in {parity.positions:,} positions"
     effect = "" if parity.effect is None else f"; {parity.effect.value:.1%} of the adapter's effect"
     effect += "" if parity.cosine_min is None else f"; lowest cosine {parity.cosine_min:.6f}"
+    verdict = "predicts like the adapter on its base" if parity.passed else "predicts otherwise than the adapter"
+    out.print(f"[bold]parity[/]   {verdict}, {'within' if parity.passed else 'beyond'} the limits")
     out.print(
-        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
+        f"         mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
         f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
     )
     out.print(f"[bold]limits[/]   {parity.describe_limits()}")

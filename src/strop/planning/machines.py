@@ -21,6 +21,7 @@ from strop.planning.time import Rate
 # Ampere and Ada (arXiv:2307.08691); before them PyTorch's memory-efficient attention.
 POWER_LIMITED, GEFORCE = 600 / 989, 140 / 165.2
 HOPPER_ATTENTION, FLASH_ATTENTION, OLD_ATTENTION = 0.35, 0.6, 0.25
+MAX_SUGGESTED = 8  # GPUs in an error
 HOPPER = ("H100", "H200", "B200", "Blackwell", "MI")
 # Suffixes that distinguish GPUs with the same model number.
 _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
@@ -147,8 +148,9 @@ def find_spec(name: str) -> DeviceSpec:
         return matched
     similar = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
     hint = f" (did you mean {specs[similar[0]].name}?)" if similar else ""
-    names = ", ".join(spec.name for spec in SPECS)
-    fix = f"choose one of {names}; or give --memory and --device"
+    likely = [specs[near] for near in difflib.get_close_matches(key, specs, n=MAX_SUGGESTED, cutoff=0.4)] or SPECS
+    names = ", ".join(spec.name for spec in likely[:MAX_SUGGESTED])
+    fix = f"choose a GPU such as {names}; or give --memory and --device"
     raise RecipeError(f"--gpu {shlex.quote(name)}: not in the table{hint}", fix=fix)
 
 

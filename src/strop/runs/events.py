@@ -16,12 +16,14 @@ Every event has `event` (its kind), `time` (seconds since 1970), and fields that
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LOG = logging.getLogger(__name__)
 TURN_CHARACTERS = 400  # longer messages are cut where a trace is shown
 
 SIGNAL, INTERRUPTED = "signal", "interrupted; checkpoints that were saved before are intact"
@@ -71,6 +73,11 @@ class EventLog:
                 listener(event)
             except EndTraining as request:
                 self.end_reason = request.reason
+            except Exception as error:
+                if any(self._path.parent.glob("checkpoints/*")):
+                    run, name = str(self._path.parent), type(error).__name__
+                    LOG.warning("the callback raised %s; strop.resume(%r) continues the run", name, run)
+                raise
 
 
 def plan_of_steps(step: Any, steps: Any, predicted_seconds: Any) -> float | None:

@@ -259,7 +259,7 @@ def _check_scorable(
     try:
         format = "text" if data.format == DOCUMENT else data.format
         reading = {"format": format, "columns": data.columns, "image_folder": images}
-        read_scorable_rows((), reading, (), files, metric)
+        read_scorable_rows((), reading, [], files, metric)
     except DataError as error:
         places: dict[tuple[str, int | None], Row] = {}
         for file, own in zip(files, _by_format(parts).values(), strict=True):

@@ -89,7 +89,7 @@ class Run:
         return "\n".join(f"{name:9} {text}" for name, text in run_summary(self.folder, self.report))
 
     def _repr_html_(self) -> str:
-        return html_table(("", ""), run_summary(self.folder, self.report))
+        return html_table((), run_summary(self.folder, self.report))
 
 
 @dataclass(frozen=True)

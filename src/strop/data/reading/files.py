@@ -96,7 +96,7 @@ def _open_decompressed(path: str) -> Iterator[io.BufferedReader]:
         if isinstance(error, EOFError) or str(error) == "Truncated compressed stream":  # of gzip and pyarrow
             raise file_error(path, "the compressed file is truncated", "copy or download it again") from error
         what = getattr(error, "strerror", None) or str(error)
-        raise file_error(path, f"cannot be read: {what}") from error
+        raise file_error(path, f"cannot be read: {what}", "copy it again, or allow this user to read it") from error
 
 
 def _detect_encoding(path: str, stream: io.BufferedReader, requested: str) -> str:

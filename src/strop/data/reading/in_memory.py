@@ -7,10 +7,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from strop.config.names import is_data_file
 from strop.data.images import encode_png, is_pil_image, keep_bytes
 from strop.data.reading.tables import without_nulls
 from strop.data.row_errors import InvalidRow
@@ -36,6 +37,34 @@ def find_rows(value: Any) -> Iterable[Any] | None:
     else:
         return None
     return ({key: without_nulls(cell) for key, cell in row.items()} for row in records)
+
+
+def refuse_other_rows(name: str, values: Sequence[Any]) -> None:
+    """Raise DataError for a list of rows that are not dicts: conversations, tuples or texts. name: of the argument."""
+    for number, value in enumerate(values, 1):
+        if isinstance(value, str) and not _may_be_file(value):
+            what = f"{name}: {value[:40]!r} is not a file, and a row is a dict, not a str"
+            fix = 'give rows such as [{"prompt": "hi", "completion": "yo"}], or texts as [{"text": "..."}]'
+            raise DataError(what, fix=fix)
+        if not isinstance(value, list | tuple) or not value:
+            continue
+        what = f"{name}: row {number} is a {type(value).__name__}, not a dict"
+        if all(isinstance(part, Mapping) and {"role", "from"} & part.keys() for part in value):
+            raise DataError(what, fix='give conversations as [{"messages": messages} for messages in rows]')
+        if all(isinstance(part, str | int | float) for part in value):
+            pairs = len(value) == 2
+            fix = (
+                '[{"prompt": a, "completion": b} for a, b in rows]'
+                if pairs
+                else '[{"prompt": "hi", "completion": "yo"}]'
+            )
+            raise DataError(what, fix=f"give rows such as {fix}")
+
+
+def _may_be_file(text: str) -> bool:
+    """Return whether a text can name files or a data set, and is not a row."""
+    name = text.rpartition("@")[0] or text  # FILE@2
+    return is_data_file(name) or any(sign in name for sign in "/\\*?[") or any(map(os.path.exists, name.split("+")))
 
 
 def _without_decoding(dataset: Any) -> Any:

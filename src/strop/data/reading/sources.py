@@ -101,7 +101,7 @@ def _resolve_one(spec: str) -> list[Source]:
         if names:
             return [Source(name, (name,)) for name in names]
         if not is_dataset(spec):
-            raise file_error(spec, "no file matches")
+            raise file_error(spec, "no file matches", "name a file that exists, or another pattern")
     parts = tuple(spec.split("+"))
     if len(parts) > 1 and any(os.path.isfile(part) for part in parts):
         for part in parts:
@@ -146,11 +146,11 @@ def _missing_file_error(path: str) -> DataError:
     if "\0" in path:
         return DataError("a file name contains a NUL character", fix="name a file that exists")
     if os.path.exists(path):
-        return file_error(path, "is not a regular file")
+        return file_error(path, "is not a regular file", "name a file with rows")
     if os.path.islink(path):
         return file_error(path, f"a link to {os.readlink(path)}, which does not exist", "name a file that exists")
     if not os.path.isdir(folder or "."):
-        return file_error(path, f"no such file: there is no folder {folder}")
+        return file_error(path, f"no such file: there is no folder {folder}", "give the path of a file that exists")
     siblings = os.listdir(folder or ".")
     near = closest(name, filter(_is_data_file, siblings)) or closest(name, siblings)
     if near and _is_data_file(name):
@@ -162,7 +162,9 @@ def _missing_file_error(path: str) -> DataError:
     stem = os.path.splitext(name)[0].lower()
     others.sort(key=lambda other: -SequenceMatcher(None, stem, os.path.splitext(other)[0].lower()).ratio())
     more = f", and {len(others) - MAX_SHOWN_LOCATIONS} more" if len(others) > MAX_SHOWN_LOCATIONS else ""
-    fix = f"the data files there are {', '.join(others[:MAX_SHOWN_LOCATIONS])}{more}" if others else ""
+    fix = f"give the path of a file that exists; there is no data file in {os.path.abspath(folder)}"
+    if others:
+        fix = f"the data files there are {', '.join(others[:MAX_SHOWN_LOCATIONS])}{more}"
     fix = fix if _is_data_file(name) else "a Hub data set is named owner/name"
     return file_error(path, f"no such file{f' (did you mean {near}?)' if near else ''}", fix)
 

@@ -310,7 +310,8 @@ def _read_batches(name: str, kind: str, batches: Iterator[Any]) -> Iterator[Row]
                 yield Row(name, number, {key: without_nulls(value) for key, value in record.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a date out of range
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise file_error(name, f"{kind} cannot be read after row {number}: {what}") from error
+        fix = "write or copy the file again, or rename it if it has another format"
+        raise file_error(name, f"{kind} cannot be read after row {number}: {what}", fix) from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from strop.data.converters import ParsedRow, convert_prompt, list_images, read_i
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
 from strop.data.types import Classes, Conversation, Example, Ids, Message
+from strop.display.progress import show_wait
 from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.classify import Classifier
 from strop.engine.decode.embed import Embedder, Pooling, Vectors
@@ -66,7 +68,19 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(repr=False)
 class Model:
-    """A loaded model, with or without adapters. It can be shared by threads, of which one generates at a time."""
+    """A loaded model, with or without adapters, which `strop.load` returns.
+
+    It can be shared by threads, of which one generates at a time. Programs use the methods `generate`, `chat`,
+    `classify`, `embed`, `base`, `add` and `use`.
+
+    Attributes:
+        name: what was loaded.
+        adapter: the adapter's folder, or None.
+        default_system: the system prompt of the training rows, if they all had the same one.
+        notes: differences from training.
+        quantization, dtype: how the weights are stored.
+        was_cut: whether the last answers reached the limit of their length.
+    """
 
     name: str
     module: Any
@@ -299,6 +313,7 @@ class Model:
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
+        progress: bool | None = None,
         **settings: Any,
     ) -> list[str]:
         """Answer user messages, each in a new conversation, or conversations.
@@ -313,6 +328,7 @@ class Model:
             max_new_tokens: the limit for each answer.
             sampling: None for greedy decoding, so that answers can be compared. (`chat` takes the settings in the
                 model's generation config.)
+            progress: False prints no line every 30 s with the number of finished answers.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 
         Raises InputError for a prompt with more tokens than the model supports.
@@ -331,7 +347,9 @@ class Model:
         if (longest := max(map(len, ids), default=0)) >= self.max_length:
             what = f"generate: a prompt has {longest:,} tokens, and the model supports {self.max_length:,}"
             raise InputError(what, fix="shorten it")
-        answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        with show_wait(progress, f"generating answers: 0 of {len(ids)}") as line:
+            advance = line and (lambda done: line.update(f"generating answers: {int(done)} of {len(ids)}"))
+            answers = self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling, advance=advance)
         return [answer.text for answer in self._check_length(answers, max_new_tokens)]
 
     def chat(
@@ -344,6 +362,7 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
+        progress: bool | None = None,
         **settings: Any,
     ) -> str:
         """Answer a message, or a conversation. Each call is a new conversation, unless `history` is given.
@@ -357,6 +376,7 @@ class Model:
             max_new_tokens: the limit for the answer.
             sampling: None for the settings in the model's generation config. (`generate` is greedy.)
             on_text: called with pieces of the answer while it is generated.
+            progress: False prints no line every 30 s. With `on_text` there is none.
             **settings: fields of `sampling`, such as `temperature=0.7`; `max_tokens` means `max_new_tokens`.
 
         Raises:
@@ -380,7 +400,9 @@ class Model:
             what = f"the conversation has {len(prompt):,} tokens, and the model supports {self.max_length:,}"
             raise InputError(what, fix="start again: /reset in a chat, an empty history in Python")
         options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "on_text": on_text}
-        [answer] = self._check_length(self.answer([prompt], **options), max_new_tokens, log=on_text is None)
+        with show_wait(progress if on_text is None else False, "generating the answer"):
+            answers = self.answer([prompt], **options)
+        [answer] = self._check_length(answers, max_new_tokens, log=on_text is None)
         if history is not None:
             history[:] = [*messages, Message("assistant", answer.text)]
         return answer.text
@@ -411,6 +433,12 @@ class Model:
     def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
+
+
+# what `help` shows, without the fields, because `load` creates models
+Model.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+)
 
 
 def _user_message(text: str, images: Any, function: str) -> Message:
@@ -454,13 +482,21 @@ def _parse_messages(messages: Any, function: str) -> list[Message]:
         raise InputError(f"{function}: {error.what}", fix=fix) from None
 
 
+_OTHER_SETTINGS = {  # arguments of other libraries -> ours
+    **dict.fromkeys(("max_length", "max_tokens_to_sample", "num_predict", "n_predict"), "max_new_tokens"),
+    **dict.fromkeys(("do_sample", "temp"), "temperature"), **dict.fromkeys(("stream", "streamer"), "on_text"),
+    "system_prompt": "system", "messages": "history", "verbose": "progress",
+}  # fmt: skip
+
+
 def _apply_settings(function: str, limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
     """Return the limit and the sampling settings with other values. Raises InputError for invalid names and values."""
     names = {name: name for name in vars(sampling)} | {"max_tokens": "", "max_completion_tokens": ""}
     if unknown := [name for name in settings if name not in names]:
-        known = ["max_new_tokens", "system", *(["on_text"] if function == "chat" else []), *names]
-        streams = unknown[0] == "stream" and function == "chat"
-        near = " (did you mean on_text?)" if streams else suggest(unknown[0], known)
+        own = ["on_text", "history"] if function == "chat" else []
+        known = ["max_new_tokens", "system", "images", "progress", *own, *vars(sampling)]
+        meant = _OTHER_SETTINGS.get(unknown[0])
+        near = f" (did you mean {meant}?)" if meant in known else suggest(unknown[0], known)
         raise InputError(f"{function}: unknown argument {unknown[0]}{near}", fix=f"see `help(strop.Model.{function})`")
     limit = next((value for name, value in settings.items() if not names[name]), limit)
     for name, value in {"max_new_tokens": limit, **settings}.items():
