@@ -13,15 +13,15 @@ test: $(VENV)/tested-with
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 3 --dist worksteal
 
 # With the slow tests too, which `make test` leaves out: an hour.
 test-all: $(VENV)/tested-with
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 3 --dist worksteal -m "slow or not slow"
 
 # The tests on another Python, with the newest packages (`make test` takes those of constraints.txt): make suite-3.13
 suite-%: $(VENV)-suite-%/installed
-	HF_HUB_OFFLINE=1 $(VENV)-suite-$*/bin/pytest -n 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(VENV)-suite-$*/bin/pytest -n 3 --dist worksteal
 
 $(VENV)-suite-%/installed: pyproject.toml
 	python$* -m venv $(VENV)-suite-$*
