@@ -307,7 +307,7 @@ def test_base_after_its_runs_is_not_evaluated_again(
 def test_equal_models_have_no_clear_difference(runs: list[Path], tmp_path: Path) -> None:
     names, options = [str(runs[1])] * 2, EvalOptions(metric="choice")
     results = evaluate_models(names, str(tmp_path / "colours.jsonl"), options)
-    assert [line["verdict"] for line in rank_models(results)] == ["unclear", "unclear"]
+    assert [line["verdict"] for line in rank_models(results)] == ["best", "unclear"]
 
 
 def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
