@@ -69,7 +69,7 @@ def test_plain_conversations_are_rendered_and_unsupported_ones_refused(name: str
 
 
 def test_description_explains_how_turns_end() -> None:
-    endings = {name: next(renderer(name).chat.describe(thinking=0, rows=3)) for name in TRAITS}
+    endings = {name: next(renderer(name).chat.describe(thinking=0, rows=3, without_system=3)) for name in TRAITS}
     assert "writes only before another turn" in endings["ends-where-another-turn-follows"]
     assert "begins the next turn" in endings["ends-with-the-next-role"]
     assert "the tokenizer's end-of-sequence token" in endings["ends-with-nothing"]
@@ -167,7 +167,7 @@ def test_options_are_checked_and_written_into_the_template() -> None:
     assert "Today is 02 January 2027. You are in Ulm" in text_of(later, later.prompt(KINDS["plain"].messages[:1]))
     assert own.template_hash != renderer("clock").template_hash
     assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
-    assert "2026-11-05" in "".join(own.chat.describe(thinking=0, rows=1))
+    assert "2026-11-05" in "".join(own.chat.describe(thinking=0, rows=1, without_system=1))
     with pytest.raises(ModelError, match="did you mean city"):
         renderer("clock", options={"cty": "Ulm"})
     with pytest.raises(ModelError, match="is not a date"):
