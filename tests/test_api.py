@@ -690,6 +690,7 @@ def test_log_has_a_line_now_and_then_unless_progress_is_off(
 ) -> None:
     monkeypatch.setattr("strop.display.progress.LOG_SECONDS", 0.1)
     monkeypatch.setattr("strop.display.terminal.TICK_SECONDS", 0.1)
+    monkeypatch.setattr("strop.display.terminal.STILL_SECONDS", 0.0)
     options: dict[str, Any] = {
         "model": tiny_folder,
         "data": rows_file,

@@ -175,6 +175,7 @@ def test_long_generation_reports_its_progress(
 
     monkeypatch.setattr(Model, "answer", wait)
     monkeypatch.setattr("strop.display.progress.LOG_SECONDS", 0.2)
+    monkeypatch.setattr("strop.display.terminal.STILL_SECONDS", 0.0)
     capsys.readouterr()
     model.generate(["what is 3", "what is 4"], max_new_tokens=2)
     model.chat("what is 3", max_new_tokens=2)

@@ -34,7 +34,7 @@ QUIET_INTERVALS = (10.0, 20.0, 60.0)  # seconds without output before each "stil
 EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # seconds between lines of training progress
 EARLY_SECONDS = 300.0  # EARLY_INTERVAL is used for this long after the first step
 GENERATION_INTERVALS = (5.0, 10.0, 30.0)  # seconds between lines of generation progress; the last one repeats
-STILL_SECONDS = 3.0  # a "still ..." line is printed only after the activity has lasted this long
+STILL_SECONDS = 3.0  # a "still ..." line waits until its activity has lasted this long
 MIN_DONE = 3  # things of an activity that are finished before its time left is estimated: the first ones are slower
 SPINNER_WIDTH = 2
 LASTING = {"lasting": True}  # `extra` of a log message that is printed, not only shown while it is true
@@ -157,8 +157,10 @@ class StatusLine:
                 self._out.print(f"still    {self.text()}", markup=False)
 
     def _is_still_line_due(self) -> bool:
+        """Wait for STILL_SECONDS of an activity, but no longer, because another one may follow it soon each time."""
         now, interval = time.monotonic(), self._quiet[min(self._repeats, len(self._quiet) - 1)]
-        return now - self._last_output > interval and now - self._since >= STILL_SECONDS
+        late = now - self._last_output - interval
+        return late > 0 and max(late, now - self._since) >= STILL_SECONDS
 
     def _draw(self) -> None:
         status = self._status  # `stop` may set it to None in another thread
