@@ -74,7 +74,7 @@ def test_the_page_of_python_runs_from_top_to_bottom(
     for block in ran:
         run_block(block, tiny_folder, names, capsys)
     out = capsys.readouterr().out
-    assert len(ran) == 9 and "missing.jsonl" in out and "8 of 8" in out and "cosine" in out
+    assert len(ran) == 9 and "missing.jsonl" in out and "8 of 8" in out and "adapter on its base" in out
     assert (tmp_path / "sums.gguf").is_file() and isinstance(names["history"], list) and len(names["history"]) == 2
 
 

@@ -551,3 +551,17 @@ def test_the_guide_works_from_its_first_command_to_its_last(
             code, _, err = run(*words, *(QUICK if words[0] == "train" else ()), capsys=capsys)
             assert not code, err
     assert len(shown) == 1 and len(shown[0]) == 1
+
+
+def test_an_image_after_an_answer_is_evaluated(seeing: Path, tmp_path: Path) -> None:
+    """The ids of an image's features are beyond the vocabulary, and were looked up in the logits of expected tokens."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    look = [{"type": "image", "path": "red.png"}, {"type": "text", "text": "and?"}]
+    turns = [("user", "hi"), ("assistant", "red"), ("user", look), ("assistant", "red")]
+    row = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 2, encoding="utf-8")
+    data = str(tmp_path / "rows.jsonl")
+    [result] = evaluate_models([str(seeing)], data, EvalOptions(dtype="fp32", max_new_tokens=1))
+    options = {**OPTIONS, "data.eval": data, "train.max_steps": 1, "train.learning_rate": 1e-12}
+    trained = strop.train(model=str(seeing), data=data, out=tmp_path / "run", **options)
+    assert result["base"]["loss"] == pytest.approx(trained.report["eval_loss"], rel=1e-5)

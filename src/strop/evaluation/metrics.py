@@ -394,12 +394,18 @@ def describe_difference(difference: Mapping[str, float], metric: str | None = No
     return kind, f"{text}: {100 * value:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
 
 
-def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (better | worse | unclear, sentence) for an evaluation; unclear for training rows and cut references."""
-    kind, text = describe_difference(result["difference"], result.get("metric"))
+def why_unfair(result: Mapping[str, Any]) -> list[str]:
+    """Return why an evaluation has no verdict: reference answers are longer than the limit, or training rows."""
     reasons = [describe_cut(result)[0]] if result.get("answers", {}).get("references_cut") else []
     if result.get("train_rows"):
         reasons.append(f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows")
+    return reasons
+
+
+def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (better | worse | unclear, sentence) for an evaluation; unclear where it is unfair."""
+    kind, text = describe_difference(result["difference"], result.get("metric"))
+    reasons = why_unfair(result)
     if not reasons:
         verdict, _, numbers = text.partition(": ")
         return kind, f"{verdict}{describe_few(result.get('rows', SMALL_ROWS))}: {numbers}"

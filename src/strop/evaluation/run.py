@@ -49,6 +49,7 @@ from strop.evaluation.metrics import (
     describe_cut,
     find_metric,
     paired_difference,
+    why_unfair,
 )
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import PREFERENCE, compare_preferences
@@ -489,8 +490,9 @@ def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
 def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
 
-    `behind` is the best score minus this one, paired by row. `verdict` is "best" for the first, and then "worse" or
-    "unclear". `loss` is None for a reward model. Interrupted evaluations are omitted, because they cover fewer rows.
+    `behind` is the best score minus this one, paired by row. `verdict` is "best" for the first, and then "worse", or
+    "unclear", also where one of both evaluations is unfair. `loss` is None for a reward model. Interrupted evaluations
+    are omitted, because they cover fewer rows.
     """
     entries: list[tuple[dict[str, Any], str, Side]] = []
     for result in results:
@@ -506,6 +508,7 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
             "loss": side.scores.get("loss"), **_describe_gap(behind, is_best=not ranking),
+            **({"verdict": "unclear"} if ranking and (why_unfair(entries[0][0]) or why_unfair(result)) else {}),
         })  # fmt: skip
     return ranking
 

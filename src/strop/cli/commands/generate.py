@@ -82,7 +82,8 @@ def evaluate(
         return
     from strop.data.types import IMAGE_TEXT
     from strop.evaluation.run import why_incomplete
-    from strop.models.adapter_config import adapter_folder
+    from strop.models.adapter_config import adapter_folder, read_adapter_config
+    from strop.models.tokenizer import trained_token_rows
     from strop.runs.folder import is_run
 
     evaluations = result["runs"] if len(names) > 1 else [result]
@@ -96,11 +97,13 @@ def evaluate(
         stopped.partial_result = result
         raise stopped
     if len(names) == 1 and "rewards" not in result:
-        name, label = names[0], Path(names[0]).name
-        delivery = [] if adapter_folder(name) is None else [["merge", name, "--out", f"{label}-merged"]]
+        name, label, folder = names[0], Path(names[0]).name, adapter_folder(names[0])
+        delivery = [] if folder is None else [["merge", name, "--out", f"{label}-merged"]]
         is_on_images = any(IMAGE_TEXT in str(row.get("prompt")) for row in result.get("samples", ()))
         generates = not {"classes", "texts"} & result.keys() and not is_on_images
-        delivery += [["export", "gguf", name, "--out", f"{label}.gguf"]] if generates else []
+        has_tokens = folder is not None and trained_token_rows(read_adapter_config(folder))  # exported only when merged
+        exported = f"{label}-merged" if has_tokens else name
+        delivery += [["export", "gguf", exported, "--out", f"{label}.gguf"]] if generates else []
         if is_run(Path(name)):
             page = f"{command_name()} dash {shlex.quote(name)}"
             console.print(f"answers  {name}/report.html, or {page}", markup=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from strop.data.images import hide_images
 from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
@@ -172,8 +173,8 @@ class Batch:
 
 def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
     sequence, start = chunk.sequence, chunk.sequence.num_cached - chunk.num_outputs
-    # The appended 0 is for the last position, which has no next token. Its score is not used.
-    expected = np.append(sequence.ids[start + 1 : sequence.num_cached + 1], 0)[: chunk.num_outputs]
+    # The appended 0 is for the last position, which has no next token. Scores of it and of images are not used.
+    expected = np.append(hide_images(sequence.ids[start + 1 : sequence.num_cached + 1]), 0)[: chunk.num_outputs]
     argmax = np.where(output.finite, output.argmax, -1)
     return sequence.score_expected(start, argmax, token_logprobs(output.logits, expected))
 
