@@ -310,6 +310,17 @@ def test_equal_models_have_no_clear_difference(runs: list[Path], tmp_path: Path)
     assert [line["verdict"] for line in rank_models(results)] == ["best", "unclear"]
 
 
+def test_unfair_evaluations_have_no_verdict(alphabet: Path, tiny_folder: Path) -> None:
+    names = [str(alphabet / "run"), str(tiny_folder)]
+    rows(alphabet / "many.jsonl", [(f"say {n % 4}", "".join(map(chr, range(33, 127)))) for n in range(20)])
+    results = evaluate_models(names, str(alphabet / "many.jsonl"), EvalOptions())
+    for result in results:
+        result.pop("train_rows", None)
+    assert [line["verdict"] for line in rank_models(results)] == ["best", "worse"]
+    results[1]["answers"]["references_cut"] = 1
+    assert [line["verdict"] for line in rank_models(results)] == ["best", "unclear"]
+
+
 def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
     """Interrupt the fourth decoder pass of comparisons with certain options."""
     step, compare, passes = Batch.step, evaluation.compare, iter(range(99))

@@ -1,4 +1,4 @@
-"""Commands that are printed after `strop merge`."""
+"""Commands that are printed after `strop merge` and `strop eval`."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def test_a_merged_model_chats_only_with_a_template(
     code, _, err = run("merge", tmp_path / "run", "--out", out, "--no-parity", capsys=capsys)
     chat = f"next     strop chat {out}\n         strop serve {out}\n"
     assert code == 0 and (chat if has_template else f"next     strop serve {out}\n") in err, err
+
+
+def test_a_run_with_new_tokens_is_merged_before_its_export(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", "--lora.new_tokens", '["<fin>"]']
+    code, _, err = run("train", *words, *QUICK, "--train.max_steps", "1", capsys=capsys)
+    assert code == 0, err
+    code, _, err = run("eval", tmp_path / "run", "--data", rows_file, "--max-new-tokens", "2", capsys=capsys)
+    assert code == 0 and "strop export gguf run-merged --out run.gguf" in err
