@@ -255,7 +255,11 @@ def test_commands_are_shown_as_in_a_terminal(pages: dict[Path, str]) -> None:
     (cli,) = (content for page, content in pages.items() if page.name == "cli.html")
     shown = html.unescape(re.sub(r"<[^>]+>", "", cli))
     assert "\b" not in shown
-    for line in ("strop check --model demo --data rows.jsonl", "strop chat runs/mine", "/base     answer without the adapter"):
+    for line in (
+        "strop check --model demo --data rows.jsonl",
+        "strop chat runs/mine",
+        "/base     answer without the adapter",
+    ):
         assert line in shown.splitlines()
     for name in ("plan", "check", "train", "resume", "sweep"):
         section = cli[cli.index(f'id="strop-{name}"') :].partition("<h2")[0]
