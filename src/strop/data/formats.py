@@ -163,7 +163,6 @@ USUAL_FORMATS: dict[DataKind, str] = {
     "classes": "classification", "triplets": "triplet",
 }  # fmt: skip
 _MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "weight"})
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 TEXT_FORMATS: dict[DataKind, str] = {"classes": "classification", "triplets": "triplet"}
 
@@ -417,7 +416,7 @@ def _suggest_options(value: RowValue) -> str:
 
 def is_message(value: Mapping[str, Any]) -> bool:
     """Return whether a row is a message of a conversation, and not a conversation."""
-    return value.keys() <= _MESSAGE_KEYS and str(value.get("role")) in _ROLES and "content" in value
+    return value.keys() <= _MESSAGE_KEYS and str(value.get("role")) in converters.ROLES and "content" in value
 
 
 def example_row(data_kind: DataKind) -> str:

@@ -507,8 +507,8 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         behind, (low, high) = paired_difference(side.hits, entries[0][2].hits), result["intervals"][name]
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
-            "loss": side.scores.get("loss"), **_describe_gap(behind, is_best=not ranking),
-            **({"verdict": "unclear"} if ranking and (why_unfair(entries[0][0]) or why_unfair(result)) else {}),
+            "loss": side.scores.get("loss"),
+            **_describe_gap(behind, is_best=not ranking, is_fair=not (why_unfair(entries[0][0]) or why_unfair(result))),
         })  # fmt: skip
     return ranking
 
@@ -528,10 +528,11 @@ def _rank_by_reward(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return ranking
 
 
-def _describe_gap(behind: Estimate, *, is_best: bool) -> dict[str, Any]:
+def _describe_gap(behind: Estimate, *, is_best: bool, is_fair: bool = True) -> dict[str, Any]:
     """Return the fields of a leaderboard's entry about its distance from the best, which has none from itself."""
-    verdict = "worse" if behind.low > 0 else "unclear"
-    return {"behind": asdict(Estimate(0.0, 0.0, 0.0) if is_best else behind), "verdict": "best" if is_best else verdict}
+    if is_best:
+        return {"behind": asdict(Estimate(0.0, 0.0, 0.0)), "verdict": "best"}
+    return {"behind": asdict(behind), "verdict": "worse" if behind.low > 0 and is_fair else "unclear"}
 
 
 def read_conversations(
