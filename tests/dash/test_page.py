@@ -1047,18 +1047,18 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
         (folder / "claim.json").write_text(json.dumps(claim))
         rss = psutil.Process(sleeper.pid).memory_info().rss
         busy = {"time": 1, "cpu": 1.0, "memory": {"used": 96, "total": 100}, "gpus": [], "disk": {"free": 1 << 30}}
-        process = {"pid": sleeper.pid, "rss": 500 * mib, "cpu": 7.0}
+        process = {"pid": sleeper.pid, "rss": 500 * mib, "library_bytes": 96 * mib, "cpu": 7.0}
         assert own.get("/api/system?run=one").json()["process"]["rss"] == rss
         lines = f"event: system\ndata: {json.dumps({**busy, 'process': process})}\n\n"
         open_at(tab, own, "/run/one", ".phase:has-text('CPU')")
         tab.page.route("**/stream*", lambda way: way.fulfill(content_type="text/event-stream", body=lines))
         tab.page.get_by_role("button", name="tokens", exact=True).click()  # opens the stream again
-        tab.page.wait_for_selector("text=uses 500 MiB of memory, of which 4.0 MiB before the model was loaded")
+        tab.page.wait_for_selector("text=uses 500 MiB of memory, of which 100 MiB for Python and its libraries")
         memory = {
             row.locator("span").first.inner_text(): row.locator(".sum").inner_text()
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
-        assert memory == {"planned": "719 MiB", "now": "496 MiB"}
+        assert memory == {"planned": "719 MiB", "now": "400 MiB"}
         curve = tab.page.locator(".plot:has(.title:text-is('process memory after each step'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
         assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1

@@ -28,6 +28,7 @@ from strop.dash.sweeps import SweepTable
 from strop.dash.transfer import download, read_file
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
+from strop.machine.memory import library_bytes
 from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
@@ -403,6 +404,7 @@ def _recipe_values(folder: RunFolder) -> dict[str, Any]:
 # --- the machine ------------------------------------------------------------------------------------------
 
 GPU_QUERY_S = 4.0  # seconds between queries of the driver
+LIBRARIES_S = 10.0  # seconds between measurements of a process's libraries, which take 60 ms
 
 
 class System:
@@ -413,11 +415,12 @@ class System:
         psutil.cpu_percent()
         self._gpus: tuple[float, list[dict[str, Any]]] = (0.0, [])  # time of the last query, and its result
         self._nvidia_smi = shutil.which("nvidia-smi")
+        self._libraries: tuple[float, int | None, int] = (0.0, None, 0)  # time, process, and its libraries' bytes
 
     def state(self, pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any]:
         """Return the state of the machine and of the process `pid`. CPU usage is the average since the last call."""
         machine, memory = probe(), psutil.virtual_memory()
-        process, cpu = _process_state(pid, cores_used), psutil.cpu_percent() / 100
+        process, cpu = self._process_state(pid, cores_used), psutil.cpu_percent() / 100
         used = (process or {}).get("cpu")
         other_cores = None if used is None else max(0.0, cpu * (psutil.cpu_count() or 1) - used)
         try:
@@ -435,6 +438,18 @@ class System:
             "process": process, "gpus": self._query_gpus(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
+
+    def _process_state(self, pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any] | None:
+        if pid is None:
+            return None
+        measured, measured_pid, _ = self._libraries
+        if measured_pid != pid or time.monotonic() - measured > LIBRARIES_S:
+            self._libraries = (time.monotonic(), pid, library_bytes(pid))
+        try:
+            rss, cpu = psutil.Process(pid).memory_info().rss, cores_used(pid)
+        except psutil.Error:
+            return None
+        return {"pid": pid, "rss": rss, "library_bytes": self._libraries[2], "cpu": cpu}
 
     def _query_gpus(self) -> list[dict[str, Any]]:
         if self._nvidia_smi is None:
@@ -467,13 +482,4 @@ def _parse_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:  # [N/A]
-        return None
-
-
-def _process_state(pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any] | None:
-    if pid is None:
-        return None
-    try:
-        return {"pid": pid, "rss": psutil.Process(pid).memory_info().rss, "cpu": cores_used(pid)}
-    except psutil.Error:
         return None

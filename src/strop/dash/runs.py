@@ -311,7 +311,7 @@ def _memory(report: dict[str, Any], dry_run: dict[str, Any]) -> dict[str, Any]:
     """Return predicted and measured memory, from the report or, before the run ends, from the dry run.
 
     All are peaks of what training adds to the process, or of PyTorch's memory on a GPU, except resident_bytes: the size
-    of the process before the model was loaded.
+    of the process before the model was loaded, without shared libraries.
     """
     memory = report.get("memory") or {}
     return {

@@ -186,7 +186,7 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
         "predicted_bytes": expected.peak_bytes(memory.device),
         "usable_bytes": usable,
         "mapped_bytes": expected.phases["train"].parts["mapped_files"],
-        "resident_bytes": memory.resident_bytes,
+        "resident_bytes": memory.resident_bytes - memory.library_bytes,
         "predicted_seconds": None if expected.seconds is None else round(expected.seconds, 1),
     }
     (needed,) = job.devices.any_rank(expected.needed_bytes >= SAFE_SHARE * usable)

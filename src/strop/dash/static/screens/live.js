@@ -353,7 +353,7 @@ export async function show(container, { run, query, signal, draw }) {
   /** Return what training has added to the process up to now, which the plan predicts; null if that is unknown. */
   function trainingBytes() {
     const before = run.memory?.resident_bytes;
-    return !onGpu() && process && isNumber(before) ? Math.max(0, process.rss - before) : null;
+    return !onGpu() && process && isNumber(before) ? Math.max(0, process.rss - process.library_bytes - before) : null;
   }
 
   function drawMemory() {
@@ -421,7 +421,7 @@ export async function show(container, { run, query, signal, draw }) {
         : null;
     const ram = update.memory ?? {},
       gpus = update.gpus ?? [],
-      before = run.memory?.resident_bytes;
+      training = trainingBytes();
     put(
       systems,
       h(
@@ -440,7 +440,7 @@ export async function show(container, { run, query, signal, draw }) {
           process
             ? [
                 `The run's process (${process.pid}) uses ${bytes(process.rss)} of memory`,
-                isNumber(before) ? `, of which ${bytes(before)} before the model was loaded` : "",
+                isNumber(training) ? `, of which ${bytes(process.rss - training)} for Python and its libraries` : "",
                 isNumber(process.cpu) ? `, and ${process.cpu.toFixed(1)} cores` : "",
                 otherPrograms(),
                 ". ",
