@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from strop import testing
 from strop.cli.app import build
 from strop.errors import InputError, ModelError, RecipeError
 from strop.serve import run as serve_run
 from strop.serve.models import check_names, load_models
 from strop.serve.server import exit_code, open_address
+from tests.support import tiny
 from tests.support.serving import save_adapters
 from tests.support.tiny import save_tiny
 
@@ -62,14 +64,29 @@ def test_several_models_must_be_runs_of_one_base(tiny_folder: Path, tmp_path: Pa
         check_names([str(tmp_path / "base")])
     import torch
 
-    from tests.support import tiny
-
     other = save_tiny(tmp_path / "other")
     tiny.model(seed=5).save_pretrained(other)
     [stranger, _] = save_adapters(tmp_path / "there", other)
     assert torch.get_default_dtype() == torch.float32
     with pytest.raises(ModelError, match="another base"):
         load_models([str(bold), str(stranger)], device="cpu", dtype="fp32", quantization="auto", force=False)
+
+
+def test_runs_with_new_tokens_are_served_in_any_order(tmp_path: Path) -> None:
+    model, padded = testing.tiny_model(tmp_path / "model"), tiny.model(vocab_size=320)  # as most models are
+    padded.save_pretrained(model)
+    options = [{"lora.new_tokens": ["<A>"]}, {}, {"lora.new_tokens": ["<B>", "<C>"]}]
+    runs = [
+        testing.tiny_run(tmp_path, model=model, out=tmp_path / name, **{"train.max_steps": 1, **more})
+        for name, more in zip(("one", "none", "two"), options, strict=True)
+    ]
+    loaded = load_models(
+        [str(run.folder) for run in runs], device="cpu", dtype="fp32", quantization="auto", force=False
+    )
+    assert list(loaded.models) == ["one", "none", "two", "base"]
+    tokens = ["<A>", "<B>", "<C>"]
+    known = {id: [token for token in tokens if token in each.tokenizer.vocab] for id, each in loaded.models.items()}
+    assert known == {"one": ["<A>"], "none": [], "two": ["<B>", "<C>"], "base": []}
 
 
 def test_exit_code_of_signals() -> None:

@@ -22,9 +22,9 @@ from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Logits, Mask, NoToken
 from strop.engine.images import ImageFeatures, image_features
 from strop.errors import ModelError
-from strop.models.adapter_config import adapter_folder, read_identity
+from strop.models.adapter_config import adapter_folder, read_adapter_config, read_identity
 from strop.models.adapters import locate_tokenizer, make_renderer
-from strop.models.tokenizer import load_tokenizer
+from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.protocol import ResponseFormat
 from strop.serve.server import ApiError
@@ -119,6 +119,10 @@ def check_names(names: Sequence[str]) -> list[str]:
 def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: str, force: bool) -> LoadedModels:
     """Load one model, or the adapters of several runs on their base. Raises ModelError if these cannot share it."""
     ids = check_names(names)
+    listed = ids
+    if len(names) > 1:  # adapters that train token embeddings are loaded last, since others cannot be added to them
+        names = sorted(names, key=_count_trained_tokens)
+        ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
     stop_ids = generation_stop_ids(first.module.generation_config)
     features = image_features(first.module)
@@ -151,7 +155,13 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
             id: served if id == ids[0] else replace(served, why_no_images=why_no_images)
             for id, served in models.items()
         }
+    models = {id: models[id] for id in (*listed, BASE)}
     return LoadedModels(first.module, models, first.notes, first.dtype)
+
+
+def _count_trained_tokens(name: str) -> int:
+    folder = adapter_folder(name)
+    return 0 if folder is None else sum(map(len, trained_token_rows(read_adapter_config(folder)).values()))
 
 
 class Grammars:
