@@ -321,6 +321,16 @@ def test_unfair_evaluations_have_no_verdict(alphabet: Path, tiny_folder: Path) -
     assert [line["verdict"] for line in rank_models(results)] == ["best", "unclear"]
 
 
+def test_losses_of_other_tokens_are_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
+    data = rows(tmp_path / "rows.jsonl", [("hi", "x y"), ("you", "z")])
+    own = testing.tiny_run(tmp_path, model=tiny_folder, data=data, **{"lora.new_tokens": ["x y"]}).folder
+    compared = strop.evaluate([own, tiny_folder], data)
+    assert [result["supervised_tokens"] for result in compared["runs"]] == [4, 6]
+    assert [entry["loss"] for entry in compared["leaderboard"]] == [None, None]
+    same = strop.evaluate([tiny_folder, str(tiny_folder)], data)
+    assert all(entry["loss"] > 0 for entry in same["leaderboard"])
+
+
 def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
     """Interrupt the fourth decoder pass of comparisons with certain options."""
     step, compare, passes = Batch.step, evaluation.compare, iter(range(99))

@@ -166,6 +166,7 @@ def compare(
         }  # fmt: skip
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
+    result["supervised_tokens"] = int(sum((x.weights > 0).sum() for each in rendered[: len(questions)] for x in each))
     result |= {name: side.scores for name, side in sides.items()}
     answered = [question.conversation for question in questions]
     result |= compare_hits({name: side.hits for name, side in sides.items()}, answered)

@@ -491,8 +491,8 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
 
     `behind` is the best score minus this one, paired by row. `verdict` is "best" for the first, and then "worse", or
-    "unclear", also where one of both evaluations is unfair. `loss` is None for a reward model. Interrupted evaluations
-    are omitted, because they cover fewer rows.
+    "unclear", also where one of both evaluations is unfair. `loss` is None for a reward model, and if the models divide
+    the answers into different numbers of tokens. Interrupted evaluations are omitted, because they cover fewer rows.
     """
     entries: list[tuple[dict[str, Any], str, Side]] = []
     for result in results:
@@ -501,13 +501,15 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "interrupted" not in result:
             name = "tuned" if "tuned" in result else "base"
             entries.append((result, name, read_side(result, name)))
-    entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], entry[2].scores.get("loss", 0.0)))
+    same_tokens = len({result.get("supervised_tokens") for result, _, _ in entries}) == 1
+    losses = {id(side): side.scores.get("loss") if same_tokens else None for _, _, side in entries}
+    entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], losses[id(entry[2])] or 0.0))
     ranking: list[dict[str, Any]] = []
     for result, name, side in entries:
         behind, (low, high) = paired_difference(side.hits, entries[0][2].hits), result["intervals"][name]
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
-            "loss": side.scores.get("loss"),
+            "loss": losses[id(side)],
             **_describe_gap(behind, is_best=not ranking, is_fair=not (why_unfair(entries[0][0]) or why_unfair(result))),
         })  # fmt: skip
     return ranking

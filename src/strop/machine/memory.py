@@ -109,7 +109,7 @@ def library_bytes(pid: int | None = None) -> int:
     Takes 60 ms.
     """
     # With each page that is used, Linux maps those around it that it holds in memory as one block. The libraries that a
-    # run loads had 86 MiB in one environment and 154 MiB in another one, newly installed with equal versions (docs/log).
+    # run loads had 86 MiB in one environment, and 154 MiB in a new one with the same versions (docs/log).
     if sys.platform != "linux":
         return 0
     try:
