@@ -362,9 +362,13 @@ def test_full_disk_is_refused_before_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: 1_000_000)
-    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
-    code, _, err = run(*words, capsys=capsys)
-    assert code == 2 and "1 MiB are free" in err and not (tmp_path / "r").exists()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "--model", tiny_folder, "--data", rows_file, capsys=capsys)
+    assert code == 2 and "1 MiB are free" in err and not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.txt").touch()
+    assert run("train", "--model", tiny_folder, "--data", rows_file, capsys=capsys)[0] == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes.txt"]
 
 
 def test_folder_of_a_killed_start_is_not_a_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,9 @@ class RunFolder:
         unused = self.path.is_dir() and (_is_unused(self.path) or failed)
         if unused:
             shutil.rmtree(self.path)
+            if self.path.parent.name == "runs":  # made for it, if no --out was given
+                with suppress(OSError):  # it has other runs
+                    self.path.parent.rmdir()
         return unused
 
     @contextmanager
