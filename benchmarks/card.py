@@ -1,15 +1,17 @@
-"""Check strop on a GPU, and measure its speed and memory next to TRL and Unsloth, within nine minutes.
+"""Check strop on a GPU, and measure its speed and memory next to TRL and Unsloth, nine minutes at a time.
 
     python benchmarks/card.py FOLDER [--shapes 1b,8b] [--minutes 9] [--out RESULT.json]
 
 Runs, most informative first: correctness (benchmarks/card_checks.py), rates of large matmuls and of memory copies, then
 tokens/s and peak memory of a training step next to the plan's prediction and to TRL, TRL with Liger and Unsloth, if
-they are installed. Models with random weights (3 GB and 16 GB) are written to FOLDER. Each item runs in its own process
-on one GPU. An item that fails or takes longer than three minutes is listed with its last output, as are items for which
-no time was left. A result is the median of ten steps after three warm-up steps, on one row of the given length, with
-r 16 on all linear layers and the loss on the whole row. The peak covers the steps only. TRL and Unsloth checkpoint
-activations, which is their default; strop does so if its plan does. strop dequantizes layers of nf4 and int8 bases once
-if memory allows; "strop, packed" never does, like the other tools. `--device cpu --shapes tiny` tests this script.
+they are installed; answers to one prompt and to 64 together, and a step of GRPO; at last training steps of other
+lengths. The same command again continues with what RESULT.json lacks. RESULT.md has the tables. Models with random
+weights (3 GB and 16 GB) are written to FOLDER. Each item runs in its own process on one GPU. An item that fails or
+takes longer than three minutes is listed with its last output, as are items for which no time was left. A result is
+the median of ten steps after three warm-up steps, on one row of the given length, with r 16 on all linear layers and
+the loss on the whole row. The peak covers the steps only. TRL and Unsloth checkpoint activations, which is their
+default; strop does so if its plan does. strop dequantizes layers of nf4 and int8 bases once if memory allows; "strop,
+packed" never does, like the other tools. `--device cpu --shapes tiny` tests this script.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 WARM, STEPS = 3, 10
 MOST_S = 180.0  # per item
 CHECKED = ("agree", "waits", "resumes")
+PROMPT, ANSWER = 128, 64  # tokens, of answers and GRPO
+GROUP, PROMPTS = 8, 8  # completions of each prompt in a step of GRPO, and prompts
 
 
 def make_model(folder: Path, shape: str) -> None:
@@ -207,6 +213,68 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     }  # fmt: skip
 
 
+def answers(options: argparse.Namespace, scheme: str, number: int) -> dict[str, Any]:
+    """Measure greedy answers to `number` prompts together, with an adapter that is not merged."""
+    import numpy as np
+
+    from strop.config.schema import LoraSection
+    from strop.engine.decode.generate import generate
+    from strop.engine.device import pick_dtype, prepare_process
+    from strop.models.load import DTYPES, load_base
+    from strop.models.lora import add_lora
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
+
+    prepare_process()
+    source = locate(str(options.folder))
+    base = load_base(source, DTYPES[pick_dtype(options.device)[0]], options.device, quantization=scheme)
+    model, tokenizer = add_lora(base, LoraSection(r=16, alpha=32.0), None).eval(), load_tokenizer(source)
+    model.generation_config.eos_token_id = None  # answers of random weights must not end early
+    prompts = np.random.default_rng(0).integers(1, 49000, (number, PROMPT)).astype(np.int32)
+
+    tokens: list[int] = []
+
+    def one() -> None:
+        completions = generate(model, tokenizer, [*prompts], stop_ids=(), max_new_tokens=ANSWER)
+        tokens.append(sum(completion.tokens for completion in completions))
+
+    seconds = measure_seconds(one, options.device)
+    return {"answer_tokens_per_s": statistics.median(tokens) / seconds, "tokens": tokens[-1], **peaks(options.device)}
+
+
+def grpo(options: argparse.Namespace, scheme: str, number: int) -> dict[str, Any]:
+    """Measure steps of GRPO, with sampling and the update, on `number` prompts."""
+    import strop as package
+
+    rows, out = options.folder / "prompts.jsonl", options.folder / "runs" / scheme
+    words = [" the", " of", " and", " to", " in", " is"]
+    texts = ["".join(words[(n + place) % len(words)] for place in range(PROMPT)) for n in range(4 * number)]
+    rows.write_text("".join(json.dumps({"prompt": text, "completion": "{}"}) + "\n" for text in texts))
+    shutil.rmtree(out, ignore_errors=True)
+    seconds: list[float] = []
+
+    def note(event: dict[str, Any]) -> None:
+        seconds.extend([event["seconds"]] if event["event"] == "step" else [])
+
+    package.train(
+        model=str(options.folder), data=str(rows), out=str(out), callback=note, progress=False,
+        **{
+            "model.device": options.device, "model.quantization": scheme, "train.objective": "grpo",
+            "train.rewards": f"{__file__}:varied", "train.group": GROUP, "train.answer_tokens": ANSWER,
+            "train.batch_size": number, "train.max_steps": 3, "train.log_steps": 1,
+        },
+    )  # fmt: skip
+    return {"seconds_per_step": (seconds[-1] - seconds[0]) / (len(seconds) - 1), **peaks(options.device)}
+
+
+def varied(completion: str, row: dict[str, Any]) -> float:
+    """Return a reward that differs between completions."""
+    return len(completion) % 7 / 7
+
+
+USES = {"answers": answers, "grpo": grpo}
+
+
 def trl(options: argparse.Namespace, scheme: str, length: int, liger: bool = False) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
@@ -325,7 +393,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--schemes", default="none,nf4,int8")
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results of an earlier call there are kept")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.run:
@@ -334,8 +402,12 @@ def main(words: Sequence[str] | None = None) -> None:
     os.environ["STROP_CACHE"] = str(options.folder.absolute() / "cache")  # quantized models with random weights
     end = time.monotonic() + 60 * options.minutes
     results: list[dict[str, Any]] = []
+    if options.out and options.out.is_file():
+        results = [one for one in json.loads(options.out.read_text("utf-8"))["results"] if "failed" not in one]
 
     def item(about: dict[str, Any], folder: str, *words: str) -> None:
+        if any(about.items() <= one.items() for one in results):
+            return
         command = [str(options.folder / folder), "--device", options.device, "--run", *words]
         results.append({**about, **child(command, min(MOST_S, end - time.monotonic()))})
         print(json.dumps(results[-1]), flush=True)
@@ -345,13 +417,21 @@ def main(words: Sequence[str] | None = None) -> None:
             item({"check": name}, "tiny", "check", name)
         item({"rates": "of products and memory"}, "tiny", "rates")
         shapes, schemes = options.shapes.split(","), options.schemes.split(",")
-        for shape, tool, scheme, length in items(shapes, [int(n) for n in options.lengths.split(",")], schemes):
-            about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
-            item(about, shape, "tool", tool, scheme, str(length))
+        lengths = [int(length) for length in options.lengths.split(",")]
+        steps = list(items(shapes, lengths, schemes))
+        first = [step for step in steps if step[3] == lengths[len(lengths) // 2]]
+        uses = [("answers", 1), ("answers", 64), ("grpo", PROMPTS)]
+        for part in (first, [step for step in steps if step not in first]):
+            for shape, tool, scheme, length in part:
+                about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
+                item(about, shape, "tool", tool, scheme, str(length))
+            for (use, number), scheme, shape in product(uses, schemes, shapes) if part is first else ():
+                item({"shape": shape, "use": use, "scheme": scheme, "prompts": number}, shape, use, scheme, str(number))
     finally:  # the results so far, also after an interruption
         print(table(results))
         if options.out:
             measured.write(options.out, results)
+            options.out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
 
 
 def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
@@ -364,6 +444,8 @@ def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
         return CHECKS[words[0]](options.folder, options.device)
     if kind == "rates":
         return rates(options)
+    if kind in USES:
+        return USES[kind](options, words[0], int(words[1]))
     tool, scheme, length = words
     return TOOLS[tool](options, scheme, int(length))
 
@@ -384,6 +466,13 @@ def table(results: list[dict[str, Any]]) -> str:
             planned = f"{one['planned_bytes'] / 1e9:.1f} GB" if "planned_bytes" in one else ""
             what = f"{one['shape']} | {one['scheme']} | {one['tokens']:,} | {one['tool']} | {one['tokens_per_s']:,.0f}"
             lines.append(f"| {what} | {share} | {one['peak_bytes'] / 1e9:.1f} GB | {planned} |")
+    lines += ["", "| shape | scheme | prompts together | what | speed | peak |", "|---|---|---:|---|---:|---:|"]
+    for one in results:
+        if "use" in one and "failed" not in one:
+            speed = f"{one['answer_tokens_per_s']:,.0f} tokens/s" if "answer_tokens_per_s" in one else ""
+            speed = speed or f"{one['seconds_per_step']:.2f} s a step of {GROUP} completions each"
+            what = f"{one['shape']} | {one['scheme']} | {one['prompts']} | {one['use']} | {speed}"
+            lines.append(f"| {what} | {one['peak_bytes'] / 1e9:.1f} GB |")
     return "\n".join(lines)
 
 

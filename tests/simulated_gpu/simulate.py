@@ -10,6 +10,7 @@ from tests.simulated_gpu import fake  # first: before torch
 
 # isort: split
 
+import gc
 import json
 import shutil
 import sys
@@ -301,6 +302,7 @@ NO_TRITON = dict.fromkeys(TRITON, "left out")
 
 def main() -> None:
     fake.install()
+    gc.freeze()  # each run collects garbage
     outcomes: list[Any] = []
     for scenario in json.loads(sys.argv[3]):
         fake.Properties.capability = tuple(scenario.pop("capability", (9, 0)))
