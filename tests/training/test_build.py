@@ -90,6 +90,9 @@ def test_new_tokens_come_from_the_start_adapter(chain: Chain) -> None:
     new_tokens = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
     planned = start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
     assert planned is not None and new_tokens == planned["new_tokens"] == ["<call>", "<done>"]
+    result = strop.evaluate(again, chain.of["data"], max_new_tokens=2)
+    note = f"base is the model without adapters, so what {first} had learned before this run counts too"
+    assert note in result["notes"] and note not in strop.evaluate(first, chain.of["data"], max_new_tokens=2)["notes"]
     with pytest.raises(RecipeError, match="new_tokens"):
         chain("other", first, **{"lora.new_tokens": ["<else>"]})
 

@@ -135,6 +135,10 @@ def test_adapter_on_an_untied_head_has_the_bases_weights_beside_it(tmp_path: Pat
     combine([str(tmp_path / "adapter")], [0.5], tmp_path / "half")
     half = change(strop.load(tmp_path / "half", dtype="fp32", device="cpu").module)
     torch.testing.assert_close(half["lm_head"], 0.5 * change(tuned)["lm_head"], rtol=1e-4, atol=1e-6)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
+    assert strop.merge(tmp_path / "adapter", tmp_path / "merged", dtype="fp32", data=rows).parity is not None
+    options = {**QUICK, "lora.r": 2}
+    strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "run", adapter=str(tmp_path / "adapter"), **options)
     save_file({**stored, name: stored[name] + 1}, file)
     with pytest.raises(ModelError, match=r"lm_head\.base_layer\.weight has other values than the base"):
         strop.load(tmp_path / "adapter", dtype="fp32", device="cpu")

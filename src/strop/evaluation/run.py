@@ -475,6 +475,10 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
 
 def _start_result(name: str, model: Model, compared: dict[str, Any], request: _Request) -> dict[str, Any]:
     notes = [*model.notes, *request.notes]
+    recipe = find_recipe(name)
+    if "tuned" in compared and "base" in compared and recipe is not None and recipe.model.adapter is not None:
+        start = recipe.model.adapter
+        notes.append(f"base is the model without adapters, so what {start} had learned before this run counts too")
     return {"run": name, **compared, "quantization": model.quantization, "dtype": model.dtype, "notes": notes}
 
 

@@ -42,7 +42,8 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
     saved = read_weights(folder)
     rows, meta_model = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
     uses = Counter(id(parameter) for _, parameter in meta_model.named_parameters(remove_duplicate=False))
-    shared = [name for name, parameter in meta_model.named_parameters() if name in saved and uses[id(parameter)] > 1]
+    parameters = meta_model.named_parameters(remove_duplicate=False)
+    shared = [name for name, parameter in parameters if name in saved and uses[id(parameter)] > 1]
     if shared and not read_adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {shared[0]} was trained in full, but another module of {source.name} shares its weight"
         raise ModelError(what, fix="serve the adapter on its base")

@@ -188,7 +188,8 @@ def restore_precision(model: peft.PeftModel, folder: Path) -> peft.PeftModel:
     """Copy the adapter's weights into modules that were cast to fp32: PEFT has rounded them to the base's dtype."""
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     for key, weight in load_file(folder / WEIGHTS_FILE).items():
-        state[key].copy_(weight)
+        if not key.endswith(STORED_BASE):
+            state[key].copy_(weight)
     return model
 
 
