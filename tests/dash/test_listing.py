@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from strop.dash import runs as runs_module
+from strop.dash.history import History
 from strop.dash.runs import RunTable
 from tests.support.dash import evaluated, make_run, sample, session, step
 
@@ -108,6 +109,35 @@ def test_run_without_events_is_stalled(
     monkeypatch.undo()
     os.utime(tmp_path / "slow" / "one" / "events.jsonl", (time.time() - 600,) * 2)
     assert only(tmp_path / "slow")["state"] == "running"
+
+
+def test_resumed_run_has_no_time_left_before_its_first_step(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    steps = [step(number, seconds_left=90.0) for number in range(1, 8)]
+    folder = make_run(tmp_path, "one", [*session(), *steps, *session(2000.0, start=7)])
+    claim(folder, sleeper)
+    history = History(folder / "events.jsonl")
+    history.update()
+    assert only(tmp_path)["phase"] == "training" and only(tmp_path)["seconds_left"] is None
+    assert history.last["seconds_left"] is None
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(step(8, time=2001.0, seconds_left=80.0)) + "\n")
+    history.update()
+    assert only(tmp_path)["seconds_left"] == history.last["seconds_left"] == 80.0
+
+
+def test_child_processes_count_as_the_run() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True)\\nwhile True: pass'])"
+    usage = runs_module.CpuUsage()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline()
+        [child] = psutil.Process(parent.pid).children()
+        assert usage.cores(parent.pid) is None
+        before = child.cpu_times().user
+        while child.cpu_times().user < before + 0.5 or usage.cores(parent.pid) is None:
+            time.sleep(0.1)
+        assert (usage.cores(parent.pid) or 0) > 0
+        child.kill()
+    assert usage.cores(parent.pid) is None
 
 
 def test_loading_run_is_not_stalled_early(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:

@@ -136,6 +136,23 @@ def test_run_that_is_loaded_for_a_chat_is_not_renamed(dashboard: Dashboard, slee
     assert dashboard.rename("two", "new") == {"name": "new"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "what", "screen"),
+    [("evaluate", "one: its evaluation is running", "Answers"), ("merge", "one: it is being exported", "Export")],
+)
+def test_run_in_use_is_neither_renamed_nor_deleted_and_the_reason_is_named(
+    kind: str, what: str, screen: str, dashboard: Dashboard, sleeper: subprocess.Popen[bytes]
+) -> None:
+    job = dashboard.root / ".dash" / "jobs" / f"20260101-000000-{kind}-abcdef"
+    job.mkdir(parents=True)
+    about = {"id": job.name, "kind": kind, "run": "one", "words": [], "started": 1.0, "pid": sleeper.pid}
+    (job / "job.json").write_text(json.dumps({**about, "born": psutil.Process(sleeper.pid).create_time()}))
+    for change in (lambda: dashboard.rename("one", "new"), lambda: dashboard.delete("one", "one")):
+        with pytest.raises(Busy) as raised:
+            change()
+        assert raised.value.what == what and raised.value.fix.endswith(f"stop it on the run's {screen} screen")
+
+
 def test_run_in_use_is_not_renamed(dashboard: Dashboard, sleeper: subprocess.Popen[bytes]) -> None:
     claim = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
     (dashboard.root / "one" / "claim.json").write_text(json.dumps(claim))

@@ -70,7 +70,7 @@ def test_running_and_stopped_run_have_the_same_times_and_speed(browser: Any, tmp
         stopped = facts_of(tab)
     for facts in (running, stopped):
         assert facts["training time"] == "40 s" and facts["evaluation and samples"] == "12 s"
-        assert facts["planned, on an idle machine"] == "4.0 s" and facts["tokens/s, mean"] == "4"
+        assert facts["planned for these steps, on an idle machine"] == "4.0 s" and facts["tokens/s, mean"] == "4"
 
 
 def test_settings_of_a_renamed_run_name_its_folder(browser: Any, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.dash.test_page import facts_of, open_at, sleeping
-from tests.support.browser import DESK, PHONE, open_tab
+from tests.dash.test_page import NEW, facts_of, hold, open_at, sleeping
+from tests.support.browser import DESK, PHONE, at, open_tab
 from tests.support.dash import Dash, evaluated, make_run, run_dash, sample, session, step
 
 
@@ -100,6 +102,96 @@ def test_resumed_run_that_prepares_shows_no_time_left_and_is_stopped(
         tab.page.get_by_role("button", name="Stop and save").click()
         tab.page.wait_for_selector(".state.stopped")
         assert process.wait(10)
+
+
+def wait_of(activity: str, seconds: int = 12) -> str:
+    """Return the line of a command's output for an activity that lasts."""
+    return f"step     3  loss 1.0\nstill    {activity} ({seconds} s)\n"
+
+
+def test_time_left_is_counted_and_shown_only_while_it_is_known(browser: Any, tmp_path: Path) -> None:
+    compiling = "compiling CPU kernels for generating text in bfloat16, once on this machine; may take minutes"
+    now = time.time()
+    events = [*session(now), *(step(n, 40, time=now, seconds_left=900.0) for n in range(1, 4))]
+    folder = make_run(tmp_path, "one", events)
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        claim(folder, process.pid)
+        name = make_job(tmp_path, "train", process.pid)
+        log = tmp_path / ".dash" / "jobs" / name / "log"
+        open_at(tab, own, "/run/one", ".progress .clock:text-matches('min .*left, until about')")
+        first = tab.page.locator(".progress .clock:has-text('left')").inner_text()
+        tab.page.wait_for_function(  # without a new event
+            "(first) => ![...document.querySelectorAll('.progress .clock')].some((one) => one.innerText === first)",
+            arg=first,
+        )
+        open_at(tab, own, "/runs", "td[data-name=steps] .clock:has-text('left')")
+        log.write_text(wait_of(compiling), encoding="utf-8")
+        open_at(tab, own, "/run/one", f".progress:has-text('{compiling} (1')")
+        assert " left" not in tab.page.locator(".progress").inner_text()
+        shown = tab.page.locator(".progress").inner_text()
+        tab.page.wait_for_function(
+            "(shown) => document.querySelector('.progress').innerText !== shown && "
+            "/minutes \\([0-9]+ s\\)/.test(document.querySelector('.progress').innerText)",
+            arg=shown,
+        )
+        log.write_text(wait_of("computing step 4"), encoding="utf-8")
+        tab.page.wait_for_selector(".progress .clock:has-text('left')")
+        tab.check("time left")
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step(40, 40, time=time.time(), seconds_left=381.0)) + "\n")
+        log.write_text("step     40  loss 1.0\n", encoding="utf-8")
+        tab.page.wait_for_selector(".progress:has-text('Step 40 of 40'):has-text('saving')")
+        assert " left" not in tab.page.locator(".progress").inner_text()
+
+
+def test_run_that_stops_shows_no_time_left(browser: Any, tmp_path: Path) -> None:
+    now = time.time()
+    events = [*session(now), *(step(n, 40, time=now, seconds_left=900.0) for n in range(1, 4))]
+    folder = make_run(tmp_path, "one", events)
+    slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None); print(1, flush=True); time.sleep(600)"
+    with (
+        subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE) as process,
+        run_dash(tmp_path) as own,
+        open_tab(browser, own) as tab,
+    ):
+        assert process.stdout is not None and process.stdout.readline()
+        claim(folder, process.pid)
+        make_job(tmp_path, "train", process.pid)
+        open_at(tab, own, "/run/one", ".progress .clock:has-text('left')")
+        tab.page.get_by_role("button", name="Stop and save").click()
+        for _ in range(2):
+            tab.page.wait_for_selector(".progress:has-text('stopping: the step is finished and saved first')")
+            assert " left" not in tab.page.locator(".progress").inner_text()
+            assert tab.page.get_by_role("button", name="Stopping…").is_disabled()
+            tab.page.reload()
+        process.kill()
+
+
+def test_resumed_run_that_loads_offers_its_adapter_and_says_when_it_changes(browser: Any, tmp_path: Path) -> None:
+    stop = {"event": "stop", "time": 1, "step": 2, "why": "signal"}
+    folder = make_run(tmp_path, "one", [*session(), step(1), step(2), stop], {"exit": 6})
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).write_text("{}", encoding="utf-8")
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        os.utime(folder / "events.jsonl", (1000, 1000))
+        make_job(tmp_path, "resume", process.pid)
+        for part in ("answers", "export"):
+            open_at(tab, own, f"/run/one/{part}", "text=Its adapter is still the one from before.")
+            assert "no adapter yet" not in tab.page.locator("main").inner_text()
+        assert tab.page.get_by_role("button", name="Adapter (zip").is_visible()
+        tab.check("resumed, export")
+
+
+def test_check_of_a_file_says_what_it_waits_for(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        held = hold(tab, "data")
+        tab.page.goto(at(dash, f"/data?options={NEW}"))
+        tab.page.wait_for_selector("text=The first check also starts Python's libraries and loads the tokenizer.")
+        tab.page.wait_for_selector(".empty:text-matches('Reading the rows… .[1-9]')")
+        tab.check("first check")
+        held.pop().continue_()
+        tab.page.wait_for_selector(".tokens .stop")
 
 
 def test_process_is_shown_only_while_a_run_has_one(browser: Any, tmp_path: Path) -> None:
@@ -206,6 +298,22 @@ def test_gguf_file_is_downloaded_after_the_run_is_renamed(browser: Any, tmp_path
         (tmp_path / "runs" / "a new name" / "one.gguf").unlink()
         tab.page.get_by_role("button", name="Download the GGUF file").click()
         tab.page.wait_for_selector(".job [role=alert]:has-text('runs/a new name/one.gguf: no such file')")
+
+
+def test_wait_of_a_job_and_of_the_chat_is_counted(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1), step(2)], {"exit": 0})
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    waiting = "waiting for another program that compiles CPU kernels, once on this machine; may take minutes"
+    counted = f"text=/{waiting} .(2[1-9]|[3-9][0-9]) s/"
+    with sleeping() as process, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        for kind in ("merge", "serve"):
+            make_job(tmp_path, kind, process.pid, log=wait_of(waiting, 20))
+        open_at(tab, own, "/run/one/export", ".job")
+        tab.page.wait_for_selector(counted)
+        open_at(tab, own, "/chat", ".state.running")
+        tab.page.wait_for_selector(counted)
+        tab.check("waits")
 
 
 def test_job_that_measures_after_its_last_part_shows_no_full_bar(

@@ -296,7 +296,7 @@ def test_report_shows_planned_time_completions_and_cut_answers() -> None:
     samples = [{"prompt": "pens", "reference": "office", "completion": "pen", "cut": True}]
     page = Page(render(report, [*steps(4), {"event": "samples", "step": 4, "samples": samples}]))
     text = re.sub(r"\s+", " ", page.text)
-    assert "planned, on an idle machine42 s" in text
+    assert "planned for these steps, on an idle machine42 s" in text
     assert "Sample completions during training, at step 4" in text and "pen … (cut at the limit)" in text
     assert "7 of 176 base answers were cut at 80 tokens" in text and "x … (cut at the limit)" in text
     assert text.count("cut at the limit") == 2

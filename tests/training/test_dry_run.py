@@ -174,3 +174,12 @@ def test_plan_predicts_the_memory_that_the_run_predicts(
     live, constant = ("saved_activations", "live_layer", "head"), ("weights", "adapters", "optimizer", "framework")
     assert sum(planned[part] for part in live) == pytest.approx(sum(predicted[part] for part in live), rel=0.2)
     assert all(planned[part] == predicted[part] for part in constant)
+
+
+def test_plan_predicts_the_time_that_the_run_predicts(tiny_folder: Path, tmp_path: Path) -> None:
+    rows_file = tmp_path / "rows.jsonl"  # rows share a prefix, which is computed once
+    texts = [("Say nothing but the words that follow, each of them once: ", f"{row} " * 5) for row in range(40)]
+    rows_file.write_text("".join(json.dumps({"prompt": a + b, "completion": b}) + "\n" for a, b in texts))
+    recipe = {"model": str(tiny_folder), "data": str(rows_file), "max_steps": 3, "model.dtype": "fp32"}
+    run = strop.train(**recipe, out=str(tmp_path / "run"))
+    assert run.report["predicted_seconds"] == pytest.approx(strop.plan(**recipe).seconds)

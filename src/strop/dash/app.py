@@ -43,8 +43,8 @@ TABLE_POLL_S = 3.0
 SYSTEM_POLL_S = 2.0
 KEEP_ALIVE = b": .\n\n"  # an SSE comment, which reveals a lost connection
 STEP_FIELDS = (  # fields of a row that change at every step
-    "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch",
-    "bytes",
+    "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "step_time",
+    "sparkline", "epoch", "bytes",
 )  # fmt: skip
 
 
@@ -399,7 +399,10 @@ async def stream_run(dashboard: Dashboard, call: Call, name: str, by: str, point
 def _run_summary(dashboard: Dashboard, name: str) -> Any:
     """Return values that differ when the details of a run must be sent again. Curves are sent separately."""
     row = dashboard.row(name)
-    jobs = [(job["id"], job["state"], job["activity"]) for job in dashboard.jobs_of(name)]
+    jobs = [
+        (job["id"], job["state"], job["activity"], job["activity_since"], job["asked"])
+        for job in dashboard.jobs_of(name)
+    ]
     history = dashboard.history(name)
     fields = {key: value for key, value in row.items() if key not in STEP_FIELDS}
     return fields, history.num_saves, list(history.samples), jobs

@@ -32,6 +32,12 @@ from strop.machine.memory import library_bytes
 from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
+_EXPORTING = "it is being exported", "wait until the export ends, or stop it on the run's Export screen"
+USES = {  # kinds of jobs that use the folder of a run: what they do, and what to do about it
+    "evaluate": ("its evaluation is running", "wait until it ends, or stop it on the run's Answers screen"),
+    "delete": ("it is being deleted", "wait until it is gone"),
+    **dict.fromkeys(("merge", "gguf", "ollama"), _EXPORTING),
+}  # fmt: skip
 HISTORY_BYTES = 24 << 20  # maximum size of cached histories; the one in use is always kept
 MAX_STEPS = 2000  # new steps that a stream sends one by one; for more it sends the whole curve
 
@@ -167,8 +173,9 @@ class Dashboard:
             return "steps", result, now
 
     def system_state(self, name: str | None) -> dict[str, Any]:
-        """Return the state of the machine and of the process of a run."""
-        return self.system.state(self.row(name)["pid"] if name else None, self.listing.cpu_usage.cores)
+        """Return the state of the machine and of the process of a run, and the names of other runs that train."""
+        state = self.system.state(self.row(name)["pid"] if name else None, self.listing.cpu_usage.cores)
+        return {**state, "other_runs": [other for other in self.running_names() if other != name]}
 
     def contents(self, name: str) -> dict[str, Any]:
         self.row(name)
@@ -266,6 +273,9 @@ class Dashboard:
             raise Busy(f"{name}: another process has just taken over the run", fix="reload and try again")
         if sys.platform != "win32" and row["why"] == "the process is suspended":
             send_signal(row["pid"], start_time, signal.SIGCONT)  # a suspended process cannot save
+        job = next((job for job in self.jobs.running("train", "resume") if job["pid"] == row["pid"]), None)
+        if job is not None and not force:  # also records that it was asked
+            return {"asked": self.jobs.stop(job["id"])}
         return {"asked": send_signal(row["pid"], start_time, number)}
 
     def resume(self, name: str, arguments: list[str]) -> dict[str, Any]:
@@ -274,8 +284,7 @@ class Dashboard:
         return self.jobs.start("resume", ["resume", str(run_path(self.root, name)), *arguments], name)
 
     def delete(self, name: str, confirmed: str) -> dict[str, Any]:
-        if "delete" not in self.row(name)["can"] or self._has_job(name):
-            raise Busy(f"{name} is in use", fix="stop it first")
+        self._check_unused(name)
         if confirmed != name:
             raise InputError("confirm: not the run's name", fix="type the name of the run to delete")
         if not run_path(self.root, name).is_dir():  # it failed to start
@@ -295,8 +304,7 @@ class Dashboard:
         path, target = run_path(self.root, name), run_path(self.root, new_name)
         if any(str(path) in split_names(str(job["run"])) for job in self.jobs.running("serve")):
             raise Busy(f"{name} is loaded for a chat", fix="unload the model on the Chat screen, then rename the run")
-        if self.row(name)["pid"] is not None or self._has_job(name):
-            raise Busy(f"{name} is in use", fix="stop it first")
+        self._check_unused(name)
         if target.exists() or new_name in self._rows_without_folder():  # of a run that starts, or failed to
             raise FolderError(f"{new_name}: a run with this name exists", fix="choose another name")
         move_run(path, target)
@@ -341,10 +349,15 @@ class Dashboard:
             number += 1
         return f"{stem}-{number}"
 
-    def _has_job(self, name: str) -> bool:
-        """Return whether a job uses the folder of a run. A process that trains claims it, and may outlive its claim."""
-        jobs = self.jobs.running("evaluate", "merge", "gguf", "ollama", "delete")
-        return any(job["run"] == name for job in jobs)
+    def _check_unused(self, name: str) -> None:
+        """Raise Busy if a process uses the folder of a run. One that trains claims it, and may outlive its claim."""
+        row = self.row(name)
+        if row["pid"] is not None or "delete" not in row["can"]:
+            raise Busy(f"{name} is running", fix="stop the run first")
+        kind = next((str(job["kind"]) for job in self.jobs.running(*USES) if job["run"] == name), None)
+        if kind is not None:
+            what, fix = USES[kind]
+            raise Busy(f"{name}: {what}", fix=fix)
 
 
 class Services:
@@ -446,10 +459,11 @@ class System:
         if measured_pid != pid or time.monotonic() - measured > LIBRARIES_S:
             self._libraries = (time.monotonic(), pid, library_bytes(pid))
         try:
-            rss, cpu = psutil.Process(pid).memory_info().rss, cores_used(pid)
+            process, cpu = psutil.Process(pid), cores_used(pid)
+            rss, children = process.memory_info().rss, len(process.children(recursive=True))
         except psutil.Error:
             return None
-        return {"pid": pid, "rss": rss, "library_bytes": self._libraries[2], "cpu": cpu}
+        return {"pid": pid, "rss": rss, "library_bytes": self._libraries[2], "cpu": cpu, "children": children}
 
     def _query_gpus(self) -> list[dict[str, Any]]:
         if self._nvidia_smi is None:

@@ -281,6 +281,8 @@ class History:
     def last(self) -> dict[str, Any]:
         """Return the values of the last step, with times, mean speed, epochs and eval_loss of the run."""
         values = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
+        if _number((self.newest.get("start") or {}).get("time")) > _number(values.get("time")):
+            values["seconds_left"] = None  # of a step before a resume
         if self.trained:
             values |= {"seconds": round_significant(self.trained[-1]), "eval_seconds": self.eval_seconds}
             predicted = (self.newest.get("rehearsal") or {}).get("predicted_seconds")

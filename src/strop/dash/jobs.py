@@ -34,6 +34,7 @@ MAX_JOBS = 200  # older ones are deleted
 LOG_BYTES = 64 << 10
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[a-z]+-[0-9a-f]{6}")
 _SHARE = re.compile(r"(\d+)\s*(?:of|/)\s*(\d+)")
+_STILL = re.compile(r"still\s+(.*?)(?: \((\d+) s(?:, [^()]* left)?\))?\s*")  # as display.terminal prints it
 
 
 class Busy(InputError):
@@ -93,7 +94,8 @@ class Jobs:
     def status(self, name: str, *, with_result: bool = True) -> dict[str, Any]:
         """Return the state and the result of a job.
 
-        Field `asked`: time of a request to stop, or None. Field `activity`: what the job does while it prints nothing.
+        Field `asked`: time of a request to stop, or None. Field `activity`: what the job does while it prints nothing,
+        and `activity_since`: Unix time at which that began.
         """
         if not with_result and name in self._ended:
             return self._ended[name]
@@ -104,7 +106,8 @@ class Jobs:
         error = (result or {}).get("error")
         lines = [line for line in read_tail(folder / "log", 4096).splitlines() if line.strip()]
         last_line = lines[-1] if lines else ""
-        silent = running and last_line.startswith("still ")
+        still = _STILL.fullmatch(last_line) if running else None
+        printed = (file_stamp(folder / "log") or (0, 0))[0] / 1e9
         if not running and result is None and job.get("asked"):  # before it could handle the signal
             error = {"kind": "Stopped", "message": "stopped on request", "fix": "", "where": []}
         elif not running and result is None:
@@ -122,7 +125,8 @@ class Jobs:
             "command": shell_command(job.get("words") or []), "started": job.get("started"), "ended": job.get("ended"),
             "asked": job.get("asked"), "result": result if with_result else None, "error": error,
             "progress": _parse_progress(last_line),
-            "activity": last_line.removeprefix("still ").strip() if silent else None,
+            "activity": still[1] if still else None,
+            "activity_since": round(printed - int(still[2] or 0)) if still else None,
         }  # fmt: skip
         if not running:
             self._ended[name] = {**status, "result": None}
@@ -304,7 +308,7 @@ class ChatServer:
         """Return the state (off, starting, ready or failed) and the models of the server."""
         last = next((job for job in self._jobs.all() if job["kind"] == "serve"), None)
         status: dict[str, Any] = {"state": "off", "models": [], "names": [], "log": ""}
-        status |= dict.fromkeys(("error", "job", "activity", "started"))
+        status |= dict.fromkeys(("error", "job", "activity", "activity_since", "started"))
         if last is None:
             return status
         job = self._jobs.status(last["id"])
@@ -312,7 +316,7 @@ class ChatServer:
         status |= {"job": last["id"], "names": names, "log": log, "started": last["started"]}
         if job["state"] == "running":
             if (ready := job["result"]) is None or job["error"] is not None:
-                return {**status, "state": "starting", "activity": job["activity"]}
+                return {**status, "state": "starting", **{key: job[key] for key in ("activity", "activity_since")}}
             return {**status, "state": "ready", "models": ready["models"], "context": ready.get("context")}
         if job["asked"] is None:
             return {**status, "state": "failed", "error": job["error"] or SERVER_ENDED}

@@ -6,6 +6,7 @@ so that the cost does not grow with the length of the run. It is made again only
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,8 +55,8 @@ _STEP_START, _EVAL_START = (b'{"event": "%s"' % kind for kind in (b"step", b"eva
 _TIME = re.compile(rb'"time": ([\d.]+)')
 EMPTY: Mapping[str, Any] = {
     **dict.fromkeys((
-        "step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens", "tokens_per_s", "score",
-        "model", "data", "objective", "preset", "quantization", "rank", "started", "updated",
+        "step", "steps", "epoch", "seconds_left", "step_time", "seconds", "loss", "eval_loss", "tokens",
+        "tokens_per_s", "score", "model", "data", "objective", "preset", "quantization", "rank", "started", "updated",
     )),
     "sparkline": [], "bytes": 0, "has_adapter": False, "generates": False, "note": "", "tags": [],
 }  # fmt: skip
@@ -114,7 +115,9 @@ class RunTable:
             status = replace(status, why=facts["damaged"])
         row = {key: value for key, value in facts.items() if key not in ("events", "ended", "is_run", "damaged")}
         row |= {"state": status.state, "why": status.why, "phase": status.phase, "pid": holder}
-        if status.phase != "training":  # the events are from before a resume
+        kinds = (event["event"] for event in reversed(facts["events"]))
+        if status.phase != "training" or "step" not in takewhile(lambda kind: kind != "start", kinds):
+            # the steps are from before a resume
             row["seconds_left"] = None
         row["can"] = _possible_actions(status.state, facts["has_adapter"], facts["generates"])
         cached.row = row
@@ -178,7 +181,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "quantization": values.get("model.quantization"),
         "rank": None if values.get("train.method") == "full" else values.get("lora.r"),
         "step": now.get("steps", last_step), "steps": step.get("steps") or report.get("steps"),
-        "epoch": step.get("epoch"), "seconds_left": step.get("seconds_left"),
+        "epoch": step.get("epoch"), "seconds_left": step.get("seconds_left"), "step_time": step.get("time"),
         "seconds": now.get("seconds"), "loss": loss, "eval_loss": now.get("eval_loss", evaluated.get("loss")),
         "tokens": now.get("tokens", step.get("tokens")),
         "tokens_per_s": now.get("tokens_per_s", step.get("tokens_per_s")),
@@ -364,22 +367,38 @@ class CpuUsage:
     """CPU usage of processes between calls."""
 
     def __init__(self) -> None:
-        self._samples: dict[int, tuple[float, float, float | None]] = {}  # time, CPU seconds and the result
+        # time, CPU seconds of the process and its children by id and start, and the result
+        self._samples: dict[int, tuple[float, dict[tuple[int, float], float], float | None]] = {}
 
     def cores(self, pid: int) -> float | None:
-        """Return the mean number of cores used since the last call, at least 1 s ago; None at the first call."""
+        """Return the mean number of cores used since the last call, at least 1 s ago; None at the first call.
+
+        Child processes count too: they compile kernels.
+        """
+        now, previous = time.monotonic(), self._samples.get(pid)
+        if previous is not None and now - previous[0] < 1 and psutil.pid_exists(pid):
+            return previous[2]
+        used: dict[tuple[int, float], float] = {}
         try:
-            times = psutil.Process(pid).cpu_times()
+            process = psutil.Process(pid)
+            used[pid, process.create_time()] = _cpu_seconds(process)
+            children = process.children(recursive=True)
         except psutil.Error:
             self._samples.pop(pid, None)
             return None
-        now, cpu_seconds = time.monotonic(), times.user + times.system
-        previous = self._samples.get(pid)
-        if previous is not None and now - previous[0] < 1:
-            return previous[2]
-        cores = None if previous is None else (cpu_seconds - previous[1]) / (now - previous[0])
-        self._samples[pid] = (now, cpu_seconds, cores)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                used[child.pid, child.create_time()] = _cpu_seconds(child)
+        cores = None
+        if previous is not None:  # a child that ended takes its seconds with it
+            cores = sum(seconds - previous[1].get(key, 0.0) for key, seconds in used.items()) / (now - previous[0])
+        self._samples[pid] = (now, used, cores)
         return cores
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def run_status(

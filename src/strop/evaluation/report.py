@@ -164,7 +164,7 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "steps", f"{report['steps']:,}"
     for field, name, format_value in (
         ("seconds", "training time", format_duration),
-        ("predicted_seconds", "planned, on an idle machine", format_duration),
+        ("predicted_seconds", "planned for these steps, on an idle machine", format_duration),
         ("eval_seconds", "evaluation and samples", format_duration),
         ("tokens", "tokens", "{:,}".format),
         ("supervised_tokens", "supervised tokens", "{:,}".format),

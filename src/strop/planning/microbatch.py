@@ -187,6 +187,17 @@ def first_steps(recipe: Recipe, rows: Rows, packed: bool, steps: int = TIMED_STE
     return [_split_batch(recipe, rows, batch, packed) for batch in batches]
 
 
+def first_steps_of(recipe: Recipe, examples: Sequence[Example], packed: bool) -> list[list[MicroBatch]]:
+    """Return `first_steps` of the rows that a run trains on, so that it plans its time as `strop plan` does."""
+    rows, find_prefix = Rows([(0, 0)] * len(examples)), _prefix_finder(examples, recipe.train.batch_size)
+    prefixes = [NO_PREFIX] * len(examples)
+    for row in {row for batch in islice(_stream(recipe, rows), TIMED_STEPS) for row in batch.rows}:
+        example = examples[row]
+        rows[row], prefixes[row] = (len(example), example.supervised), find_prefix(example.ids)
+    rows.prefixes = prefixes
+    return first_steps(recipe, rows, packed)
+
+
 def searched_steps(stream: BatchStream) -> int:
     """Return in how many steps the largest micro-batch is searched."""
     return min(MAX_STEPS, max(stream.steps_per_epoch, MAX_ROWS // stream.batch_size))

@@ -27,11 +27,12 @@ from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import generation_dtype, load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
+from strop.objectives.table import data_kind_of
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
 from strop.planning.machines import find_target
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
-from strop.planning.microbatch import TIMED_STEPS, searched_steps
+from strop.planning.microbatch import TIMED_STEPS, first_steps_of, searched_steps
 from strop.planning.time import steps_seconds
 from strop.planning.workload import Workload
 from strop.training.contrastive import EmbedCriterion
@@ -114,6 +115,9 @@ def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     dtype = generation_dtype(model.dtype, model.device, _find_fastest_dtype(model.device))
     phases = predict_phases(workload, batch, evaluation, usable, rollouts, dtype=dtype)
     is_predicted = rollouts is None and job.devices.world_size == 1
+    is_plain_sft = data_kind_of(job.recipe.train) == "turns" and not job.recipe.train.keep_share
+    if is_predicted and is_plain_sft and job.step.prefix_sharing:
+        steps = first_steps_of(job.recipe, cast(Sequence[Example], job.train), job.step.packed)
     return Forecast(items, batch, phases, _predict_seconds(job, workload, steps) if is_predicted else None)
 
 

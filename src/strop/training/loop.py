@@ -22,6 +22,7 @@ from strop.data.batching import Batch, BatchStream
 from strop.data.store import JoinedItems
 from strop.data.types import Item
 from strop.distributed.devices import find_ranks
+from strop.engine.kernels import warmup
 from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.machine.memory import memory_in_use
 from strop.runs.events import SIGNAL
@@ -62,7 +63,8 @@ SAVE_EVERY_S = 600.0  # maximum time between checkpoints, even if train.save_ste
 KEPT_BY_ROLLBACK = (
     "halvings", "recompute", "streamed", "offload", "loss_scale", "scale_steps", "told", "skipped_steps",
     "tokens", "supervised_tokens", "seconds",
-    "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
+    "eval_seconds", "compile_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s",
+    "slowest_s",
 )  # fmt: skip
 
 
@@ -251,6 +253,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
 def evaluate(job: Job) -> None:
     """Evaluate the held-out rows, update the best step, and log sample completions."""
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
+    compiled = warmup.compile_seconds()
     assert held_out is not None
     LOG.info("evaluating %d rows", len(held_out))
     job.model.eval()
@@ -274,6 +277,7 @@ def evaluate(job: Job) -> None:
         started = time.perf_counter()
         job.devices.run_on_main(lambda: _log_samples(job))
         progress.eval_seconds += time.perf_counter() - started
+    progress.compile_seconds += warmup.compile_seconds() - compiled
 
 
 def _log_samples(job: Job) -> None:
@@ -436,13 +440,17 @@ def _log_step(
 
 
 def _seconds_left(job: Job, number: int, total: int) -> float:
-    """Return the forecast after step `number`: of its steps and, after the first one, of evaluations with samples."""
+    """Return the forecast after step `number`: of its steps and, after the first one, of evaluations with samples.
+
+    Kernels are compiled once, so that the time of compiling is not expected again.
+    """
     progress = job.state.progress
     seconds = (total - number) * progress.seconds / number
     if job.eval:
         every = job.recipe.train.eval_steps or batch_stream(job.recipe, len(job.train)).steps_per_epoch
         done = (number - 1) // every  # one that follows this step is not done
-        seconds += (math.ceil(total / every) - done) * progress.eval_seconds / done if done else 0.0
+        evaluating = max(0.0, progress.eval_seconds - progress.compile_seconds)
+        seconds += (math.ceil(total / every) - done) * evaluating / done if done else 0.0
     return seconds
 
 

@@ -50,6 +50,7 @@ class Progress:
     supervised_tokens: int = 0
     seconds: float = 0.0  # spent on training steps
     eval_seconds: float = 0.0
+    compile_seconds: float = 0.0  # part of eval_seconds in which kernels were compiled
     save_seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None

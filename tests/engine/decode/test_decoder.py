@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from strop.data.types import Ids
-from strop.engine.decode import compiled_model
+from strop.engine.decode import compiled_model, generate
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_decoder_unsupported
@@ -438,3 +438,20 @@ def test_followers_leave_with_their_leader() -> None:
     assert batch.add_group(group) == 3 and len(batch.sequences) == 1
     batch.remove(group[0])
     assert decoder.blocks.free == decoder.blocks.count and not batch.sequences
+
+
+def test_progress_begins_after_the_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a terminal shows a bar of 0 rows instead of what is compiled."""
+    calls: list[str] = []
+
+    def compile_kernels(*_: Any) -> Any:
+        calls.append("compiling")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "batch_for", compile_kernels)
+    finished = generate.generate(
+        tiny_of("llama"), None, [np.array([5, 6], np.int32)], stop_ids=(), max_new_tokens=2, partial=True,
+        advance=lambda done: calls.append("progress"),
+    )  # fmt: skip
+    assert finished == []
+    assert calls == ["compiling"]

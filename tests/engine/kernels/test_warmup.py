@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +236,29 @@ def test_message_says_what_the_kernels_are_for(tmp_path: Path, caplog: pytest.Lo
         "compiling CPU kernels for training in bfloat16",
         "compiling CPU kernels for generating text in bfloat16",
     ]
+
+
+def test_message_says_that_another_program_compiles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock, before = tmp_path / "strop.lock", warmup.compile_seconds()
+    program = (
+        f"from filelock import FileLock\nwith FileLock({str(lock)!r}):\n    print('locked', flush=True)\n    input()"
+    )
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with (
+        subprocess.Popen(command, **pipes) as other,
+        pytest.MonkeyPatch.context() as patch,
+        caplog.at_level("INFO"),
+    ):
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline()
+        threading.Timer(0.3, other.stdin.close).start()  # ends the program
+        patch.setattr(warmup, "take_compiler", lambda: SimpleNamespace(run=lambda *stages: (0, "")))
+        warmup.compile_once(torch.bfloat16, tmp_path, warmup.DECODE)
+    assert [text.partition(",")[0] for text in caplog.messages] == [
+        "waiting for another program that compiles CPU kernels",
+        "compiling CPU kernels for generating text in bfloat16",
+    ]
+    assert warmup.compile_seconds() > before  # the forecast of a run leaves this time out
 
 
 def test_kernels_of_other_sources_are_removed(empty_libraries: None, tmp_path: Path) -> None:

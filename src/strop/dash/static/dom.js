@@ -1,5 +1,7 @@
 // Create elements from data. Text becomes text nodes only: no code of the page parses markup.
 
+import { elapsed } from "./format.js";
+
 /**
  * Create an element. props: `class`, `on: {event: listener}`, `style: {property: value}`, `data: {name: value}`,
  * DOM properties (value, checked, disabled, hidden, tabIndex), and attributes. children: nodes, text, lists of them.
@@ -46,6 +48,24 @@ export const prose = (text) =>
   String(text)
     .split(/`([^`\n]+)`/)
     .map((part, index) => (index % 2 ? h("code", {}, part) : part));
+
+const clocks = new WeakMap(); // element -> function that returns its text
+
+/** Create text that is computed again each second while it is on the page. */
+export function clock(text, props = {}) {
+  const element = h("span", { ...props, class: `clock ${props.class ?? ""}`.trim() }, text());
+  clocks.set(element, text);
+  return element;
+}
+setInterval(() => {
+  for (const element of document.querySelectorAll(".clock")) {
+    const text = clocks.get(element)();
+    if (element.textContent !== text) element.textContent = text;
+  }
+}, 1000);
+
+/** Show how long an activity lasts. since: Unix time in seconds. Screen readers do not announce each second. */
+export const lasting = (since) => clock(() => ` (${elapsed(Date.now() / 1000 - since)})`, { "aria-hidden": "true" });
 
 let lastId = 0;
 export const uniqueId = (prefix) => `${prefix}-${(lastId += 1)}`;

@@ -66,6 +66,9 @@ export function duration(seconds) {
     : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+/** Format a time that is counted each second: without fractions of a second. */
+export const elapsed = (seconds) => (seconds < 60 ? `${Math.max(0, Math.floor(seconds))} s` : duration(Math.floor(seconds)));
+
 /** Format a Unix time in seconds: "2026-11-26 14:05". */
 export function moment(time) {
   if (!isNumber(time)) return "";
@@ -80,7 +83,7 @@ export function ago(time, now = Date.now() / 1000) {
   return age < 5
     ? "now"
     : age < 3600
-      ? `${age < 60 ? duration(age) : `${Math.round(age / 60)} min`} ago`
+      ? `${age < 60 ? elapsed(age) : `${Math.round(age / 60)} min`} ago`
       : age < 48 * 3600
         ? `${Math.round(age / 3600)} h ago`
         : moment(time);
@@ -89,9 +92,19 @@ export function ago(time, now = Date.now() / 1000) {
 /** Return the last part of a path. */
 export const lastPart = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
 
-/** Describe why a run has no adapter yet, and what to do. */
+/** Return the time left of a run and when it ends, by the forecast at its last step; "" where that is not known. */
+export function timeLeft({ step, steps, time, seconds_left: seconds }) {
+  if (!(step >= MIN_STEPS) || step >= steps || !isNumber(seconds) || !isNumber(time)) return "";
+  const left = time + seconds - Date.now() / 1000;
+  return left >= 1 ? `${elapsed(left)} left, until about ${moment(time + seconds).slice(11)}` : "";
+}
+const MIN_STEPS = 3; // the first ones are slower
+
+/** Describe why a run has no adapter to evaluate or export, and what to do. */
 export const noAdapter = (run) =>
-  `This run has no adapter yet: it is written at the end of training. ${run.can?.includes("resume") ? "Resume the run to finish it." : ""}`;
+  run.has_adapter
+    ? "This run is training again. Its adapter is still the one from before. You can evaluate and export it when the run has ended or is stopped."
+    : `This run has no adapter yet: it is written at the end of training. ${run.can?.includes("resume") ? "Resume the run to finish it." : ""}`;
 
 /** Return the name of a kind of event. */
 export const eventName = (kind) => ({ rehearsal: "dry run" })[kind] ?? kind;

@@ -1,6 +1,6 @@
 // Jobs: commands that the server runs as child processes, with their progress, log and result.
 
-import { button, command, h, put } from "./dom.js";
+import { button, command, h, lasting, put } from "./dom.js";
 import { errorBox, get, listen, post } from "./api.js";
 import { duration } from "./format.js";
 
@@ -38,7 +38,12 @@ export function jobCard(job, signal, { onEnd = null, result = null, words = unde
       h("span", { class: `state ${state}` }, update.state),
       finished && update.ended
         ? h("span", { class: "soft" }, duration(update.ended - update.started))
-        : h("span", { class: "soft" }, update.progress?.text ?? ""),
+        : h(
+            "span",
+            { class: "soft" },
+            update.activity ?? (update.progress?.text || "starting"),
+            update.activity || !update.progress?.text ? lasting(update.activity_since ?? update.started) : null,
+          ),
       finished
         ? null
         : h(

@@ -158,10 +158,11 @@ def generate(
     sequences = [sequence for row in rows for sequence in row]
     detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
     counter = _CompletionCounter(len(sequences), max(limits))
-    if advance is not None:
-        advance(0)
     try:
-        for progress in decode_all(batch_for(model, sequences), sequences):
+        batch = batch_for(model, sequences)  # may compile kernels, which is logged, before the progress begins
+        if advance is not None:
+            advance(0)
+        for progress in decode_all(batch, sequences):
             sequence = progress.sequence
             if detokenizer is not None and on_text is not None:
                 new = [token.id for token in progress.tokens if token.id not in sequence.stop_ids]

@@ -23,6 +23,7 @@ import runpy
 import select
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ DISK_BYTES = 32 << 20  # required free space; the kernels of one weight dtype ta
 PARALLEL_BYTES = 4 << 30  # free memory required for compiling in parallel; each process takes about 1 GB
 
 _started: list[Compiler] = []
+_compile_seconds = 0.0
 
 
 def load(warmup: str | None = TRAIN) -> None:
@@ -189,7 +191,7 @@ def compile_once(
         DiskError: the disk is full.
     """
     import numba
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     from strop.errors import DiskError
     from strop.machine.probe import probe
@@ -207,7 +209,13 @@ def compile_once(
         what = f"{cache}: compiled kernels need {DISK_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
         raise DiskError(what, fix="free some space, or set NUMBA_CACHE_DIR to a folder on another disk")
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "strop.lock"):  # only one process compiles at a time
+    started, lock = time.perf_counter(), FileLock(cache / "strop.lock")  # only one process compiles at a time
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        LOG.info("waiting for another program that compiles CPU kernels, once on this machine; may take minutes")
+        lock.acquire()
+    try:
         if _is_complete(marker):
             return
         # Delete kernels of other sources, because numba does not check imported files, and truncated files, because
@@ -227,6 +235,15 @@ def compile_once(
             LOG.warning("kernels could not be compiled ahead of time (exit %d): %s", code, last_line)
         sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
         marker.write_text(json.dumps(sizes), encoding="utf-8")
+    finally:
+        lock.release()
+        global _compile_seconds
+        _compile_seconds += time.perf_counter() - started
+
+
+def compile_seconds() -> float:
+    """Return how long this process has compiled kernels ahead of time, or waited for another one to."""
+    return _compile_seconds
 
 
 def _is_complete(marker: Path) -> bool:

@@ -3,13 +3,13 @@
 import {
   button,
   count,
-  duration,
   readEvents,
   errorBox,
   field,
   get,
   h,
   lastPart,
+  lasting,
   link,
   post,
   put,
@@ -35,8 +35,7 @@ function createScreen() {
   const controls = h("div"),
     state = h("div", { role: "status" }),
     sides = h("div", { class: "chats" }),
-    composer = h("form", { class: "composer" }),
-    age = h("span", { "aria-hidden": "true" }); // the time since the start is not announced
+    composer = h("form", { class: "composer" });
   let servable = [],
     chosen = "",
     drawnKey = "",
@@ -76,12 +75,11 @@ function createScreen() {
 
   async function draw(server) {
     drawControls(server);
-    // an activity has its own duration
-    age.textContent = server.activity || !server.started ? "" : ` (${duration(Date.now() / 1000 - server.started)})`;
     const key = JSON.stringify([
       server.state,
       server.names,
       server.activity,
+      server.activity_since,
       server.state === "off" && servable.length > 0,
     ]);
     if (key === drawnKey) return;
@@ -89,7 +87,13 @@ function createScreen() {
     put(
       state,
       server.state === "starting"
-        ? h("p", {}, h("span", { class: "state running" }, "starting"), ` ${server.activity ?? "loading the models"}`, age)
+        ? h(
+            "p",
+            {},
+            h("span", { class: "state running" }, "starting"),
+            ` ${server.activity ?? "loading the models"}`,
+            lasting(server.activity_since ?? server.started),
+          )
         : server.error
           ? errorBox(server.error)
           : server.state === "off" && servable.length

@@ -1,6 +1,6 @@
 // Data: rows as tokens, dropped rows, lengths and duplicates. Works on a file before any run.
 
-import { count, errorBox, field, get, h, link, percent, post, put, select } from "../all.js";
+import { count, errorBox, field, get, h, lasting, link, percent, post, put, select } from "../all.js";
 import { histogram } from "../bars.js";
 import { confirmTyping, showFieldErrors, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
@@ -91,7 +91,10 @@ export async function show(container, { query, signal }) {
     }
     const request = (requests += 1);
     setQuery({ offset: offset || null, order: order === "file" ? null : order, part: part === "train" ? null : part });
-    if (!out.children.length || out.querySelector(".empty")) put(out, h("p", { class: "empty" }, "Reading…"));
+    if (!out.children.length || out.querySelector(".empty")) {
+      const hint = "The first check also starts Python's libraries and loads the tokenizer.";
+      put(out, h("p", { class: "empty" }, "Reading the rows…", lasting(Date.now() / 1000), h("br"), hint));
+    }
     out.setAttribute("aria-busy", "true");
     try {
       const page = await post("data", { options, offset, count: PAGE, order, part }, signal);

@@ -1,8 +1,10 @@
 // Training: curves, events, memory and time of a run.
 
 import {
+  ago,
   button,
   bytes,
+  clock,
   count,
   duration,
   eventName,
@@ -12,6 +14,7 @@ import {
   get,
   h,
   isNumber,
+  lasting,
   link,
   listen,
   lossText,
@@ -23,6 +26,7 @@ import {
   setQuery,
   notify,
   lastPart,
+  timeLeft,
   to,
 } from "../all.js";
 import { append, AXES, BYTES, withPositions, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
@@ -158,8 +162,12 @@ export async function show(container, { run, query, signal, draw }) {
       step = last.step ?? run.step,
       share = steps ? step / steps : 0;
     const active = run.state === "running",
-      doing = run.jobs?.find((job) => job.activity && ["train", "resume"].includes(job.kind))?.activity,
-      left = run.phase === "training" ? (last.seconds_left ?? run.seconds_left) : null,
+      job = run.jobs?.find((item) => item.activity && ["train", "resume"].includes(item.kind)),
+      // the forecast does not know how long these take
+      isWaiting = /^(compiling|waiting for) /.test(job?.activity ?? ""),
+      isLast = active && run.phase === "training" && steps && step >= steps,
+      next = run.recipe?.find((item) => item.field === "data.eval")?.value ? "evaluating, then saving" : "saving",
+      doing = job?.activity ?? (isLast ? next : null),
       seconds = active ? (last.seconds ?? run.seconds) : (run.seconds ?? last.seconds),
       planned = last.planned_seconds;
     put(
@@ -176,16 +184,10 @@ export async function show(container, { run, query, signal, draw }) {
               ? "Preparing the model and the rows. The curves begin with the first step."
               : "No step yet",
         ),
-        doing ? h("span", { class: "soft" }, doing) : null,
-        active && isNumber(left) && left > 0
-          ? h(
-              "span",
-              {},
-              `${duration(left)} left`,
-              h("span", { class: "soft" }, `, until about ${moment(Date.now() / 1000 + left).slice(11)}`),
-            )
-          : null,
-        h("span", { class: "soft push" }, run.updated ? `last event ${moment(run.updated)}` : ""),
+        active && run.stopping ? h("span", {}, "stopping: the step is finished and saved first") : null,
+        doing ? h("span", { class: "soft" }, doing, job ? lasting(job.activity_since) : null) : null,
+        active && run.phase === "training" && !run.stopping && !isWaiting ? clock(() => timeLeft(last)) : null,
+        run.updated ? clock(() => `last event ${ago(run.updated)}`, { class: "soft push" }) : null,
       ),
       active && last.is_slow
         ? h("p", { class: "warn" }, `Slower than planned: ${duration(seconds)} instead of ${duration(planned)}${otherPrograms()}.`)
@@ -226,7 +228,7 @@ export async function show(container, { run, query, signal, draw }) {
         ["tokens", count(last.tokens ?? run.tokens)],
         ["tokens/s, mean", count(run.report && !active ? run.tokens_per_s : last.tokens_per_s)],
         ["training time", duration(seconds)],
-        ["planned, on an idle machine", duration(planned)],
+        ["planned for these steps, on an idle machine", duration(planned)],
         ["evaluation and samples", duration((active ? last.eval_seconds : run.report?.eval_seconds) || null)],
         ["model", run.model && h("span", { title: run.model }, lastPart(run.model))],
         ["data", run.data && h("span", { title: run.data }, lastPart(run.data))],
@@ -344,9 +346,13 @@ export async function show(container, { run, query, signal, draw }) {
     sampleTable.set(response.samples);
   }
 
-  /** Return ": other programs use 1.7 cores", or "" if they use few. */
-  const otherPrograms = () =>
-    system?.other_cores >= 0.5 && !onGpu() ? `: other programs use ${system.other_cores.toFixed(1)} cores` : "";
+  /** Return ": other programs use 1.7 cores; one is training too", or "" if they use few. */
+  const otherPrograms = () => {
+    if (!(system?.other_cores >= 0.5) || onGpu()) return "";
+    const names = system.other_runs ?? [],
+      runs = names.length ? `; ${names.join(", ")} ${names.length > 1 ? "are" : "is"} training too` : "";
+    return `: other programs use ${system.other_cores.toFixed(1)} cores${runs}`;
+  };
 
   const onGpu = () => String(run.recipe?.find((item) => item.field === "model.device")?.value).startsWith("cuda");
 
@@ -441,7 +447,9 @@ export async function show(container, { run, query, signal, draw }) {
             ? [
                 `The run's process (${process.pid}) uses ${bytes(process.rss)} of memory`,
                 isNumber(training) ? `, of which ${bytes(process.rss - training)} for Python and its libraries` : "",
-                isNumber(process.cpu) ? `, and ${process.cpu.toFixed(1)} cores` : "",
+                isNumber(process.cpu)
+                  ? `, and ${process.cpu.toFixed(1)} cores${process.children ? " with its child processes" : ""}`
+                  : "",
                 otherPrograms(),
                 ". ",
               ]

@@ -334,7 +334,7 @@ export async function show(container, { signal }) {
         `On ${planned.device}: ${planned.verdict}.`,
         planned.rows.measuring ? " Measuring the rows…" : "",
         planned.seconds
-          ? ` About ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
+          ? ` The training steps take about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine. Loading, the first compilation of kernels and evaluations are not included.`
           : planned.tokens_per_s
             ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
             : "",
@@ -357,7 +357,7 @@ export async function show(container, { signal }) {
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
-      planned.fits && planned.seconds ? `about ${duration(planned.seconds)} on an otherwise idle machine` : null,
+      planned.fits && planned.seconds ? `training steps about ${duration(planned.seconds)} on an otherwise idle machine` : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
       .filter(Boolean)

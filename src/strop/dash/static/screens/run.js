@@ -73,6 +73,7 @@ export async function show(container, { parts, query, signal }) {
       run.note ? h("p", { class: "note" }, run.note) : null,
     );
     if (!run.can?.includes("stop")) run.stopping = false;
+    else if (last?.state === "running" && last.asked) run.stopping = true; // also after the page is loaded again
     put(
       actions,
       actionButtons(run, () => draw({})),
@@ -84,9 +85,9 @@ export async function show(container, { parts, query, signal }) {
   const hasStream = await showTab(body, { run, query, signal, draw });
   if (!hasStream) {
     const update = (now) => {
-      const before = String(run.can);
+      const before = `${run.can} ${run.has_adapter}`;
       draw(now);
-      if (String(run.can) !== before) dispatchEvent(new Event("hashchange")); // the screen offers other actions
+      if (`${run.can} ${run.has_adapter}` !== before) dispatchEvent(new Event("hashchange")); // the screen offers other actions
     };
     listen(runPath(name, "stream"), { points: 50 }, { run: update }, signal);
   }

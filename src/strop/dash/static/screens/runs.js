@@ -1,8 +1,8 @@
 // The table of runs.
 
-import { button, h, link, prose, put } from "../dom.js";
+import { button, clock, h, link, prose, put } from "../dom.js";
 import { errorBox, get, listen } from "../api.js";
-import { ago, bytes, count, duration, isNumber, percent, lastPart, lossText, moment, scoreText } from "../format.js";
+import { ago, bytes, count, duration, isNumber, percent, lastPart, lossText, moment, scoreText, timeLeft } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
@@ -157,8 +157,8 @@ function columns(chosen, update, onTag) {
           "span",
           {},
           run.steps ? `${count(run.step)} / ${count(run.steps)}` : count(run.step),
-          run.state === "running" && run.seconds_left > 0
-            ? h("span", { class: "soft" }, ` ${duration(run.seconds_left)} left`)
+          run.state === "running"
+            ? clock(() => ` ${timeLeft({ ...run, time: run.step_time }).split(",")[0]}`.trimEnd(), { class: "soft" })
             : null,
         ),
     },
