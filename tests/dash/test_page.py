@@ -229,6 +229,22 @@ def test_score_on_training_rows_is_marked_everywhere(browser: Any, tmp_path: Pat
             assert "caveat" in lines[0] and sum(caveat in line for line in lines) == 1
 
 
+def test_notes_of_an_evaluation_are_shown_on_answers_and_compare(browser: Any, tmp_path: Path) -> None:
+    note = "1 of 6 rows repeat an earlier one"
+    for name in ("one", "two"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        evaluated(folder, [sample(max(number, 1), False, True) for number in range(6)], notes=[note])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one/answers", ".sample >> nth=5")
+        assert tab.page.locator(".warn", has_text=f"{note}.").is_visible()
+        open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+        assert tab.page.locator("p.warn", has_text="repeat").inner_text() in (
+            f"one, two: {note}.",
+            f"two, one: {note}.",
+        )
+        tab.check("notes")
+
+
 def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
     for name in ("one", "c,d", ",", "d"):
         make_run(tmp_path, name, [*session(), step(1), step(2)])

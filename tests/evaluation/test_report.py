@@ -329,3 +329,10 @@ def test_legend_names_only_marks_that_are_shown() -> None:
     assert "<ins>not expected</ins>" in render(report, [])
     page = render({**report, "samples": [equal]}, [])
     assert "answers to 1 of the 176 evaluated rows</small>" in page and "not expected" not in page
+
+
+def test_notes_of_the_evaluation_follow_its_verdict() -> None:
+    report, notes = full(), ["1 of 176 rows repeat an earlier one", "runs/a: this run has not ended"]
+    report["evaluation"]["notes"] = notes
+    text = Page(render(report, [])).text
+    assert text.index("Better: ") < text.index(f"{notes[0]}.") < text.index(f"{notes[1]}.") < text.index("Scores")
