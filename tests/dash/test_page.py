@@ -765,6 +765,21 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             assert file.get_attribute("aria-invalid") == "true"
             tab.faults.clear()
             tab.check("evaluate")
+            file.fill("held-ou.jsonl")
+            assert tab.page.locator("p.problem").count() == 0  # an error is of the value that it was shown for
+            tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+            tab.page.locator("p.problem").get_by_role("button", name="Use held-out.jsonl").click()
+            assert file.input_value() == "held-out.jsonl" and tab.page.locator("p.problem").count() == 0
+            tab.faults.clear()
+            length = tab.page.get_by_label("Maximum answer length in tokens", exact=True)
+            for text in ("-5", "1.5"):
+                length.fill(text)
+                tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+                problem = tab.page.locator("p.problem")
+                assert problem.inner_text() == "must be a whole number of at least 1"
+                assert length.get_attribute("aria-invalid") == "true"
+            length.fill("6")
+            assert problem.count() == 0
             open_at(tab, dash, "/run/one/export", ".form >> nth=2")
             out = tab.page.locator(".form:has(h2:text-is('Merged model'))").get_by_label("Output path")
             out.fill("taken")
@@ -1229,6 +1244,39 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_label("System prompt").fill("be brief")
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
+        tab.check("chat")
+
+
+def test_chat_shows_an_error_once_and_keeps_the_message(browser: Any, dash: Dash) -> None:
+    asked = []
+
+    def refuse(way: Any) -> None:
+        asked.append(way.request.post_data_json)
+        way.fulfill(status=400, json={"error": {"message": "the server is full"}})
+
+    with open_tab(browser, dash) as tab:
+        ready = {"state": "ready", "names": ["one"], "error": None}
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=ready))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [{"id": "one"}, {"id": "base"}]}))
+        tab.page.route("**/api/chat/v1/chat/completions", refuse)
+        open_at(tab, dash, "/chat", ".chat >> nth=1")
+        box = tab.page.get_by_label("Your message")
+        tab.page.locator("details > summary").click()
+        temperature = tab.page.get_by_label("Temperature", exact=True)
+        temperature.fill("-1")
+        box.fill("hi")
+        box.press("Enter")
+        assert tab.page.locator(".field p.problem").inner_text() == "must be a number from 0 to 2"
+        assert temperature.get_attribute("aria-invalid") == "true" and box.input_value() == "hi" and not asked
+        tab.check("chat")
+        temperature.fill("0.75")
+        assert tab.page.locator("p.problem").count() == 0
+        box.press("Enter")
+        tab.page.wait_for_selector("[role=alert]:has-text('the server is full')")
+        assert tab.page.locator("text=the server is full").count() == 1 and box.input_value() == "hi"
+        assert [body["temperature"] for body in asked] == [0.75, 0.75]
+        assert tab.page.locator(".chat .user").count() == 0
+        tab.faults.clear()  # the browser reports the refused requests
         tab.check("chat")
 
 

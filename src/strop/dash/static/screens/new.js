@@ -350,6 +350,7 @@ export async function show(container, { signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
+    if (refusal) plannedValues = null; // as in showError
     if (refusal)
       verdict.append(
         errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container)),
