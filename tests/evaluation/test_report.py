@@ -315,7 +315,7 @@ def test_report_of_a_stopped_run_says_so(tmp_path: Path) -> None:
     report = {"run": "runs/old", "steps": 8, "ended": "stop", "eval_seconds": 0.0, "seconds": 9.0}
     page = render(report, events, {"tags": ["red"]})
     assert "Stopped after step 8 of 14. Resume the run to finish it: strop resume runs/old" in page
-    assert "evaluation and samples" not in page and "1 stop, 1 resume" in page and "tags: red" in page
+    assert "evaluation and samples" not in page and "2 stops, 1 resume" in page and "tags: red" in page
     assert "Stopped after" not in render({**report, "ended": "steps", "steps": 14}, events)
     once = render({**report, "steps": 4}, events[:1] + events[2:3])
     assert "Stopped after step 4 of 14" in once and "During the run" not in once

@@ -69,7 +69,8 @@ def render(
     train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
     stopped = _describe_stop(report, events)
-    event_counts["stop"] -= bool(stopped)
+    if stopped and event_counts["stop"] == 1:  # the page already says so
+        del event_counts["stop"]
     shown = [_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))]
     page = _template().render(
         title=Path(str(report.get("run") or "run")).name,
