@@ -166,6 +166,8 @@ def test_form_is_kept_until_it_is_cleared_or_its_run_starts(browser: Any, dash: 
     [
         ("lora_r", "Rank"), ("per_device_train_batch_size", "Effective batch size in rows"), ("lr", "Learning rate"),
         ("load_in_4bit", "Base quantization"), ("effective batch", "Effective batch size in rows"),
+        ("output_dir", "Run name"), ("context length", "Maximum row length in tokens"),
+        ("gradient accumulation", "Effective batch size in rows"),
     ],
 )  # fmt: skip
 def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, word: str, label: str) -> None:
@@ -175,6 +177,11 @@ def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, wo
         tab.page.get_by_label("Find a setting").fill(word)
         tab.page.locator("details.others").get_by_role("button", name=label).click()
         assert tab.page.evaluate("document.activeElement.closest('.field').querySelector('label').textContent") == label
+        for name in ("packing", "flash attention", "neftune", "group_by_length", "torch_compile", "resume"):
+            tab.page.get_by_label("Find a setting").fill(name)
+            assert tab.page.locator(".others > p").inner_text().startswith(f"{name}: ")
+        tab.page.get_by_label("Find a setting").fill("adamw_8bit")
+        assert tab.page.get_by_label("Optimizer", exact=True).is_visible()
         tab.page.get_by_label("Find a setting").fill("no such thing")
         assert tab.page.get_by_text("No setting matches.").is_visible()
         tab.page.get_by_label("Find a setting").fill("")

@@ -593,7 +593,9 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.set_viewport_size(size)
             enter("Epochs", "many")
             enter("Rank, exact", "-3")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Rank, Epochs')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Rank, Epochs')")
+            tab.page.locator(summary).get_by_role("button", name="Epochs").click()
+            assert tab.page.get_by_label("Epochs", exact=True).evaluate("(field) => field === document.activeElement")
             assert "must be a number" in problem("Epochs") and "must be" in problem("Rank, exact")
             assert not tab.page.locator(".bars, .command").first.is_visible()  # a plan of other values
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
@@ -603,11 +605,11 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.wait_for_selector(whole)
             assert not problem("Epochs") and not problem("Rank, exact")
             enter("Training rows", "no-rows.jsonl")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Training rows')")
             assert "no-rows.jsonl: no such file" in problem("Training rows")
             enter("Training rows", "rows.jsonl")
             tab.page.get_by_label("Invalid rows").select_option("refuse")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Training rows')")
             tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
             assert "Invalid rows: drop" in problem("Training rows")
             assert "--" not in tab.page.locator("main .verdict").first.inner_text()
@@ -615,10 +617,10 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.get_by_label("Invalid rows").select_option("drop")
             tab.page.wait_for_selector(f"{summary}:text('It fits')")
             enter("Memory limit", "lots")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Memory limit')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Memory limit')")
             enter("Memory limit", "")
             enter("Run name", "a/b")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Run name')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Run name')")
             assert "not a name for a run" in problem("Run name")
             tab.faults.clear()  # the browser reports the refused requests
             tab.check("errors")
@@ -674,6 +676,9 @@ def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> No
         tab.check("changes")
 
 
+SHOWN = {"Epochs": "3", "Seed": "0", "Maximum time": "not set"}  # defaults of fields without a control of choices
+
+
 def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Dash) -> None:
     options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "model.dtype": "bf16"}
     address = f"/new?options={quote(json.dumps(options))}&memory="
@@ -683,7 +688,11 @@ def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Da
         open_at(tab, dash, f"{address}600MB", ".startbar span:text('Training does not fit')")
         assert start.is_disabled() and "worse" in verdict.get_attribute("class")
         assert "training does not fit: " in verdict.inner_text() and tab.page.locator(".phase .sum.bad").count()
+        open_at(tab, dash, f"{address}300MB", "main p.warn:has-text('What is needed: a larger memory limit')")
+        assert "No change to these settings" not in tab.page.locator("main").inner_text()
         open_at(tab, dash, f"{address}8GB", ".startbar span:text('It fits')")
+        shown = {label: tab.page.get_by_label(label, exact=True).get_attribute("placeholder") for label in SHOWN}
+        assert shown == SHOWN
         assert start.is_enabled() and "better" in verdict.get_attribute("class")
         assert "on an otherwise idle machine" in verdict.inner_text() and "It fits" in summary.inner_text()
         assert tab.page.locator(".phase .sum.bad").count() == 0

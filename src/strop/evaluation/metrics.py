@@ -440,7 +440,7 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
 
 
 def list_notes(result: Mapping[str, Any]) -> list[str]:
-    """Return the notes of an evaluation, which limit what its scores show; of an older one only those on cut answers."""
+    """Return the notes of an evaluation, which limit what its scores show; of an older one those on cut answers."""
     notes = result.get("notes")
     return [str(note) for note in notes] if isinstance(notes, list) else describe_cut(result)
 

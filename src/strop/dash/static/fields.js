@@ -214,9 +214,10 @@ export function slider(option, label, values, value, onChange) {
 
 /**
  * Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). placed: fields with a
- * control elsewhere in the form, which the search finds too.
+ * control elsewhere in the form, which the search finds too. withoutOption: names of other tools that have no field, with
+ * the reason.
  */
-export function fieldList(fields, values, onChange, placed) {
+export function fieldList(fields, values, onChange, placed, withoutOption) {
   const filter = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting" });
   const change = (name, value) => {
     onChange(name, value);
@@ -228,19 +229,27 @@ export function fieldList(fields, values, onChange, placed) {
   ]);
   const found = h("p", { role: "status" });
   const draw = () => {
-    const word = filter.value.trim().toLowerCase();
-    const matches = (...texts) => texts.flat().join(" ").toLowerCase().includes(word);
-    for (const [item, row] of rows) row.hidden = !matches(item.field, labelOfField(item.field), item.help, item.names);
+    const plain = (text) => String(text).trim().toLowerCase().replaceAll(/[-_ ]+/g, " ");
+    const word = plain(filter.value);
+    const matches = (item, label) =>
+      plain([item.field, label, item.help, item.names, item.choices ?? []].flat().join(" ")).includes(word);
+    for (const [item, row] of rows) row.hidden = !matches(item, labelOfField(item.field));
     const controls = (word ? placed : []).flatMap((item) => {
-      const at = element.parentElement.querySelector(`[data-option="${item.field}"]`);
-      return at && matches(item.field, item.help, item.names, labelOf(at)) ? [at] : [];
+      const option = item.field === "out" ? "name" : item.field; // the form has the name of the run's folder
+      const at = document.querySelector(`[data-option="${option}"]`);
+      return at && matches(item, labelOf(at)) ? [at] : [];
     });
+    const named = Object.keys(withoutOption).filter((name) => word.length > 3 && plain(name).startsWith(word));
+    const reasons = [...new Set(named.map((name) => withoutOption[name]))];
     const links = controls.map((at) => button(labelOf(at), () => at.focus(), { class: "link" }));
     put(
       found,
+      reasons.length
+        ? reasons.map((reason) => h("span", {}, prose(`${filter.value.trim()}: ${reason}. `)))
+        : null,
       links.length
-        ? ["Above: ", links.map((item, index) => [index ? ", " : "", item])]
-        : rows.every(([, row]) => row.hidden) && "No setting matches.",
+        ? ["Other fields: ", links.map((item, index) => [index ? ", " : "", item])]
+        : rows.every(([, row]) => row.hidden) && !reasons.length && "No setting matches.",
     );
     found.hidden = !found.childNodes.length;
   };
@@ -259,7 +268,7 @@ export function fieldList(fields, values, onChange, placed) {
 }
 
 /** Return a default as text: "not set" for null and an empty list or map. */
-const defaultText = (preset) =>
+export const defaultText = (preset) =>
   preset === null || (typeof preset === "object" && !Object.keys(preset).length) ? "not set" : formatValue(preset);
 
 function control({ field: name, choices, type, default: preset }, value, onChange) {
