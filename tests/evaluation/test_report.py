@@ -336,3 +336,10 @@ def test_notes_of_the_evaluation_follow_its_verdict() -> None:
     report["evaluation"]["notes"] = notes
     text = Page(render(report, [])).text
     assert text.index("Better: ") < text.index(f"{notes[0]}.") < text.index(f"{notes[1]}.") < text.index("Scores")
+
+
+def test_report_has_the_units_and_words_of_the_page() -> None:
+    report = full()
+    report["memory"] = {"predicted_peak_bytes": 1.5 * 2**30, "measured_peak_bytes": 678 * 2**20}
+    text = Page(render(report, [])).text
+    assert "678 MiB" in text and "1.50 GiB" in text and "0.66 GiB" not in text and "origin" in text

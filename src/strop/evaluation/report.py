@@ -200,7 +200,7 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
-        yield f"peak memory{describe_memory_scope(report)}", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        yield f"peak memory{describe_memory_scope(report)}", _format_bytes(memory["measured_peak_bytes"])
 
 
 def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -349,7 +349,7 @@ def _truncate(text: str) -> str:
 def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field, name in (("predicted_peak_bytes", "predicted peak"), ("measured_peak_bytes", "measured peak")):
         if _is_number(memory.get(field)):
-            yield name, f"{memory[field] / 2**30:.2f} GiB"
+            yield name, _format_bytes(memory[field])
 
 
 def _format_choice(choice: Mapping[str, Any]) -> dict[str, str]:
@@ -369,9 +369,16 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         yield name, ", ".join(str(inner) for inner in value) or "-"
     elif name.endswith("_bytes") and _is_number(value):
-        yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
+        yield name.removesuffix("_bytes"), _format_bytes(value)
     else:
         yield name, "-" if value is None else str(value)
+
+
+def _format_bytes(size: float) -> str:
+    """Return a size in GiB, or in MiB below 1 GiB, as the page does (dash/static/format.js)."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.{1 if size < 10 * 2**20 else 0}f} MiB"
 
 
 def _is_number(value: Any) -> bool:
