@@ -923,3 +923,14 @@ def test_first_rows_are_checked_once_a_command(
     words = ("--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", "--max-steps", 1)
     code, _, err = run("train", *words, capsys=capsys)
     assert code == 0 and checked == [str(rows_file)], err
+
+
+def test_adapter_is_chosen_by_its_folder_name(adapter_folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    model = strop.load(str(adapter_folders[0]))
+    model.add(str(adapter_folders[1]))
+    session = Session(model, "tuned", None, 4, Sampling())
+    assert session.run_command(f"/adapter {adapter_folders[1].name}")
+    assert model.module.active_adapter == model.others[str(adapter_folders[1])]
+    assert session.run_command("/adapter nothing")
+    error = "".join(capsys.readouterr().err.split())
+    assert f"nothing: not loaded; loaded: {adapter_folders[0]}, {adapter_folders[1]}".replace(" ", "") in error

@@ -166,6 +166,8 @@ def test_form_is_kept_until_it_is_cleared_or_its_run_starts(browser: Any, dash: 
     [
         ("lora_r", "Rank"), ("per_device_train_batch_size", "Effective batch size in rows"), ("lr", "Learning rate"),
         ("load_in_4bit", "Base quantization"), ("effective batch", "Effective batch size in rows"),
+        ("output_dir", "Run name"), ("context length", "Maximum row length in tokens"),
+        ("gradient accumulation", "Effective batch size in rows"),
     ],
 )  # fmt: skip
 def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, word: str, label: str) -> None:
@@ -175,6 +177,11 @@ def test_settings_are_found_by_names_of_other_tools(browser: Any, dash: Dash, wo
         tab.page.get_by_label("Find a setting").fill(word)
         tab.page.locator("details.others").get_by_role("button", name=label).click()
         assert tab.page.evaluate("document.activeElement.closest('.field').querySelector('label').textContent") == label
+        for name in ("packing", "flash attention", "neftune", "group_by_length", "torch_compile", "resume"):
+            tab.page.get_by_label("Find a setting").fill(name)
+            assert tab.page.locator(".others > p").inner_text().startswith(f"{name}: ")
+        tab.page.get_by_label("Find a setting").fill("adamw_8bit")
+        assert tab.page.get_by_label("Optimizer", exact=True).is_visible()
         tab.page.get_by_label("Find a setting").fill("no such thing")
         assert tab.page.get_by_text("No setting matches.").is_visible()
         tab.page.get_by_label("Find a setting").fill("")
@@ -252,3 +259,44 @@ def test_link_takes_the_text_of_a_field_that_was_not_left(browser: Any, dash: Da
         tab.page.get_by_role("link", name="Inspect the data").click()
         tab.page.wait_for_selector(".tokens .stop >> nth=3")
         assert tab.page.get_by_label("Maximum row length in tokens", exact=True).input_value() == "66"
+
+
+def test_placeholder_of_a_column_map_has_no_button(browser: Any, dash: Dash) -> None:
+    options = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.columns": "garbage"}))
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={options}", "p.problem:has-text('not a map')")
+        assert tab.page.get_by_role("button", name="Use these columns").count() == 0
+        tab.faults.clear()  # the browser reports the refused request
+
+
+def test_hints_on_evaluation_rows_are_in_the_words_of_the_field(browser: Any, dash: Dash) -> None:
+    options = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop"}))
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={options}", f"{SUMMARY}:text('It fits')")
+        rows = tab.page.get_by_label("Evaluation rows", exact=True)
+        for text, hint in (("held-ou.jsonl", "Use held-out.jsonl"), ("5", "write a share with %, such as 5%")):
+            rows.fill(text)
+            rows.press("Enter")
+            problem = tab.page.locator(f"p.problem:has-text('{hint}')")
+            problem.wait_for()
+            assert "--" not in problem.inner_text() and "Hub" not in problem.inner_text()
+            if text != "5":
+                problem.get_by_role("button").click()
+                tab.page.wait_for_selector(f"{SUMMARY}:text('It fits')")
+                assert rows.input_value() == "held-out.jsonl"
+        tab.faults.clear()  # the browser reports the refused requests
+
+
+def test_types_that_need_llama_cpp_are_disabled_without_it(browser: Any, dash: Dash) -> None:
+    hello = dash.get("/api/hello").json()
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/hello", lambda way: way.fulfill(json=hello))
+        for installed in (True, False):
+            hello["has_llama_cpp"] = installed
+            open_at(tab, dash, "/run/one/export", ".form >> nth=2")
+            tab.page.reload()
+            tab.page.wait_for_selector(".form >> nth=2")
+            form = tab.page.locator(".form:has(h2:text-is('GGUF file'))")
+            disabled = form.locator("option:disabled").evaluate_all("(items) => items.map((item) => item.value)")
+            assert disabled == ([] if installed else ["q6_k", "q5_k_m", "q4_k_m"])
+            assert ("pip install llama-cpp-python" in form.inner_text()) is not installed

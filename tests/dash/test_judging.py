@@ -138,7 +138,7 @@ def test_compare_warns_of_different_answer_limits(tmp_path: Path) -> None:
     assert result["verdict"].startswith("Not a fair comparison: ") and "clearly above" not in result["verdict"]
     (pair,) = result["pairs"]
     assert pair["verdict"] == "unclear" and pair["words"].startswith("Not a fair comparison: ")
-    assert "exact on 15 rows in common (repeated rows count once: 1)" in pair["words"]
+    assert "exact on 15 rows in common (of 16; 1 repeated, which count once)" in pair["words"]
     assert {item["run"]: (item["max_tokens"], item["cut"]) for item in result["scores"]} == {
         "long": (80, 0), "short": (24, 16)
     }  # fmt: skip
@@ -179,7 +179,7 @@ def test_answer_limits_that_cut_only_the_base_are_named(tmp_path: Path) -> None:
     result = compare(RunTable(tmp_path).rows(), {"long": {}, "short": {}})
     assert re.search("answer limits, (80 and 10|10 and 80) tokens, cut no tuned answer$", result["pairs"][0]["words"])
     assert [score["base_cut"] for score in result["scores"]] == [7, 7]
-    (shown,) = answers(RunFolder(tmp_path / "short"), "all", "row", "", 0, 1)["cut"]
+    (shown,) = answers(RunFolder(tmp_path / "short"), "all", "row", "", 0, 1)["notes"]
     assert shown.startswith("7 of 30 base answers were cut at 10 tokens")
 
 
@@ -209,9 +209,15 @@ def test_vote_on_few_pairs_is_hedged(run: RunFolder) -> None:
 
 def test_equal_runs_share_the_best_score(tmp_path: Path) -> None:
     none = rows_of(0, 20, 0)
-    assert verdict_of(tmp_path / "1", a=none, b=none) == "a and b score equal (exact 0.0%)."
+    same = "no clear difference: +0.0 points, 95 % interval -16.1 to +16.1"
+    assert verdict_of(tmp_path / "1", a=none, b=none) == f"a and b score equal (exact 0.0%): {same}."
     verdict = verdict_of(tmp_path / "2", a=rows_of(0, 20, 15), b=none, c=rows_of(0, 20, 15))
-    assert verdict == "a and c score equal (exact 75.0%): clearly above b."
+    assert verdict == (
+        "a and c score equal (exact 75.0%): no clear difference: +0.0 points, 95 % interval -12.1 to +12.1; "
+        "clearly above b."
+    )
+    few = verdict_of(tmp_path / "3", a=rows_of(0, 19, 9), b=rows_of(0, 19, 9))
+    assert few.startswith("a and b score equal (exact 47.4%): no clear difference, but only 19 rows: +0.0 points, ")
 
 
 def test_losses_on_different_rows_are_not_compared() -> None:
@@ -225,3 +231,14 @@ def test_losses_on_different_rows_are_not_compared() -> None:
     assert compare(rows, {"a": {**parts, "rows": "f"}, "b": {**parts, "rows": "g"}})["verdict"].startswith(
         "Not comparable"
     )
+
+
+def test_notes_of_an_evaluation_are_shown_with_its_verdict(tmp_path: Path) -> None:
+    note = "1 of 20 rows repeat an earlier one: the intervals are too narrow, as they assume different rows"
+    for name in ("a", "b"):
+        folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+        evaluated(folder, [*rows_of(0, 19, 9), sample(0, False, True)], notes=[note] if name == "a" else [])
+    assert answers(RunFolder(tmp_path / "a"), "all", "row", "", 0, 1)["notes"] == [note]
+    result = compare(RunTable(tmp_path).rows(), {"a": {}, "b": {}})
+    assert {score["run"]: score["notes"] for score in result["scores"]} == {"a": [note], "b": []}
+    assert "on 19 rows in common (of 20; 1 repeated, which count once)" in result["pairs"][0]["words"]

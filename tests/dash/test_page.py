@@ -229,6 +229,22 @@ def test_score_on_training_rows_is_marked_everywhere(browser: Any, tmp_path: Pat
             assert "caveat" in lines[0] and sum(caveat in line for line in lines) == 1
 
 
+def test_notes_of_an_evaluation_are_shown_on_answers_and_compare(browser: Any, tmp_path: Path) -> None:
+    note = "1 of 6 rows repeat an earlier one"
+    for name in ("one", "two"):
+        folder = make_run(tmp_path, name, [*session(), step(1), step(2)], {"exit": 0})
+        evaluated(folder, [sample(max(number, 1), False, True) for number in range(6)], notes=[note])
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one/answers", ".sample >> nth=5")
+        assert tab.page.locator(".warn", has_text=f"{note}.").is_visible()
+        open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
+        assert tab.page.locator("p.warn", has_text="repeat").inner_text() in (
+            f"one, two: {note}.",
+            f"two, one: {note}.",
+        )
+        tab.check("notes")
+
+
 def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
     for name in ("one", "c,d", ",", "d"):
         make_run(tmp_path, name, [*session(), step(1), step(2)])
@@ -577,7 +593,9 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.set_viewport_size(size)
             enter("Epochs", "many")
             enter("Rank, exact", "-3")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Rank, Epochs')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Rank, Epochs')")
+            tab.page.locator(summary).get_by_role("button", name="Epochs").click()
+            assert tab.page.get_by_label("Epochs", exact=True).evaluate("(field) => field === document.activeElement")
             assert "must be a number" in problem("Epochs") and "must be" in problem("Rank, exact")
             assert not tab.page.locator(".bars, .command").first.is_visible()  # a plan of other values
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
@@ -587,11 +605,11 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.wait_for_selector(whole)
             assert not problem("Epochs") and not problem("Rank, exact")
             enter("Training rows", "no-rows.jsonl")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Training rows')")
             assert "no-rows.jsonl: no such file" in problem("Training rows")
             enter("Training rows", "rows.jsonl")
             tab.page.get_by_label("Invalid rows").select_option("refuse")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Training rows')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Training rows')")
             tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
             assert "Invalid rows: drop" in problem("Training rows")
             assert "--" not in tab.page.locator("main .verdict").first.inner_text()
@@ -599,10 +617,10 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.get_by_label("Invalid rows").select_option("drop")
             tab.page.wait_for_selector(f"{summary}:text('It fits')")
             enter("Memory limit", "lots")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Memory limit')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Memory limit')")
             enter("Memory limit", "")
             enter("Run name", "a/b")
-            tab.page.wait_for_selector(f"{summary}:text-is('Fix: Run name')")
+            tab.page.wait_for_selector(f"{summary}:has-text('Fix: Run name')")
             assert "not a name for a run" in problem("Run name")
             tab.faults.clear()  # the browser reports the refused requests
             tab.check("errors")
@@ -658,6 +676,9 @@ def test_plan_that_does_not_fit_offers_what_fits(browser: Any, dash: Dash) -> No
         tab.check("changes")
 
 
+SHOWN = {"Epochs": "3", "Seed": "0", "Maximum time": "not set"}  # defaults of fields without a control of choices
+
+
 def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Dash) -> None:
     options = {"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "model.dtype": "bf16"}
     address = f"/new?options={quote(json.dumps(options))}&memory="
@@ -667,7 +688,11 @@ def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Da
         open_at(tab, dash, f"{address}600MB", ".startbar span:text('Training does not fit')")
         assert start.is_disabled() and "worse" in verdict.get_attribute("class")
         assert "training does not fit: " in verdict.inner_text() and tab.page.locator(".phase .sum.bad").count()
+        open_at(tab, dash, f"{address}300MB", "main p.warn:has-text('What is needed: a larger memory limit')")
+        assert "No change to these settings" not in tab.page.locator("main").inner_text()
         open_at(tab, dash, f"{address}8GB", ".startbar span:text('It fits')")
+        shown = {label: tab.page.get_by_label(label, exact=True).get_attribute("placeholder") for label in SHOWN}
+        assert shown == SHOWN
         assert start.is_enabled() and "better" in verdict.get_attribute("class")
         assert "on an otherwise idle machine" in verdict.inner_text() and "It fits" in summary.inner_text()
         assert tab.page.locator(".phase .sum.bad").count() == 0
@@ -749,6 +774,21 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             assert file.get_attribute("aria-invalid") == "true"
             tab.faults.clear()
             tab.check("evaluate")
+            file.fill("held-ou.jsonl")
+            assert tab.page.locator("p.problem").count() == 0  # an error is of the value that it was shown for
+            tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+            tab.page.locator("p.problem").get_by_role("button", name="Use held-out.jsonl").click()
+            assert file.input_value() == "held-out.jsonl" and tab.page.locator("p.problem").count() == 0
+            tab.faults.clear()
+            length = tab.page.get_by_label("Maximum answer length in tokens", exact=True)
+            for text in ("-5", "1.5"):
+                length.fill(text)
+                tab.page.get_by_role("button", name="Evaluate", exact=True).click()
+                problem = tab.page.locator("p.problem")
+                assert problem.inner_text() == "must be a whole number of at least 1"
+                assert length.get_attribute("aria-invalid") == "true"
+            length.fill("6")
+            assert problem.count() == 0
             open_at(tab, dash, "/run/one/export", ".form >> nth=2")
             out = tab.page.locator(".form:has(h2:text-is('Merged model'))").get_by_label("Output path")
             out.fill("taken")
@@ -1213,6 +1253,39 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.page.get_by_label("System prompt").fill("be brief")
         tab.page.get_by_role("button", name="New chat").click()
         assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
+        tab.check("chat")
+
+
+def test_chat_shows_an_error_once_and_keeps_the_message(browser: Any, dash: Dash) -> None:
+    asked = []
+
+    def refuse(way: Any) -> None:
+        asked.append(way.request.post_data_json)
+        way.fulfill(status=400, json={"error": {"message": "the server is full"}})
+
+    with open_tab(browser, dash) as tab:
+        ready = {"state": "ready", "names": ["one"], "error": None}
+        tab.page.route("**/api/chat", lambda way: way.fulfill(json=ready))
+        tab.page.route("**/api/chat/v1/models", lambda way: way.fulfill(json={"data": [{"id": "one"}, {"id": "base"}]}))
+        tab.page.route("**/api/chat/v1/chat/completions", refuse)
+        open_at(tab, dash, "/chat", ".chat >> nth=1")
+        box = tab.page.get_by_label("Your message")
+        tab.page.locator("details > summary").click()
+        temperature = tab.page.get_by_label("Temperature", exact=True)
+        temperature.fill("-1")
+        box.fill("hi")
+        box.press("Enter")
+        assert tab.page.locator(".field p.problem").inner_text() == "must be a number from 0 to 2"
+        assert temperature.get_attribute("aria-invalid") == "true" and box.input_value() == "hi" and not asked
+        tab.check("chat")
+        temperature.fill("0.75")
+        assert tab.page.locator("p.problem").count() == 0
+        box.press("Enter")
+        tab.page.wait_for_selector("[role=alert]:has-text('the server is full')")
+        assert tab.page.locator("text=the server is full").count() == 1 and box.input_value() == "hi"
+        assert [body["temperature"] for body in asked] == [0.75, 0.75]
+        assert tab.page.locator(".chat .user").count() == 0
+        tab.faults.clear()  # the browser reports the refused requests
         tab.check("chat")
 
 

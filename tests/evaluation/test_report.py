@@ -315,7 +315,7 @@ def test_report_of_a_stopped_run_says_so(tmp_path: Path) -> None:
     report = {"run": "runs/old", "steps": 8, "ended": "stop", "eval_seconds": 0.0, "seconds": 9.0}
     page = render(report, events, {"tags": ["red"]})
     assert "Stopped after step 8 of 14. Resume the run to finish it: strop resume runs/old" in page
-    assert "evaluation and samples" not in page and "1 stop, 1 resume" in page and "tags: red" in page
+    assert "evaluation and samples" not in page and "2 stops, 1 resume" in page and "tags: red" in page
     assert "Stopped after" not in render({**report, "ended": "steps", "steps": 14}, events)
     once = render({**report, "steps": 4}, events[:1] + events[2:3])
     assert "Stopped after step 4 of 14" in once and "During the run" not in once
@@ -329,3 +329,17 @@ def test_legend_names_only_marks_that_are_shown() -> None:
     assert "<ins>not expected</ins>" in render(report, [])
     page = render({**report, "samples": [equal]}, [])
     assert "answers to 1 of the 176 evaluated rows</small>" in page and "not expected" not in page
+
+
+def test_notes_of_the_evaluation_follow_its_verdict() -> None:
+    report, notes = full(), ["1 of 176 rows repeat an earlier one", "runs/a: this run has not ended"]
+    report["evaluation"]["notes"] = notes
+    text = Page(render(report, [])).text
+    assert text.index("Better: ") < text.index(f"{notes[0]}.") < text.index(f"{notes[1]}.") < text.index("Scores")
+
+
+def test_report_has_the_units_and_words_of_the_page() -> None:
+    report = full()
+    report["memory"] = {"predicted_peak_bytes": 1.5 * 2**30, "measured_peak_bytes": 678 * 2**20}
+    text = Page(render(report, [])).text
+    assert "678 MiB" in text and "1.50 GiB" in text and "0.66 GiB" not in text and "origin" in text

@@ -88,6 +88,18 @@ def test_prompt_with_an_empty_block_of_reasoning_is_translated() -> None:
     assert "<think>" in go_template and go_template.count("{{ else }}") == 2  # no system prompt; the last user turn
 
 
+def test_template_that_drops_earlier_reasoning_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("go_is_installed", "_ollama_is_running"):
+        monkeypatch.setattr(module, program, lambda: False)
+    dropping = TEMPLATES["chatml"].replace("m.content", "m.content.split('</think>')[-1].lstrip('\\n')")
+    dropping = dropping.replace("message['content']", "message['content'].split('</think>')[-1].lstrip('\\n')")
+    for template, drops in ((TEMPLATES["chatml"], False), (dropping, True)):
+        base = gguf_models.save("qwen2", tmp_path / f"base {drops}")
+        (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+        prepared = export_ollama(str(base), tmp_path / f"out {drops}", measure=False)
+        assert any("leaves out the reasoning of earlier answers" in note for note in prepared.notes) is drops
+
+
 def test_modelfile_sets_template_system_and_sampling(tmp_path: Path) -> None:
     trained = renderer("chatml")
     text = write_modelfile(TemplatePieces.split(trained).to_go(), trained, "Be brief.")

@@ -82,6 +82,9 @@ class Session:
 
     def _switch_adapter(self, name: str) -> None:
         loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []
+        same_folder = [known for known in loaded if Path(known).name == name]
+        if name not in loaded and len(same_folder) == 1:  # as the server names it
+            name = same_folder[0]
         if name in loaded:
             previous_system = self.model.default_system
             self.model.use(name)
@@ -91,7 +94,8 @@ class Session:
                 when = " (used after /reset)" if self.history else ""
                 console.print(f"system prompt, as in training: {system}{when}", style="dim", markup=False)
         elif name:
-            message = f"/adapter {name}: not loaded{suggest(name, loaded)}: start with --adapter {name}"
+            known = f"loaded: {', '.join(loaded)}" if loaded else "this model has no adapter"
+            message = f"/adapter {name}: not loaded{suggest(name, loaded)}; {known}"
             console.print(message, style="yellow", markup=False)
         else:
             console.print("\n".join(loaded) or "this model has no adapter", markup=False)

@@ -18,11 +18,11 @@ import yaml
 from pydantic import ValidationError
 
 from strop.config.names import (
-    ALWAYS,
     MEANINGS,
     OTHER_NAMES,
     OTHER_VALUES,
     SHORT_FORMS,
+    WITHOUT_OPTION,
     full_name,
     is_data_file,
     python_name,
@@ -53,8 +53,8 @@ def explain_name(name: str, prefix: str = "", separator: str = ": ") -> str:
     """
     fields = [field for field, _ in option_fields()]
     leaf = name.lower().replace("-", "_").rpartition(".")[2]
-    if leaf in ALWAYS:
-        return f": {ALWAYS[leaf]}"
+    if leaf in WITHOUT_OPTION:
+        return f": {WITHOUT_OPTION[leaf]}"
     same_leaf = next((field for field in fields if field.rpartition(".")[2] == leaf), None)
     short = full_name(leaf) if full_name(leaf) != leaf else None
     found = same_leaf or short or OTHER_NAMES.get(leaf) or closest(name, [*fields, *SHORT_FORMS])
@@ -70,7 +70,7 @@ def _explain_argument(name: str, value: Any) -> str:
     fields = dict(option_fields())
     meant, _, fixed = OTHER_NAMES.get(leaf, "").partition(" ")
     field = meant or full_name(closest(name, [*fields, *SHORT_FORMS]) or "")
-    if leaf in ALWAYS or field not in fields:
+    if leaf in WITHOUT_OPTION or field not in fields:
         return explain_name(name)
     argument = python_name(field)
     shown = json.dumps(fixed or value, ensure_ascii=False, default=lambda other: "...")

@@ -27,7 +27,8 @@ OTHER_NAMES = {
     "dataset_name": "data.train", "train_file": "data.train", "eval_dataset": "data.eval", "val": "data.eval",
     "validation_file": "data.eval", "val_set_size": "data.eval", "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
-    "model_max_length": "data.max_length", "chat_template": "data.template", "train_on_inputs": "data.loss",
+    "model_max_length": "data.max_length", "context_length": "data.max_length", "context_size": "data.max_length",
+    "chat_template": "data.template", "train_on_inputs": "data.loss",
     "lora_r": "lora.r", "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
     "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules",
     "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "steps": "train.max_steps",
@@ -59,8 +60,23 @@ MEANINGS = {
         "update",
     ),
 }
-# options of other tools that strop has no option for, because it always does this
-ALWAYS = dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out")
+# options of other tools that strop has no option for -> the reason
+WITHOUT_OPTION = {
+    **dict.fromkeys(("packing", "sample_packing", "packed"), "rows are always packed, so leave it out"),
+    **dict.fromkeys(
+        ("group_by_length", "length_grouped"), "rows are packed, so their lengths need no groups; leave it out"
+    ),
+    **dict.fromkeys(
+        ("flash_attention", "flash_attn", "flash_attention_2", "use_flash_attention_2", "attn_implementation"),
+        "the fastest attention for the machine is always used, so leave it out",
+    ),
+    **dict.fromkeys(("torch_compile", "compile"), "training uses compiled kernels where it can, so leave it out"),
+    "system_prompt": "the system prompt is the first message of a row, with the role system",
+    **dict.fromkeys(("neftune", "neftune_noise_alpha"), "NEFTune, noise on the embeddings, is not available"),
+    **dict.fromkeys(
+        ("resume", "resume_from_checkpoint"), "a stopped run is resumed from its page, or with `strop resume`"
+    ),
+}
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from types import UnionType
@@ -173,7 +174,8 @@ class DataSection(Section):
     @field_validator("eval", mode="before")
     @classmethod
     def _refuse_share_without_percent(cls, value: Any) -> Any:
-        if isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"0?\.\d+", value)):
+        is_number = isinstance(value, str) and re.fullmatch(r"\d*\.?\d+", value) and not os.path.exists(value)
+        if isinstance(value, int | float) or is_number:
             raise ValueError("write a share with %, such as 5%")
         return value
 

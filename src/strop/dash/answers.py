@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from strop.display.numbers import format_percent
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import (
     describe_change,
-    describe_cut,
     describe_few,
     format_number,
     format_score,
+    list_notes,
     mark_differences,
     paired_difference,
     wilson_interval,
@@ -70,7 +70,7 @@ def answers(folder: RunFolder, filter_: str, order: str, search: str, offset: fl
     score, start = evaluation_score(report), max(0, int(offset))
     return {
         "evaluation": report.get("evaluation"), "intervals": report.get("intervals"),
-        "words": score["words"] if score else None, "cut": describe_cut(report["evaluation"]) if score else [],
+        "words": score["words"] if score else None, "notes": list_notes(report["evaluation"]) if score else [],
         "complete": complete, "counts": {"all": len(all_rows), **counts}, "total": len(rows),
         "rows": [_mark_answers(row) for row in rows[start : start + min(max(0, int(count)), MAX_PAGE_ROWS)]],
     }  # fmt: skip
@@ -213,9 +213,12 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
     evaluated = [name for name in names if evaluations[name].metric]
     pairs = [_compare_pair(evaluations[a], evaluations[b], a, b, recipes) for a, b in combinations(evaluated, 2)]
     scores = [
-        {"run": row["name"], **(row["score"] or {}), "loss": row["eval_loss"], **evaluations[row["name"]].limits}
-        for row in rows
-    ]
+        {
+            "run": name, **(row["score"] or {}), "loss": row["eval_loss"], "notes": evaluations[name].notes,
+            **evaluations[name].limits,
+        }
+        for name, row in zip(names, rows, strict=True)
+    ]  # fmt: skip
     unevaluated = [name for name in names if name not in evaluated]
     verdict = _describe_comparison(rows, pairs, recipes)
     if unevaluated and verdict.startswith("Not comparable"):
@@ -235,6 +238,7 @@ class _Evaluation:
     metric: str  # "" without an evaluation
     hits: dict[str, bool]  # whether the tuned model is right on each different row
     rows: int  # with repeated rows
+    notes: list[str]
     limits: dict[str, Any]  # max_tokens of an answer, and how many answers of both models were cut
     settings: dict[str, Any]  # of the loaded model
     options: dict[str, Any]  # with which another run is evaluated in the same way
@@ -255,7 +259,8 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
     files = {str(row.get("place")).rpartition(":")[0] for row in rows}
     options: dict[str, Any] = {"data": next(iter(files), "") if len(files) == 1 else "", "metric": metric}
     options["max_new_tokens"] = limits["max_tokens"]
-    return _Evaluation(metric, hits, len(rows), limits, settings, options)
+    notes = list_notes(evaluation) if metric else []
+    return _Evaluation(metric, hits, len(rows), notes, limits, settings, options)
 
 
 def _why_unfair(
@@ -291,7 +296,7 @@ def _compare_pair(
     difference = vars(paired_difference([hits_a[key] for key in common], [hits_b[key] for key in common]))
     kind, words = describe_change({"difference": difference, "rows": len(common)})
     repeated = max(of_a.rows - len(hits_a), of_b.rows - len(hits_b))
-    repeats = f" (repeated rows count once: {repeated})" if repeated else ""
+    repeats = f" (of {max(of_a.rows, of_b.rows):,}; {repeated:,} repeated, which count once)" if repeated else ""
     text = f"{b} against {a}, {metric} on {len(common):,} rows in common{repeats}: {words}"
     if unfair := _why_unfair(of_a, of_b, (a, b), recipes):
         text = f"Not a fair comparison: {'; '.join(unfair)}. {text}"
@@ -348,6 +353,11 @@ def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, A
     if rest := [name for name in names if name not in (*equal, *others)]:
         groups["not comparable with", ""] = rest
     parts = [f"{relation} {', '.join(runs)}{few}" for (relation, few), runs in groups.items()]
+    if len(equal) > 1:  # the widest of their intervals
+        a, b = min(permutations(equal, 2), key=lambda pair: leads[pair[0]].get(pair[1], Lead(0, 0, 0)).low)
+        lead = leads[a].get(b, Lead(0, 0, 0))
+        difference = {"value": 0.0, "low": lead.low, "high": -leads[b].get(a, Lead(0, 0, 0)).low}
+        parts.insert(0, describe_change({"difference": difference, "rows": lead.rows})[1])
     return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
             "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
             "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
             "metrics": list(METRICS), "max_upload_bytes": MAX_UPLOAD_BYTES,
+            "has_llama_cpp": find_spec("llama_cpp") is not None,  # without importing it
         }  # fmt: skip
 
     async def runs(_: Request) -> Any:
@@ -265,6 +267,8 @@ def post_routes(services: Services) -> list[BaseRoute]:
         )
         if not data:
             raise InputError("data: no file is chosen", fix="choose a file of rows that the run was not trained on")
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError("max-new-tokens: must be at least 1")
         name = request.path_params["name"]
         path = await call(dashboard.adapter_path, name)
         await services.data.call("check_inputs", models=[path], data=[data], metrics=[metric or None])

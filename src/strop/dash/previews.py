@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from strop.config.load import Choice, parse_option, resolve
-from strop.config.names import MEANINGS, OTHER_NAMES, SHORT_FORMS, full_name
+from strop.config.names import MEANINGS, OTHER_NAMES, SHORT_FORMS, WITHOUT_OPTION, full_name
 from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
 from strop.dash.jobs import option_flags, shell_command
@@ -146,7 +146,7 @@ def schema() -> dict[str, Any]:
             "field": name, "type": kind, "choices": choices, "default": default, "required": info.is_required(),
             "help": info.description or "", "minimum": minimum, "maximum": maximum, "names": _other_names(name),
         })  # fmt: skip
-    return {"fields": fields, "short": SHORT_FORMS}
+    return {"fields": fields, "short": SHORT_FORMS, "without_option": WITHOUT_OPTION}
 
 
 def _other_names(field: str) -> list[str]:

@@ -439,6 +439,12 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
     return texts
 
 
+def list_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return the notes of an evaluation, which limit what its scores show; of an older one those on cut answers."""
+    notes = result.get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else describe_cut(result)
+
+
 def score_name(name: str, metric: str | None) -> str:
     """Return the name to show for a score; the metric keeps the name that --metric takes."""
     return SCORE_NAMES.get(name, name if name == metric else name.replace("_", " "))

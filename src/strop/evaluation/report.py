@@ -69,7 +69,8 @@ def render(
     train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     event_counts = Counter(str(event.get("event")) for event in events)
     stopped = _describe_stop(report, events)
-    event_counts["stop"] -= bool(stopped)
+    if stopped and event_counts["stop"] == 1:  # the page already says so
+        del event_counts["stop"]
     shown = [_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))]
     page = _template().render(
         title=Path(str(report.get("run") or "run")).name,
@@ -78,6 +79,7 @@ def render(
         tags=tags if isinstance(tags := (notes or {}).get("tags"), list) else [],
         note=(notes or {}).get("note") or "",
         verdict=_describe_change(evaluation) or _describe_baseline(evaluation),
+        evaluation_notes=metrics.list_notes(evaluation),
         facts=list(_list_key_numbers(report)),
         scores=list(_format_scores(evaluation, intervals)),
         rows=evaluation.get("rows"),
@@ -88,7 +90,6 @@ def render(
         samples=shown,
         marks={mark for sample in shown for answer in sample["answers"] for _, mark in answer["parts"]},
         num_samples=evaluation.get("rows") or len(samples),
-        cut=metrics.describe_cut(evaluation),
         completions=_find_completions(events),
         data=list(list_row_counts(_data_report(report))),
         data_warnings=(report.get("data_report") or {}).get("warnings") or [],
@@ -199,7 +200,7 @@ def _list_key_numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
-        yield f"peak memory{describe_memory_scope(report)}", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        yield f"peak memory{describe_memory_scope(report)}", _format_bytes(memory["measured_peak_bytes"])
 
 
 def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -348,7 +349,7 @@ def _truncate(text: str) -> str:
 def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field, name in (("predicted_peak_bytes", "predicted peak"), ("measured_peak_bytes", "measured peak")):
         if _is_number(memory.get(field)):
-            yield name, f"{memory[field] / 2**30:.2f} GiB"
+            yield name, _format_bytes(memory[field])
 
 
 def _format_choice(choice: Mapping[str, Any]) -> dict[str, str]:
@@ -368,9 +369,16 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         yield name, ", ".join(str(inner) for inner in value) or "-"
     elif name.endswith("_bytes") and _is_number(value):
-        yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
+        yield name.removesuffix("_bytes"), _format_bytes(value)
     else:
         yield name, "-" if value is None else str(value)
+
+
+def _format_bytes(size: float) -> str:
+    """Return a size in GiB, or in MiB below 1 GiB, as the page does (dash/static/format.js)."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.{1 if size < 10 * 2**20 else 0}f} MiB"
 
 
 def _is_number(value: Any) -> bool:

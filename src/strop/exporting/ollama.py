@@ -108,6 +108,9 @@ def export_ollama(
     notes = list(exported.notes)
     if strips_messages(renderer):
         notes.append("the chat template strips white space around messages, which Ollama's cannot: send none")
+    if drops_reasoning(renderer, pieces):
+        what = "the chat template leaves out the reasoning of earlier answers, which Ollama's cannot"
+        notes.append(f"{what}: send them without <think>...</think>")
     if renderer.chat.traits.tools:
         notes.append("tools are not in Ollama's template; the template in the GGUF file has them")
     if system is not None and '"""' in system:
@@ -218,6 +221,13 @@ def _translation_error(reason: str) -> ModelError:
 def strips_messages(renderer: Renderer) -> bool:
     """Return whether the chat template strips white space around messages."""
     return " Qz " not in renderer.chat.prompt([Message("user", " Qz ")]).text
+
+
+def drops_reasoning(renderer: Renderer, pieces: TemplatePieces) -> bool:
+    """Return whether the chat template leaves out the reasoning of earlier answers, as that of Qwen 3."""
+    answer = Message("assistant", "<think>\nQrz\n</think>\n\nQsz")
+    messages = [Message("user", "Qxz"), answer, Message("user", "Qyz")]
+    return renderer.chat.prompt(messages).text != pieces.render(messages)
 
 
 def _check_prompts(

@@ -181,4 +181,4 @@ def test_file_without_rows_and_missing_file(
     assert "error: empty.jsonl: no rows: it is empty" in run("check", "empty.jsonl", capsys=capsys)[2]
     assert "Fix: the data files there are empty.jsonl\n" in run("check", "rows.jsonl", capsys=capsys)[2]
     err = run("check", "emty.jsonl", capsys=capsys)[2]
-    assert err == "error: emty.jsonl: no such file (did you mean empty.jsonl?)\nFix: --data empty.jsonl\n"
+    assert err == "error: emty.jsonl: no such file (did you mean empty.jsonl?)\nFix: use empty.jsonl\n"

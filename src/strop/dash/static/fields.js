@@ -39,25 +39,38 @@ export function withLabels(form) {
         button(labelOf(control), open, { class: "link" }),
         chosen ? ":" : "",
         value ? ` ${value}` : "",
-        columns && /=(?!A\b)/.test(columns) ? [" ", button("Use these columns", use, { class: "small" })] : "",
+        columns && /=(?!A\b|value\b)/.test(columns) ? [" ", button("Use these columns", use, { class: "small" })] : "",
       ];
     });
   return (text) =>
     prose(text).map((part) => (typeof part === "string" ? linked(part) : h("code", {}, linked(part.textContent))));
 }
 
+/** Remove the error of a control. */
+function clearError(control) {
+  const shown = document.getElementById(control.getAttribute("aria-errormessage"));
+  const hints = (control.getAttribute("aria-describedby") ?? "").split(" ");
+  control.setAttribute("aria-describedby", hints.filter((id) => id !== shown?.id).join(" "));
+  for (const name of ["aria-invalid", "aria-errormessage"]) control.removeAttribute(name);
+  shown?.remove();
+}
+
+/** Return an error of the form's number fields whose text is not a number that they take, or null. */
+export function checkNumbers(form) {
+  const invalid = [...form.querySelectorAll("input[type=number][data-option]")].filter((input) => !input.validity.valid);
+  const where = invalid.map(({ dataset, min, max, step }) => {
+    const range = max ? ` from ${min} to ${max}` : min ? ` of at least ${min}` : "";
+    return { file: dataset.option, what: `must be a ${step === "any" ? "" : "whole "}number${range}` };
+  });
+  return where.length ? { message: `${where[0].file}: ${where[0].what}`, where } : null;
+}
+
 /**
- * Show an error next to the fields that caused it and remove earlier ones. error: null for none. Returns their labels.
+ * Show an error next to the fields that caused it, until their values change, and remove earlier ones. error: null for none. Returns their labels.
  * A control with data-option caused a problem if its text begins with this option, or with the value of the control.
  */
 export function showFieldErrors(form, error) {
-  for (const shown of form.querySelectorAll("p.problem")) {
-    const control = form.querySelector(`[aria-errormessage="${shown.id}"]`);
-    const hints = control.getAttribute("aria-describedby").split(" ");
-    control.setAttribute("aria-describedby", hints.filter((id) => id !== shown.id).join(" "));
-    for (const name of ["aria-invalid", "aria-errormessage"]) control.removeAttribute(name);
-    shown.remove();
-  }
+  for (const control of form.querySelectorAll("[aria-errormessage]")) clearError(control);
   if (!error) return [];
   const places = (error.where ?? []).map(({ file, line, what }) => `${file}${line ? `:${line}` : ""}: ${what}`);
   const problems = places.length ? places : [error.message];
@@ -70,11 +83,13 @@ export function showFieldErrors(form, error) {
     const text = lines
       .filter(Boolean)
       .map((line) => line.replace(new RegExp(`^(--)?${control.dataset.option}: `), ""))
-      .map((line, index) => [index ? "\n" : "", withLabels(form)(line)]);
+      .map((line, index) => [index ? "\n" : "", useButton(control, line) ?? withLabels(form)(line)]);
     box.append(h("p", { class: "problem bad", id }, text));
     control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") ?? ""} ${id}`.trim());
     control.setAttribute("aria-errormessage", id);
     control.setAttribute("aria-invalid", "true");
+    for (const event of ["input", "change"])
+      control.addEventListener(event, () => control.hasAttribute("aria-errormessage") && clearError(control));
     reveal(control);
     return [labelOf(control)];
   });
@@ -90,7 +105,9 @@ export function submitButton(text, form, submit, props = {}) {
     text,
     async () => {
       put(problem);
-      showFieldErrors(form(), null);
+      const invalid = checkNumbers(form());
+      showFieldErrors(form(), invalid);
+      if (invalid) return;
       submitting.disabled = true;
       try {
         await submit();
@@ -102,6 +119,16 @@ export function submitButton(text, form, submit, props = {}) {
     { class: "main", ...props },
   );
   return [submitting, problem];
+}
+
+/** Return a button that enters the path of the fix "use data/rows.jsonl", or undefined for another fix. */
+function useButton(control, fix) {
+  const path = fix.match(/^use ('?)(.+)\1$/)?.[2];
+  const use = () => {
+    control.value = path;
+    control.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+  return path && button(`Use ${path}`, use, { class: "small" });
 }
 
 /** Return how to fix a problem of a field: of the examples for several fields only its own. */
@@ -187,9 +214,10 @@ export function slider(option, label, values, value, onChange) {
 
 /**
  * Create a searchable list of recipe fields. values: the values that are set. onChange(name, text). placed: fields with a
- * control elsewhere in the form, which the search finds too.
+ * control elsewhere in the form, which the search finds too. withoutOption: names of other tools that have no field, with
+ * the reason.
  */
-export function fieldList(fields, values, onChange, placed) {
+export function fieldList(fields, values, onChange, placed, withoutOption) {
   const filter = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting" });
   const change = (name, value) => {
     onChange(name, value);
@@ -201,19 +229,27 @@ export function fieldList(fields, values, onChange, placed) {
   ]);
   const found = h("p", { role: "status" });
   const draw = () => {
-    const word = filter.value.trim().toLowerCase();
-    const matches = (...texts) => texts.flat().join(" ").toLowerCase().includes(word);
-    for (const [item, row] of rows) row.hidden = !matches(item.field, labelOfField(item.field), item.help, item.names);
+    const plain = (text) => String(text).trim().toLowerCase().replaceAll(/[-_ ]+/g, " ");
+    const word = plain(filter.value);
+    const matches = (item, label) =>
+      plain([item.field, label, item.help, item.names, item.choices ?? []].flat().join(" ")).includes(word);
+    for (const [item, row] of rows) row.hidden = !matches(item, labelOfField(item.field));
     const controls = (word ? placed : []).flatMap((item) => {
-      const at = element.parentElement.querySelector(`[data-option="${item.field}"]`);
-      return at && matches(item.field, item.help, item.names, labelOf(at)) ? [at] : [];
+      const option = item.field === "out" ? "name" : item.field; // the form has the name of the run's folder
+      const at = document.querySelector(`[data-option="${option}"]`);
+      return at && matches(item, labelOf(at)) ? [at] : [];
     });
+    const named = Object.keys(withoutOption).filter((name) => word.length > 3 && plain(name).startsWith(word));
+    const reasons = [...new Set(named.map((name) => withoutOption[name]))];
     const links = controls.map((at) => button(labelOf(at), () => at.focus(), { class: "link" }));
     put(
       found,
+      reasons.length
+        ? reasons.map((reason) => h("span", {}, prose(`${filter.value.trim()}: ${reason}. `)))
+        : null,
       links.length
-        ? ["Above: ", links.map((item, index) => [index ? ", " : "", item])]
-        : rows.every(([, row]) => row.hidden) && "No setting matches.",
+        ? ["Other fields: ", links.map((item, index) => [index ? ", " : "", item])]
+        : rows.every(([, row]) => row.hidden) && !reasons.length && "No setting matches.",
     );
     found.hidden = !found.childNodes.length;
   };
@@ -232,7 +268,7 @@ export function fieldList(fields, values, onChange, placed) {
 }
 
 /** Return a default as text: "not set" for null and an empty list or map. */
-const defaultText = (preset) =>
+export const defaultText = (preset) =>
   preset === null || (typeof preset === "object" && !Object.keys(preset).length) ? "not set" : formatValue(preset);
 
 function control({ field: name, choices, type, default: preset }, value, onChange) {

@@ -14,13 +14,14 @@ export function fileField(option, label, kind, value, onChange, hint = null) {
     on: { change: () => onChange(input.value.trim()) },
   });
   input.id = uniqueId("file");
+  const enter = (path) => {
+    input.value = path;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  };
   const choose = button(
     "Choose",
     () =>
-      browse(kind, (path) => {
-        input.value = path;
-        onChange(path);
-      }),
+      browse(kind, enter),
     { "aria-label": `Choose: ${label}` },
   );
   const element = field(label, input, hint);
@@ -30,10 +31,7 @@ export function fileField(option, label, kind, value, onChange, hint = null) {
   line.append(input, choose);
   if (kind === "data")
     line.append(
-      uploadButton(label, problem, (path) => {
-        input.value = path;
-        onChange(path);
-      }),
+      uploadButton(label, problem, enter),
     );
   input.addEventListener("change", () => put(problem));
   line.after(problem);

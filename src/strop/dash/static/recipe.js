@@ -1,6 +1,6 @@
 // A recipe as a table: each field with its value, origin and reason.
 
-import { h } from "./dom.js";
+import { h, prose } from "./dom.js";
 import { formatValue } from "./format.js";
 import { Table } from "./table.js";
 
@@ -22,7 +22,7 @@ export function recipeTable(options) {
         name: "reason",
         free: true,
         value: (row) => row.why,
-        show: (row, value) => value && h("span", { class: "soft" }, value),
+        show: (row, value) => value && h("span", { class: "soft" }, prose(value)),
       },
     ],
     options,

@@ -154,9 +154,8 @@ def _missing_file_error(path: str) -> DataError:
     siblings = os.listdir(folder or ".")
     near = closest(name, filter(_is_data_file, siblings)) or closest(name, siblings)
     if near and _is_data_file(name):
-        return file_error(
-            path, f"no such file (did you mean {near}?)", f"--data {shlex.quote(os.path.join(folder, near))}"
-        )
+        fix = f"use {shlex.quote(os.path.join(folder, near))}"
+        return file_error(path, f"no such file (did you mean {near}?)", fix)
     is_text = name.lower().endswith(".txt")
     others = [other for other in sorted(siblings) if _is_data_file(other) and (is_text or not other.endswith(".txt"))]
     stem = os.path.splitext(name)[0].lower()

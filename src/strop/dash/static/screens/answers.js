@@ -12,6 +12,7 @@ import {
   noAdapter,
   runPath,
   percent,
+  prose,
   scoreText,
   post,
   put,
@@ -174,6 +175,7 @@ function summary(response, run) {
     "div",
     {},
     response.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, response.words) : null,
+    response.notes.map((text) => h("p", { class: "warn" }, prose(`${text}.`))),
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
@@ -188,7 +190,6 @@ function summary(response, run) {
             `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
           )
         : null,
-      response.cut.map((text) => h("p", { class: "soft" }, `${text}.`)),
       response.complete
         ? null
         : h("p", { class: "warn" }, "This evaluation stored only some of its rows. Evaluate again to see all."),

@@ -19,6 +19,8 @@ import {
   select,
 } from "../all.js";
 
+import { checkNumbers, showFieldErrors } from "../fields.js";
+
 const BASE = "\t"; // precedes the name of a base, and is in no name of a run
 
 let screen = null; // stays when another screen is shown, with its answers and what is being generated
@@ -45,10 +47,12 @@ function createScreen() {
     running = 0;
   const box = h("textarea", { rows: 1, "aria-label": "Your message", placeholder: "Ask both models…" }),
     send = h("button", { type: "submit", class: "main" }, "Send");
-  const limit = h("input", { type: "number", min: 1, value: 256 }),
-    temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1, placeholder: "the model's default" }),
-    seed = h("input", { type: "number", step: 1, placeholder: "random" }),
-    system = h("textarea", { rows: 2 });
+  const setting = (option, props) => h("input", { type: "number", ...props, data: { option } }),
+    limit = setting("max_tokens", { min: 1, value: 256 }),
+    temperature = setting("temperature", { min: 0, max: 2, step: "any", placeholder: "the model's default" }),
+    seed = setting("seed", { step: 1, placeholder: "random" }),
+    system = h("textarea", { rows: 2 }),
+    problem = h("div");
   const options = h(
     "details",
     {},
@@ -209,7 +213,8 @@ function createScreen() {
     chat.element = h("section", { class: "card" }, h("div", { class: "line" }, picker, rate), messages);
     chat.ask = async (text, settings) => {
       if (!chat.turns.length) put(messages);
-      follow(h("p", { class: "user" }, text));
+      const question = h("p", { class: "user" }, text);
+      follow(question);
       const answer = h("p", { class: "waiting" });
       follow(answer);
       messages.scrollTop = messages.scrollHeight;
@@ -257,10 +262,12 @@ function createScreen() {
         else {
           answer.classList.add("bad");
           answer.textContent = error.message;
+          return { error, remove: () => [question, answer].forEach((part) => part.remove()) };
         }
       } finally {
         answer.classList.remove("waiting");
       }
+      return null;
     };
     return chat;
   }
@@ -273,18 +280,23 @@ function createScreen() {
     }
     const text = box.value;
     if (!text.trim() || !columns.length) return;
+    const invalid = checkNumbers(options);
+    showFieldErrors(options, invalid);
+    put(problem);
+    if (invalid) return;
     box.value = "";
     const settings = {};
-    for (const [input, name] of [
-      [limit, "max_tokens"],
-      [temperature, "temperature"],
-      [seed, "seed"],
-    ])
-      if (input.value !== "") settings[name] = Number(input.value);
+    for (const input of [limit, temperature, seed])
+      if (input.value !== "") settings[input.dataset.option] = Number(input.value);
     running = columns.length;
     send.textContent = "Stop";
-    await Promise.all(columns.map((chat) => chat.ask(text, settings).finally(() => (running -= 1))));
+    const failures = await Promise.all(columns.map((chat) => chat.ask(text, settings).finally(() => (running -= 1))));
     send.textContent = "Send";
+    if (!failures.every(Boolean) || new Set(failures.map(({ error }) => error.message)).size > 1) return;
+    // the same error in all columns is shown once, and the message can be sent again
+    failures.forEach(({ remove }) => remove());
+    box.value ||= text;
+    if (!showFieldErrors(options, failures[0].error).length) put(problem, errorBox(failures[0].error));
   });
   box.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -314,5 +326,5 @@ function createScreen() {
     const timer = setInterval(() => !document.hidden && refresh(), 1500);
     visit.addEventListener("abort", () => clearInterval(timer));
   };
-  return { elements: [controls, state, sides, composer], follow };
+  return { elements: [controls, state, sides, problem, composer], follow };
 }

@@ -14,6 +14,7 @@ import {
   runPath,
   splitNames,
   percent,
+  prose,
   scoreText,
   put,
   setQuery,
@@ -216,6 +217,7 @@ export async function show(container, { query, signal }) {
             ),
           )
         : null,
+      notes(comparison),
       scores(comparison),
       pairs(comparison),
       h(
@@ -348,6 +350,13 @@ function interval(item) {
     ),
     h("small", {}, `${percent(item.low)} to ${percent(item.high)}`),
   );
+}
+
+/** Return the notes on the evaluations, each with the runs that it concerns. */
+function notes(comparison) {
+  const runs = new Map();
+  for (const { run, notes } of comparison.scores) for (const text of notes) runs.set(text, [...(runs.get(text) ?? []), run]);
+  return [...runs].map(([text, names]) => h("p", { class: "warn" }, `${names.join(", ")}: `, prose(`${text}.`)));
 }
 
 function pairs(comparison) {

@@ -5,6 +5,7 @@ import {
   bytes,
   command,
   download,
+  get,
   getBlob,
   facts,
   errorBox,
@@ -25,7 +26,8 @@ import { field } from "../dom.js";
 import { showFieldErrors, submitButton, withLabels } from "../fields.js";
 import { jobCard, jobCards } from "../jobs.js";
 
-const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
+const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"];
+const needsLlamaCpp = (type) => type.includes("_k");
 
 const BITS = { f32: 32, fp32: 32, f16: 16, fp16: 16, bf16: 16, q8_0: 8.5, q6_k: 6.6, q5_k_m: 5.7, q4_k_m: 4.9 }; // a weight
 
@@ -54,12 +56,13 @@ export async function show(container, { run, signal }) {
     ).flat();
     put(jobs, cards.length ? cards : h("p", { class: "soft" }, "No exports yet."));
   };
-  const canExport = (run.can ?? []).includes("export");
+  const canExport = (run.can ?? []).includes("export"),
+    { has_llama_cpp: hasLlamaCpp } = await get("hello", {}, signal);
   put(
     forms,
     canExport
       ? kindsOf(run).map(([kind, details]) =>
-          form(run, kind, details, (job, shown) => {
+          form(run, kind, details, hasLlamaCpp, (job, shown) => {
             jobs.querySelector(":scope > p")?.remove();
             jobs.prepend(jobCard(job, signal, { ...shown, result: parity }));
           }),
@@ -103,7 +106,7 @@ function downloads(run, signal) {
   );
 }
 
-function form(run, kind, [name, description, preset, types, option], onStart) {
+function form(run, kind, [name, description, preset, types, option], hasLlamaCpp, onStart) {
   const out = h("input", {
     value: `${run.path}/${kind === "gguf" ? `${run.name}.gguf` : kind === "merge" ? "merged" : "ollama"}`,
     spellcheck: "false",
@@ -111,7 +114,10 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
   });
   let type = preset;
   const weights = run.parameters?.all,
-    sizes = types.map((name) => [name, weights ? `${name}, about ${bytes((weights * BITS[name]) / 8)}` : name]);
+    sizes = types.map((name) => [name, weights ? `${name}, about ${bytes((weights * BITS[name]) / 8)}` : name]),
+    missing = hasLlamaCpp ? [] : types.filter(needsLlamaCpp),
+    typeList = select(sizes, preset, (value) => (type = value), { data: { option } });
+  for (const item of typeList.options) item.disabled = missing.includes(item.value);
   const exportButton = submitButton(
     "Export",
     () => element,
@@ -128,7 +134,8 @@ function form(run, kind, [name, description, preset, types, option], onStart) {
     field("Output path", out),
     field(
       "Data type",
-      select(sizes, preset, (value) => (type = value), { data: { option } }),
+      typeList,
+      missing.length ? `${missing.join(", ")}: after \`pip install llama-cpp-python\`` : null,
     ),
     h("div", {}, exportButton),
   );

@@ -20,7 +20,7 @@ import {
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
-import { confirmTyping, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
+import { confirmTyping, defaultText, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { clearForm, readOptions, restoreForm, storeForm, storeOptions, setOption } from "../options.js";
@@ -34,7 +34,7 @@ const SLIDERS = [
 ];
 
 export async function show(container, { signal }) {
-  const { fields } = await get("schema", {}, signal),
+  const { fields, without_option: withoutOption } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
   restoreForm(["options", "memory", "name"]);
   const { query } = address(),
@@ -88,7 +88,7 @@ export async function show(container, { signal }) {
     const input = h("input", {
       inputmode: "decimal",
       value: options[name] ?? "",
-      placeholder: "auto",
+      placeholder: name === "train.learning_rate" ? "auto" : defaultText(byName.get(name).default),
       data: { option: name },
       on: { change: () => change(name, input.value.trim()) },
     });
@@ -229,6 +229,7 @@ export async function show(container, { signal }) {
           options,
           change,
           fields.filter((item) => placedFields.has(item.field)),
+          withoutOption,
         ),
       ),
       plan,
@@ -307,8 +308,18 @@ export async function show(container, { signal }) {
     plannedValues = null; // the same values may be tried again
     runName.placeholder = "auto"; // the name in the plan of earlier values
     const labels = showFieldErrors(container, error);
-    summary.textContent = fixFirst(labels);
+    fixFirst(labels);
     startButton.disabled = true;
+  }
+
+  /** Name the fields with errors in the bar, each as a link to it. */
+  function fixFirst(labels) {
+    const invalid = [...container.querySelectorAll("[aria-errormessage]")];
+    const links = labels.map((label, index) => [
+      index ? ", " : "",
+      button(label, () => invalid[index].focus(), { class: "link" }),
+    ]);
+    put(summary, labels.length ? ["Fix: ", links] : "The recipe has an error");
   }
 
   function draw(planned) {
@@ -350,6 +361,7 @@ export async function show(container, { signal }) {
     put(commandBox, command(planned.command));
     const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
       labels = refusal ? showFieldErrors(container, refusal) : [];
+    if (refusal) plannedValues = null; // as in showError
     if (refusal)
       verdict.append(
         errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container)),
@@ -363,7 +375,7 @@ export async function show(container, { signal }) {
       .filter(Boolean)
       .join(", ");
     if (planned.rows.measuring) summary.textContent = "Measuring the rows…";
-    if (refusal) summary.textContent = fixFirst(labels);
+    if (refusal) fixFirst(labels);
     put(
       traffic,
       planned.downloads.map((item) =>
@@ -386,6 +398,8 @@ export async function show(container, { signal }) {
 
   function ladder(planned) {
     const helps = planned.ladder.at(-1).fits;
+    if (planned.ladder.length === 1 && !helps) // below what the libraries take, settings make no difference
+      return h("p", { class: "card warn", style: { "margin-top": ".8rem" } }, `What is needed: ${planned.ladder[0].what}.`);
     return h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
@@ -458,8 +472,6 @@ export async function show(container, { signal }) {
   await requestPlan();
   return "New run";
 }
-
-const fixFirst = (labels) => (labels.length ? `Fix: ${labels.join(", ")}` : "The recipe has an error");
 
 /** Wait until a started run is listed. A failure is shown by its job's card. */
 async function waitForRun(name, signal) {
