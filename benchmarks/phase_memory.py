@@ -196,7 +196,7 @@ def _serve(run_folder: Path, eval_file: Path, texts: int) -> dict[str, Any]:
 
 def _describe(case: dict[str, Any], run_folder: Path, eval_file: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
-    from strop.engine.device import pick_dtype
+    from strop.engine.device import pick_generation_dtype
     from strop.planning.microbatch import measure_rows
     from strop.runs.folder import RunFolder
 
@@ -204,7 +204,8 @@ def _describe(case: dict[str, Any], run_folder: Path, eval_file: Path) -> dict[s
     options = {"model.dtype": recipe.model.dtype, "model.device": "cpu", "data.max_length": recipe.data.max_length}
     options |= case["options"]
     own = resolve(None, {**options, "model.name": recipe.model.name, "data.train": str(eval_file)}).recipe
-    return {"recipe": options, "rows": measure_rows(own), "answered_in": pick_dtype("cpu")[0]}
+    dtype, _ = pick_generation_dtype("cpu", recipe.model.dtype)
+    return {"recipe": options, "rows": measure_rows(own), "answered_in": dtype}
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:

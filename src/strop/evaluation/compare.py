@@ -22,6 +22,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
 from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import SINGLE_PROCESS, Devices
+from strop.engine.decode.cache import answer_limit
 from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
@@ -34,8 +35,6 @@ LOG = logging.getLogger(__name__)
 
 LOSS_BATCH_TOKENS = 2048  # maximum number of tokens in a micro-batch that computes the loss
 LOSS_BLOCK_ROWS = 64  # rows that are split into micro-batches together
-MIN_ANSWER_TOKENS = 80  # smallest default of max_new_tokens; a right answer may be longer than its reference
-ANSWER_MARGIN = 1.25  # default of max_new_tokens, relative to the longest reference answer
 EXTRA_SCORES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # independent of the metric
 Progress = Callable[[str, float, int], None]  # (label, finished rows, with fractions of unfinished ones, all rows)
 # Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
@@ -94,7 +93,7 @@ def compare(
 ) -> dict[str, Any]:
     """Score the base and the tuned model, with 95 % intervals. After Ctrl-C, only the answered rows are scored.
 
-    max_new_tokens: by default, ANSWER_MARGIN times the longest reference answer, and at least MIN_ANSWER_TOKENS.
+    max_new_tokens: by default `answer_limit` of the longest reference answer.
     base: earlier results of the same base on the same rows. with_base: False scores a tuned model alone. `base` and
     `tuned` of the result have the metric's scores and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out`
     lists the rows without a right answer. Without an adapter, there is no `tuned`, `difference` or `changed` (the rows
@@ -111,7 +110,7 @@ def compare(
     check_positions(model, (example for examples in rendered for example in examples))
     expected = list(map(_expected_completion, prompts, rendered))
     lengths = list(map(partial(_count_reference_tokens, model), questions, expected))
-    limit = max_new_tokens or max(MIN_ANSWER_TOKENS, math.ceil(ANSWER_MARGIN * max(lengths)))
+    limit = max_new_tokens or answer_limit(max(lengths))
     generated: dict[str, tuple[list[Completion], float]] = {}
     base_texts: list[str] | None = None
     if generates:

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from strop.config.schema import Recipe
 from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
-from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
+from strop.engine.decode.cache import MAX_SEQUENCES, MIN_ANSWER_TOKENS, PREFILL_ROWS, answer_limit, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
@@ -40,9 +40,8 @@ FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text", "qwen3_vl_moe_text")
 BLOCK, NESTED = 64, 256  # weights per quantization constant, and constants per nested constant
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
-DECODE_KERNELS_BYTES = 25 * MIB  # decode kernels, in addition to KERNELS_BYTES (server of SmolLM2, with a margin)
+DECODING_BYTES = 22 * MIB  # code and compiled kernels of generation (server of SmolLM2)
 LANES = 16  # values per vector (engine.kernels.cpu.dots)
-ANSWER_TOKENS = 80  # default of `strop eval --max-new-tokens`
 SCORED_AT_ONCE = 128  # positions scored at once, as in engine.decode.batch
 SCREENED_SHARE = 0.1  # minimum share of the head in the weights read per token for an 8-bit copy, as in engine.decode
 HF_BATCH_ROWS = 16  # rows in a batch of transformers' generate, as in engine.decode.hf_fallback
@@ -119,8 +118,9 @@ class EvaluationLoad:
     @staticmethod
     def from_rows(rows: Sequence[tuple[int, int]], longest: int) -> EvaluationLoad:
         """Return the load of rows of (tokens, supervised tokens). Without rows, a full batch of `longest` tokens."""
-        rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
-        lengths = [tokens - answer + max(ANSWER_TOKENS, answer) for tokens, answer in rows] * 2
+        rows = rows or [(longest, min(MIN_ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
+        limit = answer_limit(max(answer for _, answer in rows))  # which the base model often reaches
+        lengths = [tokens - answer + limit for tokens, answer in rows] * 2
         blocks = sorted(map(blocks_for, lengths), reverse=True)[:MAX_SEQUENCES]
         sizes, answers = zip(*rows, strict=True)
         starts = accumulate(answers, initial=0)
@@ -412,7 +412,7 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
         "live_layer": _pass_bytes(workload, min(PREFILL_ROWS, positions)),
         # logits of each row, and again in one matrix
         "head": 2 * 4 * completions * shape.vocabulary + _screening_head_bytes(workload),
-        "framework": CODE_BYTES + KERNELS_BYTES + DECODE_KERNELS_BYTES,
+        "framework": DECODING_BYTES,
     })  # fmt: skip
 
 

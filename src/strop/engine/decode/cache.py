@@ -8,6 +8,7 @@ space is needed. If a common prefix ends inside a block, the caller may copy the
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -19,7 +20,14 @@ from strop.data.types import Ids
 BLOCK_SIZE = 32  # positions; engine.kernels.cpu.cached_attention is compiled for the same number
 MAX_SEQUENCES = 64  # decoded together; with more, the time per token does not decrease (docs/performance.md)
 MAX_CANDIDATES = 64  # blocks after the same prefix that are compared for a partial match; the newest are kept
+MIN_ANSWER_TOKENS = 80  # a right answer may be longer than its reference
+ANSWER_MARGIN = 1.25
 PREFILL_ROWS = 256  # prompt tokens per pass; more would delay sequences that are already decoding
+
+
+def answer_limit(longest: int) -> int:
+    """Return the default of `strop eval --max-new-tokens`, for right answers of at most `longest` tokens."""
+    return max(MIN_ANSWER_TOKENS, math.ceil(ANSWER_MARGIN * longest))
 
 
 class CacheFull(Exception):
