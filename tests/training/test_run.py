@@ -669,6 +669,11 @@ def test_option_without_effect_is_noted(
             ["train.learning_rate 0.004: set by the recipe; with --lora.alpha 128.0 it would be 0.002 "
              "(--train.learning_rate none)"],
         ),
+        (
+            {"train.learning_rate": 0.5},
+            ["train.learning_rate 0.5: 125 times the default of this recipe (0.004); from 4 times on, runs diverged "
+             "(docs/learning_rate.md)"],
+        ),
         ({"lora.r": 64, "lora.alpha": None, "train.learning_rate": None}, []),
         ({"lora.r": 16, "train.batch_size": 8, "train.epochs": 1}, []),
     ],

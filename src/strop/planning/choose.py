@@ -32,6 +32,7 @@ REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and ro
 # The rate of weights that are trained in full, as a share of that of adapters: all of them ("LoRA Without Regret",
 # 2025), or a projector (docs/images.md).
 FULL_RATE_SHARE = 0.1
+DIVERGING_RATE = 4  # times the rule's rate (docs/learning_rate.md)
 MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured range, outside of which the rate stays constant
 DEPENDENCIES = {  # options that alpha and the learning rate depend on
     "lora.alpha": ("lora.r",),
@@ -262,8 +263,10 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
     return rate, why
 
 
-def find_stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
-    """Yield notes on alpha and the learning rate, if the recipe sets them and an option changes their default."""
+def find_unusual_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
+    """Yield notes on alpha and the learning rate: set by the recipe, and an option changes their default; or a rate
+    at which runs have diverged.
+    """
     # The recipe.yaml of a run sets all options, so alpha and the rate do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
     rule_values = {"lora.alpha": 2.0 * recipe.lora.r}
@@ -275,6 +278,10 @@ def find_stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
         if options and choice.origin == "recipe" and choice.value is not None and choice.value != value:
             default = f"with {', '.join(options)} it would be {value:g} (--{field} none)"
             yield f"{field} {choice.value:g}: set by the recipe; {default}"
+    rate, rule = recipe.train.learning_rate, rule_values.get("train.learning_rate")
+    if rate is not None and rule is not None and rate > DIVERGING_RATE * rule:
+        what = f"train.learning_rate {rate:g}: {rate / rule:,.0f} times the default of this recipe ({rule:g})"
+        yield f"{what}; from {DIVERGING_RATE} times on, runs diverged (docs/learning_rate.md)"
 
 
 def adapter_scale(recipe: Recipe) -> float:

@@ -75,7 +75,7 @@ from strop.models.tokenizer import load_tokenizer
 from strop.objectives import require
 from strop.objectives.classification import class_weights
 from strop.objectives.table import count_score_outputs, data_kind_of, max_completion_tokens, prepare_rows
-from strop.planning.choose import choose, choose_labels, find_stale_values, memory_key, why_no_int8
+from strop.planning.choose import choose, choose_labels, find_unusual_values, memory_key, why_no_int8
 from strop.planning.images import ImageLoad
 from strop.planning.keep import choose_keep, why_not_kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, base_layer_bytes, constant_bytes, weight_bytes
@@ -539,7 +539,7 @@ def locked_device_count(lock: Mapping[str, Any]) -> int:
 
 def startup_notes(setup: Setup) -> list[str]:
     """Return notes to log before training, such as unused options and hardware."""
-    values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
+    values, hardware = find_unusual_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
     notes = [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
     if setup.tracer is not None:
         notes += describe_environment(setup.tracer)
