@@ -49,6 +49,7 @@ FITTED = (
     "merge demo, demo",
     "merge demo, demo, quantization nf4",
     "export demo, demo, q8_0",
+    "export demo, demo, quantization nf4, f16",
     "export demo, snips, f16",
     "export demo, demo, dtype fp32, f32",
 )

@@ -46,10 +46,10 @@ SCORED_AT_ONCE = 128  # positions scored at once, as in engine.decode.batch
 SCREENED_SHARE = 0.1  # minimum share of the head in the weights read per token for an 8-bit copy, as in engine.decode
 HF_BATCH_ROWS = 16  # rows in a batch of transformers' generate, as in engine.decode.hf_fallback
 CACHE_SHARE = 0.5  # maximum share of free memory for keys and values, as in engine.decode.decoder_cache
-PARITY_PROCESS_BYTES = 170 * MIB  # libraries for fp32, and freed memory that the heap keeps (two merges of the demo)
-WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # per value of a tensor (exports of the demo)
+# Comparing a merged model: log-probabilities, and freed memory that the heap keeps (two merges of the demo)
+PARITY_PROCESS_BYTES = 202 * MIB
+WRITING_BYTES = {"q8_0": 5.7, "f16": 7.4, "bf16": 7.4, "f32": 4.6}  # per value of a tensor (exports of the demo)
 POSITIONS = 2048  # number of positions on which a merge is compared
-PARITY_BYTES = 32 * MIB  # temporary log-probabilities (export.parity)
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def parity_model_bytes(
     """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul."""
     # The embedding is in fp32, an untied head is the largest converted weight, and a row has a matrix of logits.
     embedding = 4 * vocabulary * hidden
-    head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
+    head = (0 if tied else embedding) + 4 * vocabulary * longest
     return dtype_bytes * parameters + embedding, head
 
 
@@ -375,7 +375,7 @@ def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
     if workload.base.scheme == "none":
         return written
     parts = merge_phase(workload, longest).parts
-    measured = make_phase({**parts, "framework": parts["framework"] - PARITY_PROCESS_BYTES})
+    measured = make_phase({**parts, "workspace": 0, "framework": FP32_MATMULS_BYTES})
     return max(written, measured, key=lambda phase: phase.peak_bytes)
 
 
