@@ -52,12 +52,6 @@ def memory(results: Any) -> tuple[str, str, int]:
     return f"{statistics.median(errors):.1f} %", f"{max(errors):.1f} %", len(errors)
 
 
-def memory_error(results: Any, name: str) -> str:
-    """Return the relative error of a run's predicted memory."""
-    error_of = script(ROOT / "benchmarks" / "plan_memory.py").error_of
-    return f"{100 * error_of(next(run for run in results if run['name'] == name)):+.1f} %"
-
-
 def family_row(name: str, results: Any) -> str:
     return f"| {name} | {results['fast']:.0f} | {results['plain']:.0f} | {results['times']:.1f} |"
 
@@ -615,10 +609,6 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("README.md", "newcomer.json", lambda it: f"0 % exact before, {demo(it)[0]} after (95 % interval {demo(it)[1]}; "
      f"{it['training_s']:.0f} s of training on two cores of a Xeon, {it['seconds'] / 60:.0f} minutes from the clone"),
     ("README.md", "plan_memory.json", lambda it: "median error {}, worst {} of {} runs".format(*memory(it))),
-    ("docs/plan.md", "plan_memory_zen5.json",
-     lambda it: "{2} of the runs that nothing was fitted on: median error {0}, worst {1}; the demo {3} and SNIPS "
-     "{4}".format(
-         *memory(it), memory_error(it, "demo, demo"), memory_error(it, "demo, snips"))),
     ("README.md", "merge_rounding.json", merged_apart),
     ("README.md", "train_step_amx_2026-11-25.json",
      lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth's CPU mode on two machines"),
