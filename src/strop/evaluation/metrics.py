@@ -427,7 +427,7 @@ def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def describe_cut(result: Mapping[str, Any]) -> list[str]:
     """Return one sentence on reference answers longer than the limit, and one on generated answers cut at it."""
-    answers = result.get("answers") or {"references_cut": 0}
+    answers = {"references_cut": 0, **(result.get("answers") or {})}
     cut = {side: count for side in ("base", "tuned") if (count := answers.get(f"{side}_cut"))}
     texts = []
     if answers["references_cut"]:
