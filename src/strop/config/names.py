@@ -68,9 +68,11 @@ WITHOUT_OPTION = {
     ),
     **dict.fromkeys(
         ("flash_attention", "flash_attn", "flash_attention_2", "use_flash_attention_2", "attn_implementation"),
-        "the fastest attention for the machine is always used, so leave it out",
+        "strop chooses the attention for the machine, so leave it out",
     ),
-    **dict.fromkeys(("torch_compile", "compile"), "training uses compiled kernels where it can, so leave it out"),
+    **dict.fromkeys(
+        ("torch_compile", "compile"), "strop has kernels of its own and does not use torch.compile, so leave it out"
+    ),
     "system_prompt": "the system prompt is the first message of a row, with the role system",
     **dict.fromkeys(("neftune", "neftune_noise_alpha"), "NEFTune, noise on the embeddings, is not available"),
     **dict.fromkeys(

@@ -506,14 +506,17 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = "tuned" if "tuned" in result else "base"
             entries.append((result, name, read_side(result, name)))
     same_tokens = len({result.get("supervised_tokens") for result, _, _ in entries}) == 1
-    losses = {id(side): side.scores.get("loss") if same_tokens else None for _, _, side in entries}
-    entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], losses[id(entry[2])] or 0.0))
+
+    def loss_of(side: Side) -> float | None:
+        return side.scores.get("loss") if same_tokens else None
+
+    entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], loss_of(entry[2]) or 0.0))
     ranking: list[dict[str, Any]] = []
     for result, name, side in entries:
         behind, (low, high) = paired_difference(side.hits, entries[0][2].hits), result["intervals"][name]
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
-            "loss": losses[id(side)],
+            "loss": loss_of(side),
             **_describe_gap(behind, is_best=not ranking, is_fair=not (why_unfair(entries[0][0]) or why_unfair(result))),
         })  # fmt: skip
     return ranking

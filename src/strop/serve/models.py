@@ -118,11 +118,10 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: str, force: bool) -> LoadedModels:
     """Load one model, or the adapters of several runs on their base. Raises ModelError if these cannot share it."""
-    ids = check_names(names)
-    listed = ids
+    listed = check_names(names)
     if len(names) > 1:  # adapters that train token embeddings are loaded last, since others cannot be added to them
         names = sorted(names, key=_count_trained_tokens)
-        ids = check_names(names)
+    ids = [_model_id(name) for name in names]
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
     stop_ids = generation_stop_ids(first.module.generation_config)
     features = image_features(first.module)

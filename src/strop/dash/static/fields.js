@@ -89,7 +89,7 @@ export function showFieldErrors(form, error) {
     control.setAttribute("aria-errormessage", id);
     control.setAttribute("aria-invalid", "true");
     for (const event of ["input", "change"])
-      control.addEventListener(event, () => control.hasAttribute("aria-errormessage") && clearError(control));
+      control.addEventListener(event, () => control.hasAttribute("aria-errormessage") && clearError(control), { once: true });
     reveal(control);
     return [labelOf(control)];
   });
