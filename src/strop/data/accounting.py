@@ -20,7 +20,7 @@ from strop.data.formats import PAIRED, example_row, find_placeholders
 from strop.data.images import IMAGE_NOTES
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
-from strop.data.row_errors import FIXES, READING_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import ANSWER_TOO_LONG, FIXES, READING_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import Conversations, Examples, Store, count_labels
 from strop.data.types import (
     MARK,
@@ -341,13 +341,17 @@ def _why_refused(
                 message, fix=f"first correct the rows that cannot be read; {kind_error.fix}", where=unreadable
             )
         return kind_error
-    too_long = [error.where for error in errors if error.code == TOO_LONG]
-    invalid = [error for error in errors if error.code != TOO_LONG]
+    long_answers = sum(error.code == ANSWER_TOO_LONG for error in errors)
+    too_long = [error.where for error in errors if error.code in (TOO_LONG, ANSWER_TOO_LONG)]
+    invalid = [error for error in errors if error.code not in (TOO_LONG, ANSWER_TOO_LONG)]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
     # only `drop` helps with rows that cannot be shortened
-    choices = allowed_overlong(selection.data_kind) if data.overlong == "refuse" else ["drop"]
+    can_shorten = data.overlong == "refuse" and long_answers < len(too_long)
+    choices = allowed_overlong(selection.data_kind) if can_shorten else ["drop"]
     longest = facts["longest"] if data.overlong == "refuse" else facts.get("longest_dropped", facts["longest"])
     long_fix = f"--data.max_length {longest}, or choose --data.overlong {' or '.join(choices)}"
+    if long_answers and can_shorten:
+        long_fix += f" ({long_answers} of them can only be dropped: one answer is longer)"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}

@@ -33,7 +33,7 @@ from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts, render_triplets
 from strop.data.rendering.template_source import CHATML, template_source
-from strop.data.row_errors import IMAGE_FILE_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import ANSWER_TOO_LONG, IMAGE_FILE_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
     ExampleGroups,
@@ -495,7 +495,7 @@ def _write_rows(
         if row_error is not None:
             outcomes["dropped"] += 1
             errors.append(row_error)
-            if row_error.code == TOO_LONG:
+            if row_error.code in (TOO_LONG, ANSWER_TOO_LONG):
                 longest_dropped = max(longest_dropped, row_longest)
             continue
         outcomes[max((outcome for outcome, *_ in results), key=OUTCOMES.index)] += 1
@@ -564,8 +564,12 @@ def decide_outcome(
     except RenderError as error:
         return "dropped", [], _row_error(conversation, error.code, error.what)
     if shorter is None:
-        length = max(map(len, rendered))
-        return "dropped", [], _row_error(conversation, TOO_LONG, f"{length} tokens, data.max_length is {limit}")
+        what = f"{max(map(len, rendered))} tokens, data.max_length is {limit}"
+        if conversation.text is None and data.loss == "assistant":
+            answer = max(map(overlong.longest_answer, rendered))
+            if answer >= limit:  # and a prompt precedes it
+                return "dropped", [], _row_error(conversation, ANSWER_TOO_LONG, f"{what}; one answer has {answer}")
+        return "dropped", [], _row_error(conversation, TOO_LONG, what)
     return ("truncated" if data.overlong == "truncate-start" else "split"), shorter, None
 
 

@@ -85,6 +85,7 @@ RENDERING_REASONS: dict[str, str] = {
     "image-refused": "the model's image processor refuses an image",
 }
 TOO_LONG = "too-long"
+ANSWER_TOO_LONG = "answer-too-long"  # no part of the row fits
 # Reasons that depend on the files of images, which may change while the rows do not.
 IMAGE_FILE_REASONS = frozenset({"image-missing", "image-unreadable", "image-too-large", "image-animated"})
 REASONS: dict[str, str] = {
@@ -92,6 +93,7 @@ REASONS: dict[str, str] = {
     **FORMAT_REASONS,
     **RENDERING_REASONS,
     TOO_LONG: "the row is longer than data.max_length",
+    ANSWER_TOO_LONG: "one answer of the row is longer than data.max_length",
     "no-teacher-answer": "the teacher has not answered the row",
     "unknown-label": "a label that is not in train.labels, or that no training row has",
     "contradiction": "another row ranks the same answers the other way round, labels the same answer or text "

@@ -25,6 +25,12 @@ def is_too_long(examples: Sequence[Example], limit: int) -> bool:
     return any(len(example) > limit for example in examples)
 
 
+def longest_answer(example: Example) -> int:
+    """Return the number of tokens of the longest sequence of supervised tokens."""
+    edges = np.flatnonzero(np.diff(example.weights != 0, prepend=False, append=False))
+    return int(np.diff(edges)[::2].max(initial=0))
+
+
 def truncate_start(
     renderer: Renderer, conversation: Conversation, examples: list[Example], limit: int
 ) -> list[Example] | None:
