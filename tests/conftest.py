@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.support.forks import Forks
@@ -19,6 +20,10 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # users' pipes are buffered: what a co
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in total as cores
     own = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))
+# Other tests run beside these, so no example has a time limit.
+slowness = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=slowness)
+settings.load_profile("shared-machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.config.schema import DataSection
@@ -300,7 +300,7 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(row=SHAPES)
 def test_any_row_with_images_is_used_or_has_a_reason(folder: Path, row: dict[str, Any]) -> None:
     (folder / "text.png").write_text("not an image", encoding="utf-8")

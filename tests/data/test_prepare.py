@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -96,7 +96,7 @@ BAD = [
 ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.sampled_from([*GOOD, *BAD, row("long " * 40, "x"), row(*["long " * 9, "y"] * 4)]), max_size=12),
     policy=st.sampled_from(["refuse", "drop", "truncate-start", "split"]),
@@ -463,7 +463,7 @@ def test_preference_pairs_are_refused_for_sft_with_a_fix(tmp_path: Path) -> None
 
 
 def printed(draw: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=400)
     draw(console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.interop import job as job_files
@@ -173,7 +173,7 @@ def test_job_words_find_the_recipe(name: str, folder: Path) -> None:
     assert set(result.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and result.name[0].isalpha()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(name=NAMES)
 def test_any_file_name_reaches_strop(name: str, tmp_path: Path) -> None:
     names_reach_strop(name, tmp_path)

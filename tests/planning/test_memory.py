@@ -90,7 +90,7 @@ def fragmentation(workload: Workload, rows: int, length: int) -> int:
 
 
 @given(WORKLOADS, ROWS, LENGTHS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_parts_sum_to_the_peak_and_are_not_negative(found: Workload, rows: int, length: int) -> None:
     evaluation = EvaluationLoad.from_rows([], length)
     for phase in predict_phases(found, MicroBatch.rows([length] * rows), evaluation, 8 << 30, dtype="bf16").values():
@@ -99,7 +99,7 @@ def test_parts_sum_to_the_peak_and_are_not_negative(found: Workload, rows: int, 
 
 
 @given(WORKLOADS, ROWS, LENGTHS, st.integers(1, 64))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_rank_rows_or_layers_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
     """Apart from fragmentation: a block that grows to LARGE bytes has its own pages and leaves no holes."""
     here = peak(found, rows, length)
@@ -114,7 +114,7 @@ def test_more_rank_rows_or_layers_do_not_lower_the_peak(found: Workload, rows: i
 
 
 @given(WORKLOADS, ROWS, LENGTHS, st.integers(1, 512))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_longer_rows_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
     """Apart from fragmentation, and from the length up to which the engine keeps attention probabilities."""
     if found.compute.device != "cpu" or (length > activations.MAX_SAVED_KEYS) == (
@@ -124,7 +124,7 @@ def test_longer_rows_do_not_lower_the_peak(found: Workload, rows: int, length: i
 
 
 @given(WORKLOADS, ROWS, LENGTHS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_resident_layers_need_more_memory_than_streamed_ones(found: Workload, rows: int, length: int) -> None:
     streamed = found.replace(scheme="nf4", resident_layers=0)
     half = streamed.replace(resident_layers=found.shape.layers // 2)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -31,7 +31,7 @@ from strop.errors import DataError
 ODD = [
     {"text": text} for text in ("007", "NA", "2024-01-31", "null", "", " x ", "1e5", "日本", "a\0b", "l\nm", "\u2028")
 ]
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=60)
 
 
 def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowError]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.rendering.render import Renderer
@@ -61,7 +61,7 @@ def conversations(draw: st.DrawFn) -> tuple[str, Conversation]:
     return family, chat(*turns)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(conversations())
 def test_supervised_tokens_are_answers_with_stop_tokens(case: tuple[str, Conversation]) -> None:
     family, conversation = case
@@ -88,7 +88,7 @@ def test_supervised_tokens_are_answers_with_stop_tokens(case: tuple[str, Convers
         assert int(example.ids[end - 1]) in renderer.stop_ids
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(conversations())
 def test_control_tokens_come_only_from_the_template(case: tuple[str, Conversation]) -> None:
     family, conversation = case
