@@ -190,7 +190,9 @@ def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) 
     assert twice["seconds"] == pytest.approx(2 * result["seconds"], rel=0.05)  # micro-batches differ between epochs
     part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
     assert part.seconds is not None and result["seconds"] / 4 < part.seconds < result["seconds"] / 2
-    assert strop.plan(model=str(tiny_folder)).seconds is None
+    assert (result["steps"], twice["steps"], part.steps) == (6, 12, 2)
+    unknown = strop.plan(model=str(tiny_folder))
+    assert unknown.seconds is None and unknown.steps is None
 
 
 def test_table_has_one_total_and_largest_rows_in_words(

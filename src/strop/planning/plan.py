@@ -105,7 +105,8 @@ class Plan(Printed):
     workload: Workload
     engine: str  # the training step, fast or plain, and the reason
     tokens_per_s: float
-    seconds: float | None  # predicted time of the run; None if its number of rows is unknown
+    steps: int | None  # steps of the run; None if its number of rows is unknown
+    seconds: float | None  # predicted time of these steps
     rate: Rate
     data: dict[str, Any]  # numbers of rows and images, tokens of the longest row, and why rows are invalid or unknown
     largest: dict[str, int]  # the largest max_length and micro_batch_tokens that fit
@@ -149,7 +150,8 @@ class Plan(Printed):
             "device": self.device, "needed_bytes": self.needed_bytes,
             "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes,
             "phases": {name: phase.as_json() for name, phase in self.phases.items()},
-            "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
+            "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "steps": self.steps,
+            "seconds": self.seconds,
             "rate": {"flops": self.rate.flops, "bandwidth": self.rate.bandwidth, "source": self.rate.source},
             "data": self.data, "largest": self.largest, "disk_bytes": self.disk_bytes,
             "ladder": [suggestion.as_json() for suggestion in self.suggestions], "gives_up": self.compromises,
@@ -212,7 +214,8 @@ def make_plan(
         steps = first_steps(recipe, rows, packed=workload.compute.step == "fast")
         tokens = sum(batch.tokens + batch.shared for step in steps for batch in step)
         speed = tokens / steps_seconds(workload, steps, rate)
-    seconds = _run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps)
+    stream = _make_stream(recipe, rows)
+    seconds = _run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps, stream) if stream else None
     if (images := rows.images) is not None:
         facts |= {"images": images.images, "image_seconds": None}
         if images.flops is not None:
@@ -235,6 +238,7 @@ def make_plan(
         workload=workload,
         engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
+        steps=stream.total_steps if stream else None,
         seconds=seconds,
         rate=rate,
         data={"rows": own_rows.rows or len(own_rows) or None, "longest": longest, **facts},
@@ -246,25 +250,29 @@ def make_plan(
     )
 
 
+def _make_stream(recipe: Recipe, sizes: Rows) -> BatchStream | None:
+    """Return the batches of the run, or None if their number is unknown."""
+    train = recipe.train
+    rows = sizes.rows or len(sizes) // sequences_per_row(train)
+    if not rows and train.max_steps is None:
+        return None
+    return BatchStream(
+        rows or train.batch_size, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps
+    )
+
+
 def _run_seconds(
     recipe: Recipe,
     workload: Workload,
     mean_batch: MicroBatch,
     rate: Rate,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Rows,
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
-) -> float | None:
-    """Return the seconds of the run with the slowest link between devices, or None if its steps are unknown."""
-    train, sequences = recipe.train, float(sequences_per_row(recipe.train))
-    if isinstance(sizes, Rows) and sizes.rows:
-        sequences = len(sizes) / sizes.rows
-    rows = round(len(sizes) / sequences)
-    if not rows and train.max_steps is None:
-        return None
-    stream = BatchStream(
-        rows or train.batch_size, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps
-    )
+    stream: BatchStream,
+) -> float:
+    """Return the seconds of the run with the slowest link between devices."""
+    train, sequences = recipe.train, len(sizes) / sizes.rows if sizes.rows else sequences_per_row(recipe.train)
     if multi_device.link_times:
         return stream.total_steps * (multi_device.compute_s + multi_device.link_times[0].seconds)
     if steps:
@@ -428,7 +436,9 @@ def print_plan(plan: Plan, out: Console) -> None:
         print_devices(plan.multi_device, out)
     for text in plan.compromises:
         out.print(f"[yellow]given up[/] {escape(text)}")
-    out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
+    about = "about " if plan.resolved.recipe.train.keep_share else ""
+    steps = f"; {about}{plan.steps:,} {'step' if plan.steps == 1 else 'steps'}" if plan.steps else ""
+    out.print(f"[bold]rows[/]     {_describe_rows(plan)}{steps}")
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = (

@@ -70,7 +70,7 @@ export function phaseBars(phases, usable) {
       "p",
       { class: "key" },
       parts.map((part) => h("span", { title: PARTS[part] }, h("i", { class: `dot ${at.get(part)}` }), partName(part))),
-      usable != null ? h("span", {}, `usable now: ${bytes(usable)}`) : null,
+      usable != null ? h("span", {}, `usable now: ${usable ? bytes(usable) : "nothing"}`) : null,
       usable > max
         ? h("span", {}, `the longest bar is ${percent(Math.max(...all.map((phase) => phase.peak_bytes)) / usable)} of that`)
         : null,

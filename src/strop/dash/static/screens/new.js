@@ -345,7 +345,7 @@ export async function show(container, { signal }) {
         `On ${planned.device}: ${planned.verdict}.`,
         planned.rows.measuring ? " Measuring the rows…" : "",
         planned.seconds
-          ? ` The training steps take about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine. Loading, the first compilation of kernels and evaluations are not included.`
+          ? ` ${planned.steps > 1 ? `The ${count(planned.steps)} training steps take` : "The training step takes"} about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine. Loading, the first compilation of kernels and evaluations are not included.`
           : planned.tokens_per_s
             ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
             : "",
