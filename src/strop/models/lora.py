@@ -100,7 +100,20 @@ def add_lora(
     )
     with ignore_peft_warnings():
         adapted = peft.get_peft_model(model, config)
+    _round_initial_values(adapted)
     return patch_lora_forward(cast_trainable_to_fp32(adapted))
+
+
+def _round_initial_values(model: nn.Module) -> None:
+    """Round new adapters on quantized weights to the dtype of the computation, as PEFT does on 16-bit weights.
+
+    A run then has the same bits, whether its base is dequantized once or for each matmul.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(base := module.get_base_layer(), QuantizedLinear):
+            for weight in module.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.to(base.dtype)
 
 
 def train_all_weights(model: nn.Module, new_tokens: Sequence[str], tokenizer: Any) -> nn.Module:
