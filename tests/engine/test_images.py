@@ -131,9 +131,9 @@ def test_loss_and_gradients_equal_the_models_own(folder: Path, tmp_path: Path, v
         loss.backward()  # type: ignore[no-untyped-call]
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
         assert {name for name, weight in weights.items() if weight.grad is not None} == gradients.keys()
-        for name, gradient in gradients.items():
+        for name, gradient in gradients.items():  # those of Gemma 4's own code are 1e-4 off fp64 on a Zen CPU
             largest = float(gradient.abs().max())
-            assert float((weights[name].grad - gradient).abs().max()) <= 1e-4 * largest, name  # type: ignore[operator]
+            assert float((weights[name].grad - gradient).abs().max()) <= 2e-4 * largest, name  # type: ignore[operator]
     one_by_one = sum(float(step.token_loss([example]).detach()) for example in examples)
     assert one_by_one == pytest.approx(float(expected.detach()), rel=1e-5)
 

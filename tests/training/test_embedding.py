@@ -132,7 +132,10 @@ def test_loss_and_gradients_equal_those_of_sentence_transformers(
     for name, weight in compared.items():
         assert weight.grad is not None
         key = name.replace(f"base_model.model{prefix}", "base_model.model.")
-        torch.testing.assert_close(weight.grad, by_name[key].grad, atol=1e-5, rtol=1e-4, msg=name)
+        expected_grad = by_name[key].grad
+        assert expected_grad is not None
+        largest = float(expected_grad.abs().max())
+        torch.testing.assert_close(weight.grad, expected_grad, atol=1e-4 * largest, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
