@@ -72,3 +72,17 @@ def test_loss_scale_all_is_the_loss_of_all_tokens(tmp_path: Path) -> None:
 def test_other_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="task_type: seq_cls: of ms-swift, only causal_lm"):
         config(tmp_path, "task_type: seq_cls\nnum_labels: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "differs", "unsupported"),
+    [
+        ("", "0.95 by default in swift; 0.999 in strop", None),
+        ("adam_beta2: 0.999\n", None, None),
+        ("adam_beta2: 0.9\n", None, "0.9: 0.999 in strop"),
+    ],
+)
+def test_beta2_is_reported_once(line: str, differs: str | None, unsupported: str | None, tmp_path: Path) -> None:
+    draft = config(tmp_path, line)
+    assert notes(draft.differs).get("adam_beta2") == differs
+    assert notes(draft.unsupported).get("adam_beta2") == unsupported

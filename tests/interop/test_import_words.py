@@ -294,6 +294,22 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
     assert "tokenizer.pad_token" in find_row_warnings(draft.ignored)
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype", "is_mixed"),
+    [("", "fp32", False), ("bf16=True", "bf16", True), ("fp16=True", "fp16", True), ("bf16=False", "fp32", False)],
+)
+def test_mixed_precision_on_fp32_weights_has_another_meaning(
+    flags: str, dtype: str, is_mixed: bool, tmp_path: Path
+) -> None:
+    before = (
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('demo', torch_dtype=torch.float32)"
+    )
+    draft = trl(tmp_path, flags, before=before, model="model")
+    assert draft.get("model.dtype") == dtype
+    assert ("dtype" in find_row_warnings(draft.differs)) == is_mixed
+
+
 INLINE = 'load_dataset("json", data_files="{0}.jsonl", split="train")'
 
 

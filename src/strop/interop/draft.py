@@ -463,7 +463,16 @@ class Draft:
     def put_dtype_flags(self, keys: Keys) -> None:
         for key in ("bf16", "fp16"):
             if keys.take(key) is True:
-                self.put("model.dtype", key, key)
+                self.put_dtype(key, key)
+
+    def put_dtype(self, dtype: str, source: str) -> None:
+        """Import the dtype of the weights, or of their computation (mixed precision)."""
+        known = self.fields.get("model.dtype", (dtype, source))
+        half = next((choice for choice in (known, (dtype, source)) if choice[0] != "fp32"), None)
+        if half is not None and "fp32" in (known[0], dtype):
+            text = f"the base is kept in fp32 and computed in {half[0]} in the other tool; strop keeps it in {half[0]}"
+            self.add_difference("dtype", text)
+        self.put("model.dtype", *(half or (dtype, source)))
 
     def put_checkpointing(self, key: str, enabled: Any) -> None:
         if isinstance(enabled, str):

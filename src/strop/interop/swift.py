@@ -115,7 +115,7 @@ def _read_model(draft: Draft, keys: Keys) -> None:
             draft.add_unsupported("adapters", f"{other}: strop starts from one adapter")
     dtype = keys.take("torch_dtype")
     if dtype in DTYPES:
-        draft.put("model.dtype", DTYPES[dtype], "torch_dtype")
+        draft.put_dtype(DTYPES[dtype], "torch_dtype")
     elif dtype is not None:
         draft.add_unsupported("torch_dtype", str(dtype))
     bits, method = keys.take("quant_bits"), keys.take("quant_method", "bnb")
@@ -187,11 +187,11 @@ def _read_training(draft: Draft, keys: Keys, *, is_full: bool) -> None:
     rows = as_int("per_device_train_batch_size", keys.peek("per_device_train_batch_size", 1))
     rate = {"learning_rate": 1e-5} if is_full else {}
     steps = max(1, ceil(ACCUMULATED_ROWS / rows))
+    if "adam_beta2" not in keys:
+        draft.add_difference("adam_beta2", "0.95 by default in swift; 0.999 in strop")
     draft.put_training_arguments(keys, {**DEFAULTS, **rate, "gradient_accumulation_steps": steps})
     if keys.take("max_epochs") is not None:
         draft.add_unsupported("max_epochs", "set train.epochs")
-    if "adam_beta2" not in keys:
-        draft.add_difference("adam_beta2", "0.95 by default in swift; 0.999 in strop")
 
 
 def _read_gkd(draft: Draft, keys: Keys) -> None:

@@ -560,7 +560,7 @@ def _put_dtype(draft: Draft, keys: Keys) -> None:
     new_name, old_name = keys.take("dtype"), keys.take("torch_dtype")
     dtype = new_name or old_name
     if dtype in dtypes:
-        draft.put("model.dtype", dtypes[dtype], "dtype")
+        draft.put_dtype(dtypes[dtype], "dtype")
     elif dtype not in (None, "auto"):
         draft.add_unsupported("dtype", str(dtype))
 
