@@ -150,7 +150,7 @@ def compare_ways(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], l
     rate = Rate(**one["rate"])
     own = one.get("own_products", False)  # missing in older files
     measured_on = SimpleNamespace(has_tiled_attention=lambda _: one["tiles"], has_bf16_matmul=lambda _: own)
-    with patch("strop.planning.workload.probe", lambda: measured_on):  # independent of this machine's CPU
+    with patch("strop.planning.workload.this_cpu", lambda: measured_on):  # independent of this machine's CPU
         options = planned_choice(number, one["limit_bytes"], rate)
         first = next((way for way in one["ways"] if way["options"] == options), None)
         if first is None:

@@ -118,7 +118,7 @@ def test_missing_cuda_refers_to_its_heading(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DeviceError) as raised:
         pick_device("cuda")
     assert f"{TROUBLESHOOTING_PAGE}#cuda" in raised.value.fix
-    machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
+    machine = Machine("a CPU", (), "Linux", "3.11", 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     (result,) = calibrate.check_gpus(machine)
     assert result.level == "error" and "cannot use it" in result.what and "#cuda" in result.why and result.fix
 
@@ -129,7 +129,7 @@ def test_missing_kernels_refer_to_their_heading(
     """On a GPU for which no kernel can be compiled, both the doctor and a run report it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
-    machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
+    machine = Machine("a CPU", (), "Linux", "3.11", 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     monkeypatch.setattr(calibrate, "why_no_code", lambda: None)
     for reason, fix in (
         ("Triton cannot be used: no C compiler", "gcc"),

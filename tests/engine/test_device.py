@@ -159,7 +159,7 @@ def test_reduced_precision_reduction_is_disabled() -> None:
 def test_primitive_cache_capacity_depends_on_tiles_and_rank(
     tiles: bool, rank: int, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "probe", lambda: replace(probe(), vector=("avx512_bf16",) if tiles else ()))
+    monkeypatch.setattr(device, "this_cpu", lambda: replace(probe(), vector=("avx512_bf16",) if tiles else ()))
     monkeypatch.setattr(os, "environ", environment := {"LRU_CACHE_CAPACITY": "7"})
     prepare_process(rank=rank)
     assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept

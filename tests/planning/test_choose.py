@@ -34,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
-    return Machine("Linux", "3.11", "a CPU", (), 8, int(64 * GIB), int(free * GIB), gpus)
+    return Machine("a CPU", (), "Linux", "3.11", 8, int(64 * GIB), int(free * GIB), gpus)
 
 
 def plan(free: float, prequantized: str | None = None, **options: Any) -> Resolved:

@@ -36,7 +36,7 @@ from strop.planning.workload import BaseWeights, Workload
 from tests.support.runs import run
 
 RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
-MACHINE = Machine("Linux", "3.11", "CPU", (), 8, 64 << 30, 60 << 30, ())
+MACHINE = Machine("CPU", (), "Linux", "3.11", 8, 64 << 30, 60 << 30, ())
 
 
 def target(device: str = "cpu", **changes: Any) -> TargetMachine:

@@ -99,7 +99,7 @@ def test_int8_with_the_plain_step_is_refused(tmp_path: Path) -> None:
 
 
 LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
-LAPTOP = Machine("Linux", "3.11", "a CPU", ("avx2", "avx_vnni"), 8, 64 << 30, 60 << 30, ())
+LAPTOP = Machine("a CPU", ("avx2", "avx_vnni"), "Linux", "3.11", 8, 64 << 30, 60 << 30, ())
 
 
 def chosen(machine: Machine = LAPTOP, shape: ModelShape = LLAMA_8B, device: str = "cpu", **options: Any) -> Any:

@@ -17,7 +17,7 @@ from strop.engine.kernels.cpu.precision import Precision, measure
 from strop.errors import DeviceError
 from strop.machine.doctor import why_no_code
 from strop.machine.memory import keep_heap_pages
-from strop.machine.probe import MAX_TILED_RANK, gpu_dtype, is_wsl, probe
+from strop.machine.probe import MAX_TILED_RANK, gpu_dtype, is_wsl, probe, this_cpu
 from strop.machine.rates import generation_dtype, load_precision, save_precision
 from strop.models.families.table import overflows_fp16
 
@@ -51,7 +51,7 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    capacity = PRIMITIVES if rank <= MAX_TILED_RANK and probe().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
+    capacity = PRIMITIVES if rank <= MAX_TILED_RANK and this_cpu().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -22,18 +22,11 @@ _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The resources available to this process, which lock.json stores as `machine`."""
+class Cpu:
+    """A CPU, and which of strop's kernels it can run."""
 
-    system: str
-    python: str
-    cpu: str
-    vector: tuple[str, ...]  # the CPU's vector extensions, named as in Linux's /proc/cpuinfo
-    cores: int
-    memory_bytes: int  # RAM or the cgroup's limit
-    free_bytes: int
-    gpus: tuple[str, ...]
-    card_free_bytes: int | None = None  # free memory of the run's GPU; None until the run has measured it
+    cpu: str  # its name
+    vector: tuple[str, ...]  # vector extensions, named as in Linux's /proc/cpuinfo
 
     @property
     def has_avx512_bf16(self) -> bool:
@@ -61,6 +54,19 @@ class Machine:
         """Return whether strop's bf16 matmul kernels are used for these sizes. With AMX, oneDNN is faster."""
         return self.has_avx512_bf16 and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
+
+@dataclass(frozen=True)
+class Machine(Cpu):
+    """The resources available to this process, which lock.json stores as `machine`."""
+
+    system: str
+    python: str
+    cores: int
+    memory_bytes: int  # RAM or the cgroup's limit
+    free_bytes: int
+    gpus: tuple[str, ...]
+    card_free_bytes: int | None = None  # free memory of the run's GPU; None until the run has measured it
+
     def describe(self) -> list[str]:
         gpus = ", ".join(self.gpus) or "no GPU"
         memory = f"{self.memory_bytes / 2**30:.1f} GiB memory, {self.free_bytes / 2**30:.1f} free"
@@ -68,6 +74,11 @@ class Machine:
             f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)} ({', '.join(self.vector) or 'plain'}), {memory}",
             f"{gpus}; {self.system}, Python {self.python}",
         ]
+
+
+def this_cpu() -> Cpu:
+    """Return the CPU of this machine. Faster than `probe`, which also asks for the free memory."""
+    return Cpu(_cpu()[0], vector_extensions())
 
 
 def probe(memory: int | None = None) -> Machine:

@@ -29,7 +29,7 @@ from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command, why_no_code
-from strop.machine.probe import MAX_TILED_RANK, Machine, probe
+from strop.machine.probe import MAX_TILED_RANK, Machine, this_cpu
 from strop.machine.rates import Rates, load_rates, save_rates
 from strop.models.families.shape import ModelShape
 from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
@@ -144,7 +144,7 @@ def _measure_head(dtype: torch.dtype, bandwidth: float) -> float:
     backend = backend_for(torch.device("cpu"), dtype)
     output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    bf16_kernel = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
+    bf16_kernel = dtype == torch.bfloat16 and this_cpu().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), bf16_kernel) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 

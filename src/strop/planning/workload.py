@@ -10,7 +10,7 @@ from typing import Any
 from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast, why_full_not_fast
 from strop.errors import ModelError, suggest
-from strop.machine.probe import MAX_TILED_RANK, probe
+from strop.machine.probe import MAX_TILED_RANK, this_cpu
 from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
 from strop.models.families.table import FAMILIES, Family
 from strop.objectives.table import count_score_outputs, data_kind_of
@@ -123,8 +123,8 @@ class Workload:
                 dtype_bytes=BYTES.get(model.dtype, 2),
                 step="plain" if is_plain else "fast",
                 threads=threads,
-                attention_tiles=bf16_cpu and probe().has_tiled_attention(shape.head_size),
-                bf16_head_kernel=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
+                attention_tiles=bf16_cpu and this_cpu().has_tiled_attention(shape.head_size),
+                bf16_head_kernel=bf16_cpu and this_cpu().has_bf16_matmul((shape.hidden, shape.vocabulary)),
                 int8_matmul=train.int8_matmul,
                 checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=is_plain),
                 offload=train.gradient_checkpointing == "offload",

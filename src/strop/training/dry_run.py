@@ -24,7 +24,7 @@ from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_last_tokens, pack_separately
 from strop.errors import ModelError, RecipeError, RunError
 from strop.machine.memory import MemoryWatch, PeakTracker
-from strop.machine.probe import Machine, probe
+from strop.machine.probe import Machine, probe, this_cpu
 from strop.machine.rates import generation_dtype, load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.objectives.table import data_kind_of
@@ -135,7 +135,7 @@ def _find_fastest_dtype(device: str) -> str:
     if device != "cpu":
         return pick_dtype(device)[0]
     measured_dtype = load_precision(probe(), torch.get_num_threads())
-    return measured_dtype[0] if measured_dtype else probe().expected_dtype
+    return measured_dtype[0] if measured_dtype else this_cpu().expected_dtype
 
 
 def describe_batch(job: Job, items: Sequence[Item], step_continues: bool, tiles: bool) -> MicroBatch:

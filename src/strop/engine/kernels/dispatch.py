@@ -34,7 +34,7 @@ from strop.engine.train.attention import ApplyRope, Attention, Heads
 from strop.engine.train.dropout import DropoutOps
 from strop.engine.train.linear import FusedLinear
 from strop.engine.train.packing import Documents
-from strop.machine.probe import MAX_TILED_RANK, probe
+from strop.machine.probe import MAX_TILED_RANK, this_cpu
 from strop.models.quantize import set_dequantize_kernels
 
 USUAL, ALL, INTEGERS = "usual", "all", "integers"  # CPU kernels of most models, of all models, and of int8 matmuls
@@ -68,7 +68,7 @@ class Backend:
 
     def has_tiled_attention(self, size: int) -> bool:
         """Return whether heads of this size use the tiled CPU attention."""
-        return self.tiles and probe().has_tiled_attention(size)
+        return self.tiles and this_cpu().has_tiled_attention(size)
 
     def attention(self, size: int) -> AttentionFunction:
         """Return a function that computes attention for heads of this size, as train.attention.Attention does."""
@@ -116,7 +116,7 @@ class Backend:
         """Return the matmul for frozen linear layers with these numbers of inputs and outputs."""
         if self.int8 is not None:
             return cast(FrozenMatmul, self.int8.layer)
-        if not self.tiles or not probe().has_bf16_matmul(sizes):
+        if not self.tiles or not this_cpu().has_bf16_matmul(sizes):
             return lora.frozen_matmul
         from strop.engine.kernels.cpu import bf16_matmul
 
@@ -238,7 +238,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
             from strop.engine.kernels.cpu.int8_matmul import Int8Matmul
 
             int8 = Int8Matmul()
-        tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
+        tiles = dtype == torch.bfloat16 and this_cpu().has_avx512_bf16
         return Backend(cast(Ops, elementwise), cast(CpuOps, elementwise), tiles=tiles, int8=int8)
     if device.type == "cuda":
         from strop.engine.kernels.cuda.attention import activate_flash3
@@ -263,7 +263,7 @@ def measure_frozen_flops(dtype: torch.dtype) -> float:
 
 def measure_int8_flops() -> dict[str, float]:
     """Measure the FLOP/s of 8-bit integer matmuls by quantization of the weight. Empty if the CPU has none."""
-    if not probe().has_int8_dot:
+    if not this_cpu().has_int8_dot:
         return {}
     from strop.engine.kernels.cpu.int8_matmul import Int8Weight
     from strop.engine.kernels.cpu.precision import rate
