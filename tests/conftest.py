@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from tests.support.forks import Forks
     from tests.support.serving import Server
 
+NO_PLOTS = ("distributed", "exporting", "models", "objectives", "sweeping", "training")  # folders of tests
+GROWTH = 200  # imported modules after which they are kept from garbage collections
+
+os.fsync = lambda fd: None  # the machine does not crash; tests of crashes record or count the calls
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.pop("PYTHONUNBUFFERED", None)  # users' pipes are buffered: what a command prints must be flushed
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in total as cores
@@ -33,12 +38,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=lambda item: item.path.name != "test_real_models.py")
+    for item in items:
+        if item.path.parent.name in NO_PLOTS and isinstance(item, pytest.Function):
+            item.fixturenames.append("no_plots")
 
 
-def pytest_collection_finish() -> None:
+_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
     """Keep garbage collections, one of which each training makes, from visiting the imported objects and the tests."""
-    gc.collect()
-    gc.freeze()
+    global _frozen
+    if len(sys.modules) >= _frozen + GROWTH:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots of reports, a fifth of the time of a small training. tests/evaluation has them."""
+    from unittest.mock import MagicMock
+
+    from markupsafe import Markup
+
+    monkeypatch.setattr("strop.display.plots._make_figure", lambda *size_and_title: (None, MagicMock()))
+    monkeypatch.setattr("strop.display.plots._to_svg", lambda figure, label: Markup("<svg></svg>"))
 
 
 @pytest.fixture(scope="session")
