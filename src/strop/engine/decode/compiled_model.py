@@ -25,6 +25,7 @@ from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
 
+NUM_WEIGHTS = 3  # of a fused linear layer: those of q, k and v
 MIN_HEAD_SHARE = 0.1  # minimum share of the head in the bytes read per token for which ExactArgmax is faster
 PAUSE_PASSES = 16  # number of passes with full logits after a pass with too many candidates
 _CHUNK_ELEMENTS = 1 << 20  # elements of the head that are quantized at a time
@@ -214,14 +215,16 @@ class CompiledModel:
     def _build_linear(self, modules: list[Any]) -> Any:
         bases = [base_module(module) for module in modules]
         weight_types = {(type(base), getattr(base, "scheme", None)) for base in bases}
-        weights = tuple(self._build_weight(base, dequantize=len(weight_types) > 1) for base in bases)
+        weights = [self._build_weight(base, dequantize=len(weight_types) > 1) for base in bases]
+        # All layers have as many weights, so that the kernels are compiled for one number of them.
+        weights += [_without_rows(weights[0])] * (NUM_WEIGHTS - len(weights))
         bias = np.empty(0, np.float32)
         if any(base.bias is not None for base in bases):
             bias = np.concatenate([
                 np.zeros(base.out_features, np.float32) if base.bias is None else base.bias.detach().float().numpy()
                 for base in bases
             ])  # fmt: skip
-        return self._kernels.Linear(weights, bias, *self._build_adapters(modules, bases))
+        return self._kernels.Linear(tuple(weights), bias, *self._build_adapters(modules, bases))
 
     def _build_adapters(self, modules: list[Any], bases: list[Any]) -> tuple[Any, ...]:
         """Return the fields a, rows, b, spans and gains of decode_layer.Linear for fused linear layers."""
@@ -285,6 +288,12 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _to_numpy(x: Tensor) -> Any:
     x = x.detach().contiguous()
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _without_rows(weight: Any) -> Any:
+    if hasattr(weight, "code"):
+        return weight._replace(w=weight.w[:0], scale=weight.scale[:0], n=0)
+    return weight._replace(w=weight.w[:0])
 
 
 def _num_outputs(weight: Any) -> int:

@@ -42,10 +42,10 @@ Dense = namedtuple("Dense", "w")
 Quantized = namedtuple("Quantized", "w scale code block n")
 
 # Linear layers with the same input, fused along their outputs, and the LoRA adapters on them. weights: a tuple of Dense
-# or Quantized. bias: (n,) or empty. a (R, k): the matrices A of all adapters. rows (adapters, 2): first row and number
-# of rows of each adapter in `a`. b: the matrices B^T of all adapters, times their scales, one after another. spans
-# (N, 6): one row per B^T, as (adapter, first row among the adapter's rows of `a`, rank, first output column, number of
-# columns, start in `b`). gains: DoRA's factors, (adapters, n) or empty.
+# or of Quantized, which may have no rows. bias: (n,) or empty. a (R, k): the matrices A of all adapters. rows
+# (adapters, 2): first row and number of rows of each adapter in `a`. b: the matrices B^T of all adapters, times their
+# scales, one after another. spans (N, 6): one row per B^T, as (adapter, first row among the adapter's rows of `a`,
+# rank, first output column, number of columns, start in `b`). gains: DoRA's factors, (adapters, n) or empty.
 Linear = namedtuple("Linear", "weights bias a rows b spans gains")
 
 
@@ -238,11 +238,13 @@ def _matmul(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any,
 @specialization_of(_matmul)
 def _matmul_by_type(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
     def dense(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
-        dense_matmul_packed(weight, z, packed, y, column, threads)
+        if len(weight.w):
+            dense_matmul_packed(weight, z, packed, y, column, threads)
         return len(weight.w)
 
     def dequantized(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
-        quantized_matmul(weight, buffers.weight_like, z, y, column, threads)
+        if weight.n:
+            quantized_matmul(weight, buffers.weight_like, z, y, column, threads)
         return weight.n
 
     def as_integers(weight: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, threads: Any) -> Any:
