@@ -444,7 +444,7 @@ JSON = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(sorted(files.COLUMN_NAMES | {"id", "title"})), JSON, max_size=4)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(ROWS, max_size=4), st.sampled_from(["auto", *FORMATS]))
 def test_every_row_is_used_or_reported_whatever_its_values(values: list[dict[str, Any]], format: str) -> None:
     bad: list[RowError] = []

@@ -26,10 +26,10 @@ IMPORTS = "from pathlib import Path; from tests.distributed.suite import *; from
 IMPORTS += "from tests.distributed.kills import *"
 
 
-CORE = CASES[0], "nan_on_one_rank(lab)", "resume_on_other_counts(lab)", "classification(lab)"
+CORE = CASES[0], "nan_on_one_rank(lab)", "resume_on_other_counts(lab)"
 
 
-@pytest.mark.parametrize("case", slow_except(CASES, (*CORE, "sharded_resume(lab)", "judge_runs_on_one_rank(lab)")))
+@pytest.mark.parametrize("case", slow_except(CASES, CORE))
 def test_case(case: str, tmp_path: Path, forks: Forks) -> None:
     run_case(forks, case, tmp_path)
 

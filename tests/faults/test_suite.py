@@ -21,7 +21,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", slow_except(CASES, ("kills", "not finite", "two at once")))
+@pytest.mark.parametrize("case", slow_except(CASES, ("kills", "not finite")))
 def test_fault(case: str, tmp_path: Path, forks: Forks) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.faults import suite\n"

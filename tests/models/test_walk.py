@@ -21,7 +21,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", slow_except(FAMILIES, ("gpt2", "deepseek_v2", "olmo2")))
+@pytest.mark.parametrize("kind", slow_except(FAMILIES, ("gpt2", "deepseek_v2")))
 def test_family_is_planned_trained_merged_and_trained_in_4_bit(kind: str, tmp_path: Path) -> None:
     if kind not in tiny_families.text_types():
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")

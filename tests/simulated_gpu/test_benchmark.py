@@ -15,7 +15,6 @@ import pytest
 from tests import ROOT
 from tests.simulated_gpu.conftest import Simulate
 from tests.support.scripts import script
-from tests.support.slow import slow_except
 
 CHECKS = [["check", "agree"], ["check", "waits"], ["check", "resumes"], ["rates"]]
 TOOLS = [["tool", "strop", scheme, "64"] for scheme in ("none", "nf4", "int8")]
@@ -41,7 +40,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script(ROOT / "benchmarks" / "card.py")
 
 
-@pytest.mark.parametrize("kernels", slow_except([True, False], [False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [True, False])
 def test_every_item_runs_on_a_gpu(simulate: Simulate, kernels: bool) -> None:
     if kernels and find_spec("triton") is None:
         pytest.skip("Triton is not installed")

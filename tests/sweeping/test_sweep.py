@@ -23,6 +23,7 @@ from tests import ROOT
 from tests.support.forks import Forks
 from tests.support.pages import blocks
 from tests.support.runs import run
+from tests.support.slow import slow_except
 from tests.sweeping.support import without_times, words, write_rows
 
 
@@ -151,7 +152,7 @@ def write_pairs(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("objective", ["dpo", "reward", "kto"])
+@pytest.mark.parametrize("objective", slow_except(["dpo", "reward", "kto"], ["dpo"]))
 def test_pairs_are_compared_by_preference(objective: str, here: Path, tiny_folder: Path) -> None:
     data = write_pairs(here / "pairs.jsonl")
     over = {"train.learning_rate": [1e-3, 1e-2]}

@@ -81,7 +81,14 @@ def trained(seeing: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("vision", slow_except(["none", "projector", "all"], ["all"]))
-@pytest.mark.parametrize(("family", "dtype"), [("idefics3", "fp32"), ("idefics3", "bf16"), ("qwen3_vl", "fp32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("idefics3", "bf16"),
+        pytest.param("idefics3", "fp32", marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_has_equal_bits(rows: Path, tmp_path: Path, vision: str, family: str, dtype: str) -> None:
     seeing = save_seeing(tmp_path / "seeing", family)
     options = {
@@ -277,7 +284,7 @@ def test_served_to_openai_clients(trained: Path, rows: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM-4V's processor
 @pytest.mark.parametrize(
-    "family", slow_except(["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"], ["qwen2_5_vl", "gemma3"])
+    "family", slow_except(["qwen2_5_vl", "qwen3_vl_moe", "glm4v", "gemma3", "gemma4-31b"], ["gemma3"])
 )
 def test_positions_in_space_and_two_way_attention_are_served(rows: Path, tmp_path: Path, family: str) -> None:
     """Two images in two turns, whose first turn is in the cache: as `generate`, which is compared with transformers."""

@@ -33,6 +33,7 @@ from strop.training import build, keep
 from strop.training.keep import _choose
 from tests.support import tiny
 from tests.support.runs import run
+from tests.support.slow import slow_except
 
 QUICK: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.micro_batch_tokens": 512}
 
@@ -194,7 +195,7 @@ def test_loss_is_that_of_the_own_rows(talker: Path, rows: Path, tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("objective", slow_except(["dpo", "kto", "orpo"], ["dpo"]))
 def test_preferences_keep_too(talker: Path, tmp_path: Path, objective: str) -> None:
     """The loss is that of the pairs, and a model that has not changed has no divergence."""
     pairs = [

@@ -61,7 +61,7 @@ def conversations(draw: st.DrawFn) -> tuple[str, Conversation]:
     return family, chat(*turns)
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(conversations())
 def test_supervised_tokens_are_answers_with_stop_tokens(case: tuple[str, Conversation]) -> None:
     family, conversation = case
@@ -89,7 +89,7 @@ def test_supervised_tokens_are_answers_with_stop_tokens(case: tuple[str, Convers
         assert int(example.ids[end - 1]) in renderer.stop_ids
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(conversations())
 def test_control_tokens_come_only_from_the_template(case: tuple[str, Conversation]) -> None:
     family, conversation = case

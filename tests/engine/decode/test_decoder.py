@@ -21,6 +21,7 @@ from strop.engine.kernels.cpu import decode_matmul
 from strop.models.families.table import FAMILIES
 from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
+from tests.support.slow import slow_except
 
 TOKENS = 12
 
@@ -138,8 +139,8 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     return model, layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", slow_except([torch.float32, torch.bfloat16], [torch.bfloat16]))
+@pytest.mark.parametrize("scheme", slow_except(["nf4", "fp4", "int8"], ["nf4", "int8"]))
 def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, dtype: torch.dtype) -> None:
     """They are bit-identical, with AMX equal up to bf16 rounding. int8 weights with bf16 inputs are tested below."""
     pytest.importorskip("bitsandbytes")
