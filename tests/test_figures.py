@@ -52,6 +52,27 @@ def memory(results: Any) -> tuple[str, str, int]:
     return f"{statistics.median(errors):.1f} %", f"{max(errors):.1f} %", len(errors)
 
 
+def memory_without_amx(results: Any) -> list[str]:
+    """Return the errors by the size of the model, and without AVX512."""
+    benchmark = script(ROOT / "benchmarks" / "plan_memory.py")
+    errors: dict[str, list[float]] = {"large": [], "small": [], "narrow": []}
+    too_much = 0
+    for run in results:
+        model = run["name"].partition(",")[0]
+        is_large = benchmark.report_settings(model).parameters > 90e6
+        kind = "narrow" if run["narrow"] else "large" if is_large else "small"
+        errors[kind].append(100 * abs(benchmark.error_of(run)))
+        too_much = max(too_much, benchmark.predicted_bytes(run) - run["measured_bytes"])
+    large, small, narrow = (
+        f"median error {statistics.median(of):.1f} %, worst {max(of):.1f} %" for of in errors.values()
+    )
+    return [
+        f"{len(errors['large'])} runs of models from 125 M parameters on: {large}",
+        f"{len(errors['small'])} runs of smaller ones: {small}, as up to {too_much / MIB:.0f} MiB too much",
+        f"{len(errors['narrow'])} runs as on a CPU without AVX512: {narrow}",
+    ]
+
+
 def family_row(name: str, results: Any) -> str:
     return f"| {name} | {results['fast']:.0f} | {results['plain']:.0f} | {results['times']:.1f} |"
 
@@ -609,6 +630,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("README.md", "newcomer.json", lambda it: f"0 % exact before, {demo(it)[0]} after (95 % interval {demo(it)[1]}; "
      f"{it['training_s']:.0f} s of training on two cores of a Xeon, {it['seconds'] / 60:.0f} minutes from the clone"),
     ("README.md", "plan_memory.json", lambda it: "median error {}, worst {} of {} runs".format(*memory(it))),
+    ("docs/plan.md", "plan_memory_zen4.json", memory_without_amx),
     ("README.md", "merge_rounding.json", merged_apart),
     ("README.md", "train_step_amx_2026-11-25.json",
      lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth's CPU mode on two machines"),
