@@ -63,7 +63,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     from markupsafe import Markup
 
     monkeypatch.setattr("strop.display.plots._make_figure", lambda *size_and_title: (None, MagicMock()))
-    monkeypatch.setattr("strop.display.plots._to_svg", lambda figure, label: Markup("<svg></svg>"))
+    monkeypatch.setattr("strop.display.plots._to_svg", lambda _, label: Markup("<svg>{}</svg>").format(label))
 
 
 @pytest.fixture(scope="session")
