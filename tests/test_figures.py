@@ -59,7 +59,7 @@ def memory_without_amx(results: Any) -> list[str]:
     too_much = 0
     for run in results:
         model = run["name"].partition(",")[0]
-        is_large = benchmark.report_settings(model).parameters > 90e6
+        is_large = benchmark.report_settings(model).parameters > 100e6
         kind = "narrow" if run["narrow"] else "large" if is_large else "small"
         errors[kind].append(100 * abs(benchmark.error_of(run)))
         too_much = max(too_much, benchmark.predicted_bytes(run) - run["measured_bytes"])

@@ -20,7 +20,7 @@ from strop.data.formats import PAIRED, example_row, find_placeholders
 from strop.data.images import IMAGE_NOTES
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
-from strop.data.row_errors import ANSWER_TOO_LONG, FIXES, READING_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import ANSWER_TOO_LONG, FIXES, LENGTH_REASONS, READING_REASONS, RenderError, RowError
 from strop.data.store import Conversations, Examples, Store, count_labels
 from strop.data.types import (
     MARK,
@@ -342,8 +342,8 @@ def _why_refused(
             )
         return kind_error
     long_answers = sum(error.code == ANSWER_TOO_LONG for error in errors)
-    too_long = [error.where for error in errors if error.code in (TOO_LONG, ANSWER_TOO_LONG)]
-    invalid = [error for error in errors if error.code not in (TOO_LONG, ANSWER_TOO_LONG)]
+    too_long = [error.where for error in errors if error.code in LENGTH_REASONS]
+    invalid = [error for error in errors if error.code not in LENGTH_REASONS]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
     # only `drop` helps with rows that cannot be shortened
     can_shorten = data.overlong == "refuse" and long_answers < len(too_long)

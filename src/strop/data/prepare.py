@@ -33,7 +33,7 @@ from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts, render_triplets
 from strop.data.rendering.template_source import CHATML, template_source
-from strop.data.row_errors import ANSWER_TOO_LONG, IMAGE_FILE_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import ANSWER_TOO_LONG, IMAGE_FILE_REASONS, LENGTH_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
     ExampleGroups,
@@ -495,7 +495,7 @@ def _write_rows(
         if row_error is not None:
             outcomes["dropped"] += 1
             errors.append(row_error)
-            if row_error.code in (TOO_LONG, ANSWER_TOO_LONG):
+            if row_error.code in LENGTH_REASONS:
                 longest_dropped = max(longest_dropped, row_longest)
             continue
         outcomes[max((outcome for outcome, *_ in results), key=OUTCOMES.index)] += 1

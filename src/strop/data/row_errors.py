@@ -86,6 +86,7 @@ RENDERING_REASONS: dict[str, str] = {
 }
 TOO_LONG = "too-long"
 ANSWER_TOO_LONG = "answer-too-long"  # no part of the row fits
+LENGTH_REASONS = frozenset({TOO_LONG, ANSWER_TOO_LONG})
 # Reasons that depend on the files of images, which may change while the rows do not.
 IMAGE_FILE_REASONS = frozenset({"image-missing", "image-unreadable", "image-too-large", "image-animated"})
 REASONS: dict[str, str] = {
