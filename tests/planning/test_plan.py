@@ -183,6 +183,13 @@ def test_70b_model_on_4_gb_suggests_a_smaller_model(tmp_path: Path, capsys: pyte
     assert result["largest"]["max_length"] == 0
 
 
+def test_a_pair_is_one_row(tiny_folder: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": f"{n}"}) + "\n" for n in range(20)))
+    plan = strop.plan(model=str(tiny_folder), data=str(tmp_path / "pairs.jsonl"), **{"train.objective": "dpo"})
+    assert plan.data["rows"] == 20 and plan.steps == 3 * -(-20 // plan.resolved.recipe.train.batch_size)
+
+
 def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) -> None:
     result = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
     assert result["fits"] and result["seconds"] > 0

@@ -219,8 +219,8 @@ def make_plan(
     if (images := rows.images) is not None:
         facts |= {"images": images.images, "image_seconds": None}
         if images.flops is not None:
-            row_count = rows.rows or len(rows) / sequences_per_row(recipe.train)
-            facts["image_seconds"] = image_seconds(images.flops * images.passes(recipe, row_count), rate)
+            passes = images.passes(recipe, _count_rows(recipe, rows))
+            facts["image_seconds"] = image_seconds(images.flops * passes, rate)
             seconds = None if seconds is None else seconds + facts["image_seconds"]
     if recipe.train.keep_share and seconds is not None:
         facts["answer_seconds"] = rollout_seconds(workload, ANSWERS, rate)
@@ -241,7 +241,7 @@ def make_plan(
         steps=stream.total_steps if stream else None,
         seconds=seconds,
         rate=rate,
-        data={"rows": own_rows.rows or len(own_rows) or None, "longest": longest, **facts},
+        data={"rows": _count_rows(recipe, own_rows) or None, "longest": longest, **facts},
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, budget, rate),
@@ -250,10 +250,13 @@ def make_plan(
     )
 
 
+def _count_rows(recipe: Recipe, sizes: Rows) -> int:
+    return sizes.rows or len(sizes) // sequences_per_row(recipe.train)
+
+
 def _make_stream(recipe: Recipe, sizes: Rows) -> BatchStream | None:
     """Return the batches of the run, or None if their number is unknown."""
-    train = recipe.train
-    rows = sizes.rows or len(sizes) // sequences_per_row(train)
+    train, rows = recipe.train, _count_rows(recipe, sizes)
     if not rows and train.max_steps is None:
         return None
     return BatchStream(
