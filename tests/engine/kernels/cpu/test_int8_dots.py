@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import numpy as np
 import pytest
 import torch
 
-from strop.engine.kernels.cpu import decode_matmul, int8_dots
+from strop.engine.kernels.cpu import decode_layer, decode_matmul, int8_dots
 
 pytestmark = pytest.mark.skipif(not int8_dots.INT8_DOTS, reason="this CPU has no AVX512-VNNI")
-Buffers = namedtuple("Buffers", "weight_like quantized_inputs input_scales lora_a_outputs")
 
 
 def multiplied(
@@ -29,9 +26,12 @@ def multiplied(
         np.zeros((0, 6), np.int64), none,
     )  # fmt: skip
     bits, y = z.view(torch.uint16).numpy(), np.zeros((len(z), column + n), np.float32)
-    room = Buffers(
-        np.empty(0, np.uint16), np.empty(z.numel(), np.int16), np.empty(len(z), np.float32), np.empty(0, np.float32)
-    )
+    # The type is strop's own: numba's cache names it, and processes that cannot import the tests read the cache too.
+    room = decode_layer.Buffers(
+        inputs=np.empty(0, np.uint16), queries=np.empty(0, np.uint16), outputs=np.empty(0, np.float32),
+        lora_a_outputs=np.empty(0, np.float32), weight_like=np.empty(0, np.uint16),
+        quantized_inputs=np.empty(z.numel(), np.int16), input_scales=np.empty(len(z), np.float32),
+    )  # fmt: skip
     decode_matmul.linear_forward(linear, room, bits, np.zeros((0, 2), np.int64), y, lanes)
     return y
 
