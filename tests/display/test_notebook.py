@@ -44,6 +44,8 @@ def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_
     assert "adapter" in result and re.search(r"<td>4</td>", result)
     assert all(len(outputs) == 1 for outputs in (planned, checked))  # shown once
     assert "peak memory in MiB" in shown_html(planned) and not silent
+    table = shown_html(planned)
+    assert re.search(r"<th [^>]*>train</th>", table) and re.search(r'<td style="text-align:right">[\d,]+</td>', table)
     assert "24 rows read" in shown_html(checked)
     assert "<div>" not in shown_html(evaluated[:1]) and "not a fair test, because" in shown_html(
         evaluated

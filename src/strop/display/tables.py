@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,14 +62,50 @@ class PythonConsole(SafeConsole):
 console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
-def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -> str:
-    """Return what a function prints to a console as HTML, in a monospaced block."""
-    console = PythonConsole(
-        record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True, force_jupyter=False
-    )
+class HtmlConsole(PythonConsole):
+    """A console that collects HTML: tables become tables of HTML, and other lines wrap at the width of the page."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            record=True, file=io.StringIO(), width=110, highlight=False, soft_wrap=True, force_terminal=True,
+            force_jupyter=False,
+        )  # fmt: skip
+        self.parts: list[str] = []
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if len(objects) == 1 and isinstance(objects[0], Table):
+            self.parts.append(self._table(objects[0]))
+        else:
+            self.parts.append(
+                f'<div style="font-family:monospace;white-space:pre-wrap">{self._html(*objects, **options)}</div>'
+            )
+
+    def _html(self, *objects: Any, **options: Any) -> str:
+        super().print(*objects, **options)
+        return self.export_html(inline_styles=True, code_format="{code}").rstrip("\n")
+
+    def _table(self, table: Table) -> str:
+        styles = [f"text-align:{'right' if column.justify == 'right' else 'left'}" for column in table.columns]
+
+        def row(tag: str, cells: Iterable[RenderableType]) -> str:
+            pairs = zip(cells, styles, strict=True)
+            return (
+                "<tr>"
+                + "".join(f'<{tag} style="{style}">{self._html(cell)}</{tag}>' for cell, style in pairs)
+                + "</tr>"
+            )
+
+        title = f'<caption style="text-align:left">{self._html(table.title)}</caption>' if table.title else ""
+        head = f"<thead>{row('th', (column.header for column in table.columns))}</thead>" if table.show_header else ""
+        rows = zip(*(column.cells for column in table.columns), strict=True)
+        return f"<table>{title}{head}<tbody>{''.join(row('td', cells) for cells in rows)}</tbody></table>"
+
+
+def render_html(print_result: Callable[[SafeConsole], None]) -> str:
+    """Return what a function prints to a console as HTML."""
+    console = HtmlConsole()
     print_result(console)
-    text = console.export_html(inline_styles=True, code_format="{code}")
-    return f'<pre style="font-family:monospace;line-height:1.25;white-space:pre;overflow-x:auto">{text}</pre>'
+    return "".join(console.parts)
 
 
 class Printed:
