@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 
 import strop
 from strop.config.load import resolve
+from strop.display.numbers import format_duration
 from strop.errors import DataError, ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
@@ -200,6 +201,25 @@ def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) 
     assert (result["steps"], twice["steps"], part.steps) == (6, 12, 2)
     unknown = strop.plan(model=str(tiny_folder))
     assert unknown.seconds is None and unknown.steps is None
+
+
+def test_time_of_evaluations_stands_beside_that_of_training(tiny_folder: Path, rows_file: Path) -> None:
+    options: dict[str, Any] = {"model": str(tiny_folder), "data": str(rows_file), "train.epochs": 2}
+    alone = strop.plan(**options)
+    assert alone.seconds is not None and "evaluations" not in alone.data and "evaluations" not in str(alone)
+    once = []
+    for more in (
+        {},
+        {"train.eval_steps": 4},
+        {"train.samples": 0},
+    ):  # of 6 steps: after 3, 4 or 3 steps, and at the end
+        planned = strop.plan(**options, **more, eval=str(rows_file))
+        seconds = planned.data["evaluation_seconds"]
+        assert planned.seconds == alone.seconds and planned.data["evaluations"] == 2
+        assert f" of training, and {format_duration(seconds)} for 2 evaluations, on an" in str(planned)
+        once.append(seconds / 2)
+    # a forward pass of all rows takes about a third of an epoch, without sample completions
+    assert 0.1 * alone.seconds < 2 * once[2] < 0.6 * alone.seconds and once[2] < once[0] == once[1]
 
 
 def test_table_has_one_total_and_largest_rows_in_words(

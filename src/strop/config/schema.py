@@ -249,6 +249,7 @@ class LoraSection(Section):
         return tokens
 
 
+SAMPLE_TOKENS = 48  # at most, of each completion of train.samples
 KEEP_SHARE = 0.15  # train.keep, where it is on by default
 NOT_KEEPING = ("reward", "grpo", "classify", "embed")  # objectives without train.keep
 FULL_OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives of train.method full

@@ -48,6 +48,10 @@ class BatchStream:
             assert dict(position) == expected, f"the position {dict(position)} is of another stream, not {expected}"
             self._next = position["step"]
 
+    def count_evaluations(self, eval_steps: int | None) -> int:
+        """Return how often held-out rows are evaluated: every `eval_steps` (None: after each epoch), and at the end."""
+        return math.ceil(self.total_steps / (eval_steps or self.steps_per_epoch))
+
     @property
     def position(self) -> dict[str, int]:
         return self.position_of(self._next)

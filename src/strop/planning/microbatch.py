@@ -48,6 +48,7 @@ class Rows(list[tuple[int, int]]):
     rows = 0  # number of rows, if they differ in their number of sequences
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
+    held_out: Sequence[tuple[int, int]] = ()  # of the sequences that are evaluated
     labels: Sequence[str] = ()  # of texts to classify
     warnings: Sequence[str] = ()  # of `strop check`
     images: ImageLoad | None = None
@@ -83,6 +84,8 @@ def measure_rows(recipe: Recipe) -> Rows:
         pairs = [(whole or int(length) + sampled, max_sampled_tokens(recipe, int(length))) for length in rows.lengths]
         sizes += [pair for pair in pairs for _ in range(sequences_per_row(recipe.train))]
         return sizes
+    if (held_out_rows := prepared.eval) is not None:
+        sizes.held_out = list(zip(held_out_rows.lengths.tolist(), held_out_rows.supervised.tolist(), strict=True))
     sizes.rows = len(prepared.train_items or ()) if data_kind == "triplets" else 0
     find_prefix, prefixes = None, list[tuple[int, int]]()
     if data_kind == "turns" and len(rows):

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from strop.config.load import Resolved, resolve
-from strop.config.schema import Recipe
+from strop.config.schema import SAMPLE_TOKENS, Recipe
 from strop.data.batching import BatchStream
 from strop.display.numbers import format_duration
 from strop.display.tables import Printed
@@ -225,6 +225,10 @@ def make_plan(
     if recipe.train.keep_share and seconds is not None:
         facts["answer_seconds"] = rollout_seconds(workload, ANSWERS, rate)
         seconds += facts["answer_seconds"]
+    if stream and rows.held_out:
+        facts["evaluations"] = stream.count_evaluations(recipe.train.eval_steps)
+        once = _evaluation_seconds(recipe, workload, mean_batch, rate, rows.held_out)
+        facts["evaluation_seconds"] = facts["evaluations"] * once
     why = why_recipe_not_fast(recipe, shape)
     return Plan(
         fits=fits,
@@ -287,6 +291,18 @@ def _run_seconds(
         passes = (train.updates or 1) + (FORWARD if train.beta else 0)
         step = step * passes + rollout_seconds(workload, rollouts, rate)
     return stream.total_steps * step
+
+
+def _evaluation_seconds(
+    recipe: Recipe, workload: Workload, mean_batch: MicroBatch, rate: Rate, rows: Sequence[tuple[int, int]]
+) -> float:
+    """Return the seconds of one evaluation: a forward pass of the held-out rows, and the sample completions."""
+    tokens, supervised = map(sum, zip(*rows, strict=True))
+    seconds = FORWARD * tokens / tokens_per_s(workload, mean_batch, rate)
+    if recipe.train.objective == "sft" and (samples := min(recipe.train.samples, len(rows))):
+        prompt = max(1, (tokens - supervised) // len(rows))
+        seconds += rollout_seconds(workload, RolloutLoad(samples, 1, prompt, SAMPLE_TOKENS), rate)
+    return seconds
 
 
 def _find_largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
@@ -446,6 +462,7 @@ def print_plan(plan: Plan, out: Console) -> None:
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = (
         f", {format_duration(plan.seconds)} of training{_describe_images(plan)}{_describe_answers(plan)}"
+        f"{_describe_evaluations(plan)}"
         if plan.seconds
         else ""
     )
@@ -506,6 +523,12 @@ def _describe_images(plan: Plan) -> str:
     if seconds is None:
         return f", without the image encoder on {images:,} images, which has unknown layers"
     return f", of which {format_duration(seconds)} for the image encoder on {images:,} images"
+
+
+def _describe_evaluations(plan: Plan) -> str:
+    if not (number := plan.data.get("evaluations")):
+        return ""
+    return f", and {format_duration(plan.data['evaluation_seconds'])} for {number} evaluation{'s' * (number > 1)}"
 
 
 def _describe_answers(plan: Plan) -> str:

@@ -447,10 +447,10 @@ def _seconds_left(job: Job, number: int, total: int) -> float:
     progress = job.state.progress
     seconds = (total - number) * progress.seconds / number
     if job.eval:
-        every = job.recipe.train.eval_steps or batch_stream(job.recipe, len(job.train)).steps_per_epoch
-        done = (number - 1) // every  # one that follows this step is not done
+        stream, every = batch_stream(job.recipe, len(job.train)), job.recipe.train.eval_steps
+        done = (number - 1) // (every or stream.steps_per_epoch)  # one that follows this step is not done
         evaluating = max(0.0, progress.eval_seconds - progress.compile_seconds)
-        seconds += (math.ceil(total / every) - done) * evaluating / done if done else 0.0
+        seconds += (stream.count_evaluations(every) - done) * evaluating / done if done else 0.0
     return seconds
 
 

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from strop.config.schema import Recipe
+from strop.config.schema import SAMPLE_TOKENS, Recipe
 from strop.data.prepare import Prepared
 from strop.data.row_errors import RenderError
 from strop.data.types import Ids
 from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import generate
 from strop.evaluation.compare import Question, make_questions, render_prompt
-
-MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class SamplePrompts:
         """Return prompt, reference, completion and `cut` of each prompt. The decoder is freed afterwards."""
         try:
             completions = generate(
-                model, self.tokenizer, self.ids, stop_ids=self.stop_ids, max_new_tokens=MAX_NEW_TOKENS, advance=advance
+                model, self.tokenizer, self.ids, stop_ids=self.stop_ids, max_new_tokens=SAMPLE_TOKENS, advance=advance
             )
         finally:
             drop_decoder(model)

@@ -334,6 +334,10 @@ export async function show(container, { signal }) {
     const defaults = planned.recipe.filter((item) => item.origin === "default");
     if (!runName.value) runName.placeholder = planned.name;
     const shade = !planned.fits ? "worse" : planned.beyond.length ? "unclear" : "better";
+    const { evaluations, evaluation_seconds } = planned.data,
+      evaluating = evaluations
+        ? `, and ${evaluations > 1 ? `${count(evaluations)} evaluations` : "the evaluation"} ${duration(evaluation_seconds)}`
+        : "";
     put(
       verdict,
       h(
@@ -345,7 +349,7 @@ export async function show(container, { signal }) {
         `On ${planned.device}: ${planned.verdict}.`,
         planned.rows.measuring ? " Measuring the rows…" : "",
         planned.seconds
-          ? ` ${planned.steps > 1 ? `The ${count(planned.steps)} training steps take` : "The training step takes"} about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine. Loading, the first compilation of kernels and evaluations are not included.`
+          ? ` ${planned.steps > 1 ? `The ${count(planned.steps)} training steps take` : "The training step takes"} about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s${evaluating}, on an otherwise idle machine. Loading and the first compilation of kernels are not included.`
           : planned.tokens_per_s
             ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
             : "",
