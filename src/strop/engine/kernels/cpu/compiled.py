@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import Linkage
 from numba import types
 from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen, get_host_cpu_features
 from numba.extending import intrinsic, overload
@@ -65,47 +66,55 @@ def array(x: Tensor) -> Any:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def _decorator(**options: Any) -> Callable[[Function], Function]:
-    decorator: Callable[[Function], Function] = numba.njit(error_model="numpy", cache=True, **options)
-    return decorator
-
-
-_compiles_kernel = ContextVar("_compiles_kernel", default=False)
+_compiles_entry = ContextVar("_compiles_entry", default=False)
 _PARTS = ("__numba_parfor_gufunc", "parallelgufuncwrapper", "<numba.np.ufunc.wrappers._GufuncWrapper")
 
 
-def kernel(function: Function) -> Function:
-    """Compile a function whose `prange` loops run on all threads."""
-    dispatcher: Any = _decorator(parallel=True, fastmath=True)(function)
-    compile_kernel = dispatcher._compiler.compile
+def _decorator(*, is_entry: bool = False, **options: Any) -> Callable[[Function], Function]:
+    """Return numba's decorator. is_entry: the functions are called from Python, besides other compiled functions."""
 
-    def compile_once(*args: Any) -> Any:
-        token = _compiles_kernel.set(True)
-        try:
-            return compile_kernel(*args)
-        finally:
-            _compiles_kernel.reset(token)
+    def decorate(function: Function) -> Function:
+        dispatcher: Any = numba.njit(error_model="numpy", cache=True, **options)(function)
+        compile_function = dispatcher._compiler.compile
 
-    dispatcher._compiler.compile = compile_once
-    return cast(Function, dispatcher)
+        def compile_in_context(*args: Any) -> Any:
+            token = _compiles_entry.set(is_entry)
+            try:
+                return compile_function(*args)
+            finally:
+                _compiles_entry.reset(token)
+
+        dispatcher._compiler.compile = compile_in_context
+        return cast(Function, dispatcher)
+
+    return decorate
 
 
-def _compile_loops_once() -> None:
-    """Compile the loops of a kernel only as parts of the kernel, which takes half of the time.
+def _change_libraries() -> None:
+    """Change how numba makes the library of a function that is called from Python.
 
-    numba makes a library of a loop's body, of each of two functions around it, and of the kernel. It optimizes and
-    compiles each of them, and links it into the next one, so that a body is compiled four times. Here only the last
-    library is compiled. Nothing calls the others.
+    Loops are compiled only as parts of their kernel, which takes half of the time. numba makes a library of a loop's
+    body, of each of two functions around it, and of the kernel. It optimizes and compiles each of them, and links it
+    into the next one, so that a body is compiled four times. Here only the last library is compiled. Nothing calls the
+    others.
+
+    A library calls its own copies of the functions that are linked into it. numba lets a process that has compiled such
+    a function by itself call that one, which may be optimized in another way; the next process, which finds only the
+    library in the cache, would have other bits.
     """
     optimize, finalize = CPUCodeLibrary._optimize_final_module, CPUCodeLibrary._finalize_final_module
     set_env = JITCPUCodegen.set_env
 
     def is_part(library: Any) -> bool:
-        return _compiles_kernel.get() and library.name.startswith(_PARTS)
+        return _compiles_entry.get() and library.name.startswith(_PARTS)
 
     def optimize_unless_part(library: Any) -> None:
-        if not is_part(library):
-            optimize(library)
+        if is_part(library):
+            return
+        for function in library._final_module.functions if _compiles_entry.get() else ():
+            if function.linkage == Linkage.linkonce_odr:
+                function.linkage = Linkage.internal
+        optimize(library)
 
     def finalize_unless_part(library: Any) -> None:
         if is_part(library):
@@ -125,10 +134,11 @@ def _compile_loops_once() -> None:
     JITCPUCodegen.set_env = set_env_if_defined
 
 
-_compile_loops_once()
+_change_libraries()
+kernel = _decorator(is_entry=True, parallel=True, fastmath=True)  # its `prange` loops run on all threads
+kernel_sequence = _decorator(is_entry=True, nogil=True)  # calls kernels one after another without holding the GIL
 subroutine = _decorator(fastmath=True)  # is called by kernels
 force_inline = _decorator(fastmath=True, forceinline=True)  # for long subroutines in loops that must be vectorized
-kernel_sequence = _decorator(nogil=True)  # calls kernels one after another without holding the GIL
 
 
 def specialization_of(function: Callable[..., Any]) -> Callable[[Function], Function]:
