@@ -123,9 +123,7 @@ def _change_libraries() -> None:
         else:
             finalize(library)
 
-    def set_env_if_defined(
-        codegen: Any, name: str, env: Any
-    ) -> None:  # of the exceptions of a body: kernels raise none
+    def set_env_if_defined(codegen: Any, name: str, env: Any) -> None:  # of exceptions: kernels raise none
         if codegen._engine.is_symbol_defined(name):
             set_env(codegen, name, env)
 
