@@ -189,7 +189,7 @@ def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
-    """Kernels that a run compiles itself have other last bits than those of a resumed run."""
+    """Otherwise the first step would take longer, and compiling would count as its time and memory."""
     for models, family, fewest in (("usual", "llama", 20), ("all", "glm", 19)):
         environment = warm_up(tmp_path, "train", "bfloat16", models)
         lines = run_python(["-c", TRAINING, models], **environment).splitlines()

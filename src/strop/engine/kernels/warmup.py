@@ -1,15 +1,12 @@
 """Import the libraries of a command, and compile the CPU kernels ahead of time in another process.
 
 Compilation takes 15 to 30 s on two idle cores, once per machine and weight dtype, and longer while other programs run.
-If numba's cache lacks kernels, `load` starts a
-`Compiler` process, which imports its libraries while the command imports its own. `compile_once` then makes it run tiny
-models (warmup_models.py), which compiles the kernels. This module and what it imports need only the standard library,
-so that commands start quickly.
+If numba's cache lacks kernels, `load` starts a `Compiler` process, which imports its libraries while the command imports
+its own. `compile_once` then makes it run tiny models (warmup_models.py), which compiles the kernels, in two processes
+where there are enough cores and memory. The compilers' memory is free afterwards. This module and what it imports need
+only the standard library, so that commands start quickly.
 
-Kernels are compiled in another process because a process that compiles a parallel kernel runs different machine code
-than a process that loads it from the cache: it calls functions as compiled alone, while the cached version was
-optimized together with the surrounding code. The results differ in the last bits, so a resumed run would not be
-bit-identical to the run that compiled the kernels.
+A kernel that no tiny model needs is compiled by the process that calls it, with the same results (cpu/compiled.py).
 """
 
 from __future__ import annotations
@@ -231,7 +228,7 @@ def compile_once(
         if parallel and parts:
             stages = [[[*program, part] for part in parts], *([[program]] if whole else [])]
         code, last_line = take_compiler().run(*stages)
-        if code:  # this process compiles for itself, so its results may differ from the next run's in the last bits
+        if code:  # this process compiles for itself
             LOG.warning("kernels could not be compiled ahead of time (exit %d): %s", code, last_line)
         sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
         marker.write_text(json.dumps(sizes), encoding="utf-8")
