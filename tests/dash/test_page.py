@@ -1099,7 +1099,7 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             for row in tab.page.locator(".card:has(h3:text-is('Training memory')) .phase").all()
         }
         assert memory == {"planned": "719 MiB", "now": "400 MiB"}
-        curve = tab.page.locator(".plot:has(.title:text-is('process memory after each step'))")
+        curve = tab.page.locator(".plot:has(.title:text-is('Process memory after each step'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
         assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
@@ -1111,7 +1111,7 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
             tab,
             own,
             "/run/one",
-            ".plot:has(.title:text-is('process memory after each step')) b:text-is('300 MiB')",
+            ".plot:has(.title:text-is('Process memory after each step')) b:text-is('300 MiB')",
         )
         tab.page.set_viewport_size(PHONE)
         tab.check("memory")

@@ -20,20 +20,20 @@ export const AXES = {
 };
 
 export const TITLES = {
-  learning_rate: "learning rate",
-  grad_norm: "gradient norm",
-  tokens_per_s: "tokens/s",
-  kept: "general prompts, divergence from the base",
-  resident_bytes: "process memory after each step",
+  learning_rate: "Learning rate",
+  grad_norm: "Gradient norm",
+  tokens_per_s: "Tokens/s",
+  kept: "General prompts, divergence from the base",
+  resident_bytes: "Process memory after each step",
   allocated_bytes: "GPU memory, allocated after each step",
-  accuracy: "ranked right",
-  margin: "reward margin",
-  turns: "turns per trace",
-  tool_calls: "tool calls per trace",
-  tool_errors: "tool errors per trace",
-  truncated: "traces cut at a limit",
-  chosen_nats: "chosen, log-probability per token",
-  rejected_nats: "rejected, log-probability per token",
+  accuracy: "Ranked right",
+  margin: "Reward margin",
+  turns: "Turns per trace",
+  tool_calls: "Tool calls per trace",
+  tool_errors: "Tool errors per trace",
+  truncated: "Traces cut at a limit",
+  chosen_nats: "Chosen, log-probability per token",
+  rejected_nats: "Rejected, log-probability per token",
 };
 
 /** Options of a plot of sizes. */

@@ -1,6 +1,22 @@
-// Labels of recipe fields in the form.
+// Labels of recipe fields.
+
+import { h } from "./dom.js";
 
 const LABELS = {
+  "model.name": "Model",
+  "model.quantization": "Base quantization",
+  "data.train": "Training rows",
+  "data.eval": "Evaluation rows",
+  "data.bad_rows": "Invalid rows",
+  "data.overlong": "Longer rows",
+  "data.max_length": "Maximum row length in tokens",
+  "lora.r": "Rank",
+  "lora.target_modules": "Adapted layers",
+  "train.batch_size": "Effective batch size in rows",
+  "train.max_steps": "Maximum steps",
+  "train.eval_steps": "Steps between evaluations",
+  "train.max_time": "Maximum time",
+  out: "Run folder",
   "model.revision": "Model revision",
   "model.adapter": "Adapter to start from",
   "model.double_quantization": "Double quantization",
@@ -62,4 +78,9 @@ const LABELS = {
 export function labelOfField(name) {
   const words = name.split(".").at(-1).replaceAll("_", " ");
   return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
+}
+
+/** Show a field by its label, and the name that it has in commands and recipes. */
+export function fieldName(name) {
+  return [labelOfField(name), h("code", { class: "name" }, name)];
 }

@@ -2,13 +2,14 @@
 
 import { h, prose } from "./dom.js";
 import { formatValue } from "./format.js";
+import { fieldName } from "./labels.js";
 import { Table } from "./table.js";
 
 /** Create the table. options: those of Table. Rows: [{field, value, origin, why}]. */
 export function recipeTable(options) {
   return new Table(
     [
-      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
+      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => fieldName(row.field) },
       {
         key: "value",
         name: "value",

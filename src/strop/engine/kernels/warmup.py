@@ -1,10 +1,10 @@
 """Import the libraries of a command, and compile the CPU kernels ahead of time in another process.
 
 Compilation takes 15 to 30 s on two idle cores, once per machine and weight dtype, and longer while other programs run.
-If numba's cache lacks kernels, `load` starts a `Compiler` process, which imports its libraries while the command imports
-its own. `compile_once` then makes it run tiny models (warmup_models.py), which compiles the kernels, in two processes
-where there are enough cores and memory. The compilers' memory is free afterwards. This module and what it imports need
-only the standard library, so that commands start quickly.
+If numba's cache lacks kernels, `load` starts a `Compiler` process, which imports its libraries beside the command.
+`compile_once` then makes it run tiny models (warmup_models.py), which compiles the kernels, in two processes if there
+are enough cores and memory. The compilers' memory is free afterwards. This module and what it imports need only the
+standard library, so that commands start quickly.
 
 A kernel that no tiny model needs is compiled by the process that calls it, with the same results (cpu/compiled.py).
 """

@@ -22,6 +22,7 @@ import {
   to,
 } from "../all.js";
 import { AXES, BYTES, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { fieldName } from "../labels.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -179,7 +180,7 @@ export async function show(container, { query, signal }) {
     const raw = histories.map((history) => history.series.loss);
     const canSmooth = histories.some((history) => isSmoothed(history, 1));
     smoothing.element.hidden = !canSmooth;
-    const loss = curve("loss", canSmooth ? "training loss, smoothed" : "training loss", {
+    const loss = curve("loss", canSmooth ? "Training loss, smoothed" : "Training loss", {
       log: true,
       show: lossText,
       series: [
@@ -200,7 +201,7 @@ export async function show(container, { query, signal }) {
     drawLoss();
     plots = [
       loss,
-      curve("eval_loss", "evaluation loss", { log: true, show: lossText }),
+      curve("eval_loss", "Evaluation loss", { log: true, show: lossText }),
       ...FIELDS.map((field) => curve(field, TITLES[field], field.endsWith("_bytes") ? BYTES : {})),
     ].filter(Boolean);
     put(
@@ -378,7 +379,7 @@ function settings(comparison, chosen) {
     return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "All settings are the same.")];
   const table = new Table(
     [
-      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
+      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => fieldName(row.field) },
       ...chosen.map((name) => ({
         key: `=${name}`,
         name,

@@ -23,14 +23,15 @@ import { phaseBars } from "../bars.js";
 import { confirmTyping, defaultText, fieldList, showChosen, showFieldErrors, slider, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
+import { labelOfField } from "../labels.js";
 import { clearForm, readOptions, restoreForm, storeForm, storeOptions, setOption } from "../options.js";
 import { recipeTable } from "../recipe.js";
 
 const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, (_, power) => low * 2 ** power);
 const SLIDERS = [
-  ["lora.r", "Rank", POWERS(1, 512)],
-  ["data.max_length", "Maximum row length in tokens", POWERS(32, 32768)],
-  ["train.batch_size", "Effective batch size in rows", POWERS(1, 256)],
+  ["lora.r", POWERS(1, 512)],
+  ["data.max_length", POWERS(32, 32768)],
+  ["train.batch_size", POWERS(1, 256)],
 ];
 
 export async function show(container, { signal }) {
@@ -43,38 +44,38 @@ export async function show(container, { signal }) {
     problem = h("div"),
     job = h("div");
   const placedFields = new Set(["model.name", "data.train", "data.eval", "preset", "out"]); // fields with their own control
-  const sliders = SLIDERS.map(([name, label, values]) => {
+  const sliders = SLIDERS.map(([name, values]) => {
     placedFields.add(name);
     return {
       name,
-      ...slider(name, label, values, options[name] ?? byName.get(name).default, (value) => change(name, value)),
+      ...slider(name, labelOfField(name), values, options[name] ?? byName.get(name).default, (value) => change(name, value)),
     };
   });
   const model = fileField(
     "model.name",
-    "Model",
+    labelOfField("model.name"),
     "model",
     options["model.name"],
     (value) => change("model.name", value),
     "a folder, a .gguf file, a run, a Hub id, or `demo`",
   );
-  const train = fileField("data.train", "Training rows", "data", options["data.train"], (value) =>
+  const train = fileField("data.train", labelOfField("data.train"), "data", options["data.train"], (value) =>
     change("data.train", value),
   );
   const evalField = fileField(
     "data.eval",
-    "Evaluation rows",
+    labelOfField("data.eval"),
     "data",
     options["data.eval"],
     (value) => change("data.eval", value),
     "a file, or a share of the training rows such as 5%; their content decides which, so it is not exact",
   );
-  const choice = (name, label, choices = byName.get(name).choices) => {
+  const choice = (name, choices = byName.get(name).choices) => {
     placedFields.add(name);
     const now = String(options[name] ?? ""),
       more = now && !choices.includes(now) ? [now] : [];
     return field(
-      label,
+      labelOfField(name),
       select(
         [["", `default (${byName.get(name).default})`], ...choices, ...more],
         now,
@@ -83,7 +84,7 @@ export async function show(container, { signal }) {
       ),
     );
   };
-  const number = (name, label, hint) => {
+  const number = (name, hint) => {
     placedFields.add(name);
     const input = h("input", {
       inputmode: "decimal",
@@ -92,7 +93,7 @@ export async function show(container, { signal }) {
       data: { option: name },
       on: { change: () => change(name, input.value.trim()) },
     });
-    return field(label, input, hint);
+    return field(labelOfField(name), input, hint);
   };
   const memory = h("input", {
     value: query.get("memory") ?? "",
@@ -191,9 +192,9 @@ export async function show(container, { signal }) {
                 { data: { option: "preset" } },
               ),
             ),
-            choice("train.objective", "Objective"),
-            choice("data.bad_rows", "Invalid rows"),
-            choice("data.overlong", "Longer rows"),
+            choice("train.objective"),
+            choice("data.bad_rows"),
+            choice("data.overlong"),
           ),
           h("p", {}, dataLink),
         ),
@@ -205,8 +206,8 @@ export async function show(container, { signal }) {
             "div",
             { class: "fields" },
             sliders.map((control) => h("div", { class: "wide" }, control.element)),
-            choice("model.quantization", "Base quantization"),
-            choice("lora.target_modules", "Adapted layers", ["all-linear", "attention", "gate", "experts"]),
+            choice("model.quantization"),
+            choice("lora.target_modules", ["all-linear", "attention", "gate", "experts"]),
           ),
         ),
         h(
@@ -216,12 +217,12 @@ export async function show(container, { signal }) {
           h(
             "div",
             { class: "fields" },
-            number("train.epochs", "Epochs"),
-            number("train.max_steps", "Maximum steps"),
-            number("train.learning_rate", "Learning rate"),
-            number("train.eval_steps", "Steps between evaluations"),
-            number("train.max_time", "Maximum time", "such as 30 min; a number without a unit is in seconds"),
-            number("seed", "Seed"),
+            number("train.epochs"),
+            number("train.max_steps"),
+            number("train.learning_rate"),
+            number("train.eval_steps"),
+            number("train.max_time", "such as 30 min; a number without a unit is in seconds"),
+            number("seed"),
           ),
         ),
         fieldList(
