@@ -82,5 +82,5 @@ export function labelOfField(name) {
 
 /** Show a field by its label, and the name that it has in commands and recipes. */
 export function fieldName(name) {
-  return [labelOfField(name), h("code", { class: "name" }, name)];
+  return h("span", { style: { "text-align": "left" } }, labelOfField(name), h("code", { class: "name" }, name));
 }
