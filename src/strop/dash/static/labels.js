@@ -80,7 +80,13 @@ export function labelOfField(name) {
   return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
 }
 
-/** Show a field by its label, and the name that it has in commands and recipes. */
-export function fieldName(name) {
-  return h("span", { style: { "text-align": "left" } }, labelOfField(name), h("code", { class: "name" }, name));
-}
+/** A column of tables of settings: fields by their labels, and the names that they have in commands and recipes. */
+export const FIELD_COLUMN = {
+  key: "field",
+  name: "field",
+  head: true,
+  value: (row) => `${labelOfField(row.field)} ${row.field}`,
+  csv: (row) => row.field,
+  show: ({ field }) =>
+    h("span", { style: { "text-align": "left" } }, labelOfField(field), h("code", { class: "name" }, field)),
+};

@@ -2,14 +2,14 @@
 
 import { h, prose } from "./dom.js";
 import { formatValue } from "./format.js";
-import { fieldName } from "./labels.js";
+import { FIELD_COLUMN } from "./labels.js";
 import { Table } from "./table.js";
 
 /** Create the table. options: those of Table. Rows: [{field, value, origin, why}]. */
 export function recipeTable(options) {
   return new Table(
     [
-      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => fieldName(row.field) },
+      FIELD_COLUMN,
       {
         key: "value",
         name: "value",

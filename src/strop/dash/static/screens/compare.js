@@ -22,7 +22,7 @@ import {
   to,
 } from "../all.js";
 import { AXES, BYTES, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
-import { fieldName } from "../labels.js";
+import { FIELD_COLUMN } from "../labels.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -379,7 +379,7 @@ function settings(comparison, chosen) {
     return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "All settings are the same.")];
   const table = new Table(
     [
-      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => fieldName(row.field) },
+      FIELD_COLUMN,
       ...chosen.map((name) => ({
         key: `=${name}`,
         name,
