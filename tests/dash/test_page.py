@@ -434,7 +434,7 @@ def test_single_value_is_drawn_as_a_dot(browser: Any, tmp_path: Path) -> None:
         tab.page.get_by_role("button", name="log", exact=True).first.click()
         assert count_pixels(tab, "base") > 10
         open_at(tab, own, "/compare?runs=one,two", ".plot canvas")
-        plot = tab.page.locator(".plot:has(.title:text-is('evaluation loss'))")
+        plot = tab.page.locator(".plot:has(.title:text-is('Evaluation loss'))")
         assert "0.5" in plot.locator(".legend").inner_text()
         tab.page.locator(".plot").first.evaluate("(first) => first.remove()")
         colour = plot.locator(".entry i").first.get_attribute("style").partition("--")[2].partition(")")[0]
@@ -1101,7 +1101,7 @@ def test_memory_of_a_live_run_is_compared_with_the_plan(browser: Any, tmp_path: 
         assert memory == {"planned": "719 MiB", "now": "400 MiB"}
         curve = tab.page.locator(".plot:has(.title:text-is('Process memory after each step'))")
         assert "200 MiB" in curve.locator(".legend").inner_text()
-        assert tab.page.locator(".plot:has(.title:text-is('tokens/s'))").count() == 1
+        assert tab.page.locator(".plot:has(.title:text-is('Tokens/s'))").count() == 1
         over = tab.page.locator(".phase:has(.over) span:first-child").all_inner_texts()
         assert over == ["memory"]  # a busy CPU is normal
         with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
