@@ -327,10 +327,9 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> Non
 
 def test_time_left_includes_the_evaluations_and_samples_that_follow() -> None:
     progress = SimpleNamespace(seconds=8.0, eval_seconds=306.0, compile_seconds=300.0)
-    train = SimpleNamespace(eval_steps=2)
-    job: Any = SimpleNamespace(
-        state=SimpleNamespace(progress=progress), eval=[1], recipe=SimpleNamespace(train=train), train=[]
-    )
+    train = SimpleNamespace(eval_steps=2, batch_size=1, epochs=1.0, max_steps=None)
+    recipe = SimpleNamespace(train=train, seed=0)
+    job: Any = SimpleNamespace(state=SimpleNamespace(progress=progress), eval=[1], recipe=recipe, train=[1] * 8)
     assert _seconds_left(job, 4, 8) == 4 * 2 + 3 * 6  # step 4 is followed by the second of four evaluations
     progress.eval_seconds = progress.compile_seconds = 0.0
     assert _seconds_left(job, 2, 8) == 6 * 4  # not known before the first one
