@@ -208,15 +208,12 @@ def test_time_of_evaluations_stands_beside_that_of_training(tiny_folder: Path, r
     alone = strop.plan(**options)
     assert alone.seconds is not None and "evaluations" not in alone.data and "evaluations" not in str(alone)
     once = []
-    for more in (
-        {},
-        {"train.eval_steps": 4},
-        {"train.samples": 0},
-    ):  # of 6 steps: after 3, 4 or 3 steps, and at the end
+    # of 6 steps: after 3, 4 or 3 steps, and at the end
+    for more in ({}, {"train.eval_steps": 4}, {"train.samples": 0}):
         planned = strop.plan(**options, **more, eval=str(rows_file))
         seconds = planned.data["evaluation_seconds"]
         assert planned.seconds == alone.seconds and planned.data["evaluations"] == 2
-        assert f" of training, and {format_duration(seconds)} for 2 evaluations, on an" in str(planned)
+        assert f" of training, plus {format_duration(seconds)} for 2 evaluations, on an" in str(planned)
         once.append(seconds / 2)
     # a forward pass of all rows takes about a third of an epoch, without sample completions
     assert 0.1 * alone.seconds < 2 * once[2] < 0.6 * alone.seconds and once[2] < once[0] == once[1]

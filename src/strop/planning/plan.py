@@ -528,7 +528,7 @@ def _describe_images(plan: Plan) -> str:
 def _describe_evaluations(plan: Plan) -> str:
     if not (number := plan.data.get("evaluations")):
         return ""
-    return f", and {format_duration(plan.data['evaluation_seconds'])} for {number} evaluation{'s' * (number > 1)}"
+    return f", plus {format_duration(plan.data['evaluation_seconds'])} for {number} evaluation{'s' * (number > 1)}"
 
 
 def _describe_answers(plan: Plan) -> str:

@@ -4,6 +4,7 @@ import { count, errorBox, field, get, h, lasting, link, percent, post, put, sele
 import { histogram } from "../bars.js";
 import { confirmTyping, showFieldErrors, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
+import { labelOfField } from "../labels.js";
 import { formAddress, readOptions, restoreForm, storeOptions, setOption } from "../options.js";
 import { setQuery } from "../route.js";
 import { Table } from "../table.js";
@@ -70,7 +71,7 @@ export async function show(container, { query, signal }) {
           { class: "fields" },
           h("div", { class: "wide fields pair" }, train.element, model.element),
           choice("train.objective", "Objective"),
-          field("Maximum row length in tokens", longest),
+          field(labelOfField("data.max_length"), longest),
           choice("data.overlong", "Longer rows"),
           choice("data.bad_rows", "Invalid rows"),
           choice("data.loss", "Trained on"),

@@ -337,7 +337,7 @@ export async function show(container, { signal }) {
     const shade = !planned.fits ? "worse" : planned.beyond.length ? "unclear" : "better";
     const { evaluations, evaluation_seconds } = planned.data,
       evaluating = evaluations
-        ? `, and ${evaluations > 1 ? `${count(evaluations)} evaluations` : "the evaluation"} ${duration(evaluation_seconds)}`
+        ? `, plus ${duration(evaluation_seconds)} for ${evaluations > 1 ? `${count(evaluations)} evaluations` : "the evaluation"}`
         : "";
     put(
       verdict,

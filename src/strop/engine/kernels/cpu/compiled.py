@@ -71,7 +71,7 @@ _PARTS = ("__numba_parfor_gufunc", "parallelgufuncwrapper", "<numba.np.ufunc.wra
 
 
 def _decorator(*, is_entry: bool = False, **options: Any) -> Callable[[Function], Function]:
-    """Return numba's decorator. is_entry: the functions are called from Python, besides other compiled functions."""
+    """Return numba's decorator. is_entry: Python calls the functions, not only other compiled functions."""
 
     def decorate(function: Function) -> Function:
         dispatcher: Any = numba.njit(error_model="numpy", cache=True, **options)(function)
