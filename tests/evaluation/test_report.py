@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from strop.evaluation.report import render, write_report
+from tests.support.browser import DESK, PHONE, open_browser
 
 ATTACK = "</pre><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>&{{ 7 * 7 }}\ud800"
 
@@ -229,7 +230,7 @@ def test_normal_events_and_empty_facts_are_left_out() -> None:
 
 def test_memory_of_the_steps_is_plotted_in_gib() -> None:
     events = [{**event, "resident_bytes": 3 << 30} for event in steps(60)]
-    drawing = next(text for text in drawings(render(full(), events)) if "process memory after each step, GiB" in text)
+    drawing = next(text for text in drawings(render(full(), events)) if "Process memory after each step, GiB" in text)
     labels = re.findall(r">([\d.]+)</text>", drawing)
     assert {"3", "3.0"} & set(labels), labels
     ticks = [label for label in labels if label in ("10", "20", "40")]
@@ -343,3 +344,27 @@ def test_report_has_the_units_and_words_of_the_page() -> None:
     report["memory"] = {"predicted_peak_bytes": 1.5 * 2**30, "measured_peak_bytes": 678 * 2**20}
     text = Page(render(report, [])).text
     assert "678 MiB" in text and "1.50 GiB" in text and "0.66 GiB" not in text and "origin" in text
+
+
+SHOWN_TEXTS = """() => [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width)
+    .flatMap(svg => [...svg.querySelectorAll("text")].map(text =>
+        parseFloat(getComputedStyle(text).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width))"""
+
+
+def test_all_texts_of_plots_have_one_readable_size_and_long_parts_are_folded(tmp_path: Path) -> None:
+    report = full()
+    report["samples"] = [{**report["samples"][0], "prompt": f"prompt {i}"} for i in range(9)]
+    path = write_report(tmp_path, report, steps(60))
+    with open_browser() as browser:
+        for viewport, smallest in ((DESK, 13), (PHONE, 9)):
+            page = browser.new_context(viewport=viewport).new_page()
+            page.goto(path.as_uri())
+            sizes = page.evaluate(SHOWN_TEXTS)
+            assert len(sizes) > 20 and smallest < min(sizes) and max(sizes) < 1.25 * min(sizes)
+            assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+            assert page.get_by_text("prompt 3").is_visible() and not page.get_by_text("prompt 4").is_visible()
+            page.get_by_text("5 more rows").click()
+            assert page.get_by_text("prompt 8").is_visible()
+            assert not page.get_by_text("versions.torch").is_visible()
+            page.get_by_text("Hashes and versions").click()
+            assert page.get_by_text("versions.torch").is_visible()

@@ -27,7 +27,7 @@ def plot_loss(train: Series, evaluated: Series, width: float, height: float = 3.
     """Plot losses of training and evaluation as SVG, with the given size in inches; None for less than two values."""
     if len(train) + len(evaluated) < 2:
         return None
-    figure, axes = _make_figure(width, height, "loss")
+    figure, axes = _make_figure(width, height, "Loss")
     if train:
         smoothed = _smooth(train)
         style = {"alpha": 0.45, "linewidth": 0.8} if smoothed else {"linewidth": 1.5}
@@ -45,7 +45,7 @@ def plot_loss(train: Series, evaluated: Series, width: float, height: float = 3.
 
 def plot_metric(series: Series, title: str) -> Markup:
     """Plot a small curve as SVG."""
-    figure, axes = _make_figure(3.4, 2.0, title)
+    figure, axes = _make_figure(4.0, 2.1, title)
     axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
     if min(series.values()) >= 0:
         axes.set_ylim(bottom=0)

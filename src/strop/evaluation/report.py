@@ -36,15 +36,15 @@ EVENT_NAMES = {
     "override": "changed option", "skip": "skipped step", "doubt": "suspect step", "shrink": "shortage of memory",
 }  # fmt: skip
 STEP_PLOTS = {  # field of a "step" event -> title of its plot
-    "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
-    "accuracy": "accuracy", "margin": "margin of rewards", "reward": "reward of completions",
+    "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens/s",
+    "accuracy": "Accuracy", "margin": "Margin of rewards", "reward": "Reward of completions",
     "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
-    "answer_length": "tokens per completion",
-    "turns": "turns per trace", "tool_calls": "tool calls per trace", "tool_errors": "tool errors per trace",
-    "truncated": "traces cut at a limit",
-    "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
-    "rejected_nats": "rejected, log-probability per token",
-    "resident_bytes": "process memory after each step, GiB",
+    "answer_length": "Tokens per completion",
+    "turns": "Turns per trace", "tool_calls": "Tool calls per trace", "tool_errors": "Tool errors per trace",
+    "truncated": "Traces cut at a limit",
+    "equal_groups": "Groups with equal rewards", "chosen_nats": "Chosen, log-probability per token",
+    "rejected_nats": "Rejected, log-probability per token",
+    "resident_bytes": "Process memory after each step, GiB",
     "allocated_bytes": "GPU memory, allocated after each step, GiB",
 }  # fmt: skip
 
@@ -84,8 +84,8 @@ def render(
         scores=list(_format_scores(evaluation, intervals)),
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
-        loss_plot=plot_loss(train, evaluated, 10.4),
-        narrow_loss_plot=plot_loss(train, evaluated, 4.2),  # for phones, where the text of the wide plot is too small
+        loss_plot=plot_loss(train, evaluated, 8.6, 2.6),
+        narrow_loss_plot=plot_loss(train, evaluated, 4.0),  # for phones, where the text of the wide plot is too small
         plots=list(_plot_steps(events)),
         samples=shown,
         marks={mark for sample in shown for answer in sample["answers"] for _, mark in answer["parts"]},
@@ -97,8 +97,8 @@ def render(
         chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_format_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         provenance=[
-            (name, [(key, text) for key, text in _flatten(report[name]) if text != "-"])
-            for name in ("lock", "machine")
+            (title, [(key, text) for key, text in _flatten(report[name]) if text != "-"])
+            for name, title in (("lock", "Hashes and versions"), ("machine", "Machine"))
             if report.get(name)
         ],
         recoveries=", ".join(
