@@ -794,12 +794,15 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             out.fill("taken")
             tab.page.get_by_role("button", name="Export: Merged model").click()
             problem = tab.page.locator("p.problem:text('taken: already exists')")
-            assert problem.inner_text().endswith("give another name, such as Output path taken-2")
             assert out.get_attribute("aria-invalid") == "true"
+            problem.get_by_role("button", name="Use taken-2").click()
+            assert out.input_value() == "taken-2" and problem.count() == 0
             out = tab.page.locator(".form:has(h2:text-is('GGUF file'))").get_by_label("Output path")
             out.fill("new/tuned")
             tab.page.get_by_role("button", name="Export: GGUF file").click()
             tab.page.wait_for_selector("p.problem:text('new/tuned: the name must end in .gguf')")
+            tab.page.get_by_role("button", name="Use new/tuned.gguf").click()
+            assert out.input_value() == "new/tuned.gguf"
             out.fill("rows.jsonl/tuned.gguf")
             tab.page.get_by_role("button", name="Export: GGUF file").click()
             tab.page.wait_for_selector("p.problem:text('rows.jsonl is a file')")

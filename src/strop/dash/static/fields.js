@@ -121,9 +121,9 @@ export function submitButton(text, form, submit, props = {}) {
   return [submitting, problem];
 }
 
-/** Return a button that enters the path of the fix "use data/rows.jsonl", or undefined for another fix. */
+/** Return a button that enters the path of the fix "use PATH" or "give another name, such as --out PATH", or undefined. */
 function useButton(control, fix) {
-  const path = fix.match(/^use ('?)(.+)\1$/)?.[2];
+  const path = fix.match(new RegExp(`^(?:use|give(?: another \\w+, such as)? --${control.dataset.option}) ('?)(.+)\\1$`))?.[2];
   const use = () => {
     control.value = path;
     control.dispatchEvent(new Event("change", { bubbles: true }));
