@@ -22,6 +22,20 @@ def test_fix_reports_the_cleaned_copy(
     assert f"next     strop train --model {tiny_folder} --data clean.jsonl" in err
 
 
+def test_fix_does_not_suggest_itself(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.write_rows(Path("rows.jsonl"), 5)
+    rows.write_text(rows.read_text() + '{"prompt": "a"}\n')
+    words = ["check", "--model", tiny_folder, "--data", rows]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "--fix clean.jsonl" in " ".join(err.split())
+    code, _, err = run(*words, "--fix", "clean.jsonl", capsys=capsys)
+    assert code == 2 and "1 of 6 training rows cannot be used" in err and "Fix:" not in err
+    assert "wrote clean.jsonl: 5 rows, 1 dropped" in err and "--data clean.jsonl" in err
+
+
 def test_fix_refuses_existing_paths(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 5)
     for out in (Path("."), tmp_path, rows):

@@ -150,7 +150,10 @@ def check(
 
         checked = api.check_rows(recipe_file, options)
     report = checked.prepared.report
-    data_check.print_report(report.as_json(), console, tokenizer=checked.recipe.model.name)
+    shown = report.as_json()
+    if fix is not None and shown["refusal"]:  # the fix is what this command does
+        shown["refusal"]["fix"] = None
+    data_check.print_report(shown, console, tokenizer=checked.recipe.model.name)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
     print_notes([note] if note else [])
     if show and checked.recipe.train.environment is not None and not report.refusal:
