@@ -15,6 +15,7 @@ import pytest
 from strop.data.types import Conversation, Message
 from strop.errors import RecipeError, RunError
 from strop.evaluation import chat_server, judge
+from strop.evaluation.chat_server import RequestRefused
 from strop.evaluation.compare import Question
 from strop.evaluation.judge import compare_by_judge, make_judge, parse_verdict
 from tests.support import tiny
@@ -50,17 +51,43 @@ def test_judge_that_prefers_a_position_gives_ties() -> None:
 
 def test_rows_without_a_verdict_are_left_out() -> None:
     """As ties, they would make a small difference look certain."""
-    replies = iter([1, None, 1, -1, -1, -1])
-    result = compare_by_judge(
-        lambda *_: next(replies), "f", make_questions(4), ["a", "b", "c", "d"], [*"xyz", "d"], None
-    )
+    with judge_server("first", "neither", "first", "second", "second", "second") as (url, _):
+        rows = ["a", "b", "c", "d"], [*"xyz", "d"]
+        result = compare_by_judge(make_judge(url), url, make_questions(4), *rows, None)
+    assert result["unjudged_why"] == 'a reply does not end with "first", "second" or "tie": \'neither\''
     assert (result["rows"], result["unjudged"]) == (3, 1)  # the last one is a tie without a question
     assert (result["wins"], result["ties"], result["losses"]) == (1, 2, 0)
     alone = iter([1, -1, -1, -1])
     same = compare_by_judge(lambda *_: next(alone), "f", make_questions(3), ["b", "c", "d"], [*"yz", "d"], None)
     assert same["interval"] == result["interval"]
-    with pytest.raises(RunError, match="no verdict on any of 2 rows: its replies do not end with"):
-        compare_by_judge(lambda *_: None, "f", make_questions(2), ["a", "b"], ["x", "y"], None)
+    assert "unjudged_why" not in same
+    with (
+        judge_server("both", "both") as (url, _),
+        pytest.raises(RunError, match="no verdict on any of 2 rows") as caught,
+    ):
+        compare_by_judge(make_judge(url), url, make_questions(2), ["a", "b"], ["x", "y"], None)
+    assert "a reply does not end with" in str(caught.value) and "file.py:function" in str(caught.value)
+
+
+def test_cut_replies_are_called_cut() -> None:
+    cut = {"choices": [{"message": {"content": "first"}, "finish_reason": "length"}]}
+    with judge_server(cut, cut) as (url, _), pytest.raises(RunError) as caught:
+        compare_by_judge(make_judge(url), url, make_questions(2), ["a", "b"], ["x", "y"], None)
+    assert "a reply was cut at the server's limit of tokens" in str(caught.value) and "raise that limit" in str(
+        caught.value
+    )
+
+
+def test_an_unusable_response_of_a_server_that_has_answered_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_server.time, "sleep", lambda seconds: None)
+    busy = b"<html>busy</html>"
+    for replies, unjudged in (((busy,), 0), ((busy, {"error": "x"}, busy), 1)):
+        rest = ("second",) if not unjudged else ()
+        with judge_server("first", "second", "first", *replies, *rest, "second", "first") as (url, _):
+            rows = ["a", "b", "c"], ["x", "y", "z"]
+            result = compare_by_judge(make_judge(url), url, make_questions(3), *rows, None)
+        assert (result["rows"], result["unjudged"], result["losses"]) == (3 - unjudged, unjudged, 1)
+    assert "busy" in result["unjudged_why"]
 
 
 def test_a_refused_request_costs_one_row() -> None:
@@ -205,8 +232,9 @@ def test_response_that_is_not_json_is_not_called_silence(page: bytes) -> None:
 
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": [{"type": "text", "text": "first"}]}])
 def test_response_without_text_has_no_verdict(message: dict[str, Any]) -> None:
-    with judge_server({"choices": [{"message": message}]}) as (url, _):
-        assert make_judge(url)("a", "b", "c", "d") is None
+    response = {"choices": [{"message": message}]}
+    with judge_server(response) as (url, _), pytest.raises(RequestRefused, match="not a text"):
+        make_judge(url)("a", "b", "c", "d")
 
 
 def test_eval_with_a_judge_stores_answers_when_the_judge_fails(

@@ -395,6 +395,16 @@ def test_regression_rows_and_general_set_are_in_report_and_card(
     assert "was not evaluated on held-out rows" not in after and "was not measured" not in after
     assert "12 rows: choice" in after and "2 rows: contains" in after and "340 rows" in after
     assert "should not get worse" in (runs[1] / "report.html").read_text()
+    words = ["eval", runs[1], "--data", data, "--metric", "choice", "--quantization", "nf4", "--json"]
+    code, out, err = run(*words, capsys=capsys)  # its base is another one
+    note = "removed from the report: earlier scores of the general set and the regression rows, measured with"
+    assert code == 0 and note in " ".join(err.split()) and note in json.loads(out)["notes"][-1]
+    report = json.loads((runs[1] / "report.json").read_text())
+    assert not {"general", "regression"} & {*report} and "340 rows" not in card.read_text()
+    code, out, err = run(*words, "--regression-data", other, capsys=capsys)
+    assert "removed" not in err and "regression" in json.loads((runs[1] / "report.json").read_text())
+    code, _, err = run(*words[:-3], "--regression-data", other, capsys=capsys)
+    assert code == 0 and "removed" not in err  # measured again
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
     assert code == 2 and "no adapter" in err
 

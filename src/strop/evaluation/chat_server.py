@@ -31,7 +31,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class RequestRefused(RunError):
-    """Raised when a server refuses one request."""
+    """Raised when a server refuses one request, or does not answer it usably."""
 
 
 @dataclass
@@ -42,6 +42,7 @@ class ChatServer:
     url: str  # up to /v1
     key_variable: str  # environment variable with the server's API key
     model: str | None = None  # None: the first one of the server
+    has_answered: bool = False  # whether a conversation was answered: then one unusable response is not the server's
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
@@ -53,14 +54,11 @@ class ChatServer:
         names: list[str] = self._request("/models", _list_models)
         return names
 
-    def answer(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
-        """Return the answer to a conversation, or None if it is not a whole text. Raises RunError."""
-        return whole_text(self.choose(messages, **options))
-
     def choose(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
         """Return the first choice of the response to a conversation. Raises RunError."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, **options}
         choice: dict[str, Any] = self._request("/chat/completions", _first_choice, body)
+        self.has_answered = True
         return choice
 
     def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
@@ -76,8 +74,11 @@ class ChatServer:
                 content = json.loads(content)
                 return select(content)
             except (LookupError, TypeError, AttributeError, json.JSONDecodeError):  # it answered, but something else
-                what = f"{self.role} {self.url}{path}: not a response of an OpenAI-compatible server: {content!r:.300}"
-                raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
+                if not remaining_tries or not self.has_answered:
+                    place = f"{self.role} {self.url}{path}"
+                    what = f"{place}: not a response of an OpenAI-compatible server: {content!r:.300}"
+                    kind = RequestRefused if self.has_answered else RunError
+                    raise kind(what, fix="give the address up to /v1, and a model that the server has") from None
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUSES or not remaining_tries:
                     what = f"{self.role} {self.url}{path}: {error.code}: {error.read(300).decode(errors='replace')}"

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from strop.errors import RecipeError, RunError
-from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address
+from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address, whole_text
 from strop.evaluation.compare import Progress, Question
 from strop.evaluation.metrics import USER_CODE_ERRORS, FunctionName, find_metric, paired_difference
 
@@ -37,12 +37,13 @@ VERDICTS = {"first": 1, "second": -1, "tie": 0}
 NUMBERS = {"1": "first", "2": "second"}  # after "answer", as in the prompt
 # words that may stand next to a verdict; a sentence with others may mean the opposite
 FILLERS = ("a", "answer", "assistant", "better", "best", "final", "is", "it", "my", "one", "the", "verdict", "winner")
+FUNCTION_FIX = "use a judge that follows its instructions, or a function: --judge file.py:function"
 KEY = "STROP_JUDGE_KEY"  # environment variable with the server's API key
 ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # positional arguments of a function
 
 # (conversation, right answer, first answer, second answer) -> 1 if the first is better, -1 if the second is better, 0
-# for a tie, None without a verdict
-Judge = Callable[[str, str, str, str], int | None]
+# for a tie. Raises RequestRefused without a verdict.
+Judge = Callable[[str, str, str, str], int]
 
 
 def make_judge(name: str, model: str | None = None) -> Judge:
@@ -69,42 +70,47 @@ def compare_by_judge(
     """Measure how often the tuned model's answer is better than the base's, with 95 % intervals.
 
     `rows` are those that were judged, and all rates are of them; `unjudged` counts the others, for which a reply had no
-    verdict or the server refused the request. `win_rate` counts a tie as half a win. `order_decided` counts rows whose
-    verdict changed with the order, which are ties. `lost` lists rows that the tuned model lost.
+    verdict or the server refused the request, and `unjudged_why` is the last reason. `win_rate` counts a tie as half a
+    win. `order_decided` counts rows whose verdict changed with the order, which are ties. `lost` lists rows that the
+    tuned model lost.
 
     Raises RunError if the judge fails, or judges no row.
     """
     outcomes: dict[int, int] = {}  # by row
-    order_decided, why = 0, 'its replies do not end with "first", "second" or "tie"'
+    order_decided, refusal = 0, None
     for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base, tuned, strict=True), 1):
-        first: int | None = 0  # which is better: the tuned model's answer before the base's
-        second: int | None = 0  # the base's before the tuned model's
-        if base_answer != tuned_answer:
-            messages = question.conversation.messages[:-1]
-            context = "\n\n".join(f"{message.role}: {message.text}" for message in messages), question.gold
-            try:
-                first, second = judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)
-            except RequestRefused as error:  # such as a row that is too long for the judge
-                first, why = None, error.what
-        if first is not None and second is not None:
+        try:
+            first, second = _judge_in_both_orders(judge, question, tuned_answer, base_answer)
+        except RequestRefused as error:  # such as a row that is too long for the judge
+            refusal = error
+        else:
             order_decided += first != -second
             outcomes[number - 1] = first if first == -second else 0
         if advance is not None:
             advance("judge", number, len(questions))
-    if questions and not outcomes:
-        fix = "use a judge that follows its instructions, or a function: --judge file.py:function"
-        raise RunError(f"judge {name}: no verdict on any of {len(questions)} rows: {why}", fix=fix)
+    if refusal is not None and not outcomes:
+        raise RunError(f"judge {name}: no verdict on any of {len(questions)} rows: {refusal.what}", fix=refusal.fix)
     found = list(outcomes.values())
     difference = paired_difference([outcome < 0 for outcome in found], [outcome > 0 for outcome in found])
     lost = [questions[row].conversation for row, outcome in outcomes.items() if outcome < 0]
     return {
         "name": name, "rows": len(found), "unjudged": len(questions) - len(found),
+        **({"unjudged_why": refusal.what} if refusal is not None else {}),
         "wins": found.count(1), "ties": found.count(0), "losses": found.count(-1),
         "win_rate": 0.5 + difference.value / 2,
         "interval": [0.5 + difference.low / 2, 0.5 + difference.high / 2],
         "difference": asdict(difference), "order_decided": order_decided,
         "lost": [f"{row.file}:{row.line}" for row in lost],
     }  # fmt: skip
+
+
+def _judge_in_both_orders(judge: Judge, question: Question, answer: str, other: str) -> tuple[int, int]:
+    """Return the verdicts on (answer, other) and on (other, answer); see `Judge`. Equal answers are a tie."""
+    if answer == other:
+        return 0, 0
+    messages = question.conversation.messages[:-1]
+    context = "\n\n".join(f"{message.role}: {message.text}" for message in messages), question.gold
+    return judge(*context, answer, other), judge(*context, other, answer)
 
 
 def _make_function_judge(name: str) -> Judge:
@@ -132,10 +138,17 @@ def _make_function_judge(name: str) -> Judge:
 def _make_server_judge(url: str, model: str | None) -> Judge:
     server = ChatServer("judge", url, KEY, model)
 
-    def judge(conversation: str, gold: str, first: str, second: str) -> int | None:
+    def judge(conversation: str, gold: str, first: str, second: str) -> int:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
-        reply = server.answer([{"role": "user", "content": text}])
-        return None if reply is None else parse_verdict(reply)
+        choice = server.choose([{"role": "user", "content": text}])
+        if (reply := whole_text(choice)) is None:
+            is_cut = choice.get("finish_reason") == "length"
+            what = "a reply was cut at the server's limit of tokens" if is_cut else "a reply is not a text"
+            raise RequestRefused(what, fix="raise that limit" if is_cut else FUNCTION_FIX)
+        if (verdict := parse_verdict(reply)) is None:
+            what = f'a reply does not end with "first", "second" or "tie": {reply[-100:]!r}'
+            raise RequestRefused(what, fix=FUNCTION_FIX)
+        return verdict
 
     return judge
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
 
 SAMPLES_IN_REPORT = 20
+FURTHER_PARTS = {"general": "the general set", "regression": "the regression rows", "tasks": "tasks"}  # of a result
 TEXT_MODELS: dict[AdapterKind, tuple[str, str, DataKind]] = {  # what they are, their metric and their rows
     "classifier": ("a classifier", ACCURACY, "classes"),
     "embedder": ("a model of embeddings", NEAREST, "triplets"),
@@ -440,7 +441,9 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     further = options.general or request.regression or request.tasks or request.judge is not None
     if should_store and further and not interrupted:
-        _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails
+        measured = {"general": options.general, "regression": request.regression, "tasks": request.tasks}
+        pending = [part for part, is_measured in measured.items() if is_measured]
+        _store(RunFolder(Path(name)), result, pending)  # in case one of the evaluations below fails
     part = ""
     try:
         if options.general and not interrupted:
@@ -726,25 +729,41 @@ def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_r
         result["notes"].append(note)
 
 
-def _store(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store a result in the run's report. A complete result is not replaced by an interrupted one."""
+def _store(folder: RunFolder, result: dict[str, Any], pending: Collection[str] = ()) -> None:
+    """Store a result in the run's report. A complete result is not replaced by an interrupted one.
+
+    pending: parts of the result that will be measured next.
+    """
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
         result["notes"].append(f"interrupted: {note}")
         return
     try:
-        add_to_report(folder, result)
+        add_to_report(folder, result, pending)
     except OSError as error:
         note = f"not stored in the report of {folder.path}: {os.strerror(error.errno or 0).lower()}"
         if note not in result["notes"]:
             result["notes"].append(note)
 
 
-def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Write a result to the run's report.json, report.html and model card, and all samples to answers.json."""
+def add_to_report(folder: RunFolder, result: dict[str, Any], pending: Collection[str] = ()) -> None:
+    """Write a result to the run's report.json, report.html and model card, and all samples to answers.json.
+
+    The general set, regression rows and tasks of an earlier evaluation are kept if it had the same quantization and
+    dtype, and otherwise removed with a note. pending: see `_store`.
+    """
     report = folder.read_report() or {"run": str(folder.path)}
-    excluded = ("samples", "intervals", "run", "general", "regression", "tasks")
+    excluded = ("samples", "intervals", "run", *FURTHER_PARTS)
+    before, after = (
+        {name: value.get(name) for name in ("quantization", "dtype")}
+        for value in (report.get("evaluation") or {}, result)
+    )
+    if "evaluation" in report and before != after:
+        removed = [part for part in FURTHER_PARTS if report.pop(part, None) and part not in result]
+        if names := " and ".join(FURTHER_PARTS[part] for part in removed if part not in pending):
+            settings = ", ".join(f"{name} {value}" for name, value in before.items() if value != after[name])
+            result["notes"].append(f"removed from the report: earlier scores of {names}, measured with {settings}")
     report["evaluation"] = {key: value for key, value in result.items() if key not in excluded}
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}

@@ -150,7 +150,7 @@ def _print_judge(verdicts: Mapping[str, Any], out: Console) -> None:
         out.print(f"{verdicts['order_decided']} of the ties: the verdict changed with the order of the answers")
     if verdicts.get("unjudged"):
         rows = f"{verdicts['unjudged']} of {verdicts['unjudged'] + verdicts['rows']} rows"
-        out.print(f"{rows} are left out: the judge gave no verdict, or refused the request", style="yellow")
+        out.print(f"{rows} are left out: {verdicts['unjudged_why']}", style="yellow", markup=False)
 
 
 def _print_general(result: Mapping[str, Any], out: Console) -> None:
