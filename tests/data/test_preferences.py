@@ -312,6 +312,14 @@ def test_pair_has_same_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
     assert prepared.report.stop_token == {"rows": 2, "share": 1.0}
 
 
+def test_first_turn_of_one_answer_with_weight_0_is_named(tmp_path: Path) -> None:
+    turns = [{**A, "weight": 0}, MORE, A], [NO, MORE, A]
+    path = write(tmp_path / "a.jsonl", [{"prompt": [U], "chosen": turns[0], "rejected": turns[1]}])
+    error = refusal(path)
+    assert "only one answer begins with tokens that do not count: its first turn has weight 0" in error
+    assert "count the first turn of each answer" in error
+
+
 def test_pair_is_truncated_in_its_prompt_or_dropped(tmp_path: Path) -> None:
     """On record, 1 and 2: truncation must not empty an answer, or give the two sides different prompts."""
     rows = [

@@ -1473,3 +1473,21 @@ def test_code_of_the_script_is_named_with_the_field_that_takes_it(tmp_path: Path
     assert draft.get("train.environment") is None
     with pytest.raises(InputError, match="GRPOConfig"):
         grpo(tmp_path, "reward_funcs=[asked]")
+
+
+def test_8_bit_of_unsloth_and_trl_is_named_with_its_difference(tmp_path: Path) -> None:
+    text = """from unsloth import FastLanguageModel
+from trl import SFTConfig, SFTTrainer
+model, tokenizer = FastLanguageModel.from_pretrained("m", load_in_4bit=False, load_in_8bit=True)
+model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+trainer = SFTTrainer(model=model, args=SFTConfig(), train_dataset="a.jsonl")
+"""
+    draft = read_script(tmp_path, text, "unsloth")
+    assert draft.get("model.quantization") == "int8"
+    assert "outliers in 16 bit" in find_row_warnings(draft.differs)["load_in_8bit"]
+
+
+def test_of_two_warmups_the_steps_have_priority(tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, "warmup_ratio: 0.1\nwarmup_steps: 5\n")
+    assert draft.get("train.warmup") == 5
+    assert "warmup_steps has priority" in find_row_warnings(draft.ignored)["warmup_ratio"]

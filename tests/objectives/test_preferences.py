@@ -111,6 +111,11 @@ def test_every_option_has_a_default_or_is_refused() -> None:
         assert values == {option: value for option, value in objective.options.items() if option not in others}
     with pytest.raises(RecipeError, match="gamma: objective dpo"):
         list(default_options(TrainSection(objective="dpo", gamma=1.0)))
+    unread = TrainSection(objective="kto", label_smoothing=0.1, length_normalized=False)
+    with pytest.raises(RecipeError, match=r"label_smoothing, train\.length_normalized: objective kto") as caught:
+        list(default_options(unread))
+    fix = "leave them out, or set them to none if a recipe has them, or choose --train.objective dpo"
+    assert caught.value.fix == fix
     with pytest.raises(RecipeError, match=r"train\.rewards"):
         list(default_options(TrainSection(objective="grpo")))
     with pytest.raises(RecipeError, match="beta: objective sft"):

@@ -384,7 +384,7 @@ def train_words(model: Path, rows: Path, spec: str, out: Path) -> list[Any]:
     ("desk.py", [], "not a file and a class"),
     ("desk.py:Desk", ["--train.teacher", "demo"], "cannot be combined with --train.environment"),
     ("desk.py:Desk", ["--data.max_length", "64"], "rows.jsonl:1"),
-    ("desk.py:Desk", ["--train.objective", "dpo"], "objective dpo does not read it"),
+    ("desk.py:Desk", ["--train.objective", "dpo"], "objective dpo does not read"),
     ("desk.py:NoReward", [], "it has no reward, and there are no --train.rewards"),
     ("desk.py:Broken", [], "reset: row"),
 ])  # fmt: skip

@@ -78,6 +78,8 @@ RENDERING_REASONS: dict[str, str] = {
     "other-weight": "a message that is not the assistant's has a weight, which data.loss all ignores",
     "answer-in-parts": "the chat template splits one answer into several examples, which cannot be compared as one",
     "prompt-tokens-differ": "chosen and rejected do not begin with the same prompt tokens",
+    "prompt-lengths-differ": "only one answer begins with tokens that do not count: its first turn has weight 0, or "
+    "the chat template adds to it",
     "same-tokens": "chosen and rejected have the same tokens",
     "no-tokens": "the text has no tokens",
     "no-images": "the row has an image, and the model reads only text",
@@ -111,6 +113,7 @@ FIXES: dict[str, str] = {
     "reasoning-off": "choose --data.reasoning drop to train without it, or turn it on in data.template_options",
     "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant message a weight above 0",
+    "prompt-lengths-differ": "count the first turn of each answer, or remove it",
     "image-count": "write <image> once for each image, or nowhere to have them at the start of the first message",
     "image-url": "download the images, and give their paths",
     "image-missing": "give paths relative to the data file, or their folder with --data.image_folder",

@@ -528,6 +528,8 @@ class Draft:
         steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
         value, key = (steps, "warmup_steps") if steps or ratio is None else (ratio, "warmup_ratio")
         source = key
+        if steps and ratio:
+            self.add_ignored("warmup_ratio", f"{ratio}: ignored by the other tool too: warmup_steps has priority")
         if value is None:
             value, source = default, keys.default_source(key, f"{self.tool}'s default")
         if self.is_whole_warmup(key, value):

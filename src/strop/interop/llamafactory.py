@@ -155,7 +155,9 @@ def _read_data(draft: Draft, keys: Keys, stage: str) -> None:
         draft.add_difference("template", f"{template}: strop uses the model's chat template, or data.template")
     if (thinking := keys.take("enable_thinking")) is not None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
-        draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
+        draft.add_difference(
+            "enable_thinking", "passed to the model's template; remove data.template_options if that has no such option"
+        )
         if not thinking:
             draft.put("data.reasoning", "drop", "enable_thinking: false removes the reasoning of rows")
     draft.put_eval_share("val_size", keys.take("val_size"))

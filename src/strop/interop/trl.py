@@ -376,8 +376,10 @@ def _read_yaml(draft: Draft) -> None:
     if keys.take("load_in_4bit"):
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "load_in_4bit")
         draft.put("model.double_quantization", bool(keys.take("use_bnb_nested_quant", False)), "use_bnb_nested_quant")
+    elif keys.take("load_in_8bit"):
+        draft.put_int8("load_in_8bit")
     else:
-        draft.put("model.quantization", "int8" if keys.take("load_in_8bit") else "none", "load_in_8bit")
+        draft.put("model.quantization", "none", "load_in_8bit")
     if saved := keys.take("lora_modules_to_save"):
         draft.put("lora.modules_to_save", saved, "lora_modules_to_save")
     if (split := keys.take("dataset_train_split", "train")) != "train":
@@ -506,7 +508,10 @@ def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
             draft.put_full("full_finetuning")
         source = "load_in_4bit" if in_4_bit is not None else "unsloth's default"
         in_4_bit = not (in_8_bit or in_16_bit or full) if in_4_bit is None else in_4_bit
-        draft.put("model.quantization", "nf4" if in_4_bit else "int8" if in_8_bit else "none", source)
+        if in_8_bit and not in_4_bit:
+            draft.put_int8("load_in_8bit")
+        else:
+            draft.put("model.quantization", "nf4" if in_4_bit else "none", source)
     elif keys.peek("load_in_4bit") or keys.peek("load_in_8bit"):
         _read_bitsandbytes(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
     keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "load_in_4bit", "load_in_8bit", "use_gradient_checkpointing"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,15 @@ def check_devices(train: TrainSection, devices: int) -> None:
         raise RecipeError(what, fix="leave --devices and --nodes out")
 
 
+def _refuse_unread(train: TrainSection, names: Sequence[str]) -> RecipeError:
+    """Return the error of options that the objective does not read; the recipe of another run may set them."""
+    options, it = ", ".join(f"--train.{name}" for name in names), "it" if len(names) == 1 else "them"
+    readers = [known.name for known in OBJECTIVES.values() if {*names} <= {*known.options}]
+    fix = f"leave {it} out, or set {it} to none if a recipe has {it}"
+    fix += f", or choose --train.objective {', '.join(readers)}" if readers else ""
+    return RecipeError(f"{options}: objective {train.objective} does not read {it}", fix=fix)
+
+
 def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
     """Yield (field, value, reason) for each option of the objective that the recipe does not set.
 
@@ -121,12 +130,10 @@ def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
     """
     objective = objective_of(train)
     defaults = {} if objective is None else objective.options
+    if unread := [name for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None and name not in defaults]:
+        raise _refuse_unread(train, unread)
     for name in OBJECTIVE_OPTIONS:
         value = getattr(train, name)
-        if value is not None and name not in defaults:
-            readers = [known.name for known in OBJECTIVES.values() if name in known.options]
-            what = f"--train.{name}: objective {train.objective} does not read it"
-            raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
         has_rewards = train.teacher is not None or train.environment is not None
         if value is None and name == "rewards" and name in defaults and not has_rewards:
             what = f"objective {train.objective} needs --train.rewards, --train.environment or --train.teacher"

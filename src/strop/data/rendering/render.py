@@ -458,8 +458,11 @@ def check_pair(*sides: list[Example] | RenderError) -> list[Example] | RenderErr
             return RenderError("answer-in-parts")
         examples += side
     chosen, rejected = examples
-    if not np.array_equal(chosen.ids[: chosen.prompt_length], rejected.ids[: rejected.prompt_length]):
+    lengths = chosen.prompt_length, rejected.prompt_length
+    if not np.array_equal(chosen.ids[: min(lengths)], rejected.ids[: min(lengths)]):
         return RenderError("prompt-tokens-differ")
+    if lengths[0] != lengths[1]:
+        return RenderError("prompt-lengths-differ")
     if np.array_equal(chosen.ids, rejected.ids):
         return RenderError("same-tokens")
     separately = chosen.encoded_separately or rejected.encoded_separately

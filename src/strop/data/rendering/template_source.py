@@ -118,7 +118,7 @@ def check_options(options: Mapping[str, Any], variables: frozenset[str], source:
         if name not in variables:
             known = ", ".join(sorted(variables)) or "no option"
             what = f"{source}: the chat template reads no {name}{suggest(name, sorted(variables))}"
-            raise ModelError(what, fix=f"it reads {known}")
+            raise ModelError(what, fix=f"leave {name} out: the template reads {known}")
 
 
 def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
