@@ -24,7 +24,7 @@ from strop.engine.train import buffers as buffers_module
 from strop.errors import InputError
 from strop.models.adapters import save_adapter
 from strop.runs.events import read_events
-from tests.support import tiny, tiny_families
+from tests.support import preferences, tiny, tiny_families
 from tests.support.jobs import events
 from tests.support.runs import QUICK, run
 
@@ -688,6 +688,19 @@ def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
     recipe.write_text(yaml.safe_dump({**settings, **values}), encoding="utf-8")
     out = strop.train(recipe, out=tmp_path / "r", **options).folder
     assert [event["text"] for event in events(out, "note")] == message
+
+
+def test_recipe_values_of_another_objective_are_noted(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = preferences.write_pairs(tmp_path / "rows.jsonl", 8)
+    words = {"model": str(tiny_folder), "data": str(rows), "train.max_steps": 1, "model.dtype": "fp32"}
+    first = strop.train(**words, objective="dpo", out=tmp_path / "dpo").folder
+    options = {"objective": "ipo", "train.label_smoothing": None, "out": tmp_path / "ipo"}
+    notes = [event["text"] for event in events(strop.train(first / "recipe.yaml", **options).folder, "note")]
+    text = "train.length_normalized false: set by the recipe; with --train.objective ipo it would be true"
+    assert f"{text} (--train.length_normalized none)" in notes
+    options |= {"train.length_normalized": None, "out": tmp_path / "other"}
+    notes = [event["text"] for event in events(strop.train(first / "recipe.yaml", **options).folder, "note")]
+    assert not any("length_normalized" in note for note in notes)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

@@ -264,24 +264,33 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
 
 
 def find_unusual_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
-    """Yield notes on alpha and the learning rate: set by the recipe, and an option changes their default; or a rate
-    at which runs have diverged.
+    """Yield notes on options whose default an option changes, although the recipe sets them: alpha, the learning rate,
+    and those of the objective. Also on a rate at which runs have diverged.
     """
     # The recipe.yaml of a run sets all options, so alpha and the rate do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
     rule_values = {"lora.alpha": 2.0 * recipe.lora.r}
     if recipe.train.optimizer != "sgd":
         rule_values["train.learning_rate"] = default_learning_rate(recipe, shape)[0]
+    if (objective := objective_of(recipe.train)) is not None:
+        numbers = {name: value for name, value in objective.options.items() if isinstance(value, int | float)}
+        rule_values |= {f"train.{name}": value for name, value in numbers.items()}
     for field, value in rule_values.items():
-        changed = [choices[name] for name in DEPENDENCIES[field] if choices[name].origin == "option"]
+        changed = [
+            choices[name] for name in DEPENDENCIES.get(field, ("train.objective",)) if choices[name].origin == "option"
+        ]
         options, choice = [f"--{x.field} {x.value}" for x in changed], choices[field]
         if options and choice.origin == "recipe" and choice.value is not None and choice.value != value:
-            default = f"with {', '.join(options)} it would be {value:g} (--{field} none)"
-            yield f"{field} {choice.value:g}: set by the recipe; {default}"
+            default = f"with {', '.join(options)} it would be {_as_text(value)} (--{field} none)"
+            yield f"{field} {_as_text(choice.value)}: set by the recipe; {default}"
     rate, rule = recipe.train.learning_rate, rule_values.get("train.learning_rate")
     if rate is not None and rule is not None and rate > DIVERGING_RATE * rule:
         what = f"train.learning_rate {rate:g}: {rate / rule:,.0f} times the default of this recipe ({rule:g})"
         yield f"{what}; from {DIVERGING_RATE} times on, runs diverged (docs/learning_rate.md)"
+
+
+def _as_text(value: float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def adapter_scale(recipe: Recipe) -> float:
