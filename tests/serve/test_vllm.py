@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import requests
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import strop
-from strop.engine.decode.model import load_renderer
+from strop.engine.decode.model import load, load_renderer
 from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
+from strop.serve import vllm
 from strop.serve.server import Address
 from strop.serve.vllm import (
     NUM_ROWS,
     ParityResult,
     _check_adapter,
+    _compute_reference,
     _locate_model_tokenizer,
     _request,
     _select_rows,
@@ -32,7 +40,7 @@ from strop.serve.vllm import (
     lora_module_argument,
 )
 from tests.engine.test_images import write_rows
-from tests.support import seeing
+from tests.support import seeing, tiny
 from tests.support.serving import CHAT, save_adapters, serving
 
 
@@ -86,6 +94,29 @@ def test_adapter_without_a_tokenizer_uses_that_of_its_base(tiny_folder: Path, tm
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert _locate_model_tokenizer(str(folder)).path == tiny_folder
+
+
+def test_reference_of_a_bf16_base_is_computed_in_fp32(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 8)
+    options = {"train.max_steps": 4, "train.learning_rate": 1e-2, "model.dtype": "fp32"}
+    run = strop.train(model=str(tmp_path / "base"), data=str(rows), out=tmp_path / "run", **options)
+    loaded: list[Any] = []
+    monkeypatch.setattr(vllm, "load", lambda *args, **named: loaded.append(load(*args, **named)) or loaded[-1])
+    found, tuned, base = _compute_reference(str(run.folder), 100)
+    weights = dict(loaded[0].module.named_parameters())
+    linear = next(weight for name, weight in weights.items() if name.endswith("up_proj.base_layer.weight"))
+    assert base is not None and linear.dtype == torch.bfloat16
+    reference = PeftModel.from_pretrained(model.float(), run.folder / "adapter").eval()
+    for row, values, untrained in zip(found, tuned, base, strict=True):
+        ids = torch.tensor(row.ids.astype(int))[None]
+        with torch.no_grad():
+            logprobs = reference(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert np.allclose(values, logprobs, atol=1e-5) and not np.allclose(untrained, logprobs, atol=1e-3)
 
 
 def test_api_key_is_sent_with_a_body_only_and_errors_raise() -> None:

@@ -35,7 +35,7 @@ from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
 from strop.exporting.classifier import SCORE_WEIGHT, compare_classifiers, read_score_weight, set_classes
 from strop.exporting.embedder import compare_embedders, set_architecture
-from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32
+from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, linears_may_stay_16bit
 from strop.exporting.tables import print_base_losses, print_parity
 from strop.machine.memory import free_memory
 from strop.machine.probe import probe
@@ -60,7 +60,7 @@ from strop.models.adapters import (
     restore_precision,
 )
 from strop.models.embedder import read_pooling, write_modules
-from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
+from strop.models.experts import PackedExperts, pack_experts, quantizable_names
 from strop.models.introspect import text_filter
 from strop.models.load import (
     DTYPES,
@@ -332,7 +332,7 @@ class TunedModel:
             self.source, dtype, "cpu", quantization=storage.scheme, double=storage.double, resident_layers=None
         )
         tuned = attach_adapter(base, self.folder, self.source, kind=adapter_kind(self.folder))[0].eval()
-        tuned = compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
+        tuned = compute_in_fp32(tuned)
         tuned = restore_precision(tuned, self.folder)
         install_images(tuned, self.tokenizer)
         return tuned
@@ -399,18 +399,9 @@ def _read_texts(
 def _load_merged(folder: Path, dtype: torch.dtype, tokenizer: Any) -> Any:
     source = Source(str(folder), "folder", folder)
     model: Any = load_base(source, dtype, "cpu")
-    model = compute_in_fp32(model if linears_may_stay_16bit(model) else model.float())
+    model = compute_in_fp32(model)
     install_images(model, tokenizer)
     return model
-
-
-def linears_may_stay_16bit(model: Any) -> bool:
-    """Return whether `compute_in_fp32` can keep linear weights in 16 bit.
-
-    It casts the weights in nn.Linear.forward, which Mamba and xLSTM layers and mixtures of experts bypass.
-    """
-    has_mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
-    return not has_mixers and next(expert_parameters(model), None) is None
 
 
 def _write_merged(

@@ -27,6 +27,7 @@ from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
 from strop.machine.memory import free_memory
 from strop.models.adapters import adapter_disabled
+from strop.models.experts import expert_parameters
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
@@ -268,8 +269,19 @@ def _compute_ratio(parts: Any, wholes: Any) -> tuple[float, float]:
     return ratio, float(math.sqrt(((parts - ratio * wholes) ** 2).sum()) / wholes.sum())
 
 
+def linears_may_stay_16bit(model: Any) -> bool:
+    """Return whether `compute_in_fp32` can keep linear weights in 16 bit.
+
+    It casts the weights in nn.Linear.forward, which Mamba and xLSTM layers and mixtures of experts bypass.
+    """
+    has_mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
+    return not has_mixers and next(expert_parameters(model), None) is None
+
+
 def compute_in_fp32(model: Any) -> Any:
     """Make a model compute in fp32. To save memory, linear weights keep their type and are cast for each matmul."""
+    if not linears_may_stay_16bit(model):
+        return model.float()
     for module in model.modules():
         # They are trained in full, or their weights are used without a matmul.
         if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):

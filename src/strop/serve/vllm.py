@@ -35,6 +35,7 @@ from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_generation_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import load_questions
+from strop.exporting.parity import compute_in_fp32
 from strop.machine.processes import end_session, end_with_parent
 from strop.models.adapter_config import (
     adapter_folder,
@@ -45,7 +46,7 @@ from strop.models.adapter_config import (
     refuse_on_16_bit_base,
 )
 from strop.models.adapters import check_adapter_base, check_adapter_weights, locate_base, locate_tokenizer
-from strop.models.load import weights_folder
+from strop.models.load import DTYPES, stored_dtype, weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import config_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
@@ -249,9 +250,14 @@ def _compute_reference(name: str, context: int) -> tuple[list[_Row], list[list[f
     """Return rows and their log-probabilities in strop with the adapter and, if there is an adapter, without it.
 
     They are computed in fp32 from unquantized weights, which vLLM uses too, on the CPU, because vLLM needs the GPU's
-    memory.
+    memory. The weights stay in the dtype in which they are stored.
     """
-    model = load(name, device="cpu", dtype="fp32", quantization="none")
+    folder = adapter_folder(name)
+    stored = stored_dtype(locate(name) if folder is None else locate_base(folder))
+    model = load(
+        name, device="cpu", dtype=next(dtype for dtype in DTYPES if DTYPES[dtype] == stored), quantization="none"
+    )
+    compute_in_fp32(model.module)
     rows = _select_rows(name, model.renderer, context)
     tuned = [_compute_logprobs(model.module, row) for row in rows]
     if not model.is_tuned:
