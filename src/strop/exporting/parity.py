@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from strop.data.images import hide_images
 from strop.data.types import Example
 from strop.display.terminal import LASTING
+from strop.engine.device import pick_device
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
 from strop.machine.memory import free_memory
@@ -31,6 +32,7 @@ from strop.models.experts import expert_parameters
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
+GPU_WORKSPACE_BYTES = 4 << 30  # a head in fp32, the logits of a row, and what a layer computes
 CHUNK_BYTES = 4 << 20  # log-probabilities are processed in chunks of this size
 
 
@@ -151,7 +153,7 @@ def measure_against(
     ends = list(accumulate(sizes))
     LOG.info("measuring the result on rows, which may take longest (--no-parity skips it)", extra=LASTING)
     with tempfile.TemporaryDirectory() as folder:
-        model = reference()
+        model = move_to_gpu(reference())
         stored, losses = _LogprobFile(Path(folder) / "tuned"), []
         for example, start in zip(_log_progress("the tuned model", examples), starts, strict=True):
             logprobs = _compute_logprobs(model, example)
@@ -162,7 +164,7 @@ def measure_against(
         free_memory()
 
         def measure(load: Callable[[], Any], limit: Limit) -> Parity:
-            model = load()
+            model = move_to_gpu(load())
             divergences, flips, clear_flips, model_losses, projections = [], 0, 0, [], []
             for example, start, size, end in zip(
                 _log_progress("the result", examples), starts, sizes, ends, strict=True
@@ -193,6 +195,23 @@ def measure_against(
             )  # fmt: skip
 
         yield measure
+
+
+def move_to_gpu(model: Any) -> Any:
+    """Move a transformers model to the GPU if there is one with enough memory. Quantized weights stay on the CPU."""
+    if not isinstance(model, nn.Module) or pick_device("auto") != "cuda":
+        return model
+    free_memory()
+    torch.cuda.empty_cache()
+    tensors = [*model.parameters(), *model.buffers()]
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in tensors) + GPU_WORKSPACE_BYTES
+    is_packed = any(tensor.dtype in (torch.uint8, torch.int8) for tensor in tensors)
+    if is_packed or needed > torch.cuda.mem_get_info()[0]:
+        return model
+    try:
+        return model.to("cuda")
+    except torch.OutOfMemoryError:
+        return model.cpu()
 
 
 def _log_progress(name: str, examples: Sequence[Example]) -> Iterator[Example]:
