@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 import strop
 from strop.evaluation.model_card import hub_id
@@ -88,6 +88,8 @@ def test_adapter_is_pushed_in_one_private_commit_with_its_card(
     assert files["adapter_model.safetensors"] == (work / "run/adapter/adapter_model.safetensors").read_bytes()
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     assert json.loads(files["strop.json"])["base"]["name"] == "me/base"
+    system = json.loads(files["strop.json"]).get("system")
+    assert result["system"] == system and bool(system) == ("the system prompt of the training rows" in err)
     card = files["README.md"].decode()
     assert "base_model: me/base" in card and 'from_pretrained("me/mine")' in card and "95 % interval" in card
     assert "## Limits" in card and "hash `" in card and "rank 4" in card and "data:" in card
@@ -211,7 +213,7 @@ def test_invalid_files_are_named_and_nothing_is_pushed(
 def test_failed_verification_is_reported(push: Push, shelf: Shelf) -> None:
     shelf.down_after = "/paths-info/"
     code, _, err = push("merged", "me/mine")
-    assert code == 1 and "it was uploaded but not compared" in err and "nothing was changed" not in err, err
+    assert code == 1 and "it was uploaded but not compared" in err and "no file was changed" not in err, err
 
 
 REFUSED = [
@@ -246,7 +248,17 @@ def test_refused_pushes_report_one_line(
 def test_broken_connection_changes_nothing(push: Push, shelf: Shelf) -> None:
     shelf.down_after = "/commit/"
     code, _, err = push("merged", "me/mine")
-    assert code == 1 and "nothing was changed there" in err and not shelf.repos["me/mine"], err
+    assert code == 1 and "no file was changed there" in err and not shelf.repos["me/mine"], err
+
+
+def test_error_of_the_xet_service_is_one_line(push: Push, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Network error: xet-write-token")  # the built-in one, as from hf_xet
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", refuse)
+    code, result, err = push("merged", "me/mine")
+    assert code == 1 and "cannot be reached (ConnectionError)" in err and "bug in strop" not in err
+    assert result["error"]["kind"] == "RunError"
 
 
 def test_environment_sets_endpoint_and_account(shelf: Shelf, work: Path, tmp_path: Path) -> None:

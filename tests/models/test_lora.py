@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from transformers import (
     AutoModelForCausalLM,
@@ -104,6 +105,30 @@ def test_rank_pattern_and_rslora_take_effect() -> None:
     assert {shapes[name] for name in shapes if "v_proj" in name} == {4}
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
+
+
+def test_overlapping_patterns_are_the_same_after_peft_has_sorted_them(tmp_path: Path) -> None:
+    """PEFT takes the first key that matches, and sorts the keys in adapter_config.json."""
+    base = tiny.model()
+    ranks = {"layers.1.mlp.up_proj": 1, "up_proj": 2, ".*": 3}
+    alphas = {"layers.1.mlp.down_proj": 2, "[d]own_proj": 40, ".*_proj": 12}
+    model = add_lora(copy.deepcopy(base), section(rank_pattern=ranks, alpha_pattern=alphas), tokenizer("chatml"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    for adapted in (model, loaded):
+        first, second = adapted.base_model.model.model.layers
+        shapes = [
+            len(x.lora_A["default"].weight) for x in (first.mlp.up_proj, second.mlp.up_proj, first.self_attn.q_proj)
+        ]
+        scales = [x.scaling["default"] for x in (first.mlp.down_proj, second.mlp.down_proj, second.self_attn.q_proj)]
+        assert shapes == [2, 1, 3] and scales == [40 / 3, 2 / 3, 12 / 3]
+
+
+def test_key_of_a_pattern_behind_a_more_general_one_is_refused() -> None:
+    pattern = {"v_proj": 80, "layers.1.self_attn.v_proj": 1}
+    with pytest.raises(ModelError, match="has no effect: v_proj is given before it") as caught:
+        check_lora(tiny.model(), section(alpha_pattern=pattern))
+    assert caught.value.fix == "give layers.1.self_attn.v_proj first"
 
 
 def test_alpha_pattern_accepts_fractions() -> None:

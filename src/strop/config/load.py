@@ -133,7 +133,12 @@ class Resolved:
     def as_yaml(self) -> str:
         """Return the recipe as YAML, with the origin and reason of each value as a comment."""
         lines: list[str] = []
-        style: dict[str, Any] = {"default_flow_style": True, "allow_unicode": True, "width": 1 << 30}
+        style: dict[str, Any] = {
+            "default_flow_style": True,
+            "allow_unicode": True,
+            "width": 1 << 30,
+            "sort_keys": False,
+        }
         for section, choices in groupby(self.choices.values(), lambda choice: choice.field.rpartition(".")[0]):
             lines += [f"{section}:"] if section else []
             for choice in choices:

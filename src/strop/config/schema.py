@@ -205,10 +205,12 @@ class LoraSection(Section):
         "error",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
-        default_factory=dict, description="ranks by module name or regular expression"
+        default_factory=dict,
+        description="ranks by module name or regular expression; the first that matches counts",
     )
     alpha_pattern: dict[str, Annotated[Finite, Field(gt=0)]] = Field(
-        default_factory=dict, description="alphas by module name or regular expression"
+        default_factory=dict,
+        description="alphas by module name or regular expression; the first that matches counts",
     )
     modules_to_save: list[str] = Field(
         default_factory=list, description="modules trained in full instead of with LoRA (matched by name suffix)"

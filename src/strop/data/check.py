@@ -295,11 +295,10 @@ def _clean_rows(
             if contradicted := next(filter(None, checks), None):
                 changes.append(Change(file, line, f"dropped: contradicts {contradicted[0]}:{contradicted[1]}"))
                 continue
-        key = digest(dump_conversation(conversation))
-        if key in locations:
+        key, location = digest(dump_conversation(conversation)), f"{file}:{line}"
+        if locations.setdefault(key, location) != location:  # a row that the weight of its file repeats stays repeated
             changes.append(Change(file, line, f"dropped: the same as {locations[key]}"))
             continue
-        locations[key] = f"{file}:{line}"
         value = _to_row(conversation, as_prompt=data_kind == "prompts" and reader.formats[file] == "prompt")
         row_columns = {*value} - {"tools"}
         if row_columns != (columns_written := columns_written or row_columns):

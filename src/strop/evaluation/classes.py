@@ -86,7 +86,9 @@ def check_labels(conversations: Sequence[Conversation], classes: Classes) -> Non
     where = [Location(row.file, row.line, what) for row, what in errors if what]
     if where:
         raise DataError(
-            f"{len(where)} rows have a label that the run does not know", fix="fix or remove them", where=where
+            f"{len(where)} rows have a label that the run does not know",
+            fix="correct or remove these rows",
+            where=where,
         )
 
 
@@ -102,7 +104,7 @@ def classify(
         else:
             examples += rendered
     if invalid:
-        raise DataError(f"{len(invalid)} texts cannot be classified", fix="fix or remove them", where=invalid)
+        raise DataError(f"{len(invalid)} texts cannot be classified", fix="correct or remove these rows", where=invalid)
     check_positions(model, examples)
     done = 0
 

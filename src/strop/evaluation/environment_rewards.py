@@ -50,7 +50,7 @@ def make_prompts(model: Model, conversations: Sequence[Conversation]) -> list[Pr
         messages = tuple(map(message_json, turns))
         prompts.append(Prompt((empty,), gold=gold, row=row, reasoning_ends=ends, messages=messages))
     if invalid:
-        raise DataError(f"{len(invalid)} rows cannot be rendered", fix="fix or remove them", where=invalid)
+        raise DataError(f"{len(invalid)} rows cannot be rendered", fix="correct or remove these rows", where=invalid)
     return prompts
 
 

@@ -51,7 +51,7 @@ def compare_preferences(
         else:
             pairs.append((rendered[0], rendered[1]))
     if invalid:
-        raise DataError(f"{len(invalid)} pairs cannot be compared", fix="fix or remove them", where=invalid)
+        raise DataError(f"{len(invalid)} pairs cannot be compared", fix="correct or remove these rows", where=invalid)
     check_positions(model, (example for pair in pairs for example in pair))
     if model.adapter is not None and adapter_kind(model.adapter) == "reward":
         return _compare_scores(model, conversations, pairs, advance, devices)

@@ -144,7 +144,7 @@ def compare_retrieval(
         else:
             rows.append(rendered)
     if invalid:
-        raise DataError(f"{len(invalid)} rows cannot be embedded", fix="fix or remove them", where=invalid)
+        raise DataError(f"{len(invalid)} rows cannot be embedded", fix="correct or remove these rows", where=invalid)
     check_positions(model, (example for row in rows for example in row))
     task = Retrieval.from_rows(rows)
     texts = np.array([text for row in conversations for text in (row.text or "", *row.passages)], dtype=object)

@@ -573,7 +573,7 @@ def read_conversations(
         raise DataError(what, fix="give rows with right answers, or pairs")
     if errors:
         where = [error.where for error in errors]
-        fixes = sorted({FIXES.get(error.code, "fix or remove them") for error in errors})
+        fixes = sorted({FIXES.get(error.code, "correct or remove these rows") for error in errors})
         raise DataError(f"{len(errors)} rows are wrong", fix="; ".join(fixes), where=where)
     if "pairs" in kinds and len(kinds) > 1:
         raise DataError("pairs and other rows in one evaluation", fix="evaluate them in two commands")

@@ -51,6 +51,7 @@ class Pushed:
         left_out: files of the folder that were not uploaded.
         removed: files of an earlier push that were deleted.
         size_bytes: size of the uploaded files.
+        system: the system prompt of the training rows that is in the uploaded strop.json, or None.
     """
 
     repo: str
@@ -63,6 +64,7 @@ class Pushed:
     left_out: list[str]
     removed: list[str]
     size_bytes: int
+    system: str | None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,7 +113,8 @@ def push(
     with _translated_errors(api, repo, "it was uploaded but not compared; push it again"):
         _verify(api, repo, adds)
     size_bytes, url = sum(add.upload_info.size for add in adds), f"{api.endpoint}/{repo}"
-    return Pushed(repo, url, str(commit.oid), private, kind, base, sorted(contents), left_out, removed, size_bytes)
+    files, system = sorted(contents), None if folder is None else read_identity(folder).get("system")
+    return Pushed(repo, url, str(commit.oid), private, kind, base, files, left_out, removed, size_bytes, system)
 
 
 def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], str]:
@@ -257,7 +260,7 @@ def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
 
 
 @contextmanager
-def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed there; try again") -> Iterator[None]:
+def _translated_errors(api: HfApi, repo: str, retry: str = "no file was changed there; try again") -> Iterator[None]:
     """Convert errors of huggingface_hub to InputError or RunError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -283,7 +286,7 @@ def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed 
         raise RunError(f"{repo}: the Hub answered with status {status}: {reason}", fix=retry) from None
     except (RuntimeError, ValueError) as error:  # the Hub rejected a file or the model card
         raise RunError(f"{repo}: {str(error.__cause__ or error).strip().splitlines()[0]}", fix=retry) from None
-    except TransportError as error:
+    except (TransportError, ConnectionError, TimeoutError) as error:  # the last two are those of hf_xet
         what = f"{api.endpoint}: cannot be reached ({type(error).__name__})"
         raise RunError(what, fix=f"{retry}; check the connection and HF_ENDPOINT") from None
 

@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -26,10 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
 from strop.data.prepare import add_tokens
-from strop.errors import ModelError, RecipeError, suggest
+from strop.errors import ModelError, RecipeError
 from strop.models.adapter_config import SCORE_HEAD, SCORE_TASK
 from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
-from strop.models.families.shape import EXPERTS, LinearKind, matches_pattern, target_names
+from strop.models.families.shape import EXPERTS, LinearKind, check_pattern, matches_pattern, target_names
 from strop.models.introspect import (
     check_modules_to_save,
     has_suffix,
@@ -65,10 +65,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
         raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
-        for key in pattern:
-            if not any(matches_pattern(key, path) for path in adapted):
-                what = f"lora.{field}: {key} matches no layer with an adapter{suggest(key, names)}"
-                raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
+        check_pattern(field, pattern, adapted, names)
     return names
 
 
@@ -88,8 +85,11 @@ def add_lora(
         check_score_head(cast(Any, model).config)
         add_score_head(model, outputs)
         modules_to_save.append(SCORE_HEAD)
+    adapted_paths = _adapted_paths(model, names, section.modules_to_save)
     config = peft.LoraConfig(
-        **section.model_dump(include={"r", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}),
+        **section.model_dump(include={"r", "bias", "use_rslora", "use_dora"}),
+        rank_pattern=_in_order_of_peft(section.rank_pattern, adapted_paths),
+        alpha_pattern=_in_order_of_peft(section.alpha_pattern, adapted_paths),
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         init_lora_weights=section.init if section.init == "gaussian" else True,  # for loftq see init_loftq
@@ -102,6 +102,18 @@ def add_lora(
         adapted = peft.get_peft_model(model, config)
     _round_initial_values(adapted)
     return patch_lora_forward(cast_trainable_to_fp32(adapted))
+
+
+def _in_order_of_peft(pattern: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Return a rank or alpha pattern whose keys keep their order when PEFT sorts them in adapter_config.json.
+
+    Of several keys that match a module, PEFT takes the first. If there are such keys, each is put into parentheses, the
+    more the earlier it is: these sort before letters and digits, and change no regular expression.
+    """
+    if not any(sum(matches_pattern(key, path) for key in pattern) > 1 for path in paths):
+        return dict(pattern)
+    items = zip(range(len(pattern), 0, -1), pattern.items(), strict=True)
+    return {"(?:" * depth + key + ")" * depth: value for depth, (key, value) in items}
 
 
 def _round_initial_values(model: nn.Module) -> None:

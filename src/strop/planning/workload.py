@@ -9,9 +9,16 @@ from typing import Any
 
 from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast, why_full_not_fast
-from strop.errors import ModelError, suggest
+from strop.errors import ModelError
 from strop.machine.probe import MAX_TILED_RANK, this_cpu
-from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
+from strop.models.families.shape import (
+    EMBEDDINGS,
+    LinearShape,
+    ModelShape,
+    check_pattern,
+    matches_pattern,
+    target_names,
+)
 from strop.models.families.table import FAMILIES, Family
 from strop.objectives.table import count_score_outputs, data_kind_of
 
@@ -337,7 +344,5 @@ def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        for pattern in patterns if shape.known else ():
-            if not any(matches_pattern(pattern, path) for path in paths):
-                what = f"lora.{field}: {pattern} matches no layer with an adapter{suggest(pattern, names)}"
-                raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
+        if shape.known:
+            check_pattern(field, patterns, paths, names)

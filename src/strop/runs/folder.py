@@ -217,7 +217,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 def open_run(path: Path) -> RunFolder:
     """Open an existing run folder. Raises FolderError, which suggests a similar name, if there is none."""
     if not is_run(path):
-        what = "not a run folder" if path.exists() else f"no such run{suggest_path(str(path))}"
+        runs = [str(run.path) for run in find_runs(path.parent)]
+        near = suggest_path(str(path)) if is_run(Path("runs", path)) else suggest(str(path), runs)
+        what = "not a run folder" if path.exists() else f"no such run{near}"
         raise FolderError(f"{path}: {what}", fix=name_runs(str(path), "see `strop runs`"))
     return RunFolder(path)
 

@@ -222,7 +222,7 @@ def _read_parts(spec: str | Sequence[str], data: DataSection, kind: DataKind) ->
         raise DataError(what, fix="write one row for each prompt", where=several)
     if errors and data.bad_rows == "refuse":
         where = [error.where for error in errors]
-        raise DataError(f"{len(errors)} rows are wrong", fix="fix or remove them", where=where)
+        raise DataError(f"{len(errors)} rows are wrong", fix="correct or remove these rows", where=where)
     return parts
 
 

@@ -80,6 +80,9 @@ def read_distributions(rows: Examples, answers: Answers, renderer: Renderer) -> 
             probs.append([*chosen.values()])
     tokens, matched = counts.tolist()
     LOG.info("train.teacher: the server gave the probabilities of %d of the %d tokens of its answers", matched, tokens)
+    if not tokens:
+        what = "train.teacher: the server has answered none of the rows that are trained on"
+        raise RecipeError(what, fix="leave the teacher out, or give rows without an answer that it can answer")
     if matched < MIN_SHARE * tokens:
         what = f"train.teacher: {tokens - matched:,} of {tokens:,} tokens are not those of the server's answers"
         fix = "choose a teacher of the same family, or train on its answers alone: --train.teacher_weight 0"

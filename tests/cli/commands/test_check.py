@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import tiny
 from tests.support.runs import run
@@ -20,6 +22,26 @@ def test_fix_reports_the_cleaned_copy(
     code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
     assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
     assert f"next     strop train --model {tiny_folder} --data clean.jsonl" in err
+
+
+def test_command_after_fix_trains_on_the_copy_as_on_the_rows(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"q": "a", "a": "b c"}\n{"q": "d", "a": "e"}\n', encoding="utf-8")
+    words = ["check", "--model", tiny_folder, "--data", "rows.jsonl@2", "--data.columns", "prompt=q,completion=a"]
+    code, out, err = run(*words, "--data.loss", "all", "--fix", "clean.jsonl", "--json", capsys=capsys)
+    assert code == 0 and "wrote clean.jsonl: 4 rows, 0 dropped" in err  # two rows, twice as their weight asks
+    command = shlex.split(" ".join(err.partition("next ")[2].split()))
+    assert command == shlex.split(f"strop train --model {tiny_folder} --data.loss all --data clean.jsonl")
+    code, again, _ = run("check", *command[2:], "--json", capsys=capsys)
+    assert code == 0 and json.loads(again)["tokens"] == json.loads(out)["tokens"]
+    data = {"train": "rows.jsonl", "columns": {"prompt": "q", "completion": "a"}}
+    Path("r.yaml").write_text(yaml.safe_dump({"model": {"name": str(tiny_folder)}, "data": data}), encoding="utf-8")
+    code, _, err = run("check", "r.yaml", "--fix", "other.jsonl", capsys=capsys)
+    command = shlex.split(" ".join(err.partition("next ")[2].split()))
+    assert command == shlex.split("strop train r.yaml --data.columns none --data other.jsonl")
+    assert run("check", *command[2:], capsys=capsys)[0] == 0
 
 
 def test_fix_does_not_suggest_itself(

@@ -205,6 +205,9 @@ def push(
         console.print(f"not sent {file}", markup=False)
     for file in pushed.removed:
         console.print(f"removed  {file}, left by an earlier push", markup=False)
+    if pushed.system:
+        start = pushed.system if len(pushed.system) <= 60 else f"{pushed.system[:60]}..."
+        print_notes([f"strop.json there has the system prompt of the training rows: {start!r}"])
     console.print(
         f"[bold]pushed[/]   {pushed.url} ({'private' if pushed.private else 'public'}): {len(pushed.files)} files, "
         f"{pushed.size_bytes / 2**20:.1f} MiB, each verified against the Hub's copy"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,10 +171,7 @@ def check(
             written = sum(1 for _ in file)
         summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
         console.print(summary, markup=False, highlight=False)
-        objective = checked.recipe.train.objective
-        words = [str(recipe_file)] if recipe_file else ["--model", checked.recipe.model.name]
-        words += ["--objective", objective] if objective != "sft" and not recipe_file else []
-        print_next(["train", *words, "--data", str(fix)])
+        print_next(["train", *_options_of_copy(checked.recipe, recipe_file, options), "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     if not checked.recipe.model.adapter and not refusal and fix is None:
         named = {} if recipe_file else {"model.name": checked.recipe.model.name}
@@ -181,6 +180,17 @@ def check(
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
         raise typer.Exit(InputError.exit_code)
+
+
+def _options_of_copy(recipe: Recipe, recipe_file: Path | None, options: Mapping[str, Any]) -> list[str]:
+    """Return the words that train on a cleaned copy as on the rows: the same options, without how these are read."""
+    read = {"data.columns": None, "data.format": "auto", "data.encoding": "utf-8"}
+    kept = {name: value for name, value in options.items() if name not in {*read, "data.train", "data.bad_rows"}}
+    if recipe_file is None:
+        return option_words({"model.name": recipe.model.name, **kept})
+    values = {name: attrgetter(name)(recipe) for name in read}
+    reset = {name: default or "none" for name, default in read.items() if values[name] != default}
+    return [str(recipe_file), *option_words({**kept, **reset})]
 
 
 def _show_traces(checked: api.CheckedRows, show: int, ids: bool) -> None:

@@ -84,6 +84,22 @@ def matches_pattern(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
+def check_pattern(field: str, pattern: Mapping[str, float], paths: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ModelError for a key that applies to no module. Of several keys that match a module, PEFT takes the first.
+
+    field: rank_pattern or alpha_pattern. paths: of the modules with an adapter. names: the last parts of these.
+    """
+    for i, key in enumerate(pattern):
+        matched = [path for path in paths if matches_pattern(key, path)]
+        if not matched:
+            what = f"lora.{field}: {key} matches no layer with an adapter{suggest(key, names)}"
+            raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
+        earlier = [[other for other in list(pattern)[:i] if matches_pattern(other, path)] for path in matched]
+        if all(earlier):
+            what = f"lora.{field}: {key} has no effect: {earlier[0][0]} is given before it and matches the same layers"
+            raise ModelError(what, fix=f"give {key} first")
+
+
 def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKind:
     """Return the entry of an embedding for `strop modules`: it gets no adapter and stays in 16 bit."""
     return LinearKind(name, "Embedding", rows, size, count, (), "embedding")
