@@ -387,3 +387,18 @@ def test_missing_run_names_the_runs_there(
     ):
         code, _, err = run(*words.split(), capsys=capsys)
         assert code == 2 and "Fix: give one of the runs runs/second, runs/first\n" in err, err
+
+
+def test_only_runs_are_suggested_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("r/fooa", "r/food"):
+        Path(folder).mkdir(parents=True)
+    Path("r/foo.log").write_text("output of a run", encoding="utf-8")
+    code, _, err = run("resume", "r/foo", capsys=capsys)
+    assert code == 2 and "r/foo: no such run" in err and "did you mean" not in err
+    Path("r/food/recipe.yaml").write_text("", encoding="utf-8")
+    Path("r/food/lock.json").write_text("{}", encoding="utf-8")
+    code, _, err = run("resume", "r/foo", capsys=capsys)
+    assert "did you mean r/food?" in err

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import strop
 from strop.config.load import resolve
+from strop.config.schema import LoraSection
 from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
 from strop.errors import ModelError
@@ -92,6 +94,18 @@ def test_plan_predicts_the_step_and_the_number_of_trained_weights(
     assert workload.compute.step == step_for(adapted).name == step
     if text_tokenizer is None:  # its vocabulary is larger than this model's
         assert workload.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_weights_of_a_mixture_with_dense_layers_are_counted_exactly(tmp_path: Path) -> None:
+    """A third of the layers has experts, so that no mean per layer is a whole number."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 3, "num_experts": 8, "decoder_sparse_step": 2, "vocab_size": 100, "head_dim": 16}
+    config = Qwen3MoeConfig(**sizes)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    adapted = add_lora(model, LoraSection(r=16, alpha=32), None)
+    plan = strop.plan(model=str(tmp_path), lora={"r": 16})
+    assert plan.as_json()["trainable_parameters"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

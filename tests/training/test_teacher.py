@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from strop.runs.events import read_events
 from strop.training import loop, teacher
 from strop.training.gradients import micro_batches
 from strop.training.rollouts import PolicyCriterion
+from strop.training.server_probs import read_distributions
 from strop.training.soft_labels import soften
 from tests import ROOT
 from tests.evaluation.test_judge import judge_server
 from tests.support import tiny
+from tests.support.families import tokenizer
 from tests.support.groups import make_job, prompts, write_reward
 from tests.support.runs import run
 from tests.support.serving import serving
@@ -630,3 +633,10 @@ def test_commands_of_the_page_work(
         more += ["--train.teacher_model", "expert"] if served in words else []
         code, _, err = run(*words, *more, capsys=capsys)
         assert code == 0, err
+
+
+def test_server_that_has_answered_no_row_is_refused() -> None:
+    """For example if all rows that it answered were dropped."""
+    renderer: Any = SimpleNamespace(tokenizer=tokenizer("chatml"), end_ids=())
+    with pytest.raises(RecipeError, match="answered none of the rows"):
+        read_distributions([], {}, renderer)  # type: ignore[arg-type]

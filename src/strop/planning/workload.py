@@ -148,18 +148,19 @@ class Workload:
     def adapter_weights(self) -> int:
         """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
         layer = sum(rank * x.adapter_size for x, rank in self.ranked_linears())
-        return self.shape.layers * layer + self.adapter.extra_weights
+        return round(self.shape.layers * layer) + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
         """Number of trainable weights that one token uses: without the experts that it is not routed to."""
-        inactive = round(sum((1 - x.active) * x.adapter_size * rank for x, rank in self.ranked_linears()))
-        return self.adapter_weights - self.shape.layers * inactive
+        inactive = sum((1 - x.active) * x.adapter_size * rank for x, rank in self.ranked_linears())
+        return self.adapter_weights - round(self.shape.layers * inactive)
 
     @property
     def expert_adapter_weights(self) -> int:
         experts = self.shape.expert_linears
-        return self.shape.layers * sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
+        layer = sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
+        return round(self.shape.layers * layer)
 
     @property
     def tiled_lora(self) -> bool:
@@ -182,7 +183,7 @@ class Workload:
             fused = [adapted.pop(name) for name in names if name in adapted]
             total += sum(rank * x.inputs for rank, x in fused)
             total += sum(rank for rank, _ in fused) * sum(x.outputs for _, x in fused)
-        return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values()))
+        return round(self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values())))
 
     @property
     def family(self) -> Family:
@@ -328,7 +329,7 @@ def _count_extra_weights(
     lora = recipe.lora
     total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
     for x, rank, ranks in zip(shape.linears, mean_ranks, layer_ranks, strict=True):
-        total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total -= round(x.adapter_size * (shape.layers * rank - sum(ranks)))  # the rounding of the mean rank
         total += x.total_outputs * sum(map(bool, ranks)) if lora.use_dora else 0
     total += len(lora.new_tokens) * shape.hidden
     total += shape.vocabulary if lora.use_dora and head_rank else 0

@@ -166,9 +166,9 @@ class LinearShape:
         return round(self.share * self.outputs)
 
     @property
-    def adapter_size(self) -> int:
+    def adapter_size(self) -> float:
         """Mean number of weights per decoder layer of rank-1 adapters."""
-        return round(self.share * (self.inputs + self.outputs))
+        return self.share * (self.inputs + self.outputs)
 
     @property
     def is_small(self) -> bool:
