@@ -316,6 +316,8 @@ def test_file_with_only_a_header_is_refused(tmp_path: Path) -> None:
         ("d.jsonl", pickle.dumps({"a": 1}), "pickle"),
         ("d.pkl", b"", "run code"),
         ("d.docx", b"", "unknown file type .docx"),
+        ("rows.csv.zip", b"", "a .zip archive is not read"),
+        ("rows.tar.gz", b"", "a .tar archive is not read"),
         ("data", b"", "unknown file type (no suffix)"),
         ("d.jsonl", gzip.compress(b"{}", mtime=0), "gzip data without the suffix .gz"),
         ("d.jsonl", zstandard.compress(b"{}"), "zstandard data"),

@@ -52,6 +52,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer instead of the data (run git lfs pull)"),
     *((b"\x80" + bytes([protocol]), "a pickle, which can run code when it is opened") for protocol in range(2, 6)),
 )
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
 _BOMS = (  # UTF-32 first, because its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -72,6 +73,8 @@ def choose_reader(path: str) -> str:
             raise file_error(path, what, "decompress it")
     if suffix in TYPES:
         return TYPES[suffix][0]
+    if suffix in _ARCHIVES:
+        raise file_error(path, f"a {suffix} archive is not read", "unpack it, and give the file with the rows")
     if suffix in _PICKLES:
         what = "a pickle or weights file can run code when it is opened"
         raise file_error(path, what, "write the rows as JSON Lines")
