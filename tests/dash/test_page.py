@@ -78,7 +78,7 @@ def facts_of(tab: Watched) -> dict[str, str]:
     """Return the values of the tiles by name."""
     result: dict[str, str] = tab.page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
-        "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
+        "[one.querySelector('dt').textContent, one.querySelector('dd').innerText]))"
     )
     return result
 
