@@ -125,6 +125,16 @@ def test_errors_in_rows_in_memory_name_the_row_and_no_file(tiny_folder: Path) ->
     assert re.match(rf"rows in memory \([0-9a-f]{{6}}\):{len(ROWS) + 1}: ", str(raised.value)), raised.value
 
 
+def test_rows_in_memory_can_be_named_as_they_are_shown(adapter_folders: list[Path]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 4, "progress": False}
+    first = strop.evaluate(adapter_folders[0], ROWS, **options)
+    name = str(first["samples"][0]["place"]).rpartition(":")[0]
+    again = strop.evaluate(adapter_folders[0], name, **options)
+    assert name.startswith("rows in memory (") and again["samples"] == first["samples"]
+    with pytest.raises(InputError, match="no such file"):
+        strop.evaluate(adapter_folders[0], "rows in memory (000000)", **options)
+
+
 def test_missing_cells_dates_and_nan_in_memory(tiny_folder: Path) -> None:
     day = pandas.Timestamp("2026-11-29")
     texts = {"prompt": ["when", "what", "how"], "completion": [day, "b", None]}
@@ -267,7 +277,7 @@ def test_reset_keeps_the_first_system_prompt(bold: Model) -> None:
 
     def first_message() -> str:
         session.answer("what is 3", lambda text: None)
-        return session.history[0].content
+        return str(session.history[0]["content"])
 
     assert first_message() == "talk like a cook"
     assert session.run_command("/reset") and first_message() == "talk like a cook"
@@ -281,7 +291,8 @@ def test_chat_beyond_the_context_raises(tiny_folder: Path) -> None:
     with pytest.raises(InputError, match="512"):
         for _ in range(60):
             model.chat("what is 3 and 4 and 5", max_new_tokens=40, history=history)
-    assert len(model.renderer.prompt(history)) > 400
+    messages = [Message(turn["role"], turn["content"]) for turn in history]
+    assert len(model.renderer.prompt(messages)) > 400
     assert model.chat("what is 3", max_new_tokens=4)
 
 
@@ -634,9 +645,11 @@ def test_a_history_may_be_dictionaries(bold: Model) -> None:
     last = {"role": "user", "content": "and 4"}
     answer = bold.chat("and 4", history=history, max_new_tokens=8, temperature=0)
     assert answer == bold.generate([[*turns, last]], max_new_tokens=8)[0]
-    assert [turn.role for turn in history] == ["system", "user", "assistant", "user", "assistant"]
-    with pytest.raises(InputError, match="dictionaries next to messages of an earlier call"):
-        bold.chat("and 5", history=[*history, last])
+    assert history[1:] == [*turns, last, {"role": "assistant", "content": answer}] and history[0]["role"] == "system"
+    stored = json.loads(json.dumps(history))
+    further = [bold.chat("and 5", history=one, max_new_tokens=8, temperature=0) for one in (history, stored)]
+    assert further[0] == further[1] == bold.generate([history[:-1]], max_new_tokens=8)[0] and history == stored
+    assert bold.chat("and 6", history=[*history, last, history[2]], max_new_tokens=8)  # messages of both kinds
     with pytest.raises(InputError, match="a message has prompt, completion, and no role"):
         bold.generate([{"prompt": "hello", "completion": "yo"}])
 

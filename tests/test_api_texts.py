@@ -204,7 +204,7 @@ def test_callback_that_raises_names_the_way_to_continue(
     options: dict[str, Any] = {"out": tmp_path / "run", "r": 2, "max_steps": 2, "progress": False}
     with pytest.raises(ValueError, match="mine"):
         strop.train(model=tiny_folder, data=rows_file, callback=fail, **options)
-    what = f"the callback raised ValueError; strop.resume({str(tmp_path / 'run')!r}) continues the run"
+    what = f"the callback raised ValueError; strop.resume({str(tmp_path / 'run')!r}) continues the run after step 0"
     assert what in caplog.text
     assert strop.resume(tmp_path / "run", progress=False).report["steps"] == 2
 

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import strop
 from strop.config.schema import LoraSection
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
@@ -122,6 +123,19 @@ def test_overlapping_patterns_are_the_same_after_peft_has_sorted_them(tmp_path: 
         ]
         scales = [x.scaling["default"] for x in (first.mlp.down_proj, second.mlp.down_proj, second.self_attn.q_proj)]
         assert shapes == [2, 1, 3] and scales == [40 / 3, 2 / 3, 12 / 3]
+
+
+@pytest.mark.parametrize(
+    ("target", "number"), [("layers.0.self_attn.q_proj", 1), ("layers.7.self_attn.q_proj", 0), ("nonsense.q_proj", 0)]
+)
+def test_path_of_some_layers_is_refused_as_a_target(target: str, number: int, tiny_folder: Path) -> None:
+    """All layers of a name get adapters, so that a path of one of them would be read as something else."""
+    what = f"{target} is the end of {number} of the 2 paths of q_proj"
+    with pytest.raises(ModelError, match=what):
+        check_lora(tiny.model(), section(target_modules=["v_proj", target]))
+    with pytest.raises(ModelError, match=what):
+        strop.plan(model=str(tiny_folder), **{"lora.target_modules": ["v_proj", target]})
+    assert check_lora(tiny.model(), section(target_modules=["self_attn.q_proj"])) == ["q_proj"]
 
 
 def test_key_of_a_pattern_behind_a_more_general_one_is_refused() -> None:

@@ -175,7 +175,9 @@ def test_answers_follow_the_image(rows: Path, trained: Path, tmp_path: Path) -> 
     history: list[Any] = []
     assert model.chat("<image>Which colour?", images=images[0], history=history) == "red"
     model.chat("And now?", history=history)
-    assert len(history) == 4 and history[0].images
+    assert len(history) == 4 and history[0]["content"][0]["image_url"]["url"].startswith("data:image/png")
+    stored = json.loads(json.dumps(history))
+    assert model.chat("And now?", history=stored) == model.chat("And now?", history=history)
     part = {"type": "image_url", "image_url": {"url": images[1]}}
     assert model.chat([{"role": "user", "content": [part, {"type": "text", "text": "Which colour?"}]}]) == "green"
     with pytest.raises(InputError, match="2 images for 1 messages"):

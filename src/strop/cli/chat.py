@@ -14,7 +14,6 @@ from rich.text import Text
 
 from strop import api
 from strop.cli.options import CHAT_COMMANDS
-from strop.data.types import Message
 from strop.display.tables import SafeConsole, console, escape_control, print_notes
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
@@ -33,7 +32,7 @@ class Session:
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
         self.model, self.side = model, side
         self.system = system  # of the conversation, also after /reset
-        self.history: list[Message] = []
+        self.history: list[dict[str, Any]] = []
         self.images: list[str] = []  # files to show with the next line
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
 
@@ -123,7 +122,9 @@ class Session:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
                 console.print(f"the answer was cut at its maximum length ({limit})", style="dim")
 
-    def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None, history: list[Message]) -> str:
+    def _generate(
+        self, text: str, side: str, on_text: Callable[[str], None] | None, history: list[dict[str, Any]]
+    ) -> str:
         options = {**self._options, "images": self.images or None, "system": None if history else self.system}
         with self.model.base() if side == "base" else nullcontext():
             return self.model.chat(text, history=history, on_text=on_text, **options)

@@ -288,7 +288,8 @@ class ImageFeatures:
         text = text.masked_fill(is_image, self._encoder.image_token_id)
         by_token = {"input_ids": text, "attention_mask": torch.ones_like(text)}
         for name, value in inputs.items():
-            if value.shape == own.shape and name not in by_token:  # such as token_type_ids
+            # such as token_type_ids; a grid (1, 3) has the shape of three tokens
+            if value.shape == own.shape and name.endswith(("_ids", "_mask")) and name not in by_token:
                 by_token[name] = is_image.to(value.dtype)
         was_training = model.training
         model.eval()

@@ -29,7 +29,14 @@ from strop.data.prepare import add_tokens
 from strop.errors import ModelError, RecipeError
 from strop.models.adapter_config import SCORE_HEAD, SCORE_TASK
 from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
-from strop.models.families.shape import EXPERTS, LinearKind, check_pattern, matches_pattern, target_names
+from strop.models.families.shape import (
+    EXPERTS,
+    LinearKind,
+    check_pattern,
+    check_target_paths,
+    matches_pattern,
+    target_names,
+)
 from strop.models.introspect import (
     check_modules_to_save,
     has_suffix,
@@ -50,8 +57,11 @@ SCORE_HEAD_STD = 0.02  # initialization in transformers' sequence classifiers
 LOFTQ_ITERATIONS, LOFTQ_OVERSAMPLING = 8, 8
 
 
-def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
-    """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt."""
+def check_lora(model: nn.Module, section: LoraSection, *, is_continued: bool = False) -> list[str]:
+    """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt.
+
+    is_continued: the section is that of an adapter to continue from, whose paths and patterns PEFT has checked.
+    """
     # Raises ModelError if a target or pattern matches nothing, or if tied embeddings would be trained as two copies, of
     # which one is lost on reload (peft#2018, transformers#45127), and RecipeError if no layer is left to adapt.
     kinds = linear_kinds(model)
@@ -64,8 +74,10 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     if section.modules_to_save and not adapted:
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
         raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
-    for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
-        check_pattern(field, pattern, adapted, names)
+    if not is_continued:
+        check_target_paths(section.target_modules, names, adapted)
+        check_pattern("rank_pattern", section.rank_pattern, adapted, names)
+        check_pattern("alpha_pattern", section.alpha_pattern, adapted, names)
     return names
 
 

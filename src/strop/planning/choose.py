@@ -20,7 +20,7 @@ from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices, why_not_streamed
 from strop.planning.memory import PROCESS_BYTES
 from strop.planning.time import Rate
-from strop.planning.workload import check_patterns, why_not_offloaded, why_recipe_not_fast
+from strop.planning.workload import check_paths, why_not_offloaded, why_recipe_not_fast
 from strop.runs.lock import sha256_text
 
 # If the usable memory has grown by this factor since an out-of-memory error, the error no longer limits the plan.
@@ -66,8 +66,8 @@ def choose(
         resolved = resolved.decide(_choose_from_adapter(resolved, adapter))
     resolved = resolved.decide(_choose_without_memory(resolved.recipe, shape, device, dtype))
     recipe, model = resolved.recipe, resolved.recipe.model
-    if not is_full:
-        check_patterns(recipe.lora, shape)
+    if not is_full and adapter is None:
+        check_paths(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
     if model.placement == "streamed" and (why := why_not_streamed(recipe)) is not None:

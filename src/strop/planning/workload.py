@@ -16,6 +16,7 @@ from strop.models.families.shape import (
     LinearShape,
     ModelShape,
     check_pattern,
+    check_target_paths,
     matches_pattern,
     target_names,
 )
@@ -339,11 +340,13 @@ def _count_extra_weights(
     return total + _num_trained_biases(lora, shape)
 
 
-def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
-    """Raise ModelError for a rank or alpha pattern that matches no adapter. Unknown families are not checked."""
+def check_paths(lora: LoraSection, shape: ModelShape) -> None:
+    """Raise ModelError for a target or pattern that does not apply as written. Unknown families are not checked."""
+    if not shape.known:
+        return
     names = _find_targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]
-    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        if shape.known:
-            check_pattern(field, patterns, paths, names)
+    check_target_paths(lora.target_modules, names, paths)
+    check_pattern("rank_pattern", lora.rank_pattern, paths, names)
+    check_pattern("alpha_pattern", lora.alpha_pattern, paths, names)

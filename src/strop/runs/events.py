@@ -74,9 +74,10 @@ class EventLog:
             except EndTraining as request:
                 self.end_reason = request.reason
             except Exception as error:
-                if any(self._path.parent.glob("checkpoints/*")):
-                    run, name = str(self._path.parent), type(error).__name__
-                    LOG.warning("the callback raised %s; strop.resume(%r) continues the run", name, run)
+                run, name = self._path.parent, type(error).__name__
+                if steps := [int(path.name[5:]) for path in run.glob("checkpoints/step-*") if path.name[5:].isdigit()]:
+                    text = "the callback raised %s; strop.resume(%r) continues the run after step %d"
+                    LOG.warning(text, name, str(run), max(steps))
                 raise
 
 

@@ -356,7 +356,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
         what = f"train.method full: the weights of {source.name} are quantized by {method}, and cannot be trained"
         raise ModelError(what, fix="use the model with 16-bit weights, or --train.method lora")
     if not full:
-        names = check_lora(bare, resolved.recipe.lora)
+        names = check_lora(bare, resolved.recipe.lora, is_continued=start is not None)
         if trained_kind(recipe.train) == "embedder":
             _check_embedder(bare, resolved.recipe, shape, names)
     scheme = resolved.recipe.model.quantization
@@ -604,8 +604,8 @@ def _list_option_notes(setup: Setup) -> Iterator[str]:
     model, train = recipe.model, recipe.train
     if not model.double_quantization and model.quantization not in ("nf4", "fp4"):
         yield "model.double_quantization false has no effect: the base is not in 4 bit"
-    if model.placement in ("replicated", "sharded") and is_single:
-        yield f"model.placement {model.placement} has no effect on a single device"
+    if model.placement == "sharded" and is_single:
+        yield "model.placement sharded has no effect on a single device"
     if train.timeout != "30m" and is_single:
         yield f"train.timeout {train.timeout} has no effect on a single device"
     if train.deterministic and model.device == "cpu":

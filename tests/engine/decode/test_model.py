@@ -141,8 +141,8 @@ def test_chat_accepts_a_list_of_messages_and_the_usual_names(tiny_folder: Path) 
     history: list[Any] = []
     answer = model.chat([{"role": "user", "content": "hi"}], max_tokens=3, temperature=0)
     assert answer == model.chat("hi", max_new_tokens=3, temperature=0, history=history)
-    assert history[-1].content == answer and [turn.role for turn in history] == ["user", "assistant"]
-    turns = [{"role": turn.role, "content": turn.content} for turn in history] + [{"role": "user", "content": "and"}]
+    assert history == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    turns = [*history, {"role": "user", "content": "and"}]
     assert model.chat("and", max_tokens=3, temperature=0, history=history) == model.chat(
         turns, max_tokens=3, temperature=0
     )

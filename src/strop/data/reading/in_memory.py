@@ -116,6 +116,13 @@ def describe_file(path: str) -> str | None:
     return f"rows in memory ({match[1][:6]})" if match and Path(folder) == cache_folder() / "rows" else None
 
 
+def find_described(text: str) -> str | None:
+    """Return the file that `describe_file` has described so, or None if there is none."""
+    match = re.fullmatch(r"rows in memory \(([0-9a-f]{6})\)", text)
+    files = sorted((cache_folder() / "rows").glob(f"rows-{match[1]}*.jsonl")) if match else []
+    return str(files[0]) if len(files) == 1 else None
+
+
 def to_json(value: Any) -> Any:
     """Convert dates to text, arrays and scalars of NumPy and torch to lists and numbers, and images to files.
 

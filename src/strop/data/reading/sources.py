@@ -24,7 +24,7 @@ from pathlib import Path
 
 from strop.data.reading import files, tables
 from strop.data.reading.files import COMPRESSION, TYPES
-from strop.data.reading.in_memory import describe_file
+from strop.data.reading.in_memory import describe_file, find_described
 from strop.data.reading.json_reader import read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
@@ -84,6 +84,7 @@ def _resolve_one(spec: str) -> list[Source]:
         if not 0 < weight <= _MAX_WEIGHT:
             raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
         return [replace(source, weight=weight) for source in _resolve_one(weighted[1])]
+    spec = find_described(spec) or spec
     if os.path.isfile(spec):
         return [Source(describe_file(spec) or spec, (spec,))]
     if os.path.isdir(spec):

@@ -20,6 +20,7 @@ import torch
 from strop.data.converters import ParsedRow, convert_prompt, list_images, read_images
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow
+from strop.data.store import request_message
 from strop.data.types import Classes, Conversation, Example, Ids, Message
 from strop.display.progress import show_wait
 from strop.engine.decode.batch import drop_decoder
@@ -404,7 +405,7 @@ class Model:
             answers = self.answer([prompt], **options)
         [answer] = self._check_length(answers, max_new_tokens, log=on_text is None)
         if history is not None:
-            history[:] = [*messages, Message("assistant", answer.text)]
+            history[:] = map(_Turn, [*messages, Message("assistant", answer.text)])
         return answer.text
 
     def _check_length(self, answers: list[Completion], limit: int, *, log: bool = True) -> list[Completion]:
@@ -459,13 +460,18 @@ def describe_classes(classes: Classes, probabilities: Sequence[float]) -> dict[s
     return {"label": next(iter(ranked)), "probabilities": ranked}
 
 
+class _Turn(dict[str, Any]):
+    """A message of a history as a dictionary, with the message that the model has read or generated."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__(request_message(message))
+        self.message = message
+
+
 def _parse_history(history: Sequence[Any]) -> list[Message]:
-    """Return the messages of a history, which may be dictionaries. Raises InputError."""
-    if all(isinstance(message, Message) for message in history):
-        return list(history)
-    if not all(isinstance(message, Mapping) for message in history):
-        what = "chat: history has dictionaries next to messages of an earlier call"
-        raise InputError(what, fix="give dictionaries, or only the list that earlier calls have extended")
+    """Return the messages of a history. Raises InputError."""
+    if all(isinstance(turn, _Turn) and turn == _Turn(turn.message) for turn in history):
+        return [turn.message for turn in history]
     return _parse_messages([*history, {"role": "user", "content": "-"}], "chat")[:-1]
 
 

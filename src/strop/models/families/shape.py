@@ -79,6 +79,20 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
     return list(dict.fromkeys(names))
 
 
+def check_target_paths(targets: str | Sequence[str], names: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise ModelError for a target that is a path of only some modules with its leaf name: all would get adapters.
+
+    names: of `target_names`. paths: of the modules that get adapters.
+    """
+    for target in [targets] if isinstance(targets, str) else targets:
+        for name in (name for name in names if f".{target}".endswith(f".{name}") and name != target):
+            same = [path for path in paths if f".{path}".endswith(f".{name}")]
+            number = sum(f".{path}".endswith(f".{target}") for path in same)
+            if number < len(same):
+                what = f"lora.target_modules: {target} is the end of {number} of the {len(same)} paths of {name}"
+                raise ModelError(what, fix=f"give {name}: strop adapts all layers of a name")
+
+
 def matches_pattern(pattern: str, path: str) -> bool:
     """Return whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to a module's path."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
