@@ -574,3 +574,15 @@ def test_an_image_after_an_answer_is_evaluated(seeing: Path, tmp_path: Path) -> 
     options = {**OPTIONS, "data.eval": data, "train.max_steps": 1, "train.learning_rate": 1e-12}
     trained = strop.train(model=str(seeing), data=data, out=tmp_path / "run", **options)
     assert result["base"]["loss"] == pytest.approx(trained.report["eval_loss"], rel=1e-5)
+
+
+def test_image_of_three_tokens_is_trained_on(tmp_path: Path) -> None:
+    """Its grid (1, 3) has the shape of its token ids."""
+    base = save_seeing(tmp_path / "base", "qwen2_vl")
+    Image.new("RGB", (48, 16), "red").save(tmp_path / "wide.png")
+    content = [{"type": "image", "path": "wide.png"}, {"type": "text", "text": "Which colour?"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    options = {"train.max_steps": 1, "model.dtype": "fp32", "out": tmp_path / "run"}
+    run = strop.train(model=str(base), data=str(tmp_path / "rows.jsonl"), **options)
+    assert run.report["steps"] == 1
