@@ -794,6 +794,7 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
             out.fill("taken")
             tab.page.get_by_role("button", name="Export: Merged model").click()
             problem = tab.page.locator("p.problem:text('taken: already exists')")
+            problem.wait_for()
             assert out.get_attribute("aria-invalid") == "true"
             problem.get_by_role("button", name="Use taken-2").click()
             assert out.input_value() == "taken-2" and problem.count() == 0

@@ -232,7 +232,7 @@ def test_rows_are_read_with_the_options_of_the_run(
     code, out, err = run("eval", run_folders[0], "--data", table, *ask, capsys=capsys)
     result = json.loads(out)
     assert code == 0 and result["rows"] == result["train_rows"] == 4 and result["samples"][0]["gold"] == "grün"
-    assert any("data.columns, completion=Antwort,prompt=Frage" in note for note in result["notes"])
+    assert any("data.columns, prompt=Frage,completion=Antwort" in note for note in result["notes"])
     assert any("data.encoding, cp1252; for others give --data.encoding utf-8" in note for note in result["notes"])
     code, _, err = run("eval", run_folders[0], "--data", usual, *ask, capsys=capsys)
     assert code == 2 and "for others give --data.columns none" in err

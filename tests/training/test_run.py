@@ -72,7 +72,7 @@ def test_adapter_folder_gives_the_same_logits_in_plain_peft(trained: Path, tiny_
 def test_steps_report_the_memory_of_the_process(trained: Path) -> None:
     sizes = [event["resident_bytes"] for event in events(trained, "step")]
     assert sizes and all(50 << 20 < size < 64 << 30 for size in sizes)
-    assert "process memory after each step, GiB" in (trained / "report.html").read_text(encoding="utf-8")
+    assert "Process memory after each step, GiB" in (trained / "report.html").read_text(encoding="utf-8")
 
 
 def test_buffers_of_the_steps_are_free_before_the_adapter_is_written(
