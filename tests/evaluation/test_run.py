@@ -241,7 +241,7 @@ def test_rows_are_read_with_the_options_of_the_run(
     code, _, err = run("train", "--model", tiny_folder, "--data", usual, "--out", run_folders[1], *short, capsys=capsys)
     assert code == 0, err
     code, _, err = run("eval", *run_folders, "--data", table, *ask, capsys=capsys)
-    assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
+    assert code == 2 and "different data.columns: prompt=Frage,completion=Antwort, none" in err
     options = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
     assert strop.evaluate(run_folders[1], str(table), max_new_tokens=2, **options)["rows"] == 4
     assert strop.evaluate(run_folders[0], str(usual), max_new_tokens=2, columns="none")["rows"] == 12

@@ -251,6 +251,7 @@ def test_merged_folder_has_config_and_tokenizer(
     trained: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, out = trained(), tmp_path / "merged"
+    caplog.clear()
     with caplog.at_level("INFO", "strop"):
         merged = merge(str(run), out)
     messages = [record.getMessage() for record in caplog.records]
