@@ -133,17 +133,13 @@ class Resolved:
     def as_yaml(self) -> str:
         """Return the recipe as YAML, with the origin and reason of each value as a comment."""
         lines: list[str] = []
-        style: dict[str, Any] = {
-            "default_flow_style": True,
-            "allow_unicode": True,
-            "width": 1 << 30,
-            "sort_keys": False,
-        }
+        style: dict[str, Any] = {"default_flow_style": True, "allow_unicode": True, "width": 1 << 30}
         for section, choices in groupby(self.choices.values(), lambda choice: choice.field.rpartition(".")[0]):
             lines += [f"{section}:"] if section else []
             for choice in choices:
                 name = ("  " if section else "") + choice.field.rpartition(".")[2]
-                value = str(yaml.dump(choice.value, Dumper=_OneLineDumper, **style)).removesuffix("...\n").strip()
+                text = str(yaml.dump(choice.value, Dumper=_OneLineDumper, sort_keys=False, **style))
+                value = text.removesuffix("...\n").strip()
                 why = " ".join(f": {choice.why}".split()) if choice.why else ""
                 lines.append(f"{name}: {value}  # {choice.origin}{why}")
         return "\n".join(lines) + "\n"

@@ -216,6 +216,12 @@ def stored_dtype(source: Source) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(only, torch.float32)
 
 
+def stored_dtype_name(source: Source) -> str:
+    """Return the key of DTYPES for `stored_dtype`."""
+    stored = stored_dtype(source)
+    return next(name for name, dtype in DTYPES.items() if dtype == stored)
+
+
 def check_not_prequantized(source: Source) -> None:
     if scheme := prequantized(source.config()):
         raise ModelError(f"{source.name}: its weights are already quantized", fix=f"use --model.quantization {scheme}")

@@ -32,8 +32,7 @@ from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, pa
 from strop.models.families.shape import (
     EXPERTS,
     LinearKind,
-    check_pattern,
-    check_target_paths,
+    check_lora_paths,
     matches_pattern,
     target_names,
 )
@@ -75,9 +74,7 @@ def check_lora(model: nn.Module, section: LoraSection, *, is_continued: bool = F
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
         raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
     if not is_continued:
-        check_target_paths(section.target_modules, names, adapted)
-        check_pattern("rank_pattern", section.rank_pattern, adapted, names)
-        check_pattern("alpha_pattern", section.alpha_pattern, adapted, names)
+        check_lora_paths(section, names, adapted)
     return names
 
 

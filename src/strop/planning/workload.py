@@ -15,8 +15,7 @@ from strop.models.families.shape import (
     EMBEDDINGS,
     LinearShape,
     ModelShape,
-    check_pattern,
-    check_target_paths,
+    check_lora_paths,
     matches_pattern,
     target_names,
 )
@@ -347,6 +346,4 @@ def check_paths(lora: LoraSection, shape: ModelShape) -> None:
     names = _find_targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]
-    check_target_paths(lora.target_modules, names, paths)
-    check_pattern("rank_pattern", lora.rank_pattern, paths, names)
-    check_pattern("alpha_pattern", lora.alpha_pattern, paths, names)
+    check_lora_paths(lora, names, paths)

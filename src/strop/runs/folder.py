@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -217,19 +217,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 def open_run(path: Path) -> RunFolder:
     """Open an existing run folder. Raises FolderError, which suggests a similar name, if there is none."""
     if not is_run(path):
-        runs = [str(run.path) for run in find_runs(path.parent)]
-        near = suggest_path(str(path)) if is_run(Path("runs", path)) else suggest(str(path), runs)
+        near = suggest_path(str(path), (str(run.path) for run in find_runs(path.parent)))
         what = "not a run folder" if path.exists() else f"no such run{near}"
         raise FolderError(f"{path}: {what}", fix=name_runs(str(path), "see `strop runs`"))
     return RunFolder(path)
 
 
-def suggest_path(name: str) -> str:
-    """Return " (did you mean x?)" for the run, the model or the file that an unknown name probably means, or ""."""
+def suggest_path(name: str, known: Iterable[str] | None = None) -> str:
+    """Return " (did you mean x?)" for the run, the model or the file that an unknown name probably means, or "".
+
+    known: the names beside runs in runs/; by default the entries of the folder, and demo.
+    """
     if is_run(Path("runs", name)):
         return f" (did you mean {Path('runs', name)}?)"
     parent = Path(name).parent if Path(name).parent.is_dir() else Path()
-    return suggest(name, [*map(str, parent.iterdir()), "demo"])
+    return suggest(name, [*map(str, parent.iterdir()), "demo"] if known is None else [*known])
 
 
 def name_runs(name: str, fix: str) -> str:

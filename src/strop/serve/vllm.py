@@ -46,7 +46,7 @@ from strop.models.adapter_config import (
     refuse_on_16_bit_base,
 )
 from strop.models.adapters import check_adapter_base, check_adapter_weights, locate_base, locate_tokenizer
-from strop.models.load import DTYPES, stored_dtype, weights_folder
+from strop.models.load import stored_dtype_name, weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import config_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
@@ -253,10 +253,8 @@ def _compute_reference(name: str, context: int) -> tuple[list[_Row], list[list[f
     memory. The weights stay in the dtype in which they are stored.
     """
     folder = adapter_folder(name)
-    stored = stored_dtype(locate(name) if folder is None else locate_base(folder))
-    model = load(
-        name, device="cpu", dtype=next(dtype for dtype in DTYPES if DTYPES[dtype] == stored), quantization="none"
-    )
+    source = locate(name) if folder is None else locate_base(folder)
+    model = load(name, device="cpu", dtype=stored_dtype_name(source), quantization="none")
     compute_in_fp32(model.module)
     rows = _select_rows(name, model.renderer, context)
     tuned = [_compute_logprobs(model.module, row) for row in rows]

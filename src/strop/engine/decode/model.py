@@ -57,7 +57,7 @@ from strop.models.load import (
     load_base,
     load_config,
     refuse_embedder,
-    stored_dtype,
+    stored_dtype_name,
 )
 from strop.models.lora import grow_vocabulary
 from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized
@@ -556,7 +556,7 @@ def _describe_rounding(source: Source, dtype: str) -> list[str]:
     """Return a note if a dtype that was not asked for has less precision than the stored weights."""
     if source.kind == "gguf" or prequantized(source.config()) is not None:
         return []
-    stored = next((name for name, kind in DTYPES.items() if kind == stored_dtype(source)), dtype)
+    stored = stored_dtype_name(source)
     if torch.finfo(DTYPES[stored]).eps >= torch.finfo(DTYPES[dtype]).eps:
         return []
     return [f"stored in {stored}, loaded in {dtype}, which is faster here: --dtype {stored} loads it as stored"]

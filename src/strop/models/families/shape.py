@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from strop.config.schema import LoraSection
 from strop.errors import ModelError, suggest
 from strop.models.families.table import FAMILIES, ConfigDefaults, Family
 from strop.models.source import (
@@ -79,11 +80,18 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
     return list(dict.fromkeys(names))
 
 
-def check_target_paths(targets: str | Sequence[str], names: Sequence[str], paths: Sequence[str]) -> None:
-    """Raise ModelError for a target that is a path of only some modules with its leaf name: all would get adapters.
+def check_lora_paths(lora: LoraSection, names: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise ModelError for a target or a pattern that does not apply as written.
 
     names: of `target_names`. paths: of the modules that get adapters.
     """
+    _check_targets(lora.target_modules, names, paths)
+    _check_pattern("rank_pattern", lora.rank_pattern, paths, names)
+    _check_pattern("alpha_pattern", lora.alpha_pattern, paths, names)
+
+
+def _check_targets(targets: str | Sequence[str], names: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise ModelError for a target that is a path of only some modules with its leaf name: all would get adapters."""
     for target in [targets] if isinstance(targets, str) else targets:
         for name in (name for name in names if f".{target}".endswith(f".{name}") and name != target):
             same = [path for path in paths if f".{path}".endswith(f".{name}")]
@@ -98,11 +106,8 @@ def matches_pattern(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def check_pattern(field: str, pattern: Mapping[str, float], paths: Sequence[str], names: Sequence[str]) -> None:
-    """Raise ModelError for a key that applies to no module. Of several keys that match a module, PEFT takes the first.
-
-    field: rank_pattern or alpha_pattern. paths: of the modules with an adapter. names: the last parts of these.
-    """
+def _check_pattern(field: str, pattern: Mapping[str, float], paths: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ModelError for a key that applies to no module. Of those that match a module, PEFT takes the first."""
     for i, key in enumerate(pattern):
         matched = [path for path in paths if matches_pattern(key, path)]
         if not matched:
