@@ -237,3 +237,6 @@ def test_durations_are_read_as_people_write_them() -> None:
     spoken = {"30 min": "30m", "2 hours": "2h", "90 sec": "90s", "1.5 days": "1.5d", "45 minutes": "45m", "1h": "1h"}
     times = {text: resolve(None, {**MINIMAL, "train.max_time": text}).recipe.train.max_time for text in spoken}
     assert times == spoken
+    for wrong in ("500ms", "1hs", "1ss"):  # a final s is a plural only after a word
+        with pytest.raises(RecipeError, match="90s"):
+            resolve(None, {**MINIMAL, "train.max_time": wrong})

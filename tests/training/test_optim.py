@@ -67,3 +67,16 @@ def test_out_of_memory_leaves_no_partial_state(kind: str, monkeypatch: pytest.Mo
     (expected, other), _ = built(kind), steps(weights, optimizer, 2)
     steps(expected, other, 2)
     assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_matrices_decay(kind: str) -> None:
+    """As in the Trainer of transformers: a norm or a bias without a gradient keeps its value."""
+    weights = {name: nn.Parameter(torch.ones(size)) for name, size in {"w": (4, 4), "norm.weight": (4,)}.items()}
+    section = TrainSection(optimizer=kind, weight_decay=0.5)  # type: ignore[arg-type]
+    optimizer = make_optimizer(weights, section)
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    set_rate(optimizer, 0.1)
+    optimizer.step()
+    assert torch.equal(weights["norm.weight"], torch.ones(4)) and float(weights["w"].detach().max()) < 1

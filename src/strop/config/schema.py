@@ -53,7 +53,7 @@ def _number_to_text(value: Any) -> Any:
 
 def _shorten_unit(value: Any) -> Any:
     """Return "30 min" or "30 minutes" as "30m"."""
-    unit = r"(s|sec|second|m|min|minute|h|hour|d|day)s?"
+    unit = r"(s|m|h|d|(?:sec|second|min|minute|hour|day)s?)"
     match = re.fullmatch(rf"([\d.]+) *{unit}", value.strip()) if isinstance(value, str) else None
     return f"{match[1]}{match[2][0]}" if match else value
 
@@ -395,7 +395,7 @@ class TrainSection(Section):
         "cosine", description="learning rate schedule after the warmup"
     )
     warmup: Finite = Field(0.03, ge=0, description="number of warmup steps; below 1: share of all steps")
-    weight_decay: Finite = Field(0.0, ge=0, description="decoupled weight decay")
+    weight_decay: Finite = Field(0.0, ge=0, description="decoupled weight decay, of matrices only")
     max_grad_norm: Finite = Field(1.0, ge=0, description="maximum gradient norm, for clipping; 0 disables it")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd"] = Field(
         "adamw", description="optimizer"

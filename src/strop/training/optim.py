@@ -19,16 +19,21 @@ from strop.errors import QuantizerError, first_line
 def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of the trainable weights. `set_rate` sets its learning rate before each step.
 
-    With LoRA+ (arXiv:2402.12354), B has a scaled rate. 8-bit optimizers (arXiv:2110.02861) store the moments of weights
+    With LoRA+ (arXiv:2402.12354), B has a scaled rate. Only matrices decay: norms, biases and DoRA's magnitudes would
+    draw the base's weights towards zero. 8-bit optimizers (arXiv:2110.02861) store the moments of weights
     with fewer than 4,096 elements in fp32.
     """
     ratio = section.lora_plus_ratio
     scaled = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
-    groups = [
-        {"params": [weight for name, weight in weights.items() if (name in scaled) == in_group], "scale": scale}
-        for in_group, scale in ((False, 1.0), (True, ratio))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, weight in weights.items():
+        decays = not section.weight_decay or weight.ndim > 1
+        groups.setdefault((name in scaled, decays), []).append(weight)
+    described = [
+        {"params": group, "scale": ratio if is_scaled else 1.0} | ({} if decays else {"weight_decay": 0.0})
+        for (is_scaled, decays), group in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
-    return _OPTIMIZERS[section.optimizer]([group for group in groups if group["params"]], section.weight_decay)
+    return _OPTIMIZERS[section.optimizer](described, section.weight_decay)
 
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
