@@ -26,6 +26,7 @@ from strop.evaluation.metrics import (
     METRICS,
     check_golds,
     describe_change,
+    describe_cut,
     find_metric,
     format_score,
     paired_difference,
@@ -299,6 +300,14 @@ def test_function_with_other_parameters_is_refused(parameters: str, message: str
     assert "(right answer, answer)" in raised.value.fix
 
 
+@pytest.mark.parametrize("name", ["exact", "preference", "mean_reward"])
+def test_function_with_the_name_of_a_metric_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def {name}(gold, answer):\n    return True\n")
+    with pytest.raises(RecipeError, match="a function with the name of a built-in metric"):
+        find_metric(f"{file}:{name}")
+
+
 def test_function_object_is_refused() -> None:
     with pytest.raises(RecipeError, match="a name or a function, not"):
         find_metric(test_function_object_is_refused)  # type: ignore[arg-type]
@@ -363,7 +372,11 @@ def test_answer_that_makes_the_function_fail_is_a_miss(how: str, tmp_path: Path)
                     f"def own(gold, answer):\n    return gold == answer or bool({how})\n"
                     f"def bad(gold, answer):\n    answer = '[<: *'\n    return bool({how})\n")  # fmt: skip
     check_golds(f"{file}:own", ["x"], [("rows.jsonl", 7)])
-    assert score(f"{file}:own", ["x", "x"], ["[<: *", "x"]).hits == (False, True)
+    scores = score(f"{file}:own", ["x", "x"], ["[<: *", "x"])
+    assert scores.hits == (False, True) and len(scores.errors) == 1 and scores.errors[0].endswith("for '[<: *'")
+    failed = {"metric_errors": {"tuned": {"count": 1, "first": scores.errors[0]}}}
+    [note] = describe_cut({"rows": 2, "metric": "own", "answers": failed})
+    assert note == f"own failed on 1 of 2 tuned answers, which count as misses: {scores.errors[0]}"
     with pytest.raises(DataError, match="1 rows cannot be scored"):
         check_golds(f"{file}:bad", ["x"], [("rows.jsonl", 7)])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import strop
@@ -82,6 +83,8 @@ def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], t
         assert sample["tuned"] == max(likely, key=lambda answer: likely[answer])
     right = [sample["tuned"] == sample["gold"] for sample in result["samples"]]
     assert result["tuned"]["choice"] == sum(right) / 12 and "stop_rate" not in result["tuned"]
+    limited = strop.evaluate(runs[1], str(tmp_path / "colours.jsonl"), metric="choice", limit=1)
+    assert limited["samples"][0]["tuned"] == result["samples"][0]["tuned"]  # among the right answers of all rows
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 
@@ -407,6 +410,13 @@ def test_regression_rows_and_general_set_are_in_report_and_card(
     assert code == 0 and "removed" not in err  # measured again
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
     assert code == 2 and "no adapter" in err
+    weights, identity = (runs[1] / "adapter" / name for name in ("adapter_model.safetensors", "strop.json"))
+    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    identity.unlink()
+    code, out, err = run(*words[:-3], "--json", capsys=capsys)
+    note = json.loads(out)["notes"][-1]
+    assert code == 0 and note.startswith("removed from the report: earlier scores of the regression rows")
+    assert note.endswith("another adapter")
 
 
 HARNESS_DATA = """

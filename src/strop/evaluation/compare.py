@@ -78,6 +78,7 @@ class Side:
     scores: dict[str, float]
     hits: list[bool]
     texts: list[str]
+    errors: Sequence[str] = ()  # of the user's metric
 
 
 def compare(
@@ -89,12 +90,14 @@ def compare(
     advance: Progress | None = None,
     base: Side | None = None,
     with_base: bool = True,
+    all_rows: Sequence[Conversation] = (),
     devices: Devices = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Score the base and the tuned model, with 95 % intervals. After Ctrl-C, only the answered rows are scored.
 
     max_new_tokens: by default `answer_limit` of the longest reference answer.
-    base: earlier results of the same base on the same rows. with_base: False scores a tuned model alone. `base` and
+    base: earlier results of the same base on the same rows. all_rows: whose right answers are the choices of the metric
+    `choice`; by default `conversations`. with_base: False scores a tuned model alone. `base` and
     `tuned` of the result have the metric's scores and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out`
     lists the rows without a right answer. Without an adapter, there is no `tuned`, `difference` or `changed` (the rows
     that only one model answers right). `answers`
@@ -102,6 +105,8 @@ def compare(
     """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
+    all_questions = make_questions(all_rows, model.renderer) if all_rows else questions
+    choices = choice_options([question.gold for question in all_questions])
     with_base = model.has_base and (with_base or not model.is_tuned)
     names = (["base"] if with_base and not base else []) + (["tuned"] if model.is_tuned else [])  # to generate answers
     generates = names and metric != "choice"
@@ -130,7 +135,7 @@ def compare(
         loss = _compute_loss(model, questions, answers, devices, f"computing the loss of {side}")
         extra_scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if metric == "choice":
-            texts = _choose_all(model, questions, side, advance, devices)
+            texts = _choose_all(model, questions, choices, side, advance, devices)
         elif side == "base" and base_texts is not None:
             texts = base_texts
         else:
@@ -142,7 +147,7 @@ def compare(
             }
         golds = [question.gold for question in questions]
         scores = score(metric, golds, remove_reasoning(model.renderer, questions, texts))
-        return Side({**scores.rates, **extra_scores}, [*scores.hits], texts)
+        return Side({**scores.rates, **extra_scores}, [*scores.hits], texts, scores.errors)
 
     sides = {}
     if with_base:
@@ -163,6 +168,10 @@ def compare(
                 if "stop_rate" in side.scores
             },
         }  # fmt: skip
+        failures = {name: side.errors for name, side in sides.items() if side.errors}
+        if failures:
+            counts = {name: {"count": len(errors), "first": errors[0]} for name, errors in failures.items()}
+            result["answers"]["metric_errors"] = counts
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
     result["supervised_tokens"] = int(sum((x.weights > 0).sum() for each in rendered[: len(questions)] for x in each))
@@ -350,23 +359,23 @@ def render_prompt(renderer: Renderer, conversation: Conversation) -> Ids:
 
 
 def _choose_all(
-    model: Model, questions: Sequence[Question], side: str, advance: Progress | None, devices: Devices
-) -> list[str]:
-    """For each question, choose the answer with the lowest loss (including its stop token) among all rows' golds."""
+    model: Model, questions: Sequence[Question], choices: Sequence[str], side: str, advance: Progress | None,
+    devices: Devices,
+) -> list[str]:  # fmt: skip
+    """For each question, choose the answer with the lowest loss (including its stop token)."""
     token_loss = step_for(model.module).token_loss
-    candidates = choice_options([question.gold for question in questions])
     done = count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
         *context, last = question.conversation.messages
         losses = []
-        for text in candidates:
+        for text in choices:
             answer = replace(last, content=text, reasoning=None)  # the row's reasoning would reveal the gold
             conversation = replace(question.conversation, messages=(*context, answer))
             with torch.no_grad():
                 losses.append(float(token_loss(model.renderer.render(conversation))))
         if advance is not None:
             advance(side, min(next(done), len(questions)), len(questions))
-        return candidates[losses.index(min(losses))]
+        return choices[losses.index(min(losses))]
 
     return devices.map(questions, choose, lambda question: 1.0)

@@ -82,7 +82,10 @@ def compare_general(model: Model, advance: Progress | None = None, devices: Devi
             "tuned_cut": sum(not answer.stopped for answer in answers[len(questions) :]),
         },
         "lost": [
-            {"prompt": question.messages[-1].content, **{side: texts_by_side[side][i] for side in hits}}
+            {
+                "prompt": "\n".join(message.content for message in question.messages),
+                **{side: texts_by_side[side][i] for side in hits},
+            }
             for i, question in enumerate(questions)
             if hits["base"][i] and not hits["tuned"][i]
         ],

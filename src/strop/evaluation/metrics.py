@@ -30,7 +30,7 @@ from strop.data.reading.json_reader import loads
 from strop.data.row_errors import type_name
 from strop.data.types import Conversation
 from strop.display.numbers import format_decimals, format_percent
-from strop.errors import DataError, Location, RecipeError, RunError, suggest
+from strop.errors import DataError, Location, RecipeError, RunError, first_line, suggest
 from strop.runs.lock import sha256_file
 
 LOG = logging.getLogger(__name__)
@@ -73,10 +73,15 @@ RETRIEVAL_SCORES = ("accuracy_at_1", "recall_at_10", "ndcg_at_10", "mrr")
 Judgement = dict[str, bool]  # scores of one answer: first the hit, under the metric's name, then additional scores
 
 
+class MetricError(Exception):
+    """The user's function has failed on an answer, which counts as a miss."""
+
+
 @dataclass(frozen=True)
 class Metric:
     name: str  # key of the hit in a judgement
-    # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use
+    # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use, MetricError for an
+    # answer on which the user's function fails
     judge: Callable[[str, str], Judgement]
     function: Callable[[str, str], Any] | None = None  # the user's function, for a metric `file.py:function`
 
@@ -88,8 +93,7 @@ class FunctionName(str):
 
     def __new__(cls, function: Callable[..., Any]) -> FunctionName:
         name = str.__new__(cls, getattr(function, "__name__", type(function).__name__).strip("<>"))
-        if name in (*METRICS, *MODEL_METRICS):
-            raise RecipeError(f"{name}: a function with the name of a built-in metric", fix="rename the function")
+        _refuse_known_name(name, name)
         name.function = function
         return name
 
@@ -101,6 +105,7 @@ class Scores:
     metric: str
     hits: tuple[bool, ...]
     rates: dict[str, float]
+    errors: tuple[str, ...] = ()  # of the user's function, one for each answer on which it failed
 
 
 @dataclass(frozen=True)
@@ -233,11 +238,17 @@ def find_metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metri
         raise RecipeError(what, fix=f"give one of {', '.join(METRICS)}, 'file.py:function', or a function")
     if ".py:" in name:
         file, _, function = name.rpartition(":")
+        _refuse_known_name(function, name)
         return _refuse_async(load_metric("metric", file, function, arguments))
     if name not in METRICS:
         fix = f"use one of {', '.join(METRICS)}, or file.py:function"
         raise RecipeError(f"metric {name} is not known{suggest(name, METRICS)}", fix=fix)
     return METRICS[name]
+
+
+def _refuse_known_name(function: str, spec: str) -> None:
+    if function in (*METRICS, *MODEL_METRICS):
+        raise RecipeError(f"{spec}: a function with the name of a built-in metric", fix="rename the function")
 
 
 def _refuse_async(metric: Metric) -> Metric:
@@ -301,8 +312,8 @@ def _make_metric(function: Callable[..., Any], name: str, place: str, arguments:
     def judge(gold: str, answer: str) -> Judgement:
         try:
             result = function(gold, answer)
-        except USER_CODE_ERRORS:  # check_golds has called it with the gold, so this answer must be the cause
-            return {name: False}
+        except USER_CODE_ERRORS as error:  # check_golds has called it with the gold, so this answer is the cause
+            raise MetricError(f"{type(error).__name__}: {error}") from error
         if not _is_hit_or_miss(result):
             raise RunError(f"{name} returns {result!r:.80} (for the answer {answer[:80]!r})", fix=_RETURN_FIX)
         return {name: bool(result)}
@@ -361,12 +372,17 @@ def choice_options(golds: Sequence[str]) -> list[str]:
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
     """Score at least one answer by a metric. An additional score is included if the metric gives it for every row."""
-    metric = find_metric(name)
-    rows = [metric.judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    metric, rows, errors = find_metric(name), [], []
+    for gold, answer in zip(golds, answers, strict=True):
+        try:
+            rows.append(metric.judge(gold, answer))
+        except MetricError as error:
+            rows.append({metric.name: False})
+            errors.append(f"{first_line(error)[:120]}, for {answer[:80]!r}")
     assert rows, "nothing to score"
     common = [key for key in rows[0] if all(key in row for row in rows)]
     rates = {key: sum(row[key] for row in rows) / len(rows) for key in common}
-    return Scores(metric.name, tuple(row[metric.name] for row in rows), rates)
+    return Scores(metric.name, tuple(row[metric.name] for row in rows), rates, tuple(errors))
 
 
 def is_number(score: str) -> bool:
@@ -426,7 +442,7 @@ def describe_baseline(result: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def describe_cut(result: Mapping[str, Any]) -> list[str]:
-    """Return one sentence on reference answers longer than the limit, and one on generated answers cut at it."""
+    """Return a sentence each on references longer than the limit, answers cut at it, and failures of the metric."""
     answers = {"references_cut": 0, **(result.get("answers") or {})}
     cut = {side: count for side in ("base", "tuned") if (count := answers.get(f"{side}_cut"))}
     texts = []
@@ -436,6 +452,9 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
     if cut:
         counts = " and ".join(f"{count:,} of {result['rows']:,} {side} answers" for side, count in cut.items())
         texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens or the model's context")
+    for side, failed in answers.get("metric_errors", {}).items():
+        misses = f"{result['metric']} failed on {failed['count']:,} of {result['rows']:,} {side} answers"
+        texts.append(f"{misses}, which count as misses: {failed['first']}")
     return texts
 
 

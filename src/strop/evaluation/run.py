@@ -58,6 +58,7 @@ from strop.evaluation.retrieval import NEAREST, compare_retrieval
 from strop.evaluation.rewards import Rows, check_rewards, parse_rewards
 from strop.evaluation.traces import make_tracer
 from strop.models.adapter_config import (
+    WEIGHTS_FILE,
     AdapterKind,
     adapter_folder,
     adapter_kind,
@@ -73,6 +74,7 @@ from strop.objectives import require
 from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
+from strop.runs.lock import sha256_file
 
 SAMPLES_IN_REPORT = 20
 FURTHER_PARTS = {"general": "the general set", "regression": "the regression rows", "tasks": "tasks"}  # of a result
@@ -180,6 +182,8 @@ class _Request:
     environments: Mapping[str, Recipe] = field(default_factory=dict)  # recipes of runs with train.environment, by name
     columns: Rows = field(default_factory=dict)  # of the rows, for environments
     left_out: Sequence[Location] = ()  # rows without a right answer, for environments
+    all_rows: Sequence[Conversation] = ()  # without --limit; () stands for `rows`
+    all_regression: Sequence[Conversation] = ()
 
 
 def _check_request(
@@ -248,7 +252,10 @@ def _limit_rows(request: _Request, limit: int) -> _Request:
         return [rows[number * len(rows) // limit] for number in range(limit)]
 
     rows, regression = choose(request.rows, "rows"), choose(request.regression, "regression rows")
-    return replace(request, rows=rows, regression=regression, notes=notes)
+    return replace(
+        request, rows=rows, regression=regression, notes=notes, all_rows=request.rows,
+        all_regression=request.regression,
+    )  # fmt: skip
 
 
 def find_environment(name: str) -> Recipe | None:
@@ -425,7 +432,9 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
     base_key = (str(model.untuned or model.source), model.quantization, model.dtype, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     known_base = bases.get(base_key)
-    compared = compare_rows(request.rows, metric=options.answer_metric, base=known_base, with_base=options.base)
+    compared = compare_rows(
+        request.rows, metric=options.answer_metric, base=known_base, with_base=options.base, all_rows=request.all_rows
+    )
     if "base" in compared:
         bases[base_key] = read_side(compared, "base")
     result = _start_result(name, model, compared, request)
@@ -452,7 +461,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
             result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
         if request.regression and not interrupted:
             part, metric = "the regression rows", options.regression_metric or options.answer_metric
-            result["regression"] = compare_rows(request.regression, metric=metric)
+            result["regression"] = compare_rows(request.regression, metric=metric, all_rows=request.all_regression)
             interrupted = "interrupted" in result["regression"]
             result["notes"] += [f"regression rows: {text}" for text in describe_cut(result["regression"])]
         if request.tasks and not interrupted:
@@ -750,21 +759,28 @@ def _store(folder: RunFolder, result: dict[str, Any], pending: Collection[str] =
 def add_to_report(folder: RunFolder, result: dict[str, Any], pending: Collection[str] = ()) -> None:
     """Write a result to the run's report.json, report.html and model card, and all samples to answers.json.
 
-    The general set, regression rows and tasks of an earlier evaluation are kept if it had the same quantization and
-    dtype, and otherwise removed with a note. pending: see `_store`.
+    The general set, regression rows and tasks of an earlier evaluation are kept if it had the same quantization, dtype
+    and adapter, and otherwise removed with a note. pending: see `_store`.
     """
     report = folder.read_report() or {"run": str(folder.path)}
     excluded = ("samples", "intervals", "run", *FURTHER_PARTS)
+    weights = folder.adapter / WEIGHTS_FILE
+    stored = {**result, "adapter": sha256_file(weights) if weights.is_file() else None}
+    earlier = report.get("evaluation") or {}
     before, after = (
-        {name: value.get(name) for name in ("quantization", "dtype")}
-        for value in (report.get("evaluation") or {}, result)
+        {name: value.get(name) for name in ("quantization", "dtype", "adapter")}
+        for value in ({"adapter": stored["adapter"]} | earlier, stored)
     )
     if "evaluation" in report and before != after:
         removed = [part for part in FURTHER_PARTS if report.pop(part, None) and part not in result]
         if names := " and ".join(FURTHER_PARTS[part] for part in removed if part not in pending):
-            settings = ", ".join(f"{name} {value}" for name, value in before.items() if value != after[name])
+            changed = {name: value for name, value in before.items() if value != after[name]}
+            described = {name: f"{name} {value}" for name, value in changed.items()} | (
+                {"adapter": "another adapter"} if "adapter" in changed else {}
+            )
+            settings = ", ".join(described.values())
             result["notes"].append(f"removed from the report: earlier scores of {names}, measured with {settings}")
-    report["evaluation"] = {key: value for key, value in result.items() if key not in excluded}
+    report["evaluation"] = {key: value for key, value in stored.items() if key not in excluded}
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
     has_complete = "regression" in report and "interrupted" not in report["regression"]
