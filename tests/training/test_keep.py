@@ -370,7 +370,7 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
     assert "sharded" in strop.plan(model=talker, data=data, devices=2, **sharded).resolved.choices["train.keep"].why
 
 
-def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path) -> None:
+def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     system = {"role": "system", "content": "Be brief."}
     lines = [{"messages": [system, {"role": "user", "content": f"Say: {n}"}]} for n in range(10)]
     lines += [
@@ -387,6 +387,11 @@ def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path) -> None:
     }
     assert len(kept) >= keep.MIN_ROWS and not any(turns[-1]["content"] == "x" for turns in kept)
     assert sum(turns[0]["role"] == "system" for turns in kept) >= 8
+    with mine.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "long " * 3000}]}) + "\n")
+    caplog.set_level("INFO", logger="strop")
+    strop.train(model=talker, data=rows, out=tmp_path / "long", **options)
+    assert any("1 of 21 prompts of" in record.getMessage() for record in caplog.records)
     with pytest.raises(RecipeError, match=r"train.keep_prompts: needs a share"):
         strop.train(model=talker, data=rows, **{"train.keep_prompts": str(mine)})
     with pytest.raises(DataError, match=r"nope.jsonl"):

@@ -46,11 +46,11 @@ def preview_traces(recipe: Recipe, prepared: Prepared, number: int) -> tuple[lis
     tracer = make_tracer(train, recipe.data.max_length, prepared.renderer, columns)
     items: Any = prepared.train_items
     prompts: list[Prompt] = [items[i] for i in range(min(number, len(items)))]
-    check_prompts(tracer, prompts)
+    lengths = check_prompts(tracer, prompts)
     name, reason = recipe.model.adapter or recipe.model.name, _why_not_sampled(recipe)
     if reason is None:
         try:
-            sample, how = _sampler(name, tracer), f"sampled from {name} at temperature 1"
+            sample, how = _sampler(name, recipe, tracer), f"sampled from {name} at temperature 1"
         except StropError as error:
             reason = first_line(error)
     if reason is not None:
@@ -58,7 +58,7 @@ def preview_traces(recipe: Recipe, prepared: Prepared, number: int) -> tuple[lis
     seeds = [[rollout_seed(recipe.seed, 0, prompt.row, 0)] for prompt in prompts]
     resets = [rollout_seed(recipe.seed, 0, prompt.row, RESET) for prompt in prompts]
     traces = [group[0] for group in tracer.sample(prompts, seeds, resets, sample)]
-    return traces, [*describe_environment(tracer), f"traces {how}"]
+    return traces, [*describe_environment(tracer), lengths, f"traces {how}"]
 
 
 def _why_not_sampled(recipe: Recipe) -> str | None:
@@ -70,8 +70,10 @@ def _why_not_sampled(recipe: Recipe) -> str | None:
     return None
 
 
-def _sampler(name: str, tracer: Tracer) -> SampleTurns:
-    model = load(name)
+def _sampler(name: str, recipe: Recipe, tracer: Tracer) -> SampleTurns:
+    section = recipe.model
+    double = section.double_quantization if section.quantization in ("nf4", "fp4") else None
+    model = load(name, dtype=section.dtype, quantization=section.quantization, double_quantization=double)
     stop_ids = (*tracer.renderer.end_ids, *generation_stop_ids(model.module.generation_config))
 
     def sample(prompts: Sequence[Ids], seeds: Sequence[int], respond: Respond) -> None:

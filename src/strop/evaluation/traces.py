@@ -286,12 +286,15 @@ class ToolPrompts(LazySequence[Prompt]):
         return replace(prompt, examples=(example,))
 
 
-def check_prompts(tracer: Tracer, prompts: Sequence[Prompt]) -> None:
-    """Raise DataError for rows whose prompt with the tools leaves no room for a turn, or cannot be rendered."""
-    where = []
+def check_prompts(tracer: Tracer, prompts: Sequence[Prompt]) -> str:
+    """Raise DataError for rows whose prompt with the tools leaves no room for a turn, or cannot be rendered.
+
+    Returns a sentence on the lengths of the prompts.
+    """
+    where, lengths = [], [0]
     for prompt in prompts:
         try:
-            length = len(tracer.prompt_ids(prompt))
+            lengths.append(length := len(tracer.prompt_ids(prompt)))
         except RenderError as error:
             where.append(Location(prompt.file, prompt.line, error.what))
             continue
@@ -301,6 +304,9 @@ def check_prompts(tracer: Tracer, prompts: Sequence[Prompt]) -> None:
     if where:
         what = f"{len(where)} rows cannot be prompts of environment {tracer.environment.spec}"
         raise DataError(what, fix="raise --data.max_length, or change these rows", where=where)
+    return (
+        f"with the tools, prompts have up to {max(lengths):,} tokens before reset, of a trace's {tracer.max_length:,}"
+    )
 
 
 def describe_environment(tracer: Tracer) -> list[str]:

@@ -71,6 +71,11 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     if len(rows) < MIN_ROWS:
         what = f"train.keep: of the model's answers to general prompts, {len(rows)} can be rows of this recipe"
         raise RecipeError(what, fix="leave it out, or raise --data.max_length")
+    if unused := file.read_bytes().count(b"\n") - len(rows):
+        message = (
+            "keep     %d answered prompts are left out: longer than data.max_length, or not usable with these rows"
+        )
+        LOG.info(message, unused, extra=LASTING)
     distributions = file.with_suffix(".safetensors")
     key = sha256_text(f"{prepared.hash} {_key(recipe, source)} {new}")
     cached = cache_folder() / "keep" / f"{key[:32]}.safetensors"
@@ -110,8 +115,14 @@ def _read_prompts(recipe: Recipe, tokenizer: Any) -> str:
     """Return the general prompts, or those of train.keep_prompts, as JSON Lines. Raises DataError."""
     if recipe.train.keep_prompts is None:
         return (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
-    changes = {"train": recipe.train.keep_prompts, "eval": None, "format": "auto", "columns": None}
-    rows = prepare(recipe.data.model_copy(update=changes), tokenizer, data_kind="prompts").train_conversations
+    changes = {
+        "train": recipe.train.keep_prompts, "eval": None, "format": "auto", "columns": None, "overlong": "drop",
+    }  # fmt: skip
+    prepared = prepare(recipe.data.model_copy(update=changes), tokenizer, data_kind="prompts")
+    rows, dropped = prepared.train_conversations, prepared.report.rows["dropped"]
+    if dropped:
+        message = "keep     %d of %d prompts of %s are left out: not valid, or longer than data.max_length"
+        LOG.info(message, dropped, prepared.report.rows["read"], recipe.train.keep_prompts, extra=LASTING)
     chosen = (rows[i].prompt.messages for i in range(min(len(rows), MAX_PROMPTS)))
     lines = ({"messages": [message_json(message) for message in messages]} for messages in chosen)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

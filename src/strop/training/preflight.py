@@ -24,6 +24,7 @@ from strop.data.rendering.image_encoder import image_encoder
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.store import JoinedItems, Triplets
 from strop.data.types import Classes, Prompt
+from strop.display.terminal import LASTING
 from strop.distributed.devices import Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
@@ -269,8 +270,8 @@ def _add_tools(recipe: Recipe, data: Prepared, tracer: Tracer) -> Prepared:
     if with_tools:
         raise DataError(f"{len(with_tools)} rows have tools", fix="remove the column `tools`", where=with_tools)
     prompts = [cast("Sequence[Prompt]", rows) for rows in items if rows is not None]
-    for rows in prompts:
-        check_prompts(tracer, rows)
+    for rows, role in zip(prompts, ("training", "evaluation"), strict=False):
+        LOG.info("prompts  %s rows: %s", role, check_prompts(tracer, rows), extra=LASTING)
     try:
         [first] = tracer.start([(prompts[0][0], recipe.seed)])
     except RunError as error:
@@ -530,7 +531,11 @@ def check_same_recipe(resolved: Resolved, folder: Path) -> None:
             where.append(Location(str(folder), None, text))
     if where:
         what = f"{folder}: this folder has a run with other settings"
-        raise InputError(what, fix="restore the settings, or see `strop resume --help`", where=where)
+        fix = "restore the settings, or see `strop resume --help`"
+        if RunFolder(folder).finished:
+            what += ", and is finished"
+            fix = "give another --out; `--model` of this folder trains it further"
+        raise InputError(what, fix=fix, where=where)
 
 
 def locked_device_count(lock: Mapping[str, Any]) -> int:

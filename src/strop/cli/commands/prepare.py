@@ -157,7 +157,12 @@ def check(
         shown["refusal"]["fix"] = None
     data_check.print_report(shown, console, tokenizer=checked.recipe.model.name)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
-    print_notes([note] if note else [])
+    notes = [note] if note else []
+    if checked.recipe.train.environment is not None:
+        notes.append(
+            "prompts are counted without the environment's tools; --show 1 counts and shows them with the tools"
+        )
+    print_notes(notes)
     if show and checked.recipe.train.environment is not None and not report.refusal:
         _show_traces(checked, show, ids)
     elif show:

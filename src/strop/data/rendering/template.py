@@ -163,7 +163,9 @@ class ChatTemplate:
         if self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block:
             explanation = {
                 "as-is": "rows without it are trained as the template writes them",
-                "empty": "rows without it are trained after the block that the template writes when reasoning is off",
+                "empty": "rows without it are trained after the block that the template writes when reasoning is off"
+                if self.traits.empty_block_mode != self.traits.default_mode or self.traits.needs_empty_block
+                else "the template has no empty block, so rows without it are trained as the template writes them",
                 "drop": "it is left out of all rows",
                 "refuse": "rows that do not match the template are refused",
             }[self.reasoning]
