@@ -83,8 +83,10 @@ def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], t
         assert sample["tuned"] == max(likely, key=lambda answer: likely[answer])
     right = [sample["tuned"] == sample["gold"] for sample in result["samples"]]
     assert result["tuned"]["choice"] == sum(right) / 12 and "stop_rate" not in result["tuned"]
-    limited = strop.evaluate(runs[1], str(tmp_path / "colours.jsonl"), metric="choice", limit=1)
-    assert limited["samples"][0]["tuned"] == result["samples"][0]["tuned"]  # among the right answers of all rows
+    wrong = next(n for n, sample in enumerate(result["samples"]) if sample["tuned"] != sample["gold"])
+    rotated = rows(tmp_path / "rotated.jsonl", [*COLOURS[wrong:], *COLOURS[:wrong]])
+    limited = strop.evaluate(runs[1], str(rotated), metric="choice", limit=1)  # among the right answers of all rows
+    assert limited["samples"][0]["tuned"] == result["samples"][wrong]["tuned"] and limited["tuned"]["choice"] == 0
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 

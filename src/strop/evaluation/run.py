@@ -774,11 +774,10 @@ def add_to_report(folder: RunFolder, result: dict[str, Any], pending: Collection
     if "evaluation" in report and before != after:
         removed = [part for part in FURTHER_PARTS if report.pop(part, None) and part not in result]
         if names := " and ".join(FURTHER_PARTS[part] for part in removed if part not in pending):
-            changed = {name: value for name, value in before.items() if value != after[name]}
-            described = {name: f"{name} {value}" for name, value in changed.items()} | (
-                {"adapter": "another adapter"} if "adapter" in changed else {}
+            changed = [name for name, value in before.items() if value != after[name]]
+            settings = ", ".join(
+                "another adapter" if name == "adapter" else f"{name} {before[name]}" for name in changed
             )
-            settings = ", ".join(described.values())
             result["notes"].append(f"removed from the report: earlier scores of {names}, measured with {settings}")
     report["evaluation"] = {key: value for key, value in stored.items() if key not in excluded}
     report["intervals"] = result["intervals"]

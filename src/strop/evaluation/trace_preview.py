@@ -72,8 +72,9 @@ def _why_not_sampled(recipe: Recipe) -> str | None:
 
 def _sampler(name: str, recipe: Recipe, tracer: Tracer) -> SampleTurns:
     section = recipe.model
-    double = section.double_quantization if section.quantization in ("nf4", "fp4") else None
-    model = load(name, dtype=section.dtype, quantization=section.quantization, double_quantization=double)
+    model = load(
+        name, dtype=section.dtype, quantization=section.quantization, double_quantization=section.double_quantization
+    )
     stop_ids = (*tracer.renderer.end_ids, *generation_stop_ids(model.module.generation_config))
 
     def sample(prompts: Sequence[Ids], seeds: Sequence[int], respond: Respond) -> None:

@@ -20,8 +20,8 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -
     """Return the recipe's optimizer of the trainable weights. `set_rate` sets its learning rate before each step.
 
     With LoRA+ (arXiv:2402.12354), B has a scaled rate. Only matrices decay: norms, biases and DoRA's magnitudes would
-    draw the base's weights towards zero. 8-bit optimizers (arXiv:2110.02861) store the moments of weights
-    with fewer than 4,096 elements in fp32.
+    draw the base's weights towards zero. 8-bit optimizers (arXiv:2110.02861) store the moments of weights with fewer
+    than 4,096 elements in fp32.
     """
     ratio = section.lora_plus_ratio
     scaled = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
