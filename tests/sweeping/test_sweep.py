@@ -58,7 +58,7 @@ def test_a_sweep_by_the_command_line(here: Path, tiny_folder: Path, capsys: pyte
     assert re.search(r"rows     \d+ train, \d+ selection, \d+ test\n", err)
     assert re.search(r"memory   \d\.\d\d GiB at most \(.+\), \d+\.\d GiB usable\n", err)
     assert re.search(
-        r"trial    000 \(1 of 5\)  the default  accuracy \d+\.\d%  loss \d\.\d{3}  [\w. ]+, at most [\w ]+ left\n",
+        r"trial    000 \(1 of 5\)  the default  accuracy \d+\.\d%  loss \d\.\d{3}  [\w. ]+, at most [\w. ]+ left\n",
         err,
     )
     assert re.search(r"trial    004 \(5 of 5\)  lora\.r 16, learning_rate 0\.01  accuracy", err)
