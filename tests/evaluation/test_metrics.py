@@ -374,8 +374,8 @@ def test_answer_that_makes_the_function_fail_is_a_miss(how: str, tmp_path: Path)
     check_golds(f"{file}:own", ["x"], [("rows.jsonl", 7)])
     scores = score(f"{file}:own", ["x", "x"], ["[<: *", "x"])
     assert scores.hits == (False, True) and len(scores.errors) == 1 and scores.errors[0].endswith("for '[<: *'")
-    failed = {"metric_errors": {"tuned": {"count": 1, "first": scores.errors[0]}}}
-    [note] = describe_cut({"rows": 2, "metric": "own", "answers": failed})
+    failed = {"metric_errors": {"tuned": scores.failures}}
+    [note] = describe_cut({"rows": 2, "metric": "own", **failed})
     assert note == f"own failed on 1 of 2 tuned answers, which count as misses: {scores.errors[0]}"
     with pytest.raises(DataError, match="1 rows cannot be scored"):
         check_golds(f"{file}:bad", ["x"], [("rows.jsonl", 7)])

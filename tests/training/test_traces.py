@@ -470,6 +470,7 @@ class Counter:
         return "x"
 '''
 HOOD = "def long(right_answer, answer):\n    return len(answer) >= 0 and right_answer == '1'\n"
+FAILS = "def fails(right_answer, answer):\n    return right_answer == answer or 1 / 0\n"
 
 
 def test_eval_scores_the_last_turn_of_traces_by_a_metric_of_answers(
@@ -497,6 +498,11 @@ def test_eval_scores_the_last_turn_of_traces_by_a_metric_of_answers(
     assert [row["tuned_hit"] for row in result["samples"]] == [False, True, False]
     code, text, err = run(*words, "--metric", "exact", capsys=capsys)
     assert code == 0 and json.loads(text)["metric"] == "exact", err
+    (tmp_path / "hood.py").write_text(FAILS, encoding="utf-8")
+    code, text, err = run(*words, "--metric", f"{tmp_path / 'hood.py'}:fails", capsys=capsys)
+    result = json.loads(text)
+    assert code == 0 and result["metric_errors"]["tuned"]["count"] == 3, err
+    assert any("fails failed on 3 of 3 tuned answers" in note for note in result["notes"])
     code, text, err = run(*words, "--general", capsys=capsys)
     result = json.loads(text)
     assert code == 0 and result["metric"] == "mean_reward" and "difference" in result["general"], err

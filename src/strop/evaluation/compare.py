@@ -6,9 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count, zip_longest
 from typing import Any
@@ -78,7 +78,7 @@ class Side:
     scores: dict[str, float]
     hits: list[bool]
     texts: list[str]
-    errors: Sequence[str] = ()  # of the user's metric
+    failures: Mapping[str, Any] = field(default_factory=dict)  # of the user's metric, see `Scores`
 
 
 def compare(
@@ -147,7 +147,7 @@ def compare(
             }
         golds = [question.gold for question in questions]
         scores = score(metric, golds, remove_reasoning(model.renderer, questions, texts))
-        return Side({**scores.rates, **extra_scores}, [*scores.hits], texts, scores.errors)
+        return Side({**scores.rates, **extra_scores}, [*scores.hits], texts, scores.failures)
 
     sides = {}
     if with_base:
@@ -168,10 +168,7 @@ def compare(
                 if "stop_rate" in side.scores
             },
         }  # fmt: skip
-        failures = {name: side.errors for name, side in sides.items() if side.errors}
-        if failures:
-            counts = {name: {"count": len(errors), "first": errors[0]} for name, errors in failures.items()}
-            result["answers"]["metric_errors"] = counts
+    result |= describe_failures({name: side.failures for name, side in sides.items()})
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
     result["supervised_tokens"] = int(sum((x.weights > 0).sum() for each in rendered[: len(questions)] for x in each))
@@ -209,8 +206,14 @@ def remove_reasoning(renderer: Renderer, questions: Sequence[Question], texts: S
 
 def read_side(result: dict[str, Any], name: str) -> Side:
     """Return the results of "base" or "tuned" from a result of `compare`."""
-    samples = result["samples"]
-    return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
+    samples, failures = result["samples"], result.get("metric_errors", {}).get(name, {})
+    return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples], failures)
+
+
+def describe_failures(failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entry `metric_errors` of a result, if the user's metric failed on answers. failures: by side."""
+    found = {name: dict(failed) for name, failed in failures.items() if failed}
+    return {"metric_errors": found} if found else {}
 
 
 def _compute_loss(

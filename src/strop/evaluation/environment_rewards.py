@@ -16,7 +16,7 @@ from strop.data.types import Conversation, Example, Ids, Prompt
 from strop.engine.decode.generate import Respond, generation_stop_ids, sample_turns
 from strop.engine.decode.model import Model
 from strop.errors import DataError, Location
-from strop.evaluation.compare import Progress
+from strop.evaluation.compare import Progress, describe_failures
 from strop.evaluation.metrics import (
     MEAN_REWARD,
     MIN_CLAIM_ROWS,
@@ -114,6 +114,7 @@ def _compare_answers(
     return {
         "rows": len(prompts), "metric": find_metric(metric).name,
         **{name: {**scores[name].rates, **_summarize(*side)} for name, side in sides.items()},
+        **describe_failures({name: found.failures for name, found in scores.items()}),
         **compare_hits(hits, rows),
         "samples": [_make_sample(prompt, row, sides, hits) for row, prompt in enumerate(prompts)],
     }  # fmt: skip

@@ -107,6 +107,11 @@ class Scores:
     rates: dict[str, float]
     errors: tuple[str, ...] = ()  # of the user's function, one for each answer on which it failed
 
+    @property
+    def failures(self) -> dict[str, Any]:
+        """The number of errors and the first one, or nothing."""
+        return {"count": len(self.errors), "first": self.errors[0]} if self.errors else {}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -452,7 +457,7 @@ def describe_cut(result: Mapping[str, Any]) -> list[str]:
     if cut:
         counts = " and ".join(f"{count:,} of {result['rows']:,} {side} answers" for side, count in cut.items())
         texts.append(f"{counts} were cut at {answers['max_tokens']:,} tokens or the model's context")
-    for side, failed in answers.get("metric_errors", {}).items():
+    for side, failed in result.get("metric_errors", {}).items():
         misses = f"{result['metric']} failed on {failed['count']:,} of {result['rows']:,} {side} answers"
         texts.append(f"{misses}, which count as misses: {failed['first']}")
     return texts

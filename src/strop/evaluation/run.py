@@ -325,6 +325,7 @@ def _evaluate_environment(name: str, request: _Request) -> dict[str, Any]:
     )  # fmt: skip
     result = _start_result(name, model, compared, request)
     result["environment"] = spec
+    result["notes"] += describe_cut(compared)
     if metric is not None:
         result["left_out"] = [asdict(location) for location in request.left_out]
     if options.general:

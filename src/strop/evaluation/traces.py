@@ -87,8 +87,11 @@ class Trace:
 
     def as_json(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the messages in the `messages` format, with texts of at most `limit` characters."""
-        values = map(message_json, self.messages)
-        return [{**value, "content": value["content"][:limit]} for value in values]
+        texts = ("content", "reasoning_content")
+        return [
+            {name: x[:limit] if name in texts else x for name, x in message_json(message).items()}
+            for message in self.messages
+        ]
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class _ToolResponder:
         turn = tracer.dialogue.read_turn(completion.ids)
         trace.turns, trace.truncated = trace.turns + 1, not completion.stopped
         trace.answer = strip_reasoning(turn.text, trace.prompt.reasoning_ends)
-        trace.messages.append(turn.as_message() if completion.stopped else Message("assistant", turn.text))
+        trace.messages.append(turn.as_message(stopped=completion.stopped))
         if not completion.stopped or not turn.calls:
             self._ended.append(number)
             return

@@ -140,9 +140,11 @@ def list_row_counts(report: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]
 
 
 def describe_turns(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return messages as lines of text: `tool(argument=value)` for a call, `-> text` for its result."""
+    """Return messages as lines: `tool(argument=value)` for a call, `-> text` for its result, `(text)` for reasoning."""
     lines = []
     for message in messages:
+        reasoning = str(message.get("reasoning_content") or "").strip()[:TURN_CHARACTERS]
+        lines += [f"({reasoning})"] if reasoning else []
         content = str(message.get("content") or "").strip()[:TURN_CHARACTERS]
         lines += [f"-> {content}"] if message.get("role") == "tool" else [content] if content else []
         for call in message.get("tool_calls") or ():

@@ -21,8 +21,10 @@ from strop.data.rendering.tool_calls import (
     call_json,
     derive_call_format,
 )
+from strop.data.store import message_json
 from strop.data.types import Conversation, Message
 from strop.errors import ModelError
+from strop.runs.events import describe_turns
 from tests.support import families, tool_templates
 from tests.support.templates import TOOL, user
 
@@ -203,9 +205,16 @@ def test_text_before_a_call_is_content_and_calls_in_reasoning_are_not_read() -> 
     turn = HERMES.parse('I look.\n<tool_call>{"name": "f"}</tool_call>')
     assert (turn.content, turn.as_message().tool_calls) == ("I look.", (call_json(Call("f", {})),))
     renderer = renderer_of("qwen3")
-    text = '<think>\n<tool_call>{"name": "f"}</tool_call>\n</think>\n\nNo.<|im_end|>'
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    text = f"<think>\n{call}\n</think>\n\nNo.<|im_end|>"
     turn = ToolDialogue(renderer, TOOLS).read_turn(np.array(renderer.tokenizer.encode(text), np.int32))
     assert not turn.calls and turn.text.endswith("No.")
+    assert turn.as_message() == Message("assistant", "No.", call)
+    text = text.replace("No.", f"So: {call}, then")  # text after a call is left out
+    turn = ToolDialogue(renderer, TOOLS).read_turn(np.array(renderer.tokenizer.encode(text), np.int32))
+    assert turn.as_message() == Message("assistant", "So:", call, (call_json(Call("f", {})),))
+    assert turn.as_message(stopped=False) == Message("assistant", f"So: {call}, then", call)
+    assert describe_turns([message_json(turn.as_message())]) == f"({call})\nSo:\nf()"
 
 
 def test_hermes_is_written_where_the_template_shows_no_tools() -> None:

@@ -14,7 +14,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from strop.data.rendering.prober import CALLING, CALLING_TWICE, QUESTION, TOOL, 
 from strop.data.rendering.render import Renderer
 from strop.data.rendering.template import ChatTemplate
 from strop.data.row_errors import RenderError
-from strop.data.types import Conversation, Ids, Message, shared_prefix_length
+from strop.data.types import Conversation, Ids, Message, shared_prefix_length, strip_reasoning
 from strop.errors import ModelError
 
 _NAME = r"[\w.-]+"
@@ -51,18 +51,25 @@ class InvalidCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of the model: its text before the first call, all of its text, and its calls in order."""
+    """A turn of the model.
+
+    content: text before the first call, without reasoning. text: all of it; where there are calls, without reasoning.
+    """
 
     content: str
     text: str
     calls: tuple[Call | InvalidCall, ...]
+    reasoning: str | None = None
 
-    def as_message(self) -> Message:
-        """Return the turn as a message. Invalid calls stay text."""
+    def as_message(self, *, stopped: bool = True) -> Message:
+        """Return the turn as a message. Invalid calls stay text, and so do those of a turn that was cut.
+
+        Text after the first call is left out, as in the replies of OpenAI-compatible servers.
+        """
         calls = [call for call in self.calls if isinstance(call, Call)]
-        if len(calls) < len(self.calls) or not calls:
-            return Message("assistant", self.text)
-        return Message("assistant", self.content, tool_calls=tuple(map(call_json, calls)))
+        if calls and len(calls) == len(self.calls) and stopped:
+            return Message("assistant", self.content, self.reasoning, tuple(map(call_json, calls)))
+        return Message("assistant", self.text if self.calls else self.content, self.reasoning)
 
 
 def call_json(call: Call) -> dict[str, Any]:
@@ -499,11 +506,19 @@ class ToolDialogue:
         if end is not None and not begins and not self._renderer.chat.traits.needs_empty_block:
             call = text.find(self.format.opening.strip())  # the end may be in an argument of a call
             end = None if self.format.opening.strip() and 0 <= call < text.index(end) else end
-        turn = self.format.parse(text if end is None else text.partition(end)[2], self.tools)
+        reasoning, rest = (None, text) if end is None else self._split_reasoning(text, end)
+        turn = self.format.parse(rest, self.tools)
         if turn.calls:
-            return turn
+            return replace(turn, reasoning=reasoning)
         plain = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-        return Turn(plain, plain, ())
+        return Turn(plain if end is None else strip_reasoning(plain, [end]), plain, (), reasoning)
+
+    def _split_reasoning(self, text: str, end: str) -> tuple[str | None, str]:
+        """Return the reasoning of a turn without its marks, or None if it is empty, and the text after it."""
+        reasoning, _, rest = text.partition(end)
+        for begin, _ in self._renderer.chat.traits.reasoning_marks:
+            reasoning = reasoning.strip().removeprefix(begin.strip())
+        return reasoning.strip() or None, rest
 
     def continuation(
         self, messages: Sequence[Message], turn: Turn, results: Sequence[str], options: Mapping[str, Any] | None = None
