@@ -87,6 +87,9 @@ def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], t
     rotated = rows(tmp_path / "rotated.jsonl", [*COLOURS[wrong:], *COLOURS[:wrong]])
     limited = strop.evaluate(runs[1], str(rotated), metric="choice", limit=1)  # among the right answers of all rows
     assert limited["samples"][0]["tuned"] == result["samples"][wrong]["tuned"] and limited["tuned"]["choice"] == 0
+    spaced = rows(tmp_path / "spaced.jsonl", [(COLOURS[0][0], " \n " + COLOURS[0][1] + " \n "), *COLOURS])
+    again = strop.evaluate(runs[1], str(spaced), metric="choice")  # another spelling of a gold takes no hit away
+    assert [sample["tuned"].strip() for sample in again["samples"][1:]] == [x["tuned"] for x in result["samples"]]
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 

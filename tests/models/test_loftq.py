@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -20,7 +21,7 @@ from strop.models.lora import add_lora
 from strop.models.quantize import QuantizedLinear
 from strop.models.source import locate
 from strop.serve.vllm import _check_adapter
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 SECTION = LoraSection(r=8, alpha=32.0)
 
@@ -48,6 +49,30 @@ def test_adapter_is_best_low_rank_approximation_of_quantization_error(tiny_folde
         error = weight - dequantized
         optimum = torch.linalg.svdvals(error)[8:].norm()  # over all matrices of rank 8 (Eckart and Young)
         assert (error - delta).norm() < 1.01 * optimum < error.norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])  # weights of experts are (out, in) and (in, out)
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_adapters_of_experts_approximate_each_error(kind: str, scheme: str, tmp_path: Path) -> None:
+    tiny_families.save(kind, tmp_path)
+    torch.manual_seed(0)
+    source = locate(str(tmp_path))
+    section = LoraSection(r=2, alpha=8.0, target_modules="experts")
+    whole = dict(load_base(source, torch.float32, "cpu").named_parameters())
+    model = add_lora(load_base(source, torch.float32, "cpu", quantization=scheme), section, None)
+    lora.init_loftq(model, source)
+    wrappers = {
+        f"{path.partition('.base_layer')[0]}.{module.parameter_name}": module
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    assert {name.rpartition(".")[2] for name in wrappers} == {"gate_up_proj", "down_proj"}
+    for name, wrapper in wrappers.items():
+        packed = wrapper.get_base_layer().packed[wrapper.parameter_name]
+        errors = whole[name].detach() - packed.dequantize_all()
+        for error, delta in zip(errors, wrapper.get_delta_weight("default").detach(), strict=True):
+            optimum = torch.linalg.svdvals(error)[2:].norm()
+            assert (error - delta).norm() < 1.01 * optimum < error.norm(), name
 
 
 def test_first_loss_is_nearer_to_16_bit(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -6,10 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 Series = dict[float, float]  # value by step
 Interval = tuple[float, float, float]  # low end, value, high end
@@ -88,6 +85,8 @@ def _xy(series: Series) -> tuple[list[float], list[float]]:
 
 def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     """Create a figure with the given size in inches, without pyplot, which would keep it in global state."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -122,8 +121,11 @@ def _set_margins(figure: Any) -> None:
 
 def _to_svg(figure: Any, label: str) -> Markup:
     """Return the figure as an inline SVG element without metadata, whose text stays text."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
-    with matplotlib.rc_context(PLOT_STYLE):
+    with rc_context(PLOT_STYLE):
         _set_margins(figure)
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

@@ -339,9 +339,11 @@ def check_golds(
     Returns a note if the user's metric is 0 for every gold answer given as the answer, else "".
     """
     metric, invalid, num_accepted = find_metric(name), [], 0
-    if name == "choice" and not 2 <= (num_options := len(choice_options(golds))) <= MAX_OPTIONS:
-        what = f"choice: {num_options} different right answers to choose from, not 2 to {MAX_OPTIONS}"
-        raise DataError(what, fix="use another metric, such as exact")
+    if name == "choice":
+        fewest, most = len({_normalize_spaces(gold) for gold in golds}), len(choice_options(golds))
+        if fewest < 2 or most > MAX_OPTIONS:
+            what = f"choice: {fewest if fewest < 2 else most} different right answers to choose from"
+            raise DataError(f"{what}, not 2 to {MAX_OPTIONS}", fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, locations, strict=True):
         if metric.function is None:
             try:
@@ -371,8 +373,11 @@ def check_golds(
 
 
 def choice_options(golds: Sequence[str]) -> list[str]:
-    """Return the distinct gold answers of all rows, between which the metric `choice` chooses."""
-    return list({_normalize_spaces(gold): gold for gold in reversed(golds)}.values())[::-1]
+    """Return the distinct gold answers of all rows, between which the metric `choice` chooses.
+
+    Those that differ only in white space are equal to the metric, but may have different likelihoods.
+    """
+    return list(dict.fromkeys(golds))
 
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:

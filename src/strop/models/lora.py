@@ -18,6 +18,7 @@ import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,13 @@ from strop.config.schema import LoraSection
 from strop.data.prepare import add_tokens
 from strop.errors import ModelError, RecipeError
 from strop.models.adapter_config import SCORE_HEAD, SCORE_TASK
-from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
+from strop.models.experts import (
+    QuantizedExperts,
+    is_weight_adapter,
+    parameter_adapter_leaves,
+    patch_experts_forward,
+    split_by_expert,
+)
 from strop.models.families.shape import (
     EXPERTS,
     LinearKind,
@@ -388,7 +395,7 @@ def find_score_head(model: nn.Module) -> nn.Module | None:
 
 
 def init_loftq(model: peft.PeftModel, source: Source) -> None:
-    """Initialize A and B of each quantized layer so that scale * B A approximates its quantization error."""
+    """Initialize A and B of each quantized layer and expert so that scale * B A approximates its quantization error."""
     # One iteration of LoftQ (arXiv:2310.08659). PEFT's replace_lora_weights_loftq needs CUDA and ignores LoRA's scale.
     # Reads the 16-bit weights one at a time (ModelError without them), and uses torch's random generator.
     if prequantized(source.config()):
@@ -398,19 +405,36 @@ def init_loftq(model: peft.PeftModel, source: Source) -> None:
     layout = CheckpointLayout(load_without_weights(source), tensors)
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, PeftLinear):
-            base = module.base_layer
+            base, name = module.base_layer, f"{path}.weight"
             weight = base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
-            original = layout.read(layout.group_of(f"{path}.weight"), tensors.get)[f"{path}.weight"]
+            original = layout.read(layout.group_of(name), tensors.get)[name]
             error = original.to(weight.device).float() - weight.detach().float()
-            if error.any():
-                for name in module.active_adapters:
-                    _set_low_rank(module, name, error)
+            for adapter in module.active_adapters:
+                a, b = (part[adapter].weight.data for part in (module.lora_A, module.lora_B))
+                _set_low_rank(a, b, module.scaling[adapter], error)
+        elif isinstance(module, ParamWrapper):
+            experts, leaf = module.get_base_layer(), module.parameter_name
+            if not isinstance(experts, QuantizedExperts) or leaf not in experts.packed:
+                continue
+            name = f"{path.partition('.base_layer')[0]}.{leaf}"  # a layer has a wrapper for each parameter
+            original = layout.read(layout.group_of(name), tensors.get)[name]
+            for expert, whole in enumerate(original):
+                weight = experts.packed[leaf].dequantize(expert)
+                error = whole.to(weight.device).float() - weight.float()
+                error = error.t() if experts.is_transposed else error
+                for adapter in module.active_adapters:
+                    a, b = (part[adapter].weight.data for part in (module.lora_A, module.lora_B))
+                    a, b = split_by_expert(a, b, experts.num_experts)
+                    _set_low_rank(a[expert], b[expert], module.scaling[adapter], error)
 
 
-def _set_low_rank(module: PeftLinear, name: str, error: Tensor) -> None:
-    rank = min(module.r[name], *error.shape)
+def _set_low_rank(a: Tensor, b: Tensor, scale: float, error: Tensor) -> None:
+    """Set A (r, in) and B (out, r) in place, so that scale * B A is near the error (out, in), unless it is zero."""
+    rank = min(len(a), *error.shape)
+    if not error.any():
+        return
     u, s, v = torch.svd_lowrank(error, q=min(rank + LOFTQ_OVERSAMPLING, *error.shape), niter=LOFTQ_ITERATIONS)
     u, s, v = u[:, :rank], s[:rank], v[:, :rank]
-    root = (s / module.scaling[name]).sqrt()
-    module.lora_A[name].weight.data[:rank] = root[:, None] * v.t()
-    module.lora_B[name].weight.data[:, :rank] = u * root
+    root = (s / scale).sqrt()
+    a[:rank] = root[:, None] * v.t()
+    b[:, :rank] = u * root

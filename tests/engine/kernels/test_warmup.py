@@ -107,6 +107,15 @@ def test_load_enables_garbage_collection_after_a_failed_import(monkeypatch: pyte
     assert gc.isenabled()
 
 
+def test_load_leaves_out_inductor_and_the_environment_as_it_was() -> None:
+    program = (
+        "import os, sys; from strop.engine.kernels import warmup; warmup.load(None)\n"
+        "import torch; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)\n"
+        "print(os.environ.get(warmup.WITHOUT_COMPILER), torch.compile(f := lambda x: x) is f)"
+    )
+    assert run_python(["-c", program]).split() == ["True", "False", "None", "False"]
+
+
 def test_compiler_starts_only_where_nothing_is_compiled(
     no_compiler: None, empty_libraries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

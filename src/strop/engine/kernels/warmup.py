@@ -35,6 +35,9 @@ LOG = logging.getLogger(__name__)
 
 TRAIN, DECODE = "train", "decode"  # the warm-ups that warmup_models.py can run
 MODELS = "strop.engine.kernels.warmup_models"
+# With it, torch.compile returns functions as they are. PEFT imports bitsandbytes, which would load Inductor (0.6 s) to
+# compile functions that strop never calls.
+WITHOUT_COMPILER = "TORCHDYNAMO_DISABLE"
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
 FORKS = sys.platform == "linux"  # on other systems, math libraries may fail in a forked process
 SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
@@ -55,6 +58,8 @@ def load(warmup: str | None = TRAIN) -> None:
     """
     if warmup:
         start_compiler(warmup)
+    before = os.environ.get(WITHOUT_COMPILER)
+    os.environ[WITHOUT_COMPILER] = "1"
     gc.disable()
     try:
         import peft  # noqa: F401 (imported for its side effect on sys.modules)
@@ -62,6 +67,8 @@ def load(warmup: str | None = TRAIN) -> None:
         import transformers  # noqa: F401 (as above)
     finally:
         gc.enable()
+        del os.environ[WITHOUT_COMPILER]
+        os.environ.update({} if before is None else {WITHOUT_COMPILER: before})
     gc.freeze()  # later collections skip the imported objects
 
 
@@ -72,7 +79,10 @@ class Compiler:
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__spec__.name} import main; main()"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ, WITHOUT_COMPILER: "1", "PYTHONSAFEPATH": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )  # fmt: skip
 
     @property
