@@ -87,9 +87,13 @@ def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], t
     rotated = rows(tmp_path / "rotated.jsonl", [*COLOURS[wrong:], *COLOURS[:wrong]])
     limited = strop.evaluate(runs[1], str(rotated), metric="choice", limit=1)  # among the right answers of all rows
     assert limited["samples"][0]["tuned"] == result["samples"][wrong]["tuned"] and limited["tuned"]["choice"] == 0
-    spaced = rows(tmp_path / "spaced.jsonl", [(COLOURS[0][0], " \n " + COLOURS[0][1] + " \n "), *COLOURS])
-    again = strop.evaluate(runs[1], str(spaced), metric="choice")  # another spelling of a gold takes no hit away
-    assert [sample["tuned"].strip() for sample in again["samples"][1:]] == [x["tuned"] for x in result["samples"]]
+    # A gold that differs in white space does not stand for the others, whichever row is first.
+    spaced = [(*COLOURS[0][:1], "green        tea"), (COLOURS[1][0], "green tea"), (COLOURS[2][0], "red    red red")]
+    hits = []
+    for order in (spaced, spaced[::-1]):
+        answers = strop.evaluate(runs[1], str(rows(tmp_path / "spaced.jsonl", order)), metric="choice")["samples"]
+        hits.append({sample["prompt"]: sample["tuned_hit"] for sample in answers})
+    assert hits[0] == hits[1]
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 

@@ -257,6 +257,22 @@ def test_answers_are_of_the_adapter_that_training_starts_from(talker: Path, rows
     assert files[0] != files[1]
 
 
+def test_base_is_that_of_the_run_and_not_that_of_the_adapter(talker: Path, rows: Path, tmp_path: Path) -> None:
+    """An adapter of another tool names the path of its base on the machine where it was trained."""
+    options, kept = {**QUICK, "train.keep": 0.5, "train.save_steps": 100}, []
+    started = strop.train(model=talker, data=rows, out=tmp_path / "first", **QUICK).adapter
+    for base in ("/home/someone/model", str(save_tiny(tmp_path / "other", chat=True, seed=7)), str(talker)):
+        foreign = tmp_path / f"foreign-{len(kept)}"
+        foreign.mkdir()
+        config = json.loads((started / "adapter_config.json").read_text(encoding="utf-8"))
+        shutil.copy(started / "adapter_model.safetensors", foreign)
+        (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        run = strop.train(model=talker, data=rows, adapter=foreign, out=tmp_path / f"run-{len(kept)}", **options)
+        kept.append((run.folder / "kept.safetensors").read_bytes())
+        assert next(event["kept"] for event in read_events(run.folder / "events.jsonl") if "kept" in event) < 1e-4
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_damaged_probabilities_are_computed_again(talker: Path, rows: Path, tmp_path: Path) -> None:
 
     def stop(event: dict[str, Any]) -> None:
@@ -392,6 +408,10 @@ def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path, caplog: pyt
     caplog.set_level("INFO", logger="strop")
     strop.train(model=talker, data=rows, out=tmp_path / "long", **options)
     assert any("1 of 21 prompts of" in record.getMessage() for record in caplog.records)
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:8]))
+    with pytest.raises(RecipeError, match=r"8 of 8 answered prompts can be.*\n.*give 16 prompts") as caught:
+        strop.train(model=talker, data=rows, **{**options, "train.keep_prompts": str(tmp_path / "few.jsonl")})
+    assert "max_length" not in str(caught.value)
     with pytest.raises(RecipeError, match=r"train.keep_prompts: needs a share"):
         strop.train(model=talker, data=rows, **{"train.keep_prompts": str(mine)})
     with pytest.raises(DataError, match=r"nope.jsonl"):

@@ -226,10 +226,16 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     values = {choice["field"]: choice["value"] for choice in report.get("recipe", [])}
     evaluated = [values["data.eval"]] if isinstance(values.get("data.eval"), str) else values.get("data.eval") or []
     files = [] if read_eval_share(values.get("data.eval")) else evaluated
-    measure = [["eval", run, *option_words({"data.train": files})]] if files else []
-    chat = [["chat", run]] if report.get("objective", {}).get("name") not in ("reward", "embed") else []
+    objective = report.get("objective", {}).get("name")
+    is_judged = objective == "kto"  # its rows may have an answer that is bad
+    measure = [["eval", run, *option_words({"data.train": files})]] if files and not is_judged else []
+    chat = [["chat", run]] if objective not in ("reward", "embed") else []
     print_next(*measure, *chat, ["dash", run])
-    if not files:
+    if is_judged:
+        console.print(
+            f"measure  {command_name()} eval {shlex.quote(run)} --data PAIRS.jsonl, or rows with right answers"
+        )
+    elif not files:
         advice = "" if evaluated else "; --eval 5% keeps some back in the next run"
         command = f"{command_name()} eval {shlex.quote(run)} --data ROWS.jsonl"
         console.print(f"measure  {command}, on rows that it was not trained on{advice}", markup=False)

@@ -122,7 +122,10 @@ def _make_function_judge(name: str) -> Judge:
             value = float(result)
         except USER_CODE_ERRORS as error:
             what = f"judge {name}: {type(error).__name__}: {error} (for {conversation[-80:]!r})"
-            fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
+            fix = (
+                "it gets the texts (conversation, right answer, first, second); above 0 the first is better, "
+                "below 0 the second"
+            )
             raise RunError(what, fix=fix) from None
         if isinstance(result, bool | np.bool_):  # False would be a tie
             what = f"judge {name}: returns {result} (for {conversation[-80:]!r})"

@@ -265,7 +265,7 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
             dtype = next(module.original_module.parameters()).dtype
             for trained in module.modules_to_save.values():
                 trained.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-                trained.register_forward_hook(lambda _, __, output, dtype=dtype: output.to(dtype))
+                trained.register_forward_hook(partial(_cast_outputs, dtype))
     return model
 
 
@@ -279,11 +279,16 @@ def _forward_with_cast_bias(module: Conv1D | nn.LayerNorm, x: Tensor) -> Tensor:
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     dtype = next(module.parameters()).dtype
+    return tuple(_cast(x, dtype) for x in args), {name: _cast(x, dtype) for name, x in kwargs.items()}
 
-    def cast(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    return tuple(map(cast, args)), {name: cast(x) for name, x in kwargs.items()}
+def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    """Return the output, or each of several as of a router, in a dtype."""
+    return tuple(_cast(x, dtype) for x in output) if isinstance(output, tuple) else _cast(output, dtype)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def set_dropout(model: peft.PeftModel, probability: float) -> None:

@@ -54,7 +54,7 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     if data.renderer.template is None:
         fix = "leave it out, or give --data.template"
         raise RecipeError("train.keep: its prompts need a chat template, and these rows are plain text", fix=fix)
-    load_once = lru_cache(lambda: _load(recipe))
+    load_once = lru_cache(lambda: _load(recipe, source))
     if not file.is_file():
         prompts = _read_prompts(recipe, data.renderer.tokenizer)
         write_atomic(file, _answered_prompts(prompts, load_once, _key(recipe, source), data.renderer))
@@ -69,8 +69,10 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     new = [tokenizer.convert_tokens_to_ids(token) for token in recipe.lora.new_tokens]
     rows = [row for row in prepared.train if not np.isin(row.ids, new).any()]  # the model has no probabilities of them
     if len(rows) < MIN_ROWS:
-        what = f"train.keep: of the model's answers to general prompts, {len(rows)} can be rows of this recipe"
-        raise RecipeError(what, fix="leave it out, or raise --data.max_length")
+        answered = file.read_bytes().count(b"\n")
+        what = f"train.keep: {len(rows)} of {answered} answered prompts can be rows of this recipe; it needs {MIN_ROWS}"
+        more = "raise --data.max_length" if answered >= MIN_ROWS else f"give {MIN_ROWS} prompts"
+        raise RecipeError(what, fix=f"{more}, or leave it out")
     if unused := file.read_bytes().count(b"\n") - len(rows):
         message = (
             "keep     %d answered prompts are left out: longer than data.max_length, or not usable with these rows"
@@ -150,7 +152,7 @@ def _key(recipe: Recipe, source: Source) -> str:
     return json.dumps([*model_key(source, start), model.quantization, model.dtype, model.device, TOP_K, *more])
 
 
-def _load(recipe: Recipe) -> Model:
+def _load(recipe: Recipe, source: Source) -> Model:
     from strop.engine.decode.model import load
 
     model = recipe.model
@@ -158,6 +160,7 @@ def _load(recipe: Recipe) -> Model:
     return load(
         model.adapter or name, device=model.device, dtype=model.dtype, quantization=model.quantization,
         double_quantization=model.double_quantization, streamed=model.placement == "streamed",
+        base=source,
     )  # fmt: skip
 
 

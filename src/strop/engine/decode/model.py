@@ -572,6 +572,7 @@ def load(
     scores: bool = False,
     double_quantization: bool | None = None,
     streamed: bool = False,
+    base: Source | None = None,
 ) -> Model:
     """Load a model to generate with.
 
@@ -587,6 +588,7 @@ def load(
         scores: load a reward model, which scores texts and cannot generate.
         double_quantization: also quantize the scales of 4-bit weights; None: as in training.
         streamed: on a CPU, read the base from disk even if it fits in memory.
+        base: of an adapter, in place of the one that it names.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -597,7 +599,7 @@ def load(
         raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {', '.join(known)}")
     check_device_and_dtype(device, dtype)
     folder = adapter_folder(name)
-    source = locate(name) if folder is None else locate_base(folder)
+    source = locate(name) if folder is None else base or locate_base(folder)
     if folder is None:
         refuse_embedder(source)
     prepare_process()
@@ -614,14 +616,14 @@ def load(
     scheme = quantization
     if quantization == "auto":
         scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    base, storage_notes = _load_base(
+    module, storage_notes = _load_base(
         source, dtype, torch_device, scheme,
         bool(identity.get("double_quantization", True)) if double_quantization is None else double_quantization,
         dequantizes=quantization == "auto", streamed=streamed,
     )  # fmt: skip
     notes = [*notes, *storage_notes, *unfinished_notes(name)]
     if folder is None:
-        install_images(base, renderer.tokenizer)
+        install_images(module, renderer.tokenizer)
         untuned, has_base = None if base_name is None else identity["base"], True
         if untuned is not None and force:
             try:
@@ -629,12 +631,12 @@ def load(
             except ModelError as error:
                 has_base, notes = False, [*notes, f"{error.what}: not compared with it"]
         return Model(
-            name, base, renderer.tokenizer, renderer, None, identity.get("system"), notes, source, scheme, dtype,
+            name, module, renderer.tokenizer, renderer, None, identity.get("system"), notes, source, scheme, dtype,
             untuned=untuned, has_base=has_base,
         )  # fmt: skip
     kind = adapter_kind(folder)
     expected = kind if kind in ("classifier", "embedder") else "reward" if scores else "text"
-    module, mismatches = attach_adapter(base, folder, source, force=force, kind=expected)
+    module, mismatches = attach_adapter(module, folder, source, force=force, kind=expected)
     install_images(module, renderer.tokenizer)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), [*notes, *mismatches],

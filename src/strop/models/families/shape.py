@@ -91,12 +91,13 @@ def check_lora_paths(lora: LoraSection, names: Sequence[str], paths: Sequence[st
 
 
 def _check_targets(targets: str | Sequence[str], names: Sequence[str], paths: Sequence[str]) -> None:
-    """Raise ModelError for a target that is a path of only some modules with its leaf name: all would get adapters."""
-    for target in [targets] if isinstance(targets, str) else targets:
+    """Raise ModelError for a target that is a path of modules if others have its leaf name: all would get adapters."""
+    targets = [targets] if isinstance(targets, str) else targets
+    for target in targets:
         for name in (name for name in names if f".{target}".endswith(f".{name}") and name != target):
             same = [path for path in paths if f".{path}".endswith(f".{name}")]
-            number = sum(f".{path}".endswith(f".{target}") for path in same)
-            if number < len(same):
+            if not all(any(f".{path}".endswith(f".{other}") for other in targets) for path in same):
+                number = sum(f".{path}".endswith(f".{target}") for path in same)
                 what = f"lora.target_modules: {target} is the end of {number} of the {len(same)} paths of {name}"
                 raise ModelError(what, fix=f"give {name}: strop adapts all layers of a name")
 
