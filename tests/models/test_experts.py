@@ -86,6 +86,31 @@ def test_small_lora_updates_survive_bf16() -> None:
     assert 0.7 < kept_share < 1.3
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("gpt_oss", "fp32"), ("qwen3_moe", "bf16")])
+def test_router_can_be_trained_in_full(kind: str, dtype: str, tmp_path: Path) -> None:
+    """It returns three values, of which one is no number that a gradient could have."""
+    base, rows = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", 6)
+    tiny_families.save(kind, base)
+    name = "router" if kind == "gpt_oss" else "gate"
+    strop.train(
+        model=base, data=rows, out=tmp_path / "run", train={"max_steps": 2, "learning_rate": 1e-2},
+        **{"model.dtype": dtype, "lora.r": 2, "lora.modules_to_save": [name]},
+    )  # fmt: skip
+    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    before = load_file(base / "model.safetensors")
+    routers = {key.removeprefix("base_model.model."): weight for key, weight in saved.items() if f"{name}.w" in key}
+    assert len(routers) == 2 and all((before[key] != weight).any() for key, weight in routers.items())
+    ours = strop.load(tmp_path / "run", dtype="fp32").module
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "run/adapter")).eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, atol=2e-5)
+    merge(str(tmp_path / "run"), tmp_path / "merged", dtype="fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=IDS).logits, theirs(input_ids=IDS).logits, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_run_trains_loads_in_peft_and_merges(kind: str, tmp_path: Path) -> None:
     base, rows = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", 6)

@@ -136,6 +136,8 @@ def test_path_of_some_layers_is_refused_as_a_target(target: str, number: int, ti
     with pytest.raises(ModelError, match=what):
         strop.plan(model=str(tiny_folder), **{"lora.target_modules": ["v_proj", target]})
     assert check_lora(tiny.model(), section(target_modules=["self_attn.q_proj"])) == ["q_proj"]
+    paths = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]  # as PEFT writes "all-linear" of a small model
+    assert check_lora(tiny.model(), section(target_modules=paths)) == ["q_proj"]
 
 
 def test_key_of_a_pattern_behind_a_more_general_one_is_refused() -> None:

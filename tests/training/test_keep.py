@@ -259,18 +259,16 @@ def test_answers_are_of_the_adapter_that_training_starts_from(talker: Path, rows
 
 def test_base_is_that_of_the_run_and_not_that_of_the_adapter(talker: Path, rows: Path, tmp_path: Path) -> None:
     """An adapter of another tool names the path of its base on the machine where it was trained."""
-    options, kept = {**QUICK, "train.keep": 0.5, "train.save_steps": 100}, []
-    started = strop.train(model=talker, data=rows, out=tmp_path / "first", **QUICK).adapter
-    for base in ("/home/someone/model", str(save_tiny(tmp_path / "other", chat=True, seed=7)), str(talker)):
-        foreign = tmp_path / f"foreign-{len(kept)}"
+    options = {**QUICK, "train.keep": 0.5, "train.save_steps": 100}
+    started = strop.train(model=talker, data=rows, out=tmp_path / "first", **QUICK).folder / "adapter"
+    for n, base in enumerate(("/home/someone/model", str(tiny.save_tiny(tmp_path / "other")))):
+        foreign = tmp_path / f"foreign-{n}"
         foreign.mkdir()
         config = json.loads((started / "adapter_config.json").read_text(encoding="utf-8"))
         shutil.copy(started / "adapter_model.safetensors", foreign)
         (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
-        run = strop.train(model=talker, data=rows, adapter=foreign, out=tmp_path / f"run-{len(kept)}", **options)
-        kept.append((run.folder / "kept.safetensors").read_bytes())
+        run = strop.train(model=talker, data=rows, adapter=foreign, out=tmp_path / f"run-{n}", **options)
         assert next(event["kept"] for event in read_events(run.folder / "events.jsonl") if "kept" in event) < 1e-4
-    assert kept[0] == kept[1] == kept[2]
 
 
 def test_damaged_probabilities_are_computed_again(talker: Path, rows: Path, tmp_path: Path) -> None:
