@@ -44,6 +44,10 @@ def test_next_commands_work_as_printed(evaluated: Any, shown: str, capsys: pytes
     print_run_summary({"run": "runs/a", "adapter": "runs/a/adapter", "recipe": recipe, **FIGURES}, False)
     err = capsys.readouterr().err
     assert shown in err
+    report = {"run": "runs/a", "adapter": "runs/a/adapter", "recipe": recipe, **FIGURES}
+    print_run_summary({**report, "objective": {"name": "kto"}}, False)  # whose rows cannot be scored
+    err = capsys.readouterr().err
+    assert "next     strop chat runs/a" in err and "eval runs/a --data PAIRS.jsonl, or rows with right answers" in err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -109,6 +109,9 @@ def test_adapter_stays_on_its_quantized_base(tiny_folder: Path, rows_file: Path,
                 _check_adapter(adapter, locate(str(tiny_folder)))
         else:
             assert _check_adapter(adapter, locate(str(tiny_folder))) == 16
+    other = strop.train(**{**options, "model.quantization": "int8", "out": tmp_path / "other"})
+    with pytest.raises(ModelError, match=r"began with LoftQ on its base in nf4, and .*other.* has another base"):
+        combine([str(other.folder), str(first.folder)], [0.5, 0.5], tmp_path / "mixed")
     combine([str(usual.folder), str(first.folder)], [0.5, 0.5], tmp_path / "sum")
     with pytest.raises(ModelError, match="vLLM has it in 16 bit"):
         _check_adapter(tmp_path / "sum", locate(str(tiny_folder)))

@@ -140,6 +140,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
     folders = [find_adapter_folder(name) for name in names]
     for folder in folders:
         _check_summable(folder)
+    _check_quantization(folders)
     source = locate_base(folders[0])
     model: Any = load_base(source, torch.float32, "cpu")
     peft_names = [f"part{number}" for number in range(len(folders))]
@@ -173,6 +174,20 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         write_json(temp / STROP_FILE, identity)
         _check_sum(temp, folders, weights)
     return read_info(str(out))
+
+
+def _check_quantization(folders: Sequence[Path]) -> None:
+    """Raise ModelError for an adapter that corrects the error of its quantized base, with one of another base."""
+    identities = {folder: read_identity(folder) for folder in folders}
+    schemes = {
+        folder: (identity.get("quantization", "none"), identity.get("double_quantization"))
+        for folder, identity in identities.items()
+    }
+    corrected = next((folder for folder, identity in identities.items() if identity.get(NEEDS_QUANTIZED_BASE)), None)
+    other = next((folder for folder in folders if corrected and schemes[folder] != schemes[corrected]), None)
+    if corrected and other:
+        what = f"{corrected}: began with LoftQ on its base in {schemes[corrected][0]}, and {other} has another base"
+        raise ModelError(what, fix="combine adapters of the same quantized base")
 
 
 def _list_targets(model: Any, name: str) -> None:
