@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from tests.support.forks import Forks
     from tests.support.serving import Server
 
-NO_PLOTS = ("distributed", "exporting", "models", "objectives", "sweeping", "training")  # folders of tests
+NO_PLOTS = (
+    "distributed",
+    "evaluation",
+    "exporting",
+    "models",
+    "objectives",
+    "sweeping",
+    "training",
+)  # folders of tests
 GROWTH = 200  # imported modules after which they are kept from garbage collections
 
 os.fsync = lambda fd: None  # the machine does not crash; tests of crashes record or count the calls
@@ -39,7 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=lambda item: item.path.name != "test_real_models.py")
     for item in items:
-        if item.path.parent.name in NO_PLOTS and isinstance(item, pytest.Function):
+        draws = item.path.parent.name not in NO_PLOTS or item.path.name == "test_report.py"
+        if not draws and isinstance(item, pytest.Function):
             item.fixturenames.append("no_plots")
 
 
@@ -57,7 +66,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots of reports, a fifth of the time of a small training. tests/evaluation has them."""
+    """Leave out the plots of reports, a fifth of the time of a small training. Tests of reports have them."""
     from unittest.mock import MagicMock
 
     from markupsafe import Markup
