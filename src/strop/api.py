@@ -31,6 +31,7 @@ from strop.config.arguments import check_path, public
 from strop.config.functions import function_spec
 from strop.config.options import Options
 from strop.display.progress import show_answers, show_run, show_steps
+from strop.engine.kernels.warmup import import_libraries
 from strop.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def train(
     resolved = resolve(_as_path(recipe), flatten_options(options))
     check_recipe_inputs(resolved.recipe, resume_existing)
     with join_devices() as devices, show_run(progress, devices.is_main) as shown:
+        import_libraries()
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
@@ -265,6 +267,7 @@ def resume(
     from strop.distributed.launch import join_devices
 
     with join_devices() as devices, show_run(progress, devices.is_main) as shown:
+        import_libraries()
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
@@ -356,6 +359,7 @@ def evaluate(
     metric_name, regression_name, judge_name = map(_name_function, (metric, regression_metric, judge))
     check_inputs(models=names, data=[data, regression_data], metrics=[metric_name, regression_name])
     with join_devices() as devices, show_answers(progress, devices.is_main) as advance:
+        import_libraries()
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
 
@@ -480,6 +484,7 @@ def load(
     """
     check_inputs(models=[name])
     with show_steps(progress, "loading the libraries"):
+        import_libraries()
         from strop.engine.decode.model import load as load_model
         from strop.machine.torch_state import isolated_torch_state
 
@@ -521,6 +526,7 @@ def merge(
     rows = None if data is None else _data_files(data, "data")
     check_inputs(adapters=[run], data=[rows], out=out)
     with show_steps(progress, "loading the libraries") as step:
+        import_libraries()
         from strop.exporting.merge import merge as merge_adapter
         from strop.machine.torch_state import isolated_torch_state
 
@@ -598,6 +604,7 @@ def export(
     name, rows = os.fspath(run), None if data is None else _data_files(data, "data")
     check_inputs(models=[run], data=[rows], out=out, suffix=".gguf" if target == "gguf" else "")
     with show_steps(progress, "loading the libraries") as step:
+        import_libraries()
         from strop.exporting.gguf import export_gguf
         from strop.exporting.ollama import export_ollama
         from strop.machine.torch_state import isolated_torch_state

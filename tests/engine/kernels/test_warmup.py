@@ -107,13 +107,14 @@ def test_load_enables_garbage_collection_after_a_failed_import(monkeypatch: pyte
     assert gc.isenabled()
 
 
-def test_load_leaves_out_inductor_and_the_environment_as_it_was() -> None:
+def test_import_leaves_out_inductor_and_leaves_the_process_as_it_was() -> None:
     program = (
-        "import os, sys; from strop.engine.kernels import warmup; warmup.load(None)\n"
+        "import gc, os, sys; from strop.engine.kernels import warmup; gc.disable(); warmup.import_libraries()\n"
         "import torch; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)\n"
-        "print(os.environ.get(warmup.WITHOUT_COMPILER), torch.compile(f := lambda x: x) is f)"
+        "print(os.environ.get(warmup.WITHOUT_COMPILER), torch.compile(f := lambda x: x) is f)\n"
+        "print(gc.isenabled(), gc.get_freeze_count())"
     )
-    assert run_python(["-c", program]).split() == ["True", "False", "None", "False"]
+    assert run_python(["-c", program]).split() == ["True", "False", "None", "False", "False", "0"]
 
 
 def test_compiler_starts_only_where_nothing_is_compiled(
