@@ -276,6 +276,10 @@ def _call(command: str) -> str:
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word most similar to `word`, or None. Suffixes such as .json and .jsonl do not count."""
+    known = list(known)
+    parts = sorted(word.split("_"))
+    if swapped := next((other for other in known if other != word and sorted(other.split("_")) == parts), None):
+        return swapped
     for match in difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=5):
         paths = PurePath(word), PurePath(match)
         longer, shorter = sorted((path.suffix for path in paths), key=len, reverse=True)

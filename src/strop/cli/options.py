@@ -66,7 +66,9 @@ def read_argument(
     if field == "model.name" and is_data_file(argument) and not argument.endswith(".json"):  # a model's config.json
         raise RecipeError(f"{argument}: data, not a model or a recipe", fix=f"give it with --data {argument}")
     if field in (options or {}):
-        raise RecipeError(f"--{field}: given twice, as {argument} and as an option", fix="give it once")
+        raise RecipeError(
+            f"--{field}: given twice, as {argument} and as an option", fix="give it once, and a list as a,b"
+        )
     return None, {field: argument, **(options or {})}
 
 

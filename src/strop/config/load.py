@@ -281,7 +281,7 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
         locations.append(location)
     if locations:
         fix = "see `strop train --help-all` for all keys"
-        if len(locations) > 2 and (file := locations[0].file) in {name for _, _, name in given.values()}:
+        if len(locations) > 1 and (file := locations[0].file) in {name for _, _, name in given.values()}:
             fix = f"convert a file of another tool with `strop import TOOL {file} --out recipe.yaml`; {fix}"
         raise RecipeError(str(locations[0]), fix=fix, where=locations)
     tree: dict[str, Any] = {}
@@ -444,7 +444,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else None
         location = Location(str(path), line, f"not YAML: {getattr(error, 'problem', None) or error}")
-        raise RecipeError("the recipe cannot be read", fix="fix the YAML", where=[location]) from None
+        fix = "indent with spaces, equally far in a section, and put texts with a colon into quotes"
+        raise RecipeError("the recipe cannot be read", fix=fix, where=[location]) from None
     except RecursionError:
         raise RecipeError(f"{path}: not a recipe: nested too deep", fix="fix the YAML") from None
     except UnicodeDecodeError as error:

@@ -342,14 +342,18 @@ def _why_refused(
             )
         return kind_error
     long_answers = sum(error.code == ANSWER_TOO_LONG for error in errors)
+    errors = sorted(errors, key=lambda error: (error.where.file, error.where.line or 0))
     too_long = [error.where for error in errors if error.code in LENGTH_REASONS]
     invalid = [error for error in errors if error.code not in LENGTH_REASONS]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
     # only `drop` helps with rows that cannot be shortened
     can_shorten = data.overlong == "refuse" and long_answers < len(too_long)
     choices = allowed_overlong(selection.data_kind) if can_shorten else ["drop"]
+    if len(too_long) == num_read:  # nothing would be left
+        choices = [choice for choice in choices if choice != "drop"]
     longest = facts["longest"] if data.overlong == "refuse" else facts.get("longest_dropped", facts["longest"])
-    long_fix = f"--data.max_length {longest}, or choose --data.overlong {' or '.join(choices)}"
+    long_fix = f"--data.max_length {longest}"
+    long_fix += f", or choose --data.overlong {' or '.join(choices)}" if choices else ""
     if long_answers and can_shorten:
         long_fix += f" ({long_answers} of them can only be dropped: one answer is longer)"
     refuse_long = bool(too_long) and data.overlong == "refuse"
@@ -380,7 +384,7 @@ def _why_refused(
             where=too_long,
         )
     if not len(selection.rows):
-        fix = "give more rows"
+        fix = long_fix if len(too_long) == num_read else "give more rows"
         if role == "training" and (num_held_out := len(selection.store.row_records)):
             fix = f"data.eval {data.eval} holds out {num_held_out} of them: {fix}, or a file to evaluate on"
         where = [error.where for error in errors]

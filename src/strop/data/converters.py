@@ -150,6 +150,8 @@ def _check_user_messages(dialogue: Sequence[Message], row: RowValue) -> None:
 def _parse_message(turn: dict[str, Any], location: str) -> Message:
     role_key = "role" if turn.get("role") is not None else "from"
     role_name = turn.get(role_key)
+    if role_name is None and not {"content", "value"} & turn.keys():
+        raise InvalidRow("not-text", f"{location} is an object: write it as a text (json.dumps), or as a message")
     if not isinstance(role_name, str):
         raise InvalidRow("unknown-role", f"{location}.{role_key} is {type_name(role_name)}, not a string")
     if media := [key for key in MEDIA if turn.get(key)]:

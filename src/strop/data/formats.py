@@ -337,7 +337,7 @@ class ConversationReader:
             rows = [(self._first_known.line, expected.name), (row.line, detected)]
             raise DataError(
                 f"rows of two formats in one file: {expected.name} and {detected}",
-                fix="write one file for each, or set the format of all rows with --data.format",
+                fix="write one file for each, and give both",
                 where=[Location(row.file, line, f"a row of format {name}") for line, name in rows],
             )
         return expected

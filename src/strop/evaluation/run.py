@@ -749,6 +749,10 @@ def _store(folder: RunFolder, result: dict[str, Any], pending: Collection[str] =
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
         result["notes"].append(f"interrupted: {note}")
         return
+    if before.get("rows", 0) > result["rows"]:
+        note = f"these {result['rows']:,} rows replace the earlier {before['rows']:,} in the report of {folder.path}"
+        if note not in result["notes"]:
+            result["notes"].append(note)
     try:
         add_to_report(folder, result, pending)
     except OSError as error:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from strop.config.names import is_data_file
 from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError
 from strop.runs.folder import RunFolder, find_runs, is_run, name_runs, suggest_path
@@ -120,7 +121,10 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     try:
         config = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder}: no {file}", fix="give the folder of a saved transformers model") from None
+        fix = "give the folder of a saved transformers model"
+        if runs := find_runs(folder):
+            fix = f"give one of the runs in it, such as {runs[-1].path}"
+        raise ModelError(f"{folder}: no {file}", fix=fix) from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -317,6 +321,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
     transport_error = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by huggingface_hub's version
     path = Path(name)
+    if path.is_file() and is_data_file(name):
+        raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
     near = suggest_path(name)
     local = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
     try:
@@ -337,6 +343,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             raise
         reason, fix = f"and {constants.ENDPOINT} cannot be reached", "check the name, the connection, and HF_ENDPOINT"
         if constants.HF_HUB_OFFLINE:
-            reason, fix = "while offline", "check the name, or go online (unset HF_HUB_OFFLINE)"
+            named = near.partition("did you mean ")[2].removesuffix("?)")
+            check = f"give {named}" if named else "check the name"
+            reason, fix = "while offline", f"{check}, or go online (unset HF_HUB_OFFLINE)"
         part = "only in part" if hasattr(error, "snapshot_path") else "not"
         raise ModelError(f"{name}: {local}, and {part} in the local Hub cache {reason}", fix=fix) from None

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 
 from strop.config.load import Choice, Resolved, read_resolved
@@ -325,7 +326,8 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
                 else "a smaller model"
             )
         )
-        raise MemoryLimitError(what, fix=f"raise the limit, or use {smaller}")
+        least = psutil.Process().memory_info().rss + needed
+        raise MemoryLimitError(what, fix=f"give much more than --memory {least / 2**20:,.0f}MiB, or use {smaller}")
 
 
 def check_trackers(names: Sequence[str]) -> None:

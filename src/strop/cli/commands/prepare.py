@@ -167,6 +167,7 @@ def check(
         _show_traces(checked, show, ids)
     elif show:
         data_check.print_examples(checked.prepared, show, console, ids=ids)
+    written = 0
     if fix is not None:
         changes = data_check.write_cleaned_copy(
             checked.recipe.data, checked.tokenizer, fix, checked.data_kind, checked.recipe.train.labels
@@ -183,7 +184,7 @@ def check(
         words = [*([str(recipe_file)] if recipe_file else []), *option_words({**named, **options})]
         print_next(["plan", *words], ["train", *words])
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
-    if refusal:
+    if refusal and not written:
         raise typer.Exit(InputError.exit_code)
 
 

@@ -66,6 +66,8 @@ def _parse_at(text: str, pos: int = 0, *, strict: bool = True) -> tuple[Any, int
         truncated = error.pos >= len(text.rstrip(BLANK)) or error.msg.startswith(("Unterminated", "Invalid \\u"))
         code = "truncated" if truncated else "broken-json"
         problem = error.msg.removesuffix(" at").removesuffix(" starting")
+        if text[error.pos : error.pos + 1] == "'":
+            problem += ", not single ones (of a Python dict: write it with json.dumps)"
         raise JsonError(code, f"not valid JSON: {problem}", error.pos) from error
     except RecursionError as error:
         raise JsonError("broken-json", "not valid JSON: nested too deep", pos) from error

@@ -146,6 +146,8 @@ def _missing_file_error(path: str) -> DataError:
     folder, name = os.path.split(path)
     if "\0" in path:
         return DataError("a file name contains a NUL character", fix="name a file that exists")
+    if "://" in path:
+        return file_error(path, "an address, and rows are read from files", "download it, and give the file")
     if os.path.exists(path):
         return file_error(path, "is not a regular file", "name a file with rows")
     if os.path.islink(path):
@@ -154,7 +156,7 @@ def _missing_file_error(path: str) -> DataError:
         return file_error(path, f"no such file: there is no folder {folder}", "give the path of a file that exists")
     siblings = os.listdir(folder or ".")
     near = closest(name, filter(_is_data_file, siblings)) or closest(name, siblings)
-    if near and _is_data_file(name):
+    if near and (_is_data_file(name) or _is_data_file(near)):
         fix = f"use {shlex.quote(os.path.join(folder, near))}"
         return file_error(path, f"no such file (did you mean {near}?)", fix)
     is_text = name.lower().endswith(".txt")
