@@ -23,7 +23,7 @@ from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups, drop_decoder
 from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.engine.decode.decoder import find_active_adapter, why_decoder_unsupported
-from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
+from strop.engine.decode.hf_fallback import TextCallbackStreamer, batch_keys, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.images import image_features
 from strop.errors import InputError, ModelError, NonFiniteError
@@ -336,7 +336,7 @@ def _resample_turns(
 ) -> None:  # fmt: skip
     """Implement `sample_turns` without a cache between turns."""
     ids, active, turn = dict(enumerate(prompts)), list(range(len(prompts))), 0
-    size = _hf_batch_size(model)
+    size = 1 if any(batch_keys(model, prompts)) else _hf_batch_size(model)
     while active:
         turns = []
         turn_seeds = {trace: seeds[trace] + turn for trace in active}  # each turn has its own random numbers
@@ -404,7 +404,8 @@ def _generate_with_hf(
         torch.manual_seed(sampling.seed)
     completions: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
-    groups = [list(group) for _, group in groupby(order, key=lambda row: limits[row])]
+    keys = list(zip(limits, batch_keys(model, prompts), strict=True))
+    groups = [list(group) for _, group in groupby(order, key=keys.__getitem__)]
     size = _hf_batch_size(model)
     for rows in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
         tokens, _ = _hf_generate_in_halves(

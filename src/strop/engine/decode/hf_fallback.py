@@ -26,6 +26,7 @@ from strop.engine.decode.batch import Batch
 from strop.engine.decode.decoder import Chunk, attends_bidirectionally, find_key_ends, find_positions
 from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
+from strop.engine.eligibility import rope_types
 from strop.engine.images import image_features
 from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError, first_line
@@ -42,6 +43,25 @@ LIMITS = {torch.float32: 1e-3}  # maximum mean |difference| of log-probabilities
 DEFAULT_LIMIT = 0.25  # for other dtypes
 # What families compute from positions in the cache, which the short texts of check_batching would not show.
 USES_CACHE_POSITIONS = {"gpt_neo": "its windows", "mpt": "its distances"}
+# Families whose answers change with the other prompts of a batch (tests/engine/decode/test_hf_batches.py).
+CHANGED_BY_BATCH = {
+    "bart", "bigbird_pegasus", "blenderbot", "cpmant", "deepseek_v4", "git", "marian", "mbart", "minimax", "mvp",
+    "pegasus", "prophetnet", "reformer", "rwkv", "trocr", "whisper", "xlnet",
+}  # fmt: skip
+
+
+def batch_keys(model: Any, prompts: Sequence[Ids]) -> list[int]:
+    """Return a key for each prompt: those with the same one may share a batch of `hf_generate`. 0: with any other.
+
+    Angles of some rotary embeddings depend on the longest row, such as those of Phi-3 with long contexts.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    if config.model_type in CHANGED_BY_BATCH:
+        return list(range(1, len(prompts) + 1))
+    if not {"dynamic", "longrope"}.isdisjoint(rope_types(config)):
+        return list(map(len, prompts))
+    return [0] * len(prompts)
 
 
 @torch.no_grad()
