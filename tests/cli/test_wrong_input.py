@@ -49,7 +49,7 @@ def test_nearest_excludes_the_word_itself() -> None:
         (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
         (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
         (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such run or model folder"),
-        (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
+        (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: data, not a model"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "remote-code"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),

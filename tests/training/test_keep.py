@@ -26,6 +26,7 @@ from strop.data.store import JoinedItems
 from strop.data.types import Example
 from strop.errors import DataError, RecipeError
 from strop.evaluation.general import load_questions
+from strop.models.source import Source
 from strop.planning import keep as planning_keep
 from strop.planning.plan import print_plan
 from strop.runs.events import read_events
@@ -116,8 +117,8 @@ def test_model_that_answered_is_gone_when_training_loads_its_own(
 ) -> None:
     answered: list[weakref.ref[Any]] = []
 
-    def load(recipe: Recipe) -> Any:
-        model = load_answering(recipe)
+    def load(recipe: Recipe, source: Source) -> Any:
+        model = load_answering(recipe, source)
         answered.append(weakref.ref(model.module))
         return model
 
@@ -160,7 +161,7 @@ def test_kept_rows_are_refused_where_they_cannot_help(
     with pytest.raises(RecipeError, match=r"train.keep: objective reward"):
         strop.train(model=talker, data=rows, **{"train.keep": 0.15, "train.objective": "reward"})
     short = [{"prompt": "a", "completion": "b"}] * 8
-    with pytest.raises(RecipeError, match="1 can be rows of this recipe"):
+    with pytest.raises(RecipeError, match="1 of 409 answered prompts can be rows of this recipe"):
         strop.train(model=talker, data=short, out=tmp_path / "run", max_length=16, **{**QUICK, "train.keep": 0.15})
     assert not (tmp_path / "run").exists()
     text = tmp_path / "text.jsonl"
@@ -236,7 +237,7 @@ def test_prompts_with_new_tokens_are_left_out(talker: Path, rows: Path, tmp_path
     options = {**QUICK, "train.keep": 0.5}
     done = strop.train(model=talker, data=rows, out=tmp_path / "run", new_tokens=["What"], **options)
     assert done.report["steps"] == 4
-    with pytest.raises(RecipeError, match="0 can be rows of this recipe"):  # each answer has an "s"
+    with pytest.raises(RecipeError, match="0 of 409 answered prompts can"):  # each answer has an "s"
         strop.train(model=talker, data=rows, out=tmp_path / "none", new_tokens=["es"], **options)
 
 
@@ -433,7 +434,7 @@ def test_default_is_off_where_general_prompts_cannot_be_used(
     done = strop.train(model=talker, data=data, out=tmp_path / "run", **QUICK)
     chosen = yaml.safe_load((done.folder / "recipe.yaml").read_text())["train"]["keep"]
     assert chosen in ("off", False)
-    with pytest.raises(RecipeError, match="answers to general prompts"):
+    with pytest.raises(RecipeError, match="answered prompts can be rows"):
         strop.train(model=talker, data=data, out=tmp_path / "asked", **QUICK, **{"train.keep": 0.15})
 
 
@@ -441,7 +442,8 @@ def test_answers_are_those_of_the_revision(tmp_path: Path, monkeypatch: pytest.M
     names: list[str] = []
     monkeypatch.setattr("strop.engine.decode.model.load", lambda name, **_: names.append(name))
     for model in ({"name": "me/m", "revision": "old"}, {"name": "me/m"}):
-        keep._load(resolve(None, {"model": model["name"], "data": "d", "model.revision": model.get("revision")}).recipe)
+        recipe = resolve(None, {"model": model["name"], "data": "d", "model.revision": model.get("revision")}).recipe
+        keep._load(recipe, Source("me/m", "folder", tmp_path))
     assert names == ["me/m@old", "me/m"]
 
 

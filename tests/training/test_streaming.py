@@ -309,7 +309,7 @@ def test_general_answers_come_from_the_disk_too(
     """The model that answers before training is not in memory either."""
     recipe = resolve(None, {"model": str(tiny_folder), "data": "d", "model.dtype": "fp32", **STREAMED}).recipe
     monkeypatch.setattr("strop.engine.decode.model.load_base", lambda *_, **__: pytest.fail("loaded into memory"))
-    assert keep._load(recipe).generate(["hi"], max_new_tokens=2)
+    assert keep._load(recipe, locate(str(tiny_folder))).generate(["hi"], max_new_tokens=2)
 
 
 def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

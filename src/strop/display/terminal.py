@@ -143,6 +143,8 @@ class StatusLine:
     def stop(self) -> None:
         """Remove the status line, which a progress bar needs before it starts."""
         self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()  # or it could print a line afterwards
         if self._status is not None:
             self._status.stop()
             self._status = None
