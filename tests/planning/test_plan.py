@@ -780,6 +780,7 @@ def test_doctor_keeps_rates_while_other_programs_use_the_cores(
 def test_plan_ends_with_the_command_that_trains(
     options: str, rows_file: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    rows_file.write_text("".join(f'{{"prompt": "say {n}", "completion": "{n}"}}\n' for n in range(24)))
     given = ["--data", rows_file, "--device", "cpu", "--model.dtype", "fp32", *shlex.split(options)]
     _, _, err = run("plan", tiny_folder, *given, capsys=capsys)
     suggested = shlex.split(err.rpartition("next ")[2])
@@ -791,6 +792,8 @@ def test_plan_ends_with_the_command_that_trains(
     assert values[0] == values[1] and "target_modules" in shown
     _, _, err = run("plan", tiny_folder, "--data", rows_file, "--memory", "8GB", "--device", "cpu", capsys=capsys)
     assert "next " not in err  # another machine's plan
+    _, _, err = run("plan", tiny_folder, "--data", rows_file, "--objective", "dpo", capsys=capsys)
+    assert "strop train would refuse this" in err and "it fits" not in err and "next " not in err
 
 
 def test_comparison_of_methods_is_in_16_bit_on_any_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,6 +377,23 @@ def test_the_guide_works_from_its_first_command_to_its_last(
             code, _, err = run(*command, capsys=capsys)
             assert code == 0, err
     assert shown[0][0] in ("default", "one seed") and (here / "runs" / "sweep-2" / "winner.yaml").is_file()
+
+
+def test_setting_of_which_a_seed_was_pruned_is_not_compared() -> None:
+    """The mean of the seeds that were not pruned would be too high."""
+
+    def trial(number: int, state: str, rank: int, seed: int) -> Any:
+        attributes = {"setting": {"lora.r": rank, "seed": seed}, "result": {"hits": "11", "loss": 1.0}}
+        return SimpleNamespace(number=number, state=SimpleNamespace(name=state), user_attrs=attributes)
+
+    trials = [trial(0, "COMPLETE", 8, 0), trial(1, "COMPLETE", 4, 0), trial(2, "PRUNED", 4, 1)]
+    trials += [trial(3, "COMPLETE", 2, 0), trial(4, "COMPLETE", 2, 1), trial(5, "PRUNED", 8, 1)]
+    folder: Any = SimpleNamespace(
+        trials=SimpleNamespace(all=lambda: trials), _planner=SimpleNamespace(cost=lambda _: (1.0, 1.0, 1.0))
+    )
+    assert [x.numbers for x in loop.SweepFolder.candidates(folder)] == [(0,), (3, 4)]
+    trials[:] = trials[1:3]
+    assert [x.numbers for x in loop.SweepFolder.candidates(folder)] == [(1,)]  # nothing else is left
 
 
 def test_a_trial_that_is_killed_while_it_is_pruned_is_pruned_when_it_is_resumed(

@@ -211,6 +211,22 @@ def test_diagnosis_of_a_good_run_is_empty() -> None:
     assert diagnose(events, 0.01) == []
 
 
+def test_diagnosis_tells_a_spike_from_a_flat_loss() -> None:
+    losses = [19.78, 18.74, 17.92, 13.55, 5.94, 5.72, 4.98, 5.04, 4.19, 3.8]
+    losses += [3.38, 2.37, 3.22, 3.94, 2.94, 5.35, 15.59, 11.76, 6.36, 5.61]
+    (result,) = diagnose(curve("step", dict(enumerate(losses, 1))), 0.01)
+    assert (
+        result.startswith("unstable: the training loss fell from 15.186 to") and "lower train.learning_rate" in result
+    )
+
+
+def test_diagnosis_says_if_no_update_was_applied() -> None:
+    events = [{"event": "skip", "step": step, "why": "loss is not finite"} for step in range(1, 5)]
+    assert diagnose(events, 0.0) == [
+        "nothing was trained: all 4 updates were skipped, because the loss or a gradient was not finite"
+    ]
+
+
 def test_diagnosis_reports_overfitting() -> None:
     events = curve("step", falling(3.0, 0.2)) + curve("eval", {20: 1.5, 40: 1.9, 60: 2.6})
     (result,) = diagnose(events, 0.01)

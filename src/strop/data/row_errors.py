@@ -106,7 +106,7 @@ FIXES: dict[str, str] = {
     "missing-column": "rename the columns, because --data.columns and --data.format apply to every file",
     "system-unsupported": "move the system text into the first user message, or choose data.template",
     "tools-unsupported": "choose --data.template chatml, or a model whose template supports tools",
-    "prompt-not-prefix": "choose --data.reasoning empty, or another data.template",
+    "prompt-not-prefix": "choose --data.template chatml, or, if the template shows reasoning, --data.reasoning empty",
     "turn-rewritten": "choose --data.template chatml, or another model",
     "reasoning-missing": "choose --data.reasoning empty",
     "reasoning-not-shown": "choose --data.reasoning drop",

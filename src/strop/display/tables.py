@@ -208,6 +208,8 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s; {report['supervised_tokens']:,} of the tokens are supervised)"
     )
+    if (step := report.get("adapter_step")) and step != report["steps"]:
+        console.print(f"         the weights are those of step {step:,}, with the lowest evaluation loss")
     others = {"evaluation and samples": report.get("eval_seconds", 0), "saving": report.get("save_seconds", 0)}
     if rest := ", ".join(f"{name} {seconds:.0f} s" for name, seconds in others.items() if round(seconds)):
         console.print(f"         and {rest}")

@@ -39,6 +39,9 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:
         return [*_check_rewards(reward_steps), *recoveries]
     rates = [event["learning_rate"] for event in comparable if event["event"] == "step" and "learning_rate" in event]
+    if weight_change == 0 and (skipped := sum(event["event"] == "skip" for event in events)):
+        text = f"nothing was trained: all {skipped} updates were skipped, because the loss or a gradient was not finite"
+        return [text, *recoveries]
     findings = _check_rise(train, max(rates, default=None)) or _check_learning(train, weight_change)
     return [*findings, *_check_overfitting(train, evaluated), *_check_chosen(events), *recoveries]
 
@@ -100,6 +103,10 @@ def _check_learning(train: Losses, weight_change: float | None) -> list[str]:
         return []
     if first - last > 2 * noise and first - last > 0.01 * abs(first):
         return []
+    lowest = min(statistics.mean(losses[start : start + n]) for start in range(len(losses) - n + 1))
+    if lowest < first / 2:  # it fell far, and rose again
+        what = f"unstable: the training loss fell from {first:.3f} to {lowest:.3f}, and was {last:.3f} at the end"
+        return [f"{what}: lower train.learning_rate ({RISING_HINT})"]
     flat = f"not learning: the training loss went from {first:.3f} to {last:.3f}"
     if weight_change is not None and weight_change < MIN_WEIGHT_CHANGE:
         change = f"the adapters changed their weights by {weight_change:.1e} of their size"

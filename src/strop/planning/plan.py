@@ -477,6 +477,8 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"[bold]disk[/]     at most {plan.disk_bytes / 2**20:,.0f} MiB, in the run folder and the cache")
     if plan.refused or plan.data["refused"]:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
+        if plan.fits:
+            return
     colour = "red" if not plan.fits else "yellow" if plan.phases_too_large else "green"
     out.print(f"[{colour}]{plan.verdict}[/]", highlight=False, soft_wrap=True)
     if plan.fits:

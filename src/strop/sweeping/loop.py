@@ -271,14 +271,22 @@ class SweepFolder:
     # --- comparison and final check -----------------------------------------------------------------
 
     def candidates(self) -> list[Candidate]:
-        """Return the settings with finished trials. Trials that differ only by their seed are one setting."""
+        """Return the settings with finished trials. Trials that differ only by their seed are one setting.
+
+        A setting of which a seed was pruned is left out, because the mean of those that were not is too high, except
+        the default, or if no other is left.
+        """
         groups: dict[str, list[Any]] = {}
+        pruned = set()
         for trial in self.trials.all():
+            if trial.state.name == "PRUNED":
+                pruned.add(repr(without_seed(trial.user_attrs["setting"])))
             if trial.state.name == "COMPLETE" and "same_as" not in trial.user_attrs["result"]:
                 setting = trial.user_attrs["setting"]
                 groups.setdefault(repr(without_seed(setting)), []).append(trial)
+        whole = {key: group for key, group in groups.items() if key not in pruned or group[0].number == 0}
         candidates = []
-        for group in groups.values():
+        for group in (whole or groups).values():
             setting = without_seed(group[0].user_attrs["setting"])
             hits = [read_marks(trial.user_attrs["result"]["hits"]) for trial in group]
             losses = [trial.user_attrs["result"]["loss"] for trial in group]

@@ -75,7 +75,9 @@ def _list_model_notes(job: Job) -> Iterator[str]:
             f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device, "
             "except with --train.exact true"
         )
-    if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
+    if bias != "none" and job.recipe.lora.vision == "all":
+        yield f"lora.bias {bias}: biases of the image encoder stay as they are"
+    elif bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
     if job.step.gpu_failures:
         yield f"on this GPU, slower operations replace some: {job.step.gpu_failures}; see {TROUBLESHOOTING_PAGE}#triton"

@@ -124,7 +124,13 @@ def plan(
     if planned.device == "cpu" and not (gpu or devices * nodes > 1) and warmup.is_missing(warmup.TRAIN):
         note = "the first training also compiles kernels for this CPU, once: about half a minute on two idle cores"
         print_notes([note])
-    if planned.fits and planned.resolved.recipe.data.train and not (memory or gpu or devices * nodes > 1):
+    is_refused = planned.refused or planned.data["refused"]
+    if (
+        planned.fits
+        and not is_refused
+        and planned.resolved.recipe.data.train
+        and not (memory or gpu or devices * nodes > 1)
+    ):
         print_next(["train", *([str(file)] if file else []), *option_words(options)])
     result = planned.as_json()
     if not planned.fits:
