@@ -26,6 +26,7 @@ from strop.machine.memory import PeakTracker
 from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
 from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
+from strop.models.families.layers import load_balancing_coefficient
 from strop.models.load import DTYPES
 from strop.models.lora import weight_change
 from strop.models.model_folder import save_model
@@ -73,6 +74,11 @@ def _list_model_notes(job: Job) -> Iterator[str]:
     if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := find_model_dropout(job.model)):
         yield (
             f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device, "
+            "except with --train.exact true"
+        )
+    if job.devices.world_size > 1 and not job.recipe.train.exact and load_balancing_coefficient(job.model.config):
+        yield (
+            "the load-balancing loss is computed per micro-batch, so losses differ a little from those on one device, "
             "except with --train.exact true"
         )
     if bias != "none" and job.recipe.lora.vision == "all":
