@@ -56,6 +56,10 @@ def test_nearest_excludes_the_word_itself() -> None:
         (["--data", "rows.jsonl", "--track", "trackio"], "pip install trackio"),
         (["--data", "rows.jsonl", "--model.device", "cuda:7"], "cuda:7"),
         (["--data", "rows.jsonl", "--data.max_length", "4"], "data.overlong"),
+        (["--data", "rows.jsonl."], "Fix: use rows.jsonl"),
+        (["--data", "https://example.com/rows.jsonl"], "download it"),
+        (["--data", "rows.jsonl", "--lora.target_modules", "q_proj", "v_proj"], "a list as a,b"),
+        (["--data", "rows.jsonl", "--model", "demoo"], "Fix: give demo, or"),
         (["no-recipe.yaml"], "no-recipe.yaml: no such recipe file"),
     ],
 )

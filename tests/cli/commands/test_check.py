@@ -218,3 +218,21 @@ def test_file_without_rows_and_missing_file(
     assert "Fix: the data files there are empty.jsonl\n" in run("check", "rows.jsonl", capsys=capsys)[2]
     err = run("check", "emty.jsonl", capsys=capsys)[2]
     assert err == "error: emty.jsonl: no such file (did you mean empty.jsonl?)\nFix: use empty.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ('{"prompt": "a", "completion": {"team": 1}}', [], "completion is an object: write it as a text (json.dumps)"),
+        ("{'prompt': 'a', 'completion': 'b'}", [], "not single ones (of a Python dict: write it with json.dumps)"),
+        ('{"prompt": "a", "completion": "b"}', ["--max-length", "2"], "Fix: --max-length "),
+        ('{"prompt": "a", "completion": "b"}', ["--max-length", "2", "--data.overlong", "drop"], "Fix: --max-length "),
+    ],
+)
+def test_advice_for_rows_of_which_none_can_be_used(
+    row: str, options: list[str], expected: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 3)
+    words = ["check", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", *options]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and expected in " ".join(err.split()) and "--data.overlong drop" not in err
