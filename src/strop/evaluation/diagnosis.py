@@ -39,7 +39,8 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:
         return [*_check_rewards(reward_steps), *recoveries]
     rates = [event["learning_rate"] for event in comparable if event["event"] == "step" and "learning_rate" in event]
-    if weight_change == 0 and (skipped := sum(event["event"] == "skip" for event in events)):
+    skipped = sum(event["event"] == "skip" for event in events)
+    if skipped and not any(event["event"] == "step" for event in events):
         text = f"nothing was trained: all {skipped} updates were skipped, because the loss or a gradient was not finite"
         return [text, *recoveries]
     findings = _check_rise(train, max(rates, default=None)) or _check_learning(train, weight_change)
