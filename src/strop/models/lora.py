@@ -414,9 +414,8 @@ def init_loftq(model: peft.PeftModel, source: Source) -> None:
             weight = base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
             original = layout.read(layout.group_of(name), tensors.get)[name]
             error = original.to(weight.device).float() - weight.detach().float()
-            for adapter in module.active_adapters:
-                a, b = (part[adapter].weight.data for part in (module.lora_A, module.lora_B))
-                _set_low_rank(a, b, module.scaling[adapter], error)
+            for a, b, scale in _active_factors(module):
+                _set_low_rank(a, b, scale, error)
         elif isinstance(module, ParamWrapper):
             experts, leaf = module.get_base_layer(), module.parameter_name
             if not isinstance(experts, QuantizedExperts) or leaf not in experts.packed:
@@ -427,10 +426,15 @@ def init_loftq(model: peft.PeftModel, source: Source) -> None:
                 weight = experts.packed[leaf].dequantize(expert)
                 error = whole.to(weight.device).float() - weight.float()
                 error = error.t() if experts.is_transposed else error
-                for adapter in module.active_adapters:
-                    a, b = (part[adapter].weight.data for part in (module.lora_A, module.lora_B))
+                for a, b, scale in _active_factors(module):
                     a, b = split_by_expert(a, b, experts.num_experts)
-                    _set_low_rank(a[expert], b[expert], module.scaling[adapter], error)
+                    _set_low_rank(a[expert], b[expert], scale, error)
+
+
+def _active_factors(module: LoraLayer) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield A and B of each active adapter, which may be changed in place, and its scale."""
+    for name in module.active_adapters:
+        yield module.lora_A[name].weight.data, module.lora_B[name].weight.data, module.scaling[name]
 
 
 def _set_low_rank(a: Tensor, b: Tensor, scale: float, error: Tensor) -> None:

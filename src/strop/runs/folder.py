@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from strop.errors import MAX_SHOWN_LOCATIONS, DiskError, FolderError, suggest
+from strop.errors import MAX_SHOWN_LOCATIONS, DiskError, FolderError, closest
 from strop.runs.events import read_events
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -223,15 +223,21 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def suggest_path(name: str, known: Iterable[str] | None = None) -> str:
-    """Return " (did you mean x?)" for the run, the model or the file that an unknown name probably means, or "".
+def nearest_path(name: str, known: Iterable[str] | None = None) -> str | None:
+    """Return the run, the model or the file that an unknown name probably means, or None.
 
     known: the names beside runs in runs/; by default the entries of the folder, and demo.
     """
     if is_run(Path("runs", name)):
-        return f" (did you mean {Path('runs', name)}?)"
+        return str(Path("runs", name))
     parent = Path(name).parent if Path(name).parent.is_dir() else Path()
-    return suggest(name, [*map(str, parent.iterdir()), "demo"] if known is None else [*known])
+    return closest(name, [*map(str, parent.iterdir()), "demo"] if known is None else known)
+
+
+def suggest_path(name: str, known: Iterable[str] | None = None) -> str:
+    """Return " (did you mean x?)" for the result of `nearest_path`, or ""."""
+    near = nearest_path(name, known)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def name_runs(name: str, fix: str) -> str:

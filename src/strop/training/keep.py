@@ -68,12 +68,12 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     )
     new = [tokenizer.convert_tokens_to_ids(token) for token in recipe.lora.new_tokens]
     rows = [row for row in prepared.train if not np.isin(row.ids, new).any()]  # the model has no probabilities of them
+    answered = file.read_bytes().count(b"\n")
     if len(rows) < MIN_ROWS:
-        answered = file.read_bytes().count(b"\n")
         what = f"train.keep: {len(rows)} of {answered} answered prompts can be rows of this recipe; it needs {MIN_ROWS}"
         more = "raise --data.max_length" if answered >= MIN_ROWS else f"give {MIN_ROWS} prompts"
         raise RecipeError(what, fix=f"{more}, or leave it out")
-    if unused := file.read_bytes().count(b"\n") - len(rows):
+    if unused := answered - len(rows):
         message = (
             "keep     %d answered prompts are left out: longer than data.max_length, or not usable with these rows"
         )

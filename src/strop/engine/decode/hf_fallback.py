@@ -55,8 +55,7 @@ def batch_keys(model: Any, prompts: Sequence[Ids]) -> list[int]:
 
     Angles of some rotary embeddings depend on the longest row, such as those of Phi-3 with long contexts.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config.get_text_config()
+    config = model.config.get_text_config()
     if config.model_type in CHANGED_BY_BATCH:
         return list(range(1, len(prompts) + 1))
     if not {"dynamic", "longrope"}.isdisjoint(rope_types(config)):
