@@ -318,12 +318,13 @@ def _describe_merge(merged: Mapping[str, Any]) -> str:
 
 def _describe_training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     amount = f"{report['steps']:,} steps of {settings['train.batch_size']} rows, {report['tokens']:,} tokens"
-    if (step := report.get("adapter_step")) and step != report["steps"]:
-        amount += f"; the weights are those of step {step:,}, with the lowest evaluation loss"
     if settings.get("train.objective", "sft") != "sft":
         amount = f"{settings['train.objective']}, {amount}"
     rate = f"learning rate {format_figure(settings['train.learning_rate'])} ({settings['train.lr_scheduler']})"
-    return f"{amount}, {rate}, {settings['train.optimizer']}, seed {settings['seed']}"
+    text = f"{amount}, {rate}, {settings['train.optimizer']}, seed {settings['seed']}"
+    if (step := report.get("adapter_step")) and step != report["steps"]:
+        text += f"; the weights are those of step {step:,}, with the lowest evaluation loss"
+    return text
 
 
 def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
