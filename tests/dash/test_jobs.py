@@ -45,6 +45,17 @@ def test_job_returns_result_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert stat.S_IMODE((tmp_path / ".dash").stat().st_mode) == 0o700
 
 
+def test_running_job_has_no_error_while_it_ends(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    name = jobs.start("doctor", ["doctor"])["id"]
+    os.kill(jobs.status(name)["pid"], signal.SIGSTOP)
+    error = {"kind": "Stopped", "message": "stopped after step 2", "fix": "strop resume runs/one", "where": []}
+    (jobs.folder(name) / "out").write_text(json.dumps({"error": error}))
+    assert (jobs.status(name)["state"], jobs.status(name)["error"]) == ("running", None)
+    os.kill(jobs.status(name)["pid"], signal.SIGKILL)
+    assert (ended(jobs, name)["state"], ended(jobs, name)["error"]) == ("stopped", error)
+
+
 def test_failed_and_killed_jobs_report_an_error(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     wrong = ended(jobs, jobs.start("merge", ["merge", "no-such-run", "--out=x"])["id"])

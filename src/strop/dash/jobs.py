@@ -103,7 +103,7 @@ class Jobs:
         job = read_json(folder / "job.json")
         running = self._is_running(name, job)
         result = read_json(folder / "out") or None
-        error = (result or {}).get("error")
+        error = None if running else (result or {}).get("error")  # written a moment before the process ends
         lines = [line for line in read_tail(folder / "log", 4096).splitlines() if line.strip()]
         last_line = lines[-1] if lines else ""
         still = _STILL.fullmatch(last_line) if running else None
