@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,36 @@ def test_template_that_drops_earlier_reasoning_gives_one_example_a_turn() -> Non
     assert len(renderer.render(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))) == 1
 
 
+TURNS = (
+    Message("system", "Be short."),
+    Message("user", "The quick?"),
+    Message("assistant", "fox", reasoning="think of it"),
+    Message("user", "And then?"),
+    Message("assistant", "", reasoning="call", tool_calls=({"function": {"name": "next", "arguments": {"n": 1}}},)),
+    Message("tool", "42", name="next"),
+    Message("assistant", "dog", reasoning="again"),
+    Message("user", "dog?"),
+    Message("assistant", "dog", reasoning="once more"),
+)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_all_trains_each_message_once_if_a_conversation_becomes_several_examples(masked: bool) -> None:
+    tokenizer = families.tokenizer("qwen3")
+    messages = (replace(TURNS[0], content="Be <|im_end|> short."), *TURNS[1:]) if masked else TURNS
+    examples = Renderer(tokenizer, loss="all").render(Conversation("f", 1, messages, tools=(TOOL,)))
+    trained = [decode(tokenizer, example.ids[begin:end]) for example in examples for begin, end in runs(example)]
+    start = "\n<|im_start|>"
+    assert trained[0].startswith("system") or "Be " in trained[0]
+    assert trained[1:] == [
+        f"{start}user\nAnd then?<|im_end|>{start}assistant\n<think>\ncall\n</think>\n\n<tool_call>\n"
+        '{"name": "next", "arguments": {"n": 1}}\n</tool_call><|im_end|>',
+        f"{start}user\n<tool_response>\n42\n</tool_response><|im_end|>{start}assistant\n"
+        "<think>\nagain\n</think>\n\ndog<|im_end|>",
+        f"{start}user\ndog?<|im_end|>{start}assistant\n<think>\nonce more\n</think>\n\ndog<|im_end|>",
+    ]
+
+
 def test_prompt_that_is_not_a_prefix_is_refused() -> None:
     tokenizer = families.tokenizer("chatml")
     template = families.CHATML.replace("assistant\n", "assistant\n<think>\n")
@@ -226,6 +257,9 @@ def test_prompt_and_answer_that_share_a_token_are_encoded_separately() -> None:
             and example.ids[:begin].tolist() == renderer.prompt(turns.messages[:turn]).tolist()
         )
         assert decode(tokenizer, example.ids[begin:end]) == turns.messages[turn].content + "<|im_end|>"
+    everything = Renderer(tokenizer, loss="all").render(turns)
+    assert [runs(example) for example in everything] == [[(1, len(first))], [(14, end)]]
+    assert decode(tokenizer, second.ids[14:begin]) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     [trimmed] = RENDERERS["llama3"].render(turns)  # its template strips texts
     assert not trimmed.encoded_separately
 

@@ -229,8 +229,8 @@ class Renderer:
             try:
                 examples = [
                     example
-                    for i, (draft, ids) in enumerate(zip(drafts, draft_encodings, strict=True))
-                    for example in self._make_examples(conversation, draft, ids, is_first=i == 0)
+                    for draft, ids in zip(drafts, draft_encodings, strict=True)
+                    for example in self._make_examples(conversation, draft, ids)
                 ]
             except RenderError as error:
                 yield conversation, error
@@ -250,7 +250,7 @@ class Renderer:
         self._check_images(messages)
         messages = [self.chat.separate_reasoning(message) for message in messages]
         draft = self._expand_images(self.chat.prompt(messages, tools, options=options), messages)
-        encoder, text, _ = self._encoder_for(draft)
+        encoder, text, *_ = self._encoder_for(draft)
         return self._number_images(encoder.true_ids(encoder.encode([text])[0]), messages)
 
     def continuation(
@@ -260,7 +260,7 @@ class Renderer:
         """Return the token ids between the stop token of the last of `messages` and the next turn: the results of its
         tool calls and the generation prompt. See ChatTemplate.continuation."""
         draft = self.chat.continuation(messages, results, tools, mark=mark, options=options)
-        encoder, text, _ = self._encoder_for(draft)
+        encoder, text, *_ = self._encoder_for(draft)
         ids = encoder.true_ids(encoder.encode([text])[0])
         if int(ids[0]) not in self.stop_ids:
             raise RenderError("no-stop-token")
@@ -301,50 +301,54 @@ class Renderer:
             self._is_lost[character] = character not in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return {character for character in set(text) if self._is_lost[character]}
 
-    def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
-        """Return the encoder for a draft, and its text and spans.
+    def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...], int]:
+        """Return the encoder for a draft, and its text, spans and the length of the text that earlier drafts have.
 
         In a masked draft, control tokens in user text are private-use characters. `swap` exchanges these with the real
         control tokens, and the `private` encoder treats the private-use characters as control tokens.
         """
         if not draft.masked:
-            return self._encoder, draft.text, draft.spans
+            return self._encoder, draft.text, draft.spans, draft.seen
         if self._private_encoder is None:
             self._private_encoder = Encoder(self.tokenizer, self.control, private=True)
         swap = self.control.swap
         spans = tuple((len(swap(draft.text[:a])), len(swap(draft.text[:b])), weight) for a, b, weight in draft.spans)
-        return self._private_encoder, swap(draft.text), spans
+        return self._private_encoder, swap(draft.text), spans, len(swap(draft.text[: draft.seen]))
 
-    def _make_examples(
-        self, conversation: Conversation, draft: Draft, encoded: list[int], *, is_first: bool
-    ) -> Iterator[Example]:
+    def _make_examples(self, conversation: Conversation, draft: Draft, encoded: list[int]) -> Iterator[Example]:
         """Yield one example, or one per turn if a token would straddle the end of a prompt.
 
         Such a token never occurs at inference, where the prompt is encoded and the model continues it.
         """
-        encoder, text, spans = self._encoder_for(draft)
+        encoder, text, spans, seen = self._encoder_for(draft)
         if draft.masked:
             encoded = encoder.encode([text])[0]
+
+        def count_tokens(end: int) -> int:
+            return len(encoder.encode([text[:end]])[0]) if end and self.loss == "all" else 0
+
         try:
             ids = encoder.true_ids(encoded)
-            yield self._make_example(conversation, ids, encoder.token_spans(text, ids, spans), is_first=is_first)
+            yield self._make_example(conversation, ids, encoder.token_spans(text, ids, spans), seen=count_tokens(seen))
         except TokenStraddlesPrompt:
-            for i, (start, end, weight) in enumerate(spans):
+            for start, end, weight in spans:
                 prompt = encoder.true_ids(encoder.encode([text[:start]])[0])
                 ids = np.concatenate([prompt, encoder.true_ids(encoder.encode_continuation(text[start:end]))])
                 span = (len(prompt), len(ids), weight)
-                yield self._make_example(conversation, ids, [span], is_first=is_first and i == 0, separately=True)
+                yield self._make_example(conversation, ids, [span], seen=count_tokens(seen), separately=True)
+                seen = end
 
     def _make_example(
-        self, conversation: Conversation, ids: Ids, spans: Iterable[tuple[int, int, float]], *, is_first: bool,
+        self, conversation: Conversation, ids: Ids, spans: Iterable[tuple[int, int, float]], *, seen: int,
         separately: bool = False,
     ) -> Example:  # fmt: skip
+        """Make an example. seen: number of tokens at its start that earlier examples of the conversation have."""
         if conversation.text is not None:
             ids = np.array([*self.text_prefix, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
             weights = np.ones(len(ids), np.float32)
         else:
-            # with loss `all`, only the first of several examples trains on the text before the turns
-            weights = np.full(len(ids), 1.0 if self.loss == "all" and is_first else 0.0, np.float32)
+            weights = np.full(len(ids), 1.0 if self.loss == "all" else 0.0, np.float32)
+            weights[:seen] = 0.0
         for begin, end, weight in spans:
             if int(ids[end - 1]) not in self.stop_ids:
                 raise RenderError("no-stop-token")

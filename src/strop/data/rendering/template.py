@@ -12,8 +12,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any, Literal, cast
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 from strop.data.rendering.encoder import ControlText
 from strop.data.rendering.prober import USER, Mode, Prober, PromptSplice
@@ -34,6 +34,7 @@ from strop.data.types import MARK, Conversation, Message
 from strop.errors import ModelError
 
 MAX_TEMPLATE_CHARS = 1_000_000
+CHANGE = "¦"  # a text that differs from what it is added to
 CHOOSE_ANOTHER = "choose another data.template"
 
 Reasoning = Literal["auto", "as-is", "empty", "drop", "refuse"]
@@ -44,13 +45,15 @@ class Draft:
     """A training text and its supervised spans [start, end) in characters, each with its weight.
 
     A span extends from the end of the generation prompt to the end of the stop token. masked: control tokens in user
-    text are replaced with the private-use characters of ControlText. images: number of images in the text.
+    text are replaced with the private-use characters of ControlText. images: number of images in the text. seen: length
+    of the start of the text that earlier drafts of the conversation have, in characters.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...]
     masked: bool
     images: int = 0
+    seen: int = 0
 
     def expand(self, placeholder: str, texts: Sequence[str]) -> Draft:
         """Replace the placeholder of each image with its text. Raises RenderError if there is not one for each."""
@@ -59,11 +62,13 @@ class Draft:
             raise RenderError("image-lost", f"{len(pieces) - 1} of {len(texts)}")
         ends = list(accumulate(len(piece) + len(placeholder) for piece in pieces))[:-1]
         growth = [0, *accumulate(len(text) - len(placeholder) for text in texts)]
-        spans = tuple(
-            (*(at + growth[bisect_right(ends, at)] for at in (start, end)), weight) for start, end, weight in self.spans
-        )
+
+        def moved(at: int) -> int:
+            return at + growth[bisect_right(ends, at)]
+
+        spans = tuple((moved(start), moved(end), weight) for start, end, weight in self.spans)
         text = pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
-        return replace(self, text=text, spans=cast(Any, spans))
+        return replace(self, text=text, spans=spans, seen=moved(self.seen))
 
 
 class ChatTemplate:
@@ -234,7 +239,8 @@ class ChatTemplate:
         """Return the training texts of a conversation: one, or one per turn if the template rewrites earlier turns.
 
         The prompt of each assistant turn must be a prefix of its text. Messages after the last trained turn are left
-        out. include_untrained: also return spans for turns of weight 0. Raises RenderError.
+        out. include_untrained: also return spans for turns of weight 0, and what is new in each draft. Raises
+        RenderError.
         """
         messages = conversation.messages
         if include_untrained and (roles := [m.role for m in messages if m.role != "assistant" and m.weight != 1.0]):
@@ -242,13 +248,10 @@ class ChatTemplate:
         mode, has_reasoning = self.mode(messages), self.shows_reasoning(messages)
         values, tools, masked = self._prepare_inputs(messages, conversation.tools, has_reasoning)
         variables = self._template_variables(tools, mode.options)
-        # text up to the end of the turn, its start, end, weight, and the number of images in the text
-        turns: list[tuple[str, int, int, float, int]] = []
-        last_turn = 0
+        turns: dict[int, Draft] = {}  # texts up to the end of each turn
         for i, message in enumerate(messages):
             if message.role != "assistant" or not (message.weight or include_untrained):
                 continue
-            last_turn = i
             prompt = self._render(values[:i], variables, generation=True)
             text = self._render(values[: i + 1], variables)
             shows_it = has_reasoning and bool(message.reasoning)
@@ -261,14 +264,41 @@ class ChatTemplate:
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
             self._check_turn(message, values[i], text[len(prompt) :], has_reasoning)
-            turns.append((text, len(prompt), end, message.weight, count_images(messages[: i + 1])))
+            turns[i] = Draft(text, ((len(prompt), end, message.weight),), masked, count_images(messages[: i + 1]))
         if not turns:
             raise RenderError("nothing-supervised")
-        full_text = turns[-1][0]
-        self._check_shown(messages[:last_turn], values[:last_turn], full_text, skip="assistant")
-        if all(full_text.startswith(text) for text, *_ in turns):
-            return [Draft(full_text, tuple(turn[1:4] for turn in turns), masked, turns[-1][4])]
-        return [Draft(text, ((start, end, weight),), masked, images) for text, start, end, weight, images in turns]
+        last = max(turns)
+        self._check_shown(messages[:last], values[:last], turns[last].text, skip="assistant")
+        if all(turns[last].text.startswith(draft.text) for draft in turns.values()):
+            return [replace(turns[last], spans=tuple(draft.spans[0] for draft in turns.values()))]
+        if include_untrained:
+            for before, i in pairwise(turns):
+                prompt = turns[i].text[: turns[i].spans[0][0]]
+                seen = self._seen_length(messages[:i], before, conversation.tools, variables, prompt, has_reasoning)
+                turns[i] = replace(turns[i], seen=seen)
+        return [*turns.values()]
+
+    def _seen_length(
+        self, messages: Sequence[Message], turn: int, tools: Sequence[dict[str, Any]],
+        variables: dict[str, Any], prompt: str, reasoning: bool,
+    ) -> int:  # fmt: skip
+        """Return the length of the prompt of `messages` up to the end of a turn in it.
+
+        The turn may be written differently than in its own text, so its end is found where the prompt changes if the
+        turn's content or last call does.
+        """
+        changed = replace(messages[turn], content=f"{messages[turn].content}{CHANGE}")
+        if calls := changed.tool_calls:
+            function = calls[-1]["function"]
+            call = {**calls[-1], "function": {**function, "arguments": {**function["arguments"], CHANGE: CHANGE}}}
+            changed = replace(messages[turn], tool_calls=(*calls[:-1], call))
+        others = [*messages[:turn], changed, *messages[turn + 1 :]]
+        text = self._render(self._prepare_inputs(others, tools, reasoning)[0], variables, generation=True)
+        tails = zip(reversed(prompt), reversed(text), strict=False)
+        end = len(prompt) - next((i for i, (a, b) in enumerate(tails) if a != b), len(prompt))
+        stops = [(at, stop) for stop in self.stops if (at := prompt.find(stop, end)) >= 0]
+        at, stop = min(stops, default=(end, ""))
+        return at + len(stop) if calls or not prompt[end:at].strip() else end
 
     def _prepare_inputs(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], reasoning: bool
