@@ -91,7 +91,7 @@ def choose(
     # With these limits, activations are recomputed or no layers are resident. A smaller micro-batch would not avoid
     # that, so the fit does not compare speeds.
     if limits.get("recompute") or limits.get("streamed"):
-        resolved = fit_memory(unfitted, replace(budget, rate_of=None))
+        resolved = fit_memory(unfitted, replace(budget, compare_speeds=False))
     return _apply_memory_limits(resolved, limits)
 
 

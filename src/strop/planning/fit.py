@@ -13,7 +13,7 @@ from strop.models.families.shape import ModelShape
 from strop.objectives.table import data_kind_of, longest_sequence, sequences_per_row
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import PROCESS_BYTES, format_sizes, load_phase, train_phase
-from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, mean_micro_batch
+from strop.planning.microbatch import MICRO_BATCH_TOKENS, Rows, largest_micro_batch, mean_micro_batch
 from strop.planning.time import DISK_BYTES_PER_S, Rate, disk_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
 
@@ -34,6 +34,8 @@ class MemoryBudget:
     usable: int
     devices: int = 1
     rate_of: Callable[[str], Rate] | None = None  # returns a CPU's speed in a dtype; None on other devices
+    compare_speeds: bool = True  # choose the fastest micro-batch on a CPU
+    longest: int | None = None  # tokens of the longest row; None if rows may have the maximum length
 
     def workload(self, recipe: Recipe) -> Workload:
         return Workload.from_recipe(recipe, self.shape, parameters=self.parameters, devices=self.devices)
@@ -41,7 +43,11 @@ class MemoryBudget:
     def needed(self, recipe: Recipe, **changes: Any) -> int:
         """Return the bytes that a recipe needs. changes: fields of its workload to change first."""
         workload = self.workload(recipe).replace(**changes)
-        batch = largest_micro_batch(recipe, workload)
+        rows = None
+        if self.longest is not None:
+            tokens = min(self.longest, longest_sequence(recipe))
+            rows = Rows([(tokens, tokens - 1)] * recipe.train.batch_size * sequences_per_row(recipe.train))
+        batch = largest_micro_batch(recipe, workload, rows)
         return max(train_phase(workload, batch).needed_bytes, load_phase(workload).needed_bytes)
 
     def fits(self, recipe: Recipe, *, reserve: int = 0, **changes: Any) -> bool:
@@ -124,7 +130,7 @@ def _choose_fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Res
     # A smaller micro-batch leaves memory to recompute fewer layers, or to dequantize more of them only once.
     best, field = _fill_memory(resolved, budget), "train.micro_batch_tokens"
     size, smallest = resolved.recipe.train.micro_batch_tokens, max(MIN_LENGTH, resolved.recipe.data.max_length)
-    if budget.rate_of is None or size is None or resolved.choices[field].origin != "plan":
+    if budget.rate_of is None or not budget.compare_speeds or size is None or resolved.choices[field].origin != "plan":
         return best
     rate = budget.rate_of(best.recipe.model.dtype)
     checkpointed = Workload.from_recipe(best.recipe, budget.shape).compute.checkpointed_layers
@@ -378,24 +384,28 @@ Changes = Iterator[tuple[str, str, dict[str, Any]]]  # the first fields of Sugge
 
 
 def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[Suggestion]:
-    """Return changes, the cheapest first, until the recipe fits. If it never does, the last is a smaller model."""
+    """Return changes that save memory, the cheapest first, until the recipe fits.
+
+    If it never does, the last is a smaller model.
+    """
     if not budget.usable:  # of a CPU
         what = f"a larger memory limit: Python and its libraries take {format_sizes(PROCESS_BYTES)[0]}"
         return [Suggestion(what, "memory", {}, budget.needed(recipe), False, 1.0)]
     suggestions: list[Suggestion] = []
     options: dict[str, Any] = {}
-    speed, changed = budget.tokens_per_s(recipe, rate), recipe
+    speed, changed, needed = budget.tokens_per_s(recipe, rate), recipe, budget.needed(recipe)
     for suggest in _RULES:
         for what, gives_up, new_options in suggest(changed, budget):
-            options |= new_options
             choices = [Choice(field, value, "plan", what) for field, value in new_options.items()]
-            changed = Resolved(changed, {}).decide(choices).recipe
-            needed = budget.needed(changed)
+            candidate = Resolved(changed, {}).decide(choices).recipe
+            if (less := budget.needed(candidate)) >= needed:
+                continue
+            options |= new_options
+            changed, needed = candidate, less
             time = speed / budget.tokens_per_s(changed, rate)
             suggestions.append(Suggestion(what, gives_up, dict(options), needed, needed <= budget.usable, time))
             if suggestions[-1].fits:
                 return suggestions
-    needed = budget.needed(changed)
     parameters = int(budget.parameters * budget.usable / max(1, needed))
     size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
     what, time = f"a model of at most about {size} parameters", parameters / budget.parameters
@@ -420,6 +430,8 @@ def _suggest_quantization(recipe: Recipe, budget: MemoryBudget) -> Changes:
     if recipe.train.method == "full":
         rank = {"train.method": "lora", "train.learning_rate": None}
         yield "adapters instead of all weights", "what only all weights can learn", rank
+        return
+    if recipe.model.placement == "streamed":  # in 4 bit it would not be, and take more
         return
     current, fixed = recipe.model.quantization, budget.shape.prequantized
     schemes: list[str] = [current] if current not in ("none", "auto") and recipe.model.resident_layers else []
