@@ -17,7 +17,7 @@ from strop.data import check
 from strop.data.formats import ConversationReader, detect_format
 from strop.data.prepare import Prepared, prepare
 from strop.data.row_errors import REASONS, RowError
-from strop.data.types import Conversation, DataKind, Prompt, Row
+from strop.data.types import Conversation, DataKind, ExampleGroup, Prompt, Row
 from strop.errors import DataError
 from tests.support.families import tokenizer
 from tests.support.templates import tokenizer as of_trait
@@ -281,6 +281,20 @@ def test_evaluation_rows_with_one_label_give_a_warning(tmp_path: Path) -> None:
     assert part.answers["desirable"] == 3 and part.answers["undesirable_tokens"] == part.answers["undesirable"] == 0
     assert part.warnings == ["all evaluation rows are labelled good: the evaluation does not measure the other label"]
     assert run(path, "labels", eval="10%").eval_items  # all of them are good
+
+
+def test_kl_examples_are_found_behind_many_rows_of_one_prompt(tmp_path: Path) -> None:
+    prompts = ["one"] * 1500 + ["two"]
+    rows = [{"prompt": prompt, "completion": f"yo {n}", "label": n % 2 == 0} for n, prompt in enumerate(prompts)]
+    items = run(write(tmp_path / "a.jsonl", rows), "labels").train_items
+    assert items is not None
+    first, last = items[0], items[1500]
+    assert isinstance(first, ExampleGroup) and isinstance(last, ExampleGroup)
+    for group, other in ((first, last), (last, first)):
+        begin = group.examples[0].prompt_length
+        (mismatched,) = group.kl_examples
+        assert mismatched.ids[:begin].tolist() == group.examples[0].ids[:begin].tolist()
+        assert mismatched.ids[begin:].tolist() == other.examples[0].ids[begin:].tolist()
 
 
 def test_labelled_answers_to_same_prompt_have_no_kl_examples(tmp_path: Path) -> None:

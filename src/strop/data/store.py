@@ -15,10 +15,11 @@ import tempfile
 import time
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -62,7 +63,7 @@ ROW = np.dtype([
 _DTYPES = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 LOCK = "lock"  # file lock in the folder of a store that is being written
 LOCK_GRACE_S = 60.0  # a more recent lock file may not have been acquired yet
-MAX_KL_CANDIDATES = 1000  # KTO: maximum number of rows to search for an answer to another prompt
+MAX_KL_CANDIDATES = 1000  # KTO: maximum number of answers to other prompts of which one has to fit
 
 T = TypeVar("T", covariant=True)
 
@@ -256,6 +257,7 @@ class Examples(LazySequence[Example]):
         self.rows: Indices = records["row"].astype(np.int64)  # indices of the store's rows
         # label of the answer: 1 good, 0 bad, -1 none; of a text to classify, an index into Store.labels
         self.labels: Indices = store.row_records["label"][records["row"]].astype(np.int64)
+        self.prompts: npt.NDArray[np.uint64] = store.row_records["prompt"][records["row"]]  # hashes
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -331,15 +333,23 @@ class ExampleGroups(LazySequence[ExampleGroup]):
         The choice does not depend on epoch or batch, so the reference log-probabilities are computed only once.
         """
         prompt = answer.ids[: answer.prompt_length]
-        for offset in range(1, min(len(self), MAX_KL_CANDIDATES)):
-            candidate = self._examples[(i + offset) % len(self)]
+        for other in islice(self._other_prompts(i), MAX_KL_CANDIDATES):
+            candidate = self._examples[other]
             begin = candidate.prompt_length
             completion = candidate.ids[begin:]
             fits = len(prompt) + len(completion) <= self._max_length
-            if fits and not np.array_equal(candidate.ids[:begin], prompt):
+            if fits and not np.array_equal(candidate.ids[:begin], prompt):  # templates may trim a prompt
                 weights = np.concatenate([np.zeros(len(prompt), np.float32), candidate.weights[begin:]])
                 return (replace(answer, ids=np.concatenate([prompt, completion]), weights=weights),)
         return ()
+
+    def _other_prompts(self, i: int) -> Iterator[int]:
+        """Yield the indices of examples with another prompt, from i on and then from the start."""
+        prompts, offset, size = self._examples.prompts, 1, 64
+        while offset < len(self):
+            indices = (i + np.arange(offset, min(offset + size, len(self)))) % len(self)
+            yield from indices[prompts[indices] != prompts[i]].tolist()
+            offset, size = offset + size, 2 * size
 
 
 class LabelledTexts(LazySequence[LabelledText]):
