@@ -295,6 +295,15 @@ def test_figures_report_both_sides(tmp_path: Path) -> None:
 # --- KTO ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("desirable", [True, False])
+def test_accuracy_of_kto_begins_at_zero(tmp_path: Path, desirable: bool) -> None:
+    units = [replace(unit, desirable=desirable) for unit in preferences.labelled(16)]
+    job = add_reference(make_job(tmp_path, units, **{"train.objective": "kto", "train.max_steps": 4}))
+    fit(job)
+    steps = [event for event in read_events(job.folder.events) if event["event"] == "step"]
+    assert steps[0]["accuracy"] == 0 < steps[-1]["accuracy"]
+
+
 def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: Path) -> None:
     """on record, 11: rows sorted by label; a batch of one row has a divergence too."""
     units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.labelled(32))]

@@ -194,7 +194,8 @@ class PreferenceCriterion(Criterion):
                 metrics: Metrics = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
                 columns: dict[str, tuple[int, Any]] = {"chosen": (0, slice(None)), "rejected": (1, slice(None))}
             else:
-                metrics = {"accuracy": ((answers[0].log_ratio.detach() > divergence) == desirable).double()}
+                gains = (answers[0].log_ratio.detach() - divergence) * torch.where(desirable, 1.0, -1.0)
+                metrics = {"accuracy": (gains > 0).double()}
                 metrics["kl"] = torch.full_like(rewards[0], divergence)
                 columns = {name: (0, indices) for name, indices in rows.items()}
             for name, (side, chosen) in columns.items():
