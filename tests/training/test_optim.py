@@ -10,6 +10,7 @@ from torch import nn
 
 from strop.config.schema import TrainSection
 from strop.training import optim
+from strop.training.gradients import clip_gradients
 from strop.training.optim import allocate_state, make_optimizer, set_rate
 
 KINDS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
@@ -80,3 +81,15 @@ def test_only_matrices_decay(kind: str) -> None:
     set_rate(optimizer, 0.1)
     optimizer.step()
     assert torch.equal(weights["norm.weight"], torch.ones(4)) and float(weights["w"].detach().max()) < 1
+
+
+def test_norm_of_large_gradients_is_exact_and_clips_as_in_torch() -> None:
+    torch.manual_seed(0)
+    large, small, unused = (nn.Parameter(torch.zeros(shape)) for shape in ((4096, 4096), (8, 8), (3,)))
+    large.grad, small.grad = torch.randn(4096, 4096), torch.randn(8, 8)
+    before = [weight.grad.double() for weight in (large, small)]
+    exact = float(torch.stack([gradient.norm() for gradient in before]).norm())
+    assert float(clip_gradients([large, unused, small], 2.0)) == pytest.approx(exact, rel=1e-6)
+    for weight, gradient in zip((large, small), before, strict=True):
+        torch.testing.assert_close(weight.grad.double(), gradient * 2.0 / exact, rtol=1e-5, atol=0)
+    assert float(clip_gradients([small], 1e9)) == pytest.approx(float(before[1].norm()) * 2.0 / exact, rel=1e-5)

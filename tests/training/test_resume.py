@@ -27,6 +27,7 @@ from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
 from strop.runs.lock import sha256_text
 from strop.training import state
+from strop.training.criteria import SupervisedCriterion
 from strop.training.loop import fit
 from tests.support import tiny
 from tests.support.jobs import events
@@ -401,6 +402,24 @@ def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_f
     copy = shutil.copytree(run.folder, tmp_path / "copy")
     report = strop.resume(copy).report
     assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))
+
+
+def test_evaluation_where_time_is_up_does_not_count_on_resume(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, 3.0, 1.0, 2.0, 3.0])  # at steps 3 and 6, and then at steps 1, 3 and 6
+    monkeypatch.setattr(SupervisedCriterion, "evaluate", lambda *_: {"loss": next(losses)})
+    options = {"train.max_steps": 9, "train.eval_steps": 3, "train.early_stopping": 1, "train.samples": 0}
+    options |= {"data.eval": str(rows_file), "model.dtype": "fp32", "lora.r": 4}
+    whole = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "whole"), **options)
+    options["train.max_time"] = "0s"
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **options)
+    assert [run.report[name] for name in ("steps", "adapter_step", "eval_loss")] == [1, 1, 1.0]
+    run = strop.resume(run.folder, **{"allow_changed": ["train.max_time"], "train.max_time": None})
+    for one in (whole, run):
+        assert [one.report[name] for name in ("steps", "adapter_step", "eval_loss")] == [6, 3, 2.0]
+    weights = [(one.folder / "adapter" / "adapter_model.safetensors").read_bytes() for one in (whole, run)]
+    assert weights[0] == weights[1]
 
 
 def test_cached_answers_are_removed_with_their_adapter(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from strop.training.gradients import (
     LocalGradient,
     TotalGradient,
     apply_memory_settings,
+    clip_gradients,
     compute_gradients,
     free_step_memory,
     micro_batches,
@@ -129,7 +130,14 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         stopping, out_of_time, save_due = job.devices.any_rank(*flags)
         epoch_ends = progress.step % stream.steps_per_epoch == 0
         ended = "steps" if progress.step == stream.total_steps else "time" if out_of_time else ""
-        if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
+        eval_due = progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends
+        saved = False
+        if ended == "time":
+            progress.budget_from += _seconds_spent(job)
+            if job.eval and not eval_due:  # this evaluation does not count if the run continues
+                save(job)
+                saved = True
+        if job.eval and (ended or eval_due):
             evaluate(job)
             ended = ended or ("patience" if _is_out_of_patience(job) else "")
             ended = ended or job.devices.run_on_main(lambda: job.log.end_reason)
@@ -137,9 +145,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
         due = (due or save_due) and not progress.streak  # a rollback needs a state from before the bad steps
-        if ended == "time":
-            progress.budget_from += _seconds_spent(job)
-        if ended or stopping or due or progress.best_step == progress.step:
+        if not saved and (ended or stopping or due or progress.best_step == progress.step):
             save(job)
             saved_at = time.monotonic()
         if stopping:
@@ -215,7 +221,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
         total = sum_gradients(job, items, retry_with_less_memory(job, items, compute))
         if progress.loss_scale != 1:
             torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], 1 / progress.loss_scale)
-        norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
+        norm = clip_gradients(weights, job.recipe.train.max_grad_norm or math.inf)
         # the only synchronization with the device in a step
         scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.metrics.values())])
         loss, grad_norm, *means = scalars.tolist()
