@@ -41,8 +41,8 @@ def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return built
 
 
-def save_tiny(folder: Path) -> Path:
-    model().save_pretrained(folder)
+def save_tiny(folder: Path, **changes: Any) -> Path:
+    model(**changes).save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)
     return folder
 

@@ -37,6 +37,19 @@ def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.C
     return out
 
 
+def test_adapter_on_a_head_that_shares_the_embeddings_is_noted(
+    rows_file: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    options = {"lora.target_modules": ["q_proj", "lm_head"], "model.dtype": "fp32", "train.max_steps": 1}
+    texts = []
+    for tied in (True, False):
+        base = tiny.save_tiny(tmp_path / f"tied-{tied}", tie_word_embeddings=tied)
+        run = strop.train(model=base, data=rows_file, out=tmp_path / f"run-{tied}", **options)
+        texts.append([event["text"] for event in run.events if event["event"] == "note"])
+    assert any("cannot be merged" in text for text in texts[0]) and not any("merged" in text for text in texts[1])
+    assert not any("tie_word_embeddings" in str(warning.message) for warning in recwarn)
+
+
 def test_run_folder_has_the_documented_files(trained: Path, tiny_folder: Path) -> None:
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
     assert recipe["train"]["max_steps"] == 6 and recipe["lora"]["alpha"] == 8.0

@@ -155,9 +155,11 @@ def train_all_weights(model: nn.Module, new_tokens: Sequence[str], tokenizer: An
 
 @contextmanager
 def ignore_peft_warnings(*messages: str) -> Iterator[None]:
-    """Hide these warnings, and transformers' about `is_gradient_checkpointing`, which peft 0.21 uses."""
+    """Hide these warnings, and those about `is_gradient_checkpointing`, which peft 0.21 uses, and an adapter on a head
+    that shares the embeddings' weight, which a note of the run describes."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "|".join(("`is_gradient_checkpointing`", *messages)))
+        own = "`is_gradient_checkpointing`", "Model has `tie_word_embeddings=True`"
+        warnings.filterwarnings("ignore", "|".join((*own, *messages)))
         yield
 
 

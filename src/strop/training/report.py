@@ -27,6 +27,7 @@ from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
 from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
 from strop.models.families.layers import load_balancing_coefficient
+from strop.models.introspect import has_tied_embeddings
 from strop.models.load import DTYPES
 from strop.models.lora import weight_change
 from strop.models.model_folder import save_model
@@ -85,6 +86,12 @@ def _list_model_notes(job: Job) -> Iterator[str]:
         yield f"lora.bias {bias}: biases of the image encoder stay as they are"
     elif bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
+    head: Any = job.model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(head, "lora_A") and has_tied_embeddings(job.model):
+        yield (
+            "lora.target_modules has the output head, whose weight the embeddings share: such an adapter cannot be "
+            "merged, so it is served on its base"
+        )
     if job.step.gpu_failures:
         yield f"on this GPU, slower operations replace some: {job.step.gpu_failures}; see {TROUBLESHOOTING_PAGE}#triton"
 
