@@ -82,6 +82,23 @@ def test_table_is_readable_in_80_columns(
     assert max(map(len, err.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("ended", "shown"),
+    [
+        ("time", "stopped, time budget used up, step 9"),
+        ("patience", "finished, early stopping, step 9"),
+        ("steps", "finished"),
+    ],
+)
+def test_state_has_its_reason(
+    ended: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strop.display.tables.console._width", 200)
+    make_run(tmp_path, "one", [*session(), step(9)], {"exit": 0, "steps": 9, "ended": ended})
+    (line,) = (line for line in run("runs", tmp_path, capsys=capsys)[2].splitlines() if "one" in line)
+    assert line.split("│")[-2].strip() == shown
+
+
 def test_yes_without_delete_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("runs", tmp_path, "--yes", capsys=capsys)[0] == 2
 
@@ -129,4 +146,4 @@ def test_losses_and_scores_are_named_and_marked(
     assert "0.01325" in err and "0.015" in err and "1 of 1 rows trained on" in err
     assert (rows["done"]["train_loss"], rows["done"]["eval_loss"], rows["done"]["loss"]) == (0.01325, 0.015, 0.015)
     assert (rows["live"]["step"], rows["live"]["train_loss"], rows["live"]["eval_loss"]) == (6, 4.94, None)
-    assert "crashed, step 6" in err
+    assert "crashed, the process ended without a reason, step 6" in err

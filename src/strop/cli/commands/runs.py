@@ -56,7 +56,7 @@ def runs(
             escape(f"{score}{chr(10) if is_narrow else ' '}{row['caveat']}".strip()),
             *([f"train {train}\neval {held_out}"] if is_narrow else [train, held_out]),
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
-            row["state"] if row["finished"] else f"{row['state']},{chr(10) if is_narrow else ' '}step {row['step']}",
+            (",\n" if is_narrow else ", ").join(_describe_state(row)),
         )
     console.print(table if rows else escape(f"no runs in {folder}"))
     print_json({"runs": rows}, as_json)
@@ -153,6 +153,7 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
     from strop.dash.runs import read_last_events
 
     report, recipe = run.read_report(), _read_yaml(run.recipe)
+    state, why = _find_state(run)
     sources, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
     last, evaluated, _ = read_last_events(run.events, live=False)
     steps = _number_or_none(report.get("steps", last.get("step")))
@@ -164,7 +165,8 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
         "model": _get(recipe, "model", "name"),
         "data": sources if sources is None or isinstance(sources, list) else [sources],
         "finished": run.finished,
-        "state": _find_state(run),
+        "state": state,
+        "why": why,
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
         "score": score,
@@ -176,8 +178,14 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _find_state(run: RunFolder) -> str:
-    """Return the state as the page shows it."""
+def _describe_state(row: dict[str, Any]) -> list[str]:
+    """Return the state, its reason, and the step if it is not the last of the recipe."""
+    step = [] if row["finished"] and not row["why"] else [f"step {row['step']:,}"]
+    return [escape(part) for part in (row["state"], row["why"], *step) if part]
+
+
+def _find_state(run: RunFolder) -> tuple[str, str]:
+    """Return the state as the page shows it, and its reason or ""."""
     from strop.dash.runs import RunTable
     from strop.errors import FolderError
 
@@ -186,7 +194,8 @@ def _find_state(run: RunFolder) -> str:
         row = RunTable(path.parent).row(path.name)
     except FolderError:  # a name that the page does not show
         row = None
-    return "finished" if run.finished else str(row["state"]) if row else "not finished"
+    state = "finished" if run.finished else str(row["state"]) if row else "not finished"
+    return state, str(row["why"]) if row else ""
 
 
 def _get(tree: Any, *keys: Any) -> Any:
