@@ -58,7 +58,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def read(file: Path) -> list[list[dict[str, Any]]]:
-    return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_answers_before_training_are_mixed_in(talker: Path, rows: Path, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_no_prompt_resembles_a_general_question() -> None:
     def grams(text: str) -> set[tuple[str, ...]]:
         return {tuple(words(text)[i : i + 4]) for i in range(len(words(text)) - 3)}
 
-    prompts = (Path(keep.__file__).parent / "general_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = (Path(keep.__file__).parent / "general_prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     asked = [json.loads(line)["messages"][-1]["content"] for line in prompts]
     assert len(asked) > 250
     prompt_parts = [(prompt, set(words(prompt)), grams(prompt)) for prompt in asked]
@@ -334,7 +334,7 @@ def test_labels_are_the_probabilities_before_training(talker: Path, rows: Path, 
     assert ids.shape == probs.shape and ids.shape[1] == keep.TOP_K
     assert (np.diff(probs, axis=1) <= 0).all() and (probs.sum(1) < 1.001).all()
     module, tokenizer = strop.load(talker, dtype="fp32").module, strop.load(talker).tokenizer
-    first = json.loads((done.folder / "kept.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"]
+    first = json.loads((done.folder / "kept.jsonl").read_text(encoding="utf-8").split("\n")[:-1][0])["messages"]
     prompt = tokenizer.apply_chat_template(first[:-1], add_generation_prompt=True, return_tensors="pt")
     prompt = getattr(prompt, "input_ids", prompt)
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_long_runs_on_rows_with_system_prompts_keep_by_default(talker: Path, tmp
 
 
 def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    system = {"role": "system", "content": "Be brief."}
+    system = {"role": "system", "content": "Be\u2028brief."}  # a separator of lines, but not in JSON Lines
     lines = [{"messages": [system, {"role": "user", "content": f"Say: {n}"}]} for n in range(10)]
     lines += [
         {"messages": [{"role": "user", "content": f"{n} + 1"}, {"role": "assistant", "content": "x"}]}
@@ -481,5 +481,5 @@ def test_run_without_the_option_in_its_recipe_is_resumed_without_kept_rows(
 
 
 def test_load_of_the_answers_is_that_of_the_prompts() -> None:
-    prompts = (files(keep.__package__) / "general_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = (files(keep.__package__) / "general_prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert (planning_keep.ANSWERS.completions, planning_keep.ANSWERS.answer) == (len(prompts), keep.MAX_NEW_TOKENS)

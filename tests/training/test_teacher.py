@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 
 import strop
-from strop.data.answers import PLACEHOLDER
+from strop.data.answers import PLACEHOLDER, Answer, NoAnswer, read_answers, write_answers
+from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.errors import DataError, InputError, RecipeError, RunError
 from strop.runs.events import read_events
@@ -29,6 +30,7 @@ from strop.training.gradients import micro_batches
 from strop.training.rollouts import PolicyCriterion
 from strop.training.server_probs import read_distributions
 from strop.training.soft_labels import soften
+from strop.training.teacher import PolicyTeacher
 from tests import ROOT
 from tests.evaluation.test_judge import judge_server
 from tests.support import tiny
@@ -469,15 +471,74 @@ def test_answers_of_a_server_are_kept_if_a_later_request_fails(
     assert not list((tmp_path / "cache" / "teacher").glob("*.part"))
 
 
-def test_teacher_answers_with_the_system_prompt_it_was_trained_with(student: Path, tmp_path: Path) -> None:
-    loud = [{"system": "Shout.", "prompt": text, "completion": "LOUD"} for text in ("who?", "Say: a", "1 + 2")]
+@pytest.fixture(scope="module")
+def loud(student: Path) -> Path:
+    """Return a run whose rows all had one system prompt."""
+    rows = [{"system": "Shout.", "prompt": text, "completion": "LOUD"} for text in ("who?", "Say: a", "1 + 2")]
     options: dict[str, Any] = {"train.max_steps": 60, "train.learning_rate": 0.02, "model.dtype": "fp32"}
-    loud_run = strop.train(model=student, data=loud, out=tmp_path / "loud", **options).folder
+    return strop.train(model=student, data=rows, out=student.parent / "loud", **options).folder
+
+
+def test_teacher_answers_with_the_system_prompt_it_was_trained_with(student: Path, loud: Path, tmp_path: Path) -> None:
     rows = write(tmp_path / "prompts.jsonl", PROMPTS)
-    options = {**QUICK, "train.teacher": str(loud_run)}
+    options = {**QUICK, "train.teacher": str(loud)}
     out = strop.train(model=student, data=str(rows), out=tmp_path / "run", **options).folder
     answers = [json.loads(line)["answer"] for line in (out / "teacher.jsonl").read_text("utf-8").splitlines()]
-    assert answers == strop.load(loud_run).generate([row["prompt"] for row in PROMPTS])
+    assert answers == strop.load(loud).generate([row["prompt"] for row in PROMPTS])
+
+
+def test_probabilities_of_a_teacher_are_those_with_its_system_prompt(student: Path, loud: Path, tmp_path: Path) -> None:
+    other = [{**row, "system": "Be quiet."} for row in ANSWERED[:1]]
+    written = {"with": [{**row, "system": "Shout."} for row in ANSWERED] + other, "without": ANSWERED + other}
+    found = []
+    for name, rows in written.items():
+        file = write(tmp_path / f"{name}.jsonl", rows)
+        out = strop.train(model=student, data=str(file), out=tmp_path / name, **QUICK, **{"train.teacher": str(loud)})
+        found.append(load_file(out.folder / "teacher.safetensors"))
+    np.testing.assert_allclose(found[0]["probs"], found[1]["probs"], rtol=1e-5)
+    np.testing.assert_array_equal(found[0]["ids"], found[1]["ids"])
+
+
+def test_rows_that_the_teacher_reads_without_its_system_prompt_are_counted(
+    student: Path, loud: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [{"role": role, "content": f"{role[0]}{n}"} for n in range(6) for role in ("user", "assistant")]
+    file = write(tmp_path / "rows.jsonl", [{"messages": turns}, *({"messages": turns[n : n + 2]} for n in (0, 2, 4))])
+    options = {**QUICK, "train.teacher": str(loud), "data.max_length": 60, "data.overlong": "split"}
+    strop.train(model=student, data=str(file), out=tmp_path / "run", **options)
+    assert re.search(r"probabilities for [23] rows are without its system prompt", caplog.text)
+
+
+def test_teacher_of_sampled_completions_reads_its_system_prompt(
+    student: Path, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[teacher.PolicyTeacher] = []
+    make = teacher.Teacher.for_policy
+    monkeypatch.setattr(teacher.Teacher, "for_policy", lambda self, data: seen.append(make(self, data)) or seen[-1])
+    rewritten: list[Example] = []
+    rewrite = PolicyTeacher.rewrite
+    monkeypatch.setattr(
+        PolicyTeacher, "rewrite", lambda self, x: rewritten.extend([x, rewrite(self, x)]) or rewritten[-1]
+    )
+    rows = write(tmp_path / "prompts.jsonl", [*PROMPTS, {"system": "Be quiet.", "prompt": "say it"}])
+    options = {**POLICY, "train.max_steps": 4, "train.teacher": str(loud)}
+    strop.train(model=student, data=str(rows), out=tmp_path / "run", eval="25%", **options)
+    shout = "<|im_start|>system\nShout.<|im_end|>\n"
+    systems = set()
+    for own, other in zip(rewritten[::2], rewritten[1::2], strict=True):
+        begins = own.prompt_length, other.prompt_length
+        assert own.ids[begins[0] :].tolist() == other.ids[begins[1] :].tolist()
+        assert own.weights[begins[0] :].tolist() == other.weights[begins[1] :].tolist()
+        prompts = [tokenizer("chatml").decode(x.ids[:begin]) for x, begin in zip((own, other), begins, strict=True)]
+        assert prompts[1] == (prompts[0] if "system" in prompts[0] else shout + prompts[0])
+        systems.add("system" in prompts[0])
+    assert systems == {False, True} and len(seen) == 1
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
+def test_answers_are_stored_with_any_separator_of_lines(tmp_path: Path, separator: str) -> None:
+    answers = {1: Answer(f"a{separator}b", []), 2: NoAnswer(f"c{separator}d")}
+    assert read_answers(write_text(tmp_path / "answers.jsonl", write_answers(answers))) == answers
 
 
 def test_changed_template_of_the_teacher_makes_new_answers(
@@ -567,7 +628,7 @@ def test_policy_gradient_moves_towards_the_teacher(tmp_path: Path) -> None:
     with torch.no_grad():
         for weight in other.state.weights.values():
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    job = replace(job, criterion=replace(job.criterion, rewards=[], teacher=other.step))
+    job = replace(job, criterion=replace(job.criterion, rewards=[], teacher=PolicyTeacher(other.step, {})))
     groups = job.criterion.prepare(job.step, job.train, 0, partial(micro_batches, job))
     examples = [example for group in groups for example in group.examples]
     copies = torch.tensor([float(example.weights[-1]) for example in examples for _ in range(example.supervised)])

@@ -102,7 +102,7 @@ def read_answers(file: Path) -> Answers:
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, Answer | NoAnswer]]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        tokens = [TopTokens(*token) for token in row.get("tokens", ())]
-        yield int(row["row"], 16), NoAnswer(row["why"]) if "why" in row else Answer(row["answer"], tokens)
+    with file.open(encoding="utf-8") as lines:  # str.splitlines also splits at U+2028 and others
+        for row in map(json.loads, lines):
+            tokens = [TopTokens(*token) for token in row.get("tokens", ())]
+            yield int(row["row"], 16), NoAnswer(row["why"]) if "why" in row else Answer(row["answer"], tokens)

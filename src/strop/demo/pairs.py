@@ -65,7 +65,8 @@ def make_pairs(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[st
 def write_pairs(train: Path, held_out: Path, seed: int = 0) -> None:
     """Write the demo's training rows and held-out rows as pairs."""
     for source, out in zip(data_files(), (train, held_out), strict=True):
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        with source.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
         lines = [json.dumps(pair, ensure_ascii=False) for pair in make_pairs(rows, seed)]
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ from strop.distributed.devices import Devices
 from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.images import install_images
-from strop.engine.step import Step, step_for
+from strop.engine.step import step_for
 from strop.engine.train.plain import WeightGatherer
 from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards
@@ -44,6 +44,7 @@ from strop.training.preflight import Setup, find_start_adapter, trained_kind
 from strop.training.rollouts import PolicyCriterion, disable_model_dropout
 from strop.training.samples import select_samples
 from strop.training.state import Job, Progress, TrainState, set_memory_options
+from strop.training.teacher import PolicyTeacher
 
 
 def build_model(setup: Setup, resuming: bool, devices: Devices) -> tuple[Any, WeightGatherer | None]:
@@ -104,7 +105,7 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 
 def build_job(
     folder: RunFolder, setup: Setup, model: Any, log: EventLog, devices: Devices,
-    sampler: Sampler | None = None, teacher: Step | None = None, gatherer: WeightGatherer | None = None,
+    sampler: Sampler | None = None, teacher: PolicyTeacher | None = None, gatherer: WeightGatherer | None = None,
 ) -> Job:  # fmt: skip
     """Return the job that trains `model`.
 

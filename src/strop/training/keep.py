@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def _answered_prompts(prompts: str, load_once: Callable[[], Model], model_key: s
     key = sha256_text(f"{model_key} {renderer.template_hash} {MAX_NEW_TOKENS} {prompts}")
     cached = cache_folder() / "keep" / f"{key[:32]}.jsonl"
     if not cached.is_file():
-        rows = [json.loads(line)["messages"] for line in prompts.splitlines()]
+        rows = [json.loads(line)["messages"] for line in StringIO(prompts)]
         text = "".join(
             json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in _answer(rows, load_once(), renderer)
         )

@@ -59,7 +59,7 @@ from strop.objectives.table import (
 from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, EVALUATING, Criterion, Metrics, Split
 from strop.training.state import temporary_values
-from strop.training.teacher import teacher_weight
+from strop.training.teacher import PolicyTeacher, teacher_weight
 
 LOG = logging.getLogger(__name__)
 LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
@@ -88,7 +88,7 @@ class PolicyCriterion(Criterion):
     columns: Rows = field(default_factory=dict)  # of the rows, if a reward reads them
     start: Mapping[str, Tensor] = field(default_factory=dict)  # the weights' values in the reference model, if any
     sampler: Sampler | None = None  # used instead of strop's decoder
-    teacher: Step | None = None  # of train.teacher
+    teacher: PolicyTeacher | None = None  # train.teacher
     tracer: Tracer | None = None  # of train.environment
 
     @property
@@ -124,7 +124,7 @@ class PolicyCriterion(Criterion):
             answer=answer[:LOGGED_CHARACTERS], rewards=first.rewards, **messages,
         )  # fmt: skip
         if self.teacher is not None:
-            logprobs = _token_logprobs(self.teacher, groups, split)
+            logprobs = _teacher_logprobs(self.teacher, groups, split)
             groups = [replace(group, teacher_token_logprobs=x) for group, x in zip(groups, logprobs, strict=True)]
         if self.options.beta:
             with temporary_values(self.weights, self.start):
@@ -240,7 +240,7 @@ class PolicyCriterion(Criterion):
         ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
         sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
         groups = self._make_groups(prompts, sampled)
-        teacher = np.concatenate(_token_logprobs(self.teacher, groups, split))
+        teacher = np.concatenate(_teacher_logprobs(self.teacher, groups, split))
         divergence = float((np.concatenate([group.sampling_logprobs for group in groups]) - teacher).mean())
         completions = [completion for group in sampled for completion in group]
         return {
@@ -350,6 +350,13 @@ def _token_logprobs(step: Step, groups: Sequence[RolloutGroup], split: Split) ->
                 for row, part in zip(rows, parts, strict=True):
                     result[begin + row] = part
     return result
+
+
+def _teacher_logprobs(
+    teacher: PolicyTeacher, groups: Sequence[RolloutGroup], split: Split
+) -> list[npt.NDArray[np.float64]]:
+    groups = [replace(group, examples=tuple(map(teacher.rewrite, group.examples))) for group in groups]
+    return _token_logprobs(teacher.step, groups, split)
 
 
 def disable_model_dropout(model: nn.Module) -> None:

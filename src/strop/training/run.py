@@ -242,7 +242,7 @@ def _execute(
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            teacher_step = None if setup.teacher is None else setup.teacher.step()
+            teacher = None if setup.teacher is None else setup.teacher.for_policy(setup.data)
             trim_heap()
             memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
@@ -252,7 +252,7 @@ def _execute(
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
-            job = build_job(folder, setup, model, log, devices, sampler, teacher_step, gatherer)
+            job = build_job(folder, setup, model, log, devices, sampler, teacher, gatherer)
             trim_heap()  # free memory that was used to read and convert weights
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)

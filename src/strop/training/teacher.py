@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,13 +23,14 @@ import numpy as np
 from strop.config.schema import Recipe, TrainSection
 from strop.data.answers import Answer, Answers, NoAnswer, key_of, read_answers, write_answers
 from strop.data.prepare import Prepared, list_unanswered
+from strop.data.rendering.render import render_prompts
 from strop.data.row_errors import RenderError
 from strop.data.store import Examples, LazySequence, request_message
-from strop.data.types import Conversation, Example, Message, strip_reasoning
+from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
 from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
 from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address, whole_text
-from strop.models.adapter_config import adapter_folder, check_adapter_kind
+from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_identity
 from strop.models.adapters import locate_base, locate_tokenizer
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -83,8 +84,9 @@ class Teacher:
         if folder is not None:
             check_adapter_kind(folder, "text")
         source = locate(self.name) if folder is None else locate_base(folder)
-        files = _hash_settings(source.path, folder)
-        self.key = json.dumps([*model_key(source, folder), files, recipe.model.device, recipe.data.max_length])
+        self.system: str | None = read_identity(folder or source.path).get("system")  # of all its training rows
+        files, limits = _hash_settings(source.path, folder), [recipe.model.device, recipe.data.max_length]
+        self.key = json.dumps([*model_key(source, folder), files, *limits, self.system])
         if teacher_weight(recipe.train):
             _check_vocabulary(self.name, tokenizer, folder, source)
 
@@ -116,7 +118,7 @@ class Teacher:
         prompts, invalid = [], []
         for row in rows:
             try:
-                prompts.append(model.renderer.prompt(self._with_system(row.messages), row.tools))
+                prompts.append(model.renderer.prompt(self._with_system(row).messages, row.tools))
             except RenderError as error:
                 invalid.append(Location(row.file, row.line, error.what))
         if invalid:
@@ -130,11 +132,11 @@ class Teacher:
         ends = (*model.renderer.reasoning_ends, *REASONING_ENDS)
         return [_without_reasoning(answer.text, ends) if answer.stopped else cut for answer in answers]
 
-    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Return the messages with the system prompt of the teacher's training rows, if they all had the same one."""
-        default = self._load().default_system
-        has_own = default is None or any(message.role == "system" for message in messages)
-        return messages if has_own else [Message("system", str(default)), *messages]
+    def _with_system(self, row: Conversation) -> Conversation:
+        """Return the row with the system prompt of the teacher's training rows, if it has none."""
+        if self.system is None or row.text is not None or any(message.role == "system" for message in row.messages):
+            return row
+        return replace(row, messages=(Message("system", self.system), *row.messages))
 
     def _ask_server(self, rows: Sequence[Conversation]) -> list[Answer | NoAnswer]:
         server = ChatServer("teacher", self.name, KEY, self._recipe.train.teacher_model)
@@ -169,8 +171,9 @@ class Teacher:
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(ask, rows))
 
-    def distributions(self, rows: Sequence[Example], vocabulary: int) -> Distributions:
-        """Return the TOP_K most likely tokens for each supervised token. vocabulary: number of the student's tokens."""
+    def distributions(self, data: Prepared) -> Distributions:
+        """Return the TOP_K most likely tokens for each supervised token of the training rows."""
+        rows, vocabulary = self._rewrite(data), len(data.renderer.tokenizer)
         message = "computing the probabilities of train.teacher: %d of %d rows"
         temperature = teacher_temperature(self._recipe.train)
         found = find_distributions(rows, self._load().module, TOP_K, message, temperature)
@@ -179,9 +182,31 @@ class Teacher:
             found["probs"][i, column] = -1
         return found
 
-    def step(self) -> Step:
-        """Return the step that computes log-probabilities of the teacher. Its weights stay in memory."""
-        return step_for(self._load().module.requires_grad_(False).eval())
+    def _rewrite(self, data: Prepared) -> list[Example]:
+        """Return the training rows as the teacher reads them: with its system prompt, and the same labels."""
+        rows, lost = list(data.train), 0
+        for i, example in enumerate(rows if self.system is not None else ()):
+            conversation = data.train.conversation(i)
+            if (row := self._with_system(conversation)) is conversation:
+                continue
+            (_, rendered), labels = next(data.renderer.render_many([row])), example.ids[example.weights > 0]
+            others = [] if isinstance(rendered, RenderError) else rendered
+            same = (other for other in others if np.array_equal(other.ids[other.weights > 0], labels))
+            rows[i] = next(same, example)
+            lost += rows[i] is example
+        if lost:  # the template has no system prompts, or a row was cut to data.max_length
+            LOG.warning("train.teacher: its probabilities for %d rows are without its system prompt", lost)
+        return rows
+
+    def for_policy(self, data: Prepared) -> PolicyTeacher:
+        """Return the teacher of sampled completions of these prompts. Its weights stay in memory."""
+        prompts: dict[bytes, Ids] = {}
+        for examples, conversations in ((data.train, data.train_conversations), (data.eval, data.eval_conversations)):
+            rows = [] if self.system is None else [self._with_system(row) for row in conversations or ()]
+            for example, (_, rendered) in zip(examples or (), render_prompts(data.renderer, rows), strict=False):
+                if not isinstance(rendered, RenderError):
+                    prompts[example.ids.tobytes()] = rendered[0].ids
+        return PolicyTeacher(step_for(self._load().module.requires_grad_(False).eval()), prompts)
 
     def _load(self) -> Model:
         from strop.engine.decode.model import load
@@ -205,6 +230,23 @@ def _hash_settings(*folders: Path | None) -> str:
     files = (file for folder in folders if folder is not None and folder.is_dir() for file in sorted(folder.iterdir()))
     chosen = [file for file in files if file.suffix in (".json", ".jinja", ".model", ".txt")]
     return sha256_text(" ".join(f"{file.name} {sha256_file(file)}" for file in chosen))
+
+
+@dataclass(frozen=True)
+class PolicyTeacher:
+    """A teacher of sampled completions. prompts: its tokens for a prompt, by the student's tokens as bytes."""
+
+    step: Step
+    prompts: Mapping[bytes, Ids]
+
+    def rewrite(self, example: Example) -> Example:
+        """Return a completion with the teacher's prompt. One that an environment wrote stays as it is."""
+        begin = example.prompt_length
+        prompt = self.prompts.get(example.ids[:begin].tobytes())
+        if prompt is None:
+            return example
+        weights = np.concatenate([np.zeros(len(prompt), np.float32), example.weights[begin:]])
+        return replace(example, ids=np.concatenate([prompt, example.ids[begin:]]), weights=weights)
 
 
 class SoftRows(LazySequence[Example]):
@@ -261,7 +303,7 @@ def add_teacher(recipe: Recipe, tokenizer: Any, prepare: Callable[[Answers], Pre
         stored, key, int(data.train.supervised.sum()),
         lambda: cache_folder() / "teacher" / f"{sha256_text(f'{key} {find_teacher().key}')[:32]}.safetensors",
         lambda: read_distributions(data.train, answers, data.renderer) if is_address(name) else
-        find_teacher().distributions(list(data.train), len(data.renderer.tokenizer)),
+        find_teacher().distributions(data),
         store,
     )  # fmt: skip
     items = SoftRows(data.train, distributions, recipe.train)
