@@ -190,6 +190,17 @@ def drawings(html: str) -> list[str]:
     return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
 
 
+def test_general_set_is_plotted_with_rates_only() -> None:
+    part = {"rows": 9, "base": 0.5, "tuned": 0.4, "difference": {"value": -0.1, "low": -0.3, "high": 0.1}}
+    general = {**part, "kinds": {"copying": part}, "intervals": {"base": [0.3, 0.7], "tuned": [0.2, 0.6]}}
+    for metric, score, plotted in (("exact", 0.5, True), ("mean_reward", 4.5, False)):
+        sides = {side: {metric: score} for side in ("base", "tuned")}
+        intervals = {side: [0.9 * score, 1.1 * score] for side in sides}
+        evaluation = {"rows": 9, "metric": metric, **sides, "difference": part["difference"], "notes": []}
+        page = render({"evaluation": evaluation, "intervals": intervals, "general": general}, [])
+        assert (f"{metric}, over the general set" in page) is plotted
+
+
 def test_page_is_deterministic() -> None:
     assert render(full(), steps(60)) == render(full(), steps(60))
 

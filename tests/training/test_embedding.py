@@ -271,6 +271,22 @@ def test_embeddings_from_the_command_line_to_plain_sentence_transformers(
         assert code == 2 and "generates no text" in " ".join(err.split()), err
 
 
+def test_any_row_of_an_anchor_may_be_a_train_row_and_a_limit_keeps_the_candidates(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = triplets.rows(60)
+    options = {"train.objective": "embed", "train.max_steps": 2, "model.dtype": "fp32"}
+    run = strop.train(model=tiny_folder, data=rows[:20], out=tmp_path / "run", **options)
+    twice = [{**other, "anchor": row["anchor"]} for row, other in zip(rows[:5], rows[20:], strict=False)]
+    for order in (twice + rows[:5], rows[:5] + twice):
+        result = strop.evaluate(run, [*order, *rows[30:40]])
+        assert (result["rows"], result["train_rows"]) == (15, 5)
+    whole, limited = strop.evaluate(run, rows[20:]), strop.evaluate(run, rows[20:], limit=8)
+    assert (whole["rows"], limited["rows"], whole["texts"], limited["texts"]) == (40, 8, 40, 40)
+    found = {sample["prompt"]: sample for sample in whole["samples"]}
+    assert all(sample == found[sample["prompt"]] for sample in limited["samples"])
+
+
 def check_equal(library: Any, folder: Path, expected: Any) -> None:
     """Compare the vectors of a folder in sentence-transformers, in padded batches and one by one."""
     model = library.SentenceTransformer(str(folder), device="cpu")

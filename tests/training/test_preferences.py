@@ -374,6 +374,10 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert code == 2 and "reward model" in err
     again = run(*words, "--train.objective", "reward", "--adapter", out, capsys=capsys)
     assert again[0] == 0, again[2]
+    held_out = preferences.write_pairs(tmp_path / "held_out.jsonl", 7)
+    code, stdout, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
+    card, score = (out / "adapter" / "README.md").read_text(), json.loads(stdout)["tuned"]["preference"]
+    assert code == 0 and f"7 rows: preference {score:.1%}" in card and "was not evaluated" not in card, card
 
 
 # writes the end of an answer only if another turn follows

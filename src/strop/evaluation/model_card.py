@@ -18,6 +18,7 @@ from strop.evaluation.metrics import (
     describe_rows,
     format_points,
     format_score,
+    format_task_scores,
     rows_label,
     score_name,
 )
@@ -338,6 +339,10 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             before, after = format_score(metric, before), format_score(metric, after)
             scores = f"{score_name(metric, metric)} {before} before, {after} after"
             yield name, f"{describe_rows(result)}: {scores} ({describe_change(result)[1]})"
+        elif result and result.get("metric") in result.get("tuned", ()) and not {"texts", "classes"} & result.keys():
+            metric = result["metric"]
+            score = f"{score_name(metric, metric)} {format_score(metric, result['tuned'][metric])}"
+            yield name, f"{describe_rows(result)}: {score}"
         if result and "texts" in result:
             tuned, baseline = result["tuned"], result.get("baseline")
             figures = ", ".join(f"{score_name(score, None)} {value:.1%}" for score, value in tuned.items())
@@ -353,27 +358,36 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             change = format_points(evaluation["baseline_difference"])
             scores += f"; {evaluation['baseline_name']} {baseline['accuracy']:.1%} ({change} points)"
         yield rows_label(evaluation), f"{describe_rows(evaluation)}: {scores}"
+    if (judge := (evaluation or {}).get("judge") or {}).get("win_rate") is not None:
+        interval = " to ".join(f"{end:.1%}" for end in judge["interval"])
+        yield "wins over its base", f"{judge['win_rate']:.1%} of {judge['rows']:,} rows, by a judge ({interval})"
     if general := report.get("general"):
         scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
         yield "general set", f"{general['rows']} rows: {scores} ({describe_general(general)})"
+    for task, metric, documents, before, after, change in format_task_scores(report.get("tasks") or {}):
+        scores = f"{before} before, {after} after" if before else after
+        yield task, f"{documents} documents: {metric} {scores}" + (f" (change {change})" if change else "")
 
 
 def _has_both_sides(result: Any) -> bool:
-    return bool(result and result.get("tuned") and result.get("base"))
+    return bool(result) and all(result.get(side) not in (None, {}) for side in ("base", "tuned"))
 
 
 def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence per limitation of the model or of its evaluation."""
-    objective = settings.get("train.objective")
-    if not _has_both_sides(report.get("evaluation")) and not (objective == "classify" and report.get("evaluation")):
+    objective, evaluation = settings.get("train.objective"), report.get("evaluation") or {}
+    if not evaluation.get("tuned"):
         yield _describe_missing_evaluation(report)
-    elif (train_rows := report["evaluation"].get("train_rows")) is None:
+    elif (train_rows := evaluation.get("train_rows")) is None:
         yield "It is unknown whether it was trained on the rows that it was evaluated on."
     elif train_rows:
-        yield f"{train_rows} of the {report['evaluation']['rows']} rows that it was evaluated on are also train rows."
-    yield from (f"{text}." for text in describe_cut(report.get("evaluation") or {}))
-    has_other_tasks = report.get("general") or _has_both_sides(report.get("regression"))
-    if objective not in ("classify", "embed") and not has_other_tasks:
+        yield f"{train_rows} of the {evaluation['rows']} rows that it was evaluated on are also train rows."
+    yield from (f"{text}." for text in describe_cut(evaluation))
+    tasks = (values for metrics in (report.get("tasks") or {}).values() for values in metrics.values())
+    has_other_tasks = (
+        report.get("general") or _has_both_sides(report.get("regression")) or any(map(_has_both_sides, tasks))
+    )
+    if objective not in ("reward", "classify", "embed") and not has_other_tasks:
         yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:

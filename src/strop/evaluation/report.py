@@ -288,7 +288,7 @@ def _format_general(
         for side in ("base", "tuned")
         if side in general_intervals and side in intervals and metric in evaluation.get(side, ())
     ]
-    plot = plot_frontier(points, str(metric)) if len(points) == 2 else None
+    plot = plot_frontier(points, str(metric)) if len(points) == 2 and not metrics.is_number(str(metric)) else None
     return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows, "plot": plot}
 
 

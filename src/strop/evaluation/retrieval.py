@@ -67,6 +67,11 @@ class Retrieval:
             excluded[anchors[key], candidates[key]] = True
         return cls(np.array(places[0]), np.array(places[1]), matches, excluded & ~matches)
 
+    def with_anchors(self, chosen: Sequence[bool]) -> Retrieval:
+        """Return the task of the chosen anchors, (Q,), among the same candidates."""
+        mask = np.array(chosen, np.bool_)
+        return Retrieval(self.anchors[mask], self.candidates, self.matches[mask], self.excluded[mask])
+
     def select(self, values: Any) -> tuple[Any, Any]:
         """Return the values of the anchors and of the candidates. values: (T, ...), of all texts of the rows."""
         return values[self.anchors], values[self.candidates]
@@ -130,9 +135,11 @@ def compare_retrieval(
     *,
     with_base: bool = True,
     train_rows: Sequence[Conversation] | None = None,
+    queries: Sequence[Conversation] = (),
 ) -> dict[str, Any]:
     """Score a model of embeddings, its base with the same pooling, and TF-IDF, on rows of texts that match.
 
+    queries: the rows whose anchors are scored; all if there are none. The texts of all rows are candidates.
     `rows` of the result is the number of different anchors and `texts` that of the candidates. `base`, `tuned` and
     `baseline` have the scores of `score_retrieval`, and `score_intervals` their intervals. `known_texts` is the number
     of candidates that are also in `train_rows`.
@@ -148,6 +155,9 @@ def compare_retrieval(
     check_positions(model, (example for row in rows for example in row))
     task = Retrieval.from_rows(rows)
     texts = np.array([text for row in conversations for text in (row.text or "", *row.passages)], dtype=object)
+    if queries:
+        asked = {row.text or "" for row in queries}
+        task = task.with_anchors([text in asked for text in task.select(texts)[0]])
     anchors, candidates = task.select(texts)
     examples = [example for row in rows for example in row]
     chosen = [examples[index] for index in (*task.anchors, *task.candidates)]

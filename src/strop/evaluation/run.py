@@ -390,13 +390,16 @@ def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
 
 def _evaluate_retrieval(name: str, request: _Request) -> dict[str, Any]:
     rows = list({row.text: row for row in reversed(request.rows)}.values())[::-1]  # the first of each anchor
-    train_rows = request.devices.run_on_main(partial(find_train_rows, name, rows))
+    trained = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
+    known = {row.text for row, is_known in zip(request.rows, trained or (), strict=False) if is_known}
+    train_rows = None if trained is None else [row.text in known for row in rows]
     prepared = _prepare_train_rows(name)
     model = _load(name, request)
     train_texts = None if prepared is None else prepared.train_conversations
     compared = compare_retrieval(
-        model, request.rows, request.advance, request.devices, with_base=request.options.base, train_rows=train_texts
-    )
+        model, request.all_rows or request.rows, request.advance, request.devices, with_base=request.options.base,
+        train_rows=train_texts, queries=request.rows if request.all_rows else (),
+    )  # fmt: skip
     notes = compared.pop("notes")
     result = _start_result(name, model, compared, request)
     result["notes"] += notes
