@@ -303,7 +303,8 @@ def test_evaluation_knows_the_rows_that_the_teacher_answered(
     out = tmp_path / "run"
     strop.train(model=student, data=[*map(str, files)], out=out, **{**QUICK, "train.teacher": str(expert)})
     seen = [{**PROMPTS[0], "completion": "yes"}, {"prompt": "new", "completion": "yes"}, ANSWERED[0]]
-    assert strop.evaluate(out, seen, max_new_tokens=4)["train_rows"] == 2
+    seen += [{**PROMPTS[1], "completion": "no"}, {**ANSWERED[1], "completion": "another"}]  # the latter is another row
+    assert strop.evaluate(out, seen, max_new_tokens=4)["train_rows"] == 3
 
 
 def test_softened_probabilities_are_those_of_the_teacher(student: Path, files: list[Path], tmp_path: Path) -> None:

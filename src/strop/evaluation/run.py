@@ -700,6 +700,8 @@ def find_train_rows(name: str, rows: Sequence[Conversation]) -> list[bool] | Non
     train_rows, data_kind = data.train_conversations, data_kind_of(recipe.train)
     digests = train_rows.digests if data_kind == "turns" else [_hash_row(row, data_kind) for row in train_rows]
     in_this_run = np.isin([_hash_row(row, data_kind) for row in rows], digests)
+    if data.answers:  # of a teacher, which the gold need not equal
+        in_this_run |= np.isin([_hash_row(row, "prompts") for row in rows], np.array([*data.answers], np.uint64))
     return [bool(first or this) for first, this in zip(in_first_run, in_this_run, strict=True)]
 
 
@@ -715,6 +717,7 @@ def _prepare_train_rows(name: str) -> Prepared | None:
         tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
         answers = read_answers(run.teacher) if run.teacher.is_file() else None
         data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data", answers=answers)
+        data = replace(data, answers=answers or {})
     except (InputError, OSError):
         return None
     return data if data.hash == run.read_lock()["data"] else None
