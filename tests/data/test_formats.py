@@ -167,6 +167,21 @@ def test_tools_are_normalized_and_results_get_the_name_of_their_call() -> None:
     assert turns_read[2] == Message("tool", "r", name="f", call_id="c1")
 
 
+def test_results_are_put_into_the_order_of_their_calls() -> None:
+    calls = {"role": "assistant", "tool_calls": [{"id": f"c{n}", **CALL} for n in range(3)]}
+    results = [{"role": "tool", "tool_call_id": f"c{n}", "content": f"r{n}"} for n in range(3)]
+    unknown = {"role": "tool", "tool_call_id": "other", "content": "x"}
+    for given_, expected in (
+        ([results[2], results[0], results[1]], ["r0", "r1", "r2"]),
+        ([results[1], results[0]], ["r0", "r1"]),
+        ([results[1], unknown, results[0]], ["r1", "x", "r0"]),  # which call the second belongs to is unknown
+        ([results[1], results[1], results[0]], ["r1", "r1", "r0"]),
+        ([{"role": "tool", "content": f"r{n}"} for n in (2, 1)], ["r2", "r1"]),
+    ):
+        messages = convert_one({"messages": [U, calls, *given_, A, U, calls, *given_, A]}).messages
+        assert [message.content for message in messages if message.role == "tool"] == 2 * expected
+
+
 def test_reasoning_and_weights_are_read() -> None:
     parts = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "yo"}]
     for turn in ({**A, "reasoning_content": "t"}, {**A, "thinking": "t"}, {**A, "content": parts}):

@@ -294,7 +294,8 @@ def test_kl_examples_are_found_behind_many_rows_of_one_prompt(tmp_path: Path) ->
         begin = group.examples[0].prompt_length
         (mismatched,) = group.kl_examples
         assert mismatched.ids[:begin].tolist() == group.examples[0].ids[:begin].tolist()
-        assert mismatched.ids[begin:].tolist() == other.examples[0].ids[begin:].tolist()
+        answer = other.examples[0]
+        assert mismatched.ids[begin:].tolist() == answer.ids[answer.prompt_length :].tolist()
 
 
 def test_labelled_answers_to_same_prompt_have_no_kl_examples(tmp_path: Path) -> None:

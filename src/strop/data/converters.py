@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import permutations, product
+from itertools import groupby, permutations, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,10 +117,23 @@ def _parse_turns(row: RowValue, key: str) -> list[Message]:
         raise InvalidRow("bad-messages", f"{key} is {type_name(turns)}, not a list of objects")
     parsed = [_parse_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
     names = {call["id"]: call["function"]["name"] for turn in parsed for call in turn.tool_calls if "id" in call}
-    return [
+    return _sort_results([
         replace(turn, name=names.get(str(raw.get("tool_call_id")))) if turn.role == "tool" and not turn.name else turn
         for turn, raw in zip(parsed, turns, strict=True)
-    ]
+    ])  # fmt: skip
+
+
+def _sort_results(turns: list[Message]) -> list[Message]:
+    """Put the results of a turn's calls into the order of the calls, as many templates show no ids."""
+    result: list[Message] = []
+    order: dict[Any, int] = {}  # position of each call of the last assistant turn, by id
+    for is_result, group in groupby(turns, lambda turn: turn.role == "tool"):
+        block = list(group)
+        if is_result and len({turn.call_id for turn in block} & order.keys()) == len(block):
+            block.sort(key=lambda turn: order[turn.call_id])
+        result += block
+        order = {call.get("id"): i for i, call in enumerate(block[-1].tool_calls)}
+    return result
 
 
 def _make_row(turns: list[Message], row: RowValue) -> ParsedRow:
