@@ -473,7 +473,8 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch:
     assert "a link to gone.jsonl, which does not exist" in refusal("link.jsonl")
     assert "no file matches" in refusal("*.tsv")
     assert "named twice" in refusal(["train.jsonl", "*.jsonl"])
-    assert "weight must be above 0" in refusal("train.jsonl@0")
+    for weight in ("0", "-1", "-.5"):
+        assert "weight must be above 0" in refusal(f"train.jsonl@{weight}")
     assert "no data file named" in refusal([])
     assert "NUL" in refusal("a\0b.jsonl")
     if os.path.exists("/dev/null"):

@@ -82,7 +82,8 @@ def _resolve_one(spec: str) -> list[Source]:
     if weighted := _match_weight(spec):
         weight = float(weighted[2])
         if not 0 < weight <= _MAX_WEIGHT:
-            raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
+            what = f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}"
+            raise DataError(what, fix=f"give {weighted[1]}@2 to read its rows twice, or @0.5 for half of them")
         return [replace(source, weight=weight) for source in _resolve_one(weighted[1])]
     spec = find_described(spec) or spec
     if os.path.isfile(spec):
@@ -132,7 +133,7 @@ def _find_saved_files(folder: str) -> list[Source]:
 
 def _match_weight(spec: str) -> re.Match[str] | None:
     """Match `name@weight`, unless a file has exactly that name."""
-    return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
+    return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(-?\d*\.?\d+)", spec)
 
 
 def needs_download(spec: str) -> bool:
