@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -95,8 +96,11 @@ def test_state_has_its_reason(
 ) -> None:
     monkeypatch.setattr("strop.display.tables.console._width", 200)
     make_run(tmp_path, "one", [*session(), step(9)], {"exit": 0, "steps": 9, "ended": ended})
-    (line,) = (line for line in run("runs", tmp_path, capsys=capsys)[2].splitlines() if "one" in line)
-    assert line.split("│")[-2].strip() == shown
+    _, out, err = run("runs", tmp_path, "--json", capsys=capsys)
+    (line,) = (line for line in err.splitlines() if "one" in line)
+    cells = [cell.strip() for cell in line.split("│")]
+    moment = time.localtime(json.loads(out)["runs"][0]["started"])
+    assert (cells[2], cells[-2]) == (f"{moment.tm_mday} {time.strftime('%b %H:%M', moment)}", shown)
 
 
 def test_yes_without_delete_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,15 +45,17 @@ def runs(
     check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
     is_narrow = console.width < MIN_WIDE  # model and data are then below the name
-    sources, losses = ([], ["loss"]) if is_narrow else (["model", "data"], ["train loss", "eval loss"])
+    sources, losses = ([], ["loss"]) if is_narrow else (["started", "model", "data"], ["train loss", "eval loss"])
     table = Table(Column("run", overflow="fold"), *sources, "score", *losses, "time", "state")
     for row in rows:
         name, model = escape(Path(row["run"]).name), escape(_shorten_name(row["model"]))
         data = escape(", ".join(map(_shorten_name, row["data"] or [None])))
         train, held_out = ("-" if row[f"{x}_loss"] is None else f"{row[f'{x}_loss']:.4g}" for x in ("train", "eval"))
         score = "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}"
+        moment = None if row["started"] is None else time.localtime(row["started"])
+        started = "" if moment is None else f"{moment.tm_mday} {time.strftime('%b %H:%M', moment)}"
         table.add_row(
-            *([f"{name}\n[dim]{model}, {data}[/]"] if is_narrow else [name, model, data]),
+            *([f"{name}\n[dim]{model}, {data}[/]"] if is_narrow else [name, started, model, data]),
             escape(f"{score}{chr(10) if is_narrow else ' '}{row['caveat']}".strip()),
             *([f"train {train}\neval {held_out}"] if is_narrow else [train, held_out]),
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
@@ -153,7 +156,7 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
     from strop.dash.runs import read_last_events
 
     report, recipe = run.read_report(), _read_yaml(run.recipe)
-    state, why = _find_state(run)
+    state, why, started = _find_state(run)
     sources, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
     last, evaluated, _ = read_last_events(run.events, live=False)
     steps = _number_or_none(report.get("steps", last.get("step")))
@@ -167,6 +170,7 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
         "finished": run.finished,
         "state": state,
         "why": why,
+        "started": started,
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
         "score": score,
@@ -184,8 +188,8 @@ def _describe_state(row: dict[str, Any]) -> list[str]:
     return [escape(part) for part in (row["state"], row["why"], *step) if part]
 
 
-def _find_state(run: RunFolder) -> tuple[str, str]:
-    """Return the state as the page shows it, and its reason or ""."""
+def _find_state(run: RunFolder) -> tuple[str, str, float | None]:
+    """Return the state as the page shows it, its reason or "", and the Unix time at which the run started."""
     from strop.dash.runs import RunTable
     from strop.errors import FolderError
 
@@ -194,8 +198,8 @@ def _find_state(run: RunFolder) -> tuple[str, str]:
         row = RunTable(path.parent).row(path.name)
     except FolderError:  # a name that the page does not show
         row = None
-    state = "finished" if run.finished else str(row["state"]) if row else "not finished"
-    return state, str(row["why"]) if row else ""
+    row = row or {"state": "not finished", "why": "", "started": None}
+    return "finished" if run.finished else str(row["state"]), str(row["why"]), row["started"]
 
 
 def _get(tree: Any, *keys: Any) -> Any:
