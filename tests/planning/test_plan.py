@@ -381,6 +381,23 @@ def test_demo_is_planned_from_its_gguf_header() -> None:
     assert read_model_info("demo").shape.linears[0].outputs == 576 and read_model_info("demo").shape.tied
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "adafactor"])
+def test_planned_disk_is_enough_for_a_run_folder(
+    optimizer: str, tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    options = {
+        "lora.r": 64,
+        "train.optimizer": optimizer,
+        "train.save_steps": 1,
+        "train.max_steps": 4,
+        "train.learning_rate": 1e-3,
+    }
+    planned = strop.plan(model=str(tiny_folder), data=str(rows_file), **options).disk_bytes
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **options)
+    used = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
+    assert used < planned < 3 * used + (2 << 20)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
 def test_incomplete_config_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"

@@ -52,6 +52,7 @@ from strop.planning.machines import TargetMachine
 from strop.planning.memory import (
     PARTS,
     PROCESS_BYTES,
+    STATE_BYTES,
     EvaluationLoad,
     Phase,
     RolloutLoad,
@@ -74,7 +75,8 @@ from strop.planning.time import (
 )
 from strop.planning.workload import Workload, why_recipe_not_fast
 
-CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
+TOKENIZER_BYTES = 130  # per token: 72 of SmolLM2's tokenizer.json, 127 of Gemma 3's
+REPORT_BYTES = 1 << 20  # report, log, recipe and model card
 MAX_TOKENS = 1 << 20
 SINGLE_DEVICE = Devices()
 _COMMANDS = {"evaluate": "strop eval", "serve": "strop serve", "merge": "strop merge", "export": "strop export"}
@@ -324,7 +326,9 @@ def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
     base = (weight_bytes(packed) + constant_bytes(packed)) * (is_quantized + workload.base.streamed)
     base += 2 * workload.base.parameters if name.endswith(".gguf") or name.startswith(("demo", "gguf:")) else 0
     num_checkpoints = recipe.train.keep_checkpoints + 2  # the best one, and the one that is being written
-    return num_checkpoints * CHECKPOINT_BYTES * trained + 4 * trained + base
+    checkpoint = round((4 + STATE_BYTES[workload.compute.optimizer]) * trained)
+    files = TOKENIZER_BYTES * workload.shape.vocabulary + REPORT_BYTES
+    return num_checkpoints * checkpoint + 4 * trained + files + base
 
 
 def _list_compromises(resolved: Resolved, workload: Workload, needed_rate: float) -> list[str]:
