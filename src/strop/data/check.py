@@ -80,16 +80,25 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console, tokenize
     console.print(grid, highlight=False)
     if classes := report["answers"].get("classes"):
         _print_classes(classes, console)
-    for row in report["dropped"][:MAX_SHOWN_LOCATIONS]:
-        location = f"{row['file']}:{row['line']}" if row["line"] else row["file"]
-        console.print(Text(f"  {location}: {_escape(row['what'])}", style="red"))
-    if len(report["dropped"]) > MAX_SHOWN_LOCATIONS:
-        console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_LOCATIONS:,} more", style="red", highlight=False)
+    same: dict[tuple[str, str], list[int | None]] = {}  # lines by file and error
+    for row in report["dropped"]:
+        same.setdefault((row["file"], row["what"]), []).append(row["line"])
+    for (file, what), lines in list(same.items())[:MAX_SHOWN_LOCATIONS]:
+        console.print(Text(f"  {file}{_list_lines(lines)}: {_escape(what)}", style="red"))
+    if others := sum(map(len, list(same.values())[MAX_SHOWN_LOCATIONS:])):
+        console.print(f"  ... and {others:,} more", style="red", highlight=False)
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
     if refusal := report["refusal"]:
         for line in (f"error: {refusal['message']}", *([f"{FIX}{refusal['fix']}"] if refusal["fix"] else [])):
             console.print(Text(use_short_forms(line), style="red"))
+
+
+def _list_lines(lines: Sequence[int | None]) -> str:
+    """Return the numbers of lines as they follow the name of a file. None: the whole file."""
+    numbers = [str(line) for line in lines if line]
+    more = f" and {len(numbers) - MAX_SHOWN_LOCATIONS:,} more" if len(numbers) > MAX_SHOWN_LOCATIONS else ""
+    return f":{', '.join(numbers[:MAX_SHOWN_LOCATIONS])}{more}" if numbers else ""
 
 
 def _describe_formats(names: Mapping[str, str]) -> str:

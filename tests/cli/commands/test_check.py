@@ -159,6 +159,19 @@ def test_rows_that_a_run_refuses_end_with_an_error_and_a_fix(
     assert code == 2 and "error: 1 of 2 training rows cannot be used\nFix: correct them" in err
 
 
+def test_rows_with_the_same_error_share_a_line(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"{n}", "completion": "" if n % 2 else "yes", **({"prompt": 3} if n == 4 else {})} for n in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    err = run("check", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", capsys=capsys)[2]
+    lines = [line.split("rows.jsonl:")[1] for line in err.splitlines() if line.startswith("  /")]
+    assert lines[0].startswith("2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 2 more: an assistant message is empty")
+    assert lines[1].startswith("5: ") and len(lines) == 2
+
+
 def test_objective_shows_a_row_that_it_learns_from(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
