@@ -131,12 +131,10 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         epoch_ends = progress.step % stream.steps_per_epoch == 0
         ended = "steps" if progress.step == stream.total_steps else "time" if out_of_time else ""
         eval_due = progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends
-        saved = False
-        if ended == "time":
+        saved = bool(ended == "time" and job.eval and not eval_due)
+        if saved:  # before the evaluation, which does not count if the run continues
             progress.budget_from += _seconds_spent(job)
-            if job.eval and not eval_due:  # this evaluation does not count if the run continues
-                save(job)
-                saved = True
+            save(job)
         if job.eval and (ended or eval_due):
             evaluate(job)
             ended = ended or ("patience" if _is_out_of_patience(job) else "")
@@ -145,6 +143,8 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
         due = (due or save_due) and not progress.streak  # a rollback needs a state from before the bad steps
+        if ended == "time" and not saved:
+            progress.budget_from += _seconds_spent(job)
         if not saved and (ended or stopping or due or progress.best_step == progress.step):
             save(job)
             saved_at = time.monotonic()
