@@ -43,7 +43,7 @@ def test_summary_names_the_step_of_the_adapter_and_each_finding(
     report = json.loads((out / "report.json").read_text()) | {"diagnosis": REPORT["diagnosis"]}
     (out / "report.json").write_text(json.dumps(report))
     assert str(run).count("\nfinding") == 2 and "`strop.check`" in str(run)
-    assert run._repr_html_().count("<td>finding</td>") == 2 and "<th>" not in run._repr_html_()
+    assert run._repr_html_().count(">finding</td>") == 2 and "<th>" not in run._repr_html_()
 
 
 def test_summary_of_other_reports() -> None:

@@ -103,7 +103,7 @@ def plan(
     target = target_share(find_target(device, parse_memory(memory), gpu), cluster, local=memory is None and gpu is None)
     model = read_model_facts(resolved.recipe)
     if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
-        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
+        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of the given GPU, {gpu}")])
     rows, adapter = measure_rows(resolved.recipe), start_adapter(resolved.recipe)
     return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 

@@ -41,7 +41,7 @@ def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_
     trained, planned, silent, checked, evaluated = execute(tmp_path, train, show, quiet, check, evaluate)
     progress, result = shown_html(trained[:1]), shown_html(trained[-1:])
     assert "done" in progress and "<svg" in progress
-    assert "adapter" in result and re.search(r"<td>4</td>", result)
+    assert "adapter" in result and re.search(r'<td style="text-align:left">4</td>', result)
     assert all(len(outputs) == 1 for outputs in (planned, checked))  # shown once
     assert "peak memory in MiB" in shown_html(planned) and not silent
     table = shown_html(planned)

@@ -530,7 +530,7 @@ def test_gpu_replaces_the_device_of_the_recipe(llama_8b: Path, tmp_path: Path) -
     recipe.write_text(f"model: {{name: {llama_8b}, device: cpu}}\ndata: {{train: rows}}\n", encoding="utf-8")
     result = strop.plan(recipe, gpu="RTX 4090")
     assert result.device == "cuda" and result.usable_bytes == int(0.95 * (24 << 30))
-    assert result.resolved.choices["model.device"].why == "of --gpu RTX 4090"
+    assert result.resolved.choices["model.device"].why == "of the given GPU, RTX 4090"
 
 
 def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from strop.runs.folder import RunFolder, is_run
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
+REQUIRED = {"model.name", "data.train"}  # fields without a default
 MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error message
 # pydantic's types of errors in plain words, with the values of their context
 MESSAGES = {
@@ -305,9 +306,11 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
     locations: dict[tuple[str, str], Location] = {}  # by file, and field and key
     problems: dict[tuple[str, str], list[str]] = {}  # several of a field: pydantic reports each member of a union
     missing: list[str] = []
+    wrong: set[str] = set()
     for issue in issues:
         name = _field_name(issue["loc"])
         name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
+        wrong.add(name)
         problem = explain_issue(name, issue)
         if not name:  # values that contradict each other
             names = "|".join(re.escape(field) for field, _ in option_fields() if "." in field)
@@ -321,8 +324,8 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
         text = repr(issue["input"])
         text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
         shown = f" (got {text})"
-        if issue["type"] == "missing":
-            missing, shown = [*missing, f"--{name}"], ""
+        if issue["type"] == "missing" or (name in REQUIRED and issue["input"] is None):
+            missing, shown = [*dict.fromkeys((*missing, f"--{name}"))], ""
         message = ", or ".join(dict.fromkeys(problems[file, what])) + shown
         locations[file, what] = Location(file, None, f"{what}{message}")
     names = " and ".join(missing)
@@ -331,7 +334,7 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
         dict.fromkeys(filter(None, (_valid_example(issue, given) for issue in issues)))
     )
     fix = "; ".join(filter(None, (fix, examples and f"for example {examples}")))
-    fix = fix or "correct it, or leave it out for the default"
+    fix = fix or ("correct it" if wrong <= REQUIRED else "correct it, or leave it out for the default")
     if len(missing) == len(locations):
         raise RecipeError(f"{names} {'are' if len(missing) > 1 else 'is'} required", fix=fix)
     where = list(locations.values())

@@ -61,7 +61,7 @@ class Planner:
         machine = (model.device, parse_memory(memory), gpu)
         target: TargetMachine = self._cached("target", machine, TARGET_CACHE_S, lambda: find_target(*machine))
         if gpu is not None and model.device.partition(":")[0] != target.device:
-            resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
+            resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of the given GPU, {gpu}")])
         source = [model.name, model.revision]
         facts: ModelInfo = self._cached("model", source, MODEL_CACHE_S, lambda: read_model_facts(resolved.recipe))
         rows, state = self._rows(resolved.recipe)

@@ -136,7 +136,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "classification", converters.CLASSIFIED, (*SYSTEM, "tools"), converters.convert_classified,
-            "a text or messages, with a label (a string or an integer) or a list of labels: "
+            "a text, or messages (with a system prompt and tools), with a label (a string or an integer) or a list of "
+            "labels: "
             "for `train.objective classify`",
             {"text": "book a table for two", "label": "BookRestaurant"},
             matches=lambda *_: False,  # read by data.format, or by the objective

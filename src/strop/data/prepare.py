@@ -66,7 +66,7 @@ from strop.data.types import (
 from strop.errors import DataError, Location
 from strop.runs.lock import sha256_file
 
-STORE_VERSION = 9  # increment it when prepared data changes for the same input
+STORE_VERSION = 8  # increment it when prepared data changes for the same input
 EARLY_ROWS = 1000  # rows that are read before the libraries load
 OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 JUDGED_KINDS = (*PREFERENCE_KINDS, *TEXT_KINDS)  # kinds of data whose rows may contradict each other
@@ -646,5 +646,7 @@ def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer,
         for name in source.files:
             key.update(bytes.fromhex(sha256_file(Path(name))))
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
+    if data.loss == "all":
+        options["loss"] = "all, each message once"  # unlike stores of version 0.1
     key.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, *kind], sort_keys=True).encode())
     return key.hexdigest()[:32]

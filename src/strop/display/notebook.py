@@ -36,10 +36,14 @@ def is_notebook() -> bool:
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table. headings: () for none."""
-    names = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    head = f"<thead><tr>{names}</tr></thead>" if headings else ""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """Return a table with its text at the left, which notebooks put at the right. headings: () for none."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        style = 'style="text-align:left"'
+        return "<tr>" + "".join(f"<{tag} {style}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    head = f"<thead>{line('th', headings)}</thead>" if headings else ""
+    body = "".join(line("td", row) for row in rows)
     return f"<table>{head}<tbody>{body}</tbody></table>"
 
 

@@ -35,7 +35,7 @@ class MemoryBudget:
     devices: int = 1
     rate_of: Callable[[str], Rate] | None = None  # returns a CPU's speed in a dtype; None on other devices
     compare_speeds: bool = True  # choose the fastest micro-batch on a CPU
-    longest: int | None = None  # tokens of the longest row; None if rows may have the maximum length
+    rows: Rows | None = None  # None: they may all have the maximum length
 
     def workload(self, recipe: Recipe) -> Workload:
         return Workload.from_recipe(recipe, self.shape, parameters=self.parameters, devices=self.devices)
@@ -43,10 +43,7 @@ class MemoryBudget:
     def needed(self, recipe: Recipe, **changes: Any) -> int:
         """Return the bytes that a recipe needs. changes: fields of its workload to change first."""
         workload = self.workload(recipe).replace(**changes)
-        rows = None
-        if self.longest is not None:
-            tokens = min(self.longest, longest_sequence(recipe))
-            rows = Rows([(tokens, tokens - 1)] * recipe.train.batch_size * sequences_per_row(recipe.train))
+        rows = self.rows and self.rows.cut(longest_sequence(recipe))
         batch = largest_micro_batch(recipe, workload, rows)
         return max(train_phase(workload, batch).needed_bytes, load_phase(workload).needed_bytes)
 

@@ -150,7 +150,7 @@ def find_spec(name: str) -> DeviceSpec:
     hint = f" (did you mean {specs[similar[0]].name}?)" if similar else ""
     likely = [specs[near] for near in difflib.get_close_matches(key, specs, n=MAX_SUGGESTED, cutoff=0.4)] or SPECS
     names = ", ".join(spec.name for spec in likely[:MAX_SUGGESTED])
-    fix = f"choose a GPU such as {names}; or give --memory and --device"
+    fix = f"choose a GPU such as {names}; or give --memory 24GB and --device cuda"
     raise RecipeError(f"--gpu {shlex.quote(name)}: not in the table{hint}", fix=fix)
 
 

@@ -54,6 +54,14 @@ class Rows(list[tuple[int, int]]):
     images: ImageLoad | None = None
     why_not_kept = ""  # why train.keep auto leaves general prompts out
 
+    def cut(self, longest: int) -> Rows:
+        """Return the rows with at most `longest` tokens."""
+        if all(tokens <= longest for tokens, _ in self):
+            return self
+        rows = Rows((min(tokens, longest), min(supervised, longest - 1)) for tokens, supervised in self)
+        rows.rows = self.rows
+        return rows
+
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
     """Return options with full field names. Without a recipe and data, rows are assumed to have the maximum length."""

@@ -250,7 +250,7 @@ def make_plan(
         data={"rows": _count_rows(recipe, own_rows) or None, "longest": longest, **facts},
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
-        suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, longest=longest), rate),
+        suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, rows=rows), rate),
         compromises=_list_compromises(resolved, workload, disk_rate(workload, mean_batch, rate)),
         multi_device=multi_device,
     )

@@ -95,9 +95,14 @@ def _resolve_one(spec: str) -> list[Source]:
             raise file_error(spec, "a folder with several splits, written by save_to_disk of datasets", fix)
         if os.path.isfile(os.path.join(spec, "state.json")):
             return _find_saved_files(spec)
-        suffixes = sorted({os.path.splitext(name)[1] for name in os.listdir(spec)} & {*files.TYPES, *files.COMPRESSION})
-        globs = " or ".join(f"{os.path.join(spec, '*')}{suffix}" for suffix in suffixes)
-        raise file_error(spec, "is a folder", f"name its files: {globs}" if globs else "it has no data files")
+        inside = [
+            path.relative_to(spec).as_posix() for depth in ("*", "*/*", "*/*/*") for path in Path(spec).glob(depth)
+        ]
+        try:
+            chosen = choose_files(spec, inside, None)
+        except DataError as error:
+            raise file_error(spec, "is a folder", f"name the files to train on; {error.what}") from None
+        raise file_error(spec, "is a folder", f"give {' or '.join(os.path.join(spec, name) for name in chosen[:3])}")
     if any(sign in spec for sign in "*?["):
         names = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
         if names:
