@@ -95,9 +95,11 @@ def run_strop(*words: str | Path, log: Path) -> dict[str, Any]:
     return {**json.loads(done.stdout), "seconds": time.perf_counter() - started}
 
 
-def train(case: Case, name: str, *options: str | Path, steps: int) -> dict[str, Any]:
-    out = case.work / name
-    words = ["train", *case.training, "--train.max_steps", str(steps), "--out", out, *options]
+def train(case: Case, name: str, *options: str | Path, steps: int, data: Path | None = None) -> dict[str, Any]:
+    out, words = case.work / name, case.training
+    if data is not None:
+        words[words.index("--data") + 1] = str(data)
+    words = ["train", *words, "--train.max_steps", str(steps), "--out", out, *options]
     result = run_strop(*words, log=case.work / f"{name}.log")
     memory = result["memory"]
     predicted, measured = memory["predicted_peak_bytes"], memory["measured_peak_bytes"]
@@ -253,8 +255,8 @@ def script(case: Case) -> dict[str, Any]:
 def dpo(case: Case) -> dict[str, Any]:
     files = [case.work / name for name in ("pairs.jsonl", "held_out_pairs.jsonl")]
     subprocess.run([sys.executable, "-m", "strop.demo.pairs", *map(str, files)], check=True, stdout=subprocess.DEVNULL)
-    start = ["--data", str(files[0]), "--model.adapter", str(case.run), "--train.objective", "dpo"]
-    figures = train(case, "dpo", *start, steps=SHORT)
+    start = ["--model.adapter", str(case.run), "--train.objective", "dpo"]
+    figures = train(case, "dpo", *start, steps=SHORT, data=files[0])
     words = ("eval", case.work / "dpo", "--data", files[1], "--limit", str(case.rows))
     result = run_strop(*words, log=case.work / "eval-dpo.log")
     return {**figures, "eval": {name: result[name] for name in ("base", "tuned", "difference")}}
