@@ -263,6 +263,23 @@ def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:
         ]
 
 
+def test_arguments_that_choose_rows_of_a_data_set_are_listed(tmp_path: Path) -> None:
+    start = (
+        "from trl import SFTTrainer\nfrom peft import LoraConfig\nfrom datasets import load_dataset\nSFTTrainer('m', "
+    )
+    end = ", peft_config=LoraConfig(target_modules='all-linear'))\n"
+    for arguments, data, listed in (
+        ("'own/rows', data_dir='extra', split='train'", None, ["load_dataset.data_dir"]),
+        ("'parquet', data_dir='folder'", None, ["load_dataset.data_dir"]),
+        ("'own/rows', split='train', num_proc=4, streaming=True", "own/rows", []),
+        ("'json', data_files='a.json', field='rows'", "a.json", ["load_dataset.field"]),
+    ):
+        (tmp_path / "train.py").write_text(f"{start}train_dataset=load_dataset({arguments}){end}", encoding="utf-8")
+        draft = import_config("trl", tmp_path / "train.py").draft
+        assert draft.get("data.train") in (data, data and str(tmp_path / data)), draft.get("data.train")
+        assert [note.key for note in draft.unsupported if "load_dataset" in note.key] == listed
+
+
 REFUSED = {
     "axolotl": ("base_model: m\nadapter: llama-adapter\n", "adapter"),
     "llamafactory": ("model_name_or_path: m\nfinetuning_type: freeze\n", "finetuning_type"),

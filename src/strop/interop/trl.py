@@ -684,6 +684,11 @@ DATASET_TRANSFORMS = (
 )  # fmt: skip
 _SPLIT = "train_test_split"
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
+# arguments of load_dataset that are read here, and those that do not choose rows
+LOADING_KEYS = {
+    "path", "name", "data_files", "split", "revision", "streaming", "cache_dir", "token", "trust_remote_code",
+    "num_proc", "verification_mode", "download_mode", "keep_in_memory",
+}  # fmt: skip
 LOADERS = ("load_dataset", "from_json", "from_csv", "from_parquet")
 
 
@@ -773,6 +778,12 @@ def _read_source(draft: Draft, script: Script, call: Call) -> Any:
         return path if path is not UNREADABLE else None
     if path is UNREADABLE or files is UNREADABLE:
         draft.add_unsupported("load_dataset", "not a literal value: pass --data", call.line)
+        return None
+    for key in call.keywords.keys() - LOADING_KEYS:
+        draft.add_unsupported(
+            f"load_dataset.{key}", "it may choose other rows: pass --data with their files", call.line
+        )
+    if "data_dir" in call.keywords:
         return None
     split = script.value(call.keywords["split"]) if "split" in call.keywords else "train"
     if not isinstance(split, str) or not split.startswith(("train", "test", "valid")) or "[" in split:
