@@ -41,6 +41,25 @@ def test_progress_in_a_file_is_a_line_per_interval() -> None:
     assert lines == [f"step     {number}  loss 1.5000  400 tokens/s  1 min 2 s left" for number in (1, 3)]
 
 
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ({"reward": 0.38, "kl": 0.5}, "loss 1.5000  reward 0.38, KL 0.500, 25% stopped  400 tokens/s"),
+        ({"reward": 0.38}, "loss 1.5000  reward 0.38, 25% stopped  400 tokens/s"),  # train.beta 0
+        ({"teacher_kl": 2.88}, "loss 1.5000  KL to the teacher 2.880, 25% stopped  400 tokens/s"),
+        (
+            {"reward": 0.38, "teacher_kl": 2.88, "turns": 2, "tool_calls": 1.5, "tool_errors": 0.5},
+            "reward 0.38  KL to the teacher 2.880, 25% stopped, 2.0 turns, 1.5 calls, 0.5 failed  400 tokens/s",
+        ),
+    ],
+)
+def test_step_of_a_policy_shows_what_was_measured(figures: dict[str, float], shown: str) -> None:
+    out = io.StringIO()
+    with run_progress(Console(file=out, soft_wrap=True)) as show:
+        show({**STEP, **figures, "stop_rate": 0.25, "time": 1.0, "step": 1, "steps": 9})
+    assert shown in out.getvalue()
+
+
 def test_long_run_prints_fewer_lines() -> None:
     out = io.StringIO()
     late = EARLY_SECONDS + 2

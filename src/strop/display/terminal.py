@@ -310,13 +310,16 @@ class RunProgress:
         if "accuracy" in event:
             metrics += f"  accuracy {event['accuracy']:.0%}"
         if "reward" in event:
-            metrics += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
+            divergence = f", KL {event['kl']:.3f}" if "kl" in event else ""  # not measured without train.beta
+            metrics += f"  reward {event['reward']:.2f}{divergence}"
+        if "teacher_kl" in event:
+            metrics += f"  KL to the teacher {event['teacher_kl']:.3f}"
+        if "stop_rate" in event:
+            metrics += f", {event['stop_rate']:.0%} stopped"
         if "turns" in event:
             metrics += (
                 f", {event['turns']:.1f} turns, {event['tool_calls']:.1f} calls, {event['tool_errors']:.1f} failed"
             )
-        if "teacher_kl" in event:
-            metrics += f"  KL to the teacher {event['teacher_kl']:.3f}, {event['stop_rate']:.0%} stopped"
         speed = f"{event['tokens_per_s']:.0f}"
         time_left = "saving" if is_last else f"{format_duration(event['seconds_left'])} left"
         if self._bar is not None:
