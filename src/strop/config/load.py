@@ -306,7 +306,7 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
     locations: dict[tuple[str, str], Location] = {}  # by file, and field and key
     problems: dict[tuple[str, str], list[str]] = {}  # several of a field: pydantic reports each member of a union
     missing: list[str] = []
-    wrong: set[str] = set()
+    wrong: set[str] = set()  # names of the fields
     for issue in issues:
         name = _field_name(issue["loc"])
         name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
@@ -325,7 +325,7 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
         text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
         shown = f" (got {text})"
         if issue["type"] == "missing" or (name in REQUIRED and issue["input"] is None):
-            missing, shown = [*dict.fromkeys((*missing, f"--{name}"))], ""
+            missing, shown = missing + [f"--{name}"] * (f"--{name}" not in missing), ""
         message = ", or ".join(dict.fromkeys(problems[file, what])) + shown
         locations[file, what] = Location(file, None, f"{what}{message}")
     names = " and ".join(missing)

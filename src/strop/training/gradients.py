@@ -311,10 +311,11 @@ def clip_gradients(weights: Sequence[Tensor], max_norm: float) -> Tensor:
     As torch.nn.utils.clip_grad_norm_, except that large matrices on a CPU are summed by row, which is exact to 1e-6.
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    norms = list(torch._foreach_norm(gradients))
-    for i, gradient in enumerate(gradients):
-        if gradient.device.type == "cpu" and gradient.numel() >= LARGE_MATRIX:
-            norms[i] = torch.linalg.vector_norm(torch.linalg.vector_norm(gradient, dim=-1))
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    parts = [torch.linalg.vector_norm(x, dim=-1) if _sums_by_row(x) else x for x in gradients]
+    total = torch.nn.utils.get_total_norm(parts)
     torch.nn.utils.clip_grads_with_norm_(weights, max_norm, total)
     return total
+
+
+def _sums_by_row(gradient: Tensor) -> bool:
+    return gradient.device.type == "cpu" and gradient.numel() >= LARGE_MATRIX

@@ -184,17 +184,17 @@ class Teacher:
 
     def _rewrite(self, data: Prepared) -> list[Example]:
         """Return the training rows as the teacher reads them: with its system prompt, and the same labels."""
-        rows, lost = list(data.train), 0
-        for i, example in enumerate(rows if self.system is not None else ()):
-            conversation = data.train.conversation(i)
-            if (row := self._with_system(conversation)) is conversation:
-                continue
-            (_, rendered), labels = next(data.renderer.render_many([row])), example.ids[example.weights > 0]
-            others = [] if isinstance(rendered, RenderError) else rendered
-            same = (other for other in others if np.array_equal(other.ids[other.weights > 0], labels))
-            rows[i] = next(same, example)
-            lost += rows[i] is example
-        if lost:  # the template has no system prompts, or a row was cut to data.max_length
+        rows, others = list(data.train), dict[int, Conversation]()  # rows with another prompt, by index
+        for i in range(len(rows) if self.system is not None else 0):
+            own = data.train.conversation(i)
+            if (other := self._with_system(own)) is not own:
+                others[i] = other
+        lost = 0
+        for i, (_, rendered) in zip(others, data.renderer.render_many(others.values()), strict=True):
+            labels, examples = _labels(rows[i]), [] if isinstance(rendered, RenderError) else rendered
+            same = next((example for example in examples if np.array_equal(_labels(example), labels)), None)
+            rows[i], lost = same or rows[i], lost + (same is None)
+        if lost:  # the template has no system prompts, a row was cut to data.max_length, or data.loss is all
             LOG.warning("train.teacher: its probabilities for %d rows are without its system prompt", lost)
         return rows
 
@@ -215,6 +215,10 @@ class Teacher:
             LOG.info("loading train.teacher %s", self.name)
             self._loaded = load(self.name, device=self._recipe.model.device)
         return self._loaded
+
+
+def _labels(example: Example) -> Ids:
+    return example.ids[example.weights > 0]
 
 
 def _without_reasoning(text: str, ends: Sequence[str]) -> Answer | NoAnswer:
