@@ -218,12 +218,13 @@ def test_wrong_arguments_are_refused_at_once(tiny_folder: Path, tmp_path: Path) 
     columns = {"prompt": ["a"], "completion": ["b"]}
     for options, message in (
         ({"callback": 3, "data": "rows.jsonl"}, "callback is 3"),
+        ({"callback": lambda: None, "data": "rows.jsonl"}, r"callback\(\): .*\nFix: it gets one event"),
         ({"progress": "yes", "data": "rows.jsonl"}, "progress is 'yes'"),
         ({"data": columns}, "a dictionary of columns \\(prompt, completion\\), not rows"),
         ({"data": []}, "no rows and no files"),
         ({"data": np.array(["rows.jsonl"])}, "a file, a list of files, a DataFrame"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"(?s){message}"):
             strop.train(model=tiny_folder, out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="no rows and no files"):
@@ -237,9 +238,15 @@ def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
         (lambda: bold.chat("hi", temperature=-1), "temperature -1: below 0"),
         (lambda: bold.chat(" "), "the message is empty"),
         (lambda: bold.chat("hi", stream=True), "chat: unknown argument stream .did you mean on_text"),
+        (lambda: bold.chat("hi", sampling={"top_p": 1}), "sampling is .*temperature=0.7"),  # type: ignore[arg-type]
+        (lambda: bold.generate("hi", system=3), "generate: system is 3"),  # type: ignore[arg-type]
+        (lambda: bold.chat("hi", history=()), "history is .*a list"),  # type: ignore[arg-type]
+        (lambda: bold.chat("hi", on_text="x"), "on_text is 'x'"),  # type: ignore[arg-type]
+        (lambda: strop.load("demo", dtype=torch.bfloat16), "did you mean bf16"),  # type: ignore[arg-type]
+        (lambda: strop.Run(None), "a path or a name, not NoneType"),  # type: ignore[arg-type]
     ]
     for call, message in wrong:
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"(?s){message}"):
             call()
 
 
@@ -253,6 +260,8 @@ def test_check_writes_a_cleaned_copy(tmp_path: Path) -> None:
     """Errors about rows suggest this call."""
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
     report = strop.check(data=rows, fix=tmp_path / "clean.jsonl")
+    shown = " ".join(str(report).split())
+    assert "clean.jsonl: 1 rows, 1 dropped (see " in shown and "Fix" not in shown
     assert report["rows"]["dropped"] == 1 and "dropped" in repr(report) and "{" not in repr(report)
     assert strop.check(data=tmp_path / "clean.jsonl")["rows"] == {**report["rows"], "read": 1, "dropped": 0}
 
@@ -776,6 +785,8 @@ def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
         ("--data.max_length 512, with --train.exact true", "max_length=512, with exact=True"),
         ("give another folder with --out, or leave --type out", "give another folder with out=..., or leave type out"),
         ("for example --train.epochs 3 --lora.r 8", "for example epochs=3, r=8"),
+        ("choose --data.overlong drop or split (1 is)", 'choose overlong="drop" or "split" (1 is)'),
+        ("or choose --data.overlong drop or leave it out", 'or choose overlong="drop" or leave it out'),
         ("give --model.name and --data.train", "give model=... and data=..."),
         ("compare: --over lora.r=8,16,32", 'compare: over={"lora.r": [8, 16, 32]}'),
         ("--over train.learning_rate=1e-4..1e-3", 'over={"train.learning_rate": (1e-4, 1e-3)}'),
@@ -884,7 +895,7 @@ def test_results_are_short_in_a_prompt_and_tables_when_printed(
     run = strop.train(model=tiny_folder, data=rows_file, out=tmp_path / "run", **QUICK)
     plan, model = strop.plan(model=tiny_folder, data=rows_file), strop.load(run)
     assert all(len(repr(result)) < 400 and "\n" not in repr(result) for result in (run, plan, model))
-    assert repr(str(run.folder)) in repr(run) and "steps=3" in repr(run) and "fits=True" in repr(plan)
+    assert repr(str(run.folder)) in repr(run) and "steps=3, finished=True" in repr(run) and "fits=True" in repr(plan)
     assert repr(model).startswith("Model(") and str(run.folder / "adapter") in repr(model)
     evaluated = strop.evaluate(run, rows_file, max_new_tokens=2)
     checked, compared = strop.check(model=tiny_folder, data=rows_file), strop.compare_methods(gpu="RTX 3060")

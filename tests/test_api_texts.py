@@ -47,13 +47,14 @@ def test_summary_names_the_step_of_the_adapter_and_each_finding(
 
 
 def test_summary_of_other_reports() -> None:
-    rows = dict(run_summary(Path("runs/sums"), REPORT))
+    rows = dict(run_summary(Path("runs/sums"), REPORT, True))
     assert rows["eval loss"] == "0.4148 at step 4, the lowest"
     assert rows["adapter"] == "runs/sums/adapter (weights of step 4 of 8)"
     assert rows["time"] == "120 s, evaluation and samples 151 s"
     assert rows["loss"] == "2.7861 in the first step, 0.0040 in the last one"
     old = {"loss": {"first": None, "last": None}, "eval_loss": None, "diagnosis": [], "adapter_step": None}
-    rows = dict(run_summary(Path("runs/sums"), REPORT | old))
+    rows = dict(run_summary(Path("runs/sums"), REPORT | old, False))
+    assert rows["steps"] == "8; stopped: strop.resume('runs/sums') continues it"
     assert rows["adapter"] == "runs/sums/adapter" and "eval loss" not in rows and "finding" not in rows
 
 
@@ -125,6 +126,7 @@ def test_wrong_error_classes_are_not_guessed(name: str, near: str | None) -> Non
         ({"lr": 1e-4, "learning_rate": 1e-3}, "given twice, as lr and as learning_rate"),
         ({"foobar": 1}, "foobar: unknown key\nFix: see `help(strop.train)` for all keys"),
         ({"show": "two"}, "check: show is 'two'\nFix: give a whole number, such as show=2"),
+        ({"show": -1}, "check: show is -1"),
     ],
 )
 def test_options_of_check_get_a_fix_in_python(options: dict[str, Any], text: str) -> None:

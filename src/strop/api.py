@@ -420,14 +420,17 @@ def check(
     """
     from strop.display.tables import CheckReport
 
-    checked = check_rows(recipe, options)
+    if show < 0:
+        raise InputError(f"check: show is {show}", fix="give a number of rows, such as show=3")
+    checked, copy = check_rows(recipe, options), ""
     if fix is not None:
-        from strop.data.check import write_cleaned_copy
+        from strop.data.check import describe_copy, write_cleaned_copy
 
-        write_cleaned_copy(
+        changes = write_cleaned_copy(
             checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind, checked.recipe.train.labels
         )
-    return CheckReport(checked.prepared, show)
+        copy = describe_copy(Path(fix), changes)
+    return CheckReport(checked.prepared, show, copy)
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:

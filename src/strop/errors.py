@@ -33,6 +33,7 @@ _OPTION = re.compile(
     rf"`strop ([^`]*)`(?! in a terminal)|(`[^-`][^`]*`|\b(?:pip|hf|strop) [a-z][^,;)]*)"
     rf"|(?<![\w'\"-])--([a-z][\w.-]*\w)(?: {_VALUE})?"
 )
+_OTHER_VALUES = re.compile(r'="[\w-]+"(?: or [\w-]+)+(?=$|;| \()')  # overlong="drop" or split
 _PYTHON_NAMES = {"no-parity": "measure=False", "resume": "resume_existing"}  # where they differ from the option's name
 _PYTHON_FIELDS = {"model.name": "model", "data.train": "data"}  # other fields: the last part of the name
 _FUNCTIONS = {"eval": "evaluate"} | {
@@ -232,7 +233,8 @@ def in_python(text: str, *, is_fix: bool = True) -> str:
 
     if is_fix:
         text = _OVER.sub(lambda match: f'over={{"{match[1]}": {_sweep_values(match[2])}}}', text)
-    return _OPTION.sub(translate, text)
+    text = _OPTION.sub(translate, text)
+    return _OTHER_VALUES.sub(lambda match: re.sub(r"(?<= or )[\w-]+", r'"\g<0>"', match[0]), text)
 
 
 def _sweep_values(spec: str) -> str:

@@ -688,7 +688,7 @@ def test_page_has_the_verdict_and_the_choices_of_the_plan(browser: Any, dash: Da
         open_at(tab, dash, f"{address}600MB", ".startbar span:text('Training does not fit')")
         assert start.is_disabled() and "worse" in verdict.get_attribute("class")
         assert "training does not fit: " in verdict.inner_text() and tab.page.locator(".phase .sum.bad").count()
-        open_at(tab, dash, f"{address}300MB", "main p.warn:has-text('What is needed: a larger memory limit')")
+        open_at(tab, dash, f"{address}300MB", "main p.warn:has-text('What is needed: a memory limit of')")
         assert "No change to these settings" not in tab.page.locator("main").inner_text()
         open_at(tab, dash, f"{address}8GB", ".startbar span:text('It fits')")
         shown = {label: tab.page.get_by_label(label, exact=True).get_attribute("placeholder") for label in SHOWN}

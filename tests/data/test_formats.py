@@ -444,6 +444,8 @@ def test_options_set_format_and_columns() -> None:
     assert "did you mean alpaca?" in refusal(format="alpacca")
     assert "no format has promt (did you mean prompt?)" in refusal(columns={"promt": "a", "completion": "b"})
     assert "no format has these columns" in refusal(columns={"answer": "a"})
+    swapped = refusal(columns={"frage": "prompt", "antwort": "completion"})
+    assert "the other way round: --data.columns prompt=frage,completion=antwort" in swapped
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def test_all_forms_see_the_row(text: str, tmp_path: Path) -> None:
     assert totals(write(tmp_path, text), "yes", "no", "yes") == [11, 20, 31]
 
 
-@pytest.mark.parametrize("names", ["gold, answer", "right, completion", "gold, answer, tolerance=1", "a, b"])
-def test_right_answer_and_answer_are_passed_under_any_other_names(names: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["gold, answer", "right, completion", "Expected, text, tolerance=1"])
+def test_right_answer_comes_first_where_the_first_name_says_so(names: str, tmp_path: Path) -> None:
     first, second = (name.strip() for name in names.split(",")[:2])
     spec = write(tmp_path, f"def own({names}): return ({first} == 'yes') + 2 * ({second} == 'yes')")
     assert totals(spec, "yes", "no") == [3, 1]
@@ -81,7 +81,11 @@ def test_right_answer_and_answer_are_passed_under_any_other_names(names: str, tm
 
 @pytest.mark.parametrize(
     "text",
-    ["def own(row, completion): return 1", "def own(completion): return 1", "def own(prompts, rows, x): return 1"],
+    [
+        *("def own(row, completion): return 1", "def own(completion): return 1", "def own(prompts, rows, x): return 1"),
+        *("def own(a, b): return 1", "def own(text, r): return 1", "def own(answer, right_answer): return 1"),
+        *("def own(text): return 1", "from operator import eq as own"),
+    ],
 )
 def test_other_signatures_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as raised:

@@ -100,11 +100,26 @@ def _check_arguments(name: str, signature: inspect.Signature, args: Any, kwargs:
             check_path(text, value)
         if text in TAKEN and not (value is None or callable(value) or (text == "progress" and isinstance(value, bool))):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give {TAKEN[text]}")
+        if text == "callback" and value is not None:
+            _check_callback(name, value)
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if kind in ("int", "int | None") and not (is_integer or (value is None and "None" in kind)):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give a whole number, such as {text}=2")
         if kind == "bool" and not isinstance(value, bool):
             raise InputError(f"{name}: {text} is {value!r}", fix=f"give {text}=True or {text}=False")
+
+
+def _check_callback(name: str, callback: Callable[..., Any]) -> None:
+    """Raise InputError for a function that does not take one event."""
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):  # some C functions have no signature
+        return
+    try:
+        signature.bind({})
+    except TypeError as error:
+        what = f"{name}: callback{signature}: {error}"
+        raise InputError(what, fix="it gets one event, a dictionary: `def callback(event)`") from None
 
 
 def _check_option(name: str, option: str, parameters: Mapping[str, inspect.Parameter]) -> None:

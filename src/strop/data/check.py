@@ -267,6 +267,14 @@ def write_cleaned_copy(
     return changes
 
 
+def describe_copy(out: Path, changes: Sequence[Change]) -> str:
+    """Return a line about a cleaned copy that was written with these changes."""
+    with out.open("rb") as file:
+        written = sum(1 for _ in file)
+    dropped = sum(change.change.startswith("dropped") for change in changes)
+    return f"wrote {out}: {written:,} rows, {dropped:,} dropped (see {out}.changes.jsonl)"
+
+
 def _clean_rows(
     data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind, checker: LabelChecker
 ) -> Iterator[str]:

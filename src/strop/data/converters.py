@@ -632,7 +632,8 @@ def _require_text(row: RowValue, key: str) -> str:
 
 def _check_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRow("not-text", f"{name} is {type_name(value)}, not a string")
+        how = ' (write 4 as "4")' if isinstance(value, int | float) and not isinstance(value, bool) else ""
+        raise InvalidRow("not-text", f"{name} is {type_name(value)}, not a string{how}")
     return value
 
 

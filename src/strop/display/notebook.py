@@ -151,8 +151,8 @@ class NotebookDisplay:
         return "".join(parts)
 
 
-def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the names and values of a summary of a finished run; its loss curve is in the output of `train`."""
+def run_summary(folder: Path, report: Mapping[str, Any], finished: bool) -> list[tuple[str, str]]:
+    """Return the names and values of a summary of a run that has ended; its loss curve is in the output of `train`."""
     if not report:
         return [("run", str(folder)), ("state", "ended before its report was written")]
     steps, kept = report["steps"], report.get("adapter_step")
@@ -163,7 +163,7 @@ def run_summary(folder: Path, report: Mapping[str, Any]) -> list[tuple[str, str]
     first, last = (f"{loss:.4f}" if loss is not None else "-" for loss in losses)
     rows = [
         ("run", str(folder)),
-        ("steps", f"{steps}"),
+        ("steps", f"{steps}" + ("" if finished else f"; stopped: strop.resume({str(folder)!r}) continues it")),
         ("tokens", f"{report['tokens']:,} ({report['tokens_per_s']:.0f} tokens/s)"),
         ("time", ", ".join(times)),
         ("loss", f"{first} in the first step, {last} in the last one"),

@@ -283,9 +283,12 @@ def _format_value(name: str, value: Any) -> str:
 class CheckReport(Printed, dict[str, Any]):
     """The fields of `strop check --json`. `print` and a notebook show them as the table of the command line."""
 
-    def __init__(self, prepared: Prepared, show: int) -> None:
+    def __init__(self, prepared: Prepared, show: int, copy: str = "") -> None:
+        """show: number of rows that `print` shows. copy: a line about a cleaned copy."""
         super().__init__(prepared.report.as_json())
-        self._prepared, self._show = prepared, show
+        self._prepared, self._show, self._copy = prepared, show, copy
+        if copy and self["refusal"]:  # its fix is what the copy does
+            self["refusal"]["fix"] = None
 
     def _print(self, out: SafeConsole) -> None:
         from strop.data.check import print_examples, print_report
@@ -293,3 +296,5 @@ class CheckReport(Printed, dict[str, Any]):
         print_report(self, out)
         if self._show:
             print_examples(self._prepared, self._show, out)
+        if self._copy:
+            out.print(self._copy, markup=False, highlight=False)

@@ -41,9 +41,11 @@ MAX_SEARCH_S = 5.0  # CPU time to search one answer: a pattern like (a+)+b takes
 METRIC_ARGUMENTS = ("right answer", "answer")  # positional arguments of a user-defined metric
 # Names of the first and the second parameter which show that a function expects other arguments.
 _NON_GOLD_PARAMETERS = {"prompt", "prompts", "question", "questions", "messages", "completions"}
-_NON_ANSWER_PARAMETERS = _NON_GOLD_PARAMETERS | {
-    *("gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"),
+GOLD_PARAMETERS = {  # names of a parameter which show that it is the right answer
+    *("gold", "golden", "right", "right_answer", "correct", "correct_answer", "reference", "ref", "target", "expected"),
+    *("truth", "ground_truth", "label", "solution", "y_true"),
 }
+_NON_ANSWER_PARAMETERS = _NON_GOLD_PARAMETERS | GOLD_PARAMETERS
 MAX_OPTIONS = 50  # of the metric choice, which computes the loss of each option for each row
 WORD_PATTERN = r"[^\W_]+|[\W_]"  # a word, or a character between words
 MIN_SIMILARITY = 0.6  # differences are marked only between answers that are at least this similar

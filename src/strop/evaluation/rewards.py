@@ -4,7 +4,7 @@ The form of a user-defined function follows from the names of its parameters:
 
 - `f(completion, row)`: called for each completion
 - `f(completions, rows)`: called once for all completions of a step
-- `f(right_answer, answer)`, with any other names: called for each completion
+- `f(right_answer, answer)`: called for each completion; the first may also be named `gold`, `expected` or the like
 
 It may be `async`; the calls of a step then run concurrently. It returns a finite number, or a dict of named numbers
 whose sum is the reward; the batch form returns a list of them. A row is a dict with all columns of the row as in the
@@ -35,6 +35,7 @@ from strop.data.types import Prompt
 from strop.errors import DataError, Location, RecipeError, RunError
 from strop.evaluation.calls import CallError, call_together, call_within, is_async
 from strop.evaluation.metrics import (
+    GOLD_PARAMETERS,
     Metric,
     check_golds,
     find_metric,
@@ -229,7 +230,7 @@ def _find_reward(spec: str, weight: float) -> Reward:
     if "environments" in names and {*names} <= {*BATCH_PARAMETERS, *TRACE_PARAMETERS["batch"]}:
         return Reward(spec, weight, name, "batch", function=function, parameters=tuple(names))
     fix = "write f(completion, row), f(completions, rows) or f(right_answer, answer)"
-    if parameters and all(p.kind in variable for p in parameters):
+    if all(p.kind in variable for p in parameters):
         what = f"reward {spec}: its parameters have no names, from which its form follows"
         raise RecipeError(what, fix=f"{fix}; in a decorator, use functools.wraps")
     forms: tuple[tuple[Form, str, str], ...] = (("row", "completion", "row"), ("batch", "completions", "rows"))
@@ -244,6 +245,9 @@ def _find_reward(spec: str, weight: float) -> Reward:
             return Reward(
                 spec, weight, name, form, function=function, parameters=traced[form] if form == "row" else tuple(names)
             )
+    if names and names[0].lower() not in GOLD_PARAMETERS:  # called by position, it might get the answers swapped
+        what = f"reward {spec}({', '.join(names)}): its parameters do not say which of them is the right answer"
+        raise RecipeError(what, fix=f"{fix}, with these names")
     return Reward(spec, weight, name, "golds", function=load_metric("reward", file, name).function)
 
 

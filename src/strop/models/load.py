@@ -64,7 +64,9 @@ def check_device_and_dtype(device: str, dtype: str) -> None:
     if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
-        raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
+        meant = next((name for name, type in DTYPES.items() if str(type).endswith(str(dtype))), None)  # torch.bfloat16
+        near = f" (did you mean {meant}?)" if meant else ""
+        raise RecipeError(f"--dtype {dtype}: no such type{near}", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
 def refuse_classifier(source: Source) -> None:

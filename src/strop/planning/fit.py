@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
+from strop.machine.memory import USABLE_SHARE
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import data_kind_of, longest_sequence, sequences_per_row
 from strop.planning.activations import offloaded_bytes
-from strop.planning.memory import PROCESS_BYTES, format_sizes, load_phase, train_phase
+from strop.planning.memory import MIB, PROCESS_BYTES, format_sizes, load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, Rows, largest_micro_batch, mean_micro_batch
 from strop.planning.time import DISK_BYTES_PER_S, Rate, disk_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
@@ -386,7 +388,8 @@ def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[S
     If it never does, the last is a smaller model.
     """
     if not budget.usable:  # of a CPU
-        what = f"a larger memory limit: Python and its libraries take {format_sizes(PROCESS_BYTES)[0]}"
+        limit = math.ceil((budget.needed(recipe) + PROCESS_BYTES) / USABLE_SHARE / MIB)
+        what = f"a memory limit of {limit:,} MiB, of which Python and its libraries take {PROCESS_BYTES // MIB} MiB"
         return [Suggestion(what, "memory", {}, budget.needed(recipe), False, 1.0)]
     suggestions: list[Suggestion] = []
     options: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from strop.config.arguments import check_path
 from strop.config.load import Choice, Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
 from strop.display.notebook import html_table, run_summary
@@ -55,7 +56,12 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = open_run(Path(folder)).path
+        self.folder = open_run(Path(check_path("folder", folder))).path
+
+    @property
+    def finished(self) -> bool:
+        """True if the run is complete. Otherwise `strop.resume` continues it."""
+        return RunFolder(self.folder).finished
 
     @property
     def report(self) -> dict[str, Any]:
@@ -83,13 +89,17 @@ class Run:
 
     def __repr__(self) -> str:
         report = self.report
-        return f"Run({str(self.folder)!r}, steps={report.get('steps')}, loss={report.get('loss')})"
+        values = f"steps={report.get('steps')}, finished={self.finished}, loss={report.get('loss')}"
+        return f"Run({str(self.folder)!r}, {values})"
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:9} {text}" for name, text in run_summary(self.folder, self.report))
+        return "\n".join(f"{name:9} {text}" for name, text in self._summary())
 
     def _repr_html_(self) -> str:
-        return html_table((), run_summary(self.folder, self.report))
+        return html_table((), self._summary())
+
+    def _summary(self) -> list[tuple[str, str]]:
+        return run_summary(self.folder, self.report, self.finished)
 
 
 @dataclass(frozen=True)

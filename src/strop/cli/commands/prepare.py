@@ -173,16 +173,11 @@ def check(
         _show_traces(checked, show, ids)
     elif show:
         data_check.print_examples(checked.prepared, show, console, ids=ids)
-    written = 0
     if fix is not None:
         changes = data_check.write_cleaned_copy(
             checked.recipe.data, checked.tokenizer, fix, checked.data_kind, checked.recipe.train.labels
         )
-        dropped = sum(change.change.startswith("dropped") for change in changes)
-        with fix.open("rb") as file:
-            written = sum(1 for _ in file)
-        summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
-        console.print(summary, markup=False, highlight=False)
+        console.print(data_check.describe_copy(fix, changes), markup=False, highlight=False)
         print_next(["train", *_options_of_copy(checked.recipe, recipe_file, options), "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     if not checked.recipe.model.adapter and not refusal and fix is None:
@@ -190,7 +185,7 @@ def check(
         words = [*([str(recipe_file)] if recipe_file else []), *option_words({**named, **options})]
         print_next(["plan", *words], ["train", *words])
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
-    if refusal and not written:
+    if refusal and fix is None:
         raise typer.Exit(InputError.exit_code)
 
 

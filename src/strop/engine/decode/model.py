@@ -334,6 +334,7 @@ class Model:
 
         Raises InputError for a prompt with more tokens than the model supports.
         """
+        _check_kinds("generate", sampling=sampling, system=system)
         max_new_tokens, sampling = _apply_settings("generate", max_new_tokens, sampling or Sampling(), settings)
         texts: list[Any]
         texts = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
@@ -384,6 +385,7 @@ class Model:
             InputError: if a message is invalid, the conversation has more tokens than the model supports, or `system`
                 is given for one that goes on.
         """
+        _check_kinds("chat", sampling=sampling, system=system, history=history, on_text=on_text)
         max_new_tokens, sampling = _apply_settings("chat", max_new_tokens, sampling or self.sampling, settings)
         if isinstance(text, str) and not text.strip():
             raise InputError("chat: the message is empty", fix="give a text")
@@ -493,6 +495,22 @@ _OTHER_SETTINGS = {  # arguments of other libraries -> ours
     **dict.fromkeys(("do_sample", "temp"), "temperature"), **dict.fromkeys(("stream", "streamer"), "on_text"),
     "system_prompt": "system", "messages": "history", "verbose": "progress",
 }  # fmt: skip
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # argument -> whether it has its kind, and that kind
+    "sampling": (lambda value: isinstance(value, Sampling), "a strop.Sampling, or its fields, such as temperature=0.7"),
+    "system": (lambda value: isinstance(value, str), "a text"),
+    "history": (lambda value: isinstance(value, list), "a list, to which the message and the answer are added"),
+    "on_text": (callable, "a function of a text"),
+}
+
+
+def _check_kinds(function: str, **arguments: Any) -> None:
+    """Raise InputError for an argument of another kind; None is of any."""
+    for name, value in arguments.items():
+        has_kind, kind = _KINDS[name]
+        if value is not None and not has_kind(value):
+            raise InputError(f"{function}: {name} is {value!r:.80}", fix=f"give {kind}")
 
 
 def _apply_settings(function: str, limit: int, sampling: Sampling, settings: Mapping[str, Any]) -> tuple[int, Sampling]:
