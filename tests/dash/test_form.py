@@ -155,7 +155,7 @@ def test_form_is_kept_until_it_is_cleared_or_its_run_starts(browser: Any, dash: 
             tab.page.wait_for_selector("text=Choose a model. The plan reads only its config")
             assert tab.page.get_by_label("Training rows", exact=True).input_value() == ""
             tab.page.get_by_role("link", name="Data", exact=True).click()
-            tab.page.wait_for_selector("text=Choose a data file and a model.")
+            tab.page.wait_for_selector("text=Choose a data file.")
             assert not tab.page.get_by_role("link", name="Plan a run with this data").is_visible()
             link.click()
         tab.check("cleared")

@@ -747,6 +747,13 @@ def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -
             tab.faults.clear()  # the browser reports the refused request
 
 
+def test_rows_are_shown_without_a_model(browser: Any, dash: Dash) -> None:
+    options = quote(json.dumps({"data.train": "rows.jsonl", "data.bad_rows": "drop"}))
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/data?options={options}", ".tokens .stop >> nth=3")
+        assert "without one, those of demo" in tab.page.locator("main").inner_text()
+
+
 def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: Dash, dashboard: Path) -> None:
     (dashboard / "taken").mkdir(exist_ok=True)
     (dashboard / "taken" / "file").write_text("x", encoding="utf-8")
@@ -755,7 +762,7 @@ def test_evaluation_and_export_show_errors_at_their_fields(browser: Any, dash: D
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             open_at(tab, dash, "/run/one/answers", ".sample >> nth=5")
-            tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
+            tab.page.locator("summary:text-is('Evaluate again')").click()
             file = tab.page.get_by_label("File of held-out rows", exact=True)
             assert file.input_value() == str(dashboard / "held-out.jsonl")  # the evaluation rows of the recipe
             file.fill("")
@@ -825,7 +832,7 @@ def test_rows_held_out_by_a_share_are_offered_for_the_evaluation(browser: Any, d
         for size in (DESK, PHONE):
             tab.page.set_viewport_size(size)
             open_at(tab, own, "/run/one/answers", ".sample >> nth=5")
-            tab.page.locator("summary:text-is('Evaluate on held-out rows')").click()
+            tab.page.locator("summary:text-is('Evaluate again')").click()
             tab.page.get_by_role("button", name="Use the 20% of rows that were held out").click()
             tab.page.wait_for_selector("#notice:has-text('rows to data/one-held-out')")
             field = tab.page.get_by_label("File of held-out rows", exact=True)
@@ -1200,6 +1207,7 @@ def test_restarted_server_asks_open_tabs_for_the_new_token(browser: Any, tmp_pat
             tab.page.wait_for_timeout(1000)
             with run_dash(tmp_path, port=int(own.url.rpartition(":")[2]), token="another") as restarted:
                 tab.page.wait_for_selector("h1:text-is('Sign in')")
+                tab.page.wait_for_selector("text=The token of this browser is not valid")
                 tab.page.wait_for_timeout(300)
                 assert tab.page.locator("#link").inner_text() == "" and tab.page.locator(".error").count() == 0
                 tab.page.get_by_label("Token").fill(f"{restarted.url}/#token=another")

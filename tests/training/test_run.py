@@ -688,7 +688,10 @@ def test_option_without_effect_is_noted(
              "(docs/learning_rate.md)"],
         ),
         ({"lora.r": 64, "lora.alpha": None, "train.learning_rate": None}, []),
-        ({"lora.r": 16, "train.batch_size": 8, "train.epochs": 1}, []),
+        (
+            {"lora.r": 16, "train.batch_size": 8, "train.epochs": 1},
+            ["train.epochs 1 is not used: train.max_steps 1 replaces it"],
+        ),
     ],
 )  # fmt: skip
 def test_recipe_values_that_would_be_chosen_otherwise_are_noted(

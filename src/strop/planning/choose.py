@@ -265,7 +265,7 @@ def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str
 
 def find_unusual_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
     """Yield notes on options whose default an option changes, although the recipe sets them: alpha, the learning rate,
-    and those of the objective. Also on a rate at which runs have diverged.
+    and those of the objective. Also on a rate at which runs have diverged, and on epochs that are not used.
     """
     # The recipe.yaml of a run sets all options, so alpha and the rate do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
@@ -275,6 +275,8 @@ def find_unusual_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
     if (objective := objective_of(recipe.train)) is not None:
         numbers = {name: value for name, value in objective.options.items() if isinstance(value, int | float)}
         rule_values |= {f"train.{name}": value for name, value in numbers.items()}
+    if recipe.train.max_steps is not None and choices["train.epochs"].origin == "option":
+        yield f"train.epochs {recipe.train.epochs:g} is not used: train.max_steps {recipe.train.max_steps} replaces it"
     for field, value in rule_values.items():
         changed = [
             choices[name] for name in DEPENDENCIES.get(field, ("train.objective",)) if choices[name].origin == "option"

@@ -140,6 +140,7 @@ def finish(
     if (pooling := job.recipe.train.pooling) is not None:
         identity["pooling"] = pooling
     folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
+    earlier = folder.read_report().get("memory", {}).get("measured_peak_bytes") or 0  # before the run was resumed
     full = job.recipe.train.method == "full"
     free_step_memory(job)  # the tokenizer of a large vocabulary takes twice the size of its file
     if full:
@@ -167,7 +168,7 @@ def finish(
         "memory": {
             "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
             "calibrated_peak_bytes": expected.calibrated_bytes(str(model.device)),
-            "measured_peak_bytes": memory.peak_bytes(),
+            "measured_peak_bytes": max(memory.peak_bytes(), earlier),
             "micro_batch": asdict(expected.batch),
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
         },

@@ -18,6 +18,8 @@ export function storeToken(token) {
 
 const token = () => localStorage.getItem(TOKEN_KEY) ?? "";
 
+export const hasToken = () => token() !== "";
+
 /** An error response: message, fix, where: [{file, line, what}], status. */
 export class ApiError extends Error {
   constructor(status, details) {

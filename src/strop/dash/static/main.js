@@ -1,7 +1,7 @@
 // The page: its addresses (#/runs, #/run/NAME/answers, ...) and their screens.
 
 import { button, field, h, link, put, notify, select } from "./dom.js";
-import { errorBox, get, storeToken, takeToken } from "./api.js";
+import { errorBox, get, hasToken, storeToken, takeToken } from "./api.js";
 import { address, to } from "./route.js";
 
 const SCREENS = {
@@ -112,6 +112,7 @@ function askToken() {
         },
       },
     },
+    hasToken() ? h("p", {}, "The token of this browser is not valid, as after a restart of the server.") : null,
     h("p", {}, "Open the address that ", h("code", {}, "strop dash"), " printed, or enter the token at its end."),
     field("Token", input),
     h(

@@ -99,7 +99,7 @@ export async function show(container, { run, query, signal }) {
     comparesBase ? link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }) : null,
   );
   const evaluate = evaluation(run, query, signal, () => load());
-  put(container, head, tools, rows, pages, evaluate);
+  put(container, head, evaluate, tools, rows, pages);
 
   async function load() {
     setQuery({
@@ -422,7 +422,7 @@ function evaluation(run, query, signal, onEnd) {
   const form = h(
     "details",
     { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score || query.has("data") },
-    h("summary", {}, "Evaluate on held-out rows"),
+    h("summary", {}, run.score ? "Evaluate again" : "Evaluate on held-out rows"),
     h(
       "div",
       { class: "fields" },

@@ -28,8 +28,13 @@ export async function show(container, { query, signal }) {
     load();
   };
   const train = fileField("data.train", "Rows", "data", options["data.train"], (value) => change("data.train", value));
-  const model = fileField("model.name", "Model", "model", options["model.name"], (value) =>
-    change("model.name", value),
+  const model = fileField(
+    "model.name",
+    "Model",
+    "model",
+    options["model.name"],
+    (value) => change("model.name", value),
+    "its tokenizer and chat template; without one, those of `demo`",
   );
   const { fields } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
@@ -86,8 +91,8 @@ export async function show(container, { query, signal }) {
   async function load() {
     next.href = formAddress();
     next.hidden = !options["data.train"];
-    if (!options["data.train"] || !options["model.name"]) {
-      put(out, h("p", { class: "empty" }, "Choose a data file and a model. No weights are loaded."));
+    if (!options["data.train"]) {
+      put(out, h("p", { class: "empty" }, "Choose a data file. No weights are loaded."));
       return;
     }
     const request = (requests += 1);

@@ -160,7 +160,7 @@ export async function show(container, { signal }) {
       field("Memory limit", memory, "such as 8GB"),
     ),
     ladderBox,
-    h("section", { class: "card", style: { "margin-top": ".8rem" } }, commandParts, field("Run name", runName)),
+    h("section", { class: "card", style: { "margin-top": ".8rem" } }, commandParts),
     trafficCard,
     values,
   );
@@ -183,6 +183,7 @@ export async function show(container, { signal }) {
             h("div", { class: "wide" }, model.element),
             h("div", { class: "wide" }, train.element),
             h("div", { class: "wide" }, evalField.element),
+            field("Run name", runName),
             field(
               "Preset",
               select(
@@ -218,7 +219,7 @@ export async function show(container, { signal }) {
             "div",
             { class: "fields" },
             number("train.epochs"),
-            number("train.max_steps"),
+            number("train.max_steps", "replaces the epochs"),
             number("train.learning_rate"),
             number("train.eval_steps"),
             number("train.max_time", "such as 30 min; a number without a unit is in seconds"),
@@ -374,7 +375,9 @@ export async function show(container, { signal }) {
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
-      planned.fits && planned.seconds ? `training steps about ${duration(planned.seconds)} on an otherwise idle machine` : null,
+      planned.fits && planned.seconds
+        ? `about ${duration(planned.seconds + (evaluation_seconds ?? 0))} on an otherwise idle machine`
+        : null,
       options["data.train"] ? null : "choose training rows to start",
     ]
       .filter(Boolean)
