@@ -278,6 +278,11 @@ def bold(adapter_folders: list[Path]) -> Model:
     return model
 
 
+def test_scores_of_a_model_without_an_adapter_are_not_those_of_a_base(tiny_folder: Path) -> None:
+    shown = " ".join(str(strop.evaluate(tiny_folder, ROWS, max_new_tokens=2, progress=False)).split())
+    assert "┃ model ┃" in shown and "answers generated at" in shown
+
+
 def test_generate_uses_the_system_prompt_of_training(bold: Model) -> None:
     answers = bold.generate(["what is 3"], system=bold.default_system, max_new_tokens=8)
     assert bold.generate(["what is 3"], max_new_tokens=8) == answers != bold.generate(["what is 3"], system="")

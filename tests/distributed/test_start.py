@@ -106,6 +106,7 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, start
     (line,) = out.splitlines()
     stderr = json.loads(line)
     assert stderr["error"]["kind"] == "Stopped" and stderr["steps"] >= 1
+    assert "free for each of 2 processes" in stdout
     assert stdout.count("continue with") == 1 and "error:" not in stdout and "closing signal" not in stdout, stdout
     assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{stderr['steps']}"))
     suggested = re.search(r"continue with `(.*)`", stdout)

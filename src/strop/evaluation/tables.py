@@ -64,7 +64,7 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     table = Table(title=escape(title.strip()), title_justify="left")
     table.add_column("")
     for side in sides:
-        table.add_column(side, justify="right")
+        table.add_column("model" if sides == ["base"] else side, justify="right")  # merged models are no bases
     for name in result[sides[0]]:
         if name == "tokens_per_s":  # of base and tuned together
             continue
@@ -81,7 +81,8 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     out.print(table)
     if speed := result[sides[-1]].get("tokens_per_s"):
         answered = [side for side in sides if result[side].get("tokens_per_s") == speed]  # others: in an earlier run
-        out.print(f"answers of {' and '.join(answered)} generated at {speed:,.0f} tokens/s")
+        of_which = "" if sides == ["base"] else f" of {' and '.join(answered)}"
+        out.print(f"answers{of_which} generated at {speed:,.0f} tokens/s")
     if result.get("left_out"):
         rows = [str(Location(**location)) for location in result["left_out"]]
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")

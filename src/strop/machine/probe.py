@@ -67,9 +67,11 @@ class Machine(Cpu):
     gpus: tuple[str, ...]
     card_free_bytes: int | None = None  # free memory of the run's GPU; None until the run has measured it
 
-    def describe(self) -> list[str]:
+    def describe(self, processes: int = 1) -> list[str]:
+        """Return lines about the machine. processes: number of those on it that share the free memory."""
         gpus = ", ".join(self.gpus) or "no GPU"
         memory = f"{self.memory_bytes / 2**30:.1f} GiB memory, {self.free_bytes / 2**30:.1f} free"
+        memory += f" for each of {processes} processes" if processes > 1 else ""
         return [
             f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)} ({', '.join(self.vector) or 'plain'}), {memory}",
             f"{gpus}; {self.system}, Python {self.python}",

@@ -246,7 +246,7 @@ def _execute(
         job: Job | None = None
         stopped: Stopped | None = None
         try:
-            log.emit("machine", lines=setup.machine.describe())
+            log.emit("machine", lines=setup.machine.describe(devices.local_world_size))
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, changed=resumed and resumed.fields)
             log.emit("data", report=setup.data.report.as_json())
