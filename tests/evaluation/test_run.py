@@ -26,7 +26,8 @@ from strop.engine.decode.model import Model
 from strop.errors import DataError, InputError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
-from strop.evaluation.run import EvalOptions, evaluate_models, find_train_rows, rank_models, read_conversations
+from strop.evaluation.run import EvalOptions, evaluate_models, rank_models, read_conversations
+from strop.evaluation.train_rows import find_train_rows
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait

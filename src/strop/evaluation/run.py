@@ -9,13 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from strop.config.load import read_resolved, resolve
+from strop.config.load import resolve
 from strop.config.schema import DataSection, Recipe
-from strop.data.answers import read_answers
 from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
-from strop.data.prepare import Prepared
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import FIXES, RowError
 from strop.data.store import digest, dump_conversation
@@ -23,7 +19,7 @@ from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
 from strop.engine.device import pick_device, pick_generation_dtype, prepare_process
-from strop.errors import DataError, InputError, Location, ModelError, RecipeError, RunError, suggest
+from strop.errors import DataError, Location, ModelError, RecipeError, RunError, suggest
 from strop.evaluation.classes import ACCURACY, check_labels, compare_classes
 from strop.evaluation.compare import (
     EXTRA_SCORES,
@@ -42,7 +38,6 @@ from strop.evaluation.judge import Judge, compare_by_judge, make_judge
 from strop.evaluation.metrics import (
     DEFAULT_METRIC,
     MEAN_REWARD,
-    MIN_CLAIM_ROWS,
     Estimate,
     are_json_objects,
     check_golds,
@@ -57,6 +52,7 @@ from strop.evaluation.report import write_report
 from strop.evaluation.retrieval import NEAREST, compare_retrieval
 from strop.evaluation.rewards import Rows, check_rewards, parse_rewards
 from strop.evaluation.traces import make_tracer
+from strop.evaluation.train_rows import add_row_notes, find_recipe, find_run, find_train_rows, prepare_train_rows
 from strop.models.adapter_config import (
     WEIGHTS_FILE,
     AdapterKind,
@@ -66,14 +62,12 @@ from strop.models.adapter_config import (
     is_tuned,
     read_identity,
 )
-from strop.models.adapters import locate_base, locate_tokenizer, read_classes
+from strop.models.adapters import read_classes
 from strop.models.load import refuse_classifier, refuse_embedder
 from strop.models.source import locate
-from strop.models.tokenizer import load_tokenizer
 from strop.objectives import require
-from strop.objectives.table import data_kind_of, prepare_rows
 from strop.runs.events import read_events
-from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
+from strop.runs.folder import RunFolder, is_run, write_json
 from strop.runs.lock import sha256_file
 
 SAMPLES_IN_REPORT = 20
@@ -331,7 +325,7 @@ def _evaluate_environment(name: str, request: _Request) -> dict[str, Any]:
     if options.general:
         result["general"] = compare_general(model, request.advance, request.devices)
         result["notes"] += [f"general set: {text}" for text in describe_cut(result["general"])]
-    _add_row_notes(result, request.rows, find_train_rows(name, request.rows))
+    add_row_notes(result, request.rows, find_train_rows(name, request.rows))
     if is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -375,14 +369,14 @@ def _check_text_request(
 
 def _evaluate_classes(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
-    prepared = _prepare_train_rows(name) if request.options.base else None
+    prepared = prepare_train_rows(name) if request.options.base else None
     model = _load(name, request)
     train_texts = None if prepared is None else prepared.train_conversations
     compared = compare_classes(model, request.rows, train_texts, request.advance, request.devices)
     notes = compared.pop("notes") if request.options.base else compared.pop("notes")[:0]
     result = _start_result(name, model, compared, request)
     result["notes"] += notes
-    _add_row_notes(result, request.rows, train_rows)
+    add_row_notes(result, request.rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -393,7 +387,7 @@ def _evaluate_retrieval(name: str, request: _Request) -> dict[str, Any]:
     trained = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
     known = {row.text for row, is_known in zip(request.rows, trained or (), strict=False) if is_known}
     train_rows = None if trained is None else [row.text in known for row in rows]
-    prepared = _prepare_train_rows(name)
+    prepared = prepare_train_rows(name)
     model = _load(name, request)
     train_texts = None if prepared is None else prepared.train_conversations
     compared = compare_retrieval(
@@ -403,7 +397,7 @@ def _evaluate_retrieval(name: str, request: _Request) -> dict[str, Any]:
     notes = compared.pop("notes")
     result = _start_result(name, model, compared, request)
     result["notes"] += notes
-    _add_row_notes(result, rows, train_rows)
+    add_row_notes(result, rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -416,7 +410,7 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     with_base = request.options.base
     compared = compare_preferences(model, request.rows, request.advance, request.devices, with_base=with_base)
     result = _start_result(name, model, compared, request)
-    _add_row_notes(result, request.rows, train_rows)
+    add_row_notes(result, request.rows, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
@@ -443,7 +437,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, ...],
         bases[base_key] = read_side(compared, "base")
     result = _start_result(name, model, compared, request)
     result["notes"] += describe_cut(compared)
-    _add_row_notes(result, rows, train_rows)
+    add_row_notes(result, rows, train_rows)
     if options.metric is None and are_json_objects([sample["gold"] for sample in compared["samples"]]):
         result["notes"] += [JSON_HINT]
     should_store = devices.is_main and is_run(Path(name))
@@ -666,83 +660,6 @@ def read_scorable_rows(
         if (note := check_golds(metric, [question.gold for question in questions], locations)) not in ("", *notes):
             notes.append(note)
     return rows
-
-
-def find_run(name: str) -> RunFolder | None:
-    """Return the run if `name` is a run folder or the folder of the adapter or model in it, else None."""
-    path = Path(name).expanduser()
-    folder = adapter_folder(name) or (RunFolder(path).saved if is_run(path) else path)
-    run = RunFolder(folder.parent)
-    return run if is_run(run.path) and run.saved == folder else None
-
-
-def find_recipe(name: str) -> Recipe | None:
-    """Return the run's recipe, or None if `name` is not a run or its recipe is from an older version of strop."""
-    run = find_run(name)
-    try:
-        return None if run is None else read_resolved(run.recipe).recipe
-    except RecipeError:
-        return None
-
-
-def find_train_rows(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return whether each row is in the training data of the run or of the run whose adapter it started from.
-
-    Returns None if that is unknown, because `name` is not a run, or its data is unreadable or has changed.
-    """
-    recipe, data = find_recipe(name), _prepare_train_rows(name)
-    if recipe is None or data is None:
-        return None
-    start = recipe.model.adapter
-    in_first_run = [False] * len(rows) if start is None else find_train_rows(start, rows)
-    if in_first_run is None:
-        return None
-    train_rows, data_kind = data.train_conversations, data_kind_of(recipe.train)
-    digests = train_rows.digests if data_kind == "turns" else [_hash_row(row, data_kind) for row in train_rows]
-    in_this_run = np.isin([_hash_row(row, data_kind) for row in rows], digests)
-    if data.answers:  # of a teacher, which the gold need not equal
-        in_this_run |= np.isin([_hash_row(row, "prompts") for row in rows], np.array([*data.answers], np.uint64))
-    return [bool(first or this) for first, this in zip(in_first_run, in_this_run, strict=True)]
-
-
-def _prepare_train_rows(name: str) -> Prepared | None:
-    """Return the data of a run. Returns None if `name` is not a run, or its data is unreadable or has changed."""
-    try:
-        run, recipe = find_run(name), find_recipe(name)
-        if run is None or recipe is None:
-            return None
-        start, model = recipe.model.adapter, recipe.model
-        source = locate(model.name, model.revision) if run.has_model else locate_base(run.adapter)
-        folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
-        answers = read_answers(run.teacher) if run.teacher.is_file() else None
-        data = prepare_rows(recipe, tokenizer, cache=cache_folder() / "data", answers=answers)
-        data = replace(data, answers=answers or {})
-    except (InputError, OSError):
-        return None
-    return data if data.hash == run.read_lock()["data"] else None
-
-
-def _hash_row(row: Conversation, data_kind: DataKind) -> int:
-    """Hash a row without its label, rejected answer and negatives. For "prompts", the right answer is also excluded."""
-    turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
-    positive = row.passages[:1]
-    row = replace(row, messages=turns, rejected=(), desirable=None, label=None, passages=positive)
-    return digest(dump_conversation(row))
-
-
-def _add_row_notes(result: dict[str, Any], rows: Sequence[Conversation], train_rows: Sequence[bool] | None) -> None:
-    """Add the number of evaluated rows that are also training rows, and notes about them, repeated and too few rows."""
-    evaluated = rows[: result["rows"]]
-    if repeated := len(evaluated) - len({digest(dump_conversation(row)) for row in evaluated}):
-        what = f"{repeated} of {result['rows']} rows repeat an earlier one"
-        result["notes"].append(f"{what}: the intervals are too narrow, as they assume different rows")
-    if "difference" in result and result["rows"] < MIN_CLAIM_ROWS:
-        result["notes"].append(f"no difference is claimed on fewer than {MIN_CLAIM_ROWS} rows")
-    result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])
-    if result["train_rows"]:
-        note = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"
-        result["notes"].append(note)
 
 
 def _store(folder: RunFolder, result: dict[str, Any], pending: Collection[str] = ()) -> None:
