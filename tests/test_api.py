@@ -241,6 +241,7 @@ def test_wrong_arguments_of_a_model_are_refused(bold: Model) -> None:
         (lambda: bold.use("nope"), "nope: not loaded"),
         (lambda: bold.chat("hi", temperature=-1), "temperature -1: below 0"),
         (lambda: bold.chat(" "), "the message is empty"),
+        (lambda: bold.chat("hi", repetition_penalty=0), "repetition_penalty: must be above 0"),
         (lambda: bold.chat("hi", stream=True), "chat: unknown argument stream .did you mean on_text"),
         (lambda: bold.chat("hi", sampling={"top_p": 1}), "sampling is .*temperature=0.7"),  # type: ignore[arg-type]
         (lambda: bold.generate("hi", system=3), "generate: system is 3"),  # type: ignore[arg-type]
@@ -276,6 +277,15 @@ def bold(adapter_folders: list[Path]) -> Model:
     model = strop.load(adapter_folders[1])
     assert model.default_system
     return model
+
+
+def test_merged_model_keeps_the_system_prompt_of_training(
+    bold: Model, adapter_folders: list[Path], tmp_path: Path
+) -> None:
+    strop.merge(adapter_folders[1], tmp_path / "merged", measure=False)
+    assert strop.load(tmp_path / "merged").default_system == bold.default_system
+    notes = strop.export("gguf", tmp_path / "merged", tmp_path / "m.gguf", type="f16", measure=False).notes
+    assert any(str(bold.default_system) in note and "send it in chats" in note for note in notes)
 
 
 def test_scores_of_a_model_without_an_adapter_are_not_those_of_a_base(tiny_folder: Path) -> None:

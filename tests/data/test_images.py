@@ -25,7 +25,7 @@ from strop.config.schema import DataSection
 from strop.data import check
 from strop.data.converters import parse_request, read_images
 from strop.data.formats import ConversationReader
-from strop.data.images import FIRST_IMAGE_ID, hide_images, open_image
+from strop.data.images import FIRST_IMAGE_ID, hide_images, open_image, read_image
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading.in_memory import find_rows, write_rows
 from strop.data.reading.sources import read_rows
@@ -412,6 +412,19 @@ def test_bytes_in_memory_are_never_text() -> None:
 def test_images_in_memory_that_a_file_would_change_are_refused(mode: str) -> None:
     with pytest.raises(DataError, match="row 2: a PIL image: pixels of 32 bits"):
         write_rows("rows", [{"prompt": "q"}, {"prompt": "q", "image": PIL.Image.new(mode, (4, 4))}])
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "RGBa", "La"])
+def test_pil_images_of_rare_modes_keep_brightness_and_transparency(mode: str) -> None:
+    if mode == "I;16B":
+        image = PIL.Image.frombytes(mode, (2, 1), bytes([64, 0, 255, 255]))
+        expected = [(63, 63, 63), (255, 255, 255)]
+    else:
+        plain = PIL.Image.frombytes("RGBA", (2, 1), bytes([0, 0, 0, 255, 0, 0, 0, 0]))
+        image = plain.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+        expected = [(0, 0, 0), (255, 255, 255)]  # transparent parts are put on white
+    shown = open_image(read_image(image, None, "image"))
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == expected
 
 
 def test_animations_in_memory_are_refused() -> None:

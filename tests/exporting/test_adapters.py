@@ -191,6 +191,8 @@ def test_adapters_of_another_tool_on_different_bases_are_refused(tiny_folder: Pa
         model.add(str(foreign))
     with pytest.raises(ModelError, match="another base"):
         load_models([str(second), str(foreign)], device="cpu", dtype="fp32", quantization="auto", force=False)
+    with pytest.raises(ModelError, match="another base"):
+        combine([str(first), str(foreign)], [0.5, 0.5], tmp_path / "sum")
 
 
 def test_chat_switches_adapters(

@@ -46,6 +46,7 @@ _TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels"
 _MODES_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _MODES_32_BIT = ("I", "F")
 _MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_AS_PNG = {"I": "I;16", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes with 16 bits a pixel or transparency
 _ORIENTATION, _TURNED = 0x0112, range(2, 9)  # EXIF tag, and its values for images that are not upright
 _CONTENT_KEYS = ("bytes", "path", "url", "image", "base64", "data")  # of an object with an image
 
@@ -91,7 +92,10 @@ def encode_png(image: PIL.Image.Image, location: str = "a PIL image") -> bytes:
     buffer = io.BytesIO()
     try:
         upright = ImageOps.exif_transpose(image)
-        (upright if upright.mode in _MODES_OF_PNG else upright.convert("RGB")).save(buffer, "PNG")
+        if upright.mode not in _MODES_OF_PNG:
+            upright = upright.convert("I") if upright.mode in _MODES_16_BIT else upright
+            upright = upright.convert(_AS_PNG.get(upright.mode, "RGB"))
+        upright.save(buffer, "PNG")
     except Exception as error:  # of many types: the file is truncated or closed
         raise InvalidRow("image-unreadable", f"{location}: cannot be decoded: {first_line(error)}") from None
     return buffer.getvalue()

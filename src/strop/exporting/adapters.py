@@ -25,7 +25,13 @@ from strop.models.adapter_config import (
     read_base_name,
     read_identity,
 )
-from strop.models.adapters import attach_adapter, check_adapter_base, check_adapter_weights, locate_base
+from strop.models.adapters import (
+    attach_adapter,
+    check_adapter_base,
+    check_adapter_weights,
+    check_same_base,
+    locate_base,
+)
 from strop.models.experts import split_by_expert
 from strop.models.load import load_base
 from strop.models.source import read_safetensors_header
@@ -142,6 +148,8 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         _check_summable(folder)
     _check_quantization(folders)
     source = locate_base(folders[0])
+    for folder in folders[1:]:
+        check_same_base(folder, source, "combine adapters of one base")
     model: Any = load_base(source, torch.float32, "cpu")
     peft_names = [f"part{number}" for number in range(len(folders))]
     for folder, peft_name in zip(folders, peft_names, strict=True):

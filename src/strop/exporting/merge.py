@@ -40,6 +40,7 @@ from strop.exporting.tables import print_base_losses, print_parity
 from strop.machine.memory import free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import (
+    STROP_FILE,
     WEIGHTS_FILE,
     AdapterKind,
     adapter_folder,
@@ -527,5 +528,9 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
         write_modules(out, read_pooling(folder), head.weight.shape[1], positions)
     config.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    identity = read_identity(folder)
+    chat = {key: value for key in ("system", "reasoning") if (value := identity.get(key)) not in (None, "auto")}
+    if chat:  # the settings of training with which `load` and `serve` render chats
+        write_json(out / STROP_FILE, chat)
     if kind not in TEXT_KINDS:
-        write_generation_config(source, config, make_renderer(tokenizer, read_identity(folder)).end_ids, out)
+        write_generation_config(source, config, make_renderer(tokenizer, identity).end_ids, out)

@@ -197,12 +197,18 @@ def attach_another_adapter(
     module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False
 ) -> list[str]:
     """Load another adapter onto a base (`source`) that already has one, and return warnings about mismatches."""
-    trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(locate_base(folder))}
-    if not force and trained_on["fingerprint"] != fingerprint(source):
-        raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
+    if not force:
+        check_same_base(folder, source, "load it by itself")
     mismatches = attach_adapter(module, folder, source, force=force, name=name)[1]
     module.eval()
     return mismatches
+
+
+def check_same_base(folder: Path, source: Source, fix: str) -> None:
+    """Raise ModelError if an adapter, of another tool too, was trained on another base than `source`."""
+    trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(locate_base(folder))}
+    if trained_on["fingerprint"] != fingerprint(source):
+        raise ModelError(f"{folder}: trained on another base than {source.name}", fix=fix)
 
 
 def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:

@@ -624,7 +624,7 @@ def load(
     torch_device = pick_device(device)
     renderer = _make_renderer(folder, source)
     base_name = base_of_model(name)
-    identity = read_identity(folder or source.path) if folder is not None or base_name else {}
+    identity = read_identity(folder or source.path) if folder is not None or source.kind == "folder" else {}
     notes = [GGUF_NOTE] if source.kind == "gguf" and dtype == "fp32" != identity.get("dtype") else []
     if dtype == "auto":
         family = load_config(source).model_type if torch_device.startswith("cuda") else ""

@@ -81,6 +81,9 @@ class Sampling:
             raise InputError(
                 f"temperature: must be at least 0 (got {self.temperature})", fix="for example temperature=0.7"
             )
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            what = f"repetition_penalty: must be above 0 (got {self.repetition_penalty})"
+            raise InputError(what, fix="for example repetition_penalty=1.1, or 1 for none")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: must be above 0 and at most 1 (got {self.top_p})", fix="for example top_p=0.9")
         if self.top_k < 0:
