@@ -395,6 +395,16 @@ class CheckedRows:
     data_kind: DataKind
     prepared: Prepared
 
+    def write_copy(self, out: Path) -> str:
+        """Write a cleaned copy of the rows, and return a line about it. Raises the errors of `write_cleaned_copy`."""
+        from strop.data.check import write_cleaned_copy
+
+        changes = write_cleaned_copy(self.recipe.data, self.tokenizer, out, self.data_kind, self.recipe.train.labels)
+        with out.open("rb") as file:
+            written = sum(1 for _ in file)
+        dropped = sum(change.change.startswith("dropped") for change in changes)
+        return f"wrote {out}: {written:,} rows, {dropped:,} dropped (see {out}.changes.jsonl)"
+
 
 @public
 def check(
@@ -422,15 +432,8 @@ def check(
 
     if show < 0:
         raise InputError(f"check: show is {show}", fix="give a number of rows, such as show=3")
-    checked, copy = check_rows(recipe, options), ""
-    if fix is not None:
-        from strop.data.check import describe_copy, write_cleaned_copy
-
-        changes = write_cleaned_copy(
-            checked.recipe.data, checked.tokenizer, Path(fix), checked.data_kind, checked.recipe.train.labels
-        )
-        copy = describe_copy(Path(fix), changes)
-    return CheckReport(checked.prepared, show, copy)
+    checked = check_rows(recipe, options)
+    return CheckReport(checked.prepared, show, None if fix is None else checked.write_copy(Path(fix)))
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:

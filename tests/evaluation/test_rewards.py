@@ -84,7 +84,7 @@ def test_right_answer_comes_first_where_the_first_name_says_so(names: str, tmp_p
     [
         *("def own(row, completion): return 1", "def own(completion): return 1", "def own(prompts, rows, x): return 1"),
         *("def own(a, b): return 1", "def own(text, r): return 1", "def own(answer, right_answer): return 1"),
-        *("def own(text): return 1", "from operator import eq as own"),
+        *("def own(text): return 1", "from operator import eq as own", "def own(text='', r=None): return 1"),
     ],
 )
 def test_other_signatures_are_refused(text: str, tmp_path: Path) -> None:

@@ -42,9 +42,13 @@ SUPERVISED, CONTEXT, STOP, IMAGE = "bold green", "dim", "bold reverse green", "c
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
-def print_report(report: Mapping[str, Any], console: Console, *, tokenizer: str = "") -> None:
-    """Print the result of DataReport.as_json(). tokenizer: the model whose tokenizer counts the tokens, if shown."""
-    _print_part("train", report, console, tokenizer)
+def print_report(report: Mapping[str, Any], console: Console, *, tokenizer: str = "", is_copied: bool = False) -> None:
+    """Print the result of DataReport.as_json(). tokenizer: the model whose tokenizer counts the tokens, if shown.
+
+    is_copied: a cleaned copy is written, which is the fix for a refusal, so no other is printed.
+    """
+    refusal = report["refusal"] and {**report["refusal"], "fix": None if is_copied else report["refusal"]["fix"]}
+    _print_part("train", {**report, "refusal": refusal}, console, tokenizer)
     if report["eval"] is not None:
         _print_part("eval", report["eval"], console)
 
@@ -265,14 +269,6 @@ def write_cleaned_copy(
     finally:
         temp.unlink(missing_ok=True)
     return changes
-
-
-def describe_copy(out: Path, changes: Sequence[Change]) -> str:
-    """Return a line about a cleaned copy that was written with these changes."""
-    with out.open("rb") as file:
-        written = sum(1 for _ in file)
-    dropped = sum(change.change.startswith("dropped") for change in changes)
-    return f"wrote {out}: {written:,} rows, {dropped:,} dropped (see {out}.changes.jsonl)"
 
 
 def _clean_rows(

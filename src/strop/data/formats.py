@@ -369,7 +369,8 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
         return named
     known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys} | {*IMAGES}
     candidates = [named] if named else [*FORMATS.values()]
-    if not any(entry.matching_keys(columns) for entry in candidates):
+    found = next((entry for entry in candidates if entry.matching_keys(columns)), None)
+    if found is None:
         reverse = {theirs: ours for ours, theirs in columns.items()}
         if known.issuperset(reverse) and any(entry.matching_keys(reverse) for entry in candidates):
             what = f"--data.columns names {', '.join(columns)} before the =: no format has these columns"
@@ -379,9 +380,8 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
         if key not in known:
             fix = f"use a column of a format before the =: {', '.join(sorted(known))}"
             raise DataError(f"--data.columns {key}={columns[key]}: no format has {key}{suggest(key, known)}", fix=fix)
-    for entry in candidates:
-        if entry.matching_keys(columns):
-            return entry
+    if found is not None:
+        return found
     what = f"--data.columns names {', '.join(columns)}: no format has these columns"
     raise DataError(what, fix="give two columns, for example --data.columns prompt=A,completion=B")
 

@@ -283,18 +283,16 @@ def _format_value(name: str, value: Any) -> str:
 class CheckReport(Printed, dict[str, Any]):
     """The fields of `strop check --json`. `print` and a notebook show them as the table of the command line."""
 
-    def __init__(self, prepared: Prepared, show: int, copy: str = "") -> None:
+    def __init__(self, prepared: Prepared, show: int, copy: str | None = None) -> None:
         """show: number of rows that `print` shows. copy: a line about a cleaned copy."""
         super().__init__(prepared.report.as_json())
         self._prepared, self._show, self._copy = prepared, show, copy
-        if copy and self["refusal"]:  # its fix is what the copy does
-            self["refusal"]["fix"] = None
 
     def _print(self, out: SafeConsole) -> None:
         from strop.data.check import print_examples, print_report
 
-        print_report(self, out)
+        print_report(self, out, is_copied=self._copy is not None)
         if self._show:
             print_examples(self._prepared, self._show, out)
-        if self._copy:
+        if self._copy is not None:
             out.print(self._copy, markup=False, highlight=False)

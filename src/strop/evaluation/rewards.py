@@ -245,8 +245,9 @@ def _find_reward(spec: str, weight: float) -> Reward:
             return Reward(
                 spec, weight, name, form, function=function, parameters=traced[form] if form == "row" else tuple(names)
             )
-    if names and names[0].lower() not in GOLD_PARAMETERS:  # called by position, it might get the answers swapped
-        what = f"reward {spec}({', '.join(names)}): its parameters do not say which of them is the right answer"
+    given = [p.name for p in parameters if p.kind not in variable]
+    if given[0].lower() not in GOLD_PARAMETERS:  # called by position, it might get the answers swapped
+        what = f"reward {spec}({', '.join(given)}): its parameters do not say which of them is the right answer"
         raise RecipeError(what, fix=f"{fix}, with these names")
     return Reward(spec, weight, name, "golds", function=load_metric("reward", file, name).function)
 

@@ -32,7 +32,7 @@ from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
 from strop.exporting.llama_cpp import LIMITS, SAMPLE_STRINGS, FileCheck, open_checker
 from strop.exporting.merge import TunedModel, check_data_option, check_memory, round_weight
 from strop.exporting.tables import print_base_losses, print_parity
-from strop.models.adapter_config import read_adapter_config, read_identity, refuse_on_16_bit_base
+from strop.models.adapter_config import read_adapter_config, refuse_on_16_bit_base
 from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import CheckpointTensors
@@ -121,9 +121,13 @@ def export_gguf(
     adapter: bool = False,
     data: str | None = None,
     measure: bool = True,
+    has_modelfile: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Write a tuned model or its adapter as a GGUF file; see `strop.export`. May raise MemoryLimitError."""
+    """Write a tuned model or its adapter as a GGUF file; see `strop.export`. May raise MemoryLimitError.
+
+    has_modelfile: a Modelfile next to it has the system prompt.
+    """
     kind = kind and kind.lower()  # llama.cpp and Ollama write Q4_K_M
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
@@ -174,9 +178,9 @@ def export_gguf(
         file.replace(out)
         fsync_folder(out.parent)
     notes = [*layout.notes, *vocabulary.notes]
-    trained = tuned.folder or (tuned.source.path if tuned.source.kind == "folder" else None)
-    if trained is not None and (system := read_identity(trained).get("system")) is not None:
-        notes.append(f"the system prompt of the training rows is not in the file, so send it in chats: {system!r:.200}")
+    if tuned.system is not None and not has_modelfile:
+        what = "the system prompt of the training rows is not in the file, so send it in chats"
+        notes.append(f"{what}: {tuned.system!r:.200}")
     if adapter and tuned.source.kind != "gguf":
         command = f"strop export gguf {tuned.source.name} --type f16 --data ..."
         notes.append(f"llama.cpp needs the base in GGUF too: {command}")

@@ -57,6 +57,7 @@ from strop.models.adapters import (
     locate_base,
     locate_tokenizer,
     make_renderer,
+    model_identity,
     read_classes,
     restore_precision,
 )
@@ -272,6 +273,11 @@ class TunedModel:
     base_losses: dict[str, float] = field(default_factory=dict)  # see Merged
     examples: list[Example] = field(default_factory=list)
     tokenizer: Any = None  # with which `examples` were encoded
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of the training rows, if they all had the same one."""
+        return model_identity(self.folder, self.source).get("system")
 
     @property
     def has_images(self) -> bool:
@@ -528,9 +534,10 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
         write_modules(out, read_pooling(folder), head.weight.shape[1], positions)
     config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    identity = read_identity(folder)
-    chat = {key: value for key in ("system", "reasoning") if (value := identity.get(key)) not in (None, "auto")}
-    if chat:  # the settings of training with which `load` and `serve` render chats
-        write_json(out / STROP_FILE, chat)
     if kind not in TEXT_KINDS:
+        identity = read_identity(folder)
+        # the settings of training with which `load` and `serve` render chats, where the tokenizer does not show them
+        shown = {"system": None, "reasoning": make_renderer(tokenizer, {}).reasoning}
+        if chat := {key: identity[key] for key in shown if identity.get(key) not in (None, "auto", shown[key])}:
+            write_json(out / STROP_FILE, chat)
         write_generation_config(source, config, make_renderer(tokenizer, identity).end_ids, out)

@@ -35,7 +35,6 @@ from strop.errors import ModelError, ParityError
 from strop.exporting.gguf import Exported, export_gguf, print_checks
 from strop.exporting.llama_cpp import make_sample_conversations
 from strop.exporting.merge import TunedModel
-from strop.models.adapter_config import read_identity
 from strop.runs.folder import check_new_output, exclusive_output, new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
@@ -97,10 +96,10 @@ def export_ollama(
     tuned = TunedModel.open(name)
     renderer = Renderer(tuned.load_tokenizer())
     pieces = TemplatePieces.split(renderer)
-    folder = tuned.folder or (tuned.source.path if tuned.source.kind == "folder" else None)
-    system = None if folder is None else read_identity(folder).get("system")
+    system = tuned.system
     with exclusive_output(out), new_folder(out) as temp:
-        exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data, measure=measure, progress=progress)
+        options: Any = {"kind": kind, "data": data, "measure": measure, "progress": progress}
+        exported = export_gguf(name, temp / MODEL_FILE, **options, has_modelfile=True)
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
         template = pieces.without_bos(bos).to_go()  # the tokenizer adds bos
         (temp / MODELFILE).write_text(write_modelfile(template, renderer, system), encoding="utf-8")

@@ -83,6 +83,11 @@ def locate_tokenizer(folder: Path, source: Source) -> Source:
     return Source(source.name, "folder", folder) if has_own else source
 
 
+def model_identity(folder: Path | None, source: Source) -> dict[str, Any]:
+    """Return strop.json of an adapter in `folder`, or without one of the model: merged, or with all weights trained."""
+    return {} if folder is None and source.kind != "folder" else read_identity(folder or source.path)
+
+
 def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
     """Return the renderer that an adapter was trained with. identity: the result of `read_identity`."""
     return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))

@@ -30,8 +30,8 @@ from strop.data.types import Conversation, Example, Ids, Message, strip_reasonin
 from strop.engine.step import Step, step_for
 from strop.errors import DataError, Location, RecipeError
 from strop.evaluation.chat_server import ChatServer, RequestRefused, check_address, is_address, whole_text
-from strop.models.adapter_config import adapter_folder, check_adapter_kind, read_identity
-from strop.models.adapters import locate_base, locate_tokenizer
+from strop.models.adapter_config import adapter_folder, check_adapter_kind
+from strop.models.adapters import locate_base, locate_tokenizer, model_identity
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, write_atomic
@@ -84,7 +84,7 @@ class Teacher:
         if folder is not None:
             check_adapter_kind(folder, "text")
         source = locate(self.name) if folder is None else locate_base(folder)
-        self.system: str | None = read_identity(folder or source.path).get("system")  # of all its training rows
+        self.system: str | None = model_identity(folder, source).get("system")  # of all its training rows
         files, limits = _hash_settings(source.path, folder), [recipe.model.device, recipe.data.max_length]
         self.key = json.dumps([*model_key(source, folder), files, *limits, self.system])
         if teacher_weight(recipe.train):

@@ -158,10 +158,8 @@ def check(
 
         checked = api.check_rows(recipe_file, options)
     report = checked.prepared.report
-    shown = report.as_json()
-    if fix is not None and shown["refusal"]:  # the fix is what this command does
-        shown["refusal"]["fix"] = None
-    data_check.print_report(shown, console, tokenizer=checked.recipe.model.name)
+    name = checked.recipe.model.name
+    data_check.print_report(report.as_json(), console, tokenizer=name, is_copied=fix is not None)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
     notes = [note] if note else []
     if checked.recipe.train.environment is not None:
@@ -174,10 +172,7 @@ def check(
     elif show:
         data_check.print_examples(checked.prepared, show, console, ids=ids)
     if fix is not None:
-        changes = data_check.write_cleaned_copy(
-            checked.recipe.data, checked.tokenizer, fix, checked.data_kind, checked.recipe.train.labels
-        )
-        console.print(data_check.describe_copy(fix, changes), markup=False, highlight=False)
+        console.print(checked.write_copy(fix), markup=False, highlight=False)
         print_next(["train", *_options_of_copy(checked.recipe, recipe_file, options), "--data", str(fix)])
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     if not checked.recipe.model.adapter and not refusal and fix is None:

@@ -46,6 +46,7 @@ from strop.models.adapters import (
     locate_base,
     locate_tokenizer,
     make_renderer,
+    model_identity,
     read_classes,
 )
 from strop.models.embedder import read_pooling
@@ -542,9 +543,7 @@ def load_renderer(name: str) -> Renderer:
 def _make_renderer(folder: Path | None, source: Source) -> Renderer:
     """Return the renderer of a base model, or of the adapter in `folder`."""
     tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
-    if folder is None and source.kind == "folder":
-        folder = source.path  # a model whose weights were all trained has an identity too
-    return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
+    return make_renderer(tokenizer, model_identity(folder, source))
 
 
 def _locate_untuned(base: Mapping[str, str]) -> Source:
@@ -624,7 +623,7 @@ def load(
     torch_device = pick_device(device)
     renderer = _make_renderer(folder, source)
     base_name = base_of_model(name)
-    identity = read_identity(folder or source.path) if folder is not None or source.kind == "folder" else {}
+    identity = model_identity(folder, source)
     notes = [GGUF_NOTE] if source.kind == "gguf" and dtype == "fp32" != identity.get("dtype") else []
     if dtype == "auto":
         family = load_config(source).model_type if torch_device.startswith("cuda") else ""
