@@ -493,6 +493,20 @@ def test_requests_have_images_as_data_urls() -> None:
         assert turn.content == f"a{MARK}" and (turn.images[0].width, turn.images[0].height) == (64, 48)
 
 
+def test_image_tag_in_a_request_is_text() -> None:
+    part = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
+    message = user([part, {"type": "text", "text": "the <image> tag"}])
+    [turn] = read_images(parse_request({"messages": [message]}), None, conversation=True).messages
+    assert turn.content == f"{MARK}the <image> tag" and len(turn.images) == 1
+
+
+def test_image_on_a_network_is_refused_with_the_reason() -> None:
+    message = user([{"type": "image_url", "image_url": {"url": "https://host/a.png"}}])
+    with pytest.raises(InvalidRow) as caught:
+        read_images(parse_request({"messages": [message]}), None, conversation=True)
+    assert "https://host/a.png is on a network: give the image as a data URL" in caught.value.what
+
+
 def test_images_of_a_request_are_limited_together() -> None:
     url = data_url(encode(PIL.Image.new("1", (5000, 4000))))
     for number in (2, 3):

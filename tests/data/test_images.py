@@ -595,6 +595,18 @@ def test_row_with_an_image_is_never_cut(folder: Path, tokenizer: Any, overlong: 
     assert (prepared.refusal is None) == (overlong != "refuse")
 
 
+def test_fix_for_long_rows_with_images_does_not_offer_to_shorten_them(folder: Path, tokenizer: Any) -> None:
+    image = {"messages": [user("<image>" + "word " * 60), ANSWER], "images": ["a.png"]}
+    text = {"messages": [user("word " * 99), ANSWER]}
+    for rows, fix in (
+        ([image], "or choose --data.overlong drop"),
+        ([image, text], "drop or truncate-start or split (1 of them can only be dropped: it has images)"),
+    ):
+        file = write(folder / "d.jsonl", chat("a", "a.png"), *rows)
+        refusal = prepare(DataSection(train=file, max_length=80), tokenizer, strict=False).refusal
+        assert refusal is not None and refusal.fix is not None and refusal.fix.endswith(fix)
+
+
 def test_pairs_have_equal_prompts_with_the_same_image_tokens(folder: Path, tokenizer: Any) -> None:
     row = {"prompt": "<image>q", "chosen": "yes", "rejected": "no", "images": ["a.png"]}
     prepared = run(write(folder / "d.jsonl", row), tokenizer, data_kind="pairs")

@@ -51,6 +51,17 @@ def test_adapters_are_listed_and_described(runs: tuple[Path, Path], capsys: pyte
     assert info["norm"] == pytest.approx(frobenius(runs[0]), rel=1e-4) and info["norm"] > 0
 
 
+def test_adapter_that_is_not_supported_does_not_stop_the_list(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_adapter(runs[0], tmp_path / "good", {})
+    copy_adapter(runs[0], tmp_path / "other", {"peft_type": "IA3"})
+    code, out, err = run("adapters", tmp_path, "--json", capsys=capsys)
+    [good, other] = json.loads(out)["adapters"]
+    assert code == 0 and good["rank"] == 4 and other == {"folder": str(tmp_path / "other"), "problem": "an adapter of type IA3"}
+    assert "an adapter of type IA3" in " ".join(err.split())
+
+
 def delta(name: Path) -> dict[str, torch.Tensor]:
     """Return what peft adds to each module."""
     model = strop.load(name, dtype="fp32").module

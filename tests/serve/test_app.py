@@ -222,6 +222,7 @@ def test_chat_template_kwargs_change_the_prompt() -> None:
 BAD = {
     "unknown parameter": ({"temprature": 1}, "temprature (did you mean temperature?)"),
     "several completions": ({"n": 2}, "n:"),
+    "a penalty that is unknown": ({"repetition_penalty": 1.1}, "unknown parameter: repetition_penalty"),
     "a penalty that would be ignored": ({"presence_penalty": 0.5}, "presence_penalty"),
     "a forced tool": ({"tool_choice": "required"}, "tool_choice"),
     "an option that the template does not read": ({"chat_template_kwargs": {"thinking": 1}}, "reads no thinking"),

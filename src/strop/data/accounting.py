@@ -20,7 +20,15 @@ from strop.data.formats import PAIRED, example_row, find_placeholders
 from strop.data.images import IMAGE_NOTES
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
-from strop.data.row_errors import ANSWER_TOO_LONG, FIXES, LENGTH_REASONS, READING_REASONS, RenderError, RowError
+from strop.data.row_errors import (
+    ANSWER_TOO_LONG,
+    FIXES,
+    HAS_IMAGES,
+    LENGTH_REASONS,
+    READING_REASONS,
+    RenderError,
+    RowError,
+)
 from strop.data.store import Conversations, Examples, Store, count_labels
 from strop.data.types import (
     MARK,
@@ -342,20 +350,23 @@ def _why_refused(
             )
         return kind_error
     long_answers = sum(error.code == ANSWER_TOO_LONG for error in errors)
+    with_images = sum(error.where.what.endswith(HAS_IMAGES) for error in errors)
     errors = sorted(errors, key=lambda error: (error.where.file, error.where.line or 0))
     too_long = [error.where for error in errors if error.code in LENGTH_REASONS]
     invalid = [error for error in errors if error.code not in LENGTH_REASONS]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
     # only `drop` helps with rows that cannot be shortened
-    can_shorten = data.overlong == "refuse" and long_answers < len(too_long)
+    can_shorten = data.overlong == "refuse" and long_answers + with_images < len(too_long)
     choices = allowed_overlong(selection.data_kind) if can_shorten else ["drop"]
     if len(too_long) == num_read:  # nothing would be left
         choices = [choice for choice in choices if choice != "drop"]
     longest = facts["longest"] if data.overlong == "refuse" else facts.get("longest_dropped", facts["longest"])
     long_fix = f"--data.max_length {longest}"
     long_fix += f", or choose --data.overlong {' or '.join(choices)}" if choices else ""
-    if long_answers and can_shorten:
-        long_fix += f" ({long_answers} of them can only be dropped: one answer is longer)"
+    if can_shorten and (fixed := long_answers + with_images):
+        whys = {"one answer is longer": long_answers, "it has images": with_images}
+        why = " or ".join(why for why, number in whys.items() if number)
+        long_fix += f" ({fixed} of them can only be dropped: {why})"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}

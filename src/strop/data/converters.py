@@ -53,6 +53,7 @@ IMAGES = ("images", "image")  # columns, and keys of a message
 MEDIA = ("audio", "audios", "video", "videos")  # the same, which are not supported
 IMAGE_PLACEHOLDER = "<image>"  # in a text: the place of an image that is in a column
 _IMAGE_OF_ASSISTANT = "an assistant message has an image, which no model here writes"
+_MARKED = re.compile(MARK)
 _PLACE = re.compile(f"{MARK}|\n?{IMAGE_PLACEHOLDER}\n|\n?{IMAGE_PLACEHOLDER}")
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
 
@@ -235,11 +236,12 @@ def _check_marks(content: str, parts: Sequence[ImageSource]) -> None:
 
 
 def _fill_places(
-    content: str, parts: Sequence[ImageSource], images: Iterator[ImageSource]
+    content: str, parts: Sequence[ImageSource], images: Iterator[ImageSource], *, placeholders: bool = True
 ) -> tuple[str, list[ImageSource]]:
     """Return a text with a mark in each place of an image, and the images in these places.
 
     parts: the images of marks; those without a value, and placeholders, are places for the next of `images`.
+    placeholders: whether there are any; otherwise `<image>` is text.
     """
     _check_marks(content, parts)
     rest, found = iter(parts), list[ImageSource]()
@@ -249,7 +251,7 @@ def _fill_places(
         found.append(next(images) if part is None or part.value is None else part)
         return MARK
 
-    return _PLACE.sub(fill, content), found
+    return (_PLACE if placeholders else _MARKED).sub(fill, content), found
 
 
 def find_images(value: Mapping[str, Any], prefix: str = "") -> list[ImageSource]:
@@ -276,7 +278,7 @@ def list_images(value: Any, location: str) -> list[ImageSource]:
 
 
 def attach_images(
-    turns: Sequence[Message], values: Sequence[ImageSource], read: Callable[[Any, str], Image]
+    turns: Sequence[Message], values: Sequence[ImageSource], read: Callable[[Any, str], Image], *, placeholders: bool
 ) -> tuple[Message, ...]:
     """Return the messages with their images read, and the placeholder `<image>` replaced by marks.
 
@@ -287,12 +289,13 @@ def attach_images(
         turns: messages whose `images` are of type ImageSource; those without a value are the row's next images.
         values: the images in columns of the row.
         read: returns the image of a value at a location.
+        placeholders: whether `<image>` in a text is a place, and not text.
 
     Raises:
         InvalidRow: if there are not as many places as images, or an image cannot be used.
     """
     sources = [source for turn in turns for source in _sources(turn)]
-    places = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns)
+    places = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns) if placeholders else 0
     places += sum(source.value is None for source in sources)
     if values and not places:
         first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
@@ -311,11 +314,11 @@ def attach_images(
     rest = iter(values)
 
     def attach(turn: Message) -> Message:
-        if not turn.images and IMAGE_PLACEHOLDER not in turn.content:
+        if not turn.images and not (placeholders and IMAGE_PLACEHOLDER in turn.content):
             return turn
         if turn.role == "assistant":
             raise InvalidRow("bad-image", _IMAGE_OF_ASSISTANT)
-        content, found = _fill_places(turn.content, _sources(turn), rest)
+        content, found = _fill_places(turn.content, _sources(turn), rest, placeholders=placeholders)
         return replace(turn, content=content, images=tuple(read(source.value, source.location) for source in found))
 
     return tuple([attach(turn) for turn in turns])
@@ -327,10 +330,8 @@ def read_images(
     """Return a row with its images read and their marks in its messages. Arguments as of read_image, attach_images.
 
     The images of a request to a server (folder None) have at most MAX_PIXELS together. conversation: these are messages
-    to answer, in which `<image>` is text if there is no image, and not a row that may lack one.
+    to answer, in which `<image>` is text without `values`, and not a row that may lack an image.
     """
-    if conversation and not values and not any(turn.images for turn in parsed.messages):
-        return parsed
     pixels = 0
 
     def read(value: Any, location: str) -> Image:
@@ -345,7 +346,8 @@ def read_images(
     if parsed.text is not None and values:
         raise InvalidRow("image-count", "images need messages, and the row has a text without them")
     messages, rejected = (
-        attach_images(turns, values, read) if turns else () for turns in (parsed.messages, parsed.rejected)
+        attach_images(turns, values, read, placeholders=bool(values) or not conversation) if turns else ()
+        for turns in (parsed.messages, parsed.rejected)
     )
     return replace(parsed, messages=messages, rejected=rejected)
 

@@ -33,7 +33,15 @@ from strop.data.reading import sources
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer, render_labelled, render_pairs, render_prompts, render_triplets
 from strop.data.rendering.template_source import CHATML, template_source
-from strop.data.row_errors import ANSWER_TOO_LONG, IMAGE_FILE_REASONS, LENGTH_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.row_errors import (
+    ANSWER_TOO_LONG,
+    HAS_IMAGES,
+    IMAGE_FILE_REASONS,
+    LENGTH_REASONS,
+    TOO_LONG,
+    RenderError,
+    RowError,
+)
 from strop.data.store import (
     Conversations,
     ExampleGroups,
@@ -569,6 +577,7 @@ def decide_outcome(
             answer = max(map(overlong.longest_answer, rendered))
             if answer >= limit:  # and a prompt precedes it
                 return "dropped", [], _row_error(conversation, ANSWER_TOO_LONG, f"{what}; one answer has {answer}")
+        what += f"; {HAS_IMAGES}" if conversation.has_images else ""
         return "dropped", [], _row_error(conversation, TOO_LONG, what)
     return ("truncated" if data.overlong == "truncate-start" else "split"), shorter, None
 

@@ -89,6 +89,7 @@ RENDERING_REASONS: dict[str, str] = {
 TOO_LONG = "too-long"
 ANSWER_TOO_LONG = "answer-too-long"  # no part of the row fits
 LENGTH_REASONS = frozenset({TOO_LONG, ANSWER_TOO_LONG})
+HAS_IMAGES = "a row with images is not shortened"  # the end of the text of an error
 # Reasons that depend on the files of images, which may change while the rows do not.
 IMAGE_FILE_REASONS = frozenset({"image-missing", "image-unreadable", "image-too-large", "image-animated"})
 REASONS: dict[str, str] = {
@@ -114,7 +115,8 @@ FIXES: dict[str, str] = {
     "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant message a weight above 0",
     "prompt-lengths-differ": "count the first turn of each answer, or remove it",
-    "image-count": "write <image> once for each image, or nowhere to have them at the start of the first message",
+    "image-count": "write <image> once for each image, or nowhere to have them at the start of the first message; "
+    "where a text is about the tag, write it another way, such as <image/>",
     "image-url": "download the images, and give their paths",
     "image-missing": "give paths relative to the data file, or their folder with --data.image_folder",
     "image-unreadable": "save these images again, as PNG or JPEG, or remove their rows",

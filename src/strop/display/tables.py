@@ -248,12 +248,15 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
 def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -> None:
     table = Table(Column("adapter", overflow="fold"), "base", "rank", "modules", "size", "score")
     for adapter in adapters:
+        if "problem" in adapter:
+            continue
         size = f"{adapter['size_bytes'] / 2**20:.1f} MiB"
         modules = abbreviate(adapter["target_modules"])
         base = "demo" if adapter["base"].startswith("demo:") else adapter["base"]
         cells = (adapter["folder"], base, str(adapter["rank"]), modules, size, adapter["score"])
         table.add_row(*map(escape, cells))
-    out.print(table if adapters else "no adapters found")
+    out.print(table if table.rows else "no adapters found")
+    print_notes([f"{adapter['folder']}: {adapter['problem']}" for adapter in adapters if "problem" in adapter], out)
 
 
 def describe_caveat(evaluation: Mapping[str, Any]) -> str:

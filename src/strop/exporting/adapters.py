@@ -70,9 +70,19 @@ def read_info(name: str) -> dict[str, Any]:
 
 
 def find_adapters(folder: Path) -> list[dict[str, Any]]:
-    """Describe the adapters of the runs in a folder, and the adapter folders in it."""
+    """Describe the adapters of the runs in a folder, and the adapter folders in it.
+
+    An adapter that cannot be read has the fields `folder` and `problem` only.
+    """
     files = {file for pattern in ("*", "*/adapter") for file in folder.glob(f"{pattern}/adapter_config.json")}
-    return [read_info(str(file.parent)) for file in sorted(files)]
+    return [_read_info_or_problem(file.parent) for file in sorted(files)]
+
+
+def _read_info_or_problem(folder: Path) -> dict[str, Any]:
+    try:
+        return read_info(str(folder))
+    except ModelError as error:
+        return {"folder": str(folder), "problem": error.what.removeprefix(f"{folder}: ")}
 
 
 def is_adapter(name: str) -> bool:

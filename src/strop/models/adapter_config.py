@@ -99,7 +99,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{file}: not an object", fix="give a LoRA adapter")
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
+        raise ModelError(f"{folder}: an adapter of type {config.get('peft_type')}", fix="give a LoRA adapter")
     _check_numbers(config, file)
     targets = config.get("target_modules") or []
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):

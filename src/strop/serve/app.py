@@ -27,7 +27,7 @@ from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import suggest
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull, deliver_each
 from strop.serve.models import Grammars, ServedModel
-from strop.serve.protocol import ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
+from strop.serve.protocol import NO_EFFECT, ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
 from strop.serve.server import AccessRules, ApiError, Guard, error_body
 
 DEFAULT_MAX_TOKENS = 16  # for plain completions, as in OpenAI's API
@@ -340,7 +340,8 @@ async def _validation_error_response(
     path = [str(part) for part in first["loc"] if part != "body"]
     param = path[0] if path else None
     if first["type"] == "extra_forbidden":
-        known = bodies[request.scope["path"]].model_fields if len(path) == 1 else ()
+        fields = bodies[request.scope["path"]].model_fields if len(path) == 1 else {}
+        known = [name for name, field in fields.items() if NO_EFFECT not in field.metadata]
         message = f"unknown parameter: {'.'.join(path)}{suggest(path[-1], known)}"
     else:
         message = f"{'.'.join(path) or 'body'}: {first['msg']}"

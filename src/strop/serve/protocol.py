@@ -34,11 +34,12 @@ Stops = Annotated[
     Stop | Annotated[list[Stop], Field(max_length=16)] | None,
     fail_with("must be a string of 1 to 256 characters, or a list of at most 16 such strings"),
 ]
-OnlyOne = Annotated[Literal[1] | None, fail_with("only 1 is supported")]
-OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, fail_with("only 0 is supported")]
-OnlyFalse = Annotated[Literal[False] | None, fail_with("only false is supported")]
+NO_EFFECT = "no effect"  # marks parameters that accept only values without effect
+OnlyOne = Annotated[Literal[1] | None, fail_with("only 1 is supported"), NO_EFFECT]
+OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, fail_with("only 0 is supported"), NO_EFFECT]
+OnlyFalse = Annotated[Literal[False] | None, fail_with("only false is supported"), NO_EFFECT]
 EmptyDict = Annotated[
-    Annotated[dict[str, float], Field(max_length=0)] | None, fail_with("only an empty object is supported")
+    Annotated[dict[str, float], Field(max_length=0)] | None, fail_with("only an empty object is supported"), NO_EFFECT
 ]
 OnlyAuto = Annotated[Literal["auto", "none"] | None, fail_with('only "auto" and "none" are supported')]
 TokenId = Annotated[int, Field(ge=0)]

@@ -63,7 +63,8 @@ class Sampling:
         top_p: sample from the most likely tokens with this total probability; 1 for all.
         top_k: sample from this many most likely tokens; 0 for all.
         repetition_penalty: above 1, tokens that were used before become less likely; 1 for no penalty.
-        seed: with a seed the output is reproducible, and does not depend on other sequences in the batch.
+        seed: makes the output reproducible. Prompt i of a list is sampled with seed + i, so that equal prompts get
+            different answers; the other prompts do not matter.
     """
 
     temperature: float = 0.0
