@@ -41,6 +41,12 @@ def test_extremes_include_minimum_and_maximum_of_each_part() -> None:
         assert {inside[y[inside].argmin()], inside[y[inside].argmax()]} <= set(chosen.tolist())
 
 
+def test_metric_of_some_steps_has_all_their_values(tmp_path: Path) -> None:
+    steps = [step(number) | ({"kept": number / 10} if number in (2, 3, 7) else {}) for number in range(1, 9)]
+    series = history(tmp_path, *session(), *steps).curves()["series"]["kept"]
+    assert series["x"] == [2, 3, 7] and series["y"] == pytest.approx([0.2, 0.3, 0.7])
+
+
 def test_zoom_returns_more_points(tmp_path: Path) -> None:
     result = history(tmp_path, *session(), *(step(number, 5000) for number in range(1, 5001)))
     part = result.curves("step", 100, 1000, 1100)["series"]["loss"]

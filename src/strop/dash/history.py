@@ -13,7 +13,7 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +152,11 @@ class History:
         if self._first_time is None:
             self._first_time = self._session_start = _number(events[0].get("time")) or 0.0
             self._step_start = self._session_start
-        for name, value in events[0].items():
-            if name not in _NOT_COLUMNS and name not in self.columns and not isinstance(value, (str, bool, list, dict)):
+        for name in dict.fromkeys(chain.from_iterable(events)):  # a step may lack metrics that others have
+            if name in _NOT_COLUMNS or name in self.columns:
+                continue
+            value = next(event[name] for event in events if name in event)
+            if not isinstance(value, (str, bool, list, dict)):
                 self.columns[name] = array("f", [np.nan] * len(self.steps))
         first = events[0]["step"]
         if self.steps and first <= self.steps[-1]:
