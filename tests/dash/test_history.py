@@ -144,6 +144,22 @@ def test_samples_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
     assert history(tmp_path, *session(), *odd, sampled(4, "c")).samples.keys() == {4}
 
 
+def test_sampled_answers_are_shown_with_their_reward_and_are_no_events(tmp_path: Path) -> None:
+    answers = {"event": "answers", "step": 1, "prompt": "p", "answer": "a", "reward": 0.0, "rewards": [0.0, 1.0]}
+    cut = {"event": "samples", "step": 2, "samples": [{"prompt": "p", "completion": "c", "cut": True}] * 2}
+    result = history(tmp_path, *session(), answers, step(1), step(2), cut)
+    assert result.samples[1] == [{"prompt": "p", "reference": "", "completion": "a", "reward": 0}]
+    assert result.curves()["series"]
+    assert result.samples[2][0]["cut"] and not [mark for mark in result.marks if mark["kind"] == "answers"]
+
+
+def test_samples_of_evaluations_are_kept_longer_than_answers_of_steps(tmp_path: Path) -> None:
+    events = [{"event": "answers", "step": number, "answer": "a"} for number in range(1, 120)]
+    events.insert(1, {"event": "samples", "step": 1, "samples": [{"prompt": "p", "completion": "c"}] * 2})
+    samples = history(tmp_path, *session(), *events).samples
+    assert len(samples) == 100 and list(samples)[:2] == [1, 21] and len(samples[1]) == 2
+
+
 def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     odd = [
@@ -165,6 +181,14 @@ def test_number_of_marks_is_limited(tmp_path: Path) -> None:
     result = history(tmp_path, *session(), *saves, *notes)
     kinds = [mark["kind"] for mark in result.marks]
     assert kinds.count("save") == 200 and len(kinds) == 5000 and result.marks_left_out == 6000 + 201 - 5000
+
+
+def test_text_of_a_reference_check() -> None:
+    event = {"event": "reference-check", "step": 0, "off": 1.5e-7, "loss": 0.5}
+    mark = mark_for(event)
+    assert mark is not None and mark["text"] == "reference unchanged, log-probabilities differ by 1.5e-07 at most"
+    mark = mark_for({"event": "reference", "rows": 1234, "seconds": 0.1})
+    assert mark is not None and mark["text"] == "log-probabilities of the reference: 1,234 rows computed"
 
 
 def test_memory_mark_text() -> None:

@@ -58,7 +58,11 @@ def test_adapter_that_is_not_supported_does_not_stop_the_list(
     copy_adapter(runs[0], tmp_path / "other", {"peft_type": "IA3"})
     code, out, err = run("adapters", tmp_path, "--json", capsys=capsys)
     [good, other] = json.loads(out)["adapters"]
-    assert code == 0 and good["rank"] == 4 and other == {"folder": str(tmp_path / "other"), "problem": "an adapter of type IA3"}
+    assert (
+        code == 0
+        and good["rank"] == 4
+        and other == {"folder": str(tmp_path / "other"), "problem": "an adapter of type IA3"}
+    )
     assert "an adapter of type IA3" in " ".join(err.split())
 
 

@@ -43,7 +43,7 @@ LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
 }  # fmt: skip
 MAX_SAMPLE_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = 100, 50, 4000  # evaluations, completions of each, length of a text
-_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
+_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples", "answers")
 _NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds", "seconds_left")
 _BEFORE_STEPS = ("start", "rehearsal", "reference", "reference-check")  # the time of the first step begins after them
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
@@ -77,7 +77,7 @@ class History:
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
         self.notes: list[str] = []
-        self.samples: dict[int, list[dict[str, str]]] = {}  # completions at evaluations by step, oldest first
+        self.samples: dict[int, list[dict[str, Any]]] = {}  # completions at evaluations by step, oldest first
         self._first_time: float | None = None
         self._session_start, self._earlier_seconds = 0.0, 0.0
         self._step_start, self._last_time, self._lost_seconds = 0.0, 0.0, 0.0
@@ -87,9 +87,9 @@ class History:
     @property
     def num_bytes(self) -> int:
         """Return the approximate size in memory."""
-        texts = (text for samples in self.samples.values() for sample in samples for text in sample.values())
+        values = (value for samples in self.samples.values() for sample in samples for value in sample.values())
         curves = len(self.steps) * (32 + 4 * len(self.columns))
-        return curves + 400 * len(self.marks) + 64 * len(self.undone) + sum(map(len, texts))
+        return curves + 400 * len(self.marks) + 64 * len(self.undone) + sum(len(str(value)) for value in values)
 
     @property
     def position(self) -> StreamPosition:
@@ -214,9 +214,12 @@ class History:
             self.evals.append(_number(event.get("loss")))
         if kind == "samples" and isinstance(step, int):
             self._add_samples(step, event["samples"][:MAX_SAMPLES])
-        if kind == "answers" and isinstance(step, int) and isinstance(event.get("messages"), list):
-            prompt, turns = split_prompt(event["messages"])
-            self._add_samples(step, [{"prompt": prompt, "completion": describe_turns(turns)}])
+        if kind == "answers" and isinstance(step, int):
+            sample = {**event, "completion": event.get("answer")}
+            if isinstance(event.get("messages"), list):  # in an environment
+                prompt, turns = split_prompt(event["messages"])
+                sample |= {"prompt": prompt, "completion": describe_turns(turns)}
+            self._add_samples(step, [sample])
         before = self.trained[-1] if self.trained else 0.0
         last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
         if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
@@ -242,8 +245,8 @@ class History:
     def _add_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         self.samples.pop(step, None)
         self.samples[step] = [_sample(sample) for sample in samples]
-        if len(self.samples) > MAX_SAMPLE_STEPS:
-            del self.samples[next(iter(self.samples))]
+        if len(self.samples) > MAX_SAMPLE_STEPS:  # rather the answer of a step than those of an evaluation
+            del self.samples[min(self.samples, key=lambda number: (len(self.samples[number]) > 1, number))]
 
     def _undo(self, step: int) -> None:
         """Remove the values after `step`, because the run repeats these steps, and add their losses to `undone`."""
@@ -403,8 +406,10 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return [_number(event.get(name)) for event in events]
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(sample.get(name) or "")[:MAX_SAMPLE_CHARS] for name in ("prompt", "reference", "completion")}
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: str(sample.get(name) or "")[:MAX_SAMPLE_CHARS] for name in ("prompt", "reference", "completion")}
+    reward = round_significant(_number(sample.get("reward")))
+    return texts | ({"cut": True} if sample.get("cut") else {}) | ({} if reward is None else {"reward": reward})
 
 
 def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:
@@ -446,6 +451,8 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
         "doubt": f"step {step} accepted but suspicious: {why}{rows}",
         "override": f"{event.get('field')} changed from {event.get('was')} to {event.get('now')}",
         "shrink": f"out of memory at step {step}; now {event.get('to')}: {why}",
+        "reference": f"log-probabilities of the reference: {_format(event.get('rows'))} rows computed",
+        "reference-check": f"reference unchanged, log-probabilities differ by {_format(event.get('off'))} at most",
         "end": f"finished at step {step}",
         "note": str(event.get("text", "")),
     }

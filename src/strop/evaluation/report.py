@@ -22,7 +22,7 @@ from strop.display.numbers import format_duration, format_figure, format_percent
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.display.tables import describe_memory_scope
 from strop.evaluation import metrics
-from strop.runs.events import describe_turns, list_row_counts, split_prompt
+from strop.runs.events import STEP_TITLES, describe_turns, list_row_counts, split_prompt
 from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
@@ -34,18 +34,6 @@ NORMAL_EVENTS = {
 }  # fmt: skip
 EVENT_NAMES = {
     "override": "changed option", "skip": "skipped step", "doubt": "suspect step", "shrink": "shortage of memory",
-}  # fmt: skip
-STEP_PLOTS = {  # field of a "step" event -> title of its plot
-    "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens/s",
-    "accuracy": "Accuracy", "margin": "Margin of rewards", "reward": "Reward of completions",
-    "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
-    "answer_length": "Tokens per completion",
-    "turns": "Turns per trace", "tool_calls": "Tool calls per trace", "tool_errors": "Tool errors per trace",
-    "truncated": "Traces cut at a limit",
-    "equal_groups": "Groups with equal rewards", "chosen_nats": "Chosen, log-probability per token",
-    "rejected_nats": "Rejected, log-probability per token",
-    "resident_bytes": "Process memory after each step, GiB",
-    "allocated_bytes": "GPU memory, allocated after each step, GiB",
 }  # fmt: skip
 
 
@@ -397,9 +385,9 @@ def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> 
 
 def _plot_steps(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     parts = dict.fromkeys(name for event in events for name in event if name.startswith("reward/"))
-    for field, title in {**STEP_PLOTS, **{name: name for name in parts}}.items():
-        series = _read_series(events, "step", field)
+    for field, title in {**STEP_TITLES, **{name: name for name in parts}}.items():
+        series, unit = _read_series(events, "step", field), ""
         if field.endswith("_bytes"):
-            series = {step: size / 2**30 for step, size in series.items()}
+            series, unit = {step: size / 2**30 for step, size in series.items()}, ", GiB"
         if len(series) > 1:
-            yield plot_metric(series, title)
+            yield plot_metric(series, title + unit)

@@ -7,8 +7,8 @@ Every event has `event` (its kind), `time` (seconds since 1970), and fields that
 - start, resume, override (a changed setting), stop, end
 - step, eval, samples (completions of evaluation prompts), save, reference-check, note. A step of grpo has train.updates
   optimizer steps: its loss, kl, clip_share and grad_norm are those of the last one, its tokens those of all
-- answers: a sampled completion of a step; in an environment all `messages` of its trace. The step event then has the
-  means of turns, tool_calls, tool_errors and truncated over its traces
+- answers: a sampled completion of a step and its reward; in an environment all `messages` of its trace. The step
+  event then has the means of turns, tool_calls, tool_errors and truncated over its traces
 - skip (a rejected update), doubt (an applied update with an unusual loss), rollback
 - shrink (a setting that was changed after running out of memory)
 """
@@ -31,6 +31,23 @@ ON_REQUEST = (SIGNAL, INTERRUPTED)  # reasons of a stop that the user asked for
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
+
+
+_SIDES = {"chosen": "Chosen", "rejected": "Rejected", "desirable": "Desirable", "undesirable": "Undesirable"}
+STEP_TITLES = {  # field of a "step" event -> title of its curve
+    "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens/s",
+    "kept": "General prompts, divergence from the base", "accuracy": "Accuracy", "margin": "Reward margin",
+    "reward": "Reward of completions", "reward_spread": "Reward, standard deviation in a group",
+    "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
+    "answer_length": "Tokens per completion", "stop_rate": "Completions that end with a stop token",
+    "clip_share": "Tokens clipped", "off": "Log-probabilities, difference between sampling and training",
+    "turns": "Turns per trace", "tool_calls": "Tool calls per trace", "tool_errors": "Tool errors per trace",
+    "truncated": "Traces cut at a limit", "equal_groups": "Groups with equal rewards",
+    **{f"{side}_reward": f"{name}, reward" for side, name in _SIDES.items()},
+    **{f"{side}_nats": f"{name}, log-probability per token" for side, name in _SIDES.items()},
+    **{f"{side}_change": f"{name}, change of the log-probability per token" for side, name in _SIDES.items()},
+    "resident_bytes": "Process memory after each step", "allocated_bytes": "GPU memory, allocated after each step",
+}  # fmt: skip
 
 
 SLOW_FACTOR, SLOW_SECONDS = 1.5, 10.0  # a run is slower than planned above this multiple of the plan and this excess

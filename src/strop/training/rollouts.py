@@ -56,7 +56,7 @@ from strop.objectives.table import (
     max_turns,
     sequences_per_row,
 )
-from strop.runs.events import EventLog
+from strop.runs.events import EventLog, split_prompt
 from strop.training.criteria import BLOCK, EVALUATING, Criterion, Metrics, Split
 from strop.training.state import temporary_values
 from strop.training.teacher import PolicyTeacher, teacher_weight
@@ -110,18 +110,20 @@ class PolicyCriterion(Criterion):
         numbers, limit = range(sequences_per_row(self.options)), max_completion_tokens(self.options)
         seeds = [[self._sample_seed(index, prompt.row, number) for number in numbers] for prompt in prompts]
         if self.tracer is not None:
-            groups, trace = self._sample_traces(self.tracer, prompts, seeds, index)
+            groups, trace, reward = self._sample_traces(self.tracer, prompts, seeds, index)
             answer, messages = trace.answer, {"messages": trace.as_json(LOGGED_CHARACTERS)}
         else:
             ids = [prompt.examples[0].ids for prompt in prompts]
             sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
             groups, messages = self._make_groups(prompts, sampled), {}
             example = groups[0].examples[0]
-            answer = self._decode(example.ids[example.prompt_length :])
+            answer, reward = self._decode(example.ids[example.prompt_length :]), next(iter(groups[0].rewards), None)
         first, seconds = groups[0], time.perf_counter() - started
         self.log.emit(
             "answers", step=index + 1, seconds=round(seconds, 3), row=f"{first.file}:{first.line}",
-            answer=answer[:LOGGED_CHARACTERS], rewards=first.rewards, **messages,
+            prompt=split_prompt(prompts[0].messages)[0][:LOGGED_CHARACTERS],
+            reference=(prompts[0].gold or "")[:LOGGED_CHARACTERS], answer=answer[:LOGGED_CHARACTERS],
+            reward=reward, rewards=first.rewards, **messages,
         )  # fmt: skip
         if self.teacher is not None:
             logprobs = _teacher_logprobs(self.teacher, groups, split)
@@ -259,15 +261,16 @@ class PolicyCriterion(Criterion):
 
     def _sample_traces(
         self, tracer: Tracer, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], index: int
-    ) -> tuple[list[RolloutGroup], Trace]:
-        """Return a group of traces of each prompt, and the first trace that calls a tool, to log it."""
+    ) -> tuple[list[RolloutGroup], Trace, float | None]:
+        """Return a group of traces of each prompt, and the first trace that calls a tool with its reward, to log."""
         resets = [self._sample_seed(index, prompt.row, RESET) for prompt in prompts]  # equal for a group
         sampled = tracer.sample(prompts, seeds, resets, self._turn_sampler(tracer))
         traces = [trace for group in sampled for trace in group]
         rewarded = iter(tracer.reward(traces, self.rewards))
         groups = [self._make_trace_group(group, [next(rewarded) for _ in group]) for group in sampled]
         tracer.release(sampled)
-        return groups, next((trace for trace in sampled[0] if trace.tool_calls), sampled[0][0])
+        shown = next((number for number, trace in enumerate(sampled[0]) if trace.tool_calls), 0)
+        return groups, sampled[0][shown], groups[0].rewards[shown]
 
     def _make_trace_group(self, traces: Sequence[Trace], rewarded: Sequence[Rewarded]) -> RolloutGroup:
         rewards = [reward.total for reward in rewarded]

@@ -19,23 +19,6 @@ export const AXES = {
   time: { name: "time", show: (value) => (value < 0 ? "" : duration(Math.max(0, value))) },
 };
 
-export const TITLES = {
-  learning_rate: "Learning rate",
-  grad_norm: "Gradient norm",
-  tokens_per_s: "Tokens/s",
-  kept: "General prompts, divergence from the base",
-  resident_bytes: "Process memory after each step",
-  allocated_bytes: "GPU memory, allocated after each step",
-  accuracy: "Ranked right",
-  margin: "Reward margin",
-  turns: "Turns per trace",
-  tool_calls: "Tool calls per trace",
-  tool_errors: "Tool errors per trace",
-  truncated: "Traces cut at a limit",
-  chosen_nats: "Chosen, log-probability per token",
-  rejected_nats: "Rejected, log-probability per token",
-};
-
 /** Options of a plot of sizes. */
 export const BYTES = { show: bytes, incrs: Array.from({ length: 50 }, (_, power) => 2 ** power), zero: true };
 

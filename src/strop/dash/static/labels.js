@@ -1,6 +1,9 @@
-// Labels of recipe fields.
+// Labels of recipe fields and titles of curves.
 
 import { h } from "./dom.js";
+
+/** Titles of curves by the field of a step, filled from the server when the page opens. */
+export const TITLES = {};
 
 const LABELS = {
   "model.name": "Model",

@@ -2,6 +2,7 @@
 
 import { button, field, h, link, put, notify, select } from "./dom.js";
 import { errorBox, get, hasToken, storeToken, takeToken } from "./api.js";
+import { TITLES } from "./labels.js";
 import { address, to } from "./route.js";
 
 const SCREENS = {
@@ -49,6 +50,7 @@ async function navigate() {
   container.setAttribute("aria-busy", "true");
   try {
     if (!Object.hasOwn(SCREENS, screen)) throw new Error(`There is no page at #/${path}.`);
+    if (!Object.keys(TITLES).length) Object.assign(TITLES, (await get("hello")).titles);
     const { show } = await SCREENS[screen][1]().catch(async (error) => {
       await get("hello"); // if the server does not respond, this is the error
       throw error;

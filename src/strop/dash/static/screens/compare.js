@@ -21,8 +21,8 @@ import {
   formatValue,
   to,
 } from "../all.js";
-import { AXES, BYTES, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
-import { FIELD_COLUMN } from "../labels.js";
+import { AXES, BYTES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { FIELD_COLUMN, TITLES } from "../labels.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 

@@ -29,7 +29,8 @@ import {
   timeLeft,
   to,
 } from "../all.js";
-import { append, AXES, BYTES, withPositions, TITLES, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
+import { TITLES } from "../labels.js";
+import { append, AXES, BYTES, withPositions, isSmoothed, joinSeries, smoothedLoss, smoothingSlider } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
@@ -143,7 +144,7 @@ export async function show(container, { run, query, signal, draw }) {
           ...(name.endsWith("_bytes") ? BYTES : {}),
           zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
           log: name === "grad_norm",
-          series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
+          series: [{ name: TITLES[name] ?? name.replaceAll("_", " "), colour: "tuned", width: 1.3 }],
         });
         small.set(name, plot);
         plots.append(plot.element);
@@ -154,7 +155,7 @@ export async function show(container, { run, query, signal, draw }) {
   }
 
   const shownMarks = () =>
-    withPositions(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal"].includes(mark.kind));
+    withPositions(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal", "reference", "reference-check"].includes(mark.kind));
 
   function drawFacts() {
     const last = history?.last ?? {},
@@ -304,12 +305,13 @@ export async function show(container, { run, query, signal, draw }) {
     );
   }
 
+  const ending = ({ cut, reward }) => (cut ? " … (cut)" : "") + (isNumber(reward) ? ` (reward ${lossText(reward)})` : "");
   const sampleTable = new Table(
     ["prompt", "reference", "completion"].map((key) => ({
       key,
       name: key,
       free: true,
-      value: (row) => row[key] + (key === "completion" && row.cut ? " … (cut)" : ""),
+      value: (row) => row[key] + (key === "completion" ? ending(row) : ""),
     })),
     { label: "Sample completions", empty: "No completions at this step." },
   );
