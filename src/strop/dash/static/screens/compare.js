@@ -29,6 +29,8 @@ import { Table } from "../table.js";
 const FIELDS = [
   "accuracy",
   "margin",
+  "reward",
+  "kl",
   "grad_norm",
   "learning_rate",
   "tokens_per_s",
