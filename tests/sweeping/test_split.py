@@ -136,6 +136,7 @@ def test_rows_with_several_prompts_are_refused(tiny_folder: Path, tmp_path: Path
     [
         (20, {}, "more rows, or --selection FILE with at least 10 rows"),
         (40, {}, "--selection 30%, more rows, or --selection FILE with at least 10 rows"),
+        (40, {}, "--test 30% --selection 30%, more rows"),
         (100, {"selection": "0.2"}, "neither a share of the rows with % nor a file\nFix: --selection 20%"),
         (100, {"selection": "10"}, "neither a share of the rows with % nor a file\nFix: --selection 10%"),
         (100, {"selection": "100%"}, "leaves no rows"),

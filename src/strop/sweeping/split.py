@@ -108,12 +108,10 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     for name, spec in specs.items():
         if shares[name] is None:
             parts[name] = list(_read_parts(spec, data, kind))
-    notes = []
-    for name in ("selection", "test"):
-        parts[name] = list({dump_conversation(part.conversation): part for part in reversed(parts[name])}.values())[
-            ::-1
-        ]
-        notes += _check_part(name, parts[name], num_rows)
+    for name in specs:
+        first_of_each = {dump_conversation(part.conversation): part for part in reversed(parts[name])}
+        parts[name] = [*first_of_each.values()][::-1]
+    notes = _check_compared({name: parts[name] for name in specs}, num_rows)
     if not parts["train"]:
         fix = "give --selection and --test files"
         raise DataError("no rows are left for training: all have the same prompt", fix=fix)
@@ -236,19 +234,26 @@ def _choose_part(group: bytes, seed: int, shares: Mapping[str, float | None]) ->
     return "train"
 
 
-def _check_part(name: str, parts: Sequence[Part], num_rows: int) -> list[str]:
+def _check_compared(parts: Mapping[str, Sequence[Part]], num_rows: int) -> list[str]:
     """Refuse too few rows and rows that cannot be scored; return notes. num_rows: of the data that shares are of."""
-    if any(part.conversation.desirable is not None for part in parts):
-        what = f"--{name}: rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
-        raise DataError(what, fix="sweep on preference pairs, which objective kto accepts too")
-    if len(parts) < MIN_ROWS:
-        what = f"--{name}: {len(parts)} rows, too few to compare settings on"
+    for name, rows in parts.items():
+        if any(part.conversation.desirable is not None for part in rows):
+            what = f"--{name}: rows labelled good or bad cannot be scored, because a bad answer is no reference answer"
+            raise DataError(what, fix="sweep on preference pairs, which objective kto accepts too")
+    if few := [name for name, rows in parts.items() if len(rows) < MIN_ROWS]:
+        what = ", ".join(f"--{name}: {len(parts[name])} rows" for name in few)
         needed = math.ceil(100 * MIN_ROWS / max(1, num_rows)) + 5  # rows are chosen by hash, so the number varies
-        share = f"--{name} {needed}%, " if needed <= MAX_PERCENT else ""
-        raise DataError(what, fix=f"{share}more rows, or --{name} FILE with at least {MIN_ROWS} rows")
-    if len(parts) < FEW_ROWS:
-        return [f"{len(parts)} {name} rows: only large differences can be seen"]
-    return []
+        shares = " ".join(f"--{name} {needed}%" for name in reversed(few))
+        fix = f"more rows, or --{few[0]} FILE with at least {MIN_ROWS} rows" + f", and --{few[-1]} FILE" * (
+            len(few) > 1
+        )
+        fix = f"{shares}, {fix}" if needed <= MAX_PERCENT else fix
+        raise DataError(f"{what}, too few to compare settings on", fix=fix)
+    return [
+        f"{len(rows)} {name} rows: only large differences can be seen"
+        for name, rows in parts.items()
+        if len(rows) < FEW_ROWS
+    ]
 
 
 def _check_scorable(
