@@ -227,7 +227,7 @@ class DataReader:
         statistics = summary[part] if examples is not None else {"lengths": None, "repeats": [], "sharing": None}
         indices = _sort_rows(examples, order) if examples is not None else np.zeros(0, np.int64)
         page = indices[offset : offset + min(count, MAX_PAGE_ROWS)]
-        rows = [_row(prepared, examples[int(index)], int(index), ids) for index in page] if examples else []
+        rows = [_row(prepared, examples, int(index), ids) for index in page] if examples else []
         return {**summary["report"], **statistics, "part": part, "order": order, "num_rows": len(indices), "rows": rows}
 
     def held_out(self, options: dict[str, Any]) -> str:
@@ -304,14 +304,14 @@ def _sort_rows(examples: Examples, order: str) -> Indices:
     return indices
 
 
-def _row(prepared: Prepared, example: Any, index: int, with_ids: bool) -> dict[str, Any]:
+def _row(prepared: Prepared, examples: Examples, index: int, with_ids: bool) -> dict[str, Any]:
     """Return a row with its text as pieces of [text, loss weight, whether it ends with a supervised stop token]."""
-    renderer = prepared.renderer
+    renderer, example = prepared.renderer, examples[index]
     stop_ids = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
     pieces = list(split_tokens(example, renderer.tokenizer))
     row: dict[str, Any] = {
         "row": index, "file": example.file, "line": example.line, "tokens": len(example),
-        "supervised": example.supervised,
+        "supervised": example.supervised, "part": examples.part(index),
         "pieces": [[text, weight, weight > 0 and ids[-1] in stop_ids] for text, ids, weight in pieces],
         "images": [thumbnail(image, IMAGE_SIDE) for _, _, image, _ in find_images(example, renderer.tokenizer)],
     }  # fmt: skip

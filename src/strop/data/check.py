@@ -148,18 +148,23 @@ def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: 
 
     A row that is repeated by its file's weight is shown once.
     """
-    repeats = groupby(prepared.train, key=lambda x: (x.file, x.line, x.ids.tobytes()))
-    shown = [next(examples) for _, examples in islice(repeats, num_rows)]
-    print_tokens(shown, prepared.renderer, console, ids=ids)
+    repeats = groupby(enumerate(prepared.train), key=lambda x: (x[1].file, x[1].line, x[1].ids.tobytes()))
+    shown = dict(next(examples) for _, examples in islice(repeats, num_rows))
+    parts = [prepared.train.part(i) for i in shown]
+    print_tokens([*shown.values()], prepared.renderer, console, ids=ids, parts=parts)
 
 
-def print_tokens(examples: Sequence[Example], renderer: Renderer, console: Console, *, ids: bool = False) -> None:
-    """Print the tokens of examples; see `print_examples`."""
+def print_tokens(
+    examples: Sequence[Example], renderer: Renderer, console: Console, *, ids: bool = False, parts: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print the tokens of examples; see `print_examples`. parts: what each example is in its row, see Examples.part."""
     marks = ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
     console.print(Text.assemble(("context", CONTEXT), "  ", *marks))
-    for example in examples:
-        counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
-        console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
+    for example, part in zip(examples, parts or [""] * len(examples), strict=True):
+        counts = f"{len(example):,} tokens, {example.supervised:,} supervised" + f", {part}" * bool(part)
+        title = f"{example.file}:{example.line}  {counts}"
+        too_long = len(title) - (console.width - 2)  # a rule cuts the end, which has the numbers
+        console.rule(Text(f"…{title[too_long + 1 :]}" if too_long > 0 else title), align="left")
         # with soft wrap, Rich would cut lines that are to be folded
         overflow: Literal["ignore", "fold"] = "ignore" if console.soft_wrap else "fold"
         console.print(format_tokens(example, renderer, ids=ids), overflow=overflow)

@@ -269,6 +269,21 @@ class Examples(LazySequence[Example]):
         """Return the row that example i is made from."""
         return self._store.conversation(int(self.rows[i]))
 
+    def part(self, i: int) -> str:
+        """Return what example i is in its row, such as "rejected", "labelled bad" or "class spam"; "" for all of it."""
+        conversation, number = self.conversation(i), 0
+        while number < i and self.rows[i - number - 1] == self.rows[i]:  # earlier examples of the row
+            number += 1
+        if conversation.rejected:
+            return ("chosen", "rejected")[number % 2]
+        if conversation.passages:
+            number %= 1 + len(conversation.passages)
+            return ("anchor", "positive", "negative")[min(number, 2)]
+        if conversation.label is not None:
+            names = conversation.label if isinstance(conversation.label, tuple) else (conversation.label,)
+            return f"class {', '.join(names)}" if names else "no class"
+        return {1: "labelled good", 0: "labelled bad"}.get(int(self.labels[i]), "")
+
 
 class JoinedItems(LazySequence[Item]):
     """The recipe's rows, followed by those of train.keep that `chosen` names, possibly repeated.

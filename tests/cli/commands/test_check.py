@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -87,6 +88,31 @@ def test_row_that_a_weight_repeats_is_shown_once_and_no_duplicate(
     rows.write_text(2 * rows.read_text())
     report = json.loads(run(*words, f"{rows}@3", "--json", capsys=capsys)[1])
     assert report["duplicates"]["within"] == 5 and "5 training rows repeat an earlier one" in report["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "parts"),
+    [
+        ("dpo", {"prompt": "p", "chosen": "a", "rejected": "b"}, [", chosen", ", rejected"]),
+        ("kto", {"prompt": "p", "chosen": "a", "rejected": "b"}, [", labelled good", ", labelled bad"]),
+        ("embed", {"anchor": "a", "positive": "b", "negatives": ["c", "d"]},
+         [", anchor", ", positive", ", negative", ", negative"]),
+        ("classify", {"text": "a b", "label": "spam"}, [", class spam"]),
+        ("classify", {"text": "a b", "label": ["x", "y"]}, [", class x, y"]),
+        ("sft", {"prompt": "p", "completion": "a"}, [""]),
+    ],
+)  # fmt: skip
+def test_rows_that_are_shown_say_what_they_are(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    objective: str, row: dict[str, object], parts: list[str],
+) -> None:  # fmt: skip
+    other = {**row, "text": "c d", "label": ["z"] if isinstance(row.get("label"), list) else "ham"}
+    rows = tmp_path / "rows.jsonl"
+    lines = map(json.dumps, (row, other if objective == "classify" else row))
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    words = ["check", "--model", tiny_folder, "--data", f"{rows}@2", "--objective", objective, "--show", len(parts)]
+    err = run(*words, capsys=capsys)[2]
+    assert re.findall(r"rows\.jsonl:\d+ +\d+ tokens, \d+ supervised(.*?) ?[─-]*\n", err) == parts, err
 
 
 def test_file_without_a_format_next_to_others_is_not_read_with_options_for_all(

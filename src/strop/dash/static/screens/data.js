@@ -273,6 +273,7 @@ export async function show(container, { query, signal }) {
               "div",
               { class: "line" },
               h("code", {}, `${row.file}:${row.line}`),
+              row.part ? h("strong", {}, row.part) : null,
               h("span", { class: "soft" }, `${count(row.tokens)} tokens, ${count(row.supervised)} trained on`),
             ),
             row.images.length
