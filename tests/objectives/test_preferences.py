@@ -102,6 +102,12 @@ def test_rewards_are_means_per_token(name: str) -> None:
     assert per_token[0].tolist() == [-0.5, -1.0] and per_token[1].tolist() == [-1.0, -0.5]
 
 
+def test_reasons_of_defaults_name_the_paper_that_has_them() -> None:
+    whys = {field: why for field, _, why in default_options(TrainSection(objective="grpo", rewards="exact"))}
+    assert whys["train.beta"] == "usual for grpo (arXiv:2402.03300, section 4.2)"
+    assert "arXiv:2503.14476" in whys["train.clip_high"] and whys["train.reward_timeout"] == "usual for grpo"
+
+
 def test_every_option_has_a_default_or_is_refused() -> None:
     for name, objective in OBJECTIVES.items():
         required = {"rewards": "exact"} if "rewards" in objective.options else {}

@@ -22,6 +22,7 @@ class Objective:
     options: Mapping[str, Any]  # fields of `train` that the objective reads, and their defaults
     learning_rate_factor: float  # factor of the default learning rate of supervised fine-tuning
     reference: bool  # whether it needs log-probabilities under the reference model
+    option_sources: Mapping[str, str] | None = None  # papers with the defaults of options; None: `source` has them all
     scored: bool = False  # whether it trains a score head (reward model, classifier) instead of log-probabilities
 
 

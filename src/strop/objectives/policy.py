@@ -121,4 +121,8 @@ GRPO = PolicyLoss(
         "answer_tokens": 256, "group_loss": "dapo",
         "clip_low": 0.2, "clip_high": 0.28, "updates": 1,
     },
+    option_sources={
+        "beta": "arXiv:2402.03300, section 4.2",
+        **dict.fromkeys(("group_loss", "clip_low", "clip_high"), "DAPO, arXiv:2503.14476, sections 3.1 and 3.3"),
+    },
 )  # fmt: skip

@@ -141,4 +141,6 @@ def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
         if name == "turns" and train.environment is None:
             continue
         if value is None and objective is not None and defaults.get(name) is not None:
-            yield f"train.{name}", defaults[name], f"usual for {objective.name} ({objective.source})"
+            sources = objective.option_sources
+            source = objective.source if sources is None else sources.get(name)
+            yield f"train.{name}", defaults[name], f"usual for {objective.name}" + f" ({source})" * (source is not None)

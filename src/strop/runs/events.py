@@ -40,12 +40,12 @@ STEP_TITLES = {  # field of a "step" event -> title of its curve
     "reward": "Reward of completions", "reward_spread": "Reward, standard deviation in a group",
     "kl": "KL divergence from the reference", "teacher_kl": "KL divergence from the teacher",
     "answer_length": "Tokens per completion", "stop_rate": "Completions that end with a stop token",
-    "clip_share": "Tokens clipped", "off": "Log-probabilities, difference between sampling and training",
+    "clip_share": "Tokens clipped", "off": "Log-probability, sampling against training",
     "turns": "Turns per trace", "tool_calls": "Tool calls per trace", "tool_errors": "Tool errors per trace",
     "truncated": "Traces cut at a limit", "equal_groups": "Groups with equal rewards",
     **{f"{side}_reward": f"{name}, reward" for side, name in _SIDES.items()},
     **{f"{side}_nats": f"{name}, log-probability per token" for side, name in _SIDES.items()},
-    **{f"{side}_change": f"{name}, change of the log-probability per token" for side, name in _SIDES.items()},
+    **{f"{side}_change": f"{name}, log-probability change per token" for side, name in _SIDES.items()},
     "resident_bytes": "Process memory after each step", "allocated_bytes": "GPU memory, allocated after each step",
 }  # fmt: skip
 
