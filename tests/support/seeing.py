@@ -195,6 +195,7 @@ def _lfm2_vl() -> tuple[Any, Any]:
 def _gemma3() -> tuple[Any, Any]:
     special = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     words = _words(*special.values(), **special)
+    words.add_tokens(["\n\n", "\n\n\n\n"])  # as Gemma's; the text of an image begins and ends with the first one
     text = transformers.Gemma3TextConfig(
         vocab_size=len(words), sliding_window=8, layer_types=["sliding_attention", "full_attention"], **TEXT
     )

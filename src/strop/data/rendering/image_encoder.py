@@ -96,10 +96,11 @@ class ImageEncoder:
         """Return whether an image has the same text next to others. LLaVA-OneVision cuts only an image alone."""
         import PIL.Image
 
-        images, whole = [PIL.Image.new("RGB", size) for size in (_PROBE_SIZE, _PROBE_SIZE[::-1])], list[int]()
-        for image in images:
-            whole += self._process(self.placeholder, [image])["input_ids"][0].tolist()
-        return bool(self._process(2 * self.placeholder, images)["input_ids"][0].tolist() == whole)
+        images = [PIL.Image.new("RGB", size) for size in (_PROBE_SIZE, _PROBE_SIZE[::-1])]
+        # tokenized together, because the end of a text and the start of the next one may be one token (Gemma 3)
+        texts = "".join(self._expand_placeholder(self.placeholder, *image.size).text for image in images)
+        together = self._process(2 * self.placeholder, images)["input_ids"][0].tolist()
+        return bool(together == self._tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def _expand(self, width: int, height: int) -> Expansion:
         """Return the text that the processor writes for an image of this size. Raises RenderError."""
