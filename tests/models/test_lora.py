@@ -58,6 +58,16 @@ def section(**options: Any) -> LoraSection:
     return LoraSection(**{"r": 4, "alpha": 8, **options})
 
 
+@pytest.mark.parametrize("field", ["dropout", "use_dora"])
+def test_dense_layers_of_a_mixture_that_peft_adapts_as_parameters_refuse_dropout(field: str) -> None:
+    """PEFT adapts layers with names of experts as parameters, in Llama 4 also dense ones."""
+    options: dict[str, Any] = {field: 0.1 if field == "dropout" else True}
+    model = tiny_families.build("llama4_text")
+    with pytest.raises(ModelError, match=f"lora.{field}: peft adapts a mixture's experts and MLPs as parameters"):
+        add_lora(model, section(**options), tokenizer("chatml"))
+    add_lora(model, section(**options, target_modules="attention"), tokenizer("chatml"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_target_sets_in_each_family(family: str) -> None:
     config, linears = FAMILIES[family]

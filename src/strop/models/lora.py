@@ -38,7 +38,6 @@ from strop.models.experts import (
 )
 from strop.models.families.shape import (
     EXPERTS,
-    LinearKind,
     check_lora_paths,
     matches_pattern,
     target_names,
@@ -72,7 +71,7 @@ def check_lora(model: nn.Module, section: LoraSection, *, is_continued: bool = F
     # which one is lost on reload (peft#2018, transformers#45127), and RecipeError if no layer is left to adapt.
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
-    _check_experts(kinds, names, section)
+    _check_parameters(model, names, section)
     check_modules_to_save(model, section.modules_to_save, section.new_tokens)
     if section.new_tokens:
         check_head_bias(model)
@@ -205,13 +204,13 @@ def _adapted_paths(model: nn.Module, names: list[str], modules_to_save: Sequence
     ]
 
 
-def _check_experts(kinds: Sequence[LinearKind], names: Sequence[str], section: LoraSection) -> None:
+def _check_parameters(model: nn.Module, names: list[str], section: LoraSection) -> None:
     """Raise ModelError for settings that PEFT's adapters on parameters do not support."""
-    if not any(kind.type == EXPERTS and kind.name in names for kind in kinds):
+    if "target_parameters" not in _peft_placement(model, names):
         return
     for field, is_set in (("dropout", section.dropout > 0), ("use_dora", section.use_dora)):
         if is_set:
-            what = f"lora.{field}: adapters on a mixture's experts are on parameters, where peft has no {field}"
+            what = f"lora.{field}: peft adapts a mixture's experts and MLPs as parameters, where it has no {field}"
             raise ModelError(what, fix=f"leave lora.{field} out, or give --lora.target_modules attention")
 
 
