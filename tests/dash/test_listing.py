@@ -42,6 +42,25 @@ def only(root: Path) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.parametrize("kind", ["resume", "rollback"])
+def test_undone_steps_are_not_the_last_one_although_none_follows(tmp_path: Path, kind: str) -> None:
+    """As after a resume with fewer epochs than the run already had."""
+    back = {"event": "resume", "step": 3} if kind == "resume" else {"event": "rollback", "step": 5, "to": 3, "why": ""}
+    steps = [step(number, loss=float(number)) | {"steps": 9} for number in range(1, 6)]
+    evals = [{"event": "eval", "time": 1, "step": number, "loss": number / 10} for number in (3, 5)]
+    started = {"event": "start", "time": 1006, "step": 3, "steps": 2}
+    events = [*session(), *steps[:3], evals[0], *steps[3:], evals[1], {**back, "time": 1005}, started]
+    folder = make_run(tmp_path, "one", events, {**DONE, "steps": 3})
+    row = only(tmp_path)
+    assert (row["step"], row["steps"], row["loss"], row["sparkline"][-1]) == (3, 3, 3.0, (3, 3.0))
+    assert runs_module.read_last_events(folder / "events.jsonl", live=False)[1]["step"] == 3
+    history = History(folder / "events.jsonl")
+    history.update()
+    last = history.last
+    assert (last["step"], last["steps"], last["loss"], last["tokens"]) == (3, 3, 3.0, steps[2]["tokens"])
+    assert last["eval_loss"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("last", "report", "expected", "why"),
     [

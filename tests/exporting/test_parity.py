@@ -98,6 +98,17 @@ def test_near_tie_follows_pinskers_inequality() -> None:
     assert swaps > 300 and BF16.near_tie == pytest.approx(math.sqrt(2 * BF16.kl_mean))
 
 
+def test_kl_divergence_has_no_rounding_error_of_fp32() -> None:
+    """Two models whose log-probabilities differ by 1e-5 have a divergence of some 1e-11, where fp32 resolves 1e-8."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(3, 2.0))
+    q = p * np.exp(rng.normal(0, 1e-5, 3))
+    q /= q.sum()
+    kl = float((p * np.log(p / q)).sum())
+    assert 0 < kl < 1e-9
+    assert compare_fixed([p.tolist()], [q.tolist()], [40]).kl_mean == pytest.approx(kl, abs=2e-12)
+
+
 def test_nan_is_refused() -> None:
     assert not compare_fixed([[0.5, 0.3, 0.2]], [[math.nan] * 3], [9]).passed
 

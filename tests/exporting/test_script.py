@@ -204,6 +204,16 @@ def test_dropout_of_the_base_has_a_note(tmp_path: Path, tiny_folder: Path, rows_
     assert not export_script(tmp_path / "b", tmp_path / "y").notes
 
 
+def test_resume_with_other_settings_has_a_note(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(tmp_path / "a", model=str(tiny_folder), data=str(rows_file))
+    lock = json.loads((tmp_path / "a" / "lock.json").read_text())
+    changes = [{"name": "train.learning_rate", "was": 0.1, "now": 0.2}, {"name": "torch", "was": "1", "now": "2"}]
+    (tmp_path / "a" / "lock.json").write_text(json.dumps({**lock, "overrides": changes}))
+    [note] = export_script(tmp_path / "a", tmp_path / "x").notes
+    what = "The run was resumed with another train.learning_rate (0.1 before)"
+    assert note == f"{what}, which the script has from the first step."
+
+
 def test_unsupported_runs_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     train(tmp_path / "a", model=str(tiny_folder), data=str(rows), **{"model.quantization": "int8"})

@@ -257,7 +257,8 @@ def _read_evaluation(folder: RunFolder) -> _Evaluation:
     settings = {name: evaluation.get(name) for name in ("quantization", "dtype")}
     metric = str(evaluation.get("metric") or "")
     files = {str(row.get("place")).rpartition(":")[0] for row in rows}
-    options: dict[str, Any] = {"data": next(iter(files), "") if len(files) == 1 else "", "metric": metric}
+    options: dict[str, Any] = {"data": next(iter(files), "") if len(files) == 1 else ""}
+    options["metric"] = evaluation.get("metric_spec") or metric
     options["max_new_tokens"] = limits["max_tokens"]
     notes = list_notes(evaluation) if metric else []
     return _Evaluation(metric, hits, len(rows), notes, limits, settings, options)

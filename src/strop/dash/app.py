@@ -155,7 +155,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         return {
             "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
             "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
-            "metrics": list(METRICS), "titles": STEP_TITLES, "max_upload_bytes": MAX_UPLOAD_BYTES,
+            "metrics": [*METRICS, "preference"], "titles": STEP_TITLES, "max_upload_bytes": MAX_UPLOAD_BYTES,
             "has_llama_cpp": find_spec("llama_cpp") is not None,  # without importing it
         }  # fmt: skip
 

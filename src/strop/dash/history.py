@@ -195,6 +195,9 @@ class History:
             self._session_start = time
         if kind in _STORED_EVENTS:
             self.newest[kind] = event
+        if kind == "start" and "step" in self.newest and _is_int(event.get("steps")):  # resumed with another number
+            done = self.newest["step"]
+            self.newest["step"] = {**done, "steps": max(event["steps"], done["step"])}
         if kind in _BEFORE_STEPS:
             self._step_start = time
         elif kind in ("eval", "save", "samples"):  # not part of the next step's time
@@ -259,10 +262,23 @@ class History:
         for column in [*self.columns.values(), self.clock, self.tokens, self.trained]:
             del column[index:]
         del self.steps[index:]
+        self._restore_last_step()
         index = bisect_right(self.eval_steps, step)
         del self.eval_steps[index:], self.evals[index:]
         self._epoch_starts = {epoch: start for epoch, start in self._epoch_starts.items() if start <= step}
         self.samples = {number: samples for number, samples in self.samples.items() if number <= step}
+
+    def _restore_last_step(self) -> None:
+        """Make the last step that was not undone the newest one."""
+        undone = self.newest.pop("step", None)
+        if undone is None or not self.steps:
+            return
+        values = {name: column[-1] for name, column in self.columns.items() if math.isfinite(column[-1])}
+        epochs = [epoch for epoch, start in self._epoch_starts.items() if start <= self.steps[-1]]
+        self.newest["step"] = {
+            "event": "step", "time": self._last_time, "step": self.steps[-1], "steps": undone.get("steps"),
+            "epoch": max(epochs, default=undone.get("epoch")), **values, "tokens": int(self.tokens[-1]),
+        }  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> float | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -51,7 +52,9 @@ _STEP = re.compile(
     rb'\{"event": "step", "time": [\d.]+, "step": (\d+), "steps": \d+, "epoch": \d+, '
     rb'"loss": (-?\d[\d.]*(?:e[-+]?\d+)?)[,}]'
 )
-_STEP_START, _EVAL_START = (b'{"event": "%s"' % kind for kind in (b"step", b"eval"))
+_SCANNED = _STEP_START, _EVAL_START, _RUN_START, _RESUME_START, _ROLLBACK_START = [
+    b'{"event": "%s"' % kind for kind in (b"step", b"eval", b"start", b"resume", b"rollback")
+]
 _TIME = re.compile(rb'"time": ([\d.]+)')
 EMPTY: Mapping[str, Any] = {
     **dict.fromkeys((
@@ -164,7 +167,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     size, claim = stamp[1] if stamp else 0, folder.path / "claim.json"
     first_time = _TIME.search(read_bytes(folder.events, 0, 256))
     step, evaluated, last_events = read_last_events(folder.events, live=file_stamp(claim) is not None)
-    sparkline = _read_sparkline(folder.events, size)
+    sparkline = [point for point in _read_sparkline(folder.events, size) if point[0] <= step.get("step", point[0])]
     other_stamps = [other for file in (folder.lock, claim, folder.path) if (other := file_stamp(file))]
     heartbeat = (stamp or max(other_stamps, default=(0, 0)))[0] / 1e9
     last: tuple[Any, Any] = sparkline[-1] if sparkline else (0, None)
@@ -206,7 +209,14 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(tuned.get(metric), (int, float)):
         return None
     low, high = (report.get("intervals") or {}).get("tuned") or (None, None)
-    score = {"metric": metric, "value": tuned[metric], "low": low, "high": high, "base": base.get(metric)}
+    score = {
+        "metric": metric,
+        "spec": evaluation.get("metric_spec"),
+        "value": tuned[metric],
+        "low": low,
+        "high": high,
+        "base": base.get(metric),
+    }
     score |= {"rows": evaluation.get("rows"), "difference": evaluation.get("difference")}
     score |= {"verdict": "plain", "words": "", "caveat": describe_caveat(evaluation)}
     try:
@@ -228,14 +238,33 @@ def read_last_events(file: Path, *, live: bool) -> tuple[dict[str, Any], dict[st
     for limit in (TAIL_BYTES, 64 * TAIL_BYTES):  # the second is needed after a resume, which adds many other events
         start = max(0, size - limit)
         lines = read_bytes(file, start, limit).split(b"\n")[1 if start else 0 : -1]
-        steps, evals = ([line for line in lines if line.startswith(kind)][-1:] for kind in (_STEP_START, _EVAL_START))
-        if start == 0 or steps:
+        step, evaluated = _find_last_valid(lines)
+        if start == 0 or step:
             break
-    step, evaluated, last = (
-        [event for line in part if (event := parse_event(line)) is not None]
-        for part in (steps, evals, lines[-NUM_EVENTS if live else -1 :])
-    )
-    return step[0] if step else {}, evaluated[0] if evaluated else {}, last
+    last = [event for line in lines[-NUM_EVENTS if live else -1 :] if (event := parse_event(line)) is not None]
+    return step, evaluated, last
+
+
+def _find_last_valid(lines: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the last step and the last evaluation that no later resume or rollback has undone."""
+    found: dict[bytes, dict[str, Any]] = {}
+    valid, steps = math.inf, None  # the last step that is still valid, and the total after a resume
+    for line in reversed(lines):
+        kind = next((kind for kind in _SCANNED if line.startswith(kind)), None)
+        if kind is None or kind in found or (event := parse_event(line)) is None:
+            continue
+        number = event.get("to" if kind == _ROLLBACK_START else "step")
+        if kind in (_STEP_START, _EVAL_START):
+            if isinstance(number, int) and number <= valid:
+                found[kind] = event
+        elif kind == _RUN_START:
+            steps = steps or event.get("steps")
+        elif isinstance(number, int):
+            valid = min(valid, number)
+        if len(found) == 2:
+            break
+    step = found.get(_STEP_START, {})
+    return step | ({"steps": max(steps, step["step"])} if step and steps else {}), found.get(_EVAL_START, {})
 
 
 def _read_sparkline(file: Path, size: int) -> list[tuple[int, float]]:

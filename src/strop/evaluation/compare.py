@@ -157,6 +157,7 @@ def compare(
         sides["tuned"] = score_side("tuned")
     left_out = [asdict(location) for location in find_rows_without_answer(conversations)]
     result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
+    result |= {"metric_spec": str(metric)} if ".py:" in str(metric) else {}  # to evaluate other runs in the same way
     if metric != "choice":
         limits = [min(limit, model.max_length - len(prompt)) for prompt in prompts[: len(questions)]]
         cut = sum(length > limit for length, limit in zip(lengths, limits, strict=False))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
+from strop.data.formats import example_row
 from strop.data.prepare import prepare
 from strop.data.rendering.image_encoder import image_encoder
 from strop.data.types import DataKind, Example, Item
@@ -379,6 +380,8 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
         if data is None:
             hint = "these are the run's rows: give --data with other rows, or run this in the folder of the training"
             error.fix = "; ".join(part for part in (error.fix, hint) if part)
+        else:  # its fix may name options that a merge does not have
+            error.fix = f"give rows with answers, such as {example_row('turns')}, or leave --data out"
         raise
     examples = prepared.eval if prepared.eval is not None else prepared.train
     # Rejected and bad answers are excluded: a base with a lower loss on them is not better.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import prepare_rows
-from strop.runs.folder import cache_folder, create_run_folder, open_run, write_atomic
+from strop.runs.folder import RunFolder, cache_folder, create_run_folder, open_run, write_atomic
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW(groups, lr=0.0, weight_decay={decay})",
@@ -167,7 +167,7 @@ def _make_variables(
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
-        "notes": _find_differences(recipe, find_model_dropout(bare)),
+        "notes": _find_differences(recipe, find_model_dropout(bare), RunFolder(run).read_lock().get("overrides", [])),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
         "rows_at_once": train.micro_batch
         or max(1, min(train.batch_size, (train.micro_batch_tokens or longest) // longest)),
@@ -204,14 +204,24 @@ def _format_lora_arguments(recipe: Recipe, source: Source) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in used.items())
 
 
-def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
-    """Return how the script differs from the run. base_dropout: a dropout setting of the base's config, if any."""
+def _find_differences(recipe: Recipe, base_dropout: str | None, overrides: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how the script differs from the run.
+
+    Args:
+        recipe: of the run, as it was last resumed.
+        base_dropout: a dropout setting of the base's config, if any.
+        overrides: settings that a resume has changed: name, was, now.
+    """
+    sections = ("data.", "lora.", "model.", "train.")
+    changed = [change for change in overrides if change["name"].startswith(sections)]
+    changes = ", ".join(f"{change['name']} ({change['was']} before)" for change in changed)
     train, has_dropout = recipe.train, recipe.lora.dropout > 0 or base_dropout is not None
     notes = (
         (recipe.data.eval is not None, "It does not evaluate, and keeps the last weights, not the best."),
         (train.keep_share > 0, "It has no rows of train.keep, so it keeps less of what the base can do."),
         (train.early_stopping or train.max_time, "It does not stop early."),
         (train.int8_matmul, "It multiplies frozen weights in fp32."),
+        (changes, f"The run was resumed with another {changes}, which the script has from the first step."),
         (has_dropout, "Dropout masks differ from strop's, so losses vary randomly."),
         (
             recipe.model.dtype != "fp32",

@@ -343,6 +343,8 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
             progress.step / stream.steps_per_epoch,
         )
         note(f"steps have other rows than before: {progress.step} steps were {was:.1f} epochs, and count as {now:.1f}")
+    if progress.step > stream.total_steps:
+        note(f"no step is left: {progress.step} are done, and the recipe now has {stream.total_steps}")
     reset_lost_best(job)
     return checkpoint
 

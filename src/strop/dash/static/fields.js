@@ -121,6 +121,14 @@ export function submitButton(text, form, submit, props = {}) {
   return [submitting, problem];
 }
 
+/** Make Enter in a one-line field click a button of the same group. Returns the group. */
+export function submitOnEnter(group, submitting) {
+  group.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target.matches("input") && !event.defaultPrevented) submitting.click();
+  });
+  return group;
+}
+
 /** Return a button that enters the path of the fix "use PATH" or "give another name, such as --out PATH", or undefined. */
 function useButton(control, fix) {
   const path = fix.match(new RegExp(`^(?:use|give(?: another \\w+, such as)? --${control.dataset.option}) ('?)(.+)\\1$`))?.[2];

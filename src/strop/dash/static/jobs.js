@@ -100,10 +100,11 @@ export function jobCard(job, signal, { onEnd = null, result = null, words = unde
   return card;
 }
 
-/** Return cards of jobs, newest first: all that are running, and the `limit` newest. */
-export async function jobCards(params, signal, options = {}, limit = 4) {
+/** Return cards of jobs, newest first: all that are running, and the `limit` newest. kinds: names of the kinds, or null. */
+export async function jobCards(params, signal, options = {}, limit = 4, kinds = null) {
   const { jobs } = await get("jobs", params, signal);
   return jobs
+    .filter((job) => kinds === null || kinds.includes(job.kind))
     .filter((job, index) => job.state === "running" || index < limit)
     .map((job) => jobCard(job, signal, options));
 }

@@ -45,6 +45,7 @@ async function navigate() {
   current.abort();
   current = new AbortController();
   const { signal } = current;
+  document.querySelector("dialog[open]")?.close(); // of the page before
   drawNav(screen);
   const container = h("div", { class: "screen" });
   container.setAttribute("aria-busy", "true");

@@ -22,7 +22,7 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
-import { showFieldErrors, submitButton, withLabels } from "../fields.js";
+import { showFieldErrors, submitButton, submitOnEnter, withLabels } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard, jobCards } from "../jobs.js";
 
@@ -117,6 +117,9 @@ export async function show(container, { run, query, signal }) {
     put(head, summary(response, run));
     put(
       rows,
+      response.rows.some((row) => row.marked)
+        ? h("p", {}, "In answers, ", h("ins", {}, "this"), " is not expected, and ", h("del", {}, "this"), " is expected and missing.")
+        : null,
       response.rows.map((row) => sample(row)),
     );
     if (!response.rows.length && response.evaluation) put(rows, h("p", { class: "empty" }, "No matching rows."));
@@ -389,15 +392,17 @@ function evaluation(run, query, signal, onEnd) {
     evalFile = query.get("data") ?? (evalRows.endsWith("%") ? "" : evalRows),
     file = fileField("data", "File of held-out rows", "data", evalFile, () => {}),
     jobs = h("div");
-  let metric = query.get("metric") ?? run.score?.metric ?? "";
+  let metric = query.get("metric") ?? run.score?.spec ?? run.score?.metric ?? "",
+    newest = null; // id of the job that this visit has started
   const metricField = h("div", { class: "field" });
   get("hello", {}, signal).then(({ metrics }) => {
-    if (!metrics.includes(metric)) metric = "";
+    const all = metric.includes(".py:") ? [...metrics, metric] : metrics; // the user's own function
+    if (!all.includes(metric)) metric = "";
     put(
       metricField,
       field(
         "Metric",
-        select([["", "default"], ...metrics], metric, (value) => (metric = value), { data: { option: "metric" } }),
+        select([["", "default"], ...all], metric, (value) => (metric = value), { data: { option: "metric" } }),
       ),
     );
   });
@@ -416,6 +421,7 @@ function evaluation(run, query, signal, onEnd) {
         metric,
         max_new_tokens: maxTokens.value ? Number(maxTokens.value) : undefined,
       });
+      newest = job.id;
       put(jobs, jobCard(job, signal, { onEnd: end, words: withLabels(form) }));
     },
   );
@@ -433,21 +439,25 @@ function evaluation(run, query, signal, onEnd) {
         heldOutButton(run, evalRows, (path) => (file.input.value = path)),
       ),
       metricField,
-      field("Maximum answer length in tokens", maxTokens),
+      field("Maximum answer length in tokens", maxTokens, "longer answers are cut, and then mostly wrong"),
     ),
+    run.score ? h("p", { class: "soft" }, "The new result and its answers replace those below.") : null,
     h("div", { style: { margin: "1rem 0" } }, evaluateButton),
     jobs,
   );
   const end = (job) => {
+    if (newest !== null && job.id !== newest) return;
     showFieldErrors(form, job.error);
     if (job.state !== "done") return;
     notify("The evaluation is done.");
     onEnd();
   };
-  jobCards({ run: run.name, kind: "evaluate" }, signal, { onEnd: end, words: withLabels(form) }, 0).then(
-    (running) => jobs.children.length || put(jobs, running),
-  );
-  return form;
+  jobCards({ run: run.name, kind: "evaluate" }, signal, { onEnd: end, words: withLabels(form) }, 0).then((running) => {
+    if (jobs.children.length) return;
+    put(jobs, running);
+    form.open ||= running.length > 0;
+  });
+  return submitOnEnter(form, evaluateButton[0]);
 }
 
 async function blindVote(container, run, signal) {

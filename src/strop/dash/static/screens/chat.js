@@ -163,6 +163,9 @@ function createScreen() {
             off ? null : button("Unload the model", () => change("chat/stop")),
           )
         : null,
+      server.state === "ready" && !server.names.some(isLoaded)
+        ? h("p", { class: "warn", role: "status" }, `${server.names.map(lastPart).join(", ")} is loaded and answers.`)
+        : null,
       server.state === "ready" ? options : null,
     );
   }
@@ -213,6 +216,7 @@ function createScreen() {
     chat.element = h("section", { class: "card" }, h("div", { class: "line" }, picker, rate), messages);
     chat.ask = async (text, settings) => {
       if (!chat.turns.length) put(messages);
+      rate.textContent = "";
       const question = h("p", { class: "user" }, text);
       follow(question);
       const answer = h("p", { class: "waiting" });
@@ -272,10 +276,14 @@ function createScreen() {
     return chat;
   }
 
+  const stop = () => columns.forEach((chat) => chat.stop?.abort());
+  composer.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && running) stop();
+  });
   composer.addEventListener("submit", async (event) => {
     event.preventDefault();
     if (running) {
-      columns.forEach((chat) => chat.stop?.abort());
+      stop();
       return;
     }
     const text = box.value;

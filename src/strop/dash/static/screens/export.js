@@ -23,7 +23,7 @@ import {
   to,
 } from "../all.js";
 import { field } from "../dom.js";
-import { showFieldErrors, submitButton, withLabels } from "../fields.js";
+import { showFieldErrors, submitButton, submitOnEnter, withLabels } from "../fields.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"];
@@ -51,9 +51,7 @@ export async function show(container, { run, signal }) {
     forms = h("div", { class: "grid" });
   put(container, downloads(run, signal), forms, h("h2", {}, "Exports"), jobs);
   const refresh = async () => {
-    const cards = (
-      await Promise.all(Object.keys(KINDS).map((kind) => jobCards({ run: run.name, kind }, signal, { result: parity })))
-    ).flat();
+    const cards = await jobCards({ run: run.name }, signal, { result: parity }, 8, Object.keys(KINDS));
     put(jobs, cards.length ? cards : h("p", { class: "soft" }, "No exports yet."));
   };
   const canExport = (run.can ?? []).includes("export"),
@@ -65,6 +63,7 @@ export async function show(container, { run, signal }) {
           form(run, kind, details, hasLlamaCpp, (job, shown) => {
             jobs.querySelector(":scope > p")?.remove();
             jobs.prepend(jobCard(job, signal, { ...shown, result: parity }));
+            jobs.firstElementChild.scrollIntoView({ block: "nearest" });
           }),
         )
       : h("p", { class: "empty" }, noAdapter(run)),
@@ -139,7 +138,7 @@ function form(run, kind, [name, description, preset, types, option], hasLlamaCpp
     ),
     h("div", {}, exportButton),
   );
-  return element;
+  return submitOnEnter(element, exportButton[0]);
 }
 
 /** Show how an export compares with the tuned model. */

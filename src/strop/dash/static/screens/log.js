@@ -63,7 +63,7 @@ function describeEvent(line) {
   );
   const fieldTexts = details.map(
     ([name, value]) =>
-      `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(value) : name === "loss" ? lossText(value) : figure(value)) : value}`,
+      `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(name === "epoch" ? value + 1 : value) : name === "loss" ? lossText(value) : figure(value)) : value}`,
   );
   return [
     at,

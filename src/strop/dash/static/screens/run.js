@@ -160,14 +160,15 @@ function edit(run) {
     tags = h("input", { value: (run.tags ?? []).join(", "), autocomplete: "off" }),
     note = h("textarea", { rows: 5, value: run.note ?? "" }),
     problem = h("div");
+  const before = run.name; // the stream renames the run too
   const save = async (event) => {
     event.preventDefault();
     const { parts, query } = address();
     const renamed = to("run", name.value, ...parts.slice(2), Object.fromEntries(query));
     put(problem);
     try {
-      await post(runPath(run.name, "notes"), { note: note.value, tags: tags.value.split(","), to: name.value });
-      if (name.value !== run.name) location.hash = renamed;
+      await post(runPath(before, "notes"), { note: note.value, tags: tags.value.split(","), to: name.value });
+      if (name.value !== before) location.hash = renamed;
       dialog.close();
     } catch (error) {
       put(problem, errorBox(error));
@@ -202,20 +203,18 @@ async function confirmDeletion(run) {
   const { bytes, count } = await import("../all.js");
   const input = h("input", { autocomplete: "off", spellcheck: "false" });
   const problem = h("div");
-  const deleteButton = button(
-    "Delete run",
-    async () => {
-      try {
-        await post(runPath(run.name, "delete"), { confirm: input.value });
-        dialog.close();
-        notify(`${run.name} is being deleted.`);
-        location.hash = "#/runs";
-      } catch (error) {
-        put(problem, errorBox(error));
-      }
-    },
-    { class: "danger", disabled: true },
-  );
+  const deleteButton = h("button", { type: "submit", class: "danger", disabled: true }, "Delete run");
+  const remove = async (event) => {
+    event.preventDefault();
+    try {
+      await post(runPath(run.name, "delete"), { confirm: input.value });
+      dialog.close();
+      notify(`${run.name} is being deleted.`);
+      location.hash = "#/runs";
+    } catch (error) {
+      put(problem, errorBox(error));
+    }
+  };
   input.addEventListener("input", () => (deleteButton.disabled = input.value !== run.name));
   const dialog = h(
     "dialog",
@@ -234,13 +233,17 @@ async function confirmDeletion(run) {
           ),
         )
       : null,
-    field("Type the run's name", input),
-    problem,
     h(
-      "div",
-      { class: "line", style: { "margin-top": "1rem" } },
-      button("Cancel", () => dialog.close()),
-      deleteButton,
+      "form",
+      { on: { submit: remove } },
+      field("Type the run's name", input),
+      problem,
+      h(
+        "div",
+        { class: "line", style: { "margin-top": "1rem" } },
+        button("Cancel", () => dialog.close()),
+        deleteButton,
+      ),
     ),
   );
   document.body.append(dialog);
