@@ -426,6 +426,27 @@ def test_columns_with_content_make_the_format_unclear(value: dict[str, Any]) -> 
     assert (len(converted), reader.unused[list(value)[-1]]) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("value", "trained", "scored"),
+    [
+        ({"prompt": "p", "gold": "4"}, "completion=gold (if gold is the answer to prompt)", None),
+        ({"text": "a", "label": "b"}, "or --train.objective classify, to train a classifier", "completion=label"),
+        ({"anchor": "a", "positive": ["b"], "negative": "c"}, "--train.objective embed, to train a model of embeddings",
+         "evaluate a run of --train.objective embed"),
+    ],
+)  # fmt: skip
+def test_fix_for_unknown_columns_is_one_that_the_command_can_follow(
+    value: dict[str, Any], trained: str, scored: str | None
+) -> None:
+    """Not a format without answers, an option of training where rows are scored, or a column that does not match."""
+    for trains, expected in ((True, trained), (False, scored or trained)):
+        reader = ConversationReader([Row("f", 1, value)], errors=[], trains=trains)
+        with pytest.raises(DataError) as caught:
+            list(reader)
+        fix = str(caught.value.fix)
+        assert fix.endswith(expected) and "--data.format prompt" not in fix and "completion=negative" not in fix
+
+
 def test_options_set_format_and_columns() -> None:
     two = {"frage": "hi", "antwort": "yo", "system": "s"}
     assert convert_one(two, columns={"prompt": "frage", "completion": "antwort"}).messages == TURNS

@@ -475,6 +475,11 @@ def test_missing_rows_are_named_with_a_fix(trained: Callable[..., Path], rows_fi
     with pytest.raises(DataError) as error:
         merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
     assert "the run's rows" not in str(error.value)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        merge(str(run), tmp_path / "merged", dtype="fp32", data=str(pairs))
+    assert "give rows with answers, such as" in str(error.value) and "objective" not in str(error.value.fix)
 
 
 @pytest.fixture

@@ -222,7 +222,8 @@ class ConversationReader:
     format: name of a format, or `auto`. columns: a format's column names -> names in the file; other columns are then
     ignored. errors: receives the errors of single rows. data_kind: for "prompts", conversations without an answer are
     prompts; for "classes" and "triplets", format `auto` means `classification` and `triplet`. image_folder: where
-    relative paths of images start, by default the folder of each file.
+    relative paths of images start, by default the folder of each file. trains: whether the rows are to train on, or to
+    evaluate on, for errors.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -231,6 +232,7 @@ class ConversationReader:
     def __init__(
         self, rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,
         errors: list[RowError], data_kind: DataKind = "turns", image_folder: str | None = None,
+        trains: bool = True,
     ) -> None:  # fmt: skip
         self._image_folder = image_folder
         self.formats: dict[str, str] = {}  # file -> name of its format
@@ -240,6 +242,7 @@ class ConversationReader:
         self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
         self._errors = errors
         self._answerless = data_kind == "prompts"
+        self._trained_kind = data_kind if trains else None
         self._columns = columns or {}
         format = TEXT_FORMATS.get(data_kind, format) if format == "auto" else format
         self._requested = _requested_format(format, self._columns)
@@ -344,7 +347,8 @@ class ConversationReader:
         return expected
 
     def _unknown_format(self, row: Row) -> DataError:
-        what, fix = f"no format has the columns {_list_columns(row.value)}", _suggest_options(row.value)
+        what = f"no format has the columns {_list_columns(row.value)}"
+        fix = _suggest_options(row.value, self._trained_kind)
         if self.formats.keys() - {row.file}:
             fix = f"rename or remove columns of this file, because options apply to every file (alone it needs {fix})"
         return file_error(row.file, what, fix, row.line)
@@ -391,11 +395,14 @@ def _list_columns(value: RowValue) -> str:
     return (", ".join(names) or "(none)") + (", ..." if len(value) > 12 else "")
 
 
-def _suggest_options(value: RowValue) -> str:
-    """Return the options with which a row without a format can be read."""
+def _suggest_options(value: RowValue, trained_kind: DataKind | None) -> str:
+    """Return the options with which a row without a format can be read. trained_kind: None for rows to evaluate on."""
     present = _present_columns(value)
     if is_message(value):
         return 'a row is a whole conversation: {"messages": [{"role": ..., "content": ...}, ...]}'
+    if "anchor" in present and FORMATS["triplet"].matching_keys(present):
+        embed = "--train.objective embed, to train a model of embeddings"
+        return embed if trained_kind is not None else f"evaluate a run of {embed.partition(',')[0]}"
     unread = {
         entry.name: columns
         for entry in FORMATS.values()
@@ -403,6 +410,10 @@ def _suggest_options(value: RowValue) -> str:
     }
     if len(unread) > 1:
         unread.pop("prompt", None)  # the row has an answer
+    if trained_kind != "prompts":
+        unread.pop("prompt", None)  # has no answer
+    if trained_kind is None:
+        unread.pop("text", None)
     for name in TEXT_FORMATS.values():
         unread.pop(name, None)
     options = [f"--data.format {name} (without {', '.join(columns)})" for name, columns in unread.items()]
@@ -415,10 +426,8 @@ def _suggest_options(value: RowValue) -> str:
         options.append(describe_mapping(contents if len(contents) > 1 else names))
     elif len(names) == 1 and not options:
         options.append(f"--data.columns {shlex.quote(f'text={names[0]}')}")
-    if FORMATS["classification"].matching_keys(present):
+    if trained_kind is not None and FORMATS["classification"].matching_keys(present):
         options.append("--train.objective classify, to train a classifier")
-    if "anchor" in present and FORMATS["triplet"].matching_keys(present):
-        options.append("--train.objective embed, to train a model of embeddings")
     return " or ".join(options) or f"known are {'; '.join('+'.join(entry.keys[0]) for entry in FORMATS.values())}"
 
 

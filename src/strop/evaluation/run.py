@@ -13,7 +13,7 @@ from strop.config.load import resolve
 from strop.config.schema import DataSection, Recipe
 from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.reading.sources import read_rows
-from strop.data.row_errors import FIXES, RowError
+from strop.data.row_errors import FIXES, RenderError, RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import SINGLE_PROCESS, Devices
@@ -129,7 +129,17 @@ def evaluate_models(
     `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked before
     a model is loaded. If the judge fails, `partial_result` of the RunError has the other results.
     """
-    options = options or EvalOptions()
+    try:
+        return _evaluate_models(names, data, options or EvalOptions(), advance, devices)
+    except RenderError as error:
+        if "--data." in error.fix:  # an option of training
+            error.fix = "remove these rows: a model is evaluated with the template and the options of its training"
+        raise
+
+
+def _evaluate_models(
+    names: Sequence[str], data: str | Sequence[str], options: EvalOptions, advance: Progress | None, devices: Devices
+) -> list[dict[str, Any]]:
     request = _check_request(names, data, options, advance, devices)
     if options.limit is not None:
         request = _limit_rows(request, options.limit)
@@ -567,8 +577,9 @@ def read_conversations(
     errors: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, errors=errors, documents=format == DOCUMENT)
     reader = ConversationReader(
-        rows, format=format, columns=columns, errors=errors, data_kind=data_kind, image_folder=image_folder
-    )
+        rows, format=format, columns=columns, errors=errors, data_kind=data_kind, image_folder=image_folder,
+        trains=False,
+    )  # fmt: skip
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "classification" in kinds and data_kind != "classes":
