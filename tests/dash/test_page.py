@@ -1047,6 +1047,46 @@ def test_run_in_a_chat_is_not_renamed_and_the_reason_is_shown(browser: Any, tmp_
         tab.page.wait_for_selector("h1:text-is('two')")
 
 
+def test_dialog_closes_with_its_page_and_enter_deletes(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, "one", [*session(), step(1)], {"exit": 0})
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/runs", "text=one")
+        tab.page.get_by_role("link", name="one").click()
+        for name in ("Edit", "Delete"):
+            tab.page.get_by_role("button", name=name, exact=True).click()
+            tab.page.wait_for_selector("dialog[open]")
+            tab.page.go_back()
+            tab.page.wait_for_selector("h1:text-is('Runs')")
+            assert tab.page.locator("dialog").count() == 0
+            tab.page.go_forward()
+        tab.page.get_by_role("button", name="Delete", exact=True).click()
+        tab.page.get_by_label("Type the run's name").fill("on")
+        tab.page.keyboard.press("Enter")
+        assert tab.page.locator("dialog[open]").count() == 1
+        tab.page.keyboard.type("e")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector("text=No runs yet")
+        tab.check("deleted with Enter")
+
+
+def test_running_evaluation_is_open_and_enter_starts_one(browser: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1)], {"exit": 0})
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "adapter" / "adapter_model.safetensors").touch()
+    evaluated(folder, [sample(number, False, True) for number in range(3)])
+    with sleeping() as sleeper, run_dash(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/run/one/answers", "summary:text-is('Evaluate again')")
+        assert not tab.page.locator("details:has-text('Evaluate again')").first.evaluate("element => element.open")
+        tab.page.get_by_text("Evaluate again", exact=True).click()
+        tab.page.get_by_label("File of held-out rows", exact=True).fill("nowhere.jsonl")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector("text=no such file")
+        add_job(tmp_path, "evaluate", "one", sleeper.pid)
+        tab.page.reload()
+        tab.page.wait_for_selector(".job .state.running:visible")
+
+
 def test_chat_lists_runs_that_finish_or_are_renamed_while_it_is_open(browser: Any, tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one", [*session(), step(1)], {"exit": 0})
     with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
