@@ -59,7 +59,8 @@ class Limit:
         return 1 - 20 * self.kl_mean
 
 
-# Measured mean KL of correct merges of SmolLM2-135M (docs/log): fp32 4e-12, bf16 6e-5 to 1.4e-4, fp16 5e-7 to 4e-6. It is 1.2e-3 or more if one of the 30 layers is not merged. Of 206 tiny random models, 3 exceed the bf16 limit.
+# Measured mean KL of correct merges of SmolLM2-135M (docs/log): fp32 4e-12, bf16 6e-5 to 1.4e-4, fp16 5e-7 to 4e-6. It
+# is 1.2e-3 or more if one of the 30 layers is not merged. Of 206 tiny random models, 3 exceed the bf16 limit.
 LIMITS = {"fp32": Limit(1e-6, 0.995), "bf16": Limit(5e-4, 0.995), "fp16": Limit(5e-5, 0.995)}
 EFFECT_TOLERANCE = 0.02  # allowed error of the adapter's effect; an alpha that is 10 % too large causes 0.07
 FEW_POSITIONS = 1000  # with fewer positions, a single one may cause a mean to exceed its limit
