@@ -403,7 +403,7 @@ class CheckedRows:
         with out.open("rb") as file:
             written = sum(1 for _ in file)
         dropped = sum(change.change.startswith("dropped") for change in changes)
-        return f"wrote {out}: {written:,} row{'s' * (written != 1)}, {dropped:,} dropped (see {out}.changes.jsonl)"
+        return f"wrote {out}: {written:,} rows, {dropped:,} dropped (see {out}.changes.jsonl)"
 
 
 @public

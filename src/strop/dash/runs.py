@@ -258,7 +258,8 @@ def _find_last_valid(lines: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, 
             if isinstance(number, int) and number <= valid:
                 found[kind] = event
         elif kind == _RUN_START:
-            steps = steps or event.get("steps")
+            if _STEP_START not in found:
+                steps = steps or event.get("steps")
         elif isinstance(number, int):
             valid = min(valid, number)
         if len(found) == 2:
