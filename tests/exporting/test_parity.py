@@ -109,6 +109,17 @@ def test_kl_divergence_has_no_rounding_error_of_fp32() -> None:
     assert compare_fixed([p.tolist()], [q.tolist()], [40]).kl_mean == pytest.approx(kl, abs=2e-12)
 
 
+def test_tokens_that_one_model_excludes_do_not_make_the_divergence_nan() -> None:
+    class Extreme(Fixed):
+        def log_probabilities(self, example: Example) -> Tensor:
+            return torch.tensor(self.rows[example.line]).repeat(len(example) - 1, 1)
+
+    half = math.log(0.5)
+    first, second = [[half, half, -900.0]], [[half, half, -60.0]]
+    parity = compare(lambda: Extreme(first), lambda: Extreme(second), [row(0, 9)], Limit(0.1, BF16.agreement))
+    assert 0 <= parity.kl_mean < 1e-12
+
+
 def test_nan_is_refused() -> None:
     assert not compare_fixed([[0.5, 0.3, 0.2]], [[math.nan] * 3], [9]).passed
 

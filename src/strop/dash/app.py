@@ -31,7 +31,7 @@ from strop.dash.runs import with_heartbeat_age
 from strop.dash.transfer import MAX_UPLOAD_BYTES, Upload
 from strop.data.reading.json_reader import JsonError, loads
 from strop.errors import FolderError, InputError, StropError
-from strop.evaluation.metrics import METRICS
+from strop.evaluation.metrics import METRICS, PREFERENCE
 from strop.runs.events import STEP_TITLES
 from strop.runs.folder import is_run, run_name
 from strop.serve.server import AccessRules, Guard, Server, open_address
@@ -155,7 +155,7 @@ def get_routes(services: Services) -> list[BaseRoute]:
         return {
             "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
             "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
-            "metrics": [*METRICS, "preference"], "titles": STEP_TITLES, "max_upload_bytes": MAX_UPLOAD_BYTES,
+            "metrics": [*METRICS, PREFERENCE], "titles": STEP_TITLES, "max_upload_bytes": MAX_UPLOAD_BYTES,
             "has_llama_cpp": find_spec("llama_cpp") is not None,  # without importing it
         }  # fmt: skip
 

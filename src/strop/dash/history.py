@@ -262,23 +262,17 @@ class History:
         for column in [*self.columns.values(), self.clock, self.tokens, self.trained]:
             del column[index:]
         del self.steps[index:]
-        self._restore_last_step()
         index = bisect_right(self.eval_steps, step)
         del self.eval_steps[index:], self.evals[index:]
         self._epoch_starts = {epoch: start for epoch, start in self._epoch_starts.items() if start <= step}
         self.samples = {number: samples for number, samples in self.samples.items() if number <= step}
-
-    def _restore_last_step(self) -> None:
-        """Make the last step that was not undone the newest one."""
-        undone = self.newest.pop("step", None)
-        if undone is None or not self.steps:
-            return
-        values = {name: column[-1] for name, column in self.columns.items() if math.isfinite(column[-1])}
-        epochs = [epoch for epoch, start in self._epoch_starts.items() if start <= self.steps[-1]]
-        self.newest["step"] = {
-            "event": "step", "time": self._last_time, "step": self.steps[-1], "steps": undone.get("steps"),
-            "epoch": max(epochs, default=undone.get("epoch")), **values, "tokens": int(self.tokens[-1]),
-        }  # fmt: skip
+        undone = self.newest.pop("step", {})
+        if self.steps:
+            values = {name: column[-1] for name, column in self.columns.items() if math.isfinite(column[-1])}
+            self.newest["step"] = {
+                "event": "step", "time": self._last_time, "step": self.steps[-1], "steps": undone.get("steps"),
+                "epoch": max(self._epoch_starts, default=undone.get("epoch")), **values, "tokens": int(self.tokens[-1]),
+            }  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> float | None:

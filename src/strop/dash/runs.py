@@ -209,15 +209,9 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(tuned.get(metric), (int, float)):
         return None
     low, high = (report.get("intervals") or {}).get("tuned") or (None, None)
-    score = {
-        "metric": metric,
-        "spec": evaluation.get("metric_spec"),
-        "value": tuned[metric],
-        "low": low,
-        "high": high,
-        "base": base.get(metric),
-    }
+    score = {"metric": metric, "value": tuned[metric], "low": low, "high": high, "base": base.get(metric)}
     score |= {"rows": evaluation.get("rows"), "difference": evaluation.get("difference")}
+    score |= {"spec": evaluation.get("metric_spec")}
     score |= {"verdict": "plain", "words": "", "caveat": describe_caveat(evaluation)}
     try:
         kind, words = describe_change(evaluation)

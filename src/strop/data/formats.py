@@ -408,10 +408,8 @@ def _suggest_options(value: RowValue, trained_kind: DataKind | None) -> str:
         for entry in FORMATS.values()
         if entry.matching_keys(present) and (columns := _unread_columns(value, entry))
     }
-    if len(unread) > 1:
-        unread.pop("prompt", None)  # the row has an answer
-    if trained_kind != "prompts":
-        unread.pop("prompt", None)  # has no answer
+    if len(unread) > 1 or trained_kind != "prompts":
+        unread.pop("prompt", None)  # has no answer, and the row or the objective does
     if trained_kind is None:
         unread.pop("text", None)
     for name in TEXT_FORMATS.values():

@@ -160,12 +160,8 @@ def _read_path(value: str, folder: Path | None, location: str) -> Image:
     if value.startswith("file://"):
         value = unquote(urlparse(value).path)
     elif re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
-        raise InvalidRow(
-            "image-url",
-            f"{location}: {_shorten(value)} is on a network: give the image as a data URL"
-            if folder is None
-            else f"{location}: {_shorten(value)}",
-        )
+        advice = " is on a network: give the image as a data URL" if folder is None else ""
+        raise InvalidRow("image-url", f"{location}: {_shorten(value)}{advice}")
     if folder is None:
         raise InvalidRow("bad-image", f"{location}: only data URLs are read here, not files")
     path = folder / os.path.expanduser(value)

@@ -62,7 +62,8 @@ SCORE_NAMES = {  # field of base and tuned -> its name in tables and reports
 }  # fmt: skip
 DEFAULT_METRIC = "exact"  # of answers
 MEAN_REWARD = "mean_reward"  # metric of runs with train.environment
-MODEL_METRICS = ("preference", "accuracy", "accuracy_at_1", MEAN_REWARD)  # of pairs, classifiers, embeddings, traces
+PREFERENCE = "preference"  # metric of pairs
+MODEL_METRICS = (PREFERENCE, "accuracy", "accuracy_at_1", MEAN_REWARD)  # of pairs, classifiers, embeddings, traces
 NUMBERS = {
     "loss": 3,
     "perplexity": 3,

@@ -18,11 +18,10 @@ from strop.engine.decode.model import Model
 from strop.engine.step import compute_scores, step_for
 from strop.errors import DataError, Location
 from strop.evaluation.compare import Progress, check_positions
-from strop.evaluation.metrics import compare_hits, mean_interval, wilson_interval
+from strop.evaluation.metrics import PREFERENCE, compare_hits, mean_interval, wilson_interval
 from strop.models.adapter_config import adapter_kind
 from strop.models.lora import find_score_head
 
-PREFERENCE = "preference"
 MICRO_BATCH_TOKENS = 2048
 SAMPLE_CHARACTERS = 400  # longer answers are truncated in samples
 

@@ -38,6 +38,7 @@ from strop.evaluation.judge import Judge, compare_by_judge, make_judge
 from strop.evaluation.metrics import (
     DEFAULT_METRIC,
     MEAN_REWARD,
+    PREFERENCE,
     Estimate,
     are_json_objects,
     check_golds,
@@ -47,7 +48,7 @@ from strop.evaluation.metrics import (
     why_unfair,
 )
 from strop.evaluation.model_card import write_card
-from strop.evaluation.preferences import PREFERENCE, compare_preferences
+from strop.evaluation.preferences import compare_preferences
 from strop.evaluation.report import write_report
 from strop.evaluation.retrieval import NEAREST, compare_retrieval
 from strop.evaluation.rewards import Rows, check_rewards, parse_rewards

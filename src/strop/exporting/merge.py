@@ -380,7 +380,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
         if data is None:
             hint = "these are the run's rows: give --data with other rows, or run this in the folder of the training"
             error.fix = "; ".join(part for part in (error.fix, hint) if part)
-        else:  # its fix may name options that a merge does not have
+        elif "--" in error.fix:  # options that a merge does not have
             error.fix = f"give rows with answers, such as {example_row('turns')}, or leave --data out"
         raise
     examples = prepared.eval if prepared.eval is not None else prepared.train

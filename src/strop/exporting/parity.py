@@ -174,10 +174,9 @@ def measure_against(
                 projection = np.zeros(2)
                 for offset, chunk in _split_chunks(logprobs[start:]):
                     expected = stored.read(end - size + offset, len(chunk))
-                    difference = (expected - chunk).double()
-                    # with the difference of the sums, which are 1 but for rounding: no term is negative
-                    terms = difference + torch.expm1(-difference)
-                    divergences.append((expected.exp() * terms).sum(1))
+                    p, q = expected.double().exp(), chunk.double().exp()
+                    # q - p: the sums of p and q are 1 but for fp32's rounding, which is larger than a small divergence
+                    divergences.append((p * (expected.double() - chunk.double()) + q - p).sum(1))
                     first, second = expected.argmax(1, keepdim=True), chunk.argmax(1, keepdim=True)
                     margins = (expected.gather(1, first).exp() - expected.gather(1, second).exp())[:, 0]
                     flipped = (first != second)[:, 0]
@@ -187,7 +186,7 @@ def measure_against(
                         projection += _project(expected, chunk, effect.read(end - size + offset, len(chunk)))
                 if effect is not None:
                     projections.append((float(projection[0]), float(projection[1])))
-            kl = torch.cat(divergences)
+            kl = torch.cat(divergences).clamp(min=0)  # rounding errors may make it negative; NaN remains NaN
             weights = np.array([float(example.weights[1:].sum()) for example in examples])
             loss_difference, loss_error = _compute_ratio(np.array(model_losses) - np.array(losses), weights)
             total = ends[-1]

@@ -244,9 +244,8 @@ def _check_compared(parts: Mapping[str, Sequence[Part]], num_rows: int) -> list[
         what = ", ".join(f"--{name}: {len(parts[name])} rows" for name in few)
         needed = math.ceil(100 * MIN_ROWS / max(1, num_rows)) + 5  # rows are chosen by hash, so the number varies
         shares = " ".join(f"--{name} {needed}%" for name in reversed(few))
-        fix = f"more rows, or --{few[0]} FILE with at least {MIN_ROWS} rows" + f", and --{few[-1]} FILE" * (
-            len(few) > 1
-        )
+        others = "".join(f", and --{name} FILE" for name in few[1:])
+        fix = f"more rows, or --{few[0]} FILE with at least {MIN_ROWS} rows{others}"
         fix = f"{shares}, {fix}" if needed <= MAX_PERCENT else fix
         raise DataError(f"{what}, too few to compare settings on", fix=fix)
     return [

@@ -118,7 +118,15 @@ export async function show(container, { run, query, signal }) {
     put(
       rows,
       response.rows.some((row) => row.marked)
-        ? h("p", {}, "In answers, ", h("ins", {}, "this"), " is not expected, and ", h("del", {}, "this"), " is expected and missing.")
+        ? h(
+            "p",
+            {},
+            "In answers, ",
+            h("ins", {}, "this"),
+            " is not expected, and ",
+            h("del", {}, "this"),
+            " is expected and missing.",
+          )
         : null,
       response.rows.map((row) => sample(row)),
     );

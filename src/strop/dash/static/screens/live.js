@@ -36,6 +36,8 @@ import { Table } from "../table.js";
 
 const POINTS = 800;
 const LOSSES = ["loss", "loss_mean", "eval_loss", "undone"];
+/** Kinds of events that curves have no line for. */
+const WITHOUT_LINE = new Set(["save", "start", "note", "end", "rehearsal", "reference", "reference-check"]);
 
 export async function show(container, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step",
@@ -154,8 +156,7 @@ export async function show(container, { run, query, signal, draw }) {
     for (const plot of all()) plot.zoomTo(range);
   }
 
-  const shownMarks = () =>
-    withPositions(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal", "reference", "reference-check"].includes(mark.kind));
+  const shownMarks = () => withPositions(marks, by).filter((mark) => !WITHOUT_LINE.has(mark.kind));
 
   function drawFacts() {
     const last = history?.last ?? {},
