@@ -31,10 +31,10 @@ def test_later_layers_win_and_origins_are_recorded(tmp_path: Path) -> None:
 def test_resolved_recipe_survives_a_round_trip_through_yaml(tmp_path: Path) -> None:
     ranks = {"q_proj": 4, "k_proj": 2}  # in the order in which they apply
     decided = resolve(None, {**MINIMAL, "lora.rank_pattern": ranks, "track": ["tensorboard"], "out": "a: b"})
-    decided = decided.decide([Choice("lora.alpha", 32.0, "plan", "2 r")])
+    decided = decided.decide([Choice("lora.alpha", 32.0, "plan", "twice the rank")])
     file = tmp_path / "recipe.yaml"
     file.write_text(decided.as_yaml())
-    assert "alpha: 32.0  # plan: 2 r" in decided.as_yaml()
+    assert "alpha: 32.0  # plan: twice the rank" in decided.as_yaml()
     assert read_resolved(file).recipe == decided.recipe
     assert [*read_resolved(file).recipe.lora.rank_pattern] == ["q_proj", "k_proj"]
 

@@ -612,7 +612,8 @@ def test_errors_of_the_plan_are_shown_at_their_fields_and_hide_the_plan(browser:
             tab.page.wait_for_selector(f"{summary}:has-text('Fix: Training rows')")
             tab.page.wait_for_selector("p.problem:has-text('rows.jsonl:25: ')")
             assert "Invalid rows: drop" in problem("Training rows")
-            assert "--" not in tab.page.locator("main .verdict").first.inner_text()
+            prose = "(box) => box.innerText.replaceAll(box.querySelector('code').innerText, '')"  # without the command
+            assert "--" not in tab.page.locator("main .verdict").first.evaluate(prose)
             assert tab.page.get_by_role("button", name="Start", exact=True).is_disabled()
             tab.page.get_by_label("Invalid rows").select_option("drop")
             tab.page.wait_for_selector(f"{summary}:text('It fits')")
@@ -745,6 +746,35 @@ def test_refused_data_is_reported_on_the_data_screen(browser: Any, dash: Dash) -
             tab.page.wait_for_selector("text=A run would be refused: 1 of 26 training rows")
             assert tab.page.locator("p.problem").count() == 0
             tab.faults.clear()  # the browser reports the refused request
+
+
+def test_rows_of_another_objective_are_refused_in_one_box(browser: Any, dash: Dash, dashboard: Path) -> None:
+    (dashboard / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3, encoding="utf-8")
+    options = {"model.name": "tiny-model", "data.train": "pairs.jsonl", "train.objective": "classify"}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", "text=A run would be refused")
+        boxes = tab.page.locator(".verdict")
+        assert boxes.count() == 1 and "Objective: dpo" in boxes.inner_text() and "fits" not in boxes.inner_text()
+        tab.check("refused")
+
+
+def test_several_files_are_chosen_one_after_another(browser: Any, dash: Dash) -> None:
+    options = {"model.name": "tiny-model", "data.bad_rows": "drop", "data.eval": "20%"}
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/new?options={quote(json.dumps(options))}", "text=/(It|Training) fits/")
+        add = tab.page.get_by_role("button", name="Add another file: Training rows")
+        assert add.is_hidden()
+        for number, name in enumerate(("rows.jsonl", "held-out.jsonl")):
+            (add if number else tab.page.get_by_role("button", name="Choose: Training rows")).click()
+            tab.page.locator("dialog").get_by_role("button", name=name, exact=True).click()
+        assert tab.page.get_by_label("Training rows", exact=True).input_value() == '["rows.jsonl","held-out.jsonl"]'
+        tab.page.wait_for_selector(".command:has-text('held-out.jsonl')")
+        train, held_out = map(int, re.findall(r"([0-9]+) rows? to", tab.page.locator(".verdict").inner_text()))
+        assert train + held_out == 35 and held_out
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            tab.check("files")
+        tab.axe("files")
 
 
 def test_rows_are_shown_without_a_model(browser: Any, dash: Dash) -> None:
@@ -1367,11 +1397,24 @@ def test_chat_stays_while_another_screen_is_shown(browser: Any, dash: Dash) -> N
             event = {"choices": [{"delta": {"content": f"answer of {way.request.post_data_json['model']}"}}]}
             way.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
         tab.page.get_by_role("link", name="Chat", exact=True).click()
-        for model in ("one", "base"):
-            tab.page.wait_for_selector(f".chat:has-text('hi'):has-text('answer of {model}')")
-        for size in (DESK, PHONE):
-            tab.page.set_viewport_size(size)
-            tab.check("chat")
+        for reloads in (True, False):
+            for model in ("one", "base"):
+                tab.page.wait_for_selector(f".chat:has-text('hi'):has-text('answer of {model}')")
+            for size in (DESK, PHONE):
+                tab.page.set_viewport_size(size)
+                tab.check("chat")
+            if reloads:
+                tab.page.reload()
+        tab.page.get_by_label("Your message").fill("and you?")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector(".chat .waiting >> nth=1")
+        said = [message["content"] for message in held[-1].request.post_data_json["messages"]]
+        assert len(said) == 3 and said[0] == "hi" and said[1].startswith("answer of") and said[2] == "and you?"
+        tab.page.keyboard.press("Escape")
+        tab.page.get_by_role("button", name="New chat").click()
+        tab.page.reload()
+        tab.page.wait_for_selector("text=Answers of one appear here.")
+        assert tab.page.locator(".chat .user").count() == 0
 
 
 def test_run_without_an_adapter_says_what_to_do(browser: Any, tmp_path: Path) -> None:

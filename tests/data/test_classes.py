@@ -138,6 +138,17 @@ def test_columns_that_are_missing_or_not_read_are_named(tmp_path: Path) -> None:
     assert "columns not read: split (1 rows), system (1 rows)" in report.warnings
 
 
+def test_rows_of_another_objective_name_it(tmp_path: Path) -> None:
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "rows.jsonl", [pair, pair | {"prompt": "you"}])
+    with pytest.raises(DataError, match="preference pairs; this objective learns from texts") as error:
+        prepare(DataSection(train=str(path)), tokenizer("chatml"), data_kind="classes", cache=tmp_path / "cache")
+    assert "--train.objective dpo" in str(error.value.fix)
+    write(path, [pair, *GOOD])
+    with pytest.raises(DataError, match="1 of 3 training rows cannot be used"):
+        prepare(DataSection(train=str(path)), tokenizer("chatml"), data_kind="classes", cache=tmp_path / "cache")
+
+
 def test_long_texts_keep_their_end_and_split_is_refused(tmp_path: Path) -> None:
     words, text = tokenizer("llama3"), "hello " * 40 + "the weather in Paris"
     file = write(tmp_path / "rows.jsonl", [GOOD[0], {"text": text, "label": "weather"}])

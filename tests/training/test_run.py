@@ -616,8 +616,10 @@ def test_runs_lists_runs_and_print_recipe_shows_origins(
     words = ["train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", "--json"]
     text = json.loads(run(*words, capsys=capsys)[1])
     assert text["recipe"]["lora"]["r"] == 16
-    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "2 r"} in text["choices"]
-    assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
+    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "twice the rank"} in text["choices"]
+    assert (
+        "r: 16  # default" in out and "alpha: 32.0  # plan: twice the rank" in out and "train: x.jsonl  # option" in out
+    )
 
 
 def test_interrupted_import_exits_as_stopped(

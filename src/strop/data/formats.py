@@ -244,7 +244,8 @@ class ConversationReader:
         self._answerless = data_kind == "prompts"
         self._trained_kind = data_kind if trains else None
         self._columns = columns or {}
-        format = TEXT_FORMATS.get(data_kind, format) if format == "auto" else format
+        self._is_implied = format == "auto" and data_kind in TEXT_FORMATS  # the format of the objective, not the user's
+        format = TEXT_FORMATS[data_kind] if self._is_implied else format
         self._requested = _requested_format(format, self._columns)
         self._first_known: Row | None = None  # first row of the current file with a known format
         self._first_unknown: Row | None = None  # first row of the current file with an unknown format
@@ -253,8 +254,10 @@ class ConversationReader:
     def __iter__(self) -> Iterator[Conversation]:
         for _, rows_of_file in groupby(self._rows, lambda row: row.file):
             self._first_known = self._first_unknown = None
+            first, num_used_before = None, self.num_used
             for row in rows_of_file:
                 self.num_rows += 1
+                first = first or row
                 try:
                     parsed_rows = self._convert(row)
                 except InvalidRow as error:
@@ -265,6 +268,13 @@ class ConversationReader:
                     yield Conversation(row.file, row.line, **vars(parsed))
             if self._first_unknown and not self._first_known:  # no row of the file has a known format
                 raise self._unknown_format(self._first_unknown)
+            if (
+                self._is_implied
+                and first
+                and self.num_used == num_used_before
+                and (other := detect_format(first.value))
+            ):
+                self.formats[first.file] = other  # rows for another objective
 
     def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._rename_columns(row.value)

@@ -131,7 +131,7 @@ def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype
     if full and recipe.model.quantization == "auto":
         values.append(("model.quantization", "none", "all weights are trained"))
     if recipe.lora.alpha is None and not full:
-        values.append(("lora.alpha", alpha_or_default(recipe), "2 r"))
+        values.append(("lora.alpha", alpha_or_default(recipe), "twice the rank"))
     values += default_options(recipe.train)
     if recipe.train.learning_rate is None:
         values.append(("train.learning_rate", *default_learning_rate(recipe, shape)))

@@ -49,6 +49,7 @@ class Rows(list[tuple[int, int]]):
     unknown = ""  # why the rows cannot be read
     refused: StropError | None = None  # why a run would reject them
     held_out: Sequence[tuple[int, int]] = ()  # of the sequences that are evaluated
+    num_held_out = 0  # rows that are evaluated
     labels: Sequence[str] = ()  # of texts to classify
     warnings: Sequence[str] = ()  # of `strop check`
     images: ImageLoad | None = None
@@ -86,6 +87,8 @@ def measure_rows(recipe: Recipe) -> Rows:
     sizes.refused = prepared.refusal
     held_out = prepared.report.eval
     sizes.warnings = [*prepared.report.warnings, *(held_out.warnings if held_out else ())]
+    if held_out is not None:
+        sizes.num_held_out = sum(held_out.rows[outcome] for outcome in ("used", "truncated", "split"))
     sizes.labels = prepared.classes.names if prepared.classes else ()
     if sampled := max_completion_tokens(recipe.train):
         whole = recipe.data.max_length if recipe.train.environment is not None else None

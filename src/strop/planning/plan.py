@@ -247,7 +247,12 @@ def make_plan(
         steps=stream.total_steps if stream else None,
         seconds=seconds,
         rate=rate,
-        data={"rows": _count_rows(recipe, own_rows) or None, "longest": longest, **facts},
+        data={
+            "rows": _count_rows(recipe, own_rows) or None,
+            "held_out": own_rows.num_held_out,
+            "longest": longest,
+            **facts,
+        },
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, rows=rows), rate),
@@ -518,7 +523,8 @@ def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
 def _describe_rows(plan: Plan) -> str:
     data = plan.data
     if data["rows"]:
-        return f"{data['rows']:,}, the longest of {data['longest']:,} tokens"
+        held_out = f", and {data['held_out']:,} to evaluate on" if data["held_out"] else ""
+        return f"{data['rows']:,}, the longest of {data['longest']:,} tokens{held_out}"
     return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(data['unknown'] or 'none are given')}"
 
 

@@ -18,24 +18,36 @@ export function fileField(option, label, kind, value, onChange, hint = null) {
     input.value = path;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   };
-  const choose = button(
-    "Choose",
-    () =>
-      browse(kind, enter),
-    { "aria-label": `Choose: ${label}` },
-  );
+  const choose = button("Choose", () => browse(kind, enter), { "aria-label": `Choose: ${label}` });
   const element = field(label, input, hint);
   const line = h("div", { class: "choose" }),
     problem = h("div", { class: "bad", role: "alert" });
   input.replaceWith(line);
   line.append(input, choose);
-  if (kind === "data")
-    line.append(
-      uploadButton(label, problem, enter),
-    );
+  if (kind === "data") {
+    const add = button("Add", () => browse(kind, (path) => enter(JSON.stringify([...listed(input.value), path]))), {
+      "aria-label": `Add another file: ${label}`,
+      title: "Add another file",
+    });
+    const showAdd = () => (add.hidden = !input.value.trim());
+    input.addEventListener("change", showAdd);
+    showAdd();
+    line.append(add, uploadButton(label, problem, enter));
+  }
   input.addEventListener("change", () => put(problem));
   line.after(problem);
   return { element, input };
+}
+
+/** Return the names of files in the text of a field: one name, or several as JSON. */
+function listed(text) {
+  try {
+    const names = JSON.parse(text);
+    if (Array.isArray(names)) return names;
+  } catch {
+    // a name
+  }
+  return [text.trim()];
 }
 
 /**

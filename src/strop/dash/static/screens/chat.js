@@ -22,6 +22,8 @@ import {
 import { checkNumbers, showFieldErrors } from "../fields.js";
 
 const BASE = "\t"; // precedes the name of a base, and is in no name of a run
+const EMPTY = "(empty answer)";
+const CHAT_KEY = "strop-dash-chat"; // of the conversations of this tab, which survive a reload
 
 let screen = null; // stays when another screen is shown, with its answers and what is being generated
 
@@ -42,6 +44,7 @@ function createScreen() {
     chosen = "",
     drawnKey = "",
     drawnControls = "",
+    loaded = "", // which models
     columns = [],
     systems = new Map(),
     running = 0;
@@ -114,7 +117,9 @@ function createScreen() {
     });
     systems = new Map(data.map((model) => [model.id, model.system ?? ""]));
     const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
-    columns = names.map((name) => column(name));
+    loaded = JSON.stringify([server.names, [...systems.keys()]]);
+    const stored = JSON.parse(sessionStorage.getItem(CHAT_KEY) ?? "{}");
+    columns = stored.loaded === loaded ? stored.chats.map(({ name, turns }) => column(name, turns)) : names.map((name) => column(name));
     showDefaultPrompt();
     put(
       sides,
@@ -185,7 +190,14 @@ function createScreen() {
       : columns.map((chat) => `${chat.name}: ${promptText(chat)}`).join("\n");
   }
 
-  function column(name) {
+  /** Store the conversations for a reload of the page. */
+  function storeChats() {
+    const chats = columns.map(({ name, turns }) => ({ name, turns }));
+    sessionStorage.setItem(CHAT_KEY, JSON.stringify({ loaded, chats }));
+  }
+
+  /** Create the chat with a model. stored: turns to begin with. */
+  function column(name, stored = []) {
     const messages = h("div", { class: "chat", role: "log", tabIndex: 0 }),
       rate = h("span", { class: "soft push" });
     const chat = { turns: [], stop: null, name };
@@ -202,11 +214,16 @@ function createScreen() {
       (value) => {
         chat.name = value;
         clear();
+        storeChats();
         showDefaultPrompt();
       },
       { "aria-label": "Model", style: { width: "auto" } },
     );
     clear();
+    if (stored.length) {
+      chat.turns = stored;
+      put(messages, stored.map(({ role, content }) => h("p", { class: role === "user" ? "user" : "" }, content || EMPTY)));
+    }
     const follow = (part) => {
       const near = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 60;
       if (part) messages.append(part);
@@ -257,10 +274,11 @@ function createScreen() {
             rate.textContent = `${count(tokens)} tokens${tokens > 1 && seconds > 0.05 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : ""}`;
           }
         }
-        if (!answerText) answer.textContent = "(empty answer)";
+        if (!answerText) answer.textContent = EMPTY;
         if (finishReason === "length")
           follow(h("p", { class: "soft" }, "cut off at the maximum answer length (see Options)"));
         chat.turns = [...turns, { role: "assistant", content: answerText }];
+        storeChats();
       } catch (error) {
         if (error.name === "AbortError") follow(h("p", { class: "soft" }, "stopped"));
         else {
@@ -311,7 +329,10 @@ function createScreen() {
     event.preventDefault();
     composer.requestSubmit();
   });
-  const newChat = button("New chat", () => columns.forEach((chat) => chat.clear()));
+  const newChat = button("New chat", () => {
+    columns.forEach((chat) => chat.clear());
+    storeChats();
+  });
   composer.append(newChat);
   const refresh = async () => {
     try {

@@ -340,38 +340,33 @@ export async function show(container, { signal }) {
       evaluating = evaluations
         ? `, plus ${duration(evaluation_seconds)} for ${evaluations > 1 ? `${count(evaluations)} evaluations` : "the evaluation"}`
         : "";
+    const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
+      labels = refusal ? showFieldErrors(container, refusal) : [];
     put(
       verdict,
-      h(
-        "p",
-        {
-          class: `verdict ${planned.rows.measuring || planned.rows.refused ? "" : shade}`,
-          role: "status",
-        },
-        `On ${planned.device}: ${planned.verdict}.`,
-        planned.rows.measuring ? " Measuring the rows…" : "",
-        planned.seconds
-          ? ` ${planned.steps > 1 ? `The ${count(planned.steps)} training steps take` : "The training step takes"} about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s${evaluating}, on an otherwise idle machine. Loading and the first compilation of kernels are not included.`
-          : planned.tokens_per_s
-            ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
-            : "",
-        planned.here && planned.training.length
-          ? ` It takes longer now: ${planned.training.join(", ")} ${planned.training.length > 1 ? "are" : "is"} training.`
-          : "",
-      ),
+      refusal
+        ? errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container))
+        : h(
+            "p",
+            { class: `verdict ${planned.rows.measuring ? "" : shade}`, role: "status" },
+            `On ${planned.device}: ${planned.verdict}.`,
+            planned.rows.measuring ? " Measuring the rows…" : rowsText(planned.data),
+            planned.seconds
+              ? ` ${planned.steps > 1 ? `The ${count(planned.steps)} training steps take` : "The training step takes"} about ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s${evaluating}, on an otherwise idle machine. Loading and the first compilation of kernels are not included.`
+              : planned.tokens_per_s
+                ? ` ${count(planned.tokens_per_s)} tokens/s, on an otherwise idle machine.`
+                : "",
+            planned.here && planned.training.length
+              ? ` It takes longer now: ${planned.training.join(", ")} ${planned.training.length > 1 ? "are" : "is"} training.`
+              : "",
+          ),
     );
     verdict.append(...(planned.rows.warnings ?? []).map((text) => h("p", { class: "warn" }, `Warning: ${text}`)));
     put(trainedShare, `${count(planned.trainable_parameters)} of ${count(planned.parameters)} trained`);
     put(bars, phaseBars(planned.phases, planned.usable_bytes));
     put(ladderBox, planned.fits || !planned.ladder?.length ? null : ladder(planned));
     put(commandBox, command(planned.command));
-    const refusal = planned.rows.refused ?? (planned.refused ? { message: planned.refused } : null),
-      labels = refusal ? showFieldErrors(container, refusal) : [];
     if (refusal) plannedValues = null; // as in showError
-    if (refusal)
-      verdict.append(
-        errorBox({ ...refusal, message: `A run would be refused: ${refusal.message}` }, withLabels(container)),
-      );
     startButton.disabled = !planned.fits || !options["data.train"] || refusal !== null || planned.rows.measuring;
     summary.textContent = [
       !planned.fits ? "Training does not fit" : planned.beyond.length ? "Training fits" : "It fits",
@@ -479,6 +474,12 @@ export async function show(container, { signal }) {
 
   await requestPlan();
   return "New run";
+}
+
+/** Return a sentence on the numbers of rows of a plan, or "" if they are unknown. */
+function rowsText({ rows, held_out: heldOut }) {
+  const number = (value) => `${count(value)} ${value === 1 ? "row" : "rows"}`;
+  return rows ? ` ${number(rows)} to train on${heldOut ? ` and ${number(heldOut)} to evaluate on` : ""}.` : "";
 }
 
 /** Wait until a started run is listed. A failure is shown by its job's card. */
