@@ -392,7 +392,7 @@ class RunProgress:
 
     def _on_rollback(self, event: Event) -> None:
         self._out.print(
-            f"[red]rollback[/] step {event['step']}: {escape(event['why'])}: back to step {event['to']}, "
+            f"[red]rollback[/] after step {event['step']}: {escape(event['why'])}: back to step {event['to']}, "
             f"{len(event['passed'])} batches skipped, learning rate times {event['rate_scale']:g}"
         )
 

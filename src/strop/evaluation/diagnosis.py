@@ -172,7 +172,7 @@ def _describe_recovery(event: dict[str, Any]) -> str:
     step = f"step {event['step']}"
     if event["event"] == "rollback":
         return (
-            f"{step}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, and "
+            f"after {step}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, and "
             f"continued with {event['rate_scale']:g} times the learning rate"
         )
     if event["event"] == "shrink":

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
@@ -180,6 +181,34 @@ def test_bf16_error_of_variants_is_close_to_the_plain_steps(name: str) -> None:
 def test_unsupported_variant_returns_the_reason(reason: str, lora: dict[str, Any], changes: dict[str, Any]) -> None:
     lora = {"target_modules": ["v_proj"], **lora}
     assert reason in str(why_not_fast(adapted("llama", lora, **changes)))
+
+
+COPIED = {
+    "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "mlp", "self_attn", "layers.1", "norm", "lm_head"],
+    "phi": ["v_proj", "fc1", "dense", "input_layernorm"], "gemma3_text": ["down_proj", "q_norm", "embed_tokens"],
+    "qwen3_moe": ["gate", "mlp", "o_proj"], "mixtral": ["gate", "mlp"], "qwen3_5_text": ["in_proj_qkv", "out_proj"],
+    "gemma4_text": ["per_layer_input_gate", "per_layer_model_projection", "down_proj"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "copied"), [(family, name) for family, names in COPIED.items() for name in names])
+def test_loaded_copies_of_modules_are_used(family: str, copied: str) -> None:
+    """Nothing of a loaded adapter is trained, and modules that were trained in full are used all the same."""
+    untied = UNTIED if copied in ("lm_head", "embed_tokens") else {}
+    targets = [{"self_attn": "up_proj", "q_proj": "v_proj"}.get(copied, "q_proj")]
+    model = variant(family, {"modules_to_save": [copied], "target_modules": targets}, **untied)().eval()
+    model.requires_grad_(False)
+    rows, loss = answers((20, 1), (3, 3)), step_for(model)
+    with torch.no_grad():
+        tuned = PlainLoss(model).token_loss(rows)
+        torch.testing.assert_close(loss.token_loss(rows), tuned, rtol=1e-5, atol=0)
+        with model.disable_adapter():
+            base = PlainLoss(model).token_loss(rows)
+            torch.testing.assert_close(loss.token_loss(rows), base, rtol=1e-5, atol=0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+        assert abs(PlainLoss(model).token_loss(rows) - base) > 1e-5  # of the copies alone
 
 
 def test_head_adapter_dropout_does_not_depend_on_micro_batches() -> None:

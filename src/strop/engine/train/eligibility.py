@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from strop.engine.eligibility import (
@@ -21,6 +21,7 @@ from strop.engine.eligibility import (
 from strop.engine.images import image_features
 from strop.engine.train.dropout import CounterDropout
 from strop.engine.train.peft_modules import base_module, current_module
+from strop.models.adapter_config import SCORE_HEAD
 from strop.models.experts import is_weight_adapter
 from strop.models.families.layers import layer_norms, linear_groups, model_computed_modules, text_decoder
 from strop.models.families.table import FAMILIES, Family
@@ -148,8 +149,8 @@ def _why_adapters_unsupported(
         why = _why_tokens_unsupported(name, module, base) if isinstance(module, TrainableTokensWrapper) else None
         if why is not None:
             return why
-    dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *layer_norms(decoder, family))]
-    trainable_modules = [*map(base_module, dense), *model_computed]
+    dense = [head, decoder.get_input_embeddings(), *layer_norms(decoder, family)]
+    trainable_modules = [*(base_module(current_module(module)) for module in dense), *model_computed]
     supported = {id(parameter) for module in trainable_modules for parameter in module.parameters()}
     supported |= {id(base_module(module).bias) for module in linear_modules}
     if all_weights:
@@ -158,6 +159,11 @@ def _why_adapters_unsupported(
         is_supported = id(parameter) in supported or any(part in f".{name}" for part in TRAINABLE)
         if parameter.requires_grad and not is_supported and is_text(name):
             return f"{name} is trained in full"
+    readable = {id(module) for module in dense} | excluded
+    for name, module in base.named_modules():  # copies in a loaded adapter, which are not trained any more
+        is_copied = isinstance(module, ModulesToSaveWrapper) and id(module) not in readable
+        if is_copied and is_text(name) and name != SCORE_HEAD:
+            return f"{name} was trained in full"
     return None
 
 
