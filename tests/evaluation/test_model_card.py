@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import strop
 from strop.evaluation.model_card import format_card
+from tests.support.texts import write
 from tests.support.tiny import write_rows
 
 
@@ -44,3 +47,28 @@ def test_scores_of_tasks_and_a_judge_are_listed(tiny_folder: Path, tmp_path: Pat
     card = format_card({**run.report, "tasks": tasks})
     assert "| arc | 20 documents: acc 0.5000 before, 0.0000 after (change -0.2500 (-0.3000 to -0.2000)) |" in card
     assert "It was not measured" not in card
+
+
+def test_everything_that_is_trained_is_named_with_the_commands_that_load_it(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    options = {"train.max_steps": 1, "lora.r": 12, "lora.alpha": 24, "lora.target_modules": ["q_proj", "v_proj"]}
+    first = strop.train(model=tiny_folder, data=rows, out=tmp_path / "first", **options)
+    card = read_card(first.folder)
+    assert "| rank 12, alpha 24, on q_proj, v_proj |" in card and "--max-lora-rank 16 " in card
+    longer = strop.train(model=first.folder, data=rows, out=tmp_path / "second", **{"train.max_steps": 1})
+    card = read_card(longer.folder)
+    assert "| continues | the adapter of `first` |" in card and "the runs that it continues are not counted" in card
+    options |= {"lora.rank_pattern": {"q_proj": 32}, "lora.modules_to_save": ["down_proj"], "lora.use_dora": True}
+    options |= {"lora.bias": "lora_only", "lora.new_tokens": ["<a>", "<b>"]}
+    card = read_card(strop.train(model=tiny_folder, data=rows, out=tmp_path / "all", **options).folder)
+    text = "q_proj, v_proj; rank 32 on q_proj; DoRA; down_proj trained in full; biases (lora_only); 2 new tokens |"
+    assert text in card and "vllm serve" not in card and "vLLM does not load this adapter" in card
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_embedder_with_dora_is_merged_for_sentence_transformers(dora: bool, tiny_folder: Path, tmp_path: Path) -> None:
+    pairs = [{"anchor": f"what is {n}", "positive": f"it is {n}"} for n in range(8)]
+    rows = write(tmp_path / "rows.jsonl", pairs)
+    options = {"train.objective": "embed", "train.max_steps": 1, "lora.use_dora": dora}
+    card = read_card(strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", **options).folder)
+    assert ('SentenceTransformer("MERGED")' in card) == dora != ('SentenceTransformer("THIS_FOLDER")' in card)

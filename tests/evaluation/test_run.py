@@ -745,6 +745,27 @@ def test_rows_of_the_run_it_started_from_count(trained: str, tiny_folder: Path, 
     assert known(further, tmp_path / "a.jsonl", [ROWS[0], NEW, other]) == [True, True, False]
 
 
+@pytest.mark.parametrize("way", ["full", "full again", "merged", "merged and moved"])
+def test_rows_of_the_run_that_its_base_comes_from_count(way: str, tiny_folder: Path, tmp_path: Path) -> None:
+    def start(model: str | Path, rows: list[dict[str, Any]], out: str, method: str) -> str:
+        data = write(tmp_path / f"{out}.jsonl", rows)
+        options = {"train.max_steps": 1, "model.dtype": "fp32", "train.method": method}
+        strop.train(model=str(model), data=str(data), out=str(tmp_path / out), **options)
+        return str(tmp_path / out)
+
+    base = first = start(tiny_folder, ROWS, "first", "full" if "full" in way else "lora")
+    if "merged" in way:
+        base = str(tmp_path / "merged")
+        strop.merge(first, base)
+        assert known(base, tmp_path / "a.jsonl", [ROWS[0], NEW]) == [True, False]
+    second = start(base, [NEW] * 4, "second", "full" if way == "full again" else "lora")
+    if "moved" in way:
+        Path(first).rename(tmp_path / "elsewhere")
+    other = {"prompt": "what is ten", "completion": "it is 10"}
+    expected = None if "moved" in way else [True, True, False]
+    assert known(second, tmp_path / "a.jsonl", [ROWS[0], NEW, other]) == expected
+
+
 def test_train_rows_are_counted_in_result_report_card_and_page(
     trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_adapter_is_pushed_in_one_private_commit_with_its_card(
     assert result["system"] == system and bool(system) == ("the system prompt of the training rows" in err)
     card = files["README.md"].decode()
     assert "base_model: me/base" in card and 'from_pretrained("me/mine")' in card and "95 % interval" in card
+    assert 'strop.load("mine").chat("..."))  # after `hf download me/mine --local-dir mine`' in card
     assert "## Limits" in card and "hash `" in card and "rank 4" in card and "data:" in card
     local = [str(work), str(tiny_folder)]
     assert not [name for name, content in files.items() for path in local if path.encode() in content]
@@ -99,6 +100,22 @@ def test_adapter_is_pushed_in_one_private_commit_with_its_card(
     code, result, _ = push("run", "mine", "--base", "me/base", "--message", "again")  # the account is added to the name
     assert code == 0 and result["repo"] == "me/mine"
     assert {name: len(content) for name, content in shelf.repos["me/mine"].items()} == sizes
+
+
+@pytest.mark.parametrize(("objective", "example"), [("classify", 'classify("...")'), ("embed", "embed(texts)")])
+def test_example_of_a_card_needs_a_local_folder(
+    objective: str, example: str, push: Push, shelf: Shelf, base: None, work: Path, tiny_folder: Path
+) -> None:
+    labels, pairs = '{"text": "a%d", "label": "x"}', '{"anchor": "a%d", "positive": "b%d"}'
+    rows = [labels % n if n % 2 else labels.replace('"x"', '"y"') % n for n in range(8)]
+    rows = [pairs % (n, n) for n in range(8)] if objective == "embed" else rows
+    (work / "texts.jsonl").write_text("\n".join(rows))
+    options = {"train.objective": objective, "train.max_steps": 1, "lora.r": 4}
+    strop.train(model=tiny_folder, data=work / "texts.jsonl", out=work / objective, **options)
+    code, _, err = push(objective, "me/mine", "--base", "me/base")
+    assert code == 0, err
+    line = f'strop.load("mine").{example})  # after `hf download me/mine --local-dir mine`'
+    assert line in shelf.repos["me/mine"]["README.md"].decode()
 
 
 def test_merged_model_is_pushed_and_left_out_files_are_listed(push: Push, shelf: Shelf, work: Path) -> None:

@@ -172,8 +172,8 @@ def _describe_recovery(event: dict[str, Any]) -> str:
     step = f"step {event['step']}"
     if event["event"] == "rollback":
         return (
-            f"after {step}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, and "
-            f"continued with {event['rate_scale']:g} times the learning rate"
+            f"after {step}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, "
+            f"and continued with {event['rate_scale']:g} times the learning rate"
         )
     if event["event"] == "shrink":
         return f"{step}: out of memory: continued with {event['to']}; the effective batch did not change"

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from strop.display.numbers import format_figure
+from strop.errors import ModelError
 from strop.evaluation.metrics import (
     describe_change,
     describe_cut,
@@ -23,7 +24,7 @@ from strop.evaluation.metrics import (
     score_name,
 )
 from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
-from strop.models.vllm import DTYPE_NAMES
+from strop.models.vllm import DTYPE_NAMES, max_lora_rank
 from strop.runs.events import count_used
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
@@ -81,9 +82,7 @@ print(classify(texts, batch_size=8))
 EMBED_USAGE = """It gives a vector of length 1 for a text, and generates no text.
 
 ```python
-from sentence_transformers import SentenceTransformer  # loads the base too
-
-model = SentenceTransformer("{location}")
+{load}
 vectors = model.encode(texts)
 print(vectors @ vectors.T)  # cosine similarities
 ```
@@ -95,6 +94,15 @@ print(strop.load("{location}").embed(texts))
 ```
 
 With peft alone, load it on `AutoModelForCausalLM`: `AutoModel` names its weights otherwise, and peft only warns."""
+
+LOAD_EMBEDDER = """from sentence_transformers import SentenceTransformer  # loads the base too
+
+model = SentenceTransformer("{location}")"""
+# transformers 5.24 reads an adapter without its magnitudes, and only warns.
+LOAD_DORA_EMBEDDER = """# the adapter's DoRA magnitudes would be lost, so first: strop merge RUN --out MERGED
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("MERGED")"""
 
 MERGED_EMBED_USAGE = """```python
 from sentence_transformers import SentenceTransformer
@@ -120,7 +128,7 @@ tokenizer = AutoTokenizer.from_pretrained("{location}")  # with the chat templat
 ```
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={location}
+{vllm}
 strop merge RUN --out MERGED             # a full model, for tools that do not load adapters
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
@@ -226,6 +234,7 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     task = {} if pipeline is None else {"pipeline_tag": pipeline}
     front_matter = {"library_name": library, **task, **base_entry, "tags": ["strop"] if full else ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
+    start = settings.get("model.adapter")
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
         storage = f"{scheme}, computed in {storage}"
@@ -234,6 +243,7 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
         ("trained", "all weights of the text model") if full else ("adapter", _describe_adapter(settings)),
         *([("merged", _describe_merge(merged))] if merged is not None else []),
+        *([("continues", f"the adapter of `{_run_name(start)}`")] if start else []),
         ("training", _describe_training(report, settings)),
         ("data", f"{_count_rows(report)}, hash `{data_hash[:16]}`{images}"),
         *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
@@ -251,11 +261,14 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
         usage = IMAGE_USAGE
         load = LOAD_ADAPTER_FOR_IMAGES if is_adapter else LOAD_MODEL_FOR_IMAGES
         load = load.format(location=LOCATION, base=base_id or "BASE")
+    elif objective == "embed":
+        load = LOAD_DORA_EMBEDDER if settings.get("lora.use_dora") else LOAD_EMBEDDER.format(location=LOCATION)
     title = f"A LoRA adapter for {base_text}" if is_adapter else f"{base_text} with a LoRA adapter merged into it"
     title = f"{base_text}, fine-tuned" if full else title
     several = (report.get("objective") or {}).get("several_labels")
     usage = usage.format(
-        location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report),
+        location=LOCATION, base=base_id or "BASE", vllm=_vllm_command(settings, base_id, name),
+        end=_format_answer_end(report),
         load=load, labels=json.dumps(settings.get("train.labels"), ensure_ascii=False),
         problem=f"{'multi' if several else 'single'}_label_classification", quantization=_format_quantization(settings),
     )  # fmt: skip
@@ -275,11 +288,29 @@ def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: M
     return "\n".join(lines)
 
 
+def _vllm_command(settings: Mapping[str, Any], base_id: str | None, name: str) -> str:
+    """Return the command that serves the adapter with vLLM, or a comment if vLLM does not load it."""
+    config = {key: settings.get(f"lora.{key}") for key in ("r", "rank_pattern", "use_dora", "modules_to_save")}
+    config |= {"bias": settings.get("lora.bias") or "none", "trainable_token_indices": settings.get("lora.new_tokens")}
+    try:
+        rank = max_lora_rank(config, "", "")
+    except ModelError:
+        return "# vLLM does not load this adapter: serve it with `strop serve RUN`, or merge it"
+    options = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={LOCATION}"
+    return f"vllm serve {base_id or 'BASE'} {options}"
+
+
 def _format_answer_end(report: Mapping[str, Any]) -> str:
     """Return Python code for the usage example that cuts the text of a conversation after the answer's last token."""
     end = (report.get("objective") or {}).get("answer_end") or CHATML_END
     cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
+
+
+def _run_name(folder: str) -> str:
+    """Return the name of a run, or of the folder of an adapter: no path of this machine."""
+    path = Path(folder)
+    return (path.parent if path.name == "adapter" else path).name
 
 
 def _format_quantization(settings: Mapping[str, Any]) -> str:
@@ -303,7 +334,22 @@ def _count_rows(report: Mapping[str, Any]) -> str:
 def _describe_adapter(settings: Mapping[str, Any]) -> str:
     targets = settings["lora.target_modules"]
     modules = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
-    return f"rank {settings['lora.r']}, alpha {settings['lora.alpha']:g}, on {modules}"
+    text = f"rank {settings['lora.r']}, alpha {settings['lora.alpha']:g}, on {modules}"
+    for what in ("rank", "alpha"):
+        if pattern := settings.get(f"lora.{what}_pattern"):
+            text += f"; {what} " + ", ".join(f"{value:g} on {part}" for part, value in pattern.items())
+    variants = [
+        name for field, name in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if settings.get(f"lora.{field}")
+    ]
+    bias, tokens = settings.get("lora.bias") or "none", settings.get("lora.new_tokens")
+    in_full = settings.get("lora.modules_to_save")
+    parts = [
+        *variants,
+        *([f"{', '.join(in_full)} trained in full"] if in_full else []),
+        *([f"biases ({bias})"] if bias != "none" else []),
+        *([f"{len(tokens)} new token{'s' * (len(tokens) > 1)}"] if tokens else []),
+    ]
+    return "; ".join([text, *parts])
 
 
 def _describe_merge(merged: Mapping[str, Any]) -> str:
@@ -391,7 +437,8 @@ def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iter
         yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:
-        yield f"No row that it was trained on is longer than {longest:,} tokens."
+        earlier = " (those of the runs that it continues are not counted)" if settings.get("model.adapter") else ""
+        yield f"No row that it was trained on is longer than {longest:,} tokens{earlier}."
     if objective not in ("reward", "classify", "embed"):
         yield "It answers prompts in the chat template saved with it; other templates were not tried."
     if settings.get("train.objective") == "embed" and settings.get("model.quantization", "none") != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.errors import InputError, RecipeError
 from strop.evaluation.metrics import MIN_CLAIM_ROWS
-from strop.models.adapter_config import adapter_folder
+from strop.models.adapter_config import ORIGIN_FILE, adapter_folder
 from strop.models.adapters import locate_base, locate_tokenizer
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
@@ -43,23 +44,41 @@ def find_recipe(name: str) -> Recipe | None:
 
 
 def find_train_rows(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return whether each row is in the training data of the run or of the run whose adapter it started from.
+    """Return whether each row is in the training data of the run, or of a run that it started from.
 
-    Returns None if that is unknown, because `name` is not a run, or its data is unreadable or has changed.
+    name: a run, or a model merged from one. A run starts from another one's adapter, model, or merged model.
+
+    Returns None if that is unknown, because `name` is neither, or the data is unreadable or has changed.
     """
+    name = _find_origin(name) or name
     recipe, data = find_recipe(name), prepare_train_rows(name)
     if recipe is None or data is None:
         return None
-    start = recipe.model.adapter
-    in_first_run = [False] * len(rows) if start is None else find_train_rows(start, rows)
-    if in_first_run is None:
-        return None
+    in_earlier = [False] * len(rows)
+    for start in filter(None, (recipe.model.adapter, _find_base_run(recipe.model.name))):
+        if (found := find_train_rows(start, rows)) is None:
+            return None
+        in_earlier = [any(pair) for pair in zip(in_earlier, found, strict=True)]
     train_rows, data_kind = data.train_conversations, data_kind_of(recipe.train)
     digests = train_rows.digests if data_kind == "turns" else [_hash_row(row, data_kind) for row in train_rows]
     in_this_run = np.isin([_hash_row(row, data_kind) for row in rows], digests)
     if data.answers:  # of a teacher, which the gold need not equal
         in_this_run |= np.isin([_hash_row(row, "prompts") for row in rows], np.array([*data.answers], np.uint64))
-    return [bool(first or this) for first, this in zip(in_first_run, in_this_run, strict=True)]
+    return [bool(first or this) for first, this in zip(in_earlier, in_this_run, strict=True)]
+
+
+def _find_origin(name: str) -> str | None:
+    """Return the adapter that a model folder was merged from, or None if it was not merged by strop."""
+    file = Path(name).expanduser() / ORIGIN_FILE
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["adapter"]) if file.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return name  # damaged: its rows are unknown
+
+
+def _find_base_run(model: str) -> str | None:
+    """Return a base model if it is a run's, or was merged from one, else None."""
+    return model if find_run(model) is not None or _find_origin(model) is not None else None
 
 
 def prepare_train_rows(name: str) -> Prepared | None:

@@ -6,6 +6,7 @@ Local paths are removed from the uploaded files. Afterwards, the Hub's checksums
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format_card, hub_id
-from strop.models.adapter_config import STROP_FILE, adapter_folder, read_adapter_config, read_base_name, read_identity
+from strop.models.adapter_config import (
+    ORIGIN_FILE,
+    STROP_FILE,
+    adapter_folder,
+    read_adapter_config,
+    read_base_name,
+    read_identity,
+)
 from strop.models.adapters import check_adapter_weights
 from strop.models.embedder import MODULES_FILE, NORMALIZE_FOLDER, POOLING_FOLDER, SETTINGS_FILE
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
@@ -165,11 +173,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
     """Return the content by file name and the files that are not uploaded. Removes local paths from JSON files."""
     contents: dict[str, bytes | Path] = {}
     left_out = []
-    modules = (POOLING_FOLDER, NORMALIZE_FOLDER)  # of sentence-transformers; the second is empty
+    # folders of sentence-transformers, of which the second is empty, and a path that is of use on this machine only
+    unlisted = (POOLING_FOLDER, NORMALIZE_FOLDER, ORIGIN_FILE)
     for file in sorted([*folder.iterdir(), *(folder / POOLING_FOLDER).glob("config.json")]):
         name = file.relative_to(folder).as_posix()
         if not file.is_file() or not _matches(name, UPLOADED):
-            left_out += [] if name in modules else [name]
+            left_out += [] if name in unlisted else [name]
             continue
         contents[name] = file
         if file.suffix == ".json":
@@ -204,10 +213,10 @@ def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) ->
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    # The card has LOCATION in place of a path. Its Python example, which ends with `snippet`, needs a local folder.
-    snippet, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]
-    after_download = f"{snippet.format(name)}  # after `hf download {repo} --local-dir {name}`"
-    contents[CARD_FILE] = text.replace(snippet.format(LOCATION), after_download).replace(LOCATION, repo).encode()
+    # The card has LOCATION in place of a path. strop's own example needs a local folder.
+    name, own = repo.rpartition("/")[2], re.escape(f'strop.load("{LOCATION}")')
+    after_download = rf'\1strop.load("{name}")\2  # after `hf download {repo} --local-dir {name}`'
+    contents[CARD_FILE] = re.sub(rf"(.*){own}(.*)", after_download, text).replace(LOCATION, repo).encode()
 
 
 def _to_json(value: Any) -> bytes:

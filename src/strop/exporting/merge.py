@@ -41,6 +41,7 @@ from strop.exporting.tables import print_base_losses, print_parity
 from strop.machine.memory import free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import (
+    ORIGIN_FILE,
     STROP_FILE,
     WEIGHTS_FILE,
     AdapterKind,
@@ -537,6 +538,7 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
         write_modules(out, read_pooling(folder), head.weight.shape[1], positions)
     config.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    write_json(out / ORIGIN_FILE, {"adapter": str(folder.resolve())})
     if kind not in TEXT_KINDS:
         identity = read_identity(folder)
         # the settings of training with which `load` and `serve` render chats, where the tokenizer does not show them

@@ -17,6 +17,7 @@ from strop.models.tokenizer import trained_token_texts
 from strop.runs.folder import RunFolder, is_run, name_runs, suggest_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "merged_from.json"  # in a merged folder: the path of its adapter on this machine; never uploaded
 STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 NEEDS_QUANTIZED_BASE = "needs_quantized_base"  # key there: the adapter corrects the error of its base (LoftQ)
 SCORE_TASK = "SEQ_CLS"  # PEFT's task type of a model with a score head: a reward model or a classifier

@@ -184,7 +184,7 @@ def test_unsupported_variant_returns_the_reason(reason: str, lora: dict[str, Any
 
 
 COPIED = {
-    "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "mlp", "self_attn", "layers.1", "norm", "lm_head"],
+    "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "mlp", "self_attn", "layers.1", "lm_head"],
     "phi": ["v_proj", "fc1", "dense", "input_layernorm"], "gemma3_text": ["down_proj", "q_norm", "embed_tokens"],
     "qwen3_moe": ["gate", "mlp", "o_proj"], "mixtral": ["gate", "mlp"], "qwen3_5_text": ["in_proj_qkv", "out_proj"],
     "gemma4_text": ["per_layer_input_gate", "per_layer_model_projection", "down_proj"],
