@@ -108,6 +108,39 @@ def test_equal_completions_are_stored_once_and_weighted_by_count(tmp_path: Path)
         assert values[0] == pytest.approx(values[1], rel=1e-6) and values[0] != 0
 
 
+def test_equal_completions_with_other_rewards_keep_their_own_advantages(tmp_path: Path) -> None:
+    """After the first update the clipped objective is not linear in the advantage, so a mean would be wrong."""
+    options = {"train.answer_tokens": 1, "train.group": 16, "train.updates": 2, "train.clip_low": 0.01}
+    job = make_job(tmp_path, prompts(4), **options)
+    criterion: Any = job.criterion
+    rewards = [make_reward(lambda completions, rows: [float(n % 3) for n in range(len(completions))], form="batch")]
+    job = replace(job, criterion=replace(criterion, rewards=rewards))
+    groups = sample_groups(job)
+    ids = [[example.ids.tobytes() for example in group.examples] for group in groups]
+    assert any(len(one) > len(set(one)) for one in ids)
+    assert [sum(group.counts) for group in groups] == [16] * 4
+    apart = []
+    for group in groups:
+        numbers = [n for n, count in enumerate(group.counts) for _ in range(count)]
+        given = [advantage for n, advantage in enumerate(group.advantages) for _ in range(group.counts[n])]
+        assert given == pytest.approx(GRPO.advantages(group.rewards, criterion.options))
+        singles = [replace(one, weights=(one.weights > 0).astype(one.weights.dtype)) for one in group.examples]
+        apart.append(
+            replace(
+                group,
+                examples=tuple(singles[n] for n in numbers), advantages=tuple(given), stopped=(True,) * 16,
+                sampling_logprobs=group.sampling_logprobs[numbers],
+                reference_token_logprobs=group.reference_token_logprobs[numbers],
+            )
+        )  # fmt: skip
+    for weight in job.state.weights.values():  # an update later
+        weight.data += 0.05 * torch.randn_like(weight)
+    (loss, together), (same, single) = gradients(job, groups), gradients(job, apart)
+    assert loss == pytest.approx(same, rel=1e-5) and loss
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, single[name], rtol=1e-4, atol=1e-7)
+
+
 def test_samples_depend_on_seed_step_row_and_number(tmp_path: Path) -> None:
     job = make_job(tmp_path / "a", prompts(4))
     same, later = sample_groups(job), sample_groups(job, 1)

@@ -290,7 +290,7 @@ class Prompt(ExampleGroup):
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup(ExampleGroup):
-    """Completions sampled for one prompt, and their rewards. Equal completions are stored once.
+    """Completions sampled for one prompt, and their rewards. Equal ones with one reward are stored once.
 
     examples: the weight of a completion's tokens is the number of times it was sampled. sampling_logprobs: the
     log-probability of each supervised token when it was sampled, for all completions in order.

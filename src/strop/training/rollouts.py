@@ -317,17 +317,28 @@ class PolicyCriterion(Criterion):
         completions: Sequence[tuple[SampledCompletion, int]],
         rewarded: Sequence[Sequence[Rewarded]],
     ) -> RolloutGroup:
-        """Return a group of distinct completions. Advantages are computed over all copies of each."""
-        repeated = [reward for copies in rewarded for reward in copies]
-        rewards = [reward.total for reward in repeated]
-        advantages = iter(self.objective.advantages(rewards, self.options))
+        """Return a group of completions that differ in their tokens or in their rewards.
+
+        Equal completions with other rewards stay apart, because the clipped objective is not linear in the advantage.
+        """
+        pairs = zip(completions, rewarded, strict=True)
+        sampled = [(completion, reward) for (completion, _), copies in pairs for reward in copies]
+        parts: dict[tuple[bytes, float], list[int]] = {}
+        for number, (completion, reward) in enumerate(sampled):
+            parts.setdefault((completion.ids.tobytes(), reward.total), []).append(number)
+        sampled = [sampled[number] for numbers in parts.values() for number in numbers]
+        rewards = [reward for _, reward in sampled]
+        totals = [reward.total for reward in rewards]
+        firsts = np.cumsum([0, *map(len, parts.values())])[:-1]
+        advantages = self.objective.advantages(totals, self.options)
+        distinct = [(sampled[first][0], len(numbers)) for first, numbers in zip(firsts, parts.values(), strict=True)]
         return RolloutGroup(
-            tuple(_as_example(prompt.examples[0], *pair) for pair in completions),
-            advantages=tuple(_mean([next(advantages) for _ in copies]) for copies in rewarded),
-            stopped=tuple(completion.stopped for completion, _ in completions),
-            rewards=tuple(rewards),
-            reward_parts={name: tuple(r.parts[name] for r in repeated) for name in _part_names(repeated)},
-            sampling_logprobs=np.concatenate([completion.log_probs for completion, _ in completions]),
+            tuple(_as_example(prompt.examples[0], *pair) for pair in distinct),
+            advantages=tuple(advantages[first] for first in firsts),
+            stopped=tuple(completion.stopped for completion, _ in distinct),
+            rewards=tuple(totals),
+            reward_parts={name: tuple(r.parts[name] for r in rewards) for name in _part_names(rewards)},
+            sampling_logprobs=np.concatenate([completion.log_probs for completion, _ in distinct]),
         )
 
     def _reward(self, completions: Sequence[tuple[Prompt, str]]) -> list[Rewarded]:
@@ -370,11 +381,6 @@ def disable_model_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "hidden_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _mean(advantages: Sequence[float]) -> float:
-    """Return the mean over the copies of a completion; equal ones are kept as they are, to the bit."""
-    return advantages[0] if len(set(advantages)) == 1 else statistics.fmean(advantages)
 
 
 def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> Example:
