@@ -405,6 +405,52 @@ def test_trained_image_encoder_of_unsloth(flag: str, vision: str | None, tmp_pat
     assert not any("collator" in note.key or "checkpointing" in note.key for note in draft.unsupported)
 
 
+UNSLOTH_TEXT = """
+from unsloth import FastLanguageModel
+from unsloth.chat_templates import train_on_responses_only
+from trl import SFTConfig, SFTTrainer
+MASKED, OTHER = False, True
+model, tokenizer = FastLanguageModel.from_pretrained("m")
+model = FastLanguageModel.get_peft_model(model)
+rows = load_dataset("json", data_files="a.jsonl", split="train")
+{rows}
+trainer = SFTTrainer(model=model, train_dataset=rows, args=SFTConfig(output_dir="out"))
+{mask}
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_masked", "is_conditional"),
+    [
+        ("{call}", True, False), ("if MASKED:\n    {call}", False, False), ("if False:\n    {call}", False, False),
+        ("if not MASKED:\n    {call}", True, False), ("{call} if MASKED else trainer", False, False),
+        ("if MASKED:\n    pass\nelse:\n    {call}", True, False), ("if ask():\n    {call}", True, True),
+        ("{call} if ask() else trainer", True, True), ("def masked():\n    {call}", True, True),
+        ("def masked():\n    {call}\nmasked()", True, False),
+    ],
+)  # fmt: skip
+def test_calls_in_branches_are_left_out_or_reported(
+    mask: str, is_masked: bool, is_conditional: bool, tmp_path: Path
+) -> None:
+    text = UNSLOTH_TEXT.format(rows="", mask=mask.format(call="trainer = train_on_responses_only(trainer)"))
+    (tmp_path / "train.py").write_text(text, encoding="utf-8")
+    notes = import_config("unsloth", tmp_path / "train.py").draft.differs
+    assert any("without assistant_only_loss" in note.text for note in notes) != is_masked
+    conditions = [note.key for note in notes if note.text.endswith("depends on a condition")]
+    assert conditions == ["train_on_responses_only"] * is_conditional
+
+
+@pytest.mark.parametrize(("condition", "file"), [("False", "a"), ("MASKED", "a"), ("OTHER", "b"), ("ask()", "b")])
+def test_data_sets_in_branches_are_left_out_or_reported(condition: str, file: str, tmp_path: Path) -> None:
+    other = f'if {condition}:\n    rows = load_dataset("json", data_files="b.jsonl", split="train")'
+    (tmp_path / "train.py").write_text(UNSLOTH_TEXT.format(rows=other, mask=""), encoding="utf-8")
+    draft = import_config("unsloth", tmp_path / "train.py").draft
+    assert draft.get("data.train") == f"{file}.jsonl"
+    conditions = [note.key for note in draft.differs if note.text.endswith("depends on a condition")]
+    assert conditions == ["load_dataset"] * (condition == "ask()")
+
+
 @pytest.mark.parametrize(
     ("lines", "vision"),
     [

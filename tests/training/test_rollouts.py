@@ -510,7 +510,7 @@ def test_changed_reward_function_refuses_resume(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, out = write_prompts(tmp_path / "rows.jsonl", 8), tmp_path / "run"
-    words = ["--data", rows, "--out", out, *GROUPS, "--train.max_steps", "2"]
+    words = ["--data", rows, "--out", out, *GROUPS, "--train.max_steps", "2", "--train.beta", "0"]
     own = write_reward(tmp_path / "own.py")
     assert run("train", "--model", tiny_folder, *words, "--train.rewards", own, capsys=capsys)[0] == 0
     for name in ("report.json", "report.html"):
@@ -518,4 +518,10 @@ def test_changed_reward_function_refuses_resume(
     write_reward(tmp_path / "own.py", "return len(answer)")
     code, _, err = run("resume", out, capsys=capsys)
     assert code == 2 and "--allow-changed rewards" in err
+    lock, changes = (out / "lock.json").read_text(), ["--train.beta", "0.1", "--allow-changed", "rewards"]
+    code, _, err = run("resume", out, *changes, capsys=capsys)
+    assert code == 2 and "train.beta has changed" in err and "--allow-changed" not in err  # no start weights are stored
+    assert (out / "lock.json").read_text() == lock and not (out / "reference.safetensors").exists()
+    code, _, err = run("resume", out, "--train.beta", "0", *changes[2:], "--train.clip_low", "0.1", capsys=capsys)
+    assert code == 2 and "--allow-changed 'rewards,train.clip_low'" in err  # with what was allowed already
     assert run("resume", out, "--allow-changed", "rewards,lr", capsys=capsys)[0] == 0

@@ -104,7 +104,7 @@ REASONS: dict[str, str] = {
     "differently, or has the positive of this anchor as a negative",
 }
 FIXES: dict[str, str] = {
-    "missing-column": "rename the columns, because --data.columns and --data.format apply to every file",
+    "missing-column": "give all rows the same columns, because --data.columns and --data.format apply to every file",
     "system-unsupported": "move the system text into the first user message, or choose data.template",
     "tools-unsupported": "choose --data.template chatml, or a model whose template supports tools",
     "prompt-not-prefix": "choose --data.template chatml, or, if the template shows reasoning, --data.reasoning empty",

@@ -35,6 +35,7 @@ class Call:
     keywords: dict[str, ast.expr]
     assigned_to: str  # the name that the result is assigned to, or ""
     unpacked: list[ast.expr | ast.stmt]  # ** arguments that are not literal dicts, and changes that cannot be read
+    is_conditional: bool = False  # in a branch, or in a function that the script never names
 
 
 class Script:
@@ -55,6 +56,8 @@ class Script:
         except ValueError as error:
             raise InputError(f"{path}: not a notebook: {error}", fix="give a .py or .ipynb file") from None
         self._constants = dict(self._find_single_assignments())
+        self._tree = _Branches(self._constants).visit(self._tree)
+        self._constants = dict(self._find_single_assignments())  # without the assignments in removed branches
         self._changes = list(self._find_changes())
         self._options = dict(self._find_argparse_defaults())
         self.used_defaults: dict[str, tuple[Any, int]] = {}  # argparse options read by `value`: default and line
@@ -226,6 +229,7 @@ class Script:
                 target = target.elts[0] if isinstance(target, ast.Tuple) else target
                 assigned_to[id(node.value)] = target.id if isinstance(target, ast.Name) else ""
         call_nodes = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
+        unconditional = set(map(id, _find_unconditional_nodes(self._tree)))
         for node in sorted(call_nodes, key=lambda call: (call.lineno, call.col_offset)):
             owner, name = "", ""
             if isinstance(node.func, ast.Attribute):
@@ -243,7 +247,8 @@ class Script:
                         unpacked += self._read_changes(keyword.value)[1]
                 else:
                     unpacked.append(keyword.value)
-            yield Call(name, owner, node.lineno, node.args, keywords, assigned_to.get(id(node), ""), unpacked)
+            given = node.args, keywords, assigned_to.get(id(node), ""), unpacked
+            yield Call(name, owner, node.lineno, *given, is_conditional=id(node) not in unconditional)
 
     def read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
         """Return the items of {...} or dict(...) with string keys, or of a variable that is assigned one, else None."""
@@ -411,6 +416,46 @@ def _pair_names(node: Assignment) -> Iterator[tuple[str, ast.expr, bool]]:
         for item, value in zip(items, parts if len(parts) == len(items) else [node.value] * len(items), strict=True):
             if isinstance(item, ast.Name) and value is not None:
                 yield item.id, value, is_all
+
+
+class _Branches(ast.NodeTransformer):
+    """Replace `if` with a constant condition, such as `if False` or `if DEBUG` after `DEBUG = False`, by what runs."""
+
+    def __init__(self, constants: dict[str, ast.expr]) -> None:
+        self._constants = constants
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        return {None: node, True: node.body, False: node.orelse}[self._truth(node.test)]
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        self.generic_visit(node)
+        return {None: node, True: node.body, False: node.orelse}[self._truth(node.test)]
+
+    def _truth(self, test: ast.expr) -> bool | None:
+        """Return the truth of a condition, or None if it is not a constant."""
+        test = self._constants.get(test.id, test) if isinstance(test, ast.Name) else test
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return None if (truth := self._truth(test.operand)) is None else not truth
+        return test.value if isinstance(test, ast.Constant) and isinstance(test.value, bool) else None
+
+
+def _find_unconditional_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield all nodes but those in a branch, or in a function whose name the script never uses."""
+    nodes = list(ast.walk(tree))
+    used = {
+        getattr(node, "attr", getattr(node, "id", "")) for node in nodes if isinstance(node, ast.Attribute | ast.Name)
+    }
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.FunctionDef) and node.name not in used:
+            continue
+        if isinstance(node, ast.If | ast.IfExp) and "__name__" not in ast.unparse(node.test):
+            pending.append(node.test)
+        else:
+            pending += ast.iter_child_nodes(node)
 
 
 def _find_unconditional_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -28,7 +28,7 @@ from strop.interop.script_parser import (
     report_expression,
     report_unpacked,
 )
-from strop.interop.trl_data import SAVE_ROWS_FIX, read_rows
+from strop.interop.trl_data import LOADERS, SAVE_ROWS_FIX, read_rows
 
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
@@ -132,8 +132,18 @@ def read(draft: Draft) -> None:
         node = call.keywords.get("resume_from_checkpoint")
         if call.name == "train" and node is not None and script.value(node) not in (None, False):
             draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`", call.line)
+    _report_conditions(draft, script)
     for name, (value, line) in script.used_defaults.items():
         draft.add_difference(name, f"{value}: the default of a script option; if you pass another value, set it", line)
+
+
+def _report_conditions(draft: Draft, script: Script) -> None:
+    """Report calls that were read and run under a condition, where this was not said yet."""
+    read = (*_MASKS, *LOADERS, *CONFIGS, *TRAINERS, "from_pretrained", "get_peft_model", "LoraConfig")
+    said = {note.line for note in draft.differs if note.text.endswith("a condition")}
+    for call in script.calls:
+        if call.is_conditional and call.name in read and call.line not in said and "Tokenizer" not in call.owner:
+            draft.add_difference(call.name, f"line {call.line} is read, but whether it runs depends on a condition")
 
 
 def _report_tokenizer(draft: Draft, script: Script) -> None:

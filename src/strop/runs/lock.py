@@ -79,7 +79,9 @@ def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differ
             differences.append(Difference(name, _shorten(was), _shorten(now)))
     for field, was in old_values.items():
         if was != new_values.get(field) and field not in IGNORED_FIELDS:
-            differences.append(Difference(field, str(was), str(new_values.get(field)), field not in FIXED_FIELDS))
+            # without beta no start weights are stored, from which it counts the divergence
+            fixed = field in FIXED_FIELDS or (field == "train.beta" and not was)
+            differences.append(Difference(field, str(was), str(new_values.get(field)), not fixed))
     for library, now in new["versions"].items():
         was = old["versions"].get(library, now)
         if was.partition(".")[0] != now.partition(".")[0]:

@@ -184,7 +184,7 @@ def resume(
         if refused := [change for change in changes if not is_allowed(change, allow_changed)]:
             texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
             where = [Location(str(folder.path), None, text) for text in texts]
-            raise InputError("cannot resume", fix=_suggest_fix(refused), where=where)
+            raise InputError("cannot resume", fix=_suggest_fix(refused, allow_changed), where=where)
         for file, content in setup.data.pending.items() if devices.is_main else ():
             write_atomic(file, content)
         counts = (locked_device_count(lock), devices.world_size)
@@ -226,9 +226,10 @@ def _claim(folder: RunFolder, devices: Devices) -> Iterator[None]:
         yield
 
 
-def _suggest_fix(refused: Sequence[Difference]) -> str:
+def _suggest_fix(refused: Sequence[Difference], allowed: Sequence[str]) -> str:
+    """Return the fix, with the names that were allowed already, because the command is given anew."""
     if all(change.allowable for change in refused):
-        names = list(dict.fromkeys(change.name for change in refused))
+        names = list(dict.fromkeys([*allowed, *(change.name for change in refused)]))
         value = names[0] if len(names) == 1 else f"'{','.join(names)}'"
         return f"restore it, or resume with --allow-changed {value}"
     return "restore it, or start a new run (from this adapter with --model.adapter)"

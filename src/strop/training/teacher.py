@@ -244,7 +244,7 @@ class PolicyTeacher:
     prompts: Mapping[bytes, Ids]
 
     def rewrite(self, example: Example) -> Example:
-        """Return a completion with the teacher's prompt. One that an environment wrote stays as it is."""
+        """Return a completion with the teacher's prompt, where that is another one than the student's."""
         begin = example.prompt_length
         prompt = self.prompts.get(example.ids[:begin].tobytes())
         if prompt is None:
