@@ -405,6 +405,23 @@ def test_trained_image_encoder_of_unsloth(flag: str, vision: str | None, tmp_pat
     assert not any("collator" in note.key or "checkpointing" in note.key for note in draft.unsupported)
 
 
+def test_refused_values_are_named_by_the_keys_of_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    lines = [
+        "base_model: m",
+        "datasets: [{path: a.jsonl, type: alpaca}]",
+        "adapter: lora",
+        "lora_r: 0",
+        "learning_rate: -1",
+    ]
+    file.write_text("\n".join([*lines, "micro_batch_size: 2"]), encoding="utf-8")
+    with pytest.raises(RecipeError) as raised:
+        import_config("axolotl", file)
+    text = str(raised.value)
+    assert "lora_r: must be at least 1 (got 0)" in text and "learning_rate: must be above 0 (got -1)" in text
+    assert str(file) in text and "lora.r" not in text and "--" not in text
+
+
 UNSLOTH_TEXT = """
 from unsloth import FastLanguageModel
 from unsloth.chat_templates import train_on_responses_only

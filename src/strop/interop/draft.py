@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from strop.config.load import Resolved, resolve
+from strop.config.names import full_name
 from strop.config.schema import FULL_OBJECTIVES
-from strop.errors import InputError, RecipeError, StropError, suggest
+from strop.errors import InputError, Location, RecipeError, StropError, suggest
 from strop.objectives.table import OBJECTIVES
 
 IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune", "swift")
@@ -197,8 +198,24 @@ class Draft:
             raise RecipeError(f"{self.file}: no model is given", fix="check that it is a training config of this tool")
         has_teacher = self.has_teacher or "train.teacher" in values
         missing = [x for x in REQUIRED_OPTIONS if x not in values and (has_teacher or x != "train.teacher")]
-        resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
+        try:
+            resolved = resolve(None, {**values, **{name: REQUIRED_OPTIONS[name][1] for name in missing}})
+        except RecipeError as error:
+            raise self._in_other_words(error) from None
         return Imported(self, resolved, missing)
+
+    def _in_other_words(self, error: RecipeError) -> RecipeError:
+        """Return an error of the recipe's values that names the keys of the file they come from."""
+        places = []
+        for place in error.where:
+            field = full_name(place.file.lstrip("-"))
+            _, key = self.fields.get(field, ("", ""))
+            places.append(Location(str(self.file), None, f"{key or field}: {place.what}"))
+        if not places:
+            return error
+        return RecipeError(
+            f"{self.file}: values that strop does not train with", fix="correct them there", where=places
+        )
 
     def _leave_out_full(self) -> None:
         """Train an adapter for objectives that strop cannot train all weights for."""
