@@ -133,12 +133,15 @@ def test_answers_may_be_longer_than_the_longest_reference(alphabet: Path, capsys
     assert "4 of 4 base answers were cut at 119 tokens" in " ".join(err.split())
 
 
-def test_references_longer_than_the_limit_are_reported(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_references_longer_than_the_limit_are_reported(
+    alphabet: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     words = ["--data", alphabet / "rows.jsonl", "--max-new-tokens", "80", "--json"]
     cut = "4 of 4 reference answers are longer than the limit of 80 tokens"
     code, out, err = run("eval", alphabet / "run", *words, "--regression-data", words[1], capsys=capsys)
     assert code == 0 and json.loads(out)["tuned"]["exact"] == 0
     text = " ".join(err.split())
+    assert "4 of 4 reference answers are longer than an answer may be (80 tokens)" in caplog.text  # before answering
     assert f"not a fair test, because {cut}" in text and f"regression rows: {cut}" in text
     assert f"- {cut}" in (alphabet / "run" / "adapter" / "README.md").read_text()
     assert cut in (alphabet / "run" / "report.html").read_text()

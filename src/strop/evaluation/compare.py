@@ -116,6 +116,11 @@ def compare(
     expected = list(map(_expected_completion, prompts, rendered))
     lengths = list(map(partial(_count_reference_tokens, model), questions, expected))
     limit = max_new_tokens or answer_limit(max(lengths))
+    limits = [min(limit, model.max_length - len(prompt)) for prompt in prompts]
+    has_references = metric not in ("choice", "regex")  # a pattern is no answer
+    is_cut = [has_references and length > limit for length, limit in zip(lengths, limits, strict=True)]
+    if generates and any(is_cut):  # said before the answers, which may take an hour
+        LOG.warning("%d of %d reference answers are longer than an answer may be (%d tokens)", sum(is_cut), rows, limit)
     generated: dict[str, tuple[list[Completion], float]] = {}
     base_texts: list[str] | None = None
     if generates:
@@ -159,10 +164,8 @@ def compare(
     result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
     result |= {"metric_spec": str(metric)} if ".py:" in str(metric) else {}  # to evaluate other runs in the same way
     if metric != "choice":
-        limits = [min(limit, model.max_length - len(prompt)) for prompt in prompts[: len(questions)]]
-        cut = sum(length > limit for length, limit in zip(lengths, limits, strict=False))
         result["answers"] = {
-            "max_tokens": limit, "references_cut": 0 if metric == "regex" else cut,  # a pattern is no answer
+            "max_tokens": limit, "references_cut": sum(is_cut[: len(questions)]),
             **{
                 f"{name}_cut": round((1 - side.scores["stop_rate"]) * len(questions))
                 for name, side in sides.items()
