@@ -80,7 +80,13 @@ def test_fp32_merge_equals_the_tuned_model(trained: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("bias_options", [{"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True}])
+@pytest.mark.parametrize(
+    "bias_options",
+    [
+        {"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True},
+        {"lora.bias": "all", "lora.modules_to_save": "the last norm"},  # whose bias PEFT saves three times
+    ],
+)  # fmt: skip
 def test_trained_biases_of_adapted_layers_are_merged(
     kind: str, bias_options: dict[str, Any], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +94,8 @@ def test_trained_biases_of_adapted_layers_are_merged(
     tiny_families.save(kind, tmp_path / "base")
     options: dict[str, Any] = {"train.max_steps": 4, "lora.r": 2, "model.dtype": "fp32", "train.learning_rate": 0.03}
     options |= bias_options
+    if "lora.modules_to_save" in options:
+        options["lora.modules_to_save"] = [{"qwen2": "norm", "gpt_neox": "final_layer_norm", "gpt2": "ln_f"}[kind]]
     run = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "run", **options).folder
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     assert any(name.endswith("base_layer.bias") and weight.abs().max() > 0.01 for name, weight in saved.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,20 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter file. Tensors that were trained in full have the base's names."""
-    return {_remove_peft_names(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    tensors = {_remove_peft_names(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    return {name: tensor for name, tensor in tensors.items() if not _is_repeated(name, tensors)}
 
 
 def read_names(folder: Path) -> list[str]:
     """Read the keys of `read_weights` without reading the tensors."""
-    return [_remove_peft_names(key) for key in read_safetensors_header(folder / WEIGHTS_FILE)]
+    names = list(map(_remove_peft_names, read_safetensors_header(folder / WEIGHTS_FILE)))
+    return [name for name in names if not _is_repeated(name, names)]
+
+
+def _is_repeated(name: str, names: Container[str]) -> bool:
+    """Return whether a tensor is there a second time. PEFT saves the biases of modules trained in full three times."""
+    wrappers = (".modules_to_save.", ".original_module.")
+    return any(wrapper in name and name.replace(wrapper, ".") in names for wrapper in wrappers)
 
 
 def find_non_lora(folder: Path) -> list[str]:
