@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from strop.errors import DataError, RecipeError, RunError
 from strop.evaluation import general, metrics
@@ -34,6 +35,7 @@ from strop.evaluation.metrics import (
     wilson_interval,
 )
 from strop.evaluation.report import _format_scores
+from strop.evaluation.tables import print_leaderboard
 from tests.support.scripts import script
 from tests.support.shared_data import shared
 
@@ -456,3 +458,18 @@ def test_numbers_have_one_format_everywhere() -> None:
 def test_verdict_on_few_rows_says_so(rows: int, verdict: str) -> None:
     difference = {"value": 0.5, "low": 0.1, "high": 0.9}
     assert describe_change({"rows": rows, "difference": difference, "metric": "exact"})[1].startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "verdict", "expected"),
+    [(-0.1, "unclear", "no clear difference"), (0.01, "unclear", "not a fair test"), (0.01, "worse", "")],
+)
+def test_leaderboard_says_why_there_is_no_verdict(
+    low: float, verdict: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {"score": 0.5, "low": 0.4, "high": 0.6, "loss": None}
+    best = {"run": "a", "behind": {"value": 0.0, "low": 0.0, "high": 0.0}, "verdict": "best", **sides}
+    other = {"run": "b", "behind": {"value": 0.2, "low": low, "high": 0.4}, "verdict": verdict, **sides}
+    print_leaderboard([best, other], "exact", Console(width=200))
+    line = next(line for line in capsys.readouterr().out.splitlines() if " b " in line)
+    assert (": " in line) == bool(expected) and expected in line

@@ -23,7 +23,7 @@ from strop.machine.rates import Rates
 from strop.models import streaming
 from strop.models.sharding import EMBEDDING, HEAD
 from strop.models.source import locate
-from strop.models.streaming import MappedLayer, ReadAhead, load_streamed
+from strop.models.streaming import LayerCycle, MappedLayer, ReadAhead, load_streamed
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose
 from strop.planning.time import Rate, tokens_per_s
@@ -223,6 +223,34 @@ class RecordedLayer:
     def release(self) -> None:
         self._log.append(f"release {self._key}")
 
+    def drop(self) -> None:
+        self._log.append(f"drop {self._key}")
+
+    size = 100
+
+
+@pytest.mark.parametrize("free", [450, 10_000], ids=["two fit", "all fit"])
+def test_answers_read_layers_ahead_and_keep_those_that_fit(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(streaming, "free_bytes", lambda: free)
+    layers: dict[Any, Any] = {key: RecordedLayer(key, log) for key in (EMBEDDING, *range(5), HEAD)}
+    cycle = LayerCycle(layers)
+    for token in range(3):
+        for number in range(5):
+            cycle(number)
+            log.append(f"compute {number} of {token}")
+    cycle.wait()
+    if free == 10_000:
+        assert not [entry for entry in log if not entry.startswith("compute")]
+        return
+    assert {entry for entry in log if entry.startswith("drop")} == {"drop 2", "drop 3", "drop 4"}
+    for token in range(3):
+        for number in range(5):
+            at = log.index(f"compute {number} of {token}")
+            before = [entry for entry in log[:at] if entry.endswith(f" {number}")]
+            assert before[-1] == f"read {number}" and before.count(f"read {number}") == token + 1
+    assert log[-1] == "read 0"  # of the next token
+
 
 def test_each_layer_is_read_before_it_is_computed_and_released_after() -> None:
     log: list[str] = []
@@ -323,6 +351,9 @@ def test_answers_of_a_base_larger_than_memory(tiny_folder: Path, cache: Path, mo
     flip_a_byte(file)
     with pytest.raises(RunError, match=r"layer-1.bin: cannot be read"):
         strop.load(tiny_folder, dtype="fp32")
+    os.truncate(file, 0)
+    with pytest.raises(RunError, match=r"layer-1.bin: cannot be read: it was cut"):
+        model.generate(prompts, max_new_tokens=2)
 
 
 def test_planned_time_of_a_larger_base_is_close_to_the_measured(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ class DecoderLayers:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._base = base
         self.decoder, self.config = text_decoder(base)
+        self.cycle: Callable[[int], None] | None = getattr(base, "layer_cycle", None)  # of a base read from disk
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
         self.head = base_module(self.output)

@@ -199,7 +199,10 @@ def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out
     for entry in leaderboard:
         behind = entry["behind"]
         change = describe_difference(behind, metric)[1].partition(": ")[2].replace(", 95 % interval ", " (") + ")"
-        unclear = ": no clear difference" if entry["verdict"] == "unclear" else ""
+        is_clear = behind["low"] > 0 or behind["high"] < 0  # without a verdict, the rows are no fair test
+        unclear = (
+            f": {'not a fair test' if is_clear else 'no clear difference'}" if entry["verdict"] == "unclear" else ""
+        )
         table.add_row(
             escape(entry["run"]),
             format_score(metric, entry["score"]),

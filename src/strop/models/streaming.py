@@ -19,9 +19,9 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -109,6 +109,17 @@ class MappedLayer:
         if sys.platform != "win32":
             self._pages.madvise(mmap.MADV_DONTNEED)
 
+    def drop(self) -> None:
+        """Take the file's pages out of this process's memory, and out of the system's unless others use them."""
+        self.release()
+        if sys.platform == "linux":
+            with self._file.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
     def _error(self, why: str) -> RunError:
         what = f"{self._file}: cannot be read: {why}"
         return RunError(what, fix=f"delete {self._file.parent}, test the disk, and resume: it is written again")
@@ -164,6 +175,40 @@ class ReadAhead:
         return self._pool.submit(self._layers[self._order[index]].read)
 
 
+class LayerCycle:
+    """Reads the layers of a base in turn, again and again, as answers need them, each while another one is computed.
+
+    As many layers as fit stay in memory, and the others are dropped after their use. The system would drop what was
+    used least recently, which is always the layer that is needed next.
+    """
+
+    def __init__(self, layers: Mapping[ModuleKey, MappedLayer]) -> None:
+        self._layers = [layers[key] for key in sorted(key for key in layers if isinstance(key, int))]
+        size = max(layer.size for layer in self._layers)
+        room = int(USABLE_SHARE * free_bytes()) - 2 * size  # of the layer in use, and the one that is read
+        self._num_kept = max(0, room // size)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._reads: dict[int, Future[None]] = {}
+
+    def __call__(self, number: int) -> None:
+        """Wait for a layer, and begin to read the next. Raises RunError as MappedLayer.read does."""
+        if self._num_kept >= len(self._layers):
+            return
+        (self._reads.pop(number, None) or self._read(number)).result()
+        previous = (number - 1) % len(self._layers)
+        if previous >= self._num_kept:
+            self._layers[previous].drop()
+        following = (number + 1) % len(self._layers)
+        self._reads[following] = self._read(following)
+
+    def wait(self) -> None:
+        """Wait for the read that has begun."""
+        wait(self._reads.values())
+
+    def _read(self, number: int) -> Future[None]:
+        return self._pool.submit(self._layers[number].read)
+
+
 def load_streamed(
     source: Source, dtype: torch.dtype, *, quantization: str = "none", double: bool = True
 ) -> tuple[nn.Module, ReadAhead]:
@@ -191,6 +236,7 @@ def load_streamed(
         return MappedLayer(folder / _file_name(name), tensors, *index[name])
 
     model, layers, modules = load_by_layer(source, dtype, "cpu", map_file, quantization=quantization, double=double)
+    cast(Any, model).layer_cycle = LayerCycle(layers)  # for the decoder
     ahead = ReadAhead(layers, modules)
     ahead.verify(EMBEDDING)  # of which a pass reads some rows
     return model, ahead

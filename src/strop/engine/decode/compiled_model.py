@@ -103,6 +103,8 @@ class CompiledModel:
         if layers.family.embedding_norm:
             kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for number, layer in enumerate(self._layers_with_cache, 1):
+            if layers.cycle is not None:
+                layers.cycle(number - 1)
             kernels.layer_forward(layer, self._buffers, hidden, *rows, angles, self._num_threads)
             if number < len(later):
                 hidden[later[0].numpy()] += later[number].float().numpy()
