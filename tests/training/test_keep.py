@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 import strop
 from strop.config.load import Choice, resolve
 from strop.config.schema import KEEP_SHARE, Recipe
+from strop.data.prepare import prepare
 from strop.data.store import JoinedItems
 from strop.data.types import Example
 from strop.errors import DataError, RecipeError
@@ -32,7 +33,7 @@ from strop.planning.plan import print_plan
 from strop.runs.events import read_events
 from strop.training import build, keep
 from strop.training.keep import _choose
-from tests.support import tiny
+from tests.support import tiny, tool_templates
 from tests.support.runs import run
 from tests.support.slow import slow_except
 
@@ -415,6 +416,31 @@ def test_prompts_of_a_file(talker: Path, rows: Path, tmp_path: Path, caplog: pyt
         strop.train(model=talker, data=rows, **{"train.keep_prompts": str(mine)})
     with pytest.raises(DataError, match=r"nope.jsonl"):
         strop.train(model=talker, data=rows, **{**options, "train.keep_prompts": "nope.jsonl"})
+
+
+def test_prompts_of_a_file_keep_their_tools(rows: Path, tmp_path: Path) -> None:
+    """The model answers, and the kept rows show, what the template makes of the tools and of earlier calls."""
+    model = tiny.save_tiny(tmp_path / "tiny")
+    encoder = tool_templates.tokenizer("qwen3")
+    tiny.model(vocab_size=len(encoder)).save_pretrained(model)
+    encoder.save_pretrained(model)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0}
+    lines = [
+        {"messages": [{"role": "user", "content": f"sum {n}"}, *more], "tools": tools}
+        for n in range(12)
+        for more in ([], [asked, {"role": "tool", "content": f"{n}", "name": "add", "tool_call_id": "c"}])
+    ]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {**QUICK, "train.keep": 0.5, "train.keep_prompts": str(mine), "data.max_length": 2000}
+    done = strop.train(model=model, data=rows, out=tmp_path / "run", **options)
+    kept = [json.loads(line) for line in (done.folder / "kept.jsonl").read_text("utf-8").splitlines()]
+    assert [{**row, "messages": row["messages"][:-1]} for row in kept] == lines
+    shown = prepare(resolve(None, {"model": "x", "data": str(done.folder / "kept.jsonl")}).recipe.data, encoder)
+    assert all("<tools>" in encoder.decode(row.ids) for row in shown.train)
+    assert sum("<tool_response>" in encoder.decode(row.ids) for row in shown.train) == 12
 
 
 def test_rows_are_checked_at_random(talker: Path, tmp_path: Path) -> None:

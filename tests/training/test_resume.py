@@ -183,6 +183,7 @@ def test_a_changed_keep_is_allowed_by_its_name(tiny_folder: Path, rows_file: Pat
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("data", True), ("train.beta", True), ("data.max_length", True), ("train.teacher_weight", True),
+     ("lora.alpha", True), ("lora.alpha_pattern", True), ("lora.use_rslora", True), ("lora.dropout", False),
      ("train.learning_rate", False), ("train.epochs", False), ("versions", False), ("kept", False)],
 )  # fmt: skip
 def test_which_changes_make_losses_incomparable(name: str, changes: bool) -> None:

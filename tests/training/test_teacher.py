@@ -33,7 +33,7 @@ from strop.training.soft_labels import soften
 from strop.training.teacher import PolicyTeacher
 from tests import ROOT
 from tests.evaluation.test_judge import judge_server
-from tests.support import tiny
+from tests.support import tiny, tool_templates
 from tests.support.families import tokenizer
 from tests.support.groups import make_job, prompts, write_reward
 from tests.support.runs import run
@@ -498,6 +498,31 @@ def test_probabilities_of_a_teacher_are_those_with_its_system_prompt(student: Pa
         found.append(load_file(out.folder / "teacher.safetensors"))
     np.testing.assert_allclose(found[0]["probs"], found[1]["probs"], rtol=1e-5)
     np.testing.assert_array_equal(found[0]["ids"], found[1]["ids"])
+
+
+def test_each_turn_of_a_split_conversation_has_its_own_probabilities(tmp_path: Path) -> None:
+    """The template rewrites earlier turns, so that each answer is an example; all have the same labels."""
+    encoder = tool_templates.tokenizer("qwen3-thinking")
+    encoder.save_pretrained(student := tmp_path / "tiny")
+    tiny.model(vocab_size=len(encoder)).save_pretrained(student)
+    shouted = [{"system": "Shout.", "prompt": text, "completion": "LOUD"} for text in ("who?", "Say: a", "1 + 2")]
+    options = {**QUICK, "train.max_steps": 20, "train.learning_rate": 0.02}
+    loud = strop.train(model=student, data=shouted, out=tmp_path / "loud", **options).folder
+    turns = [
+        {"role": role, "content": content}
+        for question in ("who is it?", "what is 1 + 2?", "and now?")
+        for role, content in (("user", question), ("assistant", "yes"))
+    ]
+    found = []
+    for system in ([], [{"role": "system", "content": "Shout."}]):
+        file = write(tmp_path / f"{len(system)}.jsonl", [{"messages": [*system, *turns]}] * 2)
+        out = strop.train(
+            model=student, data=str(file), out=tmp_path / f"run{len(system)}", **QUICK, **{"train.teacher": str(loud)}
+        )
+        found.append(load_file(out.folder / "teacher.safetensors")["probs"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    first, second, *_ = np.array_split(found[0], 6)  # of each example
+    assert not np.allclose(first, second, rtol=1e-3)
 
 
 def test_rows_that_the_teacher_reads_without_its_system_prompt_are_counted(

@@ -24,8 +24,8 @@ MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which
 MAX_CUT_OFF = 0.9  # maximum share of completions that reach the length limit
 MIN_CUT_OFF = 0.01  # smallest share that is reported
 MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
-# changes after which the loss of an evaluation measures something else than before
-_MEASURED_PARTS = ("base", "data", "teacher", "template", "rewards", "environment")
+_MEASURED_PARTS = ("data", "teacher", "template", "rewards", "environment")  # inputs with which the loss is measured
+_SCALES = ("lora.alpha", "lora.alpha_pattern", "lora.use_rslora")
 
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
@@ -190,7 +190,15 @@ def _read_losses(events: Sequence[dict[str, Any]], kind: str) -> Losses:
 
 
 def changes_loss(name: str) -> bool:
-    """Return whether losses before and after a change cannot be compared. name: a field or input that changed."""
+    """Return whether losses before and after a change cannot be compared: another measure, or another model.
+
+    name: a field or input that changed.
+    """
+    return changes_measure(name) or name in ("base", *_SCALES) or name.startswith("model.")
+
+
+def changes_measure(name: str) -> bool:
+    """Return whether the loss of the same model is another one after a change of the field or input `name`."""
     section, _, field = name.partition(".")
-    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith("teacher"))
-    return name in _MEASURED_PARTS or section in ("data", "model") or of_train
+    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith(("teacher", "objective")))
+    return name in _MEASURED_PARTS or section == "data" or of_train

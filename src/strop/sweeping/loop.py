@@ -163,15 +163,17 @@ class SweepFolder:
         return self.path / "trials" / f"{number:03d}"
 
     def _find_twin(self, number: int, setting: Setting) -> Any:
-        """Return a finished trial with the same setting, whose result a sampler's repetition has too."""
-        return next(
-            (
-                other
-                for other in self.trials.all()
-                if other.number < number and other.state.name == "COMPLETE" and other.user_attrs["setting"] == setting
-            ),
-            None,
-        )
+        """Return a finished trial of the same run: a sampler repeated a setting, or it has the values of the default.
+
+        The plan, or another field, may choose the values of the default.
+        """
+        earlier = [x for x in self.trials.all() if x.number < number and x.state.name == "COMPLETE"]
+        if twin := next((x for x in earlier if x.user_attrs["setting"] == setting), None):
+            return twin
+        if not earlier or earlier[0].number != 0:
+            return None
+        own, default = (self._planner.plan(values).resolved.recipe for values in (setting, {}))
+        return earlier[0] if own == default else None
 
     def _pruner(self, number: int) -> Callable[[Event], None]:
         """Return a listener that ends a trial when Optuna's pruner decides so. The default is never pruned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from strop import api
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError, suggest
+from strop.evaluation.diagnosis import changes_measure
 from strop.evaluation.metrics import find_metric
 from strop.models.adapter_config import WEIGHTS_FILE, adapter_folder
 from strop.models.source import fingerprint, locate
@@ -136,7 +137,17 @@ def make_request(
                 raise RecipeError(
                     "--over train.objective: they train on different rows", fix="compare those of one kind"
                 )
+    if options.prune:
+        _check_losses(request.space)
     check_settings(corners(request.space), resolved)
     request.trials  # noqa: B018 (checks the sampler)
     api.check_inputs(models=[recipe.model.name], revision=recipe.model.revision, data=[recipe.data.train])
     return request
+
+
+def _check_losses(space: Sequence[Dimension]) -> None:
+    """Raise RecipeError if trials of the space have evaluation losses that cannot be compared."""
+    for dimension in space:
+        if changes_measure(dimension.field) or dimension.field == "model.name":
+            what = f"--prune: trials are pruned by their evaluation loss, which {dimension.field} changes"
+            raise RecipeError(what, fix="leave --prune out: scores can be compared")

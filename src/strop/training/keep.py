@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.store import JoinedItems, message_json
-from strop.data.types import Example, Indices, Message
+from strop.data.types import Conversation, Example, Indices, Message
 from strop.display.terminal import LASTING
 from strop.errors import RecipeError
 from strop.models.adapter_config import adapter_folder
@@ -114,35 +113,40 @@ def _choose(lengths: Indices, tokens: int, share: float) -> Indices:
     return np.concatenate([*[order] * int(whole), order[:count]])
 
 
-def _read_prompts(recipe: Recipe, tokenizer: Any) -> str:
-    """Return the general prompts, or those of train.keep_prompts, as JSON Lines. Raises DataError."""
+def _read_prompts(recipe: Recipe, tokenizer: Any) -> list[Conversation]:
+    """Return the general prompts, or those of train.keep_prompts. Raises DataError."""
     if recipe.train.keep_prompts is None:
-        return (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
+        text = (files(__package__) / "general_prompts.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line)["messages"] for line in text.splitlines()]
+        return [Conversation("", 0, tuple(Message(**turn) for turn in messages)) for messages in rows]
     changes = {
         "train": recipe.train.keep_prompts, "eval": None, "format": "auto", "columns": None, "overlong": "drop",
     }  # fmt: skip
     prepared = prepare(recipe.data.model_copy(update=changes), tokenizer, data_kind="prompts")
-    rows, dropped = prepared.train_conversations, prepared.report.rows["dropped"]
+    chosen, dropped = prepared.train_conversations, prepared.report.rows["dropped"]
     if dropped:
         message = "keep     %d of %d prompts of %s are left out: not valid, or longer than data.max_length"
         LOG.info(message, dropped, prepared.report.rows["read"], recipe.train.keep_prompts, extra=LASTING)
-    chosen = (rows[i].prompt.messages for i in range(min(len(rows), MAX_PROMPTS)))
-    lines = ({"messages": [message_json(message) for message in messages]} for messages in chosen)
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return [chosen[i].prompt for i in range(min(len(chosen), MAX_PROMPTS))]
 
 
-def _answered_prompts(prompts: str, load_once: Callable[[], Model], model_key: str, renderer: Renderer) -> str:
+def _answered_prompts(
+    prompts: Sequence[Conversation], load_once: Callable[[], Model], model_key: str, renderer: Renderer
+) -> str:
     """Return the prompts with the answers of the model before training, as JSON Lines, cached."""
-    key = sha256_text(f"{model_key} {renderer.template_hash} {MAX_NEW_TOKENS} {prompts}")
+    text = "".join(map(_as_line, prompts))
+    key = sha256_text(f"{model_key} {renderer.template_hash} {MAX_NEW_TOKENS} {text}")
     cached = cache_folder() / "keep" / f"{key[:32]}.jsonl"
     if not cached.is_file():
-        rows = [json.loads(line)["messages"] for line in StringIO(prompts)]
-        text = "".join(
-            json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in _answer(rows, load_once(), renderer)
-        )
         cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cached, text)
+        write_atomic(cached, "".join(map(_as_line, _answer(prompts, load_once(), renderer))))
     return cached.read_text(encoding="utf-8")
+
+
+def _as_line(row: Conversation) -> str:
+    """Return a row in the format `messages`."""
+    value = {"messages": [*map(message_json, row.messages)]} | ({"tools": [*row.tools]} if row.tools else {})
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _key(recipe: Recipe, source: Source) -> str:
@@ -165,7 +169,7 @@ def _load(recipe: Recipe, source: Source) -> Model:
     )  # fmt: skip
 
 
-def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Renderer) -> list[list[dict[str, Any]]]:
+def _answer(rows: Sequence[Conversation], model: Model, renderer: Renderer) -> list[Conversation]:
     """Return the rows with the model's answers; earlier answers are not trained on."""
     from strop.engine.decode.generate import generate
 
@@ -176,18 +180,18 @@ def _answer(rows: Sequence[list[dict[str, Any]]], model: Model, renderer: Render
     )  # fmt: skip
     prompts, answerable = [], []
     for row in rows:
-        messages = [Message(**turn) for turn in row]
         try:
-            prompts.append(renderer.prompt(messages))
+            prompts.append(renderer.prompt(row.messages, row.tools))
         except RenderError:  # a template without system prompts
             continue
-        answerable.append([{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row])
+        turns = (replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in row.messages)
+        answerable.append(replace(row, messages=tuple(turns)))
     answers = generate(
         model.module, renderer.tokenizer, prompts, stop_ids=renderer.end_ids, max_new_tokens=MAX_NEW_TOKENS,
         advance=lambda done: LOG.info(message, done, len(prompts)),
     )  # fmt: skip
     return [
-        [*row, message_json(Message("assistant", text))]
+        replace(row, messages=(*row.messages, Message("assistant", text)))
         for row, answer in zip(answerable, answers, strict=True)
         if (text := answer.text.rstrip("\ufffd")).strip()  # a cut answer may end within a character
     ]

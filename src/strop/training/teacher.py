@@ -184,15 +184,15 @@ class Teacher:
 
     def _rewrite(self, data: Prepared) -> list[Example]:
         """Return the training rows as the teacher reads them: with its system prompt, and the same labels."""
-        rows, others = list(data.train), dict[int, Conversation]()  # rows with another prompt, by index
+        rows, both = list(data.train), dict[int, tuple[Conversation, Conversation]]()  # rows with another prompt
         for i in range(len(rows) if self.system is not None else 0):
             own = data.train.conversation(i)
             if (other := self._with_system(own)) is not own:
-                others[i] = other
+                both[i] = (own, other)
         lost = 0
-        for i, (_, rendered) in zip(others, data.renderer.render_many(others.values()), strict=True):
-            labels, examples = _labels(rows[i]), [] if isinstance(rendered, RenderError) else rendered
-            same = next((example for example in examples if np.array_equal(_labels(example), labels)), None)
+        rendered = data.renderer.render_many(conversation for pair in both.values() for conversation in pair)
+        for i, (_, own_examples), (_, others) in zip(both, rendered, rendered, strict=True):
+            same = _find_same(rows[i], own_examples, others)
             rows[i], lost = same or rows[i], lost + (same is None)
         if lost:  # the template has no system prompts, a row was cut to data.max_length, or data.loss is all
             LOG.warning("train.teacher: its probabilities for %d rows are without its system prompt", lost)
@@ -215,6 +215,18 @@ class Teacher:
             LOG.info("loading train.teacher %s", self.name)
             self._loaded = load(self.name, device=self._recipe.model.device)
         return self._loaded
+
+
+def _find_same(row: Example, own: list[Example] | RenderError, others: list[Example] | RenderError) -> Example | None:
+    """Return the one of `others` that is at the row's place in `own`: the same labels after another prompt.
+
+    own, others: the examples of a conversation, of which the row is one, without and with a system prompt.
+    """
+    if isinstance(own, RenderError) or isinstance(others, RenderError) or len(own) != len(others):
+        return None
+    same = (other for mine, other in zip(own, others, strict=True) if np.array_equal(mine.ids, row.ids))
+    other = next(same, None)
+    return other if other is not None and np.array_equal(_labels(other), _labels(row)) else None
 
 
 def _labels(example: Example) -> Ids:
