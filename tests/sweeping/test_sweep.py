@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_refused_before_training(
     [
         (["--over", "lora.rr=1,2"], "did you mean lora.r?"),
         (["--over", "out=a,b"], "every trial has its own folder"),
+        (["--over", "data.max_length=64,128", "--prune"], "by their evaluation loss, which data.max_length changes"),
+        (["--over", "train.class_weights=equal,balanced", "--prune"], "loss, which train.class_weights changes"),
         (["--over", "lora.r=2,4", "--sampler", "grit"], "did you mean grid?"),
         (["--over", "lora.r=2..4", "--sampler", "grid"], "lora.r is a range"),
         (["--over", "lora.r=2,4,8", "--sampler", "grid", "--trials", "2"], "the grid with the default has 4 settings"),
@@ -294,6 +296,15 @@ def test_a_repeated_setting_is_trained_once(here: Path, tiny_folder: Path) -> No
     for trial in repeated:
         assert trial["score"] == result.state["trials"][trial["same_as"]]["score"]
         assert not (here / "s" / "trials" / f"{trial['number']:03d}").exists()
+
+
+def test_values_that_the_plan_chooses_are_trained_once(here: Path, tiny_folder: Path) -> None:
+    """The default of lora.alpha is twice the rank."""
+    result = sweep(tiny_folder, over={"lora.alpha": [32, 8]}, epochs=1)
+    assert [trial["same_as"] for trial in result.state["trials"]] == [None, 0, None]
+    assert result.state["trials"][1]["score"] == result.state["trials"][0]["score"]
+    assert not (here / "s" / "trials" / "001").exists()
+    assert [entry["trials"] for entry in result.state["selection"]["ranking"]] in ([[0], [2]], [[2], [0]])
 
 
 def test_pruned_trials_end_early_with_a_complete_report(here: Path, tiny_folder: Path) -> None:
