@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from strop.cli.app import _convert_os_error
 from strop.errors import DiskError, FolderError
 from strop.runs.folder import cache_folder, disk_errors, new_folder
+from tests.support.families import tokenizer
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -66,6 +67,20 @@ def test_full_disk_error_of_numpy_becomes_a_disk_error(tmp_path: Path) -> None:
     """numpy raises it without an error number when it writes the tensors of a GGUF file."""
     with pytest.raises(DiskError, match="No space left"), disk_errors(tmp_path):
         raise OSError("13600 requested and 5488 written")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_full_disk_error_of_tokenizers_becomes_a_disk_error(tmp_path: Path) -> None:
+    """It is a bare Exception, here of a real one on a file that is always full."""
+    full = tokenizer("chatml").backend_tokenizer
+    with pytest.raises(DiskError, match="No space left"), disk_errors(tmp_path):
+        full.save("/dev/full")
+
+
+def test_error_of_a_read_only_disk_does_not_say_to_free_space(tmp_path: Path) -> None:
+    with pytest.raises(DiskError) as raised, disk_errors(tmp_path):
+        raise OSError(errno.EROFS, "read-only", str(tmp_path / "x"))
+    assert "make it writable" in raised.value.fix and "free" not in raised.value.fix
 
 
 def test_full_disk_error_names_the_cache_or_the_run(tmp_path: Path) -> None:

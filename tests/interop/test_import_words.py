@@ -254,6 +254,15 @@ def test_positional_arguments_are_imported_or_listed(tmp_path: Path) -> None:
     assert (draft.get("data.max_length"), draft.get("model.quantization")) == (512, "none")
 
 
+def test_swift_does_not_quantize_without_a_method(tmp_path: Path) -> None:
+    file = tmp_path / "swift.yaml"
+    for method, expected in (("", "none"), ("quant_method: bnb\n", "int8")):
+        file.write_text(f"model: demo\ndataset: [a.jsonl]\nquant_bits: 8\n{method}", encoding="utf-8")
+        imported = import_config("swift", file)
+        assert imported.draft.get("model.quantization") == expected
+        assert ("quant_bits" in str(imported.draft.ignored)) is not bool(method)
+
+
 def test_argparse_defaults_are_imported_and_noted(tmp_path: Path) -> None:
     before = """
 import argparse

@@ -378,6 +378,12 @@ def test_full_disk_is_refused_before_loading(
     monkeypatch.chdir(tmp_path)
     code, _, err = run("train", "--model", tiny_folder, "--data", rows_file, capsys=capsys)
     assert code == 2 and "1 MiB are free" in err and not (tmp_path / "runs").exists()
+    assert "keep_checkpoints" not in err  # one checkpoint would need more
+    monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: 40_000_000)
+    kept = ["--train.keep_checkpoints", "1000"]
+    code, _, err = run("train", "--model", tiny_folder, "--data", rows_file, *kept, capsys=capsys)
+    assert code == 2 and "or lower --train.keep_checkpoints" in err
+    monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: 1_000_000)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "notes.txt").touch()
     assert run("train", "--model", tiny_folder, "--data", rows_file, capsys=capsys)[0] == 2

@@ -118,8 +118,11 @@ def _read_model(draft: Draft, keys: Keys) -> None:
         draft.put_dtype(DTYPES[dtype], "torch_dtype")
     elif dtype is not None:
         draft.add_unsupported("torch_dtype", str(dtype))
-    bits, method = keys.take("quant_bits"), keys.take("quant_method", "bnb")
-    if method == "bnb" and bits == 4:
+    bits, method = keys.take("quant_bits"), keys.take("quant_method")
+    if method is None and bits is not None:
+        draft.put("model.quantization", "none", "no quant_method")
+        draft.add_ignored("quant_bits", "without quant_method, swift does not quantize")
+    elif method == "bnb" and bits == 4:
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "quant_bits")
         draft.put("model.double_quantization", bool(keys.take("bnb_4bit_use_double_quant", True)), "quant_bits")
         keys.take("bnb_4bit_compute_dtype")

@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from strop.errors import MAX_SHOWN_LOCATIONS, DiskError, FolderError, closest
 from strop.runs.events import read_events
@@ -198,8 +197,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Convert errors of a full, broken or read-only disk to DiskError, which names `path`, or a file outside of it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        match = re.search(r"os error (\d+)", str(error))  # safetensors raises Rust's message with the error number
+    except (
+        Exception
+    ) as error:  # safetensors and tokenizers raise Rust's message with the number, the latter as Exception
+        match = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy reports no error number
             number = errno.ENOSPC
@@ -208,9 +209,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         filename = getattr(error, "filename", None)
         file = path if filename is None else Path(os.fsdecode(filename))
         file = path if path.absolute() in file.absolute().parents else file
-        fix = "free some space or repair the disk, then try again; completed files are intact"
+        change = "make it writable" if number == errno.EROFS else "free some space or repair the disk"
+        fix = f"{change}, then try again; completed files are intact"
         if file != path and overlaps_cache(file):
-            fix = "free some space there, or set STROP_CACHE to a writable folder"
+            fix = f"{change}, or set STROP_CACHE to a writable folder"
         raise DiskError(f"{file}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 

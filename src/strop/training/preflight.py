@@ -496,20 +496,18 @@ def _check_rewards(recipe: Recipe, data: Prepared, rows: Rows) -> str | None:
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
     """Raise FolderError if there is no space for copies of the base in the cache, or for checkpoints and adapter."""
-    num_checkpoints = setup.resolved.recipe.train.keep_checkpoints + 2  # the best one, and one that is being written
-    run_bytes = num_checkpoints * checkpoint_bytes(setup.num_weights) + 4 * setup.num_weights + (16 << 20)
-    for path, user, needed, fix in (
-        (cache_folder(), "copies of the base need", _copies_bytes(setup), "or set STROP_CACHE to another disk"),
-        (
-            folder.path,
-            "the run needs",
-            run_bytes,
-            "give a folder on another disk with --out, or lower --train.keep_checkpoints",
-        ),
-    ):
-        if needed and (free := free_bytes(path)) < needed:
-            what = f"{path}: {user} {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free"
-            raise FolderError(what, fix=f"free some space, {fix}; see {TROUBLESHOOTING_PAGE}#disk")
+    kept, checkpoint = setup.resolved.recipe.train.keep_checkpoints, checkpoint_bytes(setup.num_weights)
+    least = 3 * checkpoint + 4 * setup.num_weights + (16 << 20)  # one, the best one, and one that is being written
+    needed = least + (kept - 1) * checkpoint
+    lower = ", or lower --train.keep_checkpoints" if least <= free_bytes(folder.path) else ""
+    _check_free(cache_folder(), "copies of the base need", _copies_bytes(setup), "or set STROP_CACHE to another disk")
+    _check_free(folder.path, "the run needs", needed, f"give a folder on another disk with --out{lower}")
+
+
+def _check_free(path: Path, user: str, needed: int, fix: str) -> None:
+    if needed and (free := free_bytes(path)) < needed:
+        what = f"{path}: {user} {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free"
+        raise FolderError(what, fix=f"free some space, {fix}; see {TROUBLESHOOTING_PAGE}#disk")
 
 
 def _copies_bytes(setup: Setup) -> int:
