@@ -133,6 +133,14 @@ def test_rows_of_an_anchor_are_held_out_together_and_known_texts_are_reported(tm
     )
 
 
+def test_an_anchor_of_training_rows_is_a_known_text(tmp_path: Path) -> None:
+    swapped = [{"anchor": f"answer {n}", "positive": f"question {n}"} for n in range(4)]
+    held_out = write(tmp_path / "held_out.jsonl", swapped)
+    rows = [{"anchor": f"question {n}", "positive": f"answer {n}"} for n in range(4)]
+    prepared = read(tmp_path, rows, eval=str(held_out))
+    assert "8 of 8 evaluation texts are also training texts" in prepared.report.warnings
+
+
 def test_long_texts_keep_their_end(tmp_path: Path) -> None:
     words, text = tokenizer("llama3"), "hello " * 40 + "the weather in Paris"
     file = write(tmp_path / "rows.jsonl", [GOOD[0], {"anchor": "short", "positive": text}])

@@ -34,6 +34,11 @@ def test_scores_of_several_labels_by_hand() -> None:
     assert scores["loss"] == pytest.approx(-sum(map(math.log, (0.9, 0.4, 0.8, 0.7, 0.9, 0.4))) / 6)
 
 
+def test_nothing_predicted_where_no_text_has_a_label_is_right() -> None:
+    scores = score_classes(np.full((3, 2), 0.1), np.zeros((3, 2), bool), several=True)
+    assert scores["accuracy"] == scores["macro_f1"] == scores["micro_f1"] == 1
+
+
 def test_calibration_error_sums_gaps_within_a_bin() -> None:
     confidences = np.array([0.95, 0.95, 0.95, 0.95, 1 / 15])
     assert calibration_error(confidences, np.array([1, 1, 1, 0, 0], bool)) == pytest.approx((0.8 + 1 / 15) / 5)

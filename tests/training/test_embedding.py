@@ -422,3 +422,23 @@ def test_rows_that_teach_nothing_or_the_wrong_thing(
     with pytest.raises(InputError) as raised:
         strop.train(model=str(tiny_folder), data=str(file), out=str(tmp_path / "run"), **options)
     assert message in str(raised.value) + " ".join(str(place) for place in raised.value.where)
+
+
+def test_leaderboard_pairs_the_anchors_that_both_tokenizers_tell_apart(tmp_path: Path, tiny_folder: Path) -> None:
+    """One tokenizer lower-cases, so that two anchors are one text."""
+    lower = tmp_path / "lower"
+    shutil.copytree(tiny_folder, lower)
+    words = tokenizer("chatml").backend_tokenizer.to_str()
+    (lower / "tokenizer.json").write_text(words.replace('"normalizer":null', '"normalizer":{"type":"Lowercase"}'))
+    rows = [{"anchor": f"where is {n}", "positive": f"here {n}"} for n in range(24)]
+    data = texts.write(tmp_path / "rows.jsonl", rows)
+    new = texts.write(
+        tmp_path / "new.jsonl",
+        [{"anchor": f"where is {name}", "positive": f"in {name}"} for name in ("Paris", "Oslo", "paris", "Rome")],
+    )
+    runs = [tmp_path / "run", tmp_path / "low"]
+    for model, out in zip((tiny_folder, lower), runs, strict=True):
+        strop.train(model=model, data=data, objective="embed", out=out, max_steps=1)
+    assert [strop.evaluate(run, new)["rows"] for run in runs] == [4, 3]
+    entries = strop.evaluate(runs, new)["leaderboard"]
+    assert {entry["verdict"] for entry in entries} == {"best", "unclear"}

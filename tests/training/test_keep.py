@@ -443,6 +443,20 @@ def test_prompts_of_a_file_keep_their_tools(rows: Path, tmp_path: Path) -> None:
     assert sum("<tool_response>" in encoder.decode(row.ids) for row in shown.train) == 12
 
 
+def test_prompts_without_an_answer_are_counted(
+    rows: Path, talker: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = keep._answer
+    monkeypatch.setattr(keep, "_answer", lambda *arguments: answer(*arguments)[3:])
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": f"{n} + 1"}) + "\n" for n in range(18)))
+    caplog.set_level("INFO", logger="strop")
+    with pytest.raises(RecipeError, match="give 16 prompts that the model answers"):
+        options = {**QUICK, "train.keep": 0.5, "train.keep_prompts": str(mine)}
+        strop.train(model=talker, data=rows, out=tmp_path / "run", **options)
+    assert any("3 of 18 prompts are left out: no answer" in record.getMessage() for record in caplog.records)
+
+
 def test_rows_are_checked_at_random(talker: Path, tmp_path: Path) -> None:
     data = with_system(tmp_path / "rows.jsonl", 2000, without=1000)
     lines = data.read_text().splitlines(keepends=True)

@@ -300,8 +300,10 @@ def _add_evaluation(
     """Return the report on the training rows with that on the evaluation rows, and their overlap in both."""
     known_texts = list[str]()
     if evaluation.data_kind == "triplets":
-        known = {text for row in training.conversations for text in row.passages}
-        texts = {text for row in evaluation.conversations for text in row.passages}
+        known, texts = (
+            {text for row in part.conversations for text in (row.text, *row.passages)}
+            for part in (training, evaluation)
+        )
         if texts & known:
             known_texts = [f"{len(texts & known):,} of {len(texts):,} evaluation texts are also training texts"]
     across, prompts = (

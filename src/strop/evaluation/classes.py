@@ -147,7 +147,7 @@ def score_classes(probabilities: Probabilities, targets: Mask, several: bool) ->
     return {
         ACCURACY: float((predicted == targets).all(1).mean()),
         "macro_f1": float((2 * right.sum(0)[occurring] / counts[occurring]).mean()) if occurring.any() else 1.0,
-        **({"micro_f1": float(2 * right.sum() / max(1, int(counts.sum())))} if several else {}),
+        **({"micro_f1": float(2 * right.sum() / counts.sum()) if occurring.any() else 1.0} if several else {}),
         "loss": float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean()),
         "calibration_error": calibration_error(confidences.ravel(), confident_hits.ravel()),
     }

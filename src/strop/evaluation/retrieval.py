@@ -142,7 +142,7 @@ def compare_retrieval(
     queries: the rows whose anchors are scored; all if there are none. The texts of all rows are candidates.
     `rows` of the result is the number of different anchors and `texts` that of the candidates. `base`, `tuned` and
     `baseline` have the scores of `score_retrieval`, and `score_intervals` their intervals. `known_texts` is the number
-    of candidates that are also in `train_rows`.
+    of candidates that are also texts of `train_rows`.
     """
     rows, invalid = list[list[Example]](), list[Location]()
     for conversation, rendered in render_triplets(model.renderer, conversations):
@@ -190,7 +190,7 @@ def compare_retrieval(
         result["baseline_name"] = BASELINE
         result["baseline_difference"] = vars(paired_difference(hits["baseline"], hits["tuned"]))
     if train_rows is not None:
-        known = {text for row in train_rows for text in row.passages}
+        known = {text for row in train_rows for text in (row.text, *row.passages)}
         result["known_texts"] = sum(text in known for text in candidates)
         if result["known_texts"]:
             notes.append(f"{result['known_texts']:,} of {len(candidates):,} texts are also texts of the training rows")

@@ -534,13 +534,23 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], loss_of(entry[2]) or 0.0))
     ranking: list[dict[str, Any]] = []
     for result, name, side in entries:
-        behind, (low, high) = paired_difference(side.hits, entries[0][2].hits), result["intervals"][name]
+        behind = paired_difference(*_common_hits((result, side.hits), (entries[0][0], entries[0][2].hits)))
+        low, high = result["intervals"][name]
         ranking.append({
             "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
             "loss": loss_of(side),
             **_describe_gap(behind, is_best=not ranking, is_fair=not (why_unfair(entries[0][0]) or why_unfair(result))),
         })  # fmt: skip
     return ranking
+
+
+def _common_hits(*sides: tuple[dict[str, Any], list[bool]]) -> list[list[bool]]:
+    """Return the hits of results and their hits, without anchors that only one of two tokenizers tells from others."""
+    if any(result["metric"] != NEAREST for result, _ in sides):
+        return [hits for _, hits in sides]
+    by_place = [{row["place"]: hit for row, hit in zip(result["samples"], hits, strict=True)} for result, hits in sides]
+    places = [place for place in by_place[0] if place in by_place[1]]
+    return [[hits[place] for place in places] for hits in by_place]
 
 
 def _rank_by_reward(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

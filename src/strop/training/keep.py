@@ -57,7 +57,11 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     load_once = lru_cache(lambda: _load(recipe, source))
     if not file.is_file():
         prompts = _read_prompts(recipe, data.renderer.tokenizer)
-        write_atomic(file, _answered_prompts(prompts, load_once, _key(recipe, source), data.renderer))
+        text = _answered_prompts(prompts, load_once, _key(recipe, source), data.renderer)
+        write_atomic(file, text)
+        if unanswered := len(prompts) - text.count("\n"):
+            message = "keep     %d of %d prompts are left out: no answer, or refused by the template"
+            LOG.info(message, unanswered, len(prompts), extra=LASTING)
     changes = {
         "train": str(file), "eval": None, "format": "messages", "columns": None, "encoding": "utf-8",
         "loss": "assistant", "overlong": "drop", "bad_rows": "drop",
@@ -71,7 +75,7 @@ def add_kept_rows(data: Prepared, recipe: Recipe, source: Source, file: Path) ->
     answered = file.read_bytes().count(b"\n")
     if len(rows) < MIN_ROWS:
         what = f"train.keep: {len(rows)} of {answered} answered prompts can be rows of this recipe; it needs {MIN_ROWS}"
-        more = "raise --data.max_length" if answered >= MIN_ROWS else f"give {MIN_ROWS} prompts"
+        more = "raise --data.max_length" if answered >= MIN_ROWS else f"give {MIN_ROWS} prompts that the model answers"
         raise RecipeError(what, fix=f"{more}, or leave it out")
     if unused := answered - len(rows):
         message = (
