@@ -18,6 +18,7 @@ from strop.machine import cgroup
 MAX_TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
 # CUDA compute capability of the first GPUs with bf16 (Ampere), and with fp16 at a multiple of the rate of fp32 (Volta)
 MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY = 8.0, 7.0
+NO_BF16 = "this CPU has no instructions for bf16, which can take 30 times as long as fp32: leave model.dtype out"
 _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 

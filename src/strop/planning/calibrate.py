@@ -46,6 +46,7 @@ SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 64, "max_position
 SMALL = {**SIZES, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 RANK, WIDE_RANK, ROUNDS, BUDGET_S = 16, 96, 3, 0.6
+MIN_RATE = 0.25  # of fp32's matmuls; costs of a dtype that is slower are estimated from those of fp32
 COMPARED_STEP = (2, 512)  # rows, and tokens per row, of the steps that are compared
 # model sizes, and (rows, tokens per row), of the steps to which costs are fitted
 TRIALS = [*((SMALL, x) for x in ((1, 72), (1, 300), (2, 512), (1, 1536))), (LARGE, (1, 72)), (LARGE, (2, 512))]
@@ -126,7 +127,11 @@ def measure_rates() -> Rates:
     bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
     costs: dict[str, dict[str, float]] = {}
     bf16 = measure_frozen_flops(torch.bfloat16)
-    for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, precision.fp32_flops)):
+    for name, dtype, rate in (("fp32", torch.float32, precision.fp32_flops), ("bf16", torch.bfloat16, bf16)):
+        if rate < MIN_RATE * precision.fp32_flops:  # measuring steps would take many minutes
+            slower = rate / precision.fp32_flops
+            costs[name] = {field: x * slower if field.endswith("flops") else x for field, x in costs["fp32"].items()}
+            continue
         LOG.info("measuring steps of small models in %s", name)
         step = measure_step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _measure_head(dtype, bandwidth), **step}
