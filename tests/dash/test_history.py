@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import strop
 from strop.dash.history import History, extremes, mark_for
 from tests.support.dash import lines, session, step
 
@@ -120,6 +121,16 @@ def test_epoch_axis_has_the_epoch_starts(tmp_path: Path) -> None:
     result = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
     assert result.steps_per_epoch == 50
     assert result.curves("epoch")["series"]["loss"]["x"][49] == 1.0
+
+
+def test_epochs_are_those_of_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    """Not every step is logged, and a row becomes several examples."""
+    rows = [{"text": f"{n} of many words " * 20} for n in range(10)]
+    options: dict[str, Any] = {"data.overlong": "split", "max_length": 32, "batch_size": 4, "train.log_steps": 7}
+    run = strop.train(model=tiny_folder, data=rows, out=tmp_path / "run", epochs=2, **options)
+    (result := History(run.folder / "events.jsonl")).update()
+    assert run.report["steps"] > 10
+    assert result.last["epochs"] == 2 and result.axis("epoch", [run.report["steps"]]) == 2
 
 
 def test_long_curve_has_the_mean_loss_of_each_part(tmp_path: Path) -> None:

@@ -276,7 +276,14 @@ class History:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Return the steps per epoch, from the starts of two epochs or from the number of rows and the batch size."""
+        """Return the steps per epoch.
+
+        Where an earlier version did not store them, they are estimated from the starts of two epochs, or from the
+        number of rows and the batch size.
+        """
+        known = _number((self.newest.get("start") or {}).get("steps_per_epoch"))
+        if known >= 1:
+            return known
         starts = sorted(self._epoch_starts.items())
         if len(starts) > 1:
             (first, first_start), (last, last_start) = starts[0], starts[-1]

@@ -59,8 +59,9 @@ def describe_start(job: Job, setup: Setup) -> None:
     for text in _list_model_notes(job):
         job.log.emit("note", text=text)
     devices = {"devices": _describe_devices(job)} if job.devices.world_size > 1 else {}
+    stream = batch_stream(job.recipe, len(job.train))
     job.log.emit(
-        "start", steps=batch_stream(job.recipe, len(job.train)).total_steps, step=job.state.progress.step,
+        "start", steps=stream.total_steps, steps_per_epoch=stream.steps_per_epoch, step=job.state.progress.step,
         engine=job.step.name, why=job.step.why, parameters=parameters, **devices,
     )  # fmt: skip
 
