@@ -16,6 +16,7 @@ import yaml
 import strop
 from strop import api
 from strop.errors import DivergedError, InputError, RecipeError
+from strop.evaluation.diagnosis import changes_measure
 from strop.runs.events import read_events
 from strop.runs.folder import read_json
 from strop.sweeping import loop
@@ -305,6 +306,12 @@ def test_values_that_the_plan_chooses_are_trained_once(here: Path, tiny_folder: 
     assert result.state["trials"][1]["score"] == result.state["trials"][0]["score"]
     assert not (here / "s" / "trials" / "001").exists()
     assert [entry["trials"] for entry in result.state["selection"]["ranking"]] in ([[0], [2]], [[2], [0]])
+
+
+def test_pruning_is_refused_only_where_losses_differ() -> None:
+    changing = ("train.beta", "train.temperature", "train.rewards", "train.objective", "data.loss")
+    same = ("train.group", "train.pooling", "lora.alpha", "train.learning_rate")
+    assert all(map(changes_measure, changing)) and not any(map(changes_measure, same))
 
 
 def test_pruned_trials_end_early_with_a_complete_report(here: Path, tiny_folder: Path) -> None:

@@ -26,6 +26,10 @@ MIN_CUT_OFF = 0.01  # smallest share that is reported
 MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
 _MEASURED_PARTS = ("data", "teacher", "template", "rewards", "environment")  # inputs with which the loss is measured
 _SCALES = ("lora.alpha", "lora.alpha_pattern", "lora.use_rslora")
+# options of objectives that change what a model learns or how it answers, but not how it is measured
+_UNMEASURED = (
+    "turns", "reward_timeout", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates", "pooling",
+)  # fmt: skip
 
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
@@ -194,11 +198,12 @@ def changes_loss(name: str) -> bool:
 
     name: a field or input that changed.
     """
-    return changes_measure(name) or name in ("base", *_SCALES) or name.startswith("model.")
+    of_model = name in ("base", *_SCALES) or name.startswith("model.")
+    return changes_measure(name) or of_model or name.removeprefix("train.") in _UNMEASURED
 
 
 def changes_measure(name: str) -> bool:
     """Return whether the loss of the same model is another one after a change of the field or input `name`."""
     section, _, field = name.partition(".")
-    of_train = section == "train" and (field in OBJECTIVE_OPTIONS or field.startswith(("teacher", "objective")))
-    return name in _MEASURED_PARTS or section == "data" or of_train
+    is_measured = field.startswith(("teacher", "objective")) or field in {*OBJECTIVE_OPTIONS} - {*_UNMEASURED}
+    return name in _MEASURED_PARTS or section == "data" or (section == "train" and is_measured)

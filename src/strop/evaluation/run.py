@@ -545,7 +545,10 @@ def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _common_hits(*sides: tuple[dict[str, Any], list[bool]]) -> list[list[bool]]:
-    """Return the hits of results and their hits, without anchors that only one of two tokenizers tells from others."""
+    """Return the hits of two models on the rows of both, without anchors that are equal by the tokens of one only.
+
+    sides: the result of an evaluation and its hits.
+    """
     if any(result["metric"] != NEAREST for result, _ in sides):
         return [hits for _, hits in sides]
     by_place = [{row["place"]: hit for row, hit in zip(result["samples"], hits, strict=True)} for result, hits in sides]

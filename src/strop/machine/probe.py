@@ -38,6 +38,11 @@ class Cpu:
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.vector)  # the last is ARM's
 
     @property
+    def lacks_bf16(self) -> bool:
+        """True if the CPU's extensions are known, and it has no instructions for bf16."""
+        return bool(self.vector) and not self.has_bf16
+
+    @property
     def expected_dtype(self) -> str:
         """The dtype that is probably the fastest on this CPU, without a measurement."""
         return "bf16" if self.has_bf16 else "fp32"

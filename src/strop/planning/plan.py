@@ -479,7 +479,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     seconds += ", without the teacher's time" if seconds and plan.resolved.recipe.train.teacher else ""
     speed = f"{plan.tokens_per_s:,.0f} tokens/s{seconds}, on an otherwise idle machine"
     out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
-    if plan.device == "cpu" and plan.resolved.recipe.model.dtype == "bf16" and not this_cpu().has_bf16:
+    if plan.device == "cpu" and plan.resolved.recipe.model.dtype == "bf16" and this_cpu().lacks_bf16:
         out.print(f"[yellow]note[/]     {NO_BF16}")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"rows of up to {length:,} tokens"

@@ -197,10 +197,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Convert errors of a full, broken or read-only disk to DiskError, which names `path`, or a file outside of it."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # safetensors and tokenizers raise Rust's message with the number, the latter as Exception
-        match = re.search(r"os error (\d+)", str(error))
+    except Exception as error:  # tokenizers raise a bare one for errors of the disk
+        match = re.search(r"os error (\d+)", str(error))  # Rust's message, of tokenizers and safetensors
         number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy reports no error number
             number = errno.ENOSPC

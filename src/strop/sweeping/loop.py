@@ -172,7 +172,10 @@ class SweepFolder:
             return twin
         if not earlier or earlier[0].number != 0:
             return None
-        own, default = (self._planner.plan(values).resolved.recipe for values in (setting, {}))
+        try:
+            own, default = (self._planner.plan(values).resolved.recipe for values in (setting, {}))
+        except StropError:  # the trial fails with it
+            return None
         return earlier[0] if own == default else None
 
     def _pruner(self, number: int) -> Callable[[Event], None]:

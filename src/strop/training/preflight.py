@@ -354,7 +354,7 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     resolved = resolved.decide(_choose_vision(resolved, bare, source, start))
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    if device == "cpu" and recipe.model.dtype == "bf16" and not machine.has_bf16:
+    if device == "cpu" and recipe.model.dtype == "bf16" and machine.lacks_bf16:
         LOG.warning(NO_BF16)
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     if (full := recipe.train.method == "full") and (method := quantization_method(source.config())):
