@@ -832,6 +832,8 @@ def test_plan_ends_with_the_command_that_trains(
     assert values[0] == values[1] and "target_modules" in shown
     _, _, err = run("plan", tiny_folder, "--data", rows_file, "--memory", "8GB", "--device", "cpu", capsys=capsys)
     assert "next " not in err  # another machine's plan
+    code, _, err = run("plan", "--model", tiny_folder, capsys=capsys)
+    assert code == 0 and "it fits" in err and "next " not in err  # `strop train` needs data
     _, _, err = run("plan", tiny_folder, "--data", rows_file, "--objective", "dpo", capsys=capsys)
     assert "strop train would refuse this" in err and "it fits" not in err and "next " not in err
 

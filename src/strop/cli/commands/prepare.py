@@ -108,6 +108,7 @@ def plan(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Predict whether training fits, how long it takes, and which settings to use, without weights or a GPU."""
+    from strop.planning.microbatch import NO_DATA
     from strop.planning.plan import print_plan
     from strop.planning.tables import print_comparison
 
@@ -128,7 +129,7 @@ def plan(
     if (
         planned.fits
         and not is_refused
-        and planned.resolved.recipe.data.train
+        and planned.resolved.recipe.data.train != NO_DATA
         and not (memory or gpu or devices * nodes > 1)
     ):
         print_next(["train", *([str(file)] if file else []), *option_words(options)])
