@@ -50,6 +50,7 @@ def test_nearest_excludes_the_word_itself() -> None:
         (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
         (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such run or model folder"),
         (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: data, not a model"),
+        (["--data", "rows.jsonl", "--model", "./rows.jsonl"], "rows.jsonl: data, not a model"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "remote-code"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),
@@ -236,6 +237,8 @@ def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(
         ("--foo", "error: no such option: --foo\nFix: see `strop --help`\n"),
         ("check your rows.jsonl --show 1", "Fix: quote the path: strop check 'your rows.jsonl' --show 1\n"),
         ("train demo rows.jsonl", "Fix: give it with --data rows.jsonl\n"),
+        ("train demo --report-to wandb", "Fix: see `strop train --help-all`\n"),  # its panel is not in --help
+        ("train demo --train.gradient_accumulation 4", "(did you mean --batch-size? It is the effective batch size"),
         ("train demo --colour", "error: --colour: no such option\nFix: see `strop train --help`"),
         ("merge runs/a -o x", "error: -o: no such option (did you mean --out?)\n"),
         ("train demo -d rows.jsonl", "error: -d: no such option (did you mean --data?)\n"),

@@ -312,6 +312,8 @@ def test_file_without_a_format_is_refused_once_with_the_option() -> None:
     )
     assert "--data.columns text=body" in refusal({"body": "a"})
     assert "messages" in refusal({"n": 1})
+    message = refusal({"prompt": "a", "completion": None}, {"prompt": "b", "completion": None})
+    assert message.endswith("Fix: fill in completion, which is null")
 
 
 NAMED = ("question", "answer"), ("query", "reply"), ("Prompt", "Target"), ("text", "label"), ("frage", "antwort")

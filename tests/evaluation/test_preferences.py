@@ -75,6 +75,7 @@ def test_reward_model_is_evaluated_by_its_scores(
     code, printed, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
     result = json.loads(printed)
+    assert [row["place"] for row in result["samples"]] == [f"{held_out}:{line}" for line in range(1, 13)]
     assert result["tuned"]["preference"] == 1.0 and "base" not in result and result["rewards"]["margin"] > 0
     assert "AutoModelForSequenceClassification" in (out / "adapter" / "README.md").read_text()
     code, printed, err = run("eval", out, out, "--data", held_out, "--json", capsys=capsys)

@@ -435,7 +435,8 @@ def _explain_usage(error: Any) -> InputError:
     fix = f"for example: {EXAMPLES[path][0]}" if path in EXAMPLES else ""
     if unknown := getattr(error, "unknown", None):
         hints = {option: _suggest_option(option, path, error) for option in unknown}
-        fix = f"see `strop {path} --help`".replace("  ", " ")
+        shows_all = all(hints.values()) and any(x.name == "help_all" for x in error.ctx.command.get_params(error.ctx))
+        fix = f"see `strop {path} --help{'-all' if shows_all else ''}`".replace("  ", " ")
         if len(hints) == 1:
             return InputError(f"{unknown[0]}: no such option{hints[unknown[0]]}", fix=fix)
         where = [Location(option, None, f"no such option{hint}") for option, hint in hints.items()]

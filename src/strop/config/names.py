@@ -34,7 +34,8 @@ OTHER_NAMES = {
     "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "steps": "train.max_steps",
     "iters": "train.max_steps", "learningrate": "train.learning_rate",
     "per_device_train_batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
-    "gradient_accumulation_steps": "train.batch_size", "lr_scheduler_type": "train.lr_scheduler",
+    "gradient_accumulation_steps": "train.batch_size", "gradient_accumulation": "train.batch_size",
+    "lr_scheduler_type": "train.lr_scheduler",
     "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup", "optim": "train.optimizer",
     "logging_steps": "train.log_steps", "save_total_limit": "train.keep_checkpoints", "dpo_beta": "train.beta",
     "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
@@ -52,8 +53,11 @@ OTHER_VALUES = {
 }  # fmt: skip
 # what a field of ours means, where the value for the other tool's name would be wrong
 MEANINGS = {
-    "gradient_accumulation_steps": "It is the effective batch size, in rows per update; {prefix}train.micro_batch is "
-    "the number of rows computed at once",
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "gradient_accumulation"),
+        "It is the effective batch size, in rows per update; {prefix}train.micro_batch is the number of rows computed "
+        "at once",
+    ),
     **dict.fromkeys(
         ("per_device_train_batch_size", "micro_batch_size"),
         "It is the number of rows computed at once; {prefix}train.batch_size is the effective batch size, in rows per "

@@ -157,6 +157,7 @@ FORMATS: dict[str, Format] = {
         ),
     )
 }  # fmt: skip
+_ALL_KEYS = {key for entry in FORMATS.values() for keys in entry.keys for key in keys}
 
 # the usual format of the rows of each kind
 USUAL_FORMATS: dict[DataKind, str] = {
@@ -432,6 +433,8 @@ def _suggest_options(value: RowValue, trained_kind: DataKind | None) -> str:
     elif len(names) > 1 and not options:
         contents = [name for name in names if name.lower() not in METADATA]
         options.append(describe_mapping(contents if len(contents) > 1 else names))
+    elif nulls := [key for key, item in value.items() if item is None and key in _ALL_KEYS]:
+        options.append(f"fill in {' and '.join(nulls)}, which {'is' if len(nulls) == 1 else 'are'} null")
     elif len(names) == 1 and not options:
         options.append(f"--data.columns {shlex.quote(f'text={names[0]}')}")
     if trained_kind is not None and FORMATS["classification"].matching_keys(present):

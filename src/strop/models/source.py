@@ -49,6 +49,11 @@ class Source:
         return read_config(self.path) if self.kind == "folder" else {}
 
 
+def _refuse_data(path: Path, name: str) -> None:
+    if path.is_file() and is_data_file(name):
+        raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
+
+
 def locate(name: str, revision: str | None = None) -> Source:
     """Find a model's files. From the Hub, only safetensors, configs and the tokenizer are downloaded, never code."""
     path = Path(name).expanduser()
@@ -66,6 +71,7 @@ def locate(name: str, revision: str | None = None) -> Source:
         return _locate_gguf(path, "")
     if path.is_dir():
         return _locate_folder(path)
+    _refuse_data(path, name)
     if _is_local(name):
         raise ModelError(f"{name}: no such run or model folder{suggest_path(name)}", fix=name_runs(name, MODEL_NAMES))
     return _download(*name.split("@", 1)) if "@" in name else _download(name, revision)
@@ -320,9 +326,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     transport_error = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by huggingface_hub's version
-    path = Path(name)
-    if path.is_file() and is_data_file(name):
-        raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
+    _refuse_data(path := Path(name), name)
     nearest = nearest_path(name)
     near = f" (did you mean {nearest}?)" if nearest else ""
     local = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
