@@ -684,6 +684,7 @@ def test_plan_uses_the_rates_that_doctor_measured(
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # an empty cache
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr("strop.machine.probe._cpu", lambda: ("a Xeon", {"avx512f", "avx512_bf16", "amx_bf16"}))
     before = strop.plan(model=str(llama_8b), device="cpu").rate
     save_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")

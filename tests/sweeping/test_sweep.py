@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_before_training(
         (["--over", "lora.rr=1,2"], "did you mean lora.r?"),
         (["--over", "out=a,b"], "every trial has its own folder"),
         (["--over", "data.max_length=64,128", "--prune"], "by their evaluation loss, which data.max_length changes"),
-        (["--over", "train.class_weights=equal,balanced", "--prune"], "loss, which train.class_weights changes"),
+        (["--over", "train.class_weights=none,balanced", "--prune"], "loss, which train.class_weights changes"),
         (["--over", "lora.r=2,4", "--sampler", "grit"], "did you mean grid?"),
         (["--over", "lora.r=2..4", "--sampler", "grid"], "lora.r is a range"),
         (["--over", "lora.r=2,4,8", "--sampler", "grid", "--trials", "2"], "the grid with the default has 4 settings"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import strop
 from strop.data.types import Message
+from strop.machine.probe import probe
 from strop.runs.events import read_events
 from strop.training import samples
 from tests.support.preferences import write_pairs
@@ -22,6 +23,7 @@ OPTIONS = {
     "train.max_steps": 6, "train.eval_steps": 3, "train.save_steps": 3, "train.batch_size": 4, "lora.r": 4,
     "model.dtype": "fp32", "lora.dropout": 0.1, "train.learning_rate": 1e-2,
 }  # fmt: skip
+NEEDS_VNNI = pytest.mark.skipif(not probe().has_int8_dot, reason="this CPU has no VNNI")
 PLAIN = {"lora.modules_to_save": ["down_proj"], "lora.target_modules": ["q_proj"]}  # decoded by transformers
 
 
@@ -64,7 +66,7 @@ def assert_same_run(run: Path, other: Path) -> None:
         ("fast", {}),
         ("fast", {"model.quantization": "nf4"}),
         ("fast", {"model.quantization": "nf4", "model.resident_layers": 1}),
-        ("fast", {"train.int8_matmul": True}),
+        pytest.param("fast", {"train.int8_matmul": True}, marks=NEEDS_VNNI),
         ("fast", {"train.gradient_checkpointing": "on"}),
         ("plain", PLAIN),
         ("plain", {**PLAIN, "model.quantization": "int8", "train.gradient_checkpointing": "on"}),
