@@ -137,6 +137,17 @@ def test_disturbed_measurement_is_not_stored(tmp_path: Path, monkeypatch: pytest
     assert pick_dtype("cpu") == ("fp32", slow.why) == load_precision(machine, 2)
 
 
+def test_bf16_on_one_thread_is_no_disturbance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs without bf16, each start measured anew, and the rates of `strop doctor` counted as too low."""
+    monkeypatch.setattr(device, "_estimates", {})
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    monkeypatch.setattr(device, "measure", lambda name: Precision("fp32", "measured", 3e9, 120e9, 2.0, 2.0))
+    monkeypatch.setattr(device.time, "process_time", iter([0.0, 2.9]).__next__)
+    monkeypatch.setattr(device.time, "perf_counter", iter([0.0, 2.5]).__next__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert pick_dtype("cpu") == ("fp32", "measured") == load_precision(probe(), 2)
+
+
 def test_prepare_process_keeps_variables_that_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     monkeypatch.setattr(os, "environ", environment)

@@ -128,7 +128,8 @@ def measure_precision() -> tuple[Precision, bool]:
     """
     threads, cpu_start, start = torch.get_num_threads(), time.process_time(), time.perf_counter()
     measured = measure("cpu")
-    disturbed = (time.process_time() - cpu_start) / (time.perf_counter() - start) < MIN_CPU_SHARE * threads
+    cpu_s, elapsed = time.process_time() - cpu_start, time.perf_counter() - start
+    disturbed = (cpu_s - measured.bf16_cpu_s) / (elapsed - measured.bf16_s) < MIN_CPU_SHARE * threads  # of fp32
     if not disturbed:
         save_precision(probe(), threads, measured.dtype, measured.why)
     return measured, disturbed

@@ -25,22 +25,31 @@ BUDGET_S = 0.4  # per dtype; a single slow matmul may exceed it
 
 @dataclass(frozen=True)
 class Precision:
-    """The chosen dtype of frozen weights, the reason, and the measured rates of matmuls in FLOP/s."""
+    """The chosen dtype of frozen weights, the reason, and the measured rates of matmuls in FLOP/s.
+
+    bf16_s, bf16_cpu_s: elapsed and CPU time of the measurement in bf16. Without instructions for it, PyTorch uses one
+    thread.
+    """
 
     dtype: Literal["bf16", "fp32"]
     why: str
     bf16_flops: float
     fp32_flops: float
+    bf16_s: float = 0.0
+    bf16_cpu_s: float = 0.0
 
 
 def measure(device: str | torch.device) -> Precision:
     """Measure both dtypes on the device, in about a second."""
-    bf16, fp32 = rate(torch.bfloat16, device), rate(torch.float32, device)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    bf16 = rate(torch.bfloat16, device)
+    seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    fp32 = rate(torch.float32, device)
     # A ratio: `strop doctor` measures the rates anew, maybe under another load, and this text is stored.
     why = f"measured: matmuls in bf16 are {bf16 / fp32:.2g} times as fast as in fp32"
     if bf16 >= MIN_SPEEDUP * fp32:
-        return Precision("bf16", why, bf16, fp32)
-    return Precision("fp32", f"{why}, below {MIN_SPEEDUP}", bf16, fp32)
+        return Precision("bf16", why, bf16, fp32, *seconds)
+    return Precision("fp32", f"{why}, below {MIN_SPEEDUP}", bf16, fp32, *seconds)
 
 
 def rate(
