@@ -335,7 +335,7 @@ def _find_duplicates(conversations: Conversations) -> list[dict[str, Any]]:
     for index, conversation in enumerate(conversations):
         if index >= MAX_COMPARED_ROWS or len(duplicates) >= MAX_LISTED_ROWS:
             break
-        place = f"{conversation.file}:{conversation.line}"
+        place = conversation.place
         first = first_places.setdefault(digest(dump_conversation(conversation)), place)
         if first != place:
             duplicates.append({"file": conversation.file, "line": conversation.line, "same_as": first})

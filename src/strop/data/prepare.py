@@ -300,10 +300,7 @@ def _add_evaluation(
     """Return the report on the training rows with that on the evaluation rows, and their overlap in both."""
     known_texts = list[str]()
     if evaluation.data_kind == "triplets":
-        known, texts = (
-            {text for row in part.conversations for text in (row.text, *row.passages)}
-            for part in (training, evaluation)
-        )
+        known, texts = ({text for row in part.conversations for text in row.texts} for part in (training, evaluation))
         if texts & known:
             known_texts = [f"{len(texts & known):,} of {len(texts):,} evaluation texts are also training texts"]
     across, prompts = (
@@ -489,7 +486,7 @@ def _write_rows(
         row_error: RowError | None = None  # the first error of a conversation, which drops the whole row
         for conversation, rendered in row:
             for warning, excerpt in find_row_warnings(conversation, rendered, renderer, data_kind):
-                row_warnings.setdefault(warning, f"first {conversation.file}:{conversation.line}{excerpt}")
+                row_warnings.setdefault(warning, f"first {conversation.place}{excerpt}")
             lengths = [] if isinstance(rendered, RenderError) else [*map(len, rendered)]
             longest, row_longest = max([longest, *lengths]), max([row_longest, *lengths])
             outcome, examples, error = decide_outcome(conversation, rendered, data, renderer, data_kind)

@@ -107,6 +107,16 @@ class Conversation:
         return any(turn.images for turn in (*self.messages, *self.rejected))
 
     @property
+    def place(self) -> str:
+        """The file and line of the row."""
+        return f"{self.file}:{self.line}"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The anchor and the passages of a triplet."""
+        return (self.text or "", *self.passages)
+
+    @property
     def answer(self) -> str | None:
         """The content of the last turn, or None if it is not the assistant's."""
         last = self.messages[-1] if self.messages else None

@@ -72,7 +72,7 @@ def compare_classes(
         result["confusion"] = (targets.T.astype(np.int64) @ predictions["tuned"].astype(np.int64)).tolist()
     result["notes"] = notes
     result["samples"] = [
-        {"place": f"{row.file}:{row.line}", "prompt": text_of(row), "gold": _join(targets[i], classes)}
+        {"place": row.place, "prompt": text_of(row), "gold": _join(targets[i], classes)}
         | {side: _join(predicted[i], classes) for side, predicted in predictions.items() if side == "tuned"}
         | {"tuned_hit": hits["tuned"][i]}
         for i, row in enumerate(conversations)

@@ -180,7 +180,7 @@ def compare(
     answered = [question.conversation for question in questions]
     result |= compare_hits({name: side.hits for name, side in sides.items()}, answered)
     result["samples"] = [
-        {"place": f"{answered[row].file}:{answered[row].line}", "prompt": question.prompt, "gold": question.gold}
+        {"place": answered[row].place, "prompt": question.prompt, "gold": question.gold}
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
         | {f"{name}_cut": not answers[row].stopped for name, (answers, _) in generated.items()}

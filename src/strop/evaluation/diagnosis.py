@@ -24,7 +24,8 @@ MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which
 MAX_CUT_OFF = 0.9  # maximum share of completions that reach the length limit
 MIN_CUT_OFF = 0.01  # smallest share that is reported
 MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
-_MEASURED_PARTS = ("data", "teacher", "template", "rewards", "environment")  # inputs with which the loss is measured
+# inputs with which the loss is measured; new tokens change the labels
+_MEASURED_PARTS = ("data", "teacher", "template", "rewards", "environment", "lora.new_tokens")
 _SCALES = ("lora.alpha", "lora.alpha_pattern", "lora.use_rslora")
 # options of objectives that change what a model learns or how it answers, but not how it is measured
 _UNMEASURED = (
@@ -205,5 +206,5 @@ def changes_loss(name: str) -> bool:
 def changes_measure(name: str) -> bool:
     """Return whether the loss of the same model is another one after a change of the field or input `name`."""
     section, _, field = name.partition(".")
-    is_measured = field.startswith(("teacher", "objective")) or field in {*OBJECTIVE_OPTIONS} - {*_UNMEASURED}
+    is_measured = field == "objective" or field.startswith("teacher") or field in {*OBJECTIVE_OPTIONS} - {*_UNMEASURED}
     return name in _MEASURED_PARTS or section == "data" or (section == "train" and is_measured)

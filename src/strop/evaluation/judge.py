@@ -100,7 +100,7 @@ def compare_by_judge(
         "win_rate": 0.5 + difference.value / 2,
         "interval": [0.5 + difference.low / 2, 0.5 + difference.high / 2],
         "difference": asdict(difference), "order_decided": order_decided,
-        "lost": [f"{row.file}:{row.line}" for row in lost],
+        "lost": [row.place for row in lost],
     }  # fmt: skip
 
 

@@ -593,8 +593,8 @@ def compare_hits(hits: Mapping[str, Sequence[bool]], rows: Sequence[Conversation
         result["difference"] = asdict(paired_difference(hits["base"], hits["tuned"]))
         changes = list(zip(rows, hits["base"], hits["tuned"], strict=True))
         result["changed"] = {
-            "gained": [f"{row.file}:{row.line}" for row, before, after in changes if after and not before],
-            "lost": [f"{row.file}:{row.line}" for row, before, after in changes if before and not after],
+            "gained": [row.place for row, before, after in changes if after and not before],
+            "lost": [row.place for row, before, after in changes if before and not after],
         }
     return result
 

@@ -139,8 +139,7 @@ def _make_samples(conversations: Sequence[Conversation], hits: dict[str, list[bo
     for row, conversation in enumerate(conversations):
         chosen, rejected = (side.messages[-1].content[:SAMPLE_CHARACTERS] for side in conversation.sides)
         prompt = next((message.text for message in reversed(conversation.messages) if message.role == "user"), "")
-        place = f"{conversation.file}:{conversation.line}"
-        sample: dict[str, Any] = {"place": place, "prompt": prompt, "gold": chosen}
+        sample: dict[str, Any] = {"place": conversation.place, "prompt": prompt, "gold": chosen}
         for name, hit in hits.items():
             sample |= {name: chosen if hit[row] else rejected, f"{name}_hit": hit[row]}
         samples.append(sample)

@@ -154,7 +154,7 @@ def compare_retrieval(
         raise DataError(f"{len(invalid)} rows cannot be embedded", fix="correct or remove these rows", where=invalid)
     check_positions(model, (example for row in rows for example in row))
     task = Retrieval.from_rows(rows)
-    texts = np.array([text for row in conversations for text in (row.text or "", *row.passages)], dtype=object)
+    texts = np.array([text for row in conversations for text in row.texts], dtype=object)
     if queries:
         asked = {row.text or "" for row in queries}
         task = task.with_anchors([text in asked for text in task.select(texts)[0]])
@@ -190,7 +190,7 @@ def compare_retrieval(
         result["baseline_name"] = BASELINE
         result["baseline_difference"] = vars(paired_difference(hits["baseline"], hits["tuned"]))
     if train_rows is not None:
-        known = {text for row in train_rows for text in (row.text, *row.passages)}
+        known = {text for row in train_rows for text in row.texts}
         result["known_texts"] = sum(text in known for text in candidates)
         if result["known_texts"]:
             notes.append(f"{result['known_texts']:,} of {len(candidates):,} texts are also texts of the training rows")
@@ -244,7 +244,7 @@ def _make_samples(
         for side in sides
     }
     for index, row in enumerate(rows):
-        sample: dict[str, Any] = {"place": f"{row.file}:{row.line}", "prompt": row.text, "gold": row.passages[0]}
+        sample: dict[str, Any] = {"place": row.place, "prompt": row.text, "gold": row.passages[0]}
         for side in sides:
             sample |= {side: candidates[nearest[side][index]], f"{side}_hit": hits[side][index]}
         yield {name: x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x for name, x in sample.items()}

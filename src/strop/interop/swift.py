@@ -119,18 +119,18 @@ def _read_model(draft: Draft, keys: Keys) -> None:
     elif dtype is not None:
         draft.add_unsupported("torch_dtype", str(dtype))
     bits, method = keys.take("quant_bits"), keys.take("quant_method")
-    if method is None and bits is not None:
-        draft.put("model.quantization", "none", "no quant_method")
-        draft.add_ignored("quant_bits", "without quant_method, swift does not quantize")
-    elif method == "bnb" and bits == 4:
+    if method == "bnb" and bits == 4:
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "quant_bits")
         draft.put("model.double_quantization", bool(keys.take("bnb_4bit_use_double_quant", True)), "quant_bits")
         keys.take("bnb_4bit_compute_dtype")
     elif method == "bnb" and bits == 8:
         draft.put_int8("quant_bits")
     else:
-        draft.put("model.quantization", "none", "no quant_bits")
-        if bits is not None:
+        reason = "no quant_bits" if bits is None else f"quant_method {method or 'is not set'}"
+        draft.put("model.quantization", "none", reason)
+        if bits is not None and method is None:
+            draft.add_ignored("quant_bits", "without quant_method, swift does not quantize")
+        elif bits is not None:
             draft.add_unsupported("quant_bits", f"{bits} by {method}: strop has nf4, fp4 and int8")
     draft.put_lora(keys, "lora_rank", "target_modules", {"lora.r": 8, "lora.alpha": 32, "lora.dropout": 0.05})
     if draft.get("lora.target_modules") is None:

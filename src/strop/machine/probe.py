@@ -18,7 +18,6 @@ from strop.machine import cgroup
 MAX_TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
 # CUDA compute capability of the first GPUs with bf16 (Ampere), and with fp16 at a multiple of the rate of fp32 (Volta)
 MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY = 8.0, 7.0
-NO_BF16 = "this CPU has no instructions for bf16, which can take 30 times as long as fp32: leave model.dtype out"
 _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 
@@ -37,10 +36,11 @@ class Cpu:
     def has_bf16(self) -> bool:
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.vector)  # the last is ARM's
 
-    @property
-    def lacks_bf16(self) -> bool:
-        """True if the CPU's extensions are known, and it has no instructions for bf16."""
-        return bool(self.vector) and not self.has_bf16
+    def note_on(self, device: str, dtype: str) -> str:
+        """Return a note if the CPU is the device and is known to have no instructions for the dtype, or ""."""
+        if device != "cpu" or dtype != "bf16" or self.has_bf16 or not self.vector:
+            return ""
+        return "this CPU has no instructions for bf16, which can take 30 times as long as fp32: leave model.dtype out"
 
     @property
     def expected_dtype(self) -> str:

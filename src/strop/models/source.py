@@ -49,11 +49,6 @@ class Source:
         return read_config(self.path) if self.kind == "folder" else {}
 
 
-def _refuse_data(path: Path, name: str) -> None:
-    if path.is_file() and is_data_file(name):
-        raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
-
-
 def locate(name: str, revision: str | None = None) -> Source:
     """Find a model's files. From the Hub, only safetensors, configs and the tokenizer are downloaded, never code."""
     path = Path(name).expanduser()
@@ -71,7 +66,8 @@ def locate(name: str, revision: str | None = None) -> Source:
         return _locate_gguf(path, "")
     if path.is_dir():
         return _locate_folder(path)
-    _refuse_data(path, name)
+    if _is_data(name):
+        raise ModelError(f"{name}: data, not a model", fix=f"give it with --data {name}")
     if _is_local(name):
         raise ModelError(f"{name}: no such run or model folder{suggest_path(name)}", fix=name_runs(name, MODEL_NAMES))
     return _download(*name.split("@", 1)) if "@" in name else _download(name, revision)
@@ -87,7 +83,7 @@ def check_exists(name: str, revision: str | None = None) -> None:
     path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
     if path.is_dir() or (path.is_file() and name.endswith(".gguf")):
         return
-    if _is_local(name):
+    if _is_local(name) or _is_data(name):
         locate(name, revision)
         return
     name, _, named_revision = name.partition("@")
@@ -100,6 +96,10 @@ def _check_on_hub(name: str, revision: str | None) -> None:
 
     with _hub_errors(name, revision), contextlib.suppress(errors.RemoteEntryNotFoundError):
         hf_hub_download(name, "config.json", revision=revision)
+
+
+def _is_data(name: str) -> bool:
+    return is_data_file(name) and Path(name).expanduser().is_file()
 
 
 def _is_local(name: str) -> bool:
@@ -326,8 +326,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     transport_error = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by huggingface_hub's version
-    _refuse_data(path := Path(name), name)
-    nearest = nearest_path(name)
+    path, nearest = Path(name), nearest_path(name)
     near = f" (did you mean {nearest}?)" if nearest else ""
     local = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
     try:

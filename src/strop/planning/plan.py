@@ -26,7 +26,7 @@ from strop.display.numbers import format_duration
 from strop.display.tables import Printed
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
-from strop.machine.probe import NO_BF16, this_cpu
+from strop.machine.probe import this_cpu
 from strop.machine.rates import generation_dtype
 from strop.models.adapter_config import (
     adapter_folder,
@@ -479,8 +479,8 @@ def print_plan(plan: Plan, out: Console) -> None:
     seconds += ", without the teacher's time" if seconds and plan.resolved.recipe.train.teacher else ""
     speed = f"{plan.tokens_per_s:,.0f} tokens/s{seconds}, on an otherwise idle machine"
     out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
-    if plan.device == "cpu" and plan.resolved.recipe.model.dtype == "bf16" and this_cpu().lacks_bf16:
-        out.print(f"[yellow]note[/]     {NO_BF16}")
+    if note := this_cpu().note_on(plan.device, plan.resolved.recipe.model.dtype):
+        out.print(f"[yellow]note[/]     {note}")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"rows of up to {length:,} tokens"
     if tokens:

@@ -45,7 +45,7 @@ from strop.evaluation.rewards import Rows, check_rewards, hash_rewards, parse_re
 from strop.evaluation.traces import ToolPrompts, Tracer, check_prompts, describe_environment, make_tracer
 from strop.machine.doctor import why_no_code
 from strop.machine.memory import free_memory
-from strop.machine.probe import NO_BF16, Machine, probe
+from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import (
     NEEDS_QUANTIZED_BASE,
     AdapterKind,
@@ -354,8 +354,8 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     resolved = resolved.decide(_choose_vision(resolved, bare, source, start))
     adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    if device == "cpu" and recipe.model.dtype == "bf16" and machine.lacks_bf16:
-        LOG.warning(NO_BF16)
+    if note := machine.note_on(device, recipe.model.dtype):
+        LOG.warning(note)
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     if (full := recipe.train.method == "full") and (method := quantization_method(source.config())):
         what = f"train.method full: the weights of {source.name} are quantized by {method}, and cannot be trained"

@@ -427,7 +427,7 @@ def render_triplets(renderer: Renderer, conversations: Iterable[Conversation]) -
     """
     source = iter(conversations)
     while batch := list(islice(source, BATCH_ROWS)):
-        texts = [text for conversation in batch for text in (conversation.text or "", *conversation.passages)]
+        texts = [text for conversation in batch for text in conversation.texts]
         encoded = iter(renderer.tokenizer(texts, verbose=False)["input_ids"])
         for conversation in batch:
             rows = list(islice(encoded, 1 + len(conversation.passages)))
