@@ -26,7 +26,7 @@ from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import REASONS
 from strop.data.store import LOCK, Writer
-from strop.data.types import Conversation, Message
+from strop.data.types import Conversation, DataKind, Message
 from strop.errors import DataError, FolderError
 from tests.support import families, templates
 from tests.support.shared_data import shared
@@ -224,6 +224,29 @@ def test_parts_without_trained_turns_are_left_out() -> None:
     assert cut is not None and cut[0].ids.tolist() == pieces[0].ids.tolist()
 
 
+@pytest.mark.parametrize("kind", ["turns", "pairs"])
+def test_each_row_of_a_weighted_file_is_evaluated_once(tmp_path: Path, kind: DataKind) -> None:
+    rows = [row(f"q{i}", f"a{i}") for i in range(40)]
+    if kind == "pairs":  # each row makes two
+        rows = [{"prompt": f"q{i}", "responses": ["a", "b", "c"], "scores": [2, 1, 0]} for i in range(40)]
+    path, other = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:5])
+
+    def evaluated(train: str, share: str) -> Prepared:
+        return prepare(DataSection(train=train, eval=share), TOKENIZER, data_kind=kind)
+
+    for share in ("25%", other):
+        once, thrice = evaluated(path, share), evaluated(f"{path}@3", share if share == "25%" else f"{share}@3")
+        assert once.eval_conversations is not None and thrice.eval_conversations is not None
+        assert thrice.eval_conversations.digests.tolist() == once.eval_conversations.digests.tolist()
+        assert once.eval is not None and thrice.eval is not None
+        assert [example.ids.tolist() for example in thrice.eval] == [example.ids.tolist() for example in once.eval]
+        parts = [prepared.report.eval for prepared in (once, thrice)]
+        assert parts[0] is not None and parts[1] is not None and parts[0].as_json() == parts[1].as_json()
+        assert len(thrice.train_conversations) == 3 * len(once.train_conversations)
+        assert thrice.report.held_out == 3 * once.report.held_out and thrice.report.duplicates["within"] == 0
+        assert thrice.report.stop_token == {"rows": 3 * once.report.stop_token["rows"], "share": 1.0}
+
+
 def test_held_out_rows_are_chosen_by_content(tmp_path: Path) -> None:
     rows = [row(f"q{i % 50}", f"a{i % 50}") for i in range(100)]  # each twice
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
@@ -236,6 +259,7 @@ def test_held_out_rows_are_chosen_by_content(tmp_path: Path) -> None:
     report = account(prepared)
     assert report["rows"]["read"] == 100 and report["held_out"] == len(prepared.eval) == 2 * len(held_out)
     assert report["duplicates"]["across"] == 0
+    assert part.warnings == [f"{len(held_out)} evaluation rows repeat an earlier one"]
     again = run(write(tmp_path / "b.jsonl", rows[::-1]), eval="20%")
     assert again.eval_conversations is not None
     assert {c.messages[0].content for c in again.eval_conversations} == held_out

@@ -118,6 +118,17 @@ def train(folder: Path, rows: list[dict[str, Any]], out: Path, *words: str, caps
     return err
 
 
+def test_weight_of_an_evaluation_file_does_not_narrow_the_interval(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = texts.rows(36)
+    held_out, results = texts.write(tmp_path / "eval.jsonl", rows[24:]), []
+    for name, spec in (("one", held_out), ("three", f"{held_out}@3")):
+        train(tiny_folder, rows[:24], tmp_path / name, "--eval", spec, capsys=capsys)
+        results.append(json.loads((tmp_path / name / "report.json").read_text())["objective"]["held_out"])
+    assert results[0] == results[1] and "accuracy_interval" in results[0]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_classifier_from_the_command_line_to_plain_transformers(
     several: bool, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

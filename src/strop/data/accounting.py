@@ -32,6 +32,7 @@ from strop.data.row_errors import (
 from strop.data.store import Conversations, Examples, Store, count_labels
 from strop.data.types import (
     MARK,
+    PREFERENCE_KINDS,
     RENDERED_PROMPTS,
     TEXT_KINDS,
     Classes,
@@ -43,6 +44,7 @@ from strop.data.types import (
 from strop.errors import DataError, Location
 
 MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
+MEASURED_KINDS = (*PREFERENCE_KINDS, "prompts", "classes")  # kinds of data whose evaluation counts rows for intervals
 PADDED_ROWS = 8  # batch size of the padding statistics
 MIN_CLASS_ROWS = 5  # a class with fewer training rows gets a warning
 MAX_IMBALANCE = 20  # ratio of the numbers of rows of two classes above which class weights are suggested
@@ -83,7 +85,7 @@ class DataReport:
     formats: dict[str, str]  # {file: format}
     warnings: list[str]  # about unusual rows
     template: list[str]  # how the chat template is used
-    held_out: int = 0  # rows used for evaluation instead of training
+    held_out: int = 0  # rows used for evaluation instead of training, with the copies made by weights
     refusal: DataError | None = None  # the error that a run would raise
     eval: DataReport | None = None  # report on the evaluation rows
     answers: dict[str, Any] = field(default_factory=dict)  # see `_answer_statistics`
@@ -108,8 +110,8 @@ class DataReport:
 class Selection:
     """The rows of a store that are used for training or evaluation, and their examples and conversations.
 
-    shares_store: True for evaluation rows that were split off the training data. The report on the training rows
-    contains all errors and warnings of that data.
+    held_out: for evaluation rows that were split off the training data, those rows with the copies made by weights.
+    The report on the training rows contains all errors and warnings of that data.
     """
 
     store: Store
@@ -118,7 +120,7 @@ class Selection:
     rows: Indices
     role: Literal["training", "evaluation"]
     data_kind: DataKind
-    shares_store: bool = False
+    held_out: Indices | None = None
     classes: Classes | None = None
 
     @property
@@ -130,9 +132,9 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
     examples, rows, role, facts = selection.examples, selection.rows, selection.role, selection.store.facts
     num_conversations, num_with_reasoning = facts["chats"], facts["thinking"]
     num_without_system = facts.get("without_system", num_conversations)  # stores of earlier versions do not have it
-    if selection.shares_store:
+    if selection.held_out is not None:
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
-        num_used, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
+        num_used, num_stops, errors, warnings, cut = len(rows), count_stops(selection, rows, renderer), [], [], []
     else:
         errors = [RowError(code, Location(*where)) for code, *where in facts["faults"]]
         outcomes = {name: int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split", "dropped")}
@@ -144,10 +146,11 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
             warnings.append(f"{num_with_reasoning} {role} rows have reasoning and {num_without} have none")
         cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    records = selection.records[["digest", "file", "line"]]
-    copies = int((records[1:] == records[:-1]).sum())  # of a row that its file's weight repeats; they are no duplicates
-    if repeated := len(rows) - copies - len(np.unique(records["digest"])):
-        warnings.append(f"{repeated} {role} {'row repeats' if repeated == 1 else 'rows repeat'} an earlier one")
+    records = selection.records
+    if repeated := len(first_copies(records)) - len(np.unique(records["digest"])):
+        narrow = role == "evaluation" and selection.data_kind in MEASURED_KINDS
+        why = ": the intervals are too narrow, as they assume different rows" if narrow else ""
+        warnings.append(f"{repeated} {role} {'row repeats' if repeated == 1 else 'rows repeat'} an earlier one{why}")
     warnings += _label_warnings(selection)
     refusal = _why_refused(data, selection, errors, counts)
     return DataReport(
@@ -178,12 +181,19 @@ def ends_with_stop(example: Example, renderer: Renderer) -> bool:
     return last in renderer.stop_ids or last == renderer.tokenizer.eos_token_id
 
 
-def _count_stops(selection: Selection, renderer: Renderer) -> int:
-    """Count the rows that end with a supervised stop token. In pairs, both answers must."""
+def first_copies(records: npt.NDArray[Any]) -> Indices:
+    """Return the indices of rows, in order, without the copies made by the weight of their file."""
+    if len(np.unique(records["digest"])) == len(records):
+        return np.arange(len(records))
+    return np.sort(np.unique(records[["digest", "file", "line"]], return_index=True)[1])
+
+
+def count_stops(selection: Selection, rows: Indices, renderer: Renderer) -> int:
+    """Count the rows of a selection's store that end with a supervised stop token. In pairs, both answers must."""
     if selection.data_kind in RENDERED_PROMPTS:
         return 0
     example_rows = selection.store.example_records["row"]
-    starts, ends = (np.searchsorted(example_rows, selection.rows, side) for side in ("left", "right"))
+    starts, ends = (np.searchsorted(example_rows, rows, side) for side in ("left", "right"))
     firsts = starts if selection.data_kind == "pairs" else ends - 1
     return sum(
         all(ends_with_stop(selection.store.example(i), renderer) for i in range(first, end))

@@ -27,7 +27,15 @@ import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
+from strop.data.accounting import (
+    DataReport,
+    Selection,
+    build_report,
+    count_stops,
+    ends_with_stop,
+    find_row_warnings,
+    first_copies,
+)
 from strop.data.answers import Answers, NoAnswer, complete, key_of, lacks_answer, write_answers
 from strop.data.reading import sources
 from strop.data.rendering import overlong
@@ -139,7 +147,9 @@ def prepare(
         train = build(data.train, checker=checker, answers=answers)
         classes = None if checker is None else _find_classes(train, labels)
         checker = None if classes is None else LabelChecker(classes.names, classes.several)
-        eval_store = train if share else build(data.eval, checker=checker) if data.eval is not None else None
+        eval_store = train if share else None
+        if data.eval is not None and not share:
+            eval_store = build(sources.cap_weights(data.eval), checker=checker)
         prepared = _assemble(data, renderer, train, eval_store, share, data_kind, classes)
         prepared.report.warnings.extend(_find_unused_tokens(prepared.train, tokenizer, new_tokens))
     except BaseException:
@@ -227,15 +237,17 @@ def _assemble(
 ) -> Prepared:  # fmt: skip
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.arange(len(eval_store.row_records) if eval_store else 0, dtype=np.int64)
+    held_out: Indices | None = None
     if share:
         is_held_out = _choose_held_out(train.row_records, share)
-        rows, eval_rows = rows[~is_held_out], rows[is_held_out]
+        rows, held_out = rows[~is_held_out], rows[is_held_out]
+        eval_rows = held_out[first_copies(train.row_records[held_out])]
     training = _select(train, rows, "training", data_kind, classes)
     evaluation = None
     report = build_report(data, renderer, training)
     if eval_store is not None:
-        evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, classes, shares_store=bool(share))
-        report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation)
+        evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, classes, held_out)
+        report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation, renderer)
     serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
     checksum = hashlib.sha256()
     items: list[Groups | None] = []
@@ -286,16 +298,15 @@ def _select(
     role: Literal["training", "evaluation"],
     data_kind: DataKind,
     classes: Classes | None,
-    *,
-    shares_store: bool = False,
+    held_out: Indices | None = None,
 ) -> Selection:
     indices = np.isin(store.example_records["row"], rows).nonzero()[0]
     examples, conversations = Examples(store, indices), Conversations(store, rows)
-    return Selection(store, examples, conversations, rows, role, data_kind, shares_store, classes)
+    return Selection(store, examples, conversations, rows, role, data_kind, held_out, classes)
 
 
 def _add_evaluation(
-    report: DataReport, eval_report: DataReport, training: Selection, evaluation: Selection
+    report: DataReport, eval_report: DataReport, training: Selection, evaluation: Selection, renderer: Renderer
 ) -> DataReport:
     """Return the report on the training rows with that on the evaluation rows, and their overlap in both."""
     known_texts = list[str]()
@@ -313,14 +324,14 @@ def _add_evaluation(
         have = "row has" if prompts == 1 else "rows have"
         warnings.append(f"{prompts} evaluation {have} a prompt that is also in training rows")
     stop_token = report.stop_token
-    if evaluation.shares_store:  # the held-out rows are counted in their own report
-        num_stops = stop_token["rows"] - eval_report.stop_token["rows"]
+    if evaluation.held_out is not None:  # these rows are counted in their own report
+        num_stops = stop_token["rows"] - count_stops(evaluation, evaluation.held_out, renderer)
         stop_token = {"rows": num_stops, "share": num_stops / max(1, len(training.rows))}
     return replace(
         report,
         stop_token=stop_token,
         eval=replace(eval_report, duplicates={**eval_report.duplicates, **overlap}),
-        held_out=len(evaluation.rows) if evaluation.shares_store else 0,
+        held_out=0 if evaluation.held_out is None else len(evaluation.held_out),
         duplicates={**report.duplicates, **overlap},
         warnings=[*report.warnings, *warnings],
     )

@@ -141,6 +141,16 @@ def _match_weight(spec: str) -> re.Match[str] | None:
     return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(-?\d*\.?\d+)", spec)
 
 
+def cap_weights(spec: str | Sequence[str]) -> list[str]:
+    """Return a spec with weights of at most 1, which reads no row more than once."""
+    parts = [spec] if isinstance(spec, str) else spec
+    matches = [_match_weight(part) for part in parts]
+    return [
+        f"{match[1]}@1" if match and 1 < float(match[2]) <= _MAX_WEIGHT else part
+        for part, match in zip(parts, matches, strict=True)
+    ]
+
+
 def needs_download(spec: str) -> bool:
     """Return whether reading `spec` downloads a data set from the Hub."""
     weighted = _match_weight(spec)
