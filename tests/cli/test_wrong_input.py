@@ -306,7 +306,8 @@ def test_bad_rows_are_refused_before_torch_is_imported(tiny_folder: Path, tmp_pa
         [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "error: rows.jsonl:2: column 24: not valid JSON" in done.stderr
-    assert "write the others to a file: `strop check --data rows.jsonl --fix clean.jsonl`" in done.stderr
+    command = f"strop check --data rows.jsonl --model {tiny_folder} --fix clean.jsonl"
+    assert f"write the others to a file: `{command}`" in done.stderr
     assert done.stdout.split() == ["False"]
 
 

@@ -21,7 +21,8 @@ from tests.support.texts import write
 
 def read(path: Path, rows: list[dict[str, Any]], **options: Any) -> Prepared:
     data = DataSection(train=str(write(path / "rows.jsonl", rows)), **options)
-    return prepare(data, tokenizer("chatml"), strict=False, data_kind="triplets", cache=path / "cache")
+    embed = {"train.objective": "embed"}
+    return prepare(data, tokenizer("chatml"), strict=False, data_kind="triplets", cache=path / "cache", options=embed)
 
 
 def texts(prepared: Prepared) -> list[tuple[str | None, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,7 +128,10 @@ class Selection:
         return self.store.row_records[self.rows]
 
 
-def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
+def build_report(
+    data: DataSection, renderer: Renderer, selection: Selection, options: Mapping[str, Any] | None = None
+) -> DataReport:
+    """Return the report. options: the fields of a recipe, other than those of data, that `strop check` needs."""
     examples, rows, role, facts = selection.examples, selection.rows, selection.role, selection.store.facts
     num_conversations, num_with_reasoning = facts["chats"], facts["thinking"]
     num_without_system = facts.get("without_system", num_conversations)  # stores of earlier versions do not have it
@@ -152,7 +155,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         why = ": the intervals are too narrow, as they assume different rows" if narrow else ""
         warnings.append(f"{repeated} {role} {'row repeats' if repeated == 1 else 'rows repeat'} an earlier one{why}")
     warnings += _label_warnings(selection)
-    refusal = _why_refused(data, selection, errors, counts)
+    refusal = _why_refused(data, selection, errors, counts, options or {})
     return DataReport(
         rows=counts,
         by_reason=dict(Counter(error.code for error in errors).most_common()),
@@ -348,7 +351,7 @@ def _single_label(selection: Selection) -> str | None:
 
 
 def _why_refused(
-    data: DataSection, selection: Selection, errors: list[RowError], counts: dict[str, int]
+    data: DataSection, selection: Selection, errors: list[RowError], counts: dict[str, int], options: Mapping[str, Any]
 ) -> DataError | None:
     """Return the error that a run would raise for these rows, or None."""
     facts, role, num_read = selection.store.facts, selection.role, counts["read"]
@@ -380,9 +383,9 @@ def _why_refused(
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
-        names = {"classes": "classify", "triplets": "embed"}
-        objective = {"train.objective": name} if (name := names.get(selection.data_kind)) else {}
-        command = f"strop check {shlex.join(option_words({'data.train': data.train, **objective}))} --fix clean.jsonl"
+        fields = data.model_dump(exclude_defaults=True, exclude={"bad_rows"})
+        words = option_words({**{f"data.{name}": value for name, value in fields.items()}, **options})
+        command = f"strop check {shlex.join(words)} --fix clean.jsonl"
         some_are_valid = len(errors) < num_read
         write = f", or write the others to a file: `{command}`" if role == "training" and some_are_valid else ""
         correct = f"correct them{write}"

@@ -125,7 +125,7 @@ class Prepared:
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True,
     data_kind: DataKind = "turns", new_tokens: Sequence[str] = (), labels: Sequence[str] | None = None,
-    answers: Answers | None = None,
+    answers: Answers | None = None, options: Mapping[str, Any] | None = None,
 ) -> Prepared:  # fmt: skip
     """Read, check, render and store the rows that a recipe names.
 
@@ -133,7 +133,7 @@ def prepare(
     tokenized rows are kept and reused; by default, a temporary folder that is deleted with the result. strict: raise
     the error that a run would raise instead of only reporting it. labels: the classes of texts (train.labels), by
     default those of the training rows. answers: a teacher's answers to training rows without one, which otherwise
-    have errors. Raises DataError, and ModelError for an unusable tokenizer or template.
+    have errors. options: see `build_report`. Raises DataError, and ModelError for an unusable tokenizer or template.
     """
     add_tokens(tokenizer, new_tokens, data.template)
     renderer = renderer_for(data, tokenizer)
@@ -150,7 +150,7 @@ def prepare(
         eval_store = train if share else None
         if data.eval is not None and not share:
             eval_store = build(sources.cap_weights(data.eval), checker=checker)
-        prepared = _assemble(data, renderer, train, eval_store, share, data_kind, classes)
+        prepared = _assemble(data, renderer, train, eval_store, share, data_kind, classes, options)
         prepared.report.warnings.extend(_find_unused_tokens(prepared.train, tokenizer, new_tokens))
     except BaseException:
         if cache is None:
@@ -233,7 +233,7 @@ def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
 
 def _assemble(
     data: DataSection, renderer: Renderer, train: Store, eval_store: Store | None, share: float | None,
-    data_kind: DataKind, classes: Classes | None,
+    data_kind: DataKind, classes: Classes | None, options: Mapping[str, Any] | None,
 ) -> Prepared:  # fmt: skip
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.arange(len(eval_store.row_records) if eval_store else 0, dtype=np.int64)
@@ -244,7 +244,7 @@ def _assemble(
         eval_rows = held_out[first_copies(train.row_records[held_out])]
     training = _select(train, rows, "training", data_kind, classes)
     evaluation = None
-    report = build_report(data, renderer, training)
+    report = build_report(data, renderer, training, options)
     if eval_store is not None:
         evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, classes, held_out)
         report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation, renderer)

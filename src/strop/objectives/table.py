@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO, CLASSIFY, EMBED)
 }
+
+# what `strop check` needs to know of a recipe besides its data, and its defaults
+CHECK_DEFAULTS: dict[str, Any] = {
+    "model.name": "demo", "model.revision": None, "model.adapter": None, "train.objective": "sft",
+    "train.labels": None, "train.rewards": None, "train.environment": None, "train.teacher": None,
+    "lora.new_tokens": [],
+}  # fmt: skip
 
 
 def objective_of(train: TrainSection) -> Objective | None:
@@ -47,11 +55,13 @@ def prepare_rows(
     from strop.data.prepare import prepare
 
     train, new_tokens = recipe.train, recipe.lora.new_tokens
+    values = {name: attrgetter(name)(recipe) for name in CHECK_DEFAULTS}
+    options = {name: value for name, value in values.items() if value != CHECK_DEFAULTS[name]}
     if train.teacher is not None and train.objective == "sft" and answers is None:
         answers = PLACEHOLDERS
     return prepare(
         recipe.data, tokenizer, cache=cache, strict=strict, data_kind=data_kind_of(train), new_tokens=new_tokens,
-        labels=train.labels, answers=answers,
+        labels=train.labels, answers=answers, options=options,
     )  # fmt: skip
 
 

@@ -59,6 +59,32 @@ def test_fix_does_not_suggest_itself(
     assert "wrote clean.jsonl: 5 rows, 1 dropped" in err and "--data clean.jsonl" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "good", "bad"),
+    [
+        ("--objective dpo", {"prompt": "p", "chosen": "a", "rejected": "b"}, {"chosen": ""}),
+        ("--objective kto", {"prompt": "p", "completion": "a", "label": True}, {"label": "maybe"}),
+        ("--objective simpo", {"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]}, {"scores": [1, 1]}),
+        ("--objective grpo --train.rewards exact", {"prompt": "p", "completion": "a"}, {"prompt": 1}),
+        ("--objective classify --train.labels x --train.labels y", {"text": "p", "label": "x"}, {"label": "z"}),
+        ("--data.columns prompt=q,completion=a", {"q": "p", "a": "a"}, {"a": ""}),
+    ],
+)  # fmt: skip
+def test_command_that_an_error_suggests_leads_to_training(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: str, good: dict[str, object], bad: dict[str, object],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, good | bad)), encoding="utf-8")
+    code, _, err = run("train", tiny_folder, "--data", "rows.jsonl", *words.split(), capsys=capsys)
+    command = re.search("`strop check (.*?)`", " ".join(err.split()))
+    assert code == 2 and command is not None, err
+    code, _, err = run("check", *shlex.split(command[1]), capsys=capsys)
+    kept = f"{words} " if "columns" not in words else ""
+    assert code == 0 and "wrote clean.jsonl: 1 rows, 1 dropped" in err, err
+    assert f"next strop train --model {tiny_folder} {kept}--data clean.jsonl" in " ".join(err.split())
+
+
 def test_fix_refuses_existing_paths(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 5)
     for out in (Path("."), tmp_path, rows):
