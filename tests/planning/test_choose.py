@@ -15,7 +15,14 @@ from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import longest_sequence, max_sampled_tokens
 from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
-from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
+from strop.planning.choose import (
+    choose,
+    find_unusual_values,
+    learning_rate,
+    memory_key,
+    objective_base_rate,
+    usable_bytes,
+)
 from strop.planning.fit import MemoryBudget
 from strop.planning.memory import EvaluationLoad, RolloutLoad, predict_phases
 from strop.planning.microbatch import largest_micro_batch, mean_micro_batch
@@ -208,6 +215,28 @@ def test_objective_decides_its_options_and_learning_rate() -> None:
     assert "arXiv:2405.14734" in result.choices["train.beta"].why
     assert train.learning_rate == pytest.approx(0.01 * objective_base_rate(LLAMA_8B.parameters), rel=0.01)
     assert "0.01 of it for simpo" in result.choices["train.learning_rate"].why
+
+
+def test_defaults_of_the_objective_of_a_written_recipe_are_left_out_for_another_objective(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(plan(60, **{"train.objective": "dpo"}).as_yaml(), encoding="utf-8")
+
+    def plan_from_file(**options: Any) -> Resolved:
+        return choose(resolve(file, options), machine(60), LLAMA_8B, "cpu", ("bf16", "measured"))
+
+    result = plan_from_file(**{"train.objective": "ipo"})
+    assert (result.recipe.train.beta, result.recipe.train.label_smoothing) == (0.1, None)
+    assert result.choices["train.label_smoothing"].why == "objective ipo does not read it"
+    assert any("train.length_normalized false: set by the recipe" in x for x in find_unusual_values(result, LLAMA_8B))
+    assert plan_from_file(**{"train.objective": "sft"}).recipe.train.beta is None
+    with pytest.raises(RecipeError, match="objective ipo does not read it"):
+        plan_from_file(**{"train.objective": "ipo", "train.label_smoothing": 0.0})
+    file.write_text(file.read_text(encoding="utf-8").replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    with pytest.raises(RecipeError, match="label_smoothing: objective ipo does not read it"):
+        plan_from_file(**{"train.objective": "ipo"})
+    file.write_text("{model: m, data: d, train: {objective: ipo, label_smoothing: 0.0}}")
+    with pytest.raises(RecipeError, match="label_smoothing: objective ipo does not read it"):
+        plan_from_file()
 
 
 def test_both_answers_of_a_pair_are_in_one_micro_batch() -> None:

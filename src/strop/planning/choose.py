@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 from strop.config.load import Choice, Resolved
-from strop.config.schema import Recipe, option_fields
+from strop.config.schema import OBJECTIVE_OPTIONS, Recipe, option_fields
 from strop.errors import RecipeError
 from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
 from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
 from strop.models.families.table import FAMILIES, overflows_fp16
-from strop.objectives.table import check_devices, default_options, objective_of
+from strop.objectives.table import OBJECTIVES, check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices, why_not_streamed
 from strop.planning.memory import PROCESS_BYTES
 from strop.planning.time import Rate
@@ -64,6 +64,7 @@ def choose(
         resolved = resolved.decide(_leave_out_adapters(resolved))
     if adapter is not None:
         resolved = resolved.decide(_choose_from_adapter(resolved, adapter))
+    resolved = resolved.decide(_leave_out_defaults(resolved))
     resolved = resolved.decide(_choose_without_memory(resolved.recipe, shape, device, dtype))
     recipe, model = resolved.recipe, resolved.recipe.model
     if not is_full and adapter is None:
@@ -114,6 +115,18 @@ def _leave_out_adapters(resolved: Resolved) -> list[Choice]:
             raise RecipeError(what, fix=f"leave {field} out, or use --train.method lora")
         choices.append(Choice(field, default, "plan", f"all weights are trained, {why}"))
     return choices
+
+
+def _leave_out_defaults(resolved: Resolved) -> list[Choice]:
+    """Reset options that an earlier run wrote as the defaults of its objective, if an option names one without them."""
+    objective, choices = resolved.choices["train.objective"], resolved.choices
+    read = OBJECTIVES[objective.value].options if objective.value in OBJECTIVES else {}
+    return [
+        Choice(f"train.{name}", None, "plan", f"objective {objective.value} does not read it")
+        for name in OBJECTIVE_OPTIONS
+        if objective.origin == "option" and name not in read and (choice := choices[f"train.{name}"]).value is not None
+        if choice.origin == "recipe" and any(choice.value == known.options.get(name) for known in OBJECTIVES.values())
+    ]
 
 
 def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[str, str]) -> list[Choice]:
