@@ -71,6 +71,17 @@ def test_date_in_a_recipe_is_text(tmp_path: Path) -> None:
     assert parse_option("data.template_options", "date_string=2024-07-26,n=3") == {"date_string": "2024-07-26", "n": 3}
 
 
+def test_labels_that_are_whole_numbers_in_yaml_are_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "{model: m, data: d, train: {objective: classify, labels: [0, 1], class_weights: {1: 5, 0: 0}}}"
+    )
+    train = resolve(tmp_path / "r.yaml").recipe.train
+    assert (train.labels, train.class_weights) == (["0", "1"], {"1": 5.0, "0": 0.0})
+    for name, value in (("labels", [True, False]), ("class_weights", {True: 5, False: 0})):
+        with pytest.raises(RecipeError, match="must be text"):
+            resolve(None, {**MINIMAL, "train.objective": "classify", f"train.{name}": value})
+
+
 def test_template_option_that_is_not_yaml_raises() -> None:
     with pytest.raises(RecipeError, match=r"data.template_options tools=\[1: not YAML"):
         parse_option("data.template_options", "tools=[1")

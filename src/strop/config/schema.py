@@ -51,6 +51,9 @@ def _number_to_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+TextOrNumber = Annotated[str, BeforeValidator(_number_to_text)]  # a whole number is converted to text
+
+
 def _shorten_unit(value: Any) -> Any:
     """Return "30 min" or "30 minutes" as "30m"."""
     unit = r"(s|m|h|d|(?:sec|second|min|minute|hour|day)s?)"
@@ -145,7 +148,7 @@ class DataSection(Section):
     format: RowFormat = Field(
         "auto", description="row format; auto finds it from the columns, document reads each text file as one row"
     )
-    columns: dict[str, Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
+    columns: dict[str, TextOrNumber] | None = Field(
         None, description="columns to read, such as prompt=question,completion=answer"
     )
     image_folder: str | None = Field(
@@ -326,10 +329,10 @@ class TrainSection(Section):
     updates: int | None = Field(
         None, ge=1, description="optimizer steps for each batch of completions (grpo); default: 1"
     )
-    labels: list[Annotated[str, BeforeValidator(_number_to_text)]] | None = Field(
+    labels: list[TextOrNumber] | None = Field(
         None, min_length=2, description="names and order of the classes (classify); default: those of the training rows"
     )
-    class_weights: dict[str, Annotated[Finite, Field(ge=0)]] | Literal["none", "balanced"] | None = Field(
+    class_weights: dict[TextOrNumber, Annotated[Finite, Field(ge=0)]] | Literal["none", "balanced"] | None = Field(
         None,
         description="weight of each class in the loss (classify): none, balanced (rare classes count as much as "
         "frequent ones) or a map from label to weight; default: none",
