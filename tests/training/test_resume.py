@@ -15,15 +15,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import strop
-from strop.errors import DiskError, InputError, Stopped
+from strop.dash.history import History
+from strop.errors import DiskError, DivergedError, InputError, Stopped
 from strop.evaluation.diagnosis import changes_loss, diagnose
-from strop.runs.events import read_events
+from strop.evaluation.report import write_report
+from strop.runs.events import drop_undone_events, read_events
 from strop.runs.folder import RunFolder
 from strop.runs.lock import sha256_text
 from strop.training import state
@@ -380,6 +383,56 @@ def test_undone_steps_count_once_in_the_diagnosis() -> None:
     cut = [*whole, {"event": "resume", "step": 2}, shrunk, loss_event(3, 0.8)]
     assert diagnose(cut, None) == diagnose(whole, None)
     assert diagnose(whole, None)[0].startswith("93%")
+
+
+def test_skips_and_rollbacks_that_a_resume_undoes_are_dropped(tmp_path: Path) -> None:
+    """A rollback undoes steps, not skips; the save decides which of them a resume undoes, not their steps."""
+    back = {"event": "rollback", "step": 7, "to": 4, "why": "loss", "passed": [5], "rate_scale": 0.25}
+    bad = [{"event": "skip", "step": step, "why": "NaN", "rows": []} for step in (5, 6)]
+    first = [
+        *({"event": "step", "step": n, "loss": 2.0} for n in range(1, 5)),
+        {"event": "save", "step": 4},
+        *bad,
+        back,
+    ]
+    before = [*first, {"event": "resume", "step": 4, "checkpoint": "step-000004"}]
+    after = [*first, {"event": "step", "step": 6, "loss": 2.0}, {"event": "save", "step": 6}]
+    after += [{"event": "resume", "step": 6, "checkpoint": "step-000006"}]
+    for logged, recoveries in ((before, []), (after, ["skip", "skip", "rollback"])):
+        logged = [{"time": 1.0, **event} for event in logged]
+        remaining = drop_undone_events(logged)
+        assert [event["event"] for event in remaining if event["event"] in ("skip", "rollback")] == recoveries
+        assert any("went back to step 4" in finding for finding in diagnose(remaining, 0.01)) == bool(recoveries)
+        page = write_report(tmp_path, {"run": "r"}, logged).read_text(encoding="utf-8")
+        assert ("1 rollback" in page) == bool(recoveries) and "1 resume" in page
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in logged))
+        history = History(tmp_path / "events.jsonl")
+        history.update()
+        assert [mark["kind"] for mark in history.marks if mark["kind"] in ("skip", "rollback")] == recoveries
+
+
+def test_report_of_a_stop_shows_that_the_resume_failed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "run"
+    options = {"max_steps": 4, "dtype": "fp32", "lora": {"r": 4}, "progress": False}
+    with pytest.raises(Stopped):
+        strop.train(model=tiny_folder, data=rows_file, out=out, callback=stop, **options)
+    error = DivergedError("step 3: the loss is far above", fix="lower the rate")
+    with monkeypatch.context() as patch, pytest.raises(DivergedError):
+        patch.setattr("strop.training.run.fit", Mock(side_effect=error))
+        strop.resume(out, progress=False)
+    report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text(encoding="utf-8")
+    assert (report["ended"], report["exit"], report["error"]["kind"]) == ("error", 1, "DivergedError")
+    assert report["steps"] == 2 and not strop.Run(out).finished
+    text = "resumed and failed: step 3: the loss is far above. Fix: lower the rate. The adapter is that of step 2."
+    assert text in page and "Stopped after step" not in page
+    report = strop.resume(out, progress=False).report
+    assert report["ended"] == "steps" and "error" not in report and "failed" not in (out / "report.html").read_text()
 
 
 def test_full_disk_at_the_claim_raises_a_disk_error(

@@ -25,6 +25,7 @@ from strop.machine.memory import trim_heap
 from strop.runs.events import (
     count_used,
     describe_turns,
+    find_undone_recoveries,
     is_slower_than_planned,
     parse_event,
     plan_of_steps,
@@ -231,6 +232,10 @@ class History:
                 self._lost_seconds += before - (self.trained[-1] if self.trained else 0.0)
             if kind == "resume":
                 self._earlier_seconds = self.clock[-1] if self.clock else 0.0
+        if kind == "resume" and isinstance(step, int):
+            undone = find_undone_recoveries([earlier["event"] for earlier in self.marks], step)
+            self.generation += bool(undone)
+            self.marks = [earlier for index, earlier in enumerate(self.marks) if index not in undone]
         mark = mark_for(event)
         if mark is None:
             return

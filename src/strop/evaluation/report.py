@@ -22,7 +22,7 @@ from strop.display.numbers import format_duration, format_figure, format_percent
 from strop.display.plots import Interval, Point, Series, plot_frontier, plot_loss, plot_metric
 from strop.display.tables import describe_memory_scope
 from strop.evaluation import metrics
-from strop.runs.events import STEP_TITLES, describe_turns, list_row_counts, split_prompt
+from strop.runs.events import STEP_TITLES, describe_turns, drop_undone_events, list_row_counts, split_prompt
 from strop.runs.folder import read_json, write_atomic
 
 MAX_CHARACTERS = 600  # longer texts of a sample are truncated
@@ -41,7 +41,7 @@ def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str
     """Write report.html from the content of report.json and the run's events, and return its path."""
     path = folder / "report.html"
     named = {**report, "run": str(folder)}  # the folder may have been renamed
-    write_atomic(path, render(named, list(events), read_json(folder / "notes.json")))
+    write_atomic(path, render(named, drop_undone_events(list(events)), read_json(folder / "notes.json")))
     return path
 
 
@@ -131,7 +131,11 @@ def _count_events(kind: str, number: int) -> str:
 
 
 def _describe_stop(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """Return where a run was stopped before its last step, or ""."""
+    """Return where a run was stopped before its last step, or why its resume failed, or ""."""
+    if error := report.get("error"):
+        fix = f" Fix: {error['fix']}." if error.get("fix") else ""
+        step = report.get("adapter_step")
+        return f"The run was resumed and failed: {error.get('message')}.{fix} The adapter is that of step {step}."
     total = next((event["steps"] for event in reversed(events) if _is_number(event.get("steps"))), None)
     step = report.get("steps")
     if report.get("ended") != "stop" or not _is_number(step) or total is None or step >= total:

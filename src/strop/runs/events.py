@@ -33,6 +33,8 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
+REPEATED = ("step", "eval", "samples", "answers")  # kinds of events that are repeated with their step
+RECOVERIES = ("skip", "doubt", "rollback")
 _SIDES = {"chosen": "Chosen", "rejected": "Rejected", "desirable": "Desirable", "undesirable": "Undesirable"}
 STEP_TITLES = {  # field of a "step" event -> title of its curve
     "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens/s",
@@ -121,13 +123,32 @@ def read_events(path: Path) -> list[Event]:
 
 
 def drop_undone_events(events: Sequence[Event]) -> list[Event]:
-    """Return the events without the steps and evaluations undone by a resume or rollback."""
+    """Return the events without the steps and evaluations undone by a resume or rollback.
+
+    A resume also undoes the skips and rollbacks after the save from which it continues.
+    """
     remaining: list[Event] = []
     for event in events:
         if (step := find_rewind_step(event)) is not None:
-            remaining = [e for e in remaining if e["event"] not in ("step", "eval", "samples") or e["step"] <= step]
+            undone = find_undone_recoveries(remaining, step) if event["event"] == "resume" else set[int]()
+            remaining = [
+                earlier
+                for index, earlier in enumerate(remaining)
+                if index not in undone and (earlier["event"] not in REPEATED or earlier["step"] <= step)
+            ]
         remaining.append(event)
     return remaining
+
+
+def find_undone_recoveries(events: Sequence[Mapping[str, Any]], step: int) -> set[int]:
+    """Return the indices of the skips, doubts and rollbacks that a resume from the checkpoint of `step` undoes."""
+    # not by their steps: a step that a rollback undid may be before or after the one that was saved
+    saves = [index for index, event in enumerate(events) if event["event"] == "save" and event.get("step") == step]
+    return {
+        index
+        for index, event in enumerate(events)
+        if event["event"] in RECOVERIES and (index > saves[-1] if saves else event["step"] > step)
+    }
 
 
 def find_rewind_step(event: Event) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,21 @@ def resume(
         choices = setup.resolved.choices
         fields = [name for name in choices if name not in recorded or recorded[name].value != choices[name].value]
         resumed = Resumed(fields, changes, counts if has_other_devices else None)
-        return _execute(folder, setup, listeners, devices, resumed)
+        try:
+            return _execute(folder, setup, listeners, devices, resumed)
+        except StropError as error:
+            if devices.is_main and not isinstance(error, InputError | Stopped):
+                _report_failure(folder, error)
+            raise
+
+
+def _report_failure(folder: RunFolder, error: StropError) -> None:
+    """Add the error of a resume to the report of an earlier stop, whose adapter the run still has."""
+    if report := folder.read_report():
+        report |= {"ended": "error", "exit": error.exit_code, "error": error.as_json()}
+        with suppress(OSError):  # a full disk may be the error
+            write_json(folder.report, report)
+            write_report(folder.path, report, read_events(folder.events))
 
 
 def _recorded_choices(folder: RunFolder) -> dict[str, Choice]:
