@@ -149,4 +149,4 @@ def test_check_needs_no_torch(tiny_folder: Path, tmp_path: Path) -> None:
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.split() in (["0", "False"], ["None", "False"]), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].split() in (["0", "False"], ["None", "False"]), done.stdout + done.stderr

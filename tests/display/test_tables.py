@@ -27,7 +27,7 @@ MARKUP = "[INST] x [/INST] [red]y[/]"  # text that Rich could read as markup
 def test_run_summary_compares_predicted_and_measured_memory(capsys: pytest.CaptureFixture[str]) -> None:
     memory = {"predicted_peak_bytes": 2**30, "measured_peak_bytes": 5 * 2**28}
     print_run_summary({"run": "r", "adapter": "a", "memory": memory, **FIGURES}, False)
-    assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().err
+    assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_measured_memory_says_what_it_leaves_out(device: str, capsys: pytest.Cap
     report = {"run": "runs/a", "adapter": "runs/a/adapter", "memory": memory, **FIGURES}
     print_run_summary({**report, "recipe": [{"field": "model.device", "value": device}]}, False)
     scope = " besides Python and its libraries" if device == "cpu" else ""
-    assert f"memory   3.00 GiB measured{scope}, 2.00 predicted (+50%)" in capsys.readouterr().err
+    assert f"memory   3.00 GiB measured{scope}, 2.00 predicted (+50%)" in capsys.readouterr().out
 
 
 def test_long_names_and_modules_of_adapters_fit_into_a_line() -> None:
@@ -70,9 +70,9 @@ def test_long_names_and_modules_of_adapters_fit_into_a_line() -> None:
 
 def test_markup_in_names_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     print_run_summary({"run": "runs/a[/b]", "adapter": "runs/a[/b]/adapter", "diagnosis": [MARKUP], **FIGURES}, False)
-    err = capsys.readouterr().err
-    assert "runs/a[/b]/adapter" in err and "runs/a[/b]/report.html" in err and MARKUP in err
-    assert "chat 'runs/a[/b]'" in err  # quoted for a shell
+    shown = capsys.readouterr()
+    assert "runs/a[/b]/adapter" in shown.out and "runs/a[/b]/report.html" in shown.out and MARKUP in shown.out
+    assert "chat 'runs/a[/b]'" in shown.err  # quoted for a shell
     out, facts = io.StringIO(), {"base": "[/b]", "rank": 4, "target_modules": ["q_proj"], "size_bytes": 1}
     print_adapters([{"folder": "a[red]x", "score": "-", **facts}], Console(file=out, width=200))
     assert "a[red]x" in out.getvalue() and "[/b]" in out.getvalue()
@@ -104,4 +104,4 @@ def test_json_is_valid_for_any_encoding_of_stdout(encoding: str, monkeypatch: py
 
 def test_summary_names_the_time_beside_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     print_run_summary({"run": "r", "adapter": "a", "eval_seconds": 74.0, "save_seconds": 0.1, **FIGURES}, False)
-    assert "and evaluation and samples 74 s\n" in capsys.readouterr().err
+    assert "and evaluation and samples 74 s\n" in capsys.readouterr().out

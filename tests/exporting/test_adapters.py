@@ -45,7 +45,7 @@ def test_adapters_are_listed_and_described(runs: tuple[Path, Path], capsys: pyte
     code, out, _ = run("adapters", runs[0], "--json", capsys=capsys)
     info = json.loads(out)
     report = json.loads((runs[0] / "report.json").read_text())
-    text = " ".join(run("adapters", runs[0], capsys=capsys)[2].split())
+    text = " ".join(run("adapters", runs[0], capsys=capsys)[1].split())
     assert f"size {info['size_bytes'] / 2**20:.1f} MiB" in text and ", ".join(info["target_modules"]) in text
     assert code == 0 and info["rank"] == 4 and info["data"] == report["lock"]["data"]
     assert info["norm"] == pytest.approx(frobenius(runs[0]), rel=1e-4) and info["norm"] > 0

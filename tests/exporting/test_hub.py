@@ -283,7 +283,7 @@ def test_environment_sets_endpoint_and_account(shelf: Shelf, work: Path, tmp_pat
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "strop.cli", "push", "merged", "me/mine"]
     process = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=100, check=False)
-    assert process.returncode == 0 and f"{shelf.address}/me/mine (private)" in process.stderr, process.stderr
+    assert process.returncode == 0 and f"{shelf.address}/me/mine (private)" in process.stdout, process.stderr
 
 
 def test_hub_id_recognizes_local_bases() -> None:

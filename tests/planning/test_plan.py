@@ -131,10 +131,10 @@ def test_plan_has_one_verdict(memory: str, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_limit_below_the_libraries_fits_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run("plan", "--model", "demo", "--memory", "500MB", "--device", "cpu", capsys=capsys)
-    assert code == 1 and "0 MiB usable besides 600 MiB for Python and its libraries" in err.replace("\n", " ")
+    code, out, _ = run("plan", "--model", "demo", "--memory", "500MB", "--device", "cpu", capsys=capsys)
+    assert code == 1 and "0 MiB usable besides 600 MiB for Python and its libraries" in out.replace("\n", " ")
     [limit] = re.findall(
-        r"a memory limit of ([\d,]+) MiB, of which Python and its libraries take 600 MiB", " ".join(err.split())
+        r"a memory limit of ([\d,]+) MiB, of which Python and its libraries take 600 MiB", " ".join(out.split())
     )
     assert strop.plan(model="demo", memory=f"{limit.replace(',', '')}MiB", device="cpu").fits
 
@@ -245,7 +245,7 @@ def test_time_of_evaluations_stands_beside_that_of_training(tiny_folder: Path, r
 def test_table_has_one_total_and_largest_rows_in_words(
     tiny_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, _, out = run("plan", "--model", tiny_folder, "--data", rows_file, "--memory", "4GB", capsys=capsys)
+    _, out, _ = run("plan", "--model", tiny_folder, "--data", rows_file, "--memory", "4GB", capsys=capsys)
     lines = [" ".join(line.strip("│ ").split()) for line in out.splitlines()]
     assert sum(line.startswith(("needed", "in all")) for line in lines) == 1
     text = " ".join(out.split())
@@ -267,7 +267,7 @@ def test_plan_names_the_compilation_of_kernels_until_it_is_done(
 
 
 def test_files_that_the_system_frees_are_below_the_total(capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, out = run("plan", "--model", "demo", "--device", "cpu", capsys=capsys)
+    _, out, _ = run("plan", "--model", "demo", "--device", "cpu", capsys=capsys)
     names = re.findall(r"^│ (\w[\w ]*?) +│", out, re.M)
     assert names[-2:] == ["needed", "files"] and "files: a cache of weight files, not needed" in " ".join(out.split())
 
@@ -430,7 +430,7 @@ def test_commands_run_without_torch(words: list[str], tiny_folder: Path) -> None
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == (1 if words[0] == "doctor" else 0), done.stderr
-    assert ("torch" in done.stdout) == (words[0] == "doctor"), done.stdout
+    assert words[0] != "doctor" or "torch" in done.stdout, done.stdout
     assert time.monotonic() - started < 30  # 3 s on an idle machine
 
 
@@ -744,11 +744,12 @@ def test_doctor_json_has_the_documented_fields(
 def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"memory_bytes": 3 << 30, "gpus": [], "hub_token": False}
     monkeypatch.setattr(doctor, "examine", lambda *_: doctor.DoctorReport(machine, [Finding("ok", "a")], None))
-    code, _, err = run("doctor", capsys=capsys)
+    code, out, err = run("doctor", capsys=capsys)
     assert code == 0 and err.startswith("this takes about 15 s, and some minutes the first time")
-    assert [line.split() for line in err.splitlines()[1:]] == [
-        ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"], ["next", "strop", "demo"]
+    assert [line.split() for line in out.splitlines()] == [
+        ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
     ]  # fmt: skip
+    assert err.splitlines()[1:] == ["next     strop demo"]
     code, out, err = run("doctor", "--fix", capsys=capsys)
     assert (code, out) == (0, "") and err.endswith("\nnothing to fix\n")
 
@@ -781,8 +782,8 @@ def test_plan_says_when_the_rates_were_measured_on_a_busy_machine(
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     for busy, shown in ((False, "from strop doctor\n"), (True, "from strop doctor, but too low: other programs used")):
         save_rates(probe(), "cpu", replace(RATES, busy=busy))
-        _, _, err = run("plan", tiny_folder, "--data", rows_file, "--device", "cpu", capsys=capsys)
-        assert shown in err
+        _, out, _ = run("plan", tiny_folder, "--data", rows_file, "--device", "cpu", capsys=capsys)
+        assert shown in out
 
 
 @pytest.mark.parametrize("load,disturbed", [(8.0, False), (0.0, True)])
@@ -795,11 +796,11 @@ def test_doctor_keeps_rates_while_other_programs_use_the_cores(
     slow = replace(RATES, bf16_flops=RATES.bf16_flops / 4, busy=disturbed)
     monkeypatch.setattr(calibrate, "measure_rates", lambda: slow)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
-    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    shown = " ".join(run("doctor", capsys=capsys)[1].split())
     assert f"bf16 {slow.bf16_flops / 1e9:,.0f} GFLOP/s" in shown and "the measured rates are too low" in shown
     assert load_rates(probe(), "cpu") == replace(slow, busy=True)
     save_rates(probe(), "cpu", RATES)
-    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    shown = " ".join(run("doctor", capsys=capsys)[1].split())
     assert (
         f"bf16 {RATES.bf16_flops / 1e9:,.0f} GFLOP/s" in shown
         and "showing the rates that were measured before" in shown
@@ -807,7 +808,7 @@ def test_doctor_keeps_rates_while_other_programs_use_the_cores(
     assert load_rates(probe(), "cpu") == RATES
     monkeypatch.setattr(calibrate.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     monkeypatch.setattr(calibrate, "measure_rates", lambda: replace(slow, busy=False))
-    shown = " ".join(run("doctor", capsys=capsys)[2].split())
+    shown = " ".join(run("doctor", capsys=capsys)[1].split())
     assert "other programs" not in shown and load_rates(probe(), "cpu") == replace(slow, busy=False)
 
 
@@ -833,10 +834,10 @@ def test_plan_ends_with_the_command_that_trains(
     assert values[0] == values[1] and "target_modules" in shown
     _, _, err = run("plan", tiny_folder, "--data", rows_file, "--memory", "8GB", "--device", "cpu", capsys=capsys)
     assert "next " not in err  # another machine's plan
-    code, _, err = run("plan", "--model", tiny_folder, capsys=capsys)
-    assert code == 0 and "it fits" in err and "next " not in err  # `strop train` needs data
-    _, _, err = run("plan", tiny_folder, "--data", rows_file, "--objective", "dpo", capsys=capsys)
-    assert "strop train would refuse this" in err and "it fits" not in err and "next " not in err
+    code, shown, err = run("plan", "--model", tiny_folder, capsys=capsys)
+    assert code == 0 and "it fits" in shown and "next " not in err  # `strop train` needs data
+    _, shown, err = run("plan", tiny_folder, "--data", rows_file, "--objective", "dpo", capsys=capsys)
+    assert "strop train would refuse this" in shown and "it fits" not in shown and "next " not in err
 
 
 def test_comparison_of_methods_is_in_16_bit_on_any_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,8 @@ def test_cache_of_a_streamed_run_is_listed_and_made_again(
     )
     assert set(kinds) <= {*KINDS, OTHER}
 
-    code, _, err = run("cache", "--delete", "layers", capsys=capsys)
-    assert code == 0 and "would delete 1 entries" in err and any((cache / "layers").iterdir())
+    code, out, _ = run("cache", "--delete", "layers", capsys=capsys)
+    assert code == 0 and "would delete 1 entries" in out and any((cache / "layers").iterdir())
     deleted = json.loads(run("cache", "--delete", "layers", "--yes", "--json", capsys=capsys)[1])
     assert deleted["deleted"] and deleted["bytes"] == kinds["layers"]["bytes"]
     assert not any((cache / "layers").iterdir())
@@ -76,7 +76,7 @@ def test_only_what_was_not_used_is_deleted(cache: Path, capsys: pytest.CaptureFi
     write(cache / "gguf" / "old" / "a.bin", 1_000_000, days=40)
     assert run("cache", "--delete", "layers", "--unused", "30", "--yes", capsys=capsys)[0] == 0
     assert [entry.path.name for entry in list_entries()] == ["old", "new"]  # of gguf, of layers
-    out = run("cache", capsys=capsys)[2]
+    out = run("cache", capsys=capsys)[1]
     assert "1.0 MB" in out and "40 days ago" in out and "2.0 MB" in out and "2 days ago" in out
 
 

@@ -13,7 +13,7 @@ QUICK = ["--train.max_steps", "6", "--train.batch_size", "4", "--lora.r", "4", "
 
 
 def run(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Return (exit code, stdout, stderr) of a strop command."""
+    """Return (exit code, stdout, stderr) of a strop command: results are on stdout, with --json on stderr."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["strop", *map(str, words)])
         with pytest.raises(SystemExit) as ended:

@@ -116,8 +116,8 @@ def test_new_tokens_are_trained_where_rows_have_them(tmp_path: Path, capsys: pyt
     assert warning in json.loads((run.folder / "report.json").read_text())["data_report"]["warnings"]
     assert warning in (run.folder / "report.html").read_text().replace("&lt;", "<").replace("&gt;", ">")
     options = ["--model", tmp_path / "model", "--data", data, "--lora.new_tokens", "<call>,<done>"]
-    _, _, err = run_command("check", *options, capsys=capsys)
-    assert warning in " ".join(err.split()) and "<call> occurs" not in err
+    _, out, _ = run_command("check", *options, capsys=capsys)
+    assert warning in " ".join(out.split()) and "<call> occurs" not in out
 
 
 def test_new_tokens_that_the_template_writes_are_special() -> None:

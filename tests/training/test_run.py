@@ -481,8 +481,8 @@ def test_force_loads_an_adapter_on_another_base_with_a_note(
     rebase(trained / "adapter", other)
     words = ["eval", trained / "adapter", "--data", rows_file, "--max-new-tokens", "2"]
     assert run(*words, capsys=capsys)[0] == 2
-    code, _, err = run(*words, "--force", capsys=capsys)
-    assert code == 0 and "note" in err and "on which it was trained" in err and "expected" in err
+    code, out, _ = run(*words, "--force", capsys=capsys)
+    assert code == 0 and "note" in out and "on which it was trained" in out and "expected" in out
 
 
 def test_changed_adapter_file_is_refused_with_both_hashes(trained: Path) -> None:
@@ -615,7 +615,7 @@ def test_runs_lists_runs_and_print_recipe_shows_origins(
     (listed,) = json.loads(out)["runs"]
     assert code == 0 and {"run": str(trained), "finished": True, "step": 6}.items() <= listed.items()
     assert listed["loss"] > 0 and listed["seconds"] > 0 and listed["score"] is None and listed["data"]
-    code, _, text = run("runs", trained.parent, capsys=capsys)
+    code, text, _ = run("runs", trained.parent, capsys=capsys)
     assert code == 0 and trained.name in text and f"{listed['loss']:.3f}" in text
     code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
     assert code == 0
@@ -755,9 +755,9 @@ def test_diverging_run_is_reported_in_the_terminal_and_in_the_report(
     rising = [{"event": "step", "step": n, "loss": 6.0 * 10**n, "learning_rate": 0.5} for n in (1, 2, 3)]
     monkeypatch.setattr("strop.training.report.read_events", lambda path: rising)
     words = ["--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "run", *QUICK]
-    code, _, err = run("train", *words, capsys=capsys)
+    code, out, err = run("train", *words, capsys=capsys)
     assert code == 0, err
-    after = err.split("done ", 1)[1].splitlines()
+    after = out.split("done ", 1)[1].splitlines()
     finding = next(line for line in after if "training loss rose from 60.000 to 6000.000" in line)
     assert finding.startswith("finding  diverging: ") and "for example to 0.05 (see" in finding
     text = finding.removeprefix("finding  ")

@@ -32,7 +32,7 @@ from strop.cli.commands.sweep import sweep
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import BOOLEAN, CHAT_COMMANDS, OTHER_OPTIONS, OTHER_PANEL, add_recipe_options
 from strop.config.names import is_data_file, use_short_forms
-from strop.display.tables import console, print_json, with_command_name
+from strop.display.tables import console, messages, print_json, with_command_name
 from strop.errors import (
     FIX,
     DiskError,
@@ -180,6 +180,7 @@ def main() -> None:
     """Run a command. An error prints one message, and exits with the code of its class (see errors.py)."""
     signals: list[int] = []
     token = in_terminal.set(True)
+    console.use_stderr("--json" in sys.argv)
 
     def interrupt(number: int, frame: object) -> None:
         signals.append(number)
@@ -231,8 +232,13 @@ def main() -> None:
         _exit_with_error(lines, {"kind": "InternalError", "message": message}, 1)
     finally:  # an interrupt during Python's exit would print a traceback
         in_terminal.reset(token)
-        with contextlib.suppress(OSError, ValueError):
+        console.use_stderr(False)
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:  # its reader has ended, such as `head`; Python's exit would print a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError):
+            pass
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
@@ -523,7 +529,7 @@ def _exit_with_error(
         lines = [line if line.startswith(FIX) else f"error: {line}" for line in lines]
     for line in lines:
         text = use_short_forms(with_command_name(line))
-        console.print(text, markup=False, style="red" if code != Stopped.exit_code else "yellow")
+        messages.print(text, markup=False, style="red" if code != Stopped.exit_code else "yellow")
     with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)

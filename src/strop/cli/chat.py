@@ -14,7 +14,7 @@ from rich.text import Text
 
 from strop import api
 from strop.cli.options import CHAT_COMMANDS
-from strop.display.tables import SafeConsole, console, escape_control, print_notes
+from strop.display.tables import SafeConsole, escape_control, messages, print_notes
 from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
@@ -43,7 +43,7 @@ class Session:
         text = text.strip()
         if command in ("/base", "/tuned", "/compare"):
             if not self.model.is_tuned:
-                console.print(f"{command}: this model has no adapter", style="yellow")
+                messages.print(f"{command}: this model has no adapter", style="yellow")
             else:
                 self._switch_side(command[1:])
             if text:
@@ -53,17 +53,17 @@ class Session:
         elif command == "/image":
             if Path(text).expanduser().is_file():
                 self.images.append(text)
-                console.print(f"image {len(self.images)} of the next line: {text}", style="dim", markup=False)
+                messages.print(f"image {len(self.images)} of the next line: {text}", style="dim", markup=False)
             else:
-                console.print(f"/image {text}: no such file", style="yellow", markup=False)
+                messages.print(f"/image {text}: no such file", style="yellow", markup=False)
         elif command in ("/system", "/reset"):
             self.history, self.images = [], []
             self.system = text if command == "/system" else self.system
         elif command == "/help":
             for name, description in CHAT_COMMANDS.items():
-                console.print(f"{name:9} {description}", markup=False)
+                messages.print(f"{name:9} {description}", markup=False)
         elif command != "/quit":
-            console.print(
+            messages.print(
                 f"no command {command}{suggest(command, CHAT_COMMANDS)}: see /help", style="yellow", markup=False
             )
         return command != "/quit"
@@ -75,9 +75,9 @@ class Session:
                     pass
             self.side = side
         except ModelError as error:
-            console.print(f"/{side}: {error.what}", style="yellow", markup=False)
+            messages.print(f"/{side}: {error.what}", style="yellow", markup=False)
         sides = SIDES if self.model.adapter is not None else WHOLE_SIDES
-        console.print(f"answers: {sides[self.side]}", style="dim")
+        messages.print(f"answers: {sides[self.side]}", style="dim")
 
     def _switch_adapter(self, name: str) -> None:
         loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []
@@ -91,13 +91,13 @@ class Session:
             if self.system is None and self.model.default_system != previous_system:
                 system = self.model.default_system or "none"
                 when = " (used after /reset)" if self.history else ""
-                console.print(f"system prompt, as in training: {system}{when}", style="dim", markup=False)
+                messages.print(f"system prompt, as in training: {system}{when}", style="dim", markup=False)
         elif name:
             known = f"loaded: {', '.join(loaded)}" if loaded else "this model has no adapter"
             message = f"/adapter {name}: not loaded{suggest(name, loaded)}; {known}"
-            console.print(message, style="yellow", markup=False)
+            messages.print(message, style="yellow", markup=False)
         else:
-            console.print("\n".join(loaded) or "this model has no adapter", markup=False)
+            messages.print("\n".join(loaded) or "this model has no adapter", markup=False)
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> None:
         """Stream the answer to a line, or print both answers when they are complete ("compare")."""
@@ -108,7 +108,7 @@ class Session:
             _print_comparison(base, tuned)
             self.images = []
         else:
-            with status_line("reading the prompt") if console.is_terminal else nullcontext() as status:
+            with status_line("reading the prompt") if messages.is_terminal else nullcontext() as status:
 
                 def show(piece: str) -> None:
                     if status is not None:
@@ -120,7 +120,7 @@ class Session:
             print(flush=True)
             if self.model.was_cut:
                 limit = f"--max-new-tokens {self._options['max_new_tokens']}, or the model's context"
-                console.print(f"the answer was cut at its maximum length ({limit})", style="dim")
+                messages.print(f"the answer was cut at its maximum length ({limit})", style="dim")
 
     def _generate(
         self, text: str, side: str, on_text: Callable[[str], None] | None, history: list[dict[str, Any]]
@@ -165,11 +165,13 @@ def chat_in_terminal(
     interactive = sys.stdin.isatty()
     if overrides or settings != Sampling():
         source = "" if overrides else ", from the model's generation config"
-        console.print(f"answers: {settings.describe()}{source}", style="dim")
+        messages.print(f"answers: {settings.describe()}{source}", style="dim")
     if interactive:
-        console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends the chat", style="dim", markup=False)
+        messages.print(
+            f"{name}: /help lists commands, an empty line or Ctrl-D ends the chat", style="dim", markup=False
+        )
     if system is None and model.default_system is not None:
-        console.print(f"system prompt, as in training: {model.default_system}", style="dim", markup=False)
+        messages.print(f"system prompt, as in training: {model.default_system}", style="dim", markup=False)
     for line in _read_lines(interactive):
         try:
             if not line.startswith("/"):
@@ -179,11 +181,11 @@ def chat_in_terminal(
         except KeyboardInterrupt:  # ends the answer, and the chat where nobody could go on
             if not interactive:
                 raise
-            console.print("\n(stopped; Ctrl-C again ends the chat)", style="dim")
+            messages.print("\n(stopped; Ctrl-C again ends the chat)", style="dim")
         except StropError as error:  # an interactive chat continues after an error
             if not interactive:
                 raise
-            console.print("\n".join(error.lines()), style="red", markup=False)
+            messages.print("\n".join(error.lines()), style="red", markup=False)
 
 
 def _classify_lines(model: Model) -> None:
@@ -193,14 +195,14 @@ def _classify_lines(model: Model) -> None:
     print_notes(model.notes)
     if interactive:
         what = f"{model.name}: {len(model.classes.names)} classes; an empty line or Ctrl-D ends"
-        console.print(what, style="dim", markup=False)
+        messages.print(what, style="dim", markup=False)
     for line in filter(str.strip, _read_lines(interactive)):
         try:
             [result] = model.classify(line)
         except StropError as error:  # such as a text that is too long
             if not interactive:
                 raise
-            console.print("\n".join(error.lines()), style="red", markup=False)
+            messages.print("\n".join(error.lines()), style="red", markup=False)
             continue
         shares = [f"{name} {share:.1%}" for name, share in list(result["probabilities"].items())[:SHOWN_CLASSES]]
         more = len(model.classes.names) - len(shares)
@@ -211,7 +213,7 @@ def _classify_lines(model: Model) -> None:
 def _read_lines(interactive: bool) -> Iterator[str]:
     while True:
         if interactive:
-            console.print("> ", end="")
+            messages.print("> ", end="")
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from strop.config.names import SHORT_FORMS, is_data_file
-from strop.display.tables import console
+from strop.display.tables import messages
 from strop.errors import FolderError, RecipeError
 
 DEFAULT_FOLDER = Path("runs")
@@ -244,5 +244,5 @@ def is_main_process() -> bool:
 
 
 def console_for(is_main: bool) -> Console:
-    """Return a console that prints in the main process only."""
-    return console if is_main else Console(quiet=True)
+    """Return a console for messages that prints in the main process only."""
+    return messages if is_main else Console(quiet=True)

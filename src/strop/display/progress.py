@@ -32,10 +32,10 @@ def _mode(progress: bool | None, is_main: bool = True) -> str:
 @contextmanager
 def _log(activity: str) -> Iterator[StatusLine]:
     """Yield a line that is printed with the time of its activity every LOG_SECONDS."""
-    from strop.display.tables import console
+    from strop.display.tables import messages
     from strop.display.terminal import StatusLine, activity_messages
 
-    status = StatusLine(console, activity, quiet=[LOG_SECONDS])
+    status = StatusLine(messages, activity, quiet=[LOG_SECONDS])
     status.start()
     try:
         with activity_messages(status.update, status.print_line):
@@ -68,7 +68,7 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
         with _notebook("loading the libraries", keep=True) as display:
             yield display.on_event
     else:
-        from strop.display.tables import console
+        from strop.display.tables import messages
         from strop.display.terminal import run_progress
 
         with run_progress() as listener:
@@ -76,7 +76,7 @@ def show_run(progress: bool | None, is_main: bool) -> Iterator[Callable[[Event],
             def show(event: Event) -> None:
                 listener(event)
                 if event["event"] == "end":  # the command line prints a summary instead
-                    console.print(f"run      {Path(event.get('adapter') or event['model']).parent}", markup=False)
+                    messages.print(f"run      {Path(event.get('adapter') or event['model']).parent}", markup=False)
 
             yield show
 

@@ -50,6 +50,11 @@ class SafeConsole(Console):
         """Whether output is updated in place. A notebook stores all updates of the terminal that `!strop` has in it."""
         return super().is_terminal and (self._force_terminal is True or "JPY_PARENT_PID" not in os.environ)
 
+    def use_stderr(self, enabled: bool) -> None:
+        """Print on stderr if enabled, otherwise on stdout, in colour if that stream is a terminal."""
+        self.stderr = enabled
+        self._color_system = self._detect_color_system()
+
 
 class PythonConsole(SafeConsole):
     """A console for results of the Python functions, which writes options as in Python."""
@@ -59,7 +64,8 @@ class PythonConsole(SafeConsole):
         super().print(*(in_python(x) if isinstance(x, str) else x for x in texts), **options)
 
 
-console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+console = SafeConsole(highlight=False, soft_wrap=True)  # results, on stdout, or with --json on stderr
+messages = SafeConsole(stderr=True, highlight=False, soft_wrap=True)  # progress, notes and errors
 
 
 class HtmlConsole(PythonConsole):
@@ -138,7 +144,7 @@ def print_json(value: dict[str, Any], enabled: bool) -> None:
         print(text, flush=True)  # a server prints it long before it ends
 
 
-def print_notes(notes: Sequence[str], out: Console = console) -> None:
+def print_notes(notes: Sequence[str], out: Console = messages) -> None:
     for note in notes:
         out.print("note    ", note, markup=False, style="yellow")
 
@@ -181,7 +187,7 @@ def with_command_name(text: str) -> str:
 def print_next(*commands: Sequence[str]) -> None:
     """Print commands to run next, each given by its words without `strop`."""
     for lead, words in zip(("next", *[""] * len(commands)), commands, strict=False):
-        console.print(f"{lead:8} {command_name()} {shlex.join(words)}", markup=False)
+        messages.print(f"{lead:8} {command_name()} {shlex.join(words)}", markup=False)
 
 
 def example_request(server: Mapping[str, Any]) -> str:
@@ -234,13 +240,13 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     chat = [["chat", run]] if objective not in ("reward", "embed") else []
     print_next(*measure, *chat, ["dash", run])
     if is_judged:
-        console.print(
+        messages.print(
             f"measure  {command_name()} eval {shlex.quote(run)} --data PAIRS.jsonl, or rows with right answers"
         )
     elif not files:
         advice = "" if evaluated else "; --eval 5% keeps some back in the next run"
         command = f"{command_name()} eval {shlex.quote(run)} --data ROWS.jsonl"
-        console.print(f"measure  {command}, on rows that it was not trained on{advice}", markup=False)
+        messages.print(f"measure  {command}, on rows that it was not trained on{advice}", markup=False)
     hidden = ("recipe", "lock", "machine", "data_report")
     print_json({key: value for key, value in report.items() if key not in hidden}, as_json)
 

@@ -24,7 +24,7 @@ from rich.status import Status
 from rich.text import Text
 
 from strop.display.numbers import format_duration
-from strop.display.tables import abbreviate, console
+from strop.display.tables import abbreviate, messages
 from strop.errors import in_python, in_terminal
 from strop.runs.events import ON_REQUEST, Event, is_slower_than_planned, plan_of_steps
 
@@ -180,7 +180,7 @@ class StatusLine:
 
 
 @contextmanager
-def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
+def status_line(activity: str, out: Console = messages) -> Iterator[StatusLine]:
     """Show a status line until the `with` block ends or `stop` is called."""
     status = StatusLine(out, activity)
     status.start()
@@ -413,7 +413,7 @@ class RunProgress:
 
 
 @contextmanager
-def run_progress(out: Console = console) -> Iterator[RunProgress]:
+def run_progress(out: Console = messages) -> Iterator[RunProgress]:
     """Yield a callback that shows the events of a run."""
     with status_line("loading the libraries", out) as status:
         progress = RunProgress(out, status)
@@ -435,7 +435,7 @@ class _TimeLeft(TextColumn):
 
 
 @contextmanager
-def generation_progress(out: Console = console) -> Iterator[Callable[[str, float, int], None]]:
+def generation_progress(out: Console = messages) -> Iterator[Callable[[str, float, int], None]]:
     """Yield a callback for progress of generation. Its arguments: side ("base" or "tuned"), done, total.
 
     done: the finished rows, and fractions of the unfinished ones.

@@ -73,7 +73,7 @@ def sweep(
         >>> strop.sweep(model="demo", data="rows.jsonl", over={"lora.r": [8, 16, 32]}, metric="exact_json")
         >>> strop.sweep("runs/sweep-1", resume_existing=True).result["verdict"]
     """
-    from strop.display.tables import console
+    from strop.display.tables import messages
     from strop.display.terminal import status_line
     from strop.sweeping.loop import Progress
     from strop.sweeping.request import SweepOptions
@@ -85,5 +85,5 @@ def sweep(
     if progress is False:
         return run_sweep(path, over, values, chosen, memory, resume_existing, Progress(event=callback), ray)
     with status_line("loading the libraries") as status:
-        shown = Progress(lambda text: console.print(text, markup=False), status.update, callback)
+        shown = Progress(lambda text: messages.print(text, markup=False), status.update, callback)
         return run_sweep(path, over, values, chosen, memory, resume_existing, shown, ray)

@@ -20,8 +20,8 @@ def test_fix_reports_the_cleaned_copy(
     monkeypatch.chdir(tmp_path)
     rows = tiny.write_rows(Path("rows.jsonl"), 5)
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
-    code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
-    assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
+    code, out, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
+    assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in out
     assert f"next     strop train --model {tiny_folder} --data clean.jsonl" in err
 
 
@@ -52,11 +52,11 @@ def test_fix_does_not_suggest_itself(
     rows = tiny.write_rows(Path("rows.jsonl"), 5)
     rows.write_text(rows.read_text() + '{"prompt": "a"}\n')
     words = ["check", "--model", tiny_folder, "--data", rows]
-    code, _, err = run(*words, capsys=capsys)
-    assert code == 2 and "--fix clean.jsonl" in " ".join(err.split())
-    code, _, err = run(*words, "--fix", "clean.jsonl", capsys=capsys)
-    assert code == 0 and "1 of 6 training rows cannot be used" in err and "Fix:" not in err
-    assert "wrote clean.jsonl: 5 rows, 1 dropped" in err and "--data clean.jsonl" in err
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 2 and "--fix clean.jsonl" in " ".join(out.split())
+    code, out, err = run(*words, "--fix", "clean.jsonl", capsys=capsys)
+    assert code == 0 and "1 of 6 training rows cannot be used" in out and "Fix:" not in out + err
+    assert "wrote clean.jsonl: 5 rows, 1 dropped" in out and "--data clean.jsonl" in err
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_command_that_an_error_suggests_leads_to_training(
     code, _, err = run("train", tiny_folder, "--data", "rows.jsonl", *words.split(), capsys=capsys)
     command = re.search("`strop check (.*?)`", " ".join(err.split()))
     assert code == 2 and command is not None, err
-    code, _, err = run("check", *shlex.split(command[1]), capsys=capsys)
+    code, out, err = run("check", *shlex.split(command[1]), capsys=capsys)
     kept = f"{words} " if "columns" not in words else ""
-    assert code == 0 and "wrote clean.jsonl: 1 rows, 1 dropped" in err, err
+    assert code == 0 and "wrote clean.jsonl: 1 rows, 1 dropped" in out, err
     assert f"next strop train --model {tiny_folder} {kept}--data clean.jsonl" in " ".join(err.split())
 
 
@@ -108,9 +108,9 @@ def test_row_that_a_weight_repeats_is_shown_once_and_no_duplicate(
     monkeypatch.chdir(tmp_path)  # a long path would be cut
     rows = tiny.write_rows(Path("rows.jsonl"), 5)
     words = ["check", "--model", tiny_folder, "--data"]
-    code, _, err = run(*words, f"{rows}@3", "--show", "2", capsys=capsys)
-    assert code == 0 and "15 rows read" in err and "repeat an earlier" not in err
-    assert [err.count(f"rows.jsonl:{line}  ") for line in (1, 2, 3)] == [1, 1, 0]
+    code, out, _ = run(*words, f"{rows}@3", "--show", "2", capsys=capsys)
+    assert code == 0 and "15 rows read" in out and "repeat an earlier" not in out
+    assert [out.count(f"rows.jsonl:{line}  ") for line in (1, 2, 3)] == [1, 1, 0]
     rows.write_text(2 * rows.read_text())
     report = json.loads(run(*words, f"{rows}@3", "--json", capsys=capsys)[1])
     assert report["duplicates"]["within"] == 5 and "5 training rows repeat an earlier one" in report["warnings"]
@@ -137,8 +137,8 @@ def test_rows_that_are_shown_say_what_they_are(
     lines = map(json.dumps, (row, other if objective == "classify" else row))
     rows.write_text("\n".join(lines), encoding="utf-8")
     words = ["check", "--model", tiny_folder, "--data", f"{rows}@2", "--objective", objective, "--show", len(parts)]
-    err = run(*words, capsys=capsys)[2]
-    assert re.findall(r"rows\.jsonl:\d+ +\d+ tokens, \d+ supervised(.*?) ?[─-]*\n", err) == parts, err
+    out = run(*words, capsys=capsys)[1]
+    assert re.findall(r"rows\.jsonl:\d+ +\d+ tokens, \d+ supervised(.*?) ?[─-]*\n", out) == parts, out
 
 
 def test_file_without_a_format_next_to_others_is_not_read_with_options_for_all(
@@ -166,8 +166,8 @@ def test_output_names_the_format_the_tokenizer_and_the_default_system_prompt(
         "text": '{"text": "a b c d"}',
     }
     for name, line in formats.items():
-        err = run("check", write_lines(tmp_path / f"{name}.jsonl", line, line), capsys=capsys)[2]
-        shown = " ".join(err.split())
+        out = run("check", write_lines(tmp_path / f"{name}.jsonl", line, line), capsys=capsys)[1]
+        shown = " ".join(out.split())
         assert f"format {name}, with the tokenizer of demo" in shown
         has_prompt = "rows without a system prompt get the template's: You are a helpful AI assistant named" in shown
         assert has_prompt == (name != "text")
@@ -179,8 +179,8 @@ def test_default_system_prompt_is_not_named_if_all_rows_have_one(
     system, user, assistant = (f'{{"role": "{role}", "content": "a"}}' for role in ("system", "user", "assistant"))
     rows = [f'{{"messages": [{system}, {user}, {assistant}]}}', f'{{"messages": [{user}, {assistant}]}}']
     for lines, expected in ((rows[:1] * 2, False), (rows, True)):
-        err = run("check", write_lines(tmp_path / "rows.jsonl", *lines), capsys=capsys)[2]
-        assert ("rows without a system prompt get" in " ".join(err.split())) == expected
+        out = run("check", write_lines(tmp_path / "rows.jsonl", *lines), capsys=capsys)[1]
+        assert ("rows without a system prompt get" in " ".join(out.split())) == expected
 
 
 def test_lines_that_cannot_be_read_are_named_before_missing_completions(
@@ -189,9 +189,9 @@ def test_lines_that_cannot_be_read_are_named_before_missing_completions(
     monkeypatch.chdir(tmp_path)
     lines = '{"prompt": "a", "completion": "b"},', '{"prompt": "a", "comp', '{"prompt": "a"}'
     words = ["check", "--model", tiny_folder, "--data", write_lines(Path("rows.jsonl"), *lines)]
-    code, _, err = run(*words, capsys=capsys)
-    assert code == 2 and "rows.jsonl:3: no completion to train on\n" in err and "after the last answer" not in err
-    *_, error, fix = err.splitlines()
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 2 and "rows.jsonl:3: no completion to train on\n" in out and "after the last answer" not in out
+    *_, error, fix = out.splitlines()
     assert error.startswith("error: 2 of 3 training rows cannot be read; of the others, rows.jsonl: prompts without")
     assert fix.startswith("Fix: first correct the rows that cannot be read; rows with answers: {")
     write_lines(Path("rows.jsonl"), '{"prompt": "a"}', '{"prompt": "a", "completion": "b"}')
@@ -207,8 +207,8 @@ def test_rows_that_a_run_refuses_end_with_an_error_and_a_fix(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(Path("rows.jsonl"), '{"prompt": "a", "completion": ""}', '{"prompt": "a", "completion": "b"}')
-    code, _, err = run("check", "--model", tiny_folder, "--data", "rows.jsonl", capsys=capsys)
-    assert code == 2 and "error: 1 of 2 training rows cannot be used\nFix: correct them" in err
+    code, out, _ = run("check", "--model", tiny_folder, "--data", "rows.jsonl", capsys=capsys)
+    assert code == 2 and "error: 1 of 2 training rows cannot be used\nFix: correct them" in out
 
 
 def test_rows_with_the_same_error_share_a_line(
@@ -218,8 +218,8 @@ def test_rows_with_the_same_error_share_a_line(
         {"prompt": f"{n}", "completion": "" if n % 2 else "yes", **({"prompt": 3} if n == 4 else {})} for n in range(24)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    err = run("check", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", capsys=capsys)[2]
-    lines = [line.split("rows.jsonl:")[1] for line in err.splitlines() if line.startswith("  /")]
+    out = run("check", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", capsys=capsys)[1]
+    lines = [line.split("rows.jsonl:")[1] for line in out.splitlines() if line.startswith("  /")]
     assert lines[0].startswith("2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 2 more: an assistant message is empty")
     assert lines[1].startswith("5: ") and len(lines) == 2
 
@@ -230,8 +230,8 @@ def test_objective_shows_a_row_that_it_learns_from(
     rows = write_lines(tmp_path / "rows.jsonl", '{"prompt": "a", "completion": "b"}')
     words = ["check", "--model", tiny_folder, "--data", rows, "--objective"]
     row = '{"prompt": "hi", "chosen": "yo", "rejected": "no"}'
-    assert f"Fix: --objective sft, or rows such as {row}\n" in run(*words, "dpo", capsys=capsys)[2]
-    assert '"label": true}\n' in run(*words, "kto", capsys=capsys)[2]
+    assert f"Fix: --objective sft, or rows such as {row}\n" in run(*words, "dpo", capsys=capsys)[1]
+    assert '"label": true}\n' in run(*words, "kto", capsys=capsys)[1]
 
 
 def test_columns_of_a_table_lead_to_a_call_that_works(
@@ -265,12 +265,12 @@ def test_row_without_an_answer_is_reported_with_the_other_errors(
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     rows = [good, good.replace("assistant", "asistant"), good[:-2], '{"prompt": "a"}', good]
     Path("bad.jsonl").write_text("\n".join(rows) + "\n")
-    code, _, err = run("check", "bad.jsonl", capsys=capsys)
-    lines = [" ".join(line.split()) for line in err.splitlines()]
+    code, out, _ = run("check", "bad.jsonl", capsys=capsys)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 2 and [line[:12] for line in lines if line.startswith("bad.jsonl:")] == [
         "bad.jsonl:2:", "bad.jsonl:3:", "bad.jsonl:4:"
     ]  # fmt: skip
-    assert "bad.jsonl:4: no answer, which other rows of the file have" in lines and "two formats" not in err
+    assert "bad.jsonl:4: no answer, which other rows of the file have" in lines and "two formats" not in out
 
 
 def test_file_without_rows_and_missing_file(
@@ -299,5 +299,5 @@ def test_advice_for_rows_of_which_none_can_be_used(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 3)
     words = ["check", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", *options]
-    code, _, err = run(*words, capsys=capsys)
-    assert code == 2 and expected in " ".join(err.split()) and "--data.overlong drop" not in err
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 2 and expected in " ".join(out.split()) and "--data.overlong drop" not in out

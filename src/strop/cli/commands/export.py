@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import DEFAULT_FOLDER, AdapterName, Data, Json, NoParity, check_folder, parse_numbers
-from strop.display.tables import console, print_adapters, print_fields, print_json, print_next, print_notes
+from strop.display.tables import console, messages, print_adapters, print_fields, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
@@ -94,10 +94,10 @@ def _print_uses(model: Path) -> None:
     from strop.models.tokenizer import has_template
 
     if is_classifier(locate(str(model))):
-        console.print(f'next     transformers.pipeline("text-classification", model="{model}")', markup=False)
+        messages.print(f'next     transformers.pipeline("text-classification", model="{model}")', markup=False)
         return
     if is_embedder(locate(str(model))):
-        console.print(f'next     sentence_transformers.SentenceTransformer("{model}")', markup=False)
+        messages.print(f'next     sentence_transformers.SentenceTransformer("{model}")', markup=False)
         return
     chat = [["chat", str(model)]] if has_template(locate(str(model))) else []
     print_next(*chat, ["serve", str(model)])
@@ -183,7 +183,7 @@ def export_script(
         f"[bold]wrote[/]    {escape(str(written.out))}: {', '.join(written.files)}; {written.rows} rows, {rows}"
     )
     print_notes(written.notes)
-    console.print(f"next     python {shlex.quote(str(written.out))}/train.py", markup=False)
+    messages.print(f"next     python {shlex.quote(str(written.out))}/train.py", markup=False)
     print_json(written.as_json(), as_json)
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import Devices, Dtype, Force, Json, ModelName, Quantization, console_for, is_main_process
-from strop.display.tables import command_name, console, example_request, print_json, print_next, print_notes
+from strop.display.tables import command_name, console, example_request, messages, print_json, print_next, print_notes
 from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -219,14 +219,14 @@ def serve(
         print_notes(server["notes"])
         for parity in server.get("parity", []):
             from_base = "" if parity["control"] is None else f", from strop's base model {parity['control']:.2g}"
-            console.print(
+            messages.print(
                 f"[bold]parity[/]   {escape(parity['model'])}: mean difference from strop {parity['mean']:.2g} nats "
                 f"per token (largest {parity['max']:.2g}){from_base}, over {parity['tokens']:,} tokens"
             )
-        console.print(
+        messages.print(
             f"[bold]serving[/]  {server['url']}  models: {escape(', '.join(server['models']))}  (Ctrl-C to stop)"
         )
-        console.print(f"try      {example_request(server)}", markup=False)
+        messages.print(f"try      {example_request(server)}", markup=False)
         print_json(server, as_json)
 
     with status_line("loading the libraries") as status:
@@ -245,5 +245,5 @@ def serve(
                 names, address, slots=slots, queue=queue, context=context, max_body_bytes=max_body << 20, device=device,
                 dtype=dtype, quantization=quantization, force=force, on_ready=on_ready,
             )  # fmt: skip
-    console.print("[bold]stopped[/]")
+    messages.print("[bold]stopped[/]")
     raise typer.Exit(exit_code(signal_number))

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import DevicesPerMachine, Json, Machines
-from strop.display.tables import command_name, console, print_json
+from strop.display.tables import command_name, console, messages, print_json
 from strop.errors import FolderError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def import_(
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
         print(imported.to_yaml(), end="")
-    console.print(f"[bold]imported[/] {len(imported.draft.fields)} fields")
+    messages.print(f"[bold]imported[/] {len(imported.draft.fields)} fields")
     for title, color, notes in (
         ("new meaning", "yellow", imported.draft.differs),
         ("no equivalent", "red", imported.draft.unsupported),
@@ -59,10 +59,10 @@ def import_(
     ):
         for note in notes if out else ():  # a printed recipe contains the notes as comments
             location = f"{note.key}, line {note.line}" if note.line else note.key
-            console.print(f"[{color}]{title:13} [/]{escape(location)}{': ' * bool(note.text)}{escape(note.text)}")
+            messages.print(f"[{color}]{title:13} [/]{escape(location)}{': ' * bool(note.text)}{escape(note.text)}")
     missing = "".join(f" {' '.join(REQUIRED_OPTIONS[field])}" for field in imported.missing)
     recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
-    console.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)
+    messages.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)
     print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
 
 

@@ -13,7 +13,7 @@ import typer
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
 from strop.config.names import option_words
-from strop.display.tables import console, print_json, print_next, print_notes
+from strop.display.tables import console, messages, print_json, print_next, print_notes
 from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import InputError, RecipeError
@@ -37,7 +37,7 @@ def doctor(
 
         return calibrate.examine(machine)
 
-    console.print("this takes about 15 s, and some minutes the first time or on a busy machine")
+    messages.print("this takes about 15 s, and some minutes the first time or on a busy machine")
     with status_line("loading the libraries"):
         examination = examine(measure)
     findings = examination.findings
@@ -50,7 +50,7 @@ def doctor(
             print("\n".join(fixes))
         elif not as_json:
             has_problems = any(finding.level != "ok" for finding in findings)
-            console.print("no command fixes the findings: see `strop doctor`" if has_problems else "nothing to fix")
+            messages.print("no command fixes the findings: see `strop doctor`" if has_problems else "nothing to fix")
     else:
         print_findings(examination, console)
         if not errors:

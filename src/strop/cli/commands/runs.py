@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import DEFAULT_FOLDER, Json, check_folder
-from strop.display.tables import console, describe_caveat, print_json
+from strop.display.tables import console, describe_caveat, messages, print_json
 from strop.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -259,10 +259,10 @@ def dash(
     from strop.serve.server import exit_code
 
     def ready(server: dict[str, Any]) -> None:
-        console.print(f"[bold]page[/]     {server['url']}", soft_wrap=True)
-        console.print("the address contains the access key: keep it secret  (Ctrl-C stops the page; runs continue)")
+        messages.print(f"[bold]page[/]     {server['url']}", soft_wrap=True)
+        messages.print("the address contains the access key: keep it secret  (Ctrl-C stops the page; runs continue)")
         print_json(server, as_json)
 
     signal_number = run_server(folder, host=host, port=port, more_hosts=allow_host or [], ready=ready)
-    console.print("[bold]stopped[/]")
+    messages.print("[bold]stopped[/]")
     raise typer.Exit(exit_code(signal_number))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from strop.cli.options import Json, Memory, read_argument
-from strop.display.tables import command_name, console, print_json
+from strop.display.tables import command_name, console, messages, print_json
 from strop.display.terminal import StatusLine, activity_messages
 from strop.engine.kernels import warmup
 
@@ -73,7 +73,7 @@ def sweep(
         require_over(values)
     check_optuna()
     file, fields = (Path(str(recipe)), options or {}) if is_folder else read_argument(recipe, "model.name", options)
-    status = StatusLine(console, "loading the libraries", QUIET)
+    status = StatusLine(messages, "loading the libraries", QUIET)
     status.start()
     try:
         warmup.load(None if dry_run else warmup.TRAIN)
@@ -83,25 +83,27 @@ def sweep(
         from strop.sweeping.request import SweepOptions, make_request
 
         def show(text: str) -> None:
-            console.print(text, markup=False)
+            messages.print(text, markup=False)
             status.restart_quiet_time()
 
         chosen = SweepOptions(metric, trials, sampler, selection, test, seeds, prune, max_new_tokens)
-        progress = Progress(show, status.update)
+        progress, lines = Progress(show, status.update), list[str]()
         if dry_run:
-            prepared = run.dry_run(make_request(file, values, fields, chosen), memory, progress)
+            planning = Progress(lines.append, status.update)
+            prepared = run.dry_run(make_request(file, values, fields, chosen), memory, planning)
         else:
             with activity_messages(lambda _: None):
                 result = run.run_sweep(file, values, fields, chosen, memory, resume_existing, progress, ray)
     finally:
         status.stop()
     if dry_run:
+        console.print("\n".join(lines), markup=False)
         print_json({"plan": prepared.plan.as_json(), "split": prepared.split.as_json()}, as_json)
         check_fits(prepared.plan)
         return
     tables.print_sweep(result.state)
     folder = shlex.quote(str(result.folder))
-    console.print(
+    messages.print(
         f"\ntrain it on all rows:\n  {command_name()} train {folder}/winner.yaml --out runs/mine", markup=False
     )
     print_json({"sweep": str(result.folder), **result.state}, as_json)

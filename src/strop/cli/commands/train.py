@@ -14,7 +14,7 @@ import typer
 
 from strop import api
 from strop.cli.options import Devices, Json, Memory, RecipeOrModel, console_for, is_main_process, read_argument
-from strop.display.tables import command_name, console, print_json, print_run_summary
+from strop.display.tables import command_name, console, messages, print_json, print_run_summary
 from strop.display.terminal import generation_progress, run_progress
 from strop.engine.kernels import warmup
 from strop.errors import Stopped
@@ -98,7 +98,7 @@ def resume(
         )
     if is_main:
         if was_finished:
-            console.print(f"{run} is finished; nothing to resume", markup=False)
+            messages.print(f"{run} is finished; nothing to resume", markup=False)
         print_run_summary(resumed.report, as_json)
 
 
@@ -131,7 +131,7 @@ def demo(
     is_resumed = is_run(folder) and bool({"interrupted", "unfinished"} & evaluation.keys())
     if is_resumed:
         text = f"resuming {folder}, which was interrupted; to start afresh: {command_name()} demo --out {fresh}"
-        console.print(text, markup=False)
+        messages.print(text, markup=False)
     else:
         folder = out or fresh
     with _continued_by(["demo", *(["--out", str(out)] if out else [])], folder):
@@ -140,7 +140,7 @@ def demo(
             run = api.train(
                 model="demo", data=train_file, out=folder, callback=progress, progress=False, resume_existing=is_resumed
             )
-        console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
+        messages.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
         with generation_progress() as advance:
             result = api.evaluate(folder, eval_file, metric="exact_json", general=True, progress=advance)
         from strop.evaluation.run import why_incomplete
@@ -157,7 +157,7 @@ def demo(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )
     command = command_name()
-    console.print(
+    messages.print(
         f"\nchat with it:\n  {command} chat {folder}\n"
         "train on your own data:\n"
         f"  {command} check --model demo --data YOURS.jsonl --show 3\n"
