@@ -45,7 +45,7 @@ def test_report_and_evaluation_have_the_keys_of_the_page(run: strop.Run) -> None
     assert set(run.report) == report - {"images", "model", "disk_wait_s", "error"} - of_evaluation
     result = strop.evaluate(run, ROWS, max_new_tokens=2, regression_data=ROWS, judge=lambda *texts: 0)
     assert set(result) == keys("Evaluation") - {"general", "tasks", "interrupted", "unfinished", "metric_errors"}
-    assert set(run.report) == report - {"images", "model", "disk_wait_s", "general", "tasks"}
+    assert set(run.report) == report - {"images", "model", "disk_wait_s", "error", "general", "tasks"}
     cells = {cells[0]: cells[1] for cells in table("Evaluation")}
     assert all(f"`{key}`" in cells["`answers`"] for key in result["answers"])
     assert all(key == "exact" or f"`{key}`" in cells["`base`, `tuned`"] for key in result["tuned"])
