@@ -107,6 +107,22 @@ def test_text_offset_of_a_token_with_a_space_and_a_part_of_a_character() -> None
     assert logprobs["text_offset"] == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("family", ["chatml", "mistral"])
+@pytest.mark.parametrize("cuts", [(1,), (3,), (1, 2), (3, 1), (2, 3, 1)])
+def test_text_offsets_after_invalid_utf8_point_to_the_tokens(family: str, cuts: tuple[int, ...]) -> None:
+    """The first bytes of characters are followed by other text, and by a whole character."""
+    prompt, word, balloon = ids_of(family, "a"), ids_of(family, "one two")[-2:], ids_of(family, "🎈")[-4:]
+    broken = [token for cut in cuts for token in balloon[:cut]]
+    between = [] if family == "chatml" else word  # mistral decodes bytes in a row alike: as characters, or as invalid
+    logprobs = logprobs_of(family, [*broken, *word, *balloon, *broken, *between, *balloon, *word], prompt)
+    text, offsets, names = logprobs["text"], logprobs["text_offset"], logprobs["tokens"]
+    assert REPLACEMENT in text and text.count("🎈") == 2 and offsets == sorted(offsets)
+    for name, offset in zip(names, offsets, strict=True):
+        assert text[offset] in (REPLACEMENT, "🎈") if name.startswith("bytes:") else text[offset:].startswith(name)
+    first = names.index("bytes:\\xf0", len(broken))
+    assert {text[offset] for offset in offsets[first : first + 4]} == {"🎈"}
+
+
 def test_offsets_of_stop_string_tokens_are_at_the_end_of_the_text() -> None:
     own, ids = tokenizer("chatml"), ids_of("chatml", "one two")
     tokens = [Token(token) for token in ids]

@@ -157,9 +157,9 @@ class TextStream:
         self.stopped = False
 
     @property
-    def length(self) -> int:
-        """The number of complete characters, including those that were not returned."""
-        return self._length + len(self._new_text().rstrip(REPLACEMENT))
+    def offset(self) -> int:
+        """The number of characters so far, including those that were not returned and replacement characters."""
+        return self._length + len(self._new_text())
 
     def push(self, token: int) -> str:
         """Add a token. Returns the text that has become complete."""

@@ -5,6 +5,7 @@ Unknown parameters and values that would have no effect are rejected.
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -130,6 +131,7 @@ class ResponseWriter:
         self._bytes = TokenBytes(tokenizer)
         self._text_length = 0
         self._detokenizer = TextStream(tokenizer, (), prompt)  # computes `text_offset` of plain completions
+        self._partial, self._partial_offset = b"", 0  # bytes of a character that the next token may complete
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._common_fields = {"id": request_id, "created": int(time.time()), "model": model}
         self._object = "chat.completion" if chat else "text_completion"
@@ -168,10 +170,7 @@ class ResponseWriter:
             for entry, token in zip(content, tokens, strict=True):
                 entry["top_logprobs"] = [self._chat_logprob(*alternative) for alternative in token.top_logprobs]
             return {"content": content}
-        offsets = []
-        for token in tokens:
-            offsets.append(self._detokenizer.length)
-            self._detokenizer.push(token.id)
+        offsets = [self._push(token.id) for token in tokens]
         if finish_reason is not None:  # the text does not contain the tokens of a stop string
             offsets = [min(offset, self._text_length) for offset in offsets]
         return {
@@ -180,6 +179,18 @@ class ResponseWriter:
             "top_logprobs": [self._by_text(token.top_logprobs) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _push(self, token: int) -> int:
+        """Add a token, and return the offset of its text or, if it completes a character, of this character."""
+        raw, offset = self._bytes.decode(token), self._detokenizer.offset
+        if _is_utf8(self._partial + raw[:1]):
+            offset = self._partial_offset if self._partial else offset
+            raw = self._partial + raw
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._partial_offset = offset + len(decoder.decode(raw))
+        self._partial = decoder.getstate()[0]
+        self._detokenizer.push(token)
+        return offset
 
     def _chat_logprob(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._token_text(token), "logprob": logprob, "bytes": list(self._bytes.decode(token))}
@@ -206,3 +217,12 @@ def usage(prompt_tokens: int, cached_tokens: int, new_tokens: int) -> dict[str, 
         "total_tokens": prompt_tokens + new_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Return whether data is valid UTF-8, whose last character may be incomplete."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
