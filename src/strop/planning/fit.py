@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
-from strop.machine.memory import USABLE_SHARE
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import data_kind_of, longest_sequence, sequences_per_row
 from strop.planning.activations import offloaded_bytes
@@ -22,6 +21,7 @@ from strop.planning.workload import Workload, num_checkpointed, why_not_offloade
 GPU_MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # tried on a GPU, where they fit without recomputation
 MIN_LENGTH = 256  # minimum data.max_length that is chosen or suggested
 GIB = 1 << 30
+MIN_MODEL_SHARE = 0.02  # of the parameters, of a smaller model that is suggested
 GPU_RESERVE, GPU_RESERVE_SHARE = 3 * GIB // 2, 0.08  # bytes that resident layers leave free on a GPU
 # data.overlong for a lowered data.max_length, by the kind of data of the objective.
 OVERLONG = {"turns": "split", "prompts": "drop"}
@@ -382,15 +382,14 @@ class Suggestion:
 Changes = Iterator[tuple[str, str, dict[str, Any]]]  # the first fields of Suggestion: what, gives_up, options
 
 
-def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[Suggestion]:
+def list_suggestions(
+    recipe: Recipe, budget: MemoryBudget, rate: Rate, fits_in: Callable[[int], bool] | None = None
+) -> list[Suggestion]:
     """Return changes that save memory, the cheapest first, until the recipe fits.
 
-    If it never does, the last is a smaller model.
+    If it never does, return only a memory limit, or without `fits_in` all changes and a smaller model. fits_in: whether
+    the plan fits with a memory limit in bytes.
     """
-    if not budget.usable:  # of a CPU
-        limit = math.ceil((budget.needed(recipe) + PROCESS_BYTES) / USABLE_SHARE / MIB)
-        what = f"a memory limit of {limit:,} MiB, of which Python and its libraries take {PROCESS_BYTES // MIB} MiB"
-        return [Suggestion(what, "memory", {}, budget.needed(recipe), False, 1.0)]
     suggestions: list[Suggestion] = []
     options: dict[str, Any] = {}
     speed, changed, needed = budget.tokens_per_s(recipe, rate), recipe, budget.needed(recipe)
@@ -409,7 +408,25 @@ def list_suggestions(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[S
     parameters = int(budget.parameters * budget.usable / max(1, needed))
     size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
     what, time = f"a model of at most about {size} parameters", parameters / budget.parameters
+    if fits_in is not None:
+        limit = f"a memory limit of {smallest_limit(fits_in)}GiB"
+        limit += f", of which Python and its libraries take {PROCESS_BYTES // MIB} MiB"
+        what = f"{limit}, or {what}" if time > MIN_MODEL_SHARE else limit
+        return [Suggestion(what, "memory", {}, budget.needed(recipe), False, 1.0)]
     return [*suggestions, Suggestion(what, "what a larger model can do", dict(options), needed, False, time)]
+
+
+def smallest_limit(fits_in: Callable[[int], bool]) -> float:
+    """Return the smallest memory limit in GiB, a multiple of 0.1, for which `fits_in` is true of its bytes."""
+
+    def fits(tenths: int) -> bool:
+        return fits_in(int(tenths / 10 * GIB))
+
+    most = 1
+    while not fits(most):
+        most *= 2
+    tenths = range(most // 2 + 1, most + 1)
+    return tenths[bisect_left(tenths, True, hi=len(tenths) - 1, key=fits)] / 10
 
 
 def _suggest_recomputation(recipe: Recipe, budget: MemoryBudget) -> Changes:

@@ -183,6 +183,11 @@ class TargetMachine:
     dtype: tuple[str, str]  # name and reason, for a recipe whose dtype is auto
     rate_of: Callable[[str], Rate]  # returns the device's speed in a dtype
 
+    def with_limit(self, memory: int) -> TargetMachine:
+        """Return this machine with another limit of host memory in bytes."""
+        machine = replace(self.machine, memory_bytes=memory, free_bytes=max(0, memory - PROCESS_BYTES))
+        return replace(self, machine=machine)
+
 
 def find_target(device: str, memory: int | None = None, gpu: str | None = None) -> TargetMachine:
     """Return the machine to plan for. Of host memory, Python and its libraries take PROCESS_BYTES before a model."""

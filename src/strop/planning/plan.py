@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -175,6 +176,7 @@ def make_plan(
 ) -> Plan:
     """Plan a run. thorough: also plan train.teacher, `largest` and `suggestions`, which takes most of the time."""
     machine, shape = target.machine, model.shape
+    plan_again = partial(make_plan, resolved, model, rows=rows, adapter=adapter, thorough=False)
     if rows.images is not None and resolved.recipe.lora.vision == "all":
         shape = replace(shape, image_patches=rows.images.patches)
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
@@ -211,6 +213,8 @@ def make_plan(
     if rollouts is not None and "teacher" in run_phases:  # both models are in memory
         needed = run_phases["teacher"].needed_bytes + max(run_phases[name].needed_bytes for name in ("draw", "train"))
     fits = needed <= budget.usable
+    has_limit = recipe.model.device == "cpu" and devices.count == 1 and "teacher" not in run_phases
+    fits_in = (lambda memory: plan_again(target.with_limit(memory)).fits) if has_limit else None
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
     speed, steps = tokens_per_s(workload, mean_batch, rate), []
     if rows and data_kind_of(recipe.train) == "turns":
@@ -256,7 +260,7 @@ def make_plan(
         },
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
-        suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, rows=rows), rate),
+        suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, rows=rows), rate, fits_in),
         compromises=_list_compromises(resolved, workload, disk_rate(workload, mean_batch, rate)),
         multi_device=multi_device,
     )
@@ -496,6 +500,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     if plan.fits:
         for name in plan.phases_too_large:
             out.print(f"  {_COMMANDS[name]}: {_ALTERNATIVES[name]}", highlight=False)
+        return
+    if len(plan.suggestions) == 1 and not plan.suggestions[0].fits:
+        out.print(f"no change to the settings makes it fit; what is needed: {plan.suggestions[0].what}")
         return
     out.print("the cheapest changes that would help:")
     for change in plan.suggestions:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,10 @@ from strop.objectives.table import count_score_outputs, data_kind_of, max_comple
 from strop.planning.choose import choose, choose_labels, find_unusual_values, memory_key, why_no_int8
 from strop.planning.images import ImageLoad
 from strop.planning.keep import choose_keep, why_not_kept
+from strop.planning.machines import find_target
 from strop.planning.memory import CUDA_CONTEXT_BYTES, base_layer_bytes, constant_bytes, weight_bytes
+from strop.planning.microbatch import measure_rows
+from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
@@ -328,6 +332,26 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
         )
         least = psutil.Process().memory_info().rss + needed
         raise MemoryLimitError(what, fix=f"give much more than --memory {least / 2**20:,.0f}MiB, or use {smaller}")
+
+
+@contextmanager
+def suggest_changes(resolved: Resolved, memory: int | None, devices: Devices) -> Iterator[None]:
+    """Give a MemoryLimitError of a run on a CPU the fix of `strop plan`, if the recipe does not fit in the limit."""
+    try:
+        yield
+    except MemoryLimitError as error:
+        recipe = resolved.recipe
+        if memory is None or devices.world_size > 1 or pick_device(recipe.model.device) != "cpu":
+            raise
+        rows, adapter = measure_rows(recipe), start_adapter(recipe)
+        plan = make_plan(resolved, read_model_facts(recipe), find_target("cpu", memory), rows=rows, adapter=adapter)
+        if plan.fits:
+            raise
+        last = plan.suggestions[-1]
+        flags = " ".join(f"--{field} {value}" for field, value in last.options.items())
+        suggested = MemoryLimitError(error.what, fix=f"train with {flags if last.fits else last.what}")
+        suggested.partial_result = error.partial_result
+        raise suggested from None
 
 
 def check_trackers(names: Sequence[str]) -> None:

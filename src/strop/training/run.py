@@ -41,7 +41,14 @@ from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_a
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_images, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
-from strop.training.preflight import Setup, check_same_recipe, locked_device_count, set_up_on_all, startup_notes
+from strop.training.preflight import (
+    Setup,
+    check_same_recipe,
+    locked_device_count,
+    set_up_on_all,
+    startup_notes,
+    suggest_changes,
+)
 from strop.training.reference import check_reference, with_reference
 from strop.training.report import describe_start, finish, load_best, summarize_progress, tracking
 from strop.training.rollouts import vllm_sampler
@@ -138,11 +145,12 @@ def train(
     folder = devices.run_on_main(lambda: create_run_folder(out or next_numbered(Path("runs"), name)))
     with disk_errors(folder.path), _claim(folder, devices):
         try:
-            setup = set_up_on_all(resolved, memory, folder, devices)
-            if devices.is_main:
-                write_atomic(folder.recipe, setup.resolved.as_yaml())
-                write_json(folder.lock, setup.lock)
-            return _execute(folder, setup, listeners, devices)
+            with suggest_changes(resolved, memory, devices):
+                setup = set_up_on_all(resolved, memory, folder, devices)
+                if devices.is_main:
+                    write_atomic(folder.recipe, setup.resolved.as_yaml())
+                    write_json(folder.lock, setup.lock)
+                return _execute(folder, setup, listeners, devices)
         except BaseException as error:
             failed = isinstance(error, StropError) and not isinstance(error, Stopped)
             if devices.is_main and folder.remove_if_unused(failed) and isinstance(error, StropError):
