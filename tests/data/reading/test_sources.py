@@ -186,6 +186,23 @@ def test_text_rows_are_paragraphs(tmp_path: Path) -> None:
     assert [(row.line, row.value["text"]) for row in rows] == [(2, " a\r\nb"), (6, "c")]
 
 
+@pytest.mark.parametrize("blank", ["", "\n"])
+def test_json_lines_in_a_text_file_are_refused(tmp_path: Path, blank: str) -> None:
+    text = f'{blank}{{"prompt": "a", "completion": "b"}}\n{blank}' * 3
+    message = refusal(write(tmp_path / "d.txt", text))
+    assert "d.txt: JSON Lines in a file for plain text" in message and "rename it to d.jsonl, or give" in message
+    assert "rename it to D.jsonl, or" in refusal(write(tmp_path / "D.TXT", text))
+    assert "rename it to e.jsonl.gz, or" in refusal(write(tmp_path / "e.txt.gz", gzip.compress(text.encode())))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{a} b", "{}\n{}", '{"a": 1}\nis an object', '{"a": 1} and more', '{\n "a": 1\n}', "[1]", '{"a": 1,}', "12"],
+)
+def test_text_that_begins_like_json_is_text(tmp_path: Path, text: str) -> None:
+    assert values(write(tmp_path / "d.txt", text)) == [{"text": text}]
+
+
 @pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32"])
 def test_byte_order_mark_determines_the_encoding(tmp_path: Path, codec: str) -> None:
     text = '{"text": "é\u2028日"}\n{"text": "b"}\n'

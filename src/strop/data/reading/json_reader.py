@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -20,6 +21,7 @@ from strop.errors import DataError, Location
 # RFC 8259 without extensions: no NaN, no duplicate keys, no lone surrogates. Python's parser accepts all three. Its C
 # scanner calls the hooks below, so they cost little.
 
+FIRST_LINES = 5  # nonblank lines of a plain text file that show whether it is JSON Lines
 BLANK = " \t\r\n"  # whitespace in JSON; str.strip() without an argument also removes U+2028 and U+001C
 
 
@@ -115,6 +117,23 @@ def read_json(name: str, path: str, encoding: str, columns: Mapping[str, str], e
             errors.append(_line_error(name, number, text, error))
             continue
         yield from _to_row(name, number, value, errors)
+
+
+def check_no_json_lines(name: str, path: str, encoding: str) -> None:
+    """Raise DataError if the first lines of a plain text file are JSON objects. Other text may begin with `{` too."""
+    lines = (text for _, text in read_decoded_lines(name, path, encoding, []) if text.strip(BLANK))
+    first = [*islice(lines, FIRST_LINES)]
+    if first and all(map(_is_object, first)):
+        new_name = re.sub(r"\.txt(?=(\.\w+)?$)", ".jsonl", os.path.basename(path), flags=re.IGNORECASE)
+        fix = f"rename it to {new_name}, or give --data.format document to train on the whole file as text"
+        raise file_error(name, "JSON Lines in a file for plain text", fix)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return bool(value := loads(text)) and isinstance(value, dict)
+    except JsonError:
+        return False
 
 
 def _line_error(name: str, number: int, text: str, error: JsonError) -> RowError:

@@ -25,7 +25,7 @@ from pathlib import Path
 from strop.data.reading import files, tables
 from strop.data.reading.files import COMPRESSION, TYPES
 from strop.data.reading.in_memory import describe_file, find_described
-from strop.data.reading.json_reader import read_json
+from strop.data.reading.json_reader import check_no_json_lines, read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
 from strop.errors import MAX_SHOWN_LOCATIONS, DataError, InputError, closest, first_line
@@ -402,5 +402,6 @@ def _read(
         return tables.read_document(name, files.read_text(path, encoding))
     lines = files.read_decoded_lines(name, path, encoding, errors)
     if reader == "text":
+        check_no_json_lines(name, path, encoding)
         return tables.read_paragraphs(name, lines)
     return tables.read_table(name, lines, "," if reader == "csv" else "\t", columns, errors)
