@@ -1095,6 +1095,7 @@ def test_dialog_closes_with_its_page_and_enter_deletes(browser: Any, tmp_path: P
         tab.page.keyboard.type("e")
         tab.page.keyboard.press("Enter")
         tab.page.wait_for_selector("text=No runs yet")
+        tab.faults[:] = [fault for fault in tab.faults if "404" not in fault]  # of a request sent before the deletion
         tab.check("deleted with Enter")
 
 
