@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> strop.Run:
 def test_report_and_evaluation_have_the_keys_of_the_page(run: strop.Run) -> None:
     report = keys("The report")
     of_evaluation = {"evaluation", "intervals", "samples", "general", "tasks", "regression"}
-    assert set(run.report) == report - {"images", "model", "disk_wait_s", "error"} - of_evaluation
+    assert set(run.report) == report - {"images", "model", "disk_wait_s", "copy_wait_s", "error"} - of_evaluation
     result = strop.evaluate(run, ROWS, max_new_tokens=2, regression_data=ROWS, judge=lambda *texts: 0)
     assert set(result) == keys("Evaluation") - {"general", "tasks", "interrupted", "unfinished", "metric_errors"}
     assert set(run.report) == report - {"images", "model", "disk_wait_s", "error", "general", "tasks"}

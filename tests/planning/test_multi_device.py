@@ -196,14 +196,15 @@ def test_base_is_sharded_if_it_does_not_fit_whole(tmp_path: Path) -> None:
     model = tmp_path / "config.json"
     model.write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
     options = {"model": str(model), "gpu": "RTX 4080", "model.quantization": "none", "data.max_length": 512}
-    one, two, four = (plan(**options, devices=count) for count in (1, 2, 4))
+    one = plan(**options, **{"model.placement": "replicated"})
+    two, four = (plan(**options, devices=count) for count in (2, 4))
     assert not one.fits and two.fits and two.multi_device.mode == "sharded"
     choice = two.resolved.choices["model.placement"]
     assert (choice.value, choice.origin) == ("sharded", "plan") and "would not fit whole" in choice.why
     assert not plan(**options, devices=2, **{"model.placement": "replicated"}).fits
     weights = [result.phases["train"].parts["weights"] for result in (one, two, four)]
     assert weights == [pytest.approx(weights[0] / count, abs=4) for count in (1, 2, 4)]
-    assert one.resolved.choices["model.placement"].value == "auto"
+    assert plan(**options).resolved.choices["model.placement"].value == "streamed"
     nf4 = plan(**{**options, "model.quantization": "nf4"}, devices=2)
     assert nf4.fits and nf4.multi_device.mode == "replicated" and nf4.workload.base.shards == 1
     packed = plan(**{**options, "model.quantization": "nf4"}, devices=2, **{"model.placement": "sharded"})

@@ -215,6 +215,7 @@ def test_streamed_base_is_planned_after_it_ran_out_of_memory(monkeypatch: pytest
 
 def test_int8_base_that_does_not_fit_becomes_nf4(llama_8b: Path) -> None:
     options = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
+    options |= {"model.placement": "replicated"}
     result = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **options)
     assert not result.fits and any(x.options.get("model.quantization") == "nf4" for x in result.suggestions)
     assert result.suggestions[-1].fits

@@ -307,6 +307,14 @@ class Stream:
     def record_event(self) -> Stream:
         return self
 
+    def record(self, stream: Stream) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Stream) -> float:
+        return 0.0
+
 
 class Properties:
     """Properties of the simulated GPU. Other processes use 1 GiB of its memory, and it is never full."""
@@ -349,7 +357,12 @@ def install() -> None:
         "max_memory_reserved": lambda device=None: 2 << 30,
     }
     replacements |= {"set_sync_debug_mode": nothing}
-    replacements |= {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: nullcontext()}
+    replacements |= {
+        "Stream": Stream,
+        "Event": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+    }
     from tests.support.meta_operations import correct_meta_backward
 
     correct_meta_backward()

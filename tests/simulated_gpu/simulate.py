@@ -205,7 +205,7 @@ def answer(model: str, **options: Any) -> dict[str, Any]:
         loaded = strop.load(model, device="cuda")
         text = loaded.chat("what is 2", max_new_tokens=4)
     packed = sum(isinstance(module, QuantizedLinear) for module in loaded.module.modules())
-    return {"text": text, "packed": packed}
+    return {"text": text, "packed": packed, "notes": loaded.notes}
 
 
 def evaluate(model: str) -> dict[str, Any]:

@@ -31,6 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "inputs of layers in host memory": {
         **STREAMED, "train.gradient_checkpointing": "offload", "train.micro_batch_tokens": 64,
     },
+    "layers in host memory": {"model.placement": "streamed", "data.eval": "25%", "train.eval_steps": 1},
+    "nf4 layers and their inputs in host memory": {
+        **NF4, "model.placement": "streamed", "train.gradient_checkpointing": "offload", "train.micro_batch_tokens": 64,
+    },
+    "layers of another family in host memory": {"model": "gpt2", "model.placement": "streamed"},
     "all weights, in bf16": {"train.method": "full", "lora.r": 16, "train.gradient_checkpointing": 1},
     "stopped and resumed": {"resume": True, "train.deterministic": True},
 }  # fmt: skip
@@ -74,6 +79,7 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
         {"scenario": "newest_attention"},
         {"scenario": "answer", "of": of},
         {"scenario": "answer", "of": of, "memory_bytes": 2 * GIB},
+        {"scenario": "answer", "of": list(runs).index("layers in host memory"), "memory_bytes": GIB + 1000},
     ]
     outcomes = simulate(*runs.values(), *uses)
     for kind, run in zip(runs, outcomes, strict=False):
@@ -81,13 +87,16 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
         assert run["deterministic"] == runs[kind].get("train.deterministic", False), kind
         if kind != "fails with resident layers":  # which quantizes its weights again
             assert_one_wait(run)
-    assert_offloaded(outcomes[list(runs).index("inputs of layers in host memory")])
+    for kind in ("inputs of layers in host memory", "nf4 layers and their inputs in host memory"):
+        assert_offloaded(outcomes[list(runs).index(kind)])
+    for kind in (kind for kind, options in KINDS.items() if options.get("model.placement") == "streamed"):
+        assert_copied_ahead(outcomes[list(runs).index(kind)])
     old = Path(outcomes[list(runs).index("without bf16")]["folder"])
     assert "dtype: fp16" in (old / "recipe.yaml").read_text(encoding="utf-8")
     assert_failures_are_handled(
         **{kind.replace(" ", "_"): run for kind, run in zip(runs, outcomes, strict=False) if kind in OTHERS}
     )
-    evaluated, served, merged, newest, large, small = outcomes[len(runs) :]
+    evaluated, served, merged, newest, large, small, short = outcomes[len(runs) :]
     assert newest == {"why": None, "switched": {"activate_flash_attention_impl": 1}}
     copies = {kind for kind, line in merged["asked"] if "exporting/parity.py" in line}  # models, tokens and logits
     assert merged["files"] > 0 and copies == {"copy to the GPU", "copy to the host"}
@@ -100,6 +109,7 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
     assert_one_wait_a_pass(served)
     # A quantized model is dequantized once if memory allows, and stays quantized if not.
     assert large["packed"] == 0 and small["packed"] == 14
+    assert ["is copied to the GPU for each token" in note for note in short["notes"]] == [True]
 
 
 # Objectives, and the files that wait in addition, once a micro-batch: for KTO's estimate of the divergence, and for the
@@ -151,6 +161,12 @@ def assert_offloaded(run: dict[str, Any]) -> None:
         if line.startswith("engine/kernels/cuda/offload.py")
     }
     assert lines == {(f"free copy to the {where}", "engine/kernels/cuda/offload.py") for where in ("host", "GPU")}
+
+
+def assert_copied_ahead(run: dict[str, Any]) -> None:
+    """Check that layers are copied from pinned memory, which nothing waits for."""
+    copies = {kind for kind, line, _ in run["waits"] if line.startswith("models/host_layers.py")}
+    assert copies == {"free copy to the GPU"}
 
 
 def assert_one_wait_a_pass(served: dict[str, Any]) -> None:

@@ -7,18 +7,20 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig
 
 import strop
 from strop.config.load import resolve
-from strop.errors import RecipeError, RunError
+from strop.errors import MemoryLimitError, RecipeError, RunError
 from strop.machine.rates import Rates
 from strop.models import streaming
 from strop.models.sharding import EMBEDDING, HEAD
@@ -26,12 +28,15 @@ from strop.models.source import locate
 from strop.models.streaming import LayerCycle, MappedLayer, ReadAhead, load_streamed
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, tokens_per_s
 from strop.training import keep
+from strop.training.preflight import RecipeFacts, _check_host
 from tests import ROOT
 from tests.planning.test_choose import LLAMA_8B, machine
 from tests.support import tiny, tiny_families
 from tests.support.families import tokenizer
+from tests.support.scripts import script
 
 GIB = 1 << 30
 STREAMED = {"model.placement": "streamed"}
@@ -307,6 +312,56 @@ def test_plan_streams_what_does_not_fit() -> None:
     assert (in_fp32.recipe.model.placement, in_fp32.recipe.model.quantization) == ("auto", "nf4")
 
 
+def plan_on_gpu(tmp_path: Path, model: str, gpu: str, **options: Any) -> strop.Plan:
+    file = tmp_path / f"{model}.json"
+    file.write_text(json.dumps(KNOWN[model]), encoding="utf-8")
+    return strop.plan(model=str(file), gpu=gpu, **{"data.max_length": 1024, **options})
+
+
+def test_plan_streams_to_a_gpu_what_does_not_fit_in_4_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = plan_on_gpu(tmp_path, "Llama-3.1-70B", "RTX 4090")
+    model = large.resolved.recipe.model
+    assert large.fits and (model.placement, model.quantization, model.resident_layers) == ("streamed", "nf4", 0)
+    shape, base = large.workload.shape, large.workload.base
+    assert large.phases["train"].parts["weights"] < base.parameters * 0.5 / 4
+    in_layers = base.parameters - 2 * shape.embedding_weights
+    assert large.host_bytes == pytest.approx(in_layers * 4.127 / 8, rel=0.01)
+    packed = plan_on_gpu(tmp_path, "Llama-3.1-8B", "RTX 4060")  # fits in 4 bit
+    assert (packed.resolved.recipe.model.placement, packed.resolved.recipe.model.quantization) == ("auto", "nf4")
+    assert packed.host_bytes == 0
+    asked = plan_on_gpu(tmp_path, "Llama-3.1-8B", "RTX 4060", **{"model.quantization": "none"})
+    assert asked.fits and asked.resolved.recipe.model.placement == "streamed"
+    large._print(Console(file=sys.stdout, width=140))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "host 32.9 GiB of its memory are needed too" in printed and "is copied to the GPU in each pass" in printed
+
+
+def test_docs_have_the_table_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what_fits = script(ROOT / "benchmarks" / "what_fits.py")
+    for name in what_fits.MODELS:
+        (tmp_path / f"{name}.json").write_text(json.dumps(KNOWN[name]), encoding="utf-8")
+    what_fits.print_gpus(tmp_path)
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "streaming.md").read_text(encoding="utf-8")
+
+
+def test_host_without_room_for_the_layers_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run, and by the plan on the machine itself."""
+    this = replace(machine(16), gpus=("NVIDIA GeForce RTX 4060, 8188 MiB",))
+    monkeypatch.setattr("strop.planning.machines.probe", lambda: this)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
+    options = {"model.quantization": "none", "data.max_length": 512, "model.device": "cuda"}
+    assert strop.plan(model=str(file), **options).fits
+    monkeypatch.setattr("strop.planning.machines.probe", lambda: replace(this, free_bytes=8 * GIB))
+    short = strop.plan(model=str(file), **options)
+    assert not short.fits and short.verdict == "training does not fit: 13.0 GiB of host memory needed, 8.0 GiB free"
+    facts = RecipeFacts(short.resolved, "", 0, short.workload.shape, short.workload.base.parameters)
+    with pytest.raises(MemoryLimitError, match=r"the host memory is too small: 13\.0 GiB needed") as raised:
+        _check_host(facts, replace(this, free_bytes=8 * GIB))
+    assert 'quantization="nf4"' in str(raised.value)
+    _check_host(facts, this)
+
+
 def test_micro_batch_grows_where_the_disk_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = planned(12).recipe
     monkeypatch.setattr("strop.planning.fit.DISK_BYTES_PER_S", 1e6)
@@ -320,7 +375,8 @@ def test_micro_batch_grows_where_the_disk_is_too_slow(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model.device": "cuda"}, "only on a CPU"),
+        ({"model.device": "mps"}, "on a CPU or CUDA, and the run is on mps"),
+        ({"model.device": "cuda", "lora.new_tokens": ["<A>"]}, "on a GPU not with lora.new_tokens"),
         ({"train.int8_matmul": True, "model.dtype": "fp32"}, "streamed"),
         ({"train.method": "full"}, "streamed"),
         ({"model.quantization": "nf4", "model.resident_layers": 2}, "resident_layers 2"),

@@ -123,7 +123,7 @@ class ModelSection(Section):
     placement: Literal["auto", "replicated", "sharded", "streamed"] = Field(
         "auto",
         description="base weights: replicated (on each device), sharded over several devices and gathered layer by "
-        "layer, or streamed from disk layer by layer (CPU); auto chooses what fits",
+        "layer, or streamed layer by layer from disk, or to a GPU from host memory; auto chooses what fits",
     )
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="data type of the frozen weights; auto measures bf16 against fp32 on a CPU"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from strop.engine.train.dropout import Masks
@@ -94,4 +95,8 @@ def compute_scores(step: Step, head: nn.Module, examples: Sequence[Example]) -> 
 def step_for(model: nn.Module, *, int8_matmul: bool = False, dtype: torch.dtype | None = None) -> Step:
     """Return the step that trains this model with its adapters. int8_matmul, dtype: see FastLoss."""
     why = why_not_fast(model, dtype)
-    return FastLoss(model, int8_matmul=int8_matmul, dtype=dtype) if why is None else PlainLoss(model, why, dtype)
+    step = FastLoss(model, int8_matmul=int8_matmul, dtype=dtype) if why is None else PlainLoss(model, why, dtype)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (gather := getattr(base, "weight_gatherer", None)) is not None:  # of a base that is not all in memory
+        step.set_weight_gatherer(gather)
+    return step

@@ -134,9 +134,7 @@ def load_base(
     # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
     # dequantize permanently; None: all, or on a GPU as many as leave enough memory for generation.
     LOG.info("loading the weights of %s", "demo" if is_demo(source.name) else source.name)
-    has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
-    if has_generation_config:  # check it: transformers ignores a damaged file, and its stop tokens would be missing
-        read_config(source.path, "generation_config.json")
+    check_generation_config(source)
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
@@ -144,8 +142,6 @@ def load_base(
         model = build_quantized(
             lambda: build_from_config(load_config(source)), folder, source.name, quantization, dtype
         )
-        if has_generation_config:
-            model.generation_config = GenerationConfig.from_pretrained(source.path)
     model.to(device)  # before dequantizing, so that host memory only needs the packed weights
     if quantization != "none":
         layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
@@ -156,11 +152,22 @@ def load_base(
     return prepare_frozen(model, source)
 
 
+def check_generation_config(source: Source) -> bool:
+    """Return whether a folder has sampling settings and stop tokens. Raises ModelError if their file is damaged."""
+    # transformers ignores a damaged file, and its stop tokens would be missing
+    exists = source.kind == "folder" and (source.path / "generation_config.json").is_file()
+    if exists:
+        read_config(source.path, "generation_config.json")
+    return exists
+
+
 def prepare_frozen(model: Any, source: Source) -> nn.Module:
-    """Set the model's name, freeze it, set eval mode, and work around bugs in its class."""
+    """Set the model's name and generation config, freeze it, set eval mode, and work around bugs in its class."""
     # Depending on its version, PEFT writes one of these into adapters as the name of the base, to load it again.
     name = str(_gguf_folder(source).resolve()) if source.kind == "gguf" else source.name
     model.name_or_path = model.config._name_or_path = name
+    if check_generation_config(source):
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
     _fix_text_forward(model)
     keep_attention_softcap(model)
     return cast(nn.Module, model.eval().requires_grad_(False))

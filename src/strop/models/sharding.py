@@ -290,7 +290,7 @@ def open_checkpoint(
         check_not_prequantized(source)
         folder = weights_folder(source)
     else:
-        folder = quantized_folder(source, quantization, double, dtype)
+        folder = quantized_folder(source, quantization, double, dtype, device)
     with init_empty_weights(include_buffers=False):
         model: Any = build_from_config(load_config(source))
     model.tie_weights()

@@ -171,6 +171,10 @@ class ReadAhead:
     def describe(self) -> str:
         return f"waited {self.waited_s:.1f} s for weights from the disk"
 
+    def report(self) -> dict[str, float]:
+        """Return the fields of report.json."""
+        return {"disk_wait_s": self.waited_s}
+
     def _read(self, index: int) -> Future[None]:
         return self._pool.submit(self._layers[self._order[index]].read)
 
@@ -242,8 +246,8 @@ def load_streamed(
     return model, ahead
 
 
-def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str) -> bool:
-    """Return whether the weights of a base fit in the memory that is free, as they are stored."""
+def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str, device: str = "cpu") -> bool:
+    """Return whether the weights of a base fit in the device's free memory, as they are stored."""
     bits = 8 * dtype.itemsize if quantization == "none" else STORED_BITS[quantization]
     if source.kind == "gguf":  # its header has the sizes, without a conversion
         needed = read_model_info(str(source.path)).parameters * bits // 8
@@ -252,7 +256,8 @@ def fits_in_memory(source: Source, dtype: torch.dtype, quantization: str) -> boo
         needed = sum(math.prod(entry["shape"]) for entry in entries) * bits // 8
         if prequantized(source.config()) is not None:  # shapes of packed weights are not those of the layers
             needed = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries))
-    return bool(needed <= USABLE_SHARE * free_bytes())
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_bytes()
+    return bool(needed <= USABLE_SHARE * free)
 
 
 def is_written(source: Source, quantization: str, double: bool, dtype: torch.dtype) -> bool:

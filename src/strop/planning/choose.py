@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from strop.config.load import Choice, Resolved
@@ -13,13 +12,12 @@ from strop.config.schema import OBJECTIVE_OPTIONS, Recipe, option_fields
 from strop.errors import RecipeError
 from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
-from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
 from strop.models.families.table import FAMILIES, overflows_fp16
 from strop.objectives.table import OBJECTIVES, check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices, why_not_streamed
+from strop.planning.machines import rates_of
 from strop.planning.memory import PROCESS_BYTES
-from strop.planning.time import Rate
 from strop.planning.workload import check_paths, why_not_offloaded, why_recipe_not_fast
 from strop.runs.lock import sha256_text
 
@@ -71,13 +69,12 @@ def choose(
         check_paths(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
-    if model.placement == "streamed" and (why := why_not_streamed(recipe)) is not None:
+    if model.placement == "streamed" and (why := why_not_streamed(recipe, devices)) is not None:
         raise RecipeError(f"--model.placement streamed: {why}", fix="leave model.placement out")
     if recipe.train.int8_matmul and (why := why_no_int8(recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
-    rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None
     usable = usable_bytes(machine, model.device)
-    budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rate_of)
+    budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rates_of(machine, model.device))
     fit_memory, unfitted = fit if devices == 1 else fit_devices, resolved.decide(default_micro_batch(recipe))
     resolved = fit_memory(unfitted, budget)
     model, fix = resolved.recipe.model, "leave it out, or give --model.quantization nf4"

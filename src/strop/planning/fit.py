@@ -15,10 +15,11 @@ from strop.objectives.table import data_kind_of, longest_sequence, sequences_per
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import MIB, PROCESS_BYTES, format_sizes, load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, Rows, largest_micro_batch, mean_micro_batch
-from strop.planning.time import DISK_BYTES_PER_S, Rate, disk_rate, tokens_per_s
+from strop.planning.time import DISK_BYTES_PER_S, HOST_BYTES_PER_S, Rate, stream_rate, tokens_per_s
 from strop.planning.workload import Workload, num_checkpointed, why_not_offloaded
 
 GPU_MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # tried on a GPU, where they fit without recomputation
+HOST_SHARE = 0.8  # of the rate between GPU and host, up to which a run does not wait for a streamed base
 MIN_LENGTH = 256  # minimum data.max_length that is chosen or suggested
 GIB = 1 << 30
 MIN_MODEL_SHARE = 0.02  # of the parameters, of a smaller model that is suggested
@@ -35,7 +36,7 @@ class MemoryBudget:
     parameters: int
     usable: int
     devices: int = 1
-    rate_of: Callable[[str], Rate] | None = None  # returns a CPU's speed in a dtype; None on other devices
+    rate_of: Callable[[str], Rate] | None = None  # returns the speed of a CPU or a CUDA GPU in a dtype
     compare_speeds: bool = True  # choose the fastest micro-batch on a CPU
     rows: Rows | None = None  # None: they may all have the maximum length
 
@@ -58,11 +59,12 @@ class MemoryBudget:
         layers = self.shape.layers
         return next((k for k in range(layers + 1) if self.fits(recipe, checkpointed_layers=k)), None)
 
-    def waits_for_disk(self, recipe: Recipe) -> bool:
-        """Return whether a disk of DISK_BYTES_PER_S is too slow for a recipe, whose base is streamed, on a CPU."""
-        assert self.rate_of is not None, "a base is streamed on a CPU only"
+    def waits_for_base(self, recipe: Recipe) -> bool:
+        """Return whether a recipe may need longer to read its streamed base than to compute."""
+        assert self.rate_of is not None, "a base is streamed on a CPU or a CUDA GPU"
         rate, workload = self.rate_of(recipe.model.dtype), self.workload(recipe)
-        return disk_rate(workload, mean_micro_batch(recipe), rate) > DISK_BYTES_PER_S
+        limit = HOST_SHARE * HOST_BYTES_PER_S if rate.gpu else DISK_BYTES_PER_S
+        return stream_rate(workload, mean_micro_batch(recipe), rate) > limit
 
     def describe(self, needed: int) -> str:
         required, usable = format_sizes(needed, self.usable)
@@ -92,7 +94,7 @@ def fit(resolved: Resolved, budget: MemoryBudget) -> Resolved:
 
 def fit_devices(resolved: Resolved, budget: MemoryBudget) -> Resolved:
     """Choose options for several devices, which replicate the base if it fits and otherwise shard it."""
-    field, placement, blocker = "model.placement", resolved.recipe.model.placement, _why_not_sharded(resolved.recipe)
+    field, placement, blocker = "model.placement", resolved.recipe.model.placement, _needs_all_weights(resolved.recipe)
     if placement == "sharded" and blocker:
         raise RecipeError(f"--{field} sharded: not with {blocker}", fix="leave one of them out")
     if placement != "auto":
@@ -129,15 +131,17 @@ def _choose_fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Res
     # A smaller micro-batch leaves memory to recompute fewer layers, or to dequantize more of them only once.
     best, field = _fill_memory(resolved, budget), "train.micro_batch_tokens"
     size, smallest = resolved.recipe.train.micro_batch_tokens, max(MIN_LENGTH, resolved.recipe.data.max_length)
-    if budget.rate_of is None or not budget.compare_speeds or size is None or resolved.choices[field].origin != "plan":
+    is_compared = budget.compare_speeds and budget.rate_of is not None and resolved.recipe.model.device == "cpu"
+    if not is_compared or size is None or resolved.choices[field].origin != "plan":
         return best
+    assert budget.rate_of is not None
     rate = budget.rate_of(best.recipe.model.dtype)
     checkpointed = Workload.from_recipe(best.recipe, budget.shape).compute.checkpointed_layers
     seconds = initial_seconds = 1 / budget.tokens_per_s(best.recipe, rate)
     while size > smallest:
         size = max(smallest, size // 2)
         candidate = _fill_memory(resolved.decide([Choice(field, size, "plan", "")]), budget)
-        if candidate.recipe.model.placement == "streamed" and budget.waits_for_disk(candidate.recipe):
+        if candidate.recipe.model.placement == "streamed" and budget.waits_for_base(candidate.recipe):
             break
         candidate_seconds = 1 / budget.tokens_per_s(candidate.recipe, rate)
         if candidate_seconds < seconds and budget.fits(candidate.recipe):
@@ -156,11 +160,14 @@ def _fill_memory(resolved: Resolved, budget: MemoryBudget) -> Resolved:
     return resolved.decide(_choose_checkpointing(resolved, budget))
 
 
-def why_not_streamed(recipe: Recipe) -> str | None:
-    """Return why the base cannot be streamed from disk, or None. The recipe's device must be known."""
-    model = recipe.model
+def why_not_streamed(recipe: Recipe, devices: int = 1) -> str | None:
+    """Return why the base cannot be streamed from disk or host memory, or None. The recipe's device must be known."""
+    model, blocker = recipe.model, _needs_all_weights(recipe)
+    on_gpu = model.device.startswith("cuda")
     reasons = {
-        f"only on a CPU, and the run is on {model.device}": model.device != "cpu",
+        f"on a CPU or CUDA, and the run is on {model.device}": model.device != "cpu" and not on_gpu,
+        f"on a GPU not with {blocker}": on_gpu and blocker is not None,
+        "on one GPU only": on_gpu and devices > 1,
         "not with train.method full": recipe.train.method == "full",
         "not with train.int8_matmul": recipe.train.int8_matmul,
         f"not with model.resident_layers {model.resident_layers}": bool(model.resident_layers),
@@ -168,7 +175,7 @@ def why_not_streamed(recipe: Recipe) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _why_not_sharded(recipe: Recipe) -> str | None:
+def _needs_all_weights(recipe: Recipe) -> str | None:
     """Return an option that needs the base's weights outside of its forward pass, or None."""
     lora = recipe.lora
     options = {
@@ -179,18 +186,20 @@ def _why_not_sharded(recipe: Recipe) -> str | None:
 
 
 def _stream_16_bit(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """Choose to stream a base in 16 bit, rather than to quantize it without being asked to."""
+    """Choose to stream a base in 16 bit on a CPU, rather than to quantize it without being asked to."""
     model = resolved.recipe.model
-    return _stream(resolved, budget) if model.dtype != "fp32" and model.quantization == "none" else []
+    may_stream = model.device == "cpu" and model.dtype != "fp32" and model.quantization == "none"
+    return _stream(resolved, budget) if may_stream else []
 
 
 def _stream(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """Choose to stream a base from disk if it does not fit with all layers recomputed."""
+    """Choose to stream a base, from disk or to a GPU from host memory, if it does not fit with layers recomputed."""
     recipe, field = resolved.recipe, "model.placement"
     if recipe.model.placement != "auto" or why_not_streamed(recipe) is not None:
         return []
     smallest, layers = _with_smallest_micro_batch(resolved), budget.shape.layers
-    needed = budget.needed(smallest, checkpointed_layers=layers)
+    offloads = _may_offload(recipe, budget)
+    needed = budget.needed(smallest, checkpointed_layers=layers, offload=offloads)
     if needed <= budget.usable:
         return []
     # What does not even fit in 4 bit is streamed in any case, because that needs the least.
@@ -219,7 +228,7 @@ def _choose_quantization(resolved: Resolved, budget: MemoryBudget) -> list[Choic
         return []
     if budget.shape.prequantized:
         return [Choice(field, budget.shape.prequantized, "plan", "as the weights are stored on disk")]
-    if recipe.model.placement == "streamed":
+    if recipe.model.placement == "streamed" and recipe.model.device == "cpu":
         why = "read from disk: 4 bit would not take less memory"
         return [Choice(field, "none", "plan", why)] if recipe.model.quantization == "auto" else []
     needed = budget.needed(_with_smallest_micro_batch(resolved), scheme="none", checkpointed_layers=budget.shape.layers)
@@ -283,15 +292,15 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
 
 
 def _grow_streamed_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """Choose a larger micro-batch for a streamed base, up to all tokens of a step, if a disk may be too slow."""
+    """Choose a larger micro-batch for a streamed base, up to all tokens of a step, if reading it may take longer."""
     recipe, field = resolved.recipe, "train.micro_batch_tokens"
     size, layers = recipe.train.micro_batch_tokens, _max_checkpointed(recipe, budget)
     if recipe.model.placement != "streamed" or size is None or resolved.choices[field].origin != "plan":
         return []
     step_tokens = recipe.train.batch_size * sequences_per_row(recipe.train) * longest_sequence(recipe)
-    while size < step_tokens and budget.waits_for_disk(recipe):
+    while size < step_tokens and budget.waits_for_base(recipe):
         larger = _with_train(recipe, micro_batch_tokens=min(2 * size, step_tokens))
-        if not budget.fits(larger, checkpointed_layers=layers):
+        if not budget.fits(larger, checkpointed_layers=layers, offload=_may_offload(recipe, budget)):
             break
         recipe, size = larger, min(2 * size, step_tokens)
     grown = size > (resolved.recipe.train.micro_batch_tokens or 0)
@@ -303,6 +312,10 @@ def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
     return num_checkpointed("on" if setting == "auto" else setting, budget.shape.layers)
 
 
+def _may_offload(recipe: Recipe, budget: MemoryBudget) -> bool:
+    return recipe.train.gradient_checkpointing == "auto" and why_not_offloaded(recipe, budget.shape) is None
+
+
 def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
     """Choose offloading, or an 8-bit optimizer and shorter rows. Only unset options change, and only if it fits."""
     recipe, layers = resolved.recipe, _max_checkpointed(resolved.recipe, budget)
@@ -310,8 +323,7 @@ def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice
     if needed <= budget.usable:
         return []
     why = f"would not fit: {budget.describe(needed)}"
-    may_offload = recipe.train.gradient_checkpointing == "auto" and why_not_offloaded(recipe, budget.shape) is None
-    if may_offload and budget.fits(recipe, checkpointed_layers=layers, offload=True):
+    if _may_offload(recipe, budget) and budget.fits(recipe, checkpointed_layers=layers, offload=True):
         why = f"{why} with the inputs of layers on the GPU"
         return [Choice("train.gradient_checkpointing", "offload", "plan", why)]
     unset = {field for field, choice in resolved.choices.items() if choice.origin == "default"}

@@ -46,7 +46,7 @@ def choose_keep(resolved: Resolved, rows: int, tokens: int, why_not: str) -> Res
     reasons = {
         "a teacher gives the labels": recipe.train.teacher is not None,
         "a sharded base cannot answer before training": recipe.model.placement == "sharded",
-        "answers of a base that is read from disk take long": recipe.model.placement == "streamed",
+        "answers of a base that is not in memory take long": recipe.model.placement == "streamed",
         f"data.max_length {recipe.data.max_length} is too short for general prompts": (
             recipe.data.max_length < MIN_LENGTH
         ),

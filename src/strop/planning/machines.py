@@ -182,6 +182,7 @@ class TargetMachine:
     device: str  # for a recipe whose device is auto
     dtype: tuple[str, str]  # name and reason, for a recipe whose dtype is auto
     rate_of: Callable[[str], Rate]  # returns the device's speed in a dtype
+    host_bytes: int | None = None  # free memory of a GPU's host; None: unknown, or not a GPU
 
     def with_limit(self, memory: int) -> TargetMachine:
         """Return this machine with another limit of host memory in bytes."""
@@ -219,6 +220,17 @@ def find_target(device: str, memory: int | None = None, gpu: str | None = None) 
     return TargetMachine(machine, "cpu", precision or expected, partial(Rate.of_cpu, machine, rates))
 
 
+def rates_of(machine: Machine, device: str) -> Callable[[str], Rate] | None:
+    """Return a function of the dtype that returns the speed of a CPU or a CUDA GPU, or None for another device."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return partial(Rate.of_cpu, machine, load_rates(machine, "cpu"))
+    if kind != "cuda":
+        return None
+    index = min(int(number or 0), max(0, len(machine.gpus) - 1))
+    return ((match_driver_name(machine.gpus[index]) if machine.gpus else None) or UNKNOWN).rate_of
+
+
 def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> TargetMachine:
     size = memory or int(spec.memory_gb * (1 << 30))
     reasons = {"bf16": "the GPU computes in bf16", "fp16": "the GPU has no bf16", "fp32": "it has no fast 16-bit type"}
@@ -227,4 +239,4 @@ def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: t
         machine = replace(machine, memory_bytes=size, free_bytes=max(0, size - PROCESS_BYTES), gpus=())
     else:
         machine = replace(machine, gpus=gpus or (f"{spec.name}, {size >> 20} MiB",))
-    return TargetMachine(machine, spec.device, dtype, spec.rate_of)
+    return TargetMachine(machine, spec.device, dtype, spec.rate_of, machine.free_bytes if gpus else None)

@@ -16,7 +16,7 @@ from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, MIN_ANSWER_TOKENS, PREFILL_ROWS, answer_limit, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
-from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
+from strop.planning.activations import LiveBytes, MicroBatch, offloaded_bytes, peak_live_bytes
 from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, AdapterWeights, Workload, bytes_if_converted
 
 MIB = 1 << 20
@@ -243,9 +243,21 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _streamed_bytes(workload: Workload) -> int:
-    """Return bytes of a streamed base in memory: the layer that is computed and the next, or a layer and the head."""
+    """Return bytes of a streamed base in memory: the layer that is computed and the next, or a layer and the head.
+
+    On a GPU, embedding and head stay in memory.
+    """
     layer = base_layer_bytes(workload)
+    if workload.compute.device != "cpu":
+        return weight_bytes(workload) + constant_bytes(workload) - (workload.shape.layers - 2) * layer
     return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding_weights)
+
+
+def host_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return bytes that a run on a GPU keeps in host memory: the layers of a streamed base, and offloaded inputs."""
+    is_streamed = workload.base.streamed and workload.compute.device != "cpu"
+    layers = workload.shape.layers * base_layer_bytes(workload) if is_streamed else 0
+    return layers + offloaded_bytes(workload, batch)
 
 
 def _mapped_copies(workload: Workload) -> int:
@@ -288,7 +300,8 @@ def load_phase(workload: Workload) -> Phase:
     copied = compute.device == "cpu" and workload.base.scheme == "none" and stored_bytes > 0
     mapped = weight_bytes(workload.replace(dtype_bytes=stored_bytes, full=False)) if copied else 0
     parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
-    if (workload.base.shards > 1 and copied) or workload.base.streamed:  # the largest tensor, as stored and converted
+    mapped_streamed = workload.base.streamed and compute.device == "cpu"
+    if (workload.base.shards > 1 and copied) or mapped_streamed:  # the largest tensor, as stored and converted
         mapped, parts["workspace"] = 0, (stored_bytes + compute.dtype_bytes) * workload.shape.embedding_weights
     framework = CODE_BYTES if compute.device == "cpu" else CUDA_CONTEXT_BYTES
     return make_phase({**parts, "mapped_files": mapped, "framework": framework})

@@ -60,6 +60,7 @@ from strop.planning.memory import (
     RolloutLoad,
     constant_bytes,
     format_sizes,
+    host_bytes,
     predict_phases,
     weight_bytes,
 )
@@ -68,11 +69,11 @@ from strop.planning.multi_device import Devices, MultiDevicePlan, plan_devices
 from strop.planning.time import (
     FORWARD,
     Rate,
-    disk_rate,
     image_seconds,
     rollout_seconds,
     step_seconds,
     steps_seconds,
+    stream_rate,
     tokens_per_s,
 )
 from strop.planning.workload import Workload, why_recipe_not_fast
@@ -104,6 +105,8 @@ class Plan(Printed):
     device: str
     memory_bytes: int
     usable_bytes: int  # memory that the run may use
+    host_bytes: int  # host memory that a run on a GPU needs for layers of the base and their inputs
+    host_free_bytes: int | None  # free memory of the GPU's host; None: unknown, or not a GPU
     phases: dict[str, Phase]
     resolved: Resolved
     workload: Workload
@@ -130,6 +133,9 @@ class Plan(Printed):
         """What fits, in one sentence: training, and the commands after it."""
         needed = [self.needed_bytes, *(self.phases[name].needed_bytes for name in self.phases_too_large)]
         *sizes, usable = format_sizes(*needed, self.usable_bytes)
+        if self.host_free_bytes is not None and self.host_bytes > self.host_free_bytes:
+            host, free = format_sizes(self.host_bytes, self.host_free_bytes)
+            return f"training does not fit: {host} of host memory needed, {free} free"
         if not self.fits:
             return f"training does not fit: {sizes[0]} needed, {usable} usable"
         if len(sizes) == 1:
@@ -152,7 +158,7 @@ class Plan(Printed):
         return {
             "fits": self.fits, "beyond": self.phases_too_large, "verdict": self.verdict, "refused": self.refused,
             "device": self.device, "needed_bytes": self.needed_bytes,
-            "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes,
+            "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes, "host_bytes": self.host_bytes,
             "phases": {name: phase.as_json() for name, phase in self.phases.items()},
             "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "steps": self.steps,
             "seconds": self.seconds,
@@ -212,7 +218,8 @@ def make_plan(
     needed = max(run_phases[name].needed_bytes for name in before if name in run_phases)
     if rollouts is not None and "teacher" in run_phases:  # both models are in memory
         needed = run_phases["teacher"].needed_bytes + max(run_phases[name].needed_bytes for name in ("draw", "train"))
-    fits = needed <= budget.usable
+    host = host_bytes(workload, batch)
+    fits = needed <= budget.usable and (target.host_bytes is None or host <= target.host_bytes)
     has_limit = recipe.model.device == "cpu" and devices.count == 1 and "teacher" not in run_phases
     fits_in = (lambda memory: plan_again(target.with_limit(memory)).fits) if has_limit else None
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
@@ -244,6 +251,8 @@ def make_plan(
         device=recipe.model.device,
         memory_bytes=machine.memory_bytes if recipe.model.device in ("cpu", "mps") else round(budget.usable / 0.95),
         usable_bytes=budget.usable,
+        host_bytes=host,
+        host_free_bytes=target.host_bytes,
         phases=run_phases,
         resolved=resolved,
         workload=workload,
@@ -261,7 +270,7 @@ def make_plan(
         largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         suggestions=[] if fits or not thorough else list_suggestions(recipe, replace(budget, rows=rows), rate, fits_in),
-        compromises=_list_compromises(resolved, workload, disk_rate(workload, mean_batch, rate)),
+        compromises=_list_compromises(resolved, workload, stream_rate(workload, mean_batch, rate)),
         multi_device=multi_device,
     )
 
@@ -333,7 +342,8 @@ def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
     trained, name = workload.adapter_weights, recipe.model.name
     packed = workload.replace(resident_layers=0)
     is_quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
-    base = (weight_bytes(packed) + constant_bytes(packed)) * (is_quantized + workload.base.streamed)
+    is_mapped = workload.base.streamed and workload.compute.device == "cpu"
+    base = (weight_bytes(packed) + constant_bytes(packed)) * (is_quantized + is_mapped)
     base += 2 * workload.base.parameters if name.endswith(".gguf") or name.startswith(("demo", "gguf:")) else 0
     num_checkpoints = recipe.train.keep_checkpoints + 2  # the best one, and the one that is being written
     checkpoint = round((4 + STATE_BYTES[workload.compute.optimizer]) * trained)
@@ -351,7 +361,9 @@ def _list_compromises(resolved: Resolved, workload: Workload, needed_rate: float
         (
             "model.placement",
             base.streamed,
-            f"the base is read from disk in each pass, at {needed_rate / 1e6:,.0f} MB/s",
+            f"the base is read from disk in each pass, at {needed_rate / 1e6:,.0f} MB/s"
+            if compute.device == "cpu"
+            else f"the base is copied to the GPU in each pass, at {needed_rate / 1e9:,.1f} GB/s",
         ),
         ("model.quantization", base.scheme != "none", f"the base is stored in {base.scheme}"),
         ("model.resident_layers", workload.dequantizes, f"{packed} of {layers} layers are dequantized for each matmul"),
@@ -528,6 +540,8 @@ def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
     memory, usable = format_sizes(plan.memory_bytes, plan.usable_bytes)
     host = f" besides {PROCESS_BYTES / 2**20:.0f} MiB for Python and its libraries" if plan.device == "cpu" else ""
     yield "machine", f"{device}, {memory}, {usable} usable{host}"
+    if plan.host_bytes:
+        yield "host", f"{format_sizes(plan.host_bytes)[0]} of its memory are needed too"
 
 
 def _describe_rows(plan: Plan) -> str:

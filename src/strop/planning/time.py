@@ -15,8 +15,8 @@ from typing import Any
 from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import MAX_TILED_RANK, Machine
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, count_pairs, offloaded_bytes
-from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
+from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, count_pairs
+from strop.planning.memory import RolloutLoad, constant_bytes, host_bytes, packed_weights, weight_bytes
 from strop.planning.workload import BITS, Workload
 
 # Rate of LoRA matmuls relative to large matmuls: with strop's tiled kernels, and with oneDNN at larger ranks.
@@ -223,11 +223,13 @@ def _gpu_seconds(workload: Workload, batch: MicroBatch, rate: Rate, unpacked: fl
     computing += count.attention / rate.attention_flops
     kernels = PLAIN_KERNELS if is_plain else FAST_KERNELS + UNPACK_KERNELS * bool(unpacked)
     launching = LAUNCH_S * kernels * work.layers
-    return max(computing, launching, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)
+    return max(computing, launching, 2 * host_bytes(workload, batch) / HOST_BYTES_PER_S)
 
 
 def _streamed_bytes(workload: Workload) -> int:
     """Return the bytes of a streamed base that a micro-batch reads, in the forward and the backward pass."""
+    if workload.compute.device != "cpu":
+        return 2 * host_bytes(workload.replace(offload=False), MicroBatch.rows([1]))
     return 2 * (weight_bytes(workload) + constant_bytes(workload)) if workload.base.streamed else 0
 
 
@@ -265,14 +267,15 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
     weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = 1 if rate.gpu else DECODE_SHARE
-    bandwidth = min(rate.bandwidth, DISK_BYTES_PER_S) if workload.base.streamed else rate.bandwidth
+    source = HOST_BYTES_PER_S if rate.gpu else DISK_BYTES_PER_S
+    bandwidth = min(rate.bandwidth, source) if workload.base.streamed else rate.bandwidth
     reading = (weight_bytes(workload) + constant_bytes(workload)) / bandwidth
     launching = LAUNCH_S * FORWARD * PLAIN_KERNELS * workload.shape.layers if rate.gpu and not rollouts.vllm else 0.0
     return 2.0 * weights * tokens / (share * rate.flops) + passes * max(reading, launching)
 
 
-def disk_rate(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
-    """Return the bytes per second at which a disk must read a streamed base, so that a run does not wait for it."""
+def stream_rate(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
+    """Return the bytes per second of a streamed base that a run reads from the disk, or copies to a GPU."""
     return _streamed_bytes(workload) / micro_batch_seconds(workload, batch, rate)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from strop.engine.train.plain import WeightGatherer
 from strop.errors import RunError
 from strop.evaluation.rewards import parse_rewards
 from strop.models.adapters import attach_adapter, restore_precision
+from strop.models.host_layers import load_from_host
 from strop.models.load import DTYPES, load_base, restore_packed_weights
 from strop.models.lora import (
     add_lora,
@@ -59,6 +60,7 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> tuple[Any, We
         torch.manual_seed(recipe.seed)
         return train_all_weights(base, recipe.lora.new_tokens, setup.tokenizer).train(), None
     base, gatherer = _load_base(setup.source, recipe.model, devices)
+    cast(Any, base).weight_gatherer = gatherer
     torch.manual_seed(recipe.seed)  # for the adapters' initial values and for dropout
     start = find_start_adapter(recipe)
     if start is not None:
@@ -76,9 +78,11 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> tuple[Any, We
 
 def _load_base(source: Source, model: ModelSection, devices: Devices) -> tuple[nn.Module, WeightGatherer | None]:
     storage: dict[str, Any] = {"quantization": model.quantization, "double": model.double_quantization}
-    if model.placement == "streamed":
-        return load_streamed(source, DTYPES[model.dtype], **storage)
     arguments = source, DTYPES[model.dtype], model.device
+    if model.placement == "streamed" and model.device == "cpu":
+        return load_streamed(*arguments[:2], **storage)
+    if model.placement == "streamed":
+        return load_from_host(*arguments, **storage)
     options = {**storage, "resident_layers": model.resident_layers or 0}
     if devices.world_size == 1 or model.placement != "sharded":
         return load_base(*arguments, **options), None
@@ -119,9 +123,7 @@ def build_job(
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress(loss_scale=scale))
     set_memory_options(state.progress, recipe.train)
     section, repack_weights = recipe.model, None
-    if gatherer is not None:
-        step.set_weight_gatherer(gatherer)
-    elif section.quantization != "none" and section.resident_layers:
+    if gatherer is None and section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
         repack_weights = partial(restore_packed_weights, model.get_base_model(), setup.source, *scheme)
     criterion: Criterion

@@ -82,8 +82,15 @@ from strop.planning.choose import choose, choose_labels, find_unusual_values, me
 from strop.planning.images import ImageLoad
 from strop.planning.keep import choose_keep, why_not_kept
 from strop.planning.machines import find_target
-from strop.planning.memory import CUDA_CONTEXT_BYTES, base_layer_bytes, constant_bytes, weight_bytes
-from strop.planning.microbatch import measure_rows
+from strop.planning.memory import (
+    CUDA_CONTEXT_BYTES,
+    base_layer_bytes,
+    constant_bytes,
+    format_sizes,
+    host_bytes,
+    weight_bytes,
+)
+from strop.planning.microbatch import largest_micro_batch, measure_rows
 from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -183,6 +190,7 @@ def set_up(resolved: Resolved, memory: int | None, devices: Devices, folder: Run
     resolved, recipe, shape = facts.resolved, facts.resolved.recipe, facts.shape
     if memory is not None:
         _check_limit(facts, machine, memory, devices.world_size)
+    _check_host(facts, machine)
     check_vllm(recipe)
     start = find_start_adapter(recipe)
     # a start adapter may have its own tokens and chat template
@@ -332,6 +340,17 @@ def _check_limit(facts: RecipeFacts, machine: Machine, memory: int, devices: int
         )
         least = psutil.Process().memory_info().rss + needed
         raise MemoryLimitError(what, fix=f"give much more than --memory {least / 2**20:,.0f}MiB, or use {smaller}")
+
+
+def _check_host(facts: RecipeFacts, machine: Machine) -> None:
+    """Raise MemoryLimitError if the layers that a run streams to a GPU do not fit in host memory."""
+    recipe = facts.resolved.recipe
+    workload = Workload.from_recipe(recipe, facts.shape, parameters=facts.parameters)
+    if (needed := host_bytes(workload, largest_micro_batch(recipe, workload))) > machine.free_bytes:
+        needs, free = format_sizes(needed, machine.free_bytes)
+        what = f"the host memory is too small: {needs} needed for what does not fit on the GPU, {free} free"
+        packs = recipe.model.quantization == "none" and recipe.model.placement == "streamed"
+        raise MemoryLimitError(what, fix=f"use a smaller model{', or --model.quantization nf4' * packs}")
 
 
 @contextmanager
@@ -542,7 +561,7 @@ def _copies_bytes(setup: Setup) -> int:
     half, packed = copies_needed(setup.source, *scheme)
     workload = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters)
     workload = workload.replace(resident_layers=0)
-    layers = model.placement == "streamed" and not is_written(setup.source, *scheme)
+    layers = model.placement == "streamed" and model.device == "cpu" and not is_written(setup.source, *scheme)
     return 2 * setup.parameters * half + (weight_bytes(workload) + constant_bytes(workload)) * (packed + layers)
 
 

@@ -27,6 +27,7 @@ from strop.models.adapter_config import NEEDS_QUANTIZED_BASE
 from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
 from strop.models.families.layers import load_balancing_coefficient
+from strop.models.host_layers import CopyAhead
 from strop.models.introspect import has_tied_embeddings
 from strop.models.load import DTYPES
 from strop.models.lora import weight_change
@@ -180,7 +181,7 @@ def finish(
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],
         "devices": _summarize_devices(job),
-        **({"disk_wait_s": job.gatherer.waited_s} if isinstance(job.gatherer, ReadAhead) else {}),
+        **(job.gatherer.report() if isinstance(job.gatherer, ReadAhead | CopyAhead) else {}),
         "exit": exit_code,
     }
     write_card(folder, report)

@@ -22,6 +22,7 @@ from strop.errors import InputError, Location, MemoryLimitError, RecipeError, St
 from strop.evaluation.diagnosis import changes_loss
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.host_layers import CopyAhead
 from strop.models.streaming import ReadAhead
 from strop.models.upstream_errors import convert_model_errors
 from strop.planning.workload import Workload
@@ -311,7 +312,7 @@ def _execute(
                     end_reason, stopped = "stop", error
                 else:
                     check_reference(job, key)
-                if isinstance(gatherer, ReadAhead):
+                if isinstance(gatherer, ReadAhead | CopyAhead):
                     log.emit("note", text=gatherer.describe())
         except KeyboardInterrupt:  # the second one in `fit`, or before or after it
             step = 0 if job is None else job.state.progress.step

@@ -50,6 +50,7 @@ from strop.models.adapters import (
     read_classes,
 )
 from strop.models.embedder import read_pooling
+from strop.models.host_layers import load_from_host
 from strop.models.introspect import max_positions
 from strop.models.load import (
     DTYPES,
@@ -560,6 +561,9 @@ def _load_base(
 ) -> tuple[Any, list[str]]:
     """Return a base, and a note if it does not fit in memory. dequantizes: once, as many layers as fit."""
     storage: dict[str, Any] = {"quantization": quantization, "double": double}
+    if device.startswith("cuda") and (streamed or not fits_in_memory(source, DTYPES[dtype], quantization, device)):
+        base, _ = load_from_host(source, DTYPES[dtype], device, **storage)
+        return base, [f"{source.name}: is copied to the GPU for each token of the answers, because its memory is short"]
     if device != "cpu" or (not streamed and fits_in_memory(source, DTYPES[dtype], "none")):
         return load_base(source, DTYPES[dtype], device, resident_layers=None if dequantizes else 0, **storage), []
     if not streamed and quantization != "none" and fits_in_memory(source, DTYPES[dtype], quantization):
@@ -604,7 +608,7 @@ def load(
         force: accept an adapter that was trained on another base model, if it fits. The differences are in `notes`.
         scores: load a reward model, which scores texts and cannot generate.
         double_quantization: also quantize the scales of 4-bit weights; None: as in training.
-        streamed: on a CPU, read the base from disk even if it fits in memory.
+        streamed: read the base from disk, or on a GPU from host memory, even if it fits in memory.
         base: of an adapter, in place of the one that it names.
 
     Raises:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from strop.engine.kernels.cuda import offload
 from strop.engine.kernels.cuda.offload import HostMemory
 from strop.engine.train.fast import FastLoss
 from strop.machine.memory import is_out_of_memory
+from strop.models import pinned
 from tests.support.random_models import adapted, example
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ LAYERS = 4
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> tuple[FastLoss, FastLoss, Any]:
     """Return a step that keeps the inputs, one that offloads them in pieces of 48 bytes, and the model."""
-    monkeypatch.setattr(offload, "PIECE", 48)
+    monkeypatch.setattr(pinned, "PIECE", 48)
     model = adapted("llama", num_hidden_layers=LAYERS).train()
     resident, offloaded = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
     offloaded.host_memory = HostMemory(CPU)
@@ -94,7 +94,7 @@ def test_failed_forward_leaves_no_pieces(both: tuple[FastLoss, FastLoss, Any], m
 
 def test_full_host_memory_raises(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, offloaded, _ = both
-    monkeypatch.setattr(offload, "free_bytes", lambda: offload.RESERVE)
+    monkeypatch.setattr(pinned, "free_bytes", lambda: pinned.RESERVE)
     with pytest.raises(MemoryError) as raised:
         offloaded.token_loss([example(5, 0)])
     assert is_out_of_memory(raised.value)
@@ -125,7 +125,7 @@ def test_copies_and_computation_wait_for_each_other(monkeypatch: pytest.MonkeyPa
     host._cuda, host._copy_stream = True, copy_stream
     monkeypatch.setattr(host, "_current_stream", lambda: main_stream)
     monkeypatch.setattr(host, "_on_copy_stream", lambda: torch.no_grad())
-    monkeypatch.setattr(host, "_take_piece", lambda: torch.empty(offload.PIECE, dtype=torch.uint8))
+    monkeypatch.setattr(host, "_take_piece", lambda: torch.empty(pinned.PIECE, dtype=torch.uint8))
     inputs = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
     tensors = []
     for n, x in enumerate(inputs):

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from strop.machine.probe import free_bytes
-
-RESERVE = 1 << 30  # bytes of host memory that stay free
-PIECE = 32 << 20  # bytes; PyTorch rounds the sizes of pinned memory up to powers of two
+from strop.models import pinned
 
 
 class OffloadedInput:
@@ -97,8 +94,8 @@ class HostMemory:
         if self._cuda:
             self._copy_stream.wait_stream(self._current_stream())
         with self._on_copy_stream():
-            for begin in range(0, len(source), PIECE):
-                part = source[begin : begin + PIECE]
+            for begin in range(0, len(source), pinned.PIECE):
+                part = source[begin : begin + pinned.PIECE]
                 pieces.append(self._take_piece())
                 pieces[-1][: len(part)].copy_(part, non_blocking=True)
         if self._cuda:
@@ -113,7 +110,7 @@ class HostMemory:
             self._copy_stream.wait_stream(self._current_stream())  # earlier work may still use this memory
         with self._on_copy_stream():
             for i, piece in enumerate(offloaded.pieces):
-                part = target[i * PIECE : (i + 1) * PIECE]
+                part = target[i * pinned.PIECE : (i + 1) * pinned.PIECE]
                 part.copy_(piece[: len(part)], non_blocking=True)
         return x, self._copy_stream.record_event() if self._cuda else None
 
@@ -128,14 +125,8 @@ class HostMemory:
             self._copying = None
 
     def _take_piece(self) -> Tensor:
-        """Return a free piece. Raise MemoryError if the host is almost out of memory: Linux would kill the process."""
-        if self.free:
-            return self.free.pop()
-        if (available := free_bytes()) < RESERVE + PIECE:
-            raise MemoryError(
-                f"out of memory on the host: {available / 2**20:,.0f} MiB left for the inputs of checkpointed layers"
-            )
-        return torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._cuda)
+        """Return a free piece. Raises MemoryError as allocate_piece."""
+        return self.free.pop() if self.free else pinned.allocate_piece(self._cuda, "the inputs of checkpointed layers")
 
     def _current_stream(self) -> Any:
         return torch.cuda.current_stream(self._device)
