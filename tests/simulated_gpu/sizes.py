@@ -6,8 +6,10 @@ from tests.simulated_gpu import fake  # first: before torch
 
 # isort: split
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,13 +22,16 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.shape import ModelShape
+from strop.models.host_layers import NUM_BUFFERS
 from strop.models.lora import cast_trainable_to_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
+from strop.models.sharding import SHARDED_PARTS, ShardedTensor, assign_views, in_layer_order
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import Phase, train_phase
 from strop.planning.workload import Workload
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "70b": (8192, 28672, 80, 64, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512),
@@ -42,6 +47,7 @@ class Case:
     offload: bool = False
     layers: int | None = None
     documents: int = 1  # of equal length
+    streamed: bool = False
 
     @property
     def config(self) -> LlamaConfig:
@@ -62,7 +68,7 @@ class Case:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
         options = {
             "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
-            "model.quantization": self.scheme, **more,
+            "model.quantization": self.scheme, **more, "model.placement": "streamed" if self.streamed else "auto",
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
         workload = Workload.from_recipe(resolve(None, options).recipe, ModelShape.from_config(self.config.to_dict()))
@@ -77,6 +83,8 @@ def build_model(case: Case) -> torch.nn.Module:
         if case.scheme == "nf4":
             for layer in replace_linears(base, "nf4", torch.bfloat16, lambda name: "layers" in name).values():
                 fill(layer)
+        if case.streamed:
+            share_buffers(base.model.layers)
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         return cast_trainable_to_fp32(get_peft_model(base, lora)).train()
 
@@ -93,6 +101,34 @@ def fill(layer: QuantizedLinear) -> None:
     layer._offset = torch.empty(())
     shape = [layer.out_features, layer.in_features]
     layer._state = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
+
+
+def share_buffers(layers: torch.nn.ModuleList) -> None:
+    """Have layers use two buffers in turn, laid out as those of a base in host memory (models.host_layers)."""
+    buffers: list[Any] = [None] * NUM_BUFFERS
+    for number, layer in enumerate(layers):
+        tensors = in_layer_order([tensor for module in layer.modules() for tensor in large_tensors(module)])
+        slot = number % NUM_BUFFERS
+        if buffers[slot] is None:
+            buffers[slot] = torch.empty(sum(tensor.size for tensor in tensors), dtype=torch.uint8)
+        assign_views(tensors, buffers[slot])
+
+
+def large_tensors(module: Any) -> Iterator[ShardedTensor]:
+    """Yield the tensors of a linear layer, which are set and never read."""
+    if isinstance(module, torch.nn.Linear | QuantizedLinear):
+        weight = module.weight
+        assign = lambda view: setattr(module, "weight", torch.nn.Parameter(view, False))  # noqa: E731
+        yield ShardedTensor("weight", weight.shape, weight.dtype, assign, no_bytes)
+    if isinstance(module, QuantizedLinear):
+        for name in filter(module.constants.__contains__, SHARDED_PARTS):
+            constant = module.constants[name]
+            assign = partial(module.constants.__setitem__, name)
+            yield ShardedTensor(name, constant.shape, constant.dtype, assign, no_bytes)
+
+
+def no_bytes(low: int, high: int) -> torch.Tensor:
+    raise NotImplementedError("weights on the simulated GPU have no values")
 
 
 def step(gpu: fake.SimulatedGpu, case: Case) -> dict[str, Any]:

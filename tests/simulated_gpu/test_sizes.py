@@ -16,6 +16,8 @@ FULL_SIZE: list[dict[str, Any]] = [
     {"shape": "8b", "checkpointed": 32},
     {"shape": "1b", "scheme": "nf4", "tokens": 16384, "checkpointed": 6},
     {"shape": "8b", "scheme": "nf4", "tokens": 32768, "offload": True},
+    {"shape": "8b", "tokens": 8192, "checkpointed": 32, "streamed": True},
+    {"shape": "70b", "scheme": "nf4", "tokens": 2048, "checkpointed": 51, "streamed": True},
 ]
 
 
