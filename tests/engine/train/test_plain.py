@@ -64,3 +64,19 @@ def test_model_is_unchanged_after_the_loss() -> None:
     with torch.no_grad():
         PlainLoss(model).token_loss([example(4, 1)])
         assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 97)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")  # users would see it
+def test_checkpointing_recomputes_layers_without_a_warning() -> None:
+    model, calls = tiny().train(), list[int]()
+    step, gradients = PlainLoss(model), []
+    model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *_: calls.append(1))
+    for recomputes in (False, True):
+        if recomputes:
+            step.checkpoint()
+        model.zero_grad()
+        step.token_loss([example(6, 0)]).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert len(calls) == 3
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)

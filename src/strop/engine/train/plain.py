@@ -122,7 +122,12 @@ class PlainLoss:
 
     def checkpoint(self, layers: int | None = None) -> None:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        names = (
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )  # from transformers 5.24 on, and before
+        enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        enable({"use_reentrant": False})
 
     def offload(self) -> None:  # not called, because can_offload is False
         raise NotImplementedError("the plain step keeps its activations on the device")
