@@ -122,10 +122,7 @@ class PlainLoss:
 
     def checkpoint(self, layers: int | None = None) -> None:
         """Recompute all layers in the backward. transformers does not support this for some of them only."""
-        names = (
-            "activation_checkpointing_enable",
-            "gradient_checkpointing_enable",
-        )  # from transformers 5.24 on, and before
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers from 5.24 on, before
         enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         enable({"use_reentrant": False})
 
