@@ -21,21 +21,19 @@ DROPOUT_FIELDS = (
 LONG_ROPE = {"su", "yarn"}  # older names of longrope in configs of Phi-3
 
 
-def why_config_not_fast(
-    config: Any, *, device: str, lora: LoraSection | None = None, targets: Sequence[str] = ()
-) -> str | None:
+def why_config_not_fast(config: Any, *, lora: LoraSection | None = None, targets: Sequence[str] = ()) -> str | None:
     """Return why the fast step cannot train a model, or None if the config and the settings do not rule it out.
 
     config: the text config, from transformers or as a mapping. lora: None skips the checks of LoRA settings.
     targets: the names of the modules that get adapters.
     """
-    why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
+    why = why_architecture_unsupported(config) or _why_loss_unsupported(config)
     if why is None and lora is not None:
         why = _why_lora_unsupported(lora, targets, FAMILIES[_get(config, "model_type")])
     return why
 
 
-def why_architecture_unsupported(config: Any, device: str) -> str | None:
+def why_architecture_unsupported(config: Any) -> str | None:
     """Return why the layers of a model differ from its entry in the families table, or None."""
     name = _get(config, "model_type")
     family = FAMILIES.get(name)
@@ -57,13 +55,6 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
     has_experts = any((_get(config, field) or 1) > 1 for field in EXPERT_FIELDS)
     if has_experts and _get(config, "enable_moe_block") is not False and not family.moe:
         return "experts next to the MLP"
-    if device.partition(":")[0] != "cpu":  # PyTorch's attention supports none of these
-        if _get(config, "attn_logit_softcapping"):
-            return "attn_logit_softcapping outside of a CPU"
-        if family.attention_sinks:
-            return "attention sinks outside of a CPU"
-        if family.per_layer_inputs:
-            return "norms of values outside of a CPU"  # which these families (Gemma 4) have too
     for rope in rope_types(config):
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
             return f"rotary embedding of type {rope}"

@@ -287,10 +287,10 @@ def why_recipe_not_fast(recipe: Recipe, shape: ModelShape) -> str | None:
     """Return why the fast step cannot train this recipe, or None if it can. Its device must be known."""
     model, lora = recipe.model, recipe.lora
     if recipe.train.method == "full":
-        why = why_config_not_fast(shape.text_config, device=model.device)
+        why = why_config_not_fast(shape.text_config)
         return why or why_full_not_fast(shape.text_config, model.dtype)
     targets = _find_targets(shape, lora.target_modules)
-    return why_config_not_fast(shape.text_config, device=model.device, lora=lora, targets=targets)
+    return why_config_not_fast(shape.text_config, lora=lora, targets=targets)
 
 
 def bytes_if_converted(shape: ModelShape, dtype: str) -> int:

@@ -25,6 +25,7 @@ from strop.engine.kernels.operations import (
     LOSS,
     NORM,
     ROPE,
+    SINKS,
     TRITON,
 )
 from strop.engine.kernels.protocols import CpuOps, FrozenMatmul, LoraOps, Ops, apply
@@ -51,7 +52,8 @@ class Backend:
         gpu: whether the device is not a CPU.
         tiles: whether the device is a CPU with the matmuls of cpu/tile.py.
         kernels: the kinds of Triton kernels that the device uses, as in operations.TRITON.
-        flash, efficient: whether a GPU's flash attention and memory-efficient attention work, where they are supported.
+        flash, efficient, sinks: whether a GPU's flash attention and memory-efficient attention work, where they are
+            supported, and whether they do with attention sinks.
         failures: which operations a GPU cannot use, and why, in one line, else empty.
         int8: the cpu.int8_matmul.Int8Matmul for frozen weights, or None.
     """
@@ -63,6 +65,7 @@ class Backend:
     kernels: frozenset[str] = frozenset()
     flash: bool = True
     efficient: bool = True
+    sinks: bool = True
     failures: str = ""
     int8: Any = None
 
@@ -75,7 +78,7 @@ class Backend:
         if self.gpu:
             from strop.engine.kernels.cuda.attention import attention_on_gpu
 
-            attend = partial(attention_on_gpu, flash=self.flash, efficient=self.efficient)
+            attend = partial(attention_on_gpu, flash=self.flash, efficient=self.efficient, sinks=self.sinks)
             if ROPE not in self.kernels:
                 return attend
             from strop.engine.kernels.cuda import rope
@@ -245,11 +248,12 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
 
         activate_flash3(device)
         kernels = triton_kernels(device, dtype)
-        flash, efficient = (name not in gpu_failures(device) for name in (FLASH, EFFICIENT))
+        flash, efficient, sinks = (name not in gpu_failures(device) for name in (FLASH, EFFICIENT, SINKS))
         failures = "" if dtype == torch.float64 else describe_gpu_failures(device)
         return Backend(
-            _element_wise_ops(kernels), gpu=True, kernels=kernels, flash=flash, efficient=efficient, failures=failures
-        )
+            _element_wise_ops(kernels), gpu=True, kernels=kernels, flash=flash, efficient=efficient, sinks=sinks,
+            failures=failures,
+        )  # fmt: skip
     return Backend(cast(Ops, eager), gpu=device.type != "cpu")
 
 

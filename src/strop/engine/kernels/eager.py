@@ -177,9 +177,9 @@ def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, sl
     if cos is not None and sin is not None:
         wide = rotate(wide, cos, sin) * scale
     heads, d = x.shape[1:]
-    used = slots.rows >= 0
-    out = x.new_zeros(len(used) * heads, d)
-    out[_output_rows(slots, heads // group, group)[used]] = wide[slots.rows[used]].to(x.dtype)
+    rows, used = slots.rows.clamp(min=0), (slots.rows >= 0)[:, None, None]  # masks would make the host wait for a GPU
+    out = x.new_empty(len(rows) * heads, d)
+    out[_output_rows(slots, heads // group, group)] = torch.where(used, wide[rows], 0.0).to(x.dtype)
     return out
 
 
@@ -188,9 +188,9 @@ def from_heads(
 ) -> None:
     """Apply the transpose of to_heads to x (P * heads, d), and write the result to `out` (T, heads, d)."""
     heads = out.shape[1]
-    used = slots.rows >= 0
-    used_rows = _wide(x)[_output_rows(slots, heads // group, group)[used]]
-    total = used_rows.new_zeros(out.shape).index_add_(0, slots.rows[used], used_rows)
+    rows, used = slots.rows.clamp(min=0), (slots.rows >= 0)[:, None, None]
+    values = torch.where(used, _wide(x)[_output_rows(slots, heads // group, group)], 0.0)
+    total = values.new_zeros(out.shape).index_add_(0, rows, values)
     if cos is not None and sin is not None:
         total = rotate(total, cos, -sin) * scale  # the gradient of a rotation is the inverse rotation
     out.copy_(total)

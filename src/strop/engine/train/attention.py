@@ -2,7 +2,8 @@
 
 Documents of similar length are padded to one length (a bucket) for batched matmuls and an in-place softmax. For short
 documents this is faster than PyTorch's CPU attention, which takes 25 % of the time of a step for 4 % of the FLOPs.
-CPUs with AVX512-BF16 use kernels/cpu/attention.py instead, and GPUs kernels/cuda/attention.py.
+CPUs with AVX512-BF16 use kernels/cpu/attention.py instead, and GPUs kernels/cuda/attention.py, except for scores with a
+soft cap.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Bucket, Documents, Layout
 
 BLOCK = 256  # queries per matmul; the keys after the last query of a block are skipped
-MAX_SAVED_KEYS = 512  # the probabilities of documents with more keys are recomputed in the backward
+MAX_SAVED_KEYS = 512  # on a CPU; other probabilities are recomputed in the backward
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class Heads:
     def normalized(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v (T, heads, size) after their norms."""
         q, k, v = self.views(qkv)
-        pairs = ((q, self.q_norm), (k, self.k_norm), (v, self.v_norm))
-        q, k, v = (norm.forward(as_norm_input(x, norm)).view(x.shape) if norm else x for x, norm in pairs)
-        return q, k, v
+        return _apply_norm(q, self.q_norm), _apply_norm(k, self.k_norm), _apply_norm(v, self.v_norm)
+
+    def values(self, qkv: Tensor) -> Tensor:
+        """Return v (T, num_kv_heads, size) after its norm."""
+        return _apply_norm(self.views(qkv)[2], self.v_norm)
 
     def backward_norms_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
         """Turn the gradients of the normalized q, k and v into the gradients of q, k and v, in place."""
@@ -74,6 +77,10 @@ class Heads:
         for grad, x, norm in zip(grads, self.views(qkv), norms, strict=True):
             if norm:
                 grad.copy_(norm.backward(as_norm_input(grad, norm), as_norm_input(x, norm)).view(grad.shape))
+
+
+def _apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm.forward(as_norm_input(x, norm)).view(x.shape)
 
 
 def as_norm_input(x: Tensor, norm: Norm) -> Tensor:
@@ -158,8 +165,8 @@ class HeadNorms(Function):
 class Attention(Function):
     """Compute attention, with norms and rotary embedding, of qkv (T, (num_query_heads + 2 num_kv_heads) size).
 
-    cos, sin: (T, m). Returns (T, num_query_heads size). Saves qkv, and the attention probabilities of documents with at
-    most MAX_SAVED_KEYS keys.
+    cos, sin: (T, m). Returns (T, num_query_heads size). Saves qkv and, on a CPU, the probabilities of documents
+    with at most MAX_SAVED_KEYS keys.
     """
 
     @staticmethod
@@ -170,7 +177,7 @@ class Attention(Function):
         o = torch.empty_like(padded[0])
         for bucket, (q, k, v, bucket_out) in zip(layout.buckets, _view_buckets(heads, layout, *padded, o), strict=True):
             for first, rows, keys in _split_blocks(bucket, group):
-                is_saved = bucket.keys.shape[1] <= MAX_SAVED_KEYS and ctx.needs_input_grad[0]
+                is_saved = _saves_probs(bucket) and ctx.needs_input_grad[0]
                 probs = _compute_probs(
                     heads, q[:, rows], k[:, :keys], first, heads.new if is_saved else allocate_from_heap
                 )
@@ -201,7 +208,7 @@ class Attention(Function):
             is_single = len(blocks) == 1
             terms = []
             for first, rows, keys in reversed(blocks):
-                saved = saved_probs.pop() if bucket.keys.shape[1] <= MAX_SAVED_KEYS else None
+                saved = saved_probs.pop() if _saves_probs(bucket) else None
                 probs = _compute_probs(heads, q[:, rows], k[:, :keys], first) if saved is None else saved
                 ds = _bmm(bucket_do[:, rows], v[:, :keys].transpose(1, 2))
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
@@ -221,6 +228,10 @@ class Attention(Function):
         ops.from_heads(grads[2], None, None, 1.0, layout.keys, 1, parts[2])
         heads.backward_norms_(parts, qkv)
         return result, None, None, None, None
+
+
+def _saves_probs(bucket: Bucket) -> bool:
+    return bucket.keys.device.type == "cpu" and bucket.keys.shape[1] <= MAX_SAVED_KEYS
 
 
 def _to_buckets(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,13 +276,15 @@ def _compute_probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: Allocate
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return torch.bmm(a, b), computed faster.
+    """Return torch.bmm(a, b), computed faster on a CPU.
 
-    torch.bmm assigns whole matrices to threads. A remainder smaller than the number of threads is computed with
+    There torch.bmm assigns whole matrices to threads. A remainder smaller than the number of threads is computed with
     torch.mm, which uses all threads for one matrix.
     """
     if out is None:
         out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    if a.device.type != "cpu":
+        return torch.bmm(a, b, out=out)
     num_batched = len(a) - len(a) % torch.get_num_threads()
     if num_batched:
         torch.bmm(a[:num_batched], b[:num_batched], out=out[:num_batched])

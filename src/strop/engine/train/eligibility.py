@@ -63,7 +63,7 @@ def why_not_fast(model: nn.Module, dtype: torch.dtype | None = None) -> str | No
         return "the model has no peft adapter"
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
-    why = why_config_not_fast(config, device=base.get_output_embeddings().weight.device.type)
+    why = why_config_not_fast(config)
     if why is not None:
         return why
     decoder, config = text_decoder(base)
@@ -111,7 +111,7 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         return "base weights of several types or on several devices"
     if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return f"base weights in {weights[0].dtype}"
-    if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
+    if (why := why_architecture_unsupported(config)) is not None:
         return why
     kind, changes_logits = base.config.model_type, family.logit_scale(config) != 1
     changes_logits = changes_logits or bool(getattr(config, "final_logit_softcapping", None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -22,7 +23,7 @@ from strop.engine.kernels.cuda import elementwise as kernels
 from strop.engine.kernels.cuda.attention import RotateQk
 from strop.engine.kernels.cuda.selftest import CHECKS, _is_close
 from strop.engine.kernels.dispatch import Backend
-from strop.engine.kernels.operations import EFFICIENT, FLASH, FP32_SUMS, TRITON
+from strop.engine.kernels.operations import EFFICIENT, FLASH, FP32_SUMS, SINKS, TRITON
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import dropout
 from strop.engine.train.attention import ApplyRope, Heads, as_norm_input
@@ -157,17 +158,20 @@ def test_rotate_qk_matches_autograd(
         return None if norms == "none" else Norm(OPS, weight, 1e-6, 1.0)
 
     shape = Heads(OPS, num_query_heads, num_kv_heads, size, 1.0, 0, 0.0, norm(num_query_heads), norm(num_kv_heads))
+    if pairs == 8:  # Gemma 4 normalizes values too
+        shape = replace(shape, v_norm=Norm(OPS, torch.ones(size, dtype=dtype), 1e-6, 0.0))
     for rows in (1, 5):
         qkv = random_tensor(rows, (num_query_heads + 2 * num_kv_heads) * size, dtype=dtype).requires_grad_()
         angles = random_tensor(rows, pairs) if pairs else torch.empty(rows, 0)
         cos, sin = angles.cos(), angles.sin()
         wide = qkv.detach().double().requires_grad_()
         expected = list(shape.views(wide))
-        for i, own in enumerate((shape.q_norm, shape.k_norm)):
+        for i, own in enumerate((shape.q_norm, shape.k_norm, shape.v_norm)):
             if own is not None:
                 by_head = as_norm_input(expected[i], own)
                 expected[i] = eager.rms_norm(by_head, own.weight.double(), own.eps, own.offset).view(expected[i].shape)
-            expected[i] = eager.rotate(expected[i], cos.double(), sin.double())
+            if i < 2:
+                expected[i] = eager.rotate(expected[i], cos.double(), sin.double())
         result = RotateQk.apply(qkv, shape, cos, sin, rope)
         # No two elements are contiguous; and as flash attention may return them.
         upstreams = [random_tensor(*x.shape[::-1], dtype=dtype).permute(2, 1, 0) for x in result]
@@ -243,7 +247,7 @@ def test_dequantization_has_the_bits_of_bitsandbytes(
             assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (FLASH, EFFICIENT, FP32_SUMS)])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (FLASH, EFFICIENT, SINKS, FP32_SUMS)])
 def test_each_operation_passes_its_check(name: str) -> None:
     device = torch.empty(0).device
     pairs = list(CHECKS[name](device))
@@ -266,6 +270,9 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, *, kernels: bool) -> None:
         ("olmo2", {}),  # norms over all heads
         ("glm", {}),  # interleaved rotary embedding
         ("nanochat", {}),  # soft cap; rotary embedding before the norms
+        ("gemma2", {}),  # soft cap of attention's scores
+        ("gemma4_text", {}),  # norms of values, layers that share them
+        ("gpt_oss", {}),  # attention sinks
     ],
 )
 def test_step_is_as_close_to_fp64_as_eager_operations(

@@ -17,6 +17,7 @@ from strop.engine.kernels import eager
 from strop.engine.kernels.cuda import attention
 from strop.engine.kernels.cuda.attention import activate_flash3, attention_on_gpu, flash_backward, flash_forward
 from strop.engine.train.attention import Attention, Heads
+from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Varlen
 from tests.support.attention import documents_of, heads, rand
 from tests.support.meta_operations import correct_meta_backward
@@ -69,6 +70,88 @@ def test_packed_attention_matches_the_cpu(
         upstream = rand(*expected.shape)
         grads = [torch.autograd.grad(out, qkv, upstream)[0] for out in (result, expected)]
         torch.testing.assert_close(*grads)
+
+
+def scores_of(
+    q: Tensor, k: Tensor, varlen: Varlen, heads: Heads
+) -> Iterator[tuple[slice, slice, Tensor]]:  # fmt: skip
+    """Yield the queries, the keys and the masked scores (num_query_heads, queries, keys) of each document."""
+    query_ends, key_ends = varlen.query_ends.tolist(), varlen.key_ends.tolist()
+    for queries, keys in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
+        rows, columns = slice(*queries), slice(*keys)
+        n, m = queries[1] - queries[0], keys[1] - keys[0]
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * heads.scale
+        yield rows, columns, scores.masked_fill(eager.causal_mask(n, m, m - n, heads.window, q.device), -torch.inf)
+
+
+def by_logsumexp(kernel: str) -> tuple[Any, Any]:
+    """Return forward and backward as the kernels compute them: probabilities from the saved logsumexp and output."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, heads: Heads) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(heads.group, 1) for x in (k, v))
+        out, totals = torch.empty_like(q), list[Tensor]()
+        for rows, keys, scores in scores_of(q, k, varlen, heads):
+            totals.append(scores.logsumexp(2))
+            out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(2), v[keys])
+        if kernel == "flash":
+            return out, torch.cat(totals, 1)
+        padded = q.new_full((len(totals), heads.num_query_heads, 32), torch.inf)
+        for document, total in zip(padded, totals, strict=True):
+            document[:, : total.shape[1]] = total
+        return out, padded
+
+    def backward(grad: Tensor, qkv: tuple[Tensor, ...], out: Tensor, saved: Any, varlen: Varlen, heads: Heads) -> Any:
+        (logsumexp,), grads = saved, [torch.zeros_like(x) for x in qkv]
+        q, (k, v) = qkv[0], (x.repeat_interleave(heads.group, 1) for x in qkv[1:])
+        for number, (rows, keys, scores) in enumerate(scores_of(q, k, varlen, heads)):
+            own = logsumexp[:, rows] if kernel == "flash" else logsumexp[number, :, : scores.shape[1]]
+            probs = (scores - own[..., None]).exp()
+            delta = (grad[rows] * out[rows]).sum(2).T[..., None]
+            ds = probs * (torch.einsum("qhd,khd->hqk", grad[rows], v[keys]) - delta) * heads.scale
+            grads[0][rows] = torch.einsum("hqk,khd->qhd", ds, k[keys])
+            parts = torch.einsum("hqk,qhd->khd", ds, q[rows]), torch.einsum("hqk,qhd->khd", probs, grad[rows])
+            for target, part in zip(grads[1:], parts, strict=True):
+                target[keys] += part.unflatten(1, (-1, heads.group)).sum(2)
+        return grads
+
+    return forward, backward
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("window", [0, 2])
+def test_sinks_and_norms_of_values_match_the_cpu(window: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels save is changed so that their own backward computes the gradients with sinks."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(attention, f"supports_{name}", lambda like, heads, name=name: name == kernel)
+    for direction, function in zip(("forward", "backward"), by_logsumexp(kernel), strict=True):
+        monkeypatch.setattr(attention, f"{kernel}_{direction}", function)
+    torch.manual_seed(0)
+    shape, cos, sin = heads(window, True, 1), rand(8, 2).cos(), rand(8, 2).sin()
+    shape = replace(shape, v_norm=Norm(shape.ops, torch.ones(4, dtype=torch.float64), 1e-5, 0.0))
+    qkv, results = rand(8, 16, grad=True), list[Tensor]()
+    for spans in ([(2, 3, 2), (5, 2, 2), (7, 1, 2), (0, 2, 0)], [(0, 5, 0), (5, 3, 0)]):
+        documents, upstream = documents_of(8, *spans), rand(8, 8)
+        for sinks in (None, torch.tensor([0.5, -1.0])):
+            own = replace(shape, sinks=sinks)
+            for compute in (attention_on_gpu, Attention.apply):
+                out = compute(qkv, own, cos, sin, documents)
+                results += [out, *torch.autograd.grad(out, qkv, upstream)]
+            for result, expected in zip(results[-4:-2], results[-2:], strict=True):
+                torch.testing.assert_close(result, expected)
+    assert not torch.allclose(results[0], results[4], rtol=0.1)
+
+
+@pytest.mark.parametrize("changes", [{"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0])}])
+def test_scores_that_no_kernel_computes_use_matmuls(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft cap with any kernel, and attention sinks where no kernel works, or none does with them."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(attention, f"supports_{name}", lambda like, heads: "softcap" in changes)
+    shape, angles, documents = replace(heads(0, True), **changes), (rand(8, 2), rand(8, 2)), documents_of(8, (0, 8, 0))
+    qkv = rand(8, 16)
+    expected = Attention.apply(qkv, shape, *angles, documents)
+    assert torch.equal(attention_on_gpu(qkv, shape, *angles, documents), expected)
+    monkeypatch.setattr(attention, "supports_flash", lambda like, heads: True)
+    assert torch.equal(attention_on_gpu(qkv, shape, *angles, documents, sinks=False), expected)
 
 
 def test_heads_are_repeated_and_their_gradients_summed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     for wrong_one in ("", operations.FLASH, operations.EFFICIENT):
         failures |= {wrong_one: "its results are wrong"} if wrong_one else {}
         compute = dispatch.backend_for(torch.device("cuda", 0), torch.bfloat16).attention(64)
-        compute(torch.zeros(1), *[SimpleNamespace(varlen=None)] * 4)  # type: ignore[arg-type]
+        compute(torch.zeros(1), *[SimpleNamespace(varlen=None, softcap=0.0, sinks=None)] * 4)  # type: ignore[arg-type]
     assert used == [operations.FLASH, operations.EFFICIENT, "padded"]
 
 

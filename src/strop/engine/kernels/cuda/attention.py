@@ -3,7 +3,8 @@
 The default is PyTorch's flash attention (Dao, arXiv:2307.08691). GPUs before Ampere and fp32 models use its
 memory-efficient attention (Rabe and Staats, arXiv:2112.05682; xFormers), or where that does not work,
 scaled_dot_product_attention on padded documents. On Hopper, flash attention 3 (Shah et al., arXiv:2407.08608) replaces
-PyTorch's implementation if it is installed and the PyTorch version supports it.
+PyTorch's implementation if it is installed and the PyTorch version supports it. Scores with a soft cap (Gemma 2), which
+none of them supports, are computed with matmuls, as on a CPU (train/attention.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from strop.engine.kernels import eager
 from strop.engine.kernels.operations import EFFICIENT, FLASH
 from strop.engine.kernels.protocols import apply
-from strop.engine.train.attention import Heads
+from strop.engine.train.attention import Attention, Heads
 from strop.engine.train.packing import Documents, Varlen
 from strop.errors import first_line
 
@@ -82,18 +83,21 @@ EAGER_ROPE = EagerRope()
 
 def attention_on_gpu(
     qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, rope: RopeOps = EAGER_ROPE,
-    flash: bool = True, efficient: bool = True,
+    flash: bool = True, efficient: bool = True, sinks: bool = True,
 ) -> Tensor:  # fmt: skip
     """Compute attention: qkv (T, all heads) to (T, query * size).
 
     rope: cuda.rope if its kernels work. flash, efficient: whether flash attention and memory-efficient attention work,
-    where they are supported.
+    where they are supported. sinks: whether both do with attention sinks.
     """
-    if flash and supports_flash(qkv, heads):
-        return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, FLASH)
-    if efficient and supports_efficient(qkv, heads):
-        return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, EFFICIENT)
-    return padded_attention(qkv, heads, cos, sin, documents, rope)
+    if not heads.softcap and (sinks or heads.sinks is None):
+        if flash and supports_flash(qkv, heads):
+            return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, FLASH)
+        if efficient and supports_efficient(qkv, heads):
+            return apply(PackedAttention, qkv, heads, cos, sin, documents.varlen, rope, EFFICIENT)
+        if heads.sinks is None:
+            return padded_attention(qkv, heads, cos, sin, documents, rope)
+    return apply(Attention, qkv, heads, cos, sin, documents)
 
 
 def supports_flash(like: Tensor, heads: Heads) -> bool:
@@ -136,6 +140,8 @@ class PackedAttention(Function):
     ) -> Tensor:
         compute = flash_forward if kernel == FLASH else efficient_forward
         out, *saved = compute(*_rotate_flash_inputs(qkv, heads, cos, sin, varlen, rope), varlen, heads)
+        if heads.sinks is not None:
+            out, saved[0] = add_sinks(out, saved[0], varlen, heads.sinks)
         ctx.arguments = heads, varlen, rope, kernel
         ctx.save_for_backward(qkv, cos, sin, out, *saved)
         return out.view(len(qkv), -1)
@@ -157,8 +163,28 @@ def _rotate_flash_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q of each packed row, and k and v in the order of varlen.keys."""
     q, k = rope.rotate_qk(qkv, heads, cos, sin)
-    v = heads.views(qkv)[2]
+    v = heads.values(qkv)
     return (q, k, v) if varlen.keys is None else (q, k[varlen.keys], v[varlen.keys])
+
+
+def add_sinks(out: Tensor, logsumexp: Tensor, varlen: Varlen, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add an additional score of each head to the softmax: return the output and the logsumexp of the scores with it.
+
+    The backward of both kernels computes the probabilities from the logsumexp, and their sum with the gradient from the
+    output (arXiv:2205.14135, algorithm 4). With those of this function it therefore returns the gradients with sinks.
+
+    out: (T, num_query_heads, size). logsumexp: of flash attention (num_query_heads, T), of memory-efficient attention
+    (documents, num_query_heads, longest document or more). sinks: (num_query_heads,), fp32.
+    """
+    with_sinks = torch.logaddexp(logsumexp, sinks[:, None].to(logsumexp.dtype))
+    shares = (logsumexp - with_sinks).exp()
+    if shares.dim() == 2:
+        shares = shares.T
+    else:
+        rows = torch.arange(len(out), dtype=torch.int32, device=out.device)
+        document = torch.searchsorted(varlen.query_ends, rows, right=True) - 1
+        shares = shares[document, :, rows - varlen.query_ends[document]]
+    return (out * shares[..., None]).to(out.dtype), with_sinks
 
 
 def _sum_by_row(grad: Tensor, rows: Tensor, number: int) -> Tensor:
@@ -235,7 +261,8 @@ class RotateQk(Function):
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, rope: RopeOps) -> Any:
         ctx.arguments = heads, rope
         ctx.save_for_backward(qkv, cos, sin)
-        return *rope.rotate_qk(qkv, heads, cos, sin), heads.views(qkv)[2].clone()
+        v = heads.views(qkv)[2].clone() if heads.v_norm is None else heads.values(qkv)
+        return *rope.rotate_qk(qkv, heads, cos, sin), v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

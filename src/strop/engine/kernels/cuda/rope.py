@@ -9,6 +9,7 @@ the first 2 m elements of each head are rotated.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,6 +195,7 @@ def rotate_qk_backward(
         for target, values, norm in zip(heads.views(out), heads.views(x), (heads.q_norm, heads.k_norm), strict=False):
             target = target.flatten(1)
             rms_norm_backward(target, as_norm_input(values, norm), norm.weight, norm.eps, norm.offset, target)
+    replace(heads, q_norm=None, k_norm=None).backward_norms_(heads.views(out), x)  # of v, if it has one
     return out
 
 

@@ -8,6 +8,7 @@ other operations replace it, and the rest stays as it is.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +21,6 @@ from typing import Any, cast
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.engine.kernels import eager
@@ -37,6 +37,7 @@ from strop.engine.kernels.operations import (
     LOSS,
     NORM,
     ROPE,
+    SINKS,
     TRITON,
 )
 from strop.engine.train import dropout
@@ -53,6 +54,7 @@ LOG = logging.getLogger(__name__)
 Pairs = Iterator[tuple[Tensor, Tensor]]  # results, and what is expected
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to 1 + the largest value
 WRONG = "its results are wrong"
+WINDOWS = ((0, 0), (16, 0), (0, 16), (9, 16))  # (window, length of a prefix) of the attention that is tried
 MAX_ENDED = 2  # processes; one may have been killed by somebody while it tried an operation
 
 
@@ -270,40 +272,60 @@ def _flash(device: torch.device) -> Pairs:
     from strop.engine.kernels.cuda.attention import flash_backward, flash_forward, has_flash
 
     if has_flash(device):
-        yield from _attention(device, _dtypes(device)[1], flash_forward, flash_backward)
+        for window, prefix in WINDOWS:
+            yield from _attention(device, _dtypes(device)[1], flash_forward, flash_backward, window, prefix)
 
 
 def _efficient(device: torch.device) -> Pairs:
     from strop.engine.kernels.cuda.attention import efficient_backward, efficient_forward
 
     for dtype in _dtypes(device):
-        yield from _attention(device, dtype, efficient_forward, efficient_backward)
+        for window, prefix in WINDOWS:
+            yield from _attention(device, dtype, efficient_forward, efficient_backward, window, prefix)
 
 
-def _attention(device: torch.device, dtype: torch.dtype, forward: Any, backward: Any) -> Pairs:
-    """Check outputs and gradients of two documents, without and with a window, and with a prefix of 16 keys."""
-    for window, prefix in ((0, 0), (16, 0), (0, 16), (9, 16)):
-        query_ends, key_ends = [0, 40, 64], [0, 40 + prefix, 64 + prefix]
-        ends = [torch.tensor(x, dtype=torch.int32, device=device) for x in (query_ends, key_ends)]
-        varlen = Varlen(ends[0], ends[1], 40, 40 + prefix, None)
-        shapes = ((64, 4), (64 + prefix, 2), (64 + prefix, 2), (64, 4))
-        q, k, v, grad = (_random(device, rows, many, 64).to(dtype) for rows, many in shapes)
-        heads = Heads(cast(Any, None), 4, 2, 64, 0.125, window, 0.0, None, None)
-        out, *saved = forward(q, k, v, varlen, heads)
-        wide = [x.float().requires_grad_() for x in (q, k, v)]
-        spans = zip(pairwise(query_ends), pairwise(key_ends), strict=True)
-        parts = [_masked_attention(wide[0][a:b], wide[1][c:d], wide[2][c:d], window) for (a, b), (c, d) in spans]
-        expected = torch.cat(parts)
-        yield out, expected.detach()
-        grads = backward(grad, (q, k, v), out, saved, varlen, heads)
-        yield from zip(grads, torch.autograd.grad(expected, wide, grad.float()), strict=True)
+def _sinks(device: torch.device) -> Pairs:
+    from strop.engine.kernels.cuda import attention
+
+    dtype, sinks = _dtypes(device)[1], _random(device, 4)
+    yield from _attention(device, dtype, attention.efficient_forward, attention.efficient_backward, 9, 16, sinks)
+    if attention.has_flash(device):
+        yield from _attention(device, dtype, attention.flash_forward, attention.flash_backward, 9, 16, sinks)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _attention(
+    device: torch.device, dtype: torch.dtype, forward: Any, backward: Any, window: int, prefix: int,
+    sinks: Tensor | None = None,
+) -> Pairs:  # fmt: skip
+    """Check outputs and gradients of two documents. prefix: number of keys before those of the first document."""
+    from strop.engine.kernels.cuda.attention import add_sinks
+
+    query_ends, key_ends = [0, 40, 64], [0, 40 + prefix, 64 + prefix]
+    ends = [torch.tensor(x, dtype=torch.int32, device=device) for x in (query_ends, key_ends)]
+    varlen = Varlen(ends[0], ends[1], 40, 40 + prefix, None)
+    shapes = ((64, 4), (64 + prefix, 2), (64 + prefix, 2), (64, 4))
+    q, k, v, grad = (_random(device, rows, many, 64).to(dtype) for rows, many in shapes)
+    heads = Heads(cast(Any, None), 4, 2, 64, 0.125, window, 0.0, None, None)
+    out, *saved = forward(q, k, v, varlen, heads)
+    if sinks is not None:
+        out, saved[0] = add_sinks(out, saved[0], varlen, sinks)
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    spans = zip(pairwise(query_ends), pairwise(key_ends), strict=True)
+    parts = [_masked_attention(wide[0][a:b], wide[1][c:d], wide[2][c:d], window, sinks) for (a, b), (c, d) in spans]
+    expected = torch.cat(parts)
+    yield out, expected.detach()
+    grads = backward(grad, (q, k, v), out, saved, varlen, heads)
+    yield from zip(grads, torch.autograd.grad(expected, wide, grad.float()), strict=True)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Tensor | None = None) -> Tensor:
     """Return causal attention (T, 4, size) of a document, whose last query sees its last key. k, v: (keys, 2, size)."""
     q, k, v = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v))
-    mask = ~eager.causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], window, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=0.125).transpose(0, 1)
+    mask = eager.causal_mask(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], window, q.device)
+    scores = (0.125 * q @ k.transpose(1, 2)).masked_fill(mask, -math.inf)
+    if sinks is not None:  # a key without a value
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(scores[0]), 1)], 2)
+    return (scores.softmax(2)[..., : len(v[0])] @ v).transpose(0, 1)
 
 
 def _fp32_sums(device: torch.device) -> Pairs:
@@ -323,6 +345,6 @@ def _fused_adamw(device: torch.device) -> Pairs:
 
 CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
     NORM: _norm, GLU: _glu, ROPE: _rope, LOSS: _loss, DORA: _dora, DROPOUT: _dropout, FOUR_BIT: _quantized("nf4"),
-    EIGHT_BIT: _quantized("int8"), FLASH: _flash, EFFICIENT: _efficient, FP32_SUMS: _fp32_sums,
+    EIGHT_BIT: _quantized("int8"), FLASH: _flash, EFFICIENT: _efficient, SINKS: _sinks, FP32_SUMS: _fp32_sums,
     FUSED_ADAMW: _fused_adamw,
 }  # fmt: skip
