@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
 
 from strop.config.load import resolve
 from strop.data.types import Example
@@ -35,6 +35,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512),
+    "gemma-2-2b": (2304, 9216, 26, 8, 4, 256000),
 }
 
 
@@ -50,8 +51,13 @@ class Case:
     streamed: bool = False
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> PretrainedConfig:
         hidden, inner, layers, heads, few, words = SHAPES[self.shape]
+        if self.shape.startswith("gemma-2"):
+            return Gemma2Config(
+                vocab_size=words, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=self.layers or layers,
+                num_attention_heads=heads, num_key_value_heads=few, head_dim=256,
+            )  # fmt: skip
         return LlamaConfig(
             vocab_size=words, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=self.layers or layers,
             num_attention_heads=heads, num_key_value_heads=few, tie_word_embeddings=False,

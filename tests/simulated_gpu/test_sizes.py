@@ -18,6 +18,8 @@ FULL_SIZE: list[dict[str, Any]] = [
     {"shape": "8b", "scheme": "nf4", "tokens": 32768, "offload": True},
     {"shape": "8b", "tokens": 8192, "checkpointed": 32, "streamed": True},
     {"shape": "70b", "scheme": "nf4", "tokens": 2048, "checkpointed": 51, "streamed": True},
+    {"shape": "gemma-2-2b", "scheme": "nf4"},
+    {"shape": "gemma-2-2b", "scheme": "nf4", "checkpointed": 26, "documents": 8},
 ]
 
 

@@ -44,6 +44,7 @@ LAUNCH_S = 10e-6  # seconds of the host per kernel on a GPU, with Python and aut
 # Kernels of a layer, forward and backward, and factors of the plain step (transformers) on the bytes that it moves
 # there: counted on the simulated GPU (docs/cards.md).
 FAST_KERNELS, UNPACK_KERNELS, PLAIN_KERNELS, PLAIN_MOVED = 60, 14, 240, 9
+SCORES_MOVED = 46  # values moved per score of attention with a soft cap, counted in engine.train.attention
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,13 @@ def count_flops(workload: Workload, batch: MicroBatch) -> Flops:
         adapted = sum(x.active_weights for x, rank in workload.ranked_linears() if rank)
         frozen += forward * (3 + recomputed_share) * adapted / (qkv + other_weights)
     adapters = (6 + 2 * recomputed_share) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
-    long_pairs = sum(number * queries * keys for number, queries, keys in batch.documents if keys > MAX_SAVED_KEYS)
+    saved = MAX_SAVED_KEYS if workload.compute.device == "cpu" else 0  # a GPU saves no scores
+    long_pairs = sum(number * queries * keys for number, queries, keys in batch.documents if keys > saved)
     matmul = 2.0 * layers * shape.query_size * count_pairs(workload, batch)  # of queries and keys
     if workload.compute.attention_tiles:
         attention = (7 + 2 * recomputed_share) * matmul
     else:
-        attention = (6 + 2 * recomputed_share) * matmul + layers * shape.query_size * long_pairs
+        attention = (6 + shape.softcap + 2 * recomputed_share) * matmul + layers * shape.query_size * long_pairs
     head = (6.0 if adapter.full_head else 4.0) * shape.embedding_weights
     head += 6.0 * adapter.head_rank * (shape.hidden + shape.vocabulary)
     return Flops(frozen, adapters, attention, head * batch.supervised)
@@ -221,6 +223,9 @@ def _gpu_seconds(workload: Workload, batch: MicroBatch, rate: Rate, unpacked: fl
     computing = max((count.frozen + count.head) / rate.flops, work.weights / rate.bandwidth) + moved / rate.bandwidth
     computing += max(count.adapters / rate.flops, passed * narrow / rate.bandwidth)
     computing += count.attention / rate.attention_flops
+    if shape.softcap and not is_plain:  # matrix products, with their scores in memory
+        scores = shape.layers * shape.heads * count_pairs(workload, batch)
+        computing += recompute_factor * SCORES_MOVED * compute.dtype_bytes * scores / rate.bandwidth
     kernels = PLAIN_KERNELS if is_plain else FAST_KERNELS + UNPACK_KERNELS * bool(unpacked)
     launching = LAUNCH_S * kernels * work.layers
     return max(computing, launching, 2 * host_bytes(workload, batch) / HOST_BYTES_PER_S)

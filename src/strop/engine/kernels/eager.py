@@ -123,8 +123,7 @@ def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, windo
 
     probs: result of softmax_. group, first, window: let kernels skip masked keys.
     """
-    wide, probs = _wide(grad), _wide(probs)
-    return grad.copy_(probs * (wide - (wide * probs).sum(-1, keepdim=True)))
+    return grad.copy_(torch.ops.aten._softmax_backward_data(grad, probs, -1, grad.dtype))  # sums in fp32
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:

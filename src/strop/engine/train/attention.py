@@ -214,7 +214,7 @@ class Attention(Function):
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
                 if heads.softcap:
                     capped = _bmm(q[:, rows], k[:, :keys].transpose(1, 2)).div_(heads.softcap).tanh_()
-                    ds.mul_(1 - capped.square_())
+                    ds.addcmul_(ds, capped.square_(), value=-1)
                 _bmm(ds, k[:, :keys], dq[:, rows])
                 dk_term = _bmm(ds.transpose(1, 2), q[:, rows], dk if is_single else None)
                 terms.append((dk_term, _bmm(probs.transpose(1, 2), bucket_do[:, rows], dv if is_single else None)))
