@@ -59,7 +59,6 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert all(torch.equal(tensors[name], expected[name]) for name in expected), file
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # transformers renames it
 @pytest.mark.parametrize(
     ("engine", "options"),
     [

@@ -431,7 +431,10 @@ _NOT_A_MODEL = re.compile("Tokenizer|Processor|Extractor|Config")  # other class
 _HARMLESS_ATTRIBUTES = (
     "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
 )  # fmt: skip
-_HARMLESS_CALLS = ("gradient_checkpointing_enable", "enable_input_require_grads", "prepare_model_for_kbit_training")
+_HARMLESS_CALLS = (
+    "activation_checkpointing_enable", "gradient_checkpointing_enable", "enable_input_require_grads",
+    "prepare_model_for_kbit_training",
+)  # fmt: skip
 _CONFIG_METHODS = (  # of TrainingArguments
     "set_dataloader", "set_optimizer", "set_lr_scheduler", "set_training", "set_evaluate", "set_save", "set_testing",
 )  # fmt: skip
