@@ -734,6 +734,7 @@ def push(
         what = f"{run}: no such run, adapter or model folder{suggest_path(os.fspath(run))}"
         raise ModelError(what, fix="give one of these")
     with show_steps(progress, "reading the folder") as step:
+        import_libraries()
         from strop.exporting.hub import push as push_folder
 
         return push_folder(os.fspath(run), repo, public=public, base=base, message=message, progress=step)

@@ -11,6 +11,8 @@ from typing_extensions import Unpack
 from strop import api
 from strop.config.arguments import public
 from strop.config.options import Options
+from strop.display.progress import show_steps
+from strop.engine.kernels.warmup import import_libraries
 
 if TYPE_CHECKING:
     from strop.runs.events import Event
@@ -75,6 +77,9 @@ def sweep(
     """
     from strop.display.tables import messages
     from strop.display.terminal import status_line
+
+    with show_steps(progress, "loading the libraries"):
+        import_libraries()
     from strop.sweeping.loop import Progress
     from strop.sweeping.request import SweepOptions
     from strop.sweeping.run import run_sweep

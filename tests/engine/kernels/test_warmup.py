@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from strop.engine.kernels import warmup
 from strop.errors import DiskError
 from tests import ROOT
+from tests.support.dash import make_run
 
 TIMEOUT_S = 600  # of one process: seconds on an idle machine
 UNKNOWN = "no_such_warmup"
@@ -115,6 +117,59 @@ def test_import_leaves_out_inductor_and_leaves_the_process_as_it_was() -> None:
         "print(gc.isenabled(), gc.get_freeze_count())"
     )
     assert run_python(["-c", program]).split() == ["True", "False", "None", "False", "False", "0"]
+
+
+@pytest.fixture
+def cpu_with_bf16(tmp_path: Path) -> Path:
+    """Return a folder with a `bitsandbytes` that imports `kernels`, as it does on CPUs with bf16, to download one."""
+    (tmp_path / "bitsandbytes.py").write_text(
+        "from types import SimpleNamespace\nnn = SimpleNamespace()\n"
+        "try:\n    import kernels\n    print('kernels imported', flush=True)\nexcept ImportError:\n"
+        "    print('kernels refused', flush=True)\n",
+        encoding="utf-8",
+    )
+    if importlib.util.find_spec("kernels") is None:
+        (tmp_path / "kernels.py").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("call", ["import_libraries()", "main()", "_start(['json.tool', '--help'])()"])
+def test_libraries_download_no_kernels(call: str, cpu_with_bf16: Path) -> None:
+    program = (
+        f"from strop.engine.kernels import warmup; warmup.FORKS = {call == 'main()'}; warmup.{call}\n"
+        "import kernels; from transformers.integrations import hub_kernels as hub\n"
+        "print('enabled', hub._kernels_enabled() if callable(hub._kernels_enabled) else hub._kernels_enabled)"
+    )
+    printed = run_python(["-c", program], PYTHONPATH=str(cpu_with_bf16))
+    assert "kernels refused" in printed and "kernels imported" not in printed
+    assert "enabled False" in printed or call.startswith("_start")  # a child of this process, which imports nothing
+
+
+SWEEP = "import sys, strop; strop.sweep(model=sys.argv[1], data=sys.argv[2], over={'lora.r': [8, 16]}, out='sweep')"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "strop", "train", "--model", "MODEL", "--data", "ROWS", "--print-recipe"],
+        ["-m", "strop", "export-script", "RUN", "--out", "script"],
+        ["-m", "strop", "adapters", "ADAPTER"],
+        ["-m", "strop", "push", "ADAPTER", "me/mine"],
+        ["-c", SWEEP, "MODEL", "ROWS"],
+    ],
+    ids=lambda words: words[2] if words[0] == "-m" else "sweep",
+)
+def test_commands_download_no_kernels(
+    words: list[str], cpu_with_bf16: Path, tiny_folder: Path, adapter_folders: list[Path], rows_file: Path
+) -> None:
+    """These import PEFT without `load`. Some end with an error here, after the imports."""
+    run = make_run(cpu_with_bf16, "run", [])
+    paths = {"MODEL": tiny_folder, "ADAPTER": adapter_folders[0], "ROWS": rows_file, "RUN": run}
+    done = subprocess.run(
+        [sys.executable, *(str(paths.get(word, word)) for word in words)], cwd=cpu_with_bf16, timeout=TIMEOUT_S,
+        env={**os.environ, "PYTHONPATH": str(cpu_with_bf16)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "kernels refused" in done.stdout and "kernels imported" not in done.stdout, done.stderr
 
 
 def test_compiler_starts_only_where_nothing_is_compiled(

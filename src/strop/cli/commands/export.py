@@ -42,6 +42,7 @@ def adapters(
         api.check_inputs(adapters=names, out=out)
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
+        warmup.load(None)
         from strop.exporting import adapters as adapter_folders
         from strop.runs.folder import is_run
 
@@ -175,6 +176,7 @@ def export_script(
     open_run(run)
     check_new_run(out)
     with status_line("loading the libraries"):
+        warmup.load(None)
         from strop.exporting.script import export_script as write
 
         written = write(run, out)

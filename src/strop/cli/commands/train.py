@@ -44,6 +44,8 @@ def train(
     num_processes = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
         from strop.machine.memory import parse_memory
+
+        warmup.load(None)
         from strop.training.preflight import preview
 
         complete = preview(resolved, memory=parse_memory(memory), devices=num_processes or 1)

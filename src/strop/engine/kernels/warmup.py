@@ -11,6 +11,7 @@ A kernel that no tiny model needs is compiled by the process that calls it, with
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -38,6 +39,7 @@ MODELS = "strop.engine.kernels.warmup_models"
 # With it, torch.compile returns functions as they are. PEFT imports bitsandbytes, which would load Inductor (0.6 s) to
 # compile functions that strop never calls.
 WITHOUT_COMPILER = "TORCHDYNAMO_DISABLE"
+HUB_KERNELS = "USE_HUB_KERNELS"  # with the value NO, transformers loads no kernels from the Hub
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
 FORKS = sys.platform == "linux"  # on other systems, math libraries may fail in a forked process
 SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
@@ -63,19 +65,45 @@ def load(warmup: str | None = TRAIN) -> None:
 
 
 def import_libraries() -> None:
-    """Import PyTorch, transformers and PEFT without garbage collection and Inductor: a third less time."""
+    """Import PyTorch, transformers and PEFT without garbage collection and Inductor: a third less time.
+
+    For some models and CPUs, transformers and bitsandbytes would download compiled code from the Hub, and run it. Here
+    they do not; with USE_HUB_KERNELS=YES in the environment, transformers does.
+
+    Raises:
+        FileNotFoundError: the working folder was deleted. MKL would end the process there without an exception.
+    """
+    os.getcwd()
     before, collects = os.environ.get(WITHOUT_COMPILER), gc.isenabled()
     os.environ[WITHOUT_COMPILER] = "1"
+    os.environ.setdefault(HUB_KERNELS, "NO")
     gc.disable()
     try:
-        import peft  # noqa: F401 (imported for its side effect on sys.modules)
-        import torch  # noqa: F401 (as above)
+        import torch  # noqa: F401 (imported for its side effect on sys.modules)
         import transformers  # noqa: F401 (as above)
+
+        _import_bitsandbytes()
+        import peft  # noqa: F401 (as above)
     finally:
         if collects:
             gc.enable()
         del os.environ[WITHOUT_COMPILER]
         os.environ.update({} if before is None else {WITHOUT_COMPILER: before})
+
+
+def _import_bitsandbytes() -> None:
+    """Import bitsandbytes without the package `kernels`, with which it would download a kernel for CPUs with bf16.
+
+    strop does not call that kernel. transformers requires `kernels` since 5.25.
+    """
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes the import fail
+    try:
+        with contextlib.suppress(Exception):  # PEFT imports it again, and reports the error
+            importlib.import_module("bitsandbytes")
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update({} if kernels is None else {"kernels": kernels})
 
 
 class Compiler:
@@ -150,6 +178,7 @@ def main() -> None:
     """Run the compiler process: import the libraries, and read the stages from standard input."""
     gc.disable()  # saves a sixth of the time of this short-lived process
     if FORKS:
+        import_libraries()
         for name in LIBRARIES:
             importlib.import_module(name)
     is_ready = sys.platform == "win32" or select.select([sys.stdin], [], [], WAIT_S)[0]
@@ -164,7 +193,7 @@ def main() -> None:
 def _start(program: Sequence[str]) -> Callable[[], int]:
     """Start a process that runs one program. Returns a function that waits for it and returns its exit code."""
     if sys.platform == "win32" or not FORKS:
-        code = f"from {__spec__.name} import run_program; run_program({list(program)!r})"
+        code = f"from {__spec__.name} import *; import_libraries(); run_program({list(program)!r})"
         return subprocess.Popen([sys.executable, "-c", code]).wait
     process = os.fork()
     if process == 0:
