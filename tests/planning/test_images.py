@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor
 
@@ -40,7 +41,7 @@ def write_rows(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-@pytest.mark.parametrize("family", ["idefics3", "gemma4", "qwen3_5", "llava-pixtral"])
+@pytest.mark.parametrize("family", ["idefics3", "gemma4", "qwen3_5", "qwen2_5_vl", "lfm2_vl", "llava-pixtral"])
 def test_flops_are_near_those_of_the_encoder(family: str, tmp_path: Path) -> None:
     source = locate(str(save_seeing(tmp_path / family, family)))
     tokenizer = load_tokenizer(source)
@@ -51,11 +52,12 @@ def test_flops_are_near_those_of_the_encoder(family: str, tmp_path: Path) -> Non
     install_images(model, tokenizer)
     features = image_features(model)
     assert features is not None and load is not None and load.images == len(SIZES)
-    with FlopCounterMode(display=False) as counter:
+    # Before 2.15, torch counts attention on a CPU only as products of matrices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for number in range(len(SIZES)):
             features.of_image(number)
-    assert load.flops == pytest.approx(counter.get_total_flops(), rel=0.55)
-    assert load.in_tower == (family == "qwen3_5")
+    assert load.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert load.in_tower == family.startswith("qwen")
 
 
 def plan(tmp_path: Path, family: str = "idefics3", **options: Any) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from strop.config.schema import Recipe
 from strop.data.images import MAX_TOWER_OUTPUTS
 from strop.data.rendering.image_encoder import ImageEncoder
+from strop.data.types import Image
 from strop.models.adapter_config import IN_TOWER
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
+_LAYER = re.compile(r"\.(?:layers?|blocks?)\.(\d+)\.")
 TRAINED_PASSES = 3  # of an encoder with adapters: forward, again in the backward pass, and the gradient of its inputs
 _TABLE = re.compile(r"pos(ition)?_embed")  # of positions, which are added without a matmul
 _PATCH_WEIGHT = re.compile(r"patch_(emb|conv).*weight$")  # (hidden, values of a patch), the latter in 1 to 4 dimensions
@@ -43,14 +46,22 @@ class ImageLoad:
         patch = next((shape for name, shape in shapes.items() if _PATCH_WEIGHT.search(name) and len(shape) > 1), None)
         if patch is None:
             return ImageLoad(len(images))
+        vision = source.config().get("vision_config") or {}
+        merged = int(vision.get("spatial_merge_size") or 1) ** 2  # patches that a merger joins
+        weights = sum(math.prod(shape) / (merged if "merger" in name else 1) for name, shape in shapes.items())
+        attention = 4.0 * patch[0] * _count_full_attention(shapes, vision)
+
+        def count_patches(image: Image) -> tuple[int, int]:
+            pixels = encoder.pixel_shape(image.width, image.height)
+            parts = math.prod(pixels[:-3]) if len(pixels) > 3 else math.prod(pixels[:-2])
+            return math.prod(pixels) // math.prod(patch[1:]), parts
+
         sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
-        values = sum(encoder.count_values(image.width, image.height) for image in sample) / len(sample)
-        patch_values = math.prod(patch[1:])
-        weights = sum(math.prod(shape) for shape in shapes.values())
-        flops = 2.0 * weights * len(images) * values / patch_values
-        largest = max(images, key=lambda image: image.width * image.height)
-        patches = int(encoder.count_values(largest.width, largest.height) / patch_values)
-        return ImageLoad(len(images), flops, patches, any(_PROJECTOR_IN_TOWER in name for name in shapes))
+        counts = [count_patches(image) for image in sample]
+        flops = sum(2.0 * weights * patches + attention * patches**2 / parts for patches, parts in counts)
+        patches, _ = count_patches(max(images, key=lambda image: image.width * image.height))
+        in_tower = any(_PROJECTOR_IN_TOWER in name for name in shapes)
+        return ImageLoad(len(images), flops * len(images) / len(sample), patches, in_tower)
 
     def passes(self, recipe: Recipe, rows: float) -> float:
         """Return the passes of the encoder over each image in a run: one, or some in each epoch if it is not kept."""
@@ -59,3 +70,10 @@ class ImageLoad:
             return 1.0
         epochs = float(train.epochs) if train.max_steps is None else max(1.0, train.max_steps * train.batch_size / rows)
         return epochs * (TRAINED_PASSES if vision == "all" else 1)
+
+
+def _count_full_attention(shapes: Mapping[str, list[int]], vision: Mapping[str, Any]) -> int:
+    """Return the number of encoder layers whose patches attend to all patches of an image or of a part of it."""
+    if "fullatt_block_indexes" in vision:  # Qwen 2.5 VL: the other layers attend within windows
+        return len(vision["fullatt_block_indexes"])
+    return len({layer[1] for name in shapes if (layer := _LAYER.search(name))})

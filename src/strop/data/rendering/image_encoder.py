@@ -116,11 +116,11 @@ class ImageEncoder:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Expansion(text, ids.count(self.image_token_id))
 
-    def count_values(self, width: int, height: int) -> int:
-        """Return how many values the processor makes of the pixels of an image of this size, with its padding."""
+    def pixel_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the shape of the values that the processor makes of an image of this size, with its padding."""
         import PIL.Image
 
-        return int(self.inputs(PIL.Image.new("RGB", (width, height)))["pixel_values"].numel())
+        return tuple(self.inputs(PIL.Image.new("RGB", (width, height)))["pixel_values"].shape)
 
     def inputs(self, image: PIL.Image.Image) -> dict[str, Any]:
         """Return the inputs of the model for an image alone: tensors with a batch of one."""
