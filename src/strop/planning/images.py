@@ -16,11 +16,11 @@ from strop.models.adapter_config import IN_TOWER
 from strop.models.source import Source, read_headers
 
 SAMPLED_IMAGES = 32
-_LAYER = re.compile(r"\.(?:layers?|blocks?)\.(\d+)\.")
 TRAINED_PASSES = 3  # of an encoder with adapters: forward, again in the backward pass, and the gradient of its inputs
 _TABLE = re.compile(r"pos(ition)?_embed")  # of positions, which are added without a matmul
 _PATCH_WEIGHT = re.compile(r"patch_(emb|conv).*weight$")  # (hidden, values of a patch), the latter in 1 to 4 dimensions
-_PROJECTOR_IN_TOWER = ".merger."  # of Qwen's and GLM's models
+_LAYER = re.compile(r"\.(?:layers?|blocks?)\.(\d+)\.")
+_MERGER = "merger"  # in the names of projectors that are in the encoder, of Qwen's and GLM's models; they join patches
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ class ImageLoad:
         if patch is None:
             return ImageLoad(len(images))
         vision = source.config().get("vision_config") or {}
-        merged = int(vision.get("spatial_merge_size") or 1) ** 2  # patches that a merger joins
-        weights = sum(math.prod(shape) / (merged if "merger" in name else 1) for name, shape in shapes.items())
-        attention = 4.0 * patch[0] * _count_full_attention(shapes, vision)
+        joined = int(vision.get("spatial_merge_size") or 1) ** 2
+        weights = sum(math.prod(shape) / (joined if _MERGER in name else 1) for name, shape in shapes.items())
+        attention = 4.0 * patch[0] * _count_full_attention(shapes, vision)  # for each pair of patches of a part
 
         def count_patches(image: Image) -> tuple[int, int]:
+            """Return the patches, and into how many parts, which do not attend to each other, they are divided."""
             pixels = encoder.pixel_shape(image.width, image.height)
-            parts = math.prod(pixels[:-3]) if len(pixels) > 3 else math.prod(pixels[:-2])
-            return math.prod(pixels) // math.prod(patch[1:]), parts
+            parts = pixels[:-3] if len(pixels) > 3 else pixels[:-2]  # before channel, height, width or patch, values
+            return math.prod(pixels) // math.prod(patch[1:]), math.prod(parts)
 
         sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
         counts = [count_patches(image) for image in sample]
         flops = sum(2.0 * weights * patches + attention * patches**2 / parts for patches, parts in counts)
         patches, _ = count_patches(max(images, key=lambda image: image.width * image.height))
-        in_tower = any(_PROJECTOR_IN_TOWER in name for name in shapes)
+        in_tower = any(_MERGER in name for name in shapes)
         return ImageLoad(len(images), flops * len(images) / len(sample), patches, in_tower)
 
     def passes(self, recipe: Recipe, rows: float) -> float:

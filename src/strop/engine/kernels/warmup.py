@@ -39,8 +39,7 @@ MODELS = "strop.engine.kernels.warmup_models"
 # With it, torch.compile returns functions as they are. PEFT imports bitsandbytes, which would load Inductor (0.6 s) to
 # compile functions that strop never calls.
 WITHOUT_COMPILER = "TORCHDYNAMO_DISABLE"
-HUB_KERNELS = "USE_HUB_KERNELS"  # with the value NO, transformers loads no kernels from the Hub
-LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
+LIBRARIES = ("transformers.models.llama.modeling_llama", "numba")  # of the compiler, besides those of import_libraries
 FORKS = sys.platform == "linux"  # on other systems, math libraries may fail in a forked process
 SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
 WAIT_S = 120.0  # after this time, an unused compiler process exits
@@ -76,7 +75,7 @@ def import_libraries() -> None:
     os.getcwd()
     before, collects = os.environ.get(WITHOUT_COMPILER), gc.isenabled()
     os.environ[WITHOUT_COMPILER] = "1"
-    os.environ.setdefault(HUB_KERNELS, "NO")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     gc.disable()
     try:
         import torch  # noqa: F401 (imported for its side effect on sys.modules)
@@ -193,7 +192,8 @@ def main() -> None:
 def _start(program: Sequence[str]) -> Callable[[], int]:
     """Start a process that runs one program. Returns a function that waits for it and returns its exit code."""
     if sys.platform == "win32" or not FORKS:
-        code = f"from {__spec__.name} import *; import_libraries(); run_program({list(program)!r})"
+        names = "import_libraries, run_program"
+        code = f"from {__spec__.name} import {names}; import_libraries(); run_program({list(program)!r})"
         return subprocess.Popen([sys.executable, "-c", code]).wait
     process = os.fork()
     if process == 0:
