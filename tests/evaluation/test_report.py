@@ -201,6 +201,28 @@ def test_general_set_is_plotted_with_rates_only() -> None:
         assert (f"{metric}, over the general set" in page) is plotted
 
 
+CUT_TEXTS = """() => [...document.querySelectorAll('svg text')].filter(text => {
+    const box = text.getBoundingClientRect(), plot = text.closest('svg').getBoundingClientRect()
+    return box.width && (box.left < plot.left - 1 || box.right > plot.right + 1)
+}).map(text => text.textContent)"""
+
+
+def test_no_text_of_a_plot_is_cut(tmp_path: Path) -> None:
+    part = {"rows": 9, "base": 0.5, "tuned": 0.4, "difference": {"value": -0.1, "low": -0.3, "high": 0.1}}
+    intervals = {side: [0.3, 0.7] for side in ("base", "tuned")}
+    scores = {"rows": 9, "metric": "exact", "base": {"exact": 0.5}, "tuned": {"exact": 0.5}, "notes": []}
+    report = {
+        "evaluation": {**scores, "difference": part["difference"]}, "intervals": intervals,
+        "general": {**part, "kinds": {"copying": part}, "intervals": intervals},
+    }  # fmt: skip
+    path = write_report(tmp_path, report, steps(1000))
+    with open_browser() as browser:
+        for viewport in (DESK, PHONE):
+            page = browser.new_context(viewport=viewport).new_page()
+            page.goto(path.as_uri())
+            assert page.get_by_text("general set", exact=True).is_visible() and page.evaluate(CUT_TEXTS) == []
+
+
 def test_page_is_deterministic() -> None:
     assert render(full(), steps(60)) == render(full(), steps(60))
 

@@ -109,14 +109,16 @@ def _set_margins(figure: Any) -> None:
     matplotlib's layout engines measure all texts, which takes twice as long as the drawing.
     """
     axes, (width, height) = figure.axes[0], figure.get_size_inches()
-    formatter = axes.yaxis.get_major_formatter()
-    longest = max(map(len, formatter.format_ticks(axes.get_yticks())))
+    x_length, y_length = (
+        max(map(len, axis.get_major_formatter().format_ticks(axis.get_ticklocs()))) for axis in (axes.xaxis, axes.yaxis)
+    )
     above = 0.27
-    if formatter.get_offset():  # a power of ten above the axis, below the title
+    if axes.yaxis.get_major_formatter().get_offset():  # a power of ten above the axis, below the title
         above += 0.17
         axes.set_title(axes.get_title("left"), pad=18, **TITLE_STYLE)
     below = 0.42 if axes.get_xlabel() else 0.24
-    figure.subplots_adjust((0.06 + 0.085 * longest) / width, below / height, 1 - 0.06 / width, 1 - above / height)
+    left, right = 0.06 + 0.085 * y_length, 0.05 * x_length  # half of the last number on the x axis is beyond its end
+    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height)
 
 
 def _to_svg(figure: Any, label: str) -> Markup:
