@@ -82,6 +82,16 @@ def test_labels_that_are_whole_numbers_in_yaml_are_text(tmp_path: Path) -> None:
             resolve(None, {**MINIMAL, "train.objective": "classify", f"train.{name}": value})
 
 
+def test_keys_of_a_map_that_yaml_reads_as_booleans_are_named_with_their_cause(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("{model: m, data: d, train: {objective: classify, class_weights: {yes: 5, b: 1}}}")
+    with pytest.raises(RecipeError) as raised:
+        resolve(file)
+    cause = "True: must be text: put it in quotes (YAML reads yes, no, on and off as true and false)"
+    assert str(raised.value.where[0]) == f"{file}: train.class_weights: {cause} (got True)"
+    assert len(raised.value.where) == 1 and "none" not in raised.value.fix
+
+
 def test_template_option_that_is_not_yaml_raises() -> None:
     with pytest.raises(RecipeError, match=r"data.template_options tools=\[1: not YAML"):
         parse_option("data.template_options", "tools=[1")

@@ -318,7 +318,10 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
             where = [Location(recipe_file, None, problem)] if recipe_file else []
             raise RecipeError(problem, fix="change or leave out one of these settings", where=where)
         value, origin, source = given.get(name, (None, "", ""))
-        key = f"{issue['loc'][-1]}: " if isinstance(value, dict) and len(issue["loc"]) > 2 else ""
+        if isinstance(value, dict) and issue["type"] == "literal_error":
+            continue  # pydantic reports that a map is not a name besides what is wrong in the map
+        inner = issue["input"] if issue["loc"][-1] == "[key]" else issue["loc"][-1]
+        key = f"{inner}: " if isinstance(value, dict) and len(issue["loc"]) > 2 else ""
         file, what = (source, f"{name}: {key}") if origin == "recipe" else (f"--{name}", key)
         problems.setdefault((file, what), []).append(problem)
         text = repr(issue["input"])
@@ -360,7 +363,7 @@ def _valid_example(issue: Mapping[str, Any], given: Mapping[str, tuple[Any, Orig
     """Return a field with a valid value in place of a wrong one, as it is written where it was given, or ""."""
     name = _field_name(issue["loc"])
     info = dict(option_fields()).get(name)
-    if info is None or name not in given or issue["type"] == "missing":
+    if info is None or name not in given or issue["type"] == "missing" or isinstance(given[name][0], dict):
         return ""
     value, origin, _ = given[name]
     hint = info.annotation

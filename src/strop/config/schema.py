@@ -48,6 +48,8 @@ def is_bracketed(text: str, bracket: Literal["[", "{"]) -> bool:
 
 
 def _number_to_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be text: put it in quotes (YAML reads yes, no, on and off as true and false)")
     return str(value) if type(value) is int else value
 
 
