@@ -988,6 +988,13 @@ def test_llamafactory_packs_texts_by_default(packing: str, overlong: str | None,
     assert ("packing" in find_row_warnings(draft.differs)) is (overlong == "split")
 
 
+@pytest.mark.parametrize("method", ["bnb", "bitsandbytes"])
+def test_llamafactory_quantization_by_both_names_of_bitsandbytes(method: str, tmp_path: Path) -> None:
+    draft = llamafactory(tmp_path, f"quantization_bit: 4\nquantization_method: {method}\n")
+    assert draft.get("model.quantization") == "nf4"
+    assert not [line for line in draft.unsupported if "quantization" in str(line)]
+
+
 @pytest.mark.parametrize("tool", ["llamafactory", "axolotl"])
 def test_columns_that_only_strop_would_read_are_left_out(tool: str, tmp_path: Path) -> None:
     row = {"instruction": "a", "input": "", "output": "b"}

@@ -82,7 +82,7 @@ def _read_model(draft: Draft, keys: Keys) -> None:
         draft.put("model.revision", revision, "model_revision")
     bits, method = keys.take("quantization_bit"), keys.take("quantization_method")
     four_bit_type, double_quantization = keys.take("quantization_type", "nf4"), keys.take("double_quantization")
-    if method in (None, "bnb") and bits in (4, 8):
+    if method in (None, "bnb", "bitsandbytes") and bits in (4, 8):  # bitsandbytes: its name up to 0.9.2
         if bits == 4:
             draft.put("model.quantization", four_bit_type, "quantization_bit")
         else:
