@@ -109,7 +109,17 @@ def test_seed_repeats_and_temperature_zero_is_greedy(server: Server) -> None:
 
     assert content(temperature=1, seed=3) == content(temperature=1, seed=3) != content(temperature=1, seed=4)
     assert content(temperature=0) == content()  # the tiny model's own generation config is greedy
+    assert content(temperature=1, seed=3, top_k=1) == content(repetition_penalty=1) == content()
     assert content(temperature=1, top_p=1e-6, seed=9) == content(temperature=1e-300, seed=9) == content()
+
+
+def test_repetition_penalty_of_a_request_applies_to_greedy_answers(server: Server) -> None:
+    fields = {"max_tokens": 24, "logprobs": 0, "prompt": [5], "model": "base"}
+    plain, penalized = (
+        server.post("/v1/completions", fields | more).json()["choices"][0]["logprobs"]["tokens"]
+        for more in ({}, {"repetition_penalty": 100})
+    )
+    assert len(set(plain)) < len(plain) and len(set(penalized)) == len(penalized)
 
 
 def test_logprobs_have_the_shape_of_openai(server: Server) -> None:
@@ -227,6 +237,8 @@ BAD = {
     "an option that the template does not read": ({"chat_template_kwargs": {"thinking": 1}}, "reads no thinking"),
     "temperature too high": ({"temperature": 2.5}, "temperature"),
     "top_p of zero": ({"top_p": 0}, "top_p"),
+    "a negative top_k": ({"top_k": -1}, "top_k"),
+    "a penalty of zero": ({"repetition_penalty": 0}, "repetition_penalty"),
     "a number as a string": ({"max_tokens": "5"}, "max_tokens"),
     "zero tokens": ({"max_tokens": 0}, "max_tokens"),
     "beyond the context": ({"max_tokens": 100_000}, "the context is 512 tokens"),
@@ -254,8 +266,8 @@ def test_invalid_chat_requests_get_400_and_name_the_field(server: Server, name: 
 
 
 def test_parameter_without_effect_is_not_suggested(server: Server) -> None:
-    answer = server.post(CHAT, {"model": "calm", "messages": USER, "repetition_penalty": 1.1})
-    assert answer.json()["error"]["message"] == "unknown parameter: repetition_penalty"
+    answer = server.post(CHAT, {"model": "calm", "messages": USER, "logit_biases": 1.1})
+    assert answer.json()["error"]["message"] == "unknown parameter: logit_biases"
 
 
 PROMPT = "prompt: must be a string, a list of one string, or a list of token ids"

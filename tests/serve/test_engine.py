@@ -362,7 +362,8 @@ def test_request_overrides_the_sampling_of_the_generation_config() -> None:
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
     own = Sampling.from_generation_config(config)
     assert own == Sampling(0.7, 0.8, 20, 1.05)
-    assert own.override(0.0, None, 3) == Sampling(0.0, 0.8, 20, 1.05, 3)
+    assert own.override(temperature=0.0, top_p=None, seed=3) == Sampling(0.0, 0.8, 20, 1.05, 3)
+    assert own.override(top_k=0, repetition_penalty=1.0, seed=None) == Sampling(0.7, 0.8, 0, 1.0)
 
 
 @pytest.mark.parametrize("stops", [[], ["zz"], ["hell"], ["o w", "lo"], ["ö"]])

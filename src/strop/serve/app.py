@@ -245,8 +245,11 @@ async def _respond(
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
     job = Job(
         model=model.id, tokenizer=model.tokenizer, stop_ids=model.stop_ids, ids=ids, adapter=model.adapter,
-        max_new_tokens=min(limit or remaining, remaining),
-        sampling=state.sampling.override(body.temperature, body.top_p, body.seed), on_piece=pieces.put_nowait,
+        max_new_tokens=min(limit or remaining, remaining), on_piece=pieces.put_nowait,
+        sampling=state.sampling.override(
+            seed=body.seed, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
+            repetition_penalty=body.repetition_penalty,
+        ),
         stop_strings=body.stop_strings, num_logprobs=num_logprobs, mask=mask, continues_prompt=not chat,
         load_images=model.image_loader(ids),
     )  # fmt: skip

@@ -74,6 +74,12 @@ class CommonRequest(StrictBody):
         None, ge=0, le=2, description="0 is greedy. Default: the model's generation config."
     )
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(
+        None, ge=0, description="0 samples from all tokens. As in vLLM, not a parameter of OpenAI."
+    )
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="1 is none; it applies to greedy answers too. As in vLLM, not one of OpenAI."
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops = None
     stream: bool | None = None

@@ -91,6 +91,8 @@ def _prepare(
     loaded = load_models(names, **options)
     base = _get_base(loaded.module)
     notes = [*loaded.notes, *Sampling.notes_on_ignored_settings(base.generation_config)]
+    if (sampling := Sampling.from_generation_config(base.generation_config)) != Sampling():
+        notes.append(f"requests without sampling parameters: {sampling.describe()}, by the model's generation config")
     max_context = max_positions(base) or DEFAULT_MAX_CONTEXT
     if context is not None and context > max_context:
         raise InputError(f"--context {context}: the model supports {max_context} tokens", fix="give less")

@@ -111,10 +111,9 @@ class Sampling:
         ignored = [f"{name} {changed[name]}" for name in IGNORED_FIELDS if changed.get(name)]
         return [f"settings of the model's generation config that are ignored: {', '.join(ignored)}"] if ignored else []
 
-    def override(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-        """Return a copy with other values. temperature, top_p: None keeps the value. seed: None for no seed."""
-        temperature = self.temperature if temperature is None else temperature
-        return replace(self, seed=seed, temperature=temperature, top_p=self.top_p if top_p is None else top_p)
+    def override(self, *, seed: int | None, **values: float | None) -> Sampling:
+        """Return a copy with other values of the fields. seed: None for no seed; other fields: None keeps the value."""
+        return replace(self, seed=seed, **{name: value for name, value in values.items() if value is not None})
 
     def describe(self) -> str:
         """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
