@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,17 @@ def test_splits_that_cannot_work_are_refused(
     with pytest.raises((DataError, RecipeError)) as error:
         split(recipe(tiny_folder, data), tmp_path / "data", **options)
     assert expected in "\n".join(error.value.lines())
+
+
+def test_advice_on_too_few_rows_of_an_evaluation_share_works(tiny_folder: Path, tmp_path: Path) -> None:
+    resolved = recipe(tiny_folder, write(tmp_path / "rows.jsonl", rows(100)), **{"data.eval": "5%"})
+    with pytest.raises(DataError) as error:
+        split(resolved, tmp_path / "data", test="30%")
+    advised = re.search(r"--selection (\d+%)", error.value.fix)
+    assert advised
+    result = split(resolved, tmp_path / "data", test="30%", selection=advised[1])
+    assert result.rows["selection"] >= 10
+    assert f"data.eval 5% is not used: --selection {advised[1]} gives the selection rows" in result.notes
 
 
 def test_few_held_out_rows_are_reported(tiny_folder: Path, tmp_path: Path) -> None:

@@ -126,7 +126,6 @@ def test_what_does_not_fit_is_refused_before_training(
         (["--over", "lora.r=2,4,8", "--sampler", "grid", "--trials", "2"], "the grid with the default has 4 settings"),
         (["--over", "train.objective=classify,dpo"], "they train on different rows"),
         (["--over", "lora.r=2,4", "--metric", "exac"], "did you mean exact?"),
-        (["--over", "lora.r=2,4", "--selection", "20%", "--eval", "10%"], "data.eval gives the selection rows too"),
         ([], "--over is required"),
     ],
 )

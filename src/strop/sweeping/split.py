@@ -85,7 +85,7 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     Args:
         resolved: the recipe, whose data.eval may give the selection rows.
         folder: the folder to write.
-        selection: a share of the rows, such as "15%", or a file. Default: data.eval, or 15 %.
+        selection: a share of the rows, such as "15%", or a file; used instead of data.eval. Default: data.eval, or 15 %.
         test: the same for the test rows.
         metric: scores the selection and test rows.
 
@@ -94,8 +94,6 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     """
     recipe, data = resolved.recipe, resolved.recipe.data
     kind = data_kind_of(recipe.train)
-    if selection is not None and data.eval is not None:
-        raise RecipeError("--selection: data.eval gives the selection rows too", fix="leave one of them out")
     specs = {"selection": selection or data.eval or DEFAULT_SHARE, "test": test or DEFAULT_SHARE}
     shares = {name: _read_share(name, spec) for name, spec in specs.items()}
     if sum(share or 0 for share in shares.values()) >= 1:
@@ -111,7 +109,9 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     for name in specs:
         first_of_each = {dump_conversation(part.conversation): part for part in reversed(parts[name])}
         parts[name] = [*first_of_each.values()][::-1]
-    notes = _check_compared({name: parts[name] for name in specs}, num_rows)
+    notes = _check_compared({name: parts[name] for name in specs}, num_rows, shares)
+    if selection is not None and data.eval is not None:
+        notes.append(f"data.eval {data.eval} is not used: --selection {selection} gives the selection rows")
     if not parts["train"]:
         fix = "give --selection and --test files"
         raise DataError("no rows are left for training: all have the same prompt", fix=fix)
@@ -234,7 +234,9 @@ def _choose_part(group: bytes, seed: int, shares: Mapping[str, float | None]) ->
     return "train"
 
 
-def _check_compared(parts: Mapping[str, Sequence[Part]], num_rows: int) -> list[str]:
+def _check_compared(
+    parts: Mapping[str, Sequence[Part]], num_rows: int, shares: Mapping[str, float | None]
+) -> list[str]:
     """Refuse too few rows and rows that cannot be scored; return notes. num_rows: of the data that shares are of."""
     for name, rows in parts.items():
         if any(part.conversation.desirable is not None for part in rows):
@@ -242,7 +244,10 @@ def _check_compared(parts: Mapping[str, Sequence[Part]], num_rows: int) -> list[
             raise DataError(what, fix="sweep on preference pairs, which objective kto accepts too")
     if few := [name for name, rows in parts.items() if len(rows) < MIN_ROWS]:
         what = ", ".join(f"--{name}: {len(parts[name])} rows" for name in few)
-        needed = math.ceil(100 * MIN_ROWS / max(1, num_rows)) + 5  # rows are chosen by hash, so the number varies
+        given = max(shares[name] or 0 for name in few)
+        needed = (
+            math.ceil(100 * max(given, MIN_ROWS / max(1, num_rows))) + 5
+        )  # the number varies, as hashes choose rows
         shares = " ".join(f"--{name} {needed}%" for name in reversed(few))
         others = "".join(f", and --{name} FILE" for name in few[1:])
         fix = f"more rows, or --{few[0]} FILE with at least {MIN_ROWS} rows{others}"

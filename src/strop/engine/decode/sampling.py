@@ -113,7 +113,8 @@ class Sampling:
 
     def override(self, *, seed: int | None, **values: float | None) -> Sampling:
         """Return a copy with other values of the fields. seed: None for no seed; other fields: None keeps the value."""
-        return replace(self, seed=seed, **{name: value for name, value in values.items() if value is not None})
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return replace(self, seed=seed, **given)
 
     def describe(self) -> str:
         """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
