@@ -22,6 +22,7 @@ from strop.data.formats import FORMATS, ConversationReader, detect_format
 from strop.data.reading import files
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import FORMAT_REASONS, READING_REASONS, REASONS, RENDERING_REASONS, RowError
+from strop.data.store import dump_conversation, load_conversation
 from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
 
@@ -180,6 +181,20 @@ def test_results_are_put_into_the_order_of_their_calls() -> None:
     ):
         messages = convert_one({"messages": [U, calls, *given_, A, U, calls, *given_, A]}).messages
         assert [message.content for message in messages if message.role == "tool"] == 2 * expected
+
+
+@pytest.mark.parametrize("ids", [("a", "b"), ("x8", "k2"), None])
+def test_conversations_that_differ_only_in_ids_of_calls_are_equal(ids: tuple[str, str] | None) -> None:
+    calls = [CALL, {**CALL, "function": {**CALL["function"], "name": "g"}}]
+    results: list[dict[str, Any]] = [{"role": "tool", "content": "r"}, {"role": "tool", "content": "s"}]
+    plain = convert_one({"messages": [U, {"role": "assistant", "tool_calls": calls}, *results, A]})
+    if ids is not None:
+        calls = [{"id": id, **call} for id, call in zip(ids, calls, strict=True)]
+        results = [{**result, "tool_call_id": id} for id, result in zip(ids, results, strict=True)][::-1]
+    turns = convert_one({"messages": [U, {"role": "assistant", "tool_calls": calls}, *results, A]})
+    assert [turn.name for turn in turns.messages if turn.role == "tool"] == ["f", "g"]
+    assert dump_conversation(turns) == dump_conversation(plain)
+    assert load_conversation(dump_conversation(turns, whole=True), turns.file, turns.line) == turns
 
 
 def test_reasoning_and_weights_are_read() -> None:

@@ -211,13 +211,24 @@ def test_classifier_is_trained_further_and_refused_elsewhere(
     train(tiny_folder, texts.rows(30), tmp_path / "more", "--model.adapter", str(out), capsys=capsys)
     other = [{**row, "label": row["label"][:-1]} for row in texts.rows(24)]
     data = texts.write(tmp_path / "other.jsonl", other)
+    without_music = [row for row in texts.rows(24) if row["label"] != "music"]
+    fewer = texts.write(tmp_path / "fewer.jsonl", without_music)
     turns = tiny.write_rows(tmp_path / "turns.jsonl", 12)
     classify = ["--train.objective", "classify"]
+    labels = ["--train.labels", "music,table,weather"]
+    further = ["--model.adapter", str(out), *labels]
+    train(
+        tiny_folder, [row for row in texts.rows(24) if row["label"] != "music"], tmp_path / "y", *further, capsys=capsys
+    )
     commands: list[tuple[list[str | Path], str]] = [
         (["export", "gguf", out, "--out", tmp_path / "m.gguf"], "classifies texts"),
         (["export", "ollama", out, "--out", tmp_path / "ollama"], "classifies texts"),
         (["export-script", out, "--out", tmp_path / "script"], "train.objective classify"),
         (["train", "--model", out, "--data", data, "--out", tmp_path / "x", *classify], "it has the classes music"),
+        (
+            ["train", "--model", out, "--data", fewer, "--out", tmp_path / "x", *classify],
+            f"Fix: {' '.join(labels)}, or",
+        ),
         (["train", "--model", out, "--data", data, "--out", tmp_path / "x"], "classify"),
         (["eval", out, "--data", data], "unknown label 'musi' (did you mean music?); known are music, table, weather"),
         (["eval", out, "--data", data, "--metric", "contains"], "--metric accuracy"),

@@ -125,15 +125,22 @@ def _parse_turns(row: RowValue, key: str) -> list[Message]:
 
 
 def _sort_results(turns: list[Message]) -> list[Message]:
-    """Put the results of a turn's calls into the order of the calls, as many templates show no ids."""
+    """Put the results of a turn's calls into the order of the calls, as many templates show no ids.
+
+    Results without id and name are those of the calls in turn, and get their names.
+    """
     result: list[Message] = []
-    order: dict[Any, int] = {}  # position of each call of the last assistant turn, by id
+    calls: tuple[dict[str, Any], ...] = ()  # of the last assistant turn
     for is_result, group in groupby(turns, lambda turn: turn.role == "tool"):
         block = list(group)
+        order = {call["id"]: i for i, call in enumerate(calls) if "id" in call}
         if is_result and len({turn.call_id for turn in block} & order.keys()) == len(block):
             block.sort(key=lambda turn: order[turn.call_id])
+        elif is_result and len(block) <= len(calls) and not any(turn.call_id or turn.name for turn in block):
+            names = (call["function"]["name"] for call in calls)
+            block = [replace(turn, name=name) for turn, name in zip(block, names, strict=False)]
         result += block
-        order = {call.get("id"): i for i, call in enumerate(block[-1].tool_calls)}
+        calls = block[-1].tool_calls
     return result
 
 

@@ -89,7 +89,7 @@ class Writer:
 
         prompt: hash of the prompt. group: rows of a group are held out together; default: the hash of the content.
         """
-        text = dump_conversation(conversation, with_paths=True)
+        text = dump_conversation(conversation, whole=True)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._num_bytes += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
@@ -433,12 +433,13 @@ class Prompts(LazySequence[Prompt]):
         return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends, messages=messages)
 
 
-def dump_conversation(conversation: Conversation, *, with_paths: bool = False) -> bytes:
+def dump_conversation(conversation: Conversation, *, whole: bool = False) -> bytes:
     """Return the conversation as JSON, without file and line. Equal conversations give equal bytes.
 
-    with_paths: with the paths of images, as load_conversation needs them.
+    whole: with the paths of images and the ids of tool calls, as load_conversation needs them. Conversations that
+        differ only in these are equal: logs number the calls of a conversation anew, or at random.
     """
-    to_json = partial(_stored_message, with_paths=with_paths)
+    to_json = partial(_stored_message, whole=whole)
     value: dict[str, Any] = {"text": conversation.text} if conversation.text is not None else {}
     value["messages"] = [*map(to_json, conversation.messages)]
     if conversation.tools:
@@ -454,10 +455,13 @@ def dump_conversation(conversation: Conversation, *, with_paths: bool = False) -
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
-def _stored_message(message: Message, *, with_paths: bool) -> dict[str, Any]:
+def _stored_message(message: Message, *, whole: bool) -> dict[str, Any]:
+    if not whole:
+        calls = tuple({name: x for name, x in call.items() if name != "id"} for call in message.tool_calls)
+        message = replace(message, tool_calls=calls, call_id=None)
     if not message.images:
         return message_json(message)
-    images = [[x.digest, x.path, x.width, x.height, x.notes] if with_paths else [x.digest] for x in message.images]
+    images = [[x.digest, x.path, x.width, x.height, x.notes] if whole else [x.digest] for x in message.images]
     return {**message_json(replace(message, images=())), "images": images}
 
 

@@ -85,7 +85,7 @@ def split_rows(resolved: Resolved, folder: Path, *, selection: str | None, test:
     Args:
         resolved: the recipe, whose data.eval may give the selection rows.
         folder: the folder to write.
-        selection: a share of the rows, such as "15%", or a file; used instead of data.eval. Default: data.eval, or 15 %.
+        selection: a share of the rows, such as "15%", or a file, instead of data.eval. Default: data.eval, or 15 %.
         test: the same for the test rows.
         metric: scores the selection and test rows.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -303,7 +304,9 @@ def _set_classes(facts: RecipeFacts, classes: Classes, texts: Any) -> RecipeFact
     class_weights(recipe.train.class_weights, texts.counts)
     if (start := find_start_adapter(recipe)) is not None and (before := read_classes(start)) != classes:
         what = f"--model.adapter: it has the classes {', '.join(before.names)}" + ", several per text" * before.several
-        raise RecipeError(what, fix="give rows with these labels, or train a new adapter")
+        is_part = classes.several == before.several and {*classes.names} <= {*before.names}
+        fix = f"--train.labels {shlex.quote(','.join(before.names))}" if is_part else "give rows with these labels"
+        raise RecipeError(what, fix=f"{fix}, or train a new adapter")
     resolved = choose_labels(resolved, classes.names)
     new_outputs = len(classes.names) - count_score_outputs(recipe.train)
     return replace(facts, resolved=resolved, num_weights=facts.num_weights + new_outputs * facts.shape.hidden)
