@@ -245,13 +245,12 @@ def _check_compared(
     if few := [name for name, rows in parts.items() if len(rows) < MIN_ROWS]:
         what = ", ".join(f"--{name}: {len(parts[name])} rows" for name in few)
         given = max(shares[name] or 0 for name in few)
-        needed = (
-            math.ceil(100 * max(given, MIN_ROWS / max(1, num_rows))) + 5
-        )  # the number varies, as hashes choose rows
-        shares = " ".join(f"--{name} {needed}%" for name in reversed(few))
+        # 5 % more, because rows are chosen by hash, so the number varies
+        needed = math.ceil(100 * max(given, MIN_ROWS / max(1, num_rows))) + 5
+        larger = " ".join(f"--{name} {needed}%" for name in reversed(few))
         others = "".join(f", and --{name} FILE" for name in few[1:])
         fix = f"more rows, or --{few[0]} FILE with at least {MIN_ROWS} rows{others}"
-        fix = f"{shares}, {fix}" if needed <= MAX_PERCENT else fix
+        fix = f"{larger}, {fix}" if needed <= MAX_PERCENT else fix
         raise DataError(f"{what}, too few to compare settings on", fix=fix)
     return [
         f"{len(rows)} {name} rows: only large differences can be seen"
